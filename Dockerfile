@@ -1,0 +1,72 @@
+# Two stages: the first has tools and makes a virtualenv, the second is Python, that virtualenv and nothing else.
+
+FROM python:3.13-slim-trixie AS build
+
+ENV PIP_NO_CACHE_DIR=1 \
+    PIP_DISABLE_PIP_VERSION_CHECK=1 \
+    PIP_ROOT_USER_ACTION=ignore \
+    PIP_ONLY_BINARY=:all:
+
+WORKDIR /build
+
+# The runtime's packages first: this layer is rebuilt only when the lock changes. Every file is checked against its hash.
+# pip stays outside the virtualenv, so the running image's virtualenv has no installer.
+COPY requirements.lock ./
+RUN python -m venv --without-pip /opt/venv \
+ && pip --python /opt/venv/bin/python install --no-compile --require-hashes --requirement requirements.lock
+
+# The build backend is pinned and hash-checked by the development lock, used as a constraint: only the backend is installed.
+COPY requirements-dev.lock ./
+RUN pip install --require-hashes --constraint requirements-dev.lock hatchling
+
+# The project itself. --no-index and --no-deps: nothing may come from the network at this point.
+# LICENSE and README are part of the wheel's metadata.
+COPY pyproject.toml README.md LICENSE* ./
+COPY app ./app
+RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
+ && pip --python /opt/venv/bin/python install --no-index --no-deps --no-compile dist/*.whl \
+ # numpy ships 12 MB of its own tests
+ && find /opt/venv/lib -type d -path '*/numpy/*' -name tests -prune -exec rm -rf {} + \
+ # Compiled here because the root file system is read-only later. Unchecked: files of an image do not change.
+ && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
+
+
+FROM python:3.13-slim-trixie
+
+# A fixed, high uid: Kubernetes' runAsNonRoot needs a number, and no host account should share it.
+# /data is where a disk cache may live; a named volume mounted there inherits the owner.
+RUN groupadd --gid 10001 gateway \
+ && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin gateway \
+ && install --directory --owner=10001 --group=10001 --mode=0750 /data
+
+COPY --from=build /opt/venv /opt/venv
+
+# Safe path: Python code is never loaded from the working directory, which is the writable one.
+ENV PATH=/opt/venv/bin:$PATH \
+    PYTHONUNBUFFERED=1 \
+    PYTHONDONTWRITEBYTECODE=1 \
+    PYTHONSAFEPATH=1
+
+# Relative paths of a config (./config.yaml, ./embeddings.sqlite3) end here.
+WORKDIR /data
+USER 10001:10001
+EXPOSE 8080
+STOPSIGNAL SIGTERM
+
+# Python is the only HTTP client in the image. ProxyHandler({}): an HTTP_PROXY meant for the upstreams must not catch this.
+HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
+    CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8080/healthz', timeout=2)"]
+
+# Exec form: the program is process 1 and gets SIGTERM itself, which starts its drain.
+ENTRYPOINT ["embedding-gateway"]
+# The program listens on loopback unless told otherwise, and nobody could reach it there from outside the container.
+CMD ["serve", "--host", "0.0.0.0", "--port", "8080"]
+
+# Last, so that a new version or revision costs no layer.
+ARG VERSION=unknown
+ARG REVISION=unknown
+LABEL org.opencontainers.image.title="embedding-gateway" \
+      org.opencontainers.image.description="One OpenAI-compatible /v1/embeddings in front of every embedding vendor." \
+      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.version="${VERSION}" \
+      org.opencontainers.image.revision="${REVISION}"

@@ -1,0 +1,191 @@
+"""The error tree. A class knows its HTTP status, OpenAI `type`, `code`, and whether asking again can help.
+
+    GatewayError
+    ├── InvalidRequest                400   invalid_value: the caller's input; `param` names the field
+    │   ├── InvalidJson               400
+    │   ├── ContextLengthExceeded     400   an input longer than the model takes
+    │   ├── UnsupportedDimensions     400
+    │   ├── InvalidApiKey             401   the caller's key
+    │   ├── ModelNotAllowed           403   the caller's key, for this model
+    │   ├── ModelNotFound             404
+    │   ├── NotFound                  404   no such route
+    │   ├── MethodNotAllowed          405
+    │   ├── SlowBody                  408
+    │   ├── BodyTooLarge              413
+    │   └── UnsupportedEncoding       415
+    ├── RateLimited                   429   a rate; passes by itself
+    │   └── QuotaExhausted            429   a quota; does not
+    ├── UpstreamError                 502   the upstream failed in a way that may pass
+    │   ├── UpstreamAuth              502   it refused our key: never the caller's 401
+    │   ├── UpstreamUnreachable       502   no connection, or one that broke
+    │   ├── UpstreamInvalidResponse   502   it answered something that is not the vectors asked for
+    │   │   └── UpstreamInvalidVector 502   one vector in it is none; the others are what they should be
+    │   ├── UpstreamMisconfigured     502   it does not know the model or the path we were configured with
+    │   └── UpstreamTimeout           504
+    └── Overloaded                    503   we have no room
+        └── UpstreamUnavailable       503   it has no room, or every deployment is out
+
+Adapters raise nothing: `parse_error` returns one of these. Messages reach the caller, so they never hold
+a key, a token or a URL: what upstreams say is freed of them (`app.upstreams.redact`) before it goes on.
+"""
+
+from __future__ import annotations
+
+
+class GatewayError(Exception):
+    """Base of everything the gateway answers with. `str(error)` is the message the caller reads."""
+
+    status: int = 500
+    type: str = "server_error"
+    code: str = "internal_error"
+    retryable: bool = False
+    """Whether the same call, made again or elsewhere, may succeed."""
+    blames_input: bool = False
+    """Whether one input may be at fault, so that the batch's other inputs would do without it."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code  # an instance may be more exact than its class
+        self.retry_after = retry_after
+        """Seconds after which asking again is sensible, if anybody knows."""
+
+    def __str__(self) -> str:
+        return self.message
+
+    def at_input(self, index: int) -> GatewayError:
+        """The same error, told about `input[index]` of the caller's request.
+
+        Callers that share an upstream call share its error; each gets a copy with its own index.
+        """
+        copy = type(self)(self.message, code=self.code, retry_after=self.retry_after)
+        copy.param = f"input[{index}]" if isinstance(self, InvalidRequest) else self.param
+        copy.__cause__ = self
+        return copy
+
+
+class InvalidRequest(GatewayError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+    blames_input = True
+
+
+class InvalidJson(InvalidRequest):
+    code = "invalid_json"
+
+
+class ContextLengthExceeded(InvalidRequest):
+    code = "context_length_exceeded"
+
+
+class UnsupportedDimensions(InvalidRequest):
+    code = "unsupported_dimensions"
+    blames_input = False
+
+
+class InvalidApiKey(InvalidRequest):
+    status = 401
+    code = "invalid_api_key"
+
+
+class ModelNotAllowed(InvalidRequest):
+    status = 403
+    code = "model_not_allowed"
+
+
+class ModelNotFound(InvalidRequest):
+    status = 404
+    code = "model_not_found"
+
+
+class NotFound(InvalidRequest):
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(InvalidRequest):
+    status = 405
+    code = "method_not_allowed"
+
+
+class SlowBody(InvalidRequest):
+    status = 408
+    code = "slow_body"
+
+
+class BodyTooLarge(InvalidRequest):
+    status = 413
+    code = "body_too_large"
+
+
+class UnsupportedEncoding(InvalidRequest):
+    status = 415
+    code = "unsupported_encoding"
+
+
+class RateLimited(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+    retryable = True
+
+
+class QuotaExhausted(RateLimited):
+    code = "insufficient_quota"
+    retryable = False
+
+
+class UpstreamError(GatewayError):
+    status = 502
+    type = "upstream_error"
+    code = "upstream_error"
+    retryable = True
+
+
+class UpstreamAuth(UpstreamError):
+    code = "upstream_auth"
+    retryable = False
+
+
+class UpstreamUnreachable(UpstreamError):
+    code = "upstream_unreachable"
+
+
+class UpstreamInvalidResponse(UpstreamError):
+    code = "upstream_invalid_response"
+
+
+class UpstreamInvalidVector(UpstreamInvalidResponse):
+    blames_input = True
+
+
+class UpstreamMisconfigured(UpstreamError):
+    retryable = False
+
+
+class UpstreamTimeout(UpstreamError):
+    status = 504
+    code = "upstream_timeout"
+
+
+class Overloaded(GatewayError):
+    status = 503
+    type = "overloaded_error"
+    code = "overloaded"
+    # Ours, not the upstream's: asking ourselves again at once is what overload is made of.
+    retryable = False
+
+
+class UpstreamUnavailable(Overloaded):
+    code = "upstream_unavailable"
+    retryable = True

@@ -1,0 +1,86 @@
+"""Every metric the gateway has, on a registry handed in. The only import of prometheus_client.
+
+Label values are bounded: names from the configuration or discovery, enumerations of ours, and `other`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    PlatformCollector,
+    ProcessCollector,
+    generate_latest,
+)
+from prometheus_client.multiprocess import MultiProcessCollector
+
+_LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
+
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+
+__all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Metrics"]
+
+
+class Metrics:
+    """The gateway's metrics. One instance per gateway; two gateways in one process do not meet."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = registry = registry or CollectorRegistry()
+        p = "embedding_gateway_"
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(p + name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(p + name, text, labels, registry=registry, multiprocess_mode="livesum")
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(p + name, text, labels, registry=registry, buckets=buckets)
+
+        self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
+        self.request_duration = histogram(
+            "request_duration_seconds", "From first byte in to last byte out.", _LATENCY, "model"
+        )
+        self.inputs = counter("inputs_total", "Inputs answered, by where the vector came from.", "model", "source")
+        self.tokens = counter(
+            "tokens_total", "Tokens: billed by an upstream, or spared.", "model", "upstream", "source"
+        )
+        self.upstream_requests = counter(
+            "upstream_requests_total", "Calls to upstreams.", "upstream", "model", "outcome"
+        )
+        self.upstream_request_duration = histogram(
+            "upstream_request_duration_seconds", "One upstream call.", _LATENCY, "upstream", "model"
+        )
+        self.upstream_batch_inputs = histogram(
+            "upstream_batch_inputs", "Inputs in one upstream call.", _BATCH, "upstream", "model"
+        )
+        self.upstream_retries = counter("upstream_retries_total", "Calls made again.", "upstream", "reason")
+        self.upstream_available = gauge(
+            "upstream_available", "1 while the deployment takes traffic.", "upstream", "model"
+        )
+        self.cache_operations = counter(
+            "cache_operations_total", "Values asked of or given to a tier.", "tier", "operation", "result"
+        )
+        self.cache_bytes = gauge("cache_bytes", "Bytes a tier holds.", "tier")
+        self.inflight_requests = gauge("inflight_requests", "Requests inside.")
+        self.queued_inputs = gauge("queued_inputs", "Inputs waiting for an upstream slot.", "upstream", "lane")
+        self.rejected_requests = counter("rejected_requests_total", "Requests refused at the door.", "reason")
+        self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
+
+        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+            ProcessCollector(registry=registry)
+            PlatformCollector(registry=registry)
+
+    def exposition(self) -> bytes:
+        """Prometheus text. With several workers, of all of them."""
+        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+            merged = CollectorRegistry()
+            MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
+            return generate_latest(merged)
+        return generate_latest(self.registry)

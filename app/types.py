@@ -1,0 +1,209 @@
+"""The shared words: what travels between the HTTP face, the pipeline and the wire. No behaviour, no I/O.
+
+Above the batcher everything is an `Embedder` (one caller's request in, its embeddings out); below it
+everything is a `BatchEmbedder` (one upstream call's worth of inputs, drawn from any number of requests).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Protocol, TypeAlias
+
+from app.catalog import Model, Role
+from app.errors import GatewayError
+
+OutputType: TypeAlias = Literal["dense", "sparse", "dense&sparse"]
+Lane: TypeAlias = Literal["query", "bulk"]
+
+Input: TypeAlias = str
+"""One thing to embed. Token ids are decoded to text at the door, so that equal texts are equal inputs."""
+
+
+class Source(StrEnum):
+    """Where an input's vector came from, in the words of the metrics."""
+
+    CACHE = "cache"
+    INFLIGHT = "inflight"
+    UPSTREAM = "upstream"
+
+
+@dataclass(frozen=True, slots=True)
+class Params:
+    """Everything besides the input that may alter its vector. All of it is part of the cache key."""
+
+    dimensions: int | None = None
+    input_type: Role | None = None
+    output_type: OutputType = "dense"
+    instruct: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks, as far as the pipeline may know: a name for metrics and logs, and a lane."""
+
+    name: str = "anonymous"
+    lane: Lane | None = None
+    """None lets the size of the request decide."""
+
+
+@dataclass(slots=True)
+class EmbedRequest:
+    """One caller's request. Stages narrow it (`dataclasses.replace`); nobody changes it in place."""
+
+    model: str
+    """The public model's own name, aliases resolved."""
+    inputs: Sequence[Input]
+    params: Params
+    deadline: float
+    """On the event loop's clock, seconds."""
+    caller: Caller = field(default_factory=Caller)
+    read_cache: bool = True
+    write_cache: bool = True
+    keys: Sequence[bytes] = ()
+    """Cache keys, one per input, once the cache stage has derived them."""
+    positions: Sequence[int] | None = None
+    """Where each input stood in the caller's request, once a stage has left some out."""
+
+
+@dataclass(slots=True)
+class Embedding:
+    """A vector and what its input cost.
+
+    `vector` is float32, little-endian, from the moment a reply is parsed until a response is written.
+    Shared between requests and the memory cache: treat it as frozen.
+    """
+
+    vector: bytes
+    tokens: int
+
+
+@dataclass(slots=True)
+class EmbedResult:
+    """A request's embeddings in input order, and how they came about."""
+
+    embeddings: list[Embedding]
+    sources: list[Source]
+    calls: int = 0
+    """Upstream calls this request took part in, retries included."""
+    deployments: tuple[str, ...] = ()
+    """`upstream/model` of those that served it, in order of first use."""
+
+
+class Embedder(Protocol):
+    """A stage, or the whole pipeline. Raises `GatewayError`."""
+
+    async def __call__(self, request: EmbedRequest) -> EmbedResult: ...
+
+
+@dataclass(slots=True)
+class Batch:
+    """What one upstream call carries: inputs with equal parameters, from any number of requests."""
+
+    model: str
+    inputs: list[Input]
+    keys: list[bytes]
+    params: Params
+    store: bool
+    """Whether what comes back may be cached."""
+    deadline: float
+
+
+@dataclass(slots=True)
+class BatchResult:
+    """One outcome per input, in the batch's order; an input that is refused fails alone."""
+
+    outcomes: list[Embedding | GatewayError]
+    calls: int = 1
+
+
+class BatchEmbedder(Protocol):
+    """A stage below the batcher. Raises `GatewayError` when the whole batch failed."""
+
+    async def __call__(self, batch: Batch) -> BatchResult: ...
+
+
+# --- the wire ---------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class WireRequest:
+    """An HTTP request as plain data. `headers` have lower-case names; `query` is appended encoded."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    query: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class WireReply:
+    """An HTTP response as plain data, read to its end. `headers` have lower-case names."""
+
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+Send: TypeAlias = Callable[[WireRequest], Awaitable[WireReply]]
+"""Performs one HTTP exchange. Raises `UpstreamUnreachable`, `UpstreamTimeout`, `UpstreamInvalidResponse`."""
+
+
+class Auth(Protocol):
+    """Puts credentials on a request and sends it. May send requests of its own first (a token), or the
+    same one again (a token that had expired). Knows no adapter, and no adapter knows it."""
+
+    async def __call__(self, request: WireRequest, send: Send) -> WireReply: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a batch goes: one model behind an upstream."""
+
+    base_url: str
+    """Without a trailing slash."""
+    model: Model
+    settings: Any
+    """The upstream's own, of the class its type brought; for its adapter alone."""
+
+
+@dataclass(slots=True)
+class Parsed:
+    """What an adapter read from a reply, unchecked: `indexes[i]` is the place in the batch of `vectors[i]`."""
+
+    indexes: Sequence[int]
+    vectors: Sequence[bytes]
+    tokens: int | None = None
+    """The batch's bill as the upstream states it, or None where it states none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """An upstream's dialect: three pure functions. No I/O, no clock, no retry, no batching, no check.
+
+    `parse_error` sees every reply, whatever its status, and returns None for a success.
+    `parse_response` may raise `KeyError`, `TypeError`, `ValueError` or `IndexError` on a reply of the
+    wrong shape: the caller turns these into `UpstreamInvalidResponse`.
+    """
+
+    build_request: Callable[[Batch, Target], WireRequest]
+    parse_error: Callable[[WireReply], GatewayError | None]
+    parse_response: Callable[[WireReply, Batch], Parsed]
+
+
+class Store(Protocol):
+    """One cache tier. Never raises into a request: what goes wrong is a miss, logged and counted."""
+
+    name: str
+
+    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+        """One look-up for all keys; the answer is as long as `keys`."""
+        ...
+
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+        """Keep these. May drop any of them."""
+        ...
+
+    async def close(self) -> None: ...

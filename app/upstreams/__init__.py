@@ -1,0 +1,13 @@
+"""Every upstream dialect, by the name the configuration uses: one module each, one line here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from app.upstreams import baidu, dashscope, lexical, ollama, openai
+from app.upstreams.kind import UpstreamKind
+
+UPSTREAMS: Mapping[str, UpstreamKind] = MappingProxyType(
+    {kind.name: kind for kind in (dashscope.KIND, baidu.KIND, openai.KIND, ollama.KIND, lexical.KIND)}
+)

@@ -1,0 +1,232 @@
+"""Baidu's embeddings: V1 (Wenxin Workshop: a path per model, errors with HTTP 200) and V2 (Qianfan).
+
+Must not know how a token is kept or a signature made: `app.upstreams.auth` does; only which replies mean that
+a token is stale. Facts: cloud.baidu.com/doc (WENXINWORKSHOP, qianfan-api) and the qianfan SDK 0.4.12.3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import orjson
+from pydantic import SecretStr, model_validator
+
+from app.catalog import CATALOG, Model
+from app.config import UpstreamSettings
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamMisconfigured,
+    UpstreamUnavailable,
+)
+from app.types import Adapter, Auth, Batch, Target, WireReply, WireRequest
+from app.upstreams import auth, openai, replies
+from app.upstreams.kind import Clock, UpstreamKind
+
+_BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
+_PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
+_TOKEN_PATH = "/oauth/2.0/token"  # noqa: S105  # a path
+# V1's last part of the path; a custom service has its own, under its own name.
+_ENDPOINTS = {
+    "Embedding-V1": "embedding-v1",  # as the page on it writes its name
+    "bge-large-zh": "bge_large_zh",
+    "bge-large-en": "bge_large_en",
+    "tao-8k": "tao_8k",
+}
+
+
+class BaiduSettings(UpstreamSettings):
+    type: Literal["baidu"] = "baidu"
+    mode: Literal["v1", "v2"] = "v1"
+    auth: Literal["access_token", "iam"] = "access_token"
+    """How V1 is told who asks. V2 takes its key as it is."""
+    secret_key: SecretStr | None = None
+    access_key: SecretStr | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base_url(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "base_url" not in data:
+            return {**data, "base_url": _BASE_URLS.get(str(data.get("mode")), _BASE_URLS["v1"])}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.mode == "v2":
+            auth.need_key(self, "a config file's ${VARIABLE}")
+        elif self.auth == "iam":
+            _need(self.access_key, "access_key", "auth: iam signs with access_key and secret_key")
+            _need(self.secret_key, "secret_key", "auth: iam signs with access_key and secret_key")
+        elif self.api_keys:
+            raise ValueError("api_keys: an access token is made from one api_key and its secret_key")
+        else:
+            _need(self.api_key, "api_key", "set it here, or BAIDU_API_KEY in the environment")
+            _need(self.secret_key, "secret_key", "set it here, or BAIDU_SECRET_KEY in the environment")
+        return self
+
+
+def _need(value: SecretStr | None, name: str, how: str) -> None:
+    if value is None:
+        raise ValueError(f"{name}: needed; {how}")
+
+
+# --- V1 ---------------------------------------------------------------------------------------------
+
+
+def build_request(batch: Batch, target: Target) -> WireRequest:
+    name = target.model.name
+    endpoint = _ENDPOINTS.get(name) or quote(name, safe="")
+    return openai.post(target.base_url + _PATH + endpoint, {"input": batch.inputs})
+
+
+_STALE = frozenset({100, 110, 111})  # bad or missing, no longer valid, expired
+
+_CODES: Mapping[int, type[GatewayError]] = {
+    1: UpstreamError,
+    2: UpstreamUnavailable,
+    3: UpstreamMisconfigured,
+    4: RateLimited,  # the cluster's limit, not ours
+    6: UpstreamAuth,
+    13: UpstreamAuth,
+    14: UpstreamAuth,
+    15: UpstreamUnavailable,  # "app not exists or create failed": the vendor's page says to ask again
+    17: QuotaExhausted,
+    18: RateLimited,
+    19: QuotaExhausted,
+    100: UpstreamAuth,
+    110: UpstreamAuth,
+    111: UpstreamAuth,
+    336000: UpstreamError,
+    336001: InvalidRequest,
+    336002: InvalidRequest,
+    336003: InvalidRequest,
+    336004: UpstreamAuth,
+    336005: UpstreamMisconfigured,
+    336006: ContextLengthExceeded,
+    336007: ContextLengthExceeded,
+    336008: ContextLengthExceeded,
+    336100: UpstreamUnavailable,
+    336101: UpstreamMisconfigured,
+    336102: InvalidRequest,
+    336103: ContextLengthExceeded,
+    336104: InvalidRequest,
+    336105: InvalidRequest,
+    336200: UpstreamError,
+    336303: InvalidRequest,
+    336501: RateLimited,
+    336502: RateLimited,
+    337006: InvalidRequest,
+}
+
+
+def error_code(reply: WireReply) -> int:
+    """V1's `error_code`, or 0. Not told by `error_msg`, which may be there and empty."""
+    if b'"error_code"' not in reply.body:
+        return 0
+    try:
+        body = orjson.loads(reply.body)
+        return int(body["error_code"]) if isinstance(body, dict) else 0
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return 0
+
+
+def is_stale(reply: WireReply) -> bool:
+    return error_code(reply) in _STALE
+
+
+def parse_error(reply: WireReply) -> GatewayError | None:
+    code = error_code(reply)
+    if not code and 200 <= reply.status < 300:
+        return None
+    message = replies.said(reply).message or reply.headers.get("x-bce-error-message", "")
+    kind = _CODES.get(code, UpstreamError) if code else replies.by_status(reply.status, message)
+    if kind is InvalidRequest:
+        kind = replies.refusal(message)
+    return replies.failure(kind, reply, message)
+
+
+# --- V2 ---------------------------------------------------------------------------------------------
+
+_V2_CODES: Mapping[str, type[GatewayError]] = {
+    "invalid_model": UpstreamMisconfigured,  # HTTP 401, but the key is good
+    "model_offline": UpstreamMisconfigured,
+    "account_overdue": QuotaExhausted,
+    "characters_too_long": ContextLengthExceeded,
+    "tokens_too_long": ContextLengthExceeded,
+    "image_url_unsafe": InvalidRequest,
+    "system_unsafe": InvalidRequest,
+    "user_setting_unsafe": InvalidRequest,
+    "functions_unsafe": InvalidRequest,
+}
+
+
+def parse_error_v2(reply: WireReply) -> GatewayError | None:
+    if 200 <= reply.status < 300:
+        return None
+    told = replies.said(reply)
+    kind = _V2_CODES.get(told.code) or replies.by_status(reply.status, told.message)
+    return replies.failure(kind, reply, told.message)
+
+
+_ADAPTERS = {
+    "v1": Adapter(build_request, parse_error, openai.parse_response),
+    "v2": Adapter(openai.request_builder("/embeddings", {}, "float"), parse_error_v2, openai.parse_response),
+}
+
+
+def adapter(settings: BaiduSettings) -> Adapter:
+    return _ADAPTERS[settings.mode]
+
+
+def credentials(settings: BaiduSettings, clock: Clock) -> Auth:
+    if settings.mode == "v2":
+        return auth.bearer(auth.keys(settings))
+    secret = settings.secret_key.get_secret_value() if settings.secret_key else ""
+    if settings.auth == "iam":
+        return auth.BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
+    # Its parameters travel in the query although it is a POST; they are never part of a URL we hold.
+    ask = WireRequest(
+        "POST",
+        settings.base_url.rstrip("/") + _TOKEN_PATH,
+        {"content-type": "application/json", "accept": "application/json"},
+        query={
+            "grant_type": "client_credentials",
+            "client_id": auth.keys(settings)[0],
+            "client_secret": secret,
+        },
+    )
+    return auth.AccessToken(ask, is_stale, clock)
+
+
+def models(_settings: BaiduSettings) -> Mapping[str, Model]:
+    return CATALOG["baidu"]
+
+
+def unlisted(name: str) -> Model:
+    """Neither API takes a number of dimensions."""
+    return Model(name, max_batch=16)
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    api_key, secret_key = environ.get("BAIDU_API_KEY"), environ.get("BAIDU_SECRET_KEY")
+    if not api_key or not secret_key:
+        return None
+    return {"type": "baidu", "api_key": api_key, "secret_key": secret_key}
+
+
+KIND = UpstreamKind(
+    name="baidu",
+    settings=BaiduSettings,
+    adapter=adapter,
+    auth=credentials,
+    models=models,
+    unlisted=unlisted,
+    environment=environment,
+)

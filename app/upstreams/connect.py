@@ -1,0 +1,100 @@
+"""One upstream, connected: its client, credentials, dialect and the models it is known to have."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+
+import httpx
+from pydantic import BaseModel, SecretStr
+
+from app.catalog import CATALOG, Model
+from app.config import UpstreamSettings
+from app.errors import GatewayError
+from app.types import Target, WireReply, WireRequest
+from app.upstreams.client import AiohttpTransport, Client
+from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.redact import Redactor
+
+log = logging.getLogger(__name__)
+
+FRESH = 10.0
+"""Seconds for which a list of models is taken as it is: an unknown name asks the upstream at most this often."""
+
+
+class Upstream:
+    """A configured upstream. Holds a connection pool: close it."""
+
+    def __init__(
+        self,
+        name: str,
+        settings: UpstreamSettings,
+        kind: UpstreamKind,
+        clock: Clock,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self.name, self.settings, self.kind = name, settings, kind
+        self._clock = clock
+        self.redact = Redactor(_secrets(settings))
+        self.client = Client(kind.transport(settings) or transport or _network(settings), timeout=settings.timeout)
+        self.adapter = kind.adapter(settings)
+        self.auth = kind.auth(settings, clock)
+        self.models: dict[str, Model] = dict(kind.models(settings))
+        self.discovers = kind.discover is not None and not self.models
+        self.trouble: str | None = None
+        """Why its models could not be listed, if they could not."""
+        self._discovered_at: float | None = None
+
+    def model(self, name: str) -> Model:
+        """Facts about a model the operator names, whether or not the upstream is known to have it."""
+        return self.models.get(name) or CATALOG.get(self.kind.name, {}).get(name) or self.kind.unlisted(name)
+
+    def target(self, model: Model) -> Target:
+        return Target(self.settings.base_url.rstrip("/"), model, self.settings)
+
+    async def send(self, request: WireRequest) -> WireReply:
+        """One exchange without credentials, with the headers the operator configured."""
+        if self.settings.headers:
+            request.headers.update({name.lower(): value for name, value in self.settings.headers.items()})
+        return await self.client.send(request)
+
+    async def discover(self) -> bool:
+        """Asks the upstream for its models, unless it was just asked. Returns whether that changed them."""
+        now = self._clock.monotonic()
+        if not self.discovers or (self._discovered_at is not None and now - self._discovered_at < FRESH):
+            return False
+        self._discovered_at = now
+        assert self.kind.discover is not None
+        try:
+            found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
+        except GatewayError as error:
+            self.trouble = self.redact(error.message)
+            log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
+            return False
+        self.trouble = None
+        before, self.models = self.models, {model.name: model for model in found}
+        return before != self.models
+
+    async def aclose(self) -> None:
+        await self.client.aclose()
+
+
+def _network(settings: UpstreamSettings) -> AiohttpTransport:
+    proxy = settings.proxy.get_secret_value() if settings.proxy else None
+    return AiohttpTransport(connect_timeout=settings.connect_timeout, proxy=proxy)
+
+
+def _secrets(settings: BaseModel) -> Iterator[str]:
+    """Every secret in an upstream's settings, wherever its type put it."""
+    for name in type(settings).model_fields:
+        yield from _secrets_in(getattr(settings, name))
+
+
+def _secrets_in(value: object) -> Iterator[str]:
+    if isinstance(value, SecretStr):
+        yield value.get_secret_value()
+    elif isinstance(value, tuple | list):
+        for each in value:
+            yield from _secrets_in(each)
+    elif isinstance(value, Mapping):
+        yield from (each for each in value.values() if isinstance(each, str) and len(each) >= 8)

@@ -1,0 +1,203 @@
+"""Alibaba Cloud Model Studio (DashScope): text embeddings in its own dialect, or in OpenAI's.
+
+Must not know batching or limits: those are the catalogue's. Facts: help.aliyun.com/zh/model-studio, pages
+text-embedding-synchronous-api and error-code, and the dashscope SDK 2.0.2 (PyPI).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Literal, Self
+
+import orjson
+from pydantic import model_validator
+
+from app import vectors
+from app.catalog import CATALOG, Model
+from app.config import UpstreamSettings
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamMisconfigured,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from app.types import Adapter, Auth, Batch, Parsed, Target, WireReply, WireRequest
+from app.upstreams import auth, openai, replies
+from app.upstreams.kind import Clock, UpstreamKind
+
+_BASE_URLS = {
+    "native": "https://dashscope.aliyuncs.com/api/v1",
+    "compatible": "https://dashscope.aliyuncs.com/compatible-mode/v1",
+}
+_PATH = "/services/embeddings/text-embedding/text-embedding"
+
+
+class DashScopeSettings(UpstreamSettings):
+    type: Literal["dashscope"] = "dashscope"
+    mode: Literal["native", "compatible"] = "native"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base_url(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "base_url" not in data:
+            return {**data, "base_url": _BASE_URLS.get(str(data.get("mode")), _BASE_URLS["native"])}
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        auth.need_key(self, "DASHSCOPE_API_KEY")
+        return self
+
+
+def build_request(batch: Batch, target: Target) -> WireRequest:
+    """The native form. `parameters` is sent even when empty: else there is a BadRequest.EmptyParameters."""
+    params = batch.params
+    parameters: dict[str, object] = {}
+    role = params.input_type or target.model.default_role
+    if role is not None:
+        parameters["text_type"] = role
+    if params.dimensions is not None:
+        parameters["dimension"] = params.dimensions
+    if params.output_type != "dense":
+        parameters["output_type"] = params.output_type
+    if params.instruct is not None:
+        parameters["instruct"] = params.instruct
+    body = {"model": target.model.name, "input": {"texts": batch.inputs}, "parameters": parameters}
+    return openai.post(target.base_url + _PATH, body)
+
+
+# Codes in lower case, of both modes, whole or up to their first dot.
+_CODES: Mapping[str, type[GatewayError]] = {
+    "invalidparameter": InvalidRequest,
+    "invalidparameter.datainspection": UpstreamError,  # media that could not be looked at, this time
+    "invalid_parameter_error": InvalidRequest,
+    "invalid_request_error": InvalidRequest,
+    "badrequest": InvalidRequest,
+    "datainspectionfailed": InvalidRequest,
+    "data_inspection_failed": InvalidRequest,
+    "invalidurl": InvalidRequest,
+    "invalidfile": InvalidRequest,
+    "unsupportedoperation": InvalidRequest,
+    "serviceunavailableerror": InvalidRequest,  # misnamed by the vendor: empty content, bad role
+    "arrearage": QuotaExhausted,
+    "prepaidbilloverdue": QuotaExhausted,
+    "postpaidbilloverdue": QuotaExhausted,
+    "commoditynotpurchased": QuotaExhausted,
+    "allocationquota": QuotaExhausted,
+    "invalidapikey": UpstreamAuth,
+    "invalid_api_key": UpstreamAuth,
+    "not authorized": UpstreamAuth,
+    "accessdenied": UpstreamAuth,
+    "access_denied": UpstreamAuth,
+    "workspace": UpstreamAuth,
+    "app": UpstreamAuth,
+    # The key is good, only not for this model: others behind it go on.
+    "model": UpstreamMisconfigured,
+    "endpoint": UpstreamMisconfigured,
+    "modelnotfound": UpstreamMisconfigured,
+    "model_not_found": UpstreamMisconfigured,
+    "model_not_supported": UpstreamMisconfigured,
+    "workspacenotfound": UpstreamMisconfigured,
+    "notfound": UpstreamMisconfigured,
+    "conflict": UpstreamMisconfigured,
+    "throttling": RateLimited,
+    "limitrequests": RateLimited,
+    "limit_requests": RateLimited,
+    "limit_burst_rate": RateLimited,
+    "insufficient_quota": RateLimited,  # tokens per minute, unless the message says otherwise
+    "internalerror": UpstreamError,
+    "internalerror.timeout": UpstreamTimeout,
+    "internal_error": UpstreamError,
+    "systemerror": UpstreamError,
+    "modelservicefailed": UpstreamError,
+    "requesttimeout": UpstreamTimeout,
+    "gatewaytimeout": UpstreamTimeout,
+    "modelservingerror": UpstreamUnavailable,
+    "modelunavailable": UpstreamUnavailable,
+    "serviceunavailable": UpstreamUnavailable,
+}
+# The one code for a rate (passes within a minute) and for a quota (does not) is told apart by its words.
+_USED_UP = re.compile(r"\b(free|hour|week|month) allocated quota exceeded|free quota", re.IGNORECASE)
+_NO_MODEL = re.compile(r"model (does )?not exist|does not support (a?synchronous) calls", re.IGNORECASE)
+
+
+def parse_error(reply: WireReply) -> GatewayError | None:
+    """Both modes. An error may come with HTTP 200; a `code` that is empty is none."""
+    succeeded = 200 <= reply.status < 300
+    if succeeded and b'"code"' not in reply.body:
+        return None
+    told = replies.said(reply)
+    if succeeded and not told.code:
+        return None
+    return replies.failure(_kind(reply.status, told), reply, told.message)
+
+
+def _kind(status: int, told: replies.Said) -> type[GatewayError]:
+    code = (told.code or told.type).lower()
+    # The algorithm's own refusal arrives under other codes and statuses as well.
+    if "internalerror.algo.invalidparameter" in f"{code} {told.message.lower()}":
+        code = "invalidparameter"
+    kind = _CODES.get(code) or _CODES.get(code.partition(".")[0]) or replies.by_status(status, told.message)
+    if kind is RateLimited and _USED_UP.search(told.message):
+        return QuotaExhausted
+    if kind in (InvalidRequest, UpstreamAuth) and _NO_MODEL.search(told.message):
+        return UpstreamMisconfigured
+    return replies.refusal(told.message) if kind is InvalidRequest else kind
+
+
+def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+    """The native form; documents disagree on which of two names the bill has."""
+    body = orjson.loads(reply.body)
+    rows = body["output"]["embeddings"]
+    return Parsed(
+        [row["text_index"] for row in rows],
+        [vectors.parse(row["embedding"]) for row in rows],
+        replies.billed(body.get("usage"), "total_tokens", "input_tokens"),
+    )
+
+
+_ADAPTERS = {
+    "native": Adapter(build_request, parse_error, parse_response),
+    # Its gateway answers numbers to long requests whatever they ask for, so numbers are asked for.
+    "compatible": Adapter(openai.request_builder("/embeddings", {}, "float"), parse_error, openai.parse_response),
+}
+
+
+def adapter(settings: DashScopeSettings) -> Adapter:
+    return _ADAPTERS[settings.mode]
+
+
+def credentials(settings: DashScopeSettings, _clock: Clock) -> Auth:
+    return auth.bearer(auth.keys(settings))
+
+
+# OpenAI's dialect has no words for roles and instructions: every text is a document there.
+_COMPATIBLE = {
+    name: replace(model, roles=("document",), instruct=False) for name, model in CATALOG["dashscope"].items()
+}
+
+
+def models(settings: DashScopeSettings) -> Mapping[str, Model]:
+    return CATALOG["dashscope"] if settings.mode == "native" else _COMPATIBLE
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    key = environ.get("DASHSCOPE_API_KEY")
+    return {"type": "dashscope", "api_key": key} if key else None
+
+
+KIND = UpstreamKind(
+    name="dashscope",
+    settings=DashScopeSettings,
+    adapter=adapter,
+    auth=credentials,
+    models=models,
+    environment=environment,
+)

@@ -1,0 +1,52 @@
+"""What a dialect's module hands to the rest: its settings, its adapter, its credentials, its models."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from app.catalog import ANY, Model
+from app.clock import Clock as Clock
+from app.config import UpstreamSettings
+from app.types import Adapter, Auth, Send
+
+
+def no_environment(environ: Mapping[str, str]) -> None:
+    """A type that the environment cannot switch on."""
+
+
+def unlisted(name: str) -> Model:
+    """A model nothing is known of: few inputs a call, and whatever length the upstream takes."""
+    return Model(name, dimension_choices=ANY, max_batch=10)
+
+
+def no_transport(settings: Any) -> None:
+    """A type that is reached over the network."""
+
+
+@dataclass(frozen=True, slots=True)
+class UpstreamKind:
+    """One value of `type:` in the configuration. All functions take this type's own settings."""
+
+    name: str
+    settings: type[UpstreamSettings]
+    adapter: Callable[[Any], Adapter]
+    """The dialect spoken with these settings (a type may have modes)."""
+    auth: Callable[[Any, Clock], Auth]
+    models: Callable[[Any], Mapping[str, Model]]
+    """What is known beforehand, from the catalogue."""
+    discover: Callable[[Any, Send], Awaitable[Sequence[Model]]] | None = None
+    """Asks the upstream for its models; raises `GatewayError`. `Send` is already authorised."""
+    environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = no_environment
+    """Settings (as in YAML) from vendor variables such as `X_API_KEY`, or None when they are not set."""
+    transport: Callable[[Any], httpx.AsyncBaseTransport | None] = no_transport
+    """A transport of its own, for an upstream inside this process."""
+    default_address: tuple[str, int] | None = None
+    """Where a server of this type listens when nobody says otherwise: without a config file it is looked for there."""
+    built_in: bool = False
+    """Serves when nothing else is configured."""
+    unlisted: Callable[[str], Model] = unlisted
+    """Facts to go by for a model that is configured but not known."""

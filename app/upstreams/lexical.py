@@ -1,0 +1,194 @@
+"""An upstream inside this process: words and character n-grams hashed into a vector. For trying out, for
+tests and for work without a network; it sees spelling and never meaning, so no search engine of worth.
+
+Goes through the client, OpenAI's dialect and the contract check as any upstream does. The same text gives the
+same bytes on every machine: hashes are ours, and all sums are of whole numbers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+import httpx
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from app import vectors
+from app.catalog import CATALOG, Model
+from app.config import UpstreamSettings
+from app.types import Adapter, Auth
+from app.upstreams import openai
+from app.upstreams.auth import NoAuth
+from app.upstreams.kind import Clock, UpstreamKind
+
+_Numbers = NDArray[np.uint64]
+_Flags = NDArray[np.bool_]
+_Found = tuple[NDArray[np.int64], _Numbers, NDArray[np.float64]]
+
+_BASE = np.uint64(0x100000001B3)
+_SPACE = np.uint64(ord(" "))
+_IN_A_THREAD = 20_000
+"""Characters beyond which hashing would hold up the event loop for more than some milliseconds."""
+
+# Scripts without spaces between words: kana, Han, Hangul.
+_WIDE = np.array([0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7B0, 0xF900, 0xFB00, 0x20000, 0x40000], np.uint64)
+_SEPARATORS = re.compile(r"[\W_]+")
+
+
+def embed(text: str, dimensions: int) -> bytes:
+    """The text's vector: unit length, float32, never zero."""
+    return embed_all([text], dimensions)[0]
+
+
+def embed_all(texts: Sequence[str], dimensions: int) -> list[bytes]:
+    """One vector a text. What stands beside a text in the list does not alter its vector."""
+    words = [_words(text) for text in texts]
+    letters = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+    owners = np.repeat(np.arange(len(texts), dtype=np.int64), [len(each) for each in words])
+    places, hashes, weights = _features(letters)
+    cells = owners[places] * dimensions + (hashes % np.uint64(dimensions)).astype(np.int64)
+    signs = 1.0 - 2.0 * (hashes >> np.uint64(63)).astype(np.float64)
+    sums = np.bincount(cells, signs * weights, minlength=len(texts) * dimensions).reshape(-1, dimensions)
+    squares = (sums * sums).sum(axis=1)
+    # A few features may cancel each other out.
+    sums[squares == 0, 0] = 1.0
+    squares[squares == 0] = 1.0
+    return [row.tobytes() for row in (sums / np.sqrt(squares)[:, None]).astype("<f4")]
+
+
+def count_tokens(text: str) -> int:
+    """Words, and characters of scripts that do not space words."""
+    letters = np.frombuffer(_words(text).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
+    wide = _is_wide(letters)
+    return int(wide.sum()) + int(_starts(wide | (letters == _SPACE)).sum())
+
+
+def _words(text: str) -> str:
+    """Each word between spaces, one to either side. Where there is no word the symbols are spelled out."""
+    words = _SEPARATORS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
+    return f" {words or ' '.join(f'u{ord(symbol):x}' for symbol in text) or 'nothing'} "
+
+
+def _features(letters: _Numbers) -> _Found:
+    """Where each feature begins, its hash and its weight."""
+    space, wide = letters == _SPACE, _is_wide(letters)
+    blocked = space | wide
+    found = [_whole_words(letters, blocked)]
+    inside = np.concatenate(([0], np.cumsum(blocked)))
+    grams = letters
+    for size in range(1, 6):
+        if size > 1:
+            grams = grams[:-1] * _BASE + letters[size - 1 :]
+        count = len(grams)
+        if size <= 2:  # Chinese: single characters and pairs; a pair is about a word
+            whole = wide[:count] & wide[size - 1 :]
+            weight = 2.0 * size
+        else:  # words' parts, with the space that begins or ends the word, none within
+            within = inside[size - 1 : size - 1 + count] - inside[1 : 1 + count]
+            whole = (within == 0) & ~wide[:count] & ~wide[size - 1 :]
+            weight = 1.0
+        places = np.flatnonzero(whole)
+        found.append((places, _mix(grams[places] + np.uint64(size)), np.full(len(places), weight)))
+    return (
+        np.concatenate([places for places, _, _ in found]),
+        np.concatenate([hashes for _, hashes, _ in found]),
+        np.concatenate([weights for _, _, weights in found]),
+    )
+
+
+def _whole_words(letters: _Numbers, blocked: _Flags) -> _Found:
+    """Longer words weigh more, up to eight letters: the short ones of most languages say least."""
+    places = np.flatnonzero(_starts(blocked))
+    inner = np.flatnonzero(~blocked)
+    if not len(inner):
+        return places, np.empty(0, np.uint64), np.empty(0)
+    first = np.searchsorted(inner, places)
+    lengths = np.diff(np.append(first, len(inner)))
+    position = (np.arange(len(inner)) - np.repeat(first, lengths)).astype(np.uint64)
+    hashes = np.add.reduceat(_mix(letters[inner] + position * _BASE), first)
+    return places, _mix(hashes), np.minimum(lengths, 8).astype(np.float64)
+
+
+def _starts(blocked: _Flags) -> _Flags:
+    """Where a run of letters begins: each text begins with a space."""
+    starts = ~blocked
+    starts[1:] &= blocked[:-1]
+    return starts
+
+
+def _is_wide(letters: _Numbers) -> _Flags:
+    return (np.searchsorted(_WIDE, letters, side="right") & 1).astype(np.bool_)
+
+
+def _mix(numbers: _Numbers) -> _Numbers:
+    """SplitMix64's finaliser: every bit of the input reaches every bit of the result."""
+    numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return numbers ^ (numbers >> np.uint64(31))
+
+
+class LexicalTransport(httpx.AsyncBaseTransport):
+    """Answers `POST …/embeddings` in OpenAI's shape, base64 always."""
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        try:
+            body = orjson.loads(await request.aread())
+            texts, model = body["input"], CATALOG["lexical"][body["model"]]
+            asked = body.get("dimensions", model.dimensions)
+        except (KeyError, TypeError, ValueError):
+            return _reply(404, {"error": {"message": "no such model", "code": "model_not_found"}})
+        if sum(map(len, texts)) > _IN_A_THREAD:
+            return _reply(200, await asyncio.to_thread(_answer, texts, asked))
+        return _reply(200, _answer(texts, asked))
+
+
+def _answer(texts: list[str], dimensions: int) -> dict[str, object]:
+    rows = [
+        {"index": index, "embedding": vectors.to_base64(vector).decode()}
+        for index, vector in enumerate(embed_all(texts, dimensions))
+    ]
+    tokens = sum(map(count_tokens, texts))
+    return {"object": "list", "data": rows, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}
+
+
+def _reply(status: int, body: object) -> httpx.Response:
+    stream = httpx.ByteStream(orjson.dumps(body))
+    return httpx.Response(status, headers={"content-type": "application/json"}, stream=stream)
+
+
+class LexicalSettings(UpstreamSettings):
+    type: Literal["lexical"] = "lexical"
+    base_url: str = "http://lexical.invalid"
+
+
+def adapter(_settings: LexicalSettings) -> Adapter:
+    build_request = openai.request_builder("/embeddings", {}, "base64")
+    return Adapter(build_request, openai.parse_error, openai.parse_response)
+
+
+def credentials(_settings: LexicalSettings, _clock: Clock) -> Auth:
+    return NoAuth()
+
+
+def models(_settings: LexicalSettings) -> Mapping[str, Model]:
+    return CATALOG["lexical"]
+
+
+def transport(_settings: LexicalSettings) -> httpx.AsyncBaseTransport:
+    return LexicalTransport()
+
+
+KIND = UpstreamKind(
+    name="lexical",
+    settings=LexicalSettings,
+    adapter=adapter,
+    auth=credentials,
+    models=models,
+    transport=transport,
+    built_in=True,
+)

@@ -1,0 +1,215 @@
+"""Ollama's own API, `/api/embed`: what its OpenAI-style route lacks is not silently cutting long texts.
+
+Must not know where a server is: only how `OLLAMA_HOST` says it. Facts: ollama/ollama v0.33.0-rc2,
+server/routes.go, api/types.go and envconfig.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, cast
+from urllib.parse import urlsplit
+
+import orjson
+from pydantic import Field
+
+from app import vectors
+from app.catalog import ANY, Model
+from app.config import UpstreamSettings
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    UpstreamError,
+    UpstreamInvalidResponse,
+    UpstreamInvalidVector,
+    UpstreamMisconfigured,
+)
+from app.types import Adapter, Auth, Batch, Parsed, Send, Target, WireReply, WireRequest
+from app.upstreams import auth, openai, replies
+from app.upstreams.kind import Clock, UpstreamKind
+
+PORT = 11434
+MAX_BATCH = 16
+"""It has no limit, but one input that fails fails its call, and a batch is no faster than its inputs."""
+
+
+class OllamaSettings(UpstreamSettings):
+    type: Literal["ollama"] = "ollama"
+    base_url: str = f"http://localhost:{PORT}"
+    max_concurrency: int = Field(default=2, ge=1)
+    keep_alive: str | int | None = None
+    truncate: bool = False
+    """Ollama's own default is true: a long text is cut and nobody is told."""
+
+
+def build_request(batch: Batch, target: Target) -> WireRequest:
+    settings = cast("OllamaSettings", target.settings)
+    body: dict[str, object] = {
+        "model": target.model.name,
+        "input": batch.inputs,
+        "truncate": settings.truncate,
+    }
+    if batch.params.dimensions is not None:
+        body["dimensions"] = batch.params.dimensions
+    if settings.keep_alive is not None:
+        body["keep_alive"] = settings.keep_alive
+    return openai.post(target.base_url + "/api/embed", body)
+
+
+# Any failure after scheduling is a 400, so the text decides. In this order: the first that matches.
+_TEXTS: Sequence[tuple[re.Pattern[str], type[GatewayError]]] = (
+    (re.compile(r"\bNaN\b|\bInf\b"), UpstreamInvalidVector),
+    (re.compile(r"context length|too large to process"), ContextLengthExceeded),
+    (re.compile(r"model .*not found|invalid model name|model is required"), UpstreamMisconfigured),
+    # What only we can be to blame for: asking again would not help.
+    (re.compile(r"invalid input type|unmarshal|request body|invalid character"), UpstreamMisconfigured),
+)
+
+
+def parse_error(reply: WireReply) -> GatewayError | None:
+    if 200 <= reply.status < 300:
+        return None
+    message = replies.said(reply).message
+    kind = next((kind for pattern, kind in _TEXTS if pattern.search(message)), None)
+    if kind is None:
+        # A 400 that none of these texts explains is a runner that crashed, never the caller's fault.
+        kind = UpstreamError if reply.status == 400 else replies.by_status(reply.status, message)
+    return replies.failure(kind, reply, message)
+
+
+def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+    """No index: vectors come in the order of the inputs. A count of 0 is left out by the server."""
+    body = orjson.loads(reply.body)
+    rows = body["embeddings"]
+    parsed = [vectors.parse(row) for row in rows]
+    return Parsed(range(len(parsed)), parsed, replies.billed(body, "prompt_eval_count"))
+
+
+def adapter(_settings: OllamaSettings) -> Adapter:
+    return Adapter(build_request, parse_error, parse_response)
+
+
+def credentials(settings: OllamaSettings, _clock: Clock) -> Auth:
+    """A server asks for no key; a proxy before one may."""
+    return auth.bearer(auth.keys(settings))
+
+
+def models(_settings: OllamaSettings) -> Mapping[str, Model]:
+    """None beforehand: they are what has been pulled."""
+    return {}
+
+
+def unlisted(name: str) -> Model:
+    return Model(name, dimension_choices=ANY, max_batch=MAX_BATCH)
+
+
+async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
+    """The pulled models that can embed; one tagged `latest` also under its name without the tag."""
+    base_url = settings.base_url.rstrip("/")
+    tags = await _ask(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
+    found: list[Model] = []
+    for tag in _objects(tags.get("models")):
+        name = str(tag.get("name") or tag.get("model") or "")
+        told = tag
+        if _embeds(tag) is None or (_embeds(tag) and _length(tag, "embedding") is None):
+            try:  # an older server: it tells model by model
+                told = await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
+            except UpstreamMisconfigured:  # removed since
+                continue
+        if name and _embeds(told):
+            digest = str(tag.get("digest") or "").removeprefix("sha256:")[:12]
+            found += _models(name, told, digest, cuts=settings.truncate)
+    return found
+
+
+def _models(name: str, told: Mapping[str, Any], digest: str, *, cuts: bool) -> list[Model]:
+    longest = None if cuts else _length(told, "context")
+    return [
+        Model(
+            each,
+            _length(told, "embedding"),
+            ANY,
+            MAX_BATCH,
+            max_tokens_per_input=longest,
+            revision=digest,
+            source="the server's list",
+        )
+        for each in dict.fromkeys((name, name.removesuffix(":latest")))
+    ]
+
+
+def _embeds(told: Mapping[str, Any]) -> bool | None:
+    """Whether a model is for embedding: by its capabilities or its layers; None where neither is told."""
+    capabilities = told.get("capabilities")
+    if isinstance(capabilities, list):
+        return "embedding" in capabilities
+    info = told.get("model_info")
+    if not isinstance(info, dict):
+        return None
+    pools = any(str(key).endswith(".pooling_type") for key in info)
+    return pools or "bert" in str(info.get("general.architecture"))
+
+
+def _length(told: Mapping[str, Any], what: str) -> int | None:
+    """`embedding` or `context` length: among a tag's `details`, or in a model's `model_info`."""
+    for part in ("details", "model_info"):
+        facts = told.get(part)
+        for key, value in facts.items() if isinstance(facts, dict) else ():
+            if f".{key}".endswith(f".{what}_length") and type(value) is int and value > 0:
+                return value
+    return None
+
+
+async def _ask(send: Send, request: WireRequest) -> dict[str, Any]:
+    reply = await send(request)
+    error = parse_error(reply)
+    if error is not None:
+        raise error
+    try:
+        return dict(orjson.loads(reply.body))
+    except (TypeError, ValueError) as fault:
+        raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
+
+
+def _objects(value: object) -> list[dict[str, Any]]:
+    return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    host = environ.get("OLLAMA_HOST", "").strip().strip("\"'")
+    return {"type": "ollama", "base_url": _base_url(host)} if host else None
+
+
+def _base_url(host: str) -> str:
+    """`OLLAMA_HOST` as Ollama reads it: scheme, host, port and path may each be missing.
+
+    The server's own "listen everywhere" is no address to connect to; from here that is loopback.
+    """
+    scheme, separator, rest = host.rpartition("://")
+    default = {"http": 80, "https": 443}.get(scheme, PORT) if separator else PORT
+    if re.fullmatch(r"[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*", rest):  # IPv6 without its brackets
+        rest = f"[{rest}]"
+    try:
+        url = urlsplit(f"{scheme or 'http'}://{rest}")
+    except ValueError:
+        return host  # no address; the settings say so, readably
+    try:
+        port = url.port or default
+    except ValueError:
+        port = default
+    name = {None: "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(url.hostname, url.hostname) or ""  # noqa: S104
+    return f"{url.scheme}://{f'[{name}]' if ':' in name else name}:{port}{url.path.rstrip('/')}"
+
+
+KIND = UpstreamKind(
+    name="ollama",
+    settings=OllamaSettings,
+    adapter=adapter,
+    auth=credentials,
+    models=models,
+    unlisted=unlisted,
+    discover=discover,
+    environment=environment,
+    default_address=("127.0.0.1", PORT),
+)

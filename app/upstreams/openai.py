@@ -1,0 +1,178 @@
+"""OpenAI's embeddings API, and every server that speaks it: Azure, vLLM, TEI, infinity, LM Studio and so on.
+
+What differs between them is configuration, never code. Must not know any vendor behind the dialect.
+Facts: openai-openapi's openapi.yaml, openai-python, and the servers' own sources.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, Self
+
+import orjson
+from pydantic import Field, model_validator
+
+from app import vectors
+from app.catalog import ANY, CATALOG, Model
+from app.config import UpstreamSettings
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    QuotaExhausted,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamInvalidResponse,
+    UpstreamMisconfigured,
+)
+from app.types import Adapter, Auth, Batch, Parsed, Send, Target, WireReply, WireRequest
+from app.upstreams import auth, replies
+from app.upstreams.kind import Clock, UpstreamKind
+
+BASE_URL = "https://api.openai.com/v1"
+
+
+class OpenAISettings(UpstreamSettings):
+    type: Literal["openai"] = "openai"
+    base_url: str = BASE_URL
+    path: str = "/embeddings"
+    query: dict[str, str] = Field(default={})
+    auth: Literal["bearer", "api-key", "none"] = "bearer"
+    encoding_format: Literal["base64", "float", "omit"] = "base64"
+    """What to ask for. Either form is understood whatever was asked; `omit` is for servers that refuse it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if not self.path.startswith("/"):
+            raise ValueError("path: must begin with /")
+        if self.auth != "none" and self.base_url.rstrip("/") == BASE_URL:
+            auth.need_key(self, "OPENAI_API_KEY")
+        return self
+
+
+def request_builder(
+    path: str, query: Mapping[str, str], encoding_format: str | None
+) -> Callable[[Batch, Target], WireRequest]:
+    """`build_request` for a server that has its embeddings at `path` and is asked for `encoding_format`."""
+
+    def build_request(batch: Batch, target: Target) -> WireRequest:
+        body: dict[str, object] = {"model": target.model.name, "input": batch.inputs}
+        if batch.params.dimensions is not None:
+            body["dimensions"] = batch.params.dimensions
+        if encoding_format is not None:
+            body["encoding_format"] = encoding_format
+        return post(target.base_url + path, body, query)
+
+    return build_request
+
+
+def post(url: str, body: object, query: Mapping[str, str] | None = None) -> WireRequest:
+    """A JSON request, as every dialect makes it."""
+    headers = {"content-type": "application/json", "accept": "application/json"}
+    return WireRequest("POST", url, headers, orjson.dumps(body), dict(query) if query else {})
+
+
+_CODES: Mapping[str, type[GatewayError]] = {
+    "insufficient_quota": QuotaExhausted,
+    "billing_hard_limit_reached": QuotaExhausted,
+    "billing_not_active": QuotaExhausted,
+    "invalid_api_key": UpstreamAuth,
+    "model_not_found": UpstreamMisconfigured,
+    "deploymentnotfound": UpstreamMisconfigured,
+    "context_length_exceeded": ContextLengthExceeded,
+    "string_above_max_length": ContextLengthExceeded,
+}
+
+
+def parse_error(reply: WireReply) -> GatewayError | None:
+    """Codes before statuses: OpenAI says 403 as well as 404 for a model it does not have."""
+    if 200 <= reply.status < 300:
+        return _error_in_success(reply)
+    told = replies.said(reply)
+    kind = _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
+    return replies.failure(kind or replies.by_status(reply.status, told.message), reply, told.message)
+
+
+def _error_in_success(reply: WireReply) -> GatewayError | None:
+    """Some gateways in front of a server say 200 and mean the error in the body. Such bodies are short."""
+    if len(reply.body) > 4096 or b'"error"' not in reply.body:
+        return None
+    try:
+        body = orjson.loads(reply.body)
+    except orjson.JSONDecodeError:
+        return None
+    if not isinstance(body, dict) or not body.get("error") or body.get("data"):
+        return None
+    told = replies.said(reply)
+    kind = _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
+    if kind is None and told.code.isdecimal() and 400 <= int(told.code) < 600:
+        kind = replies.by_status(int(told.code), told.message)
+    return replies.failure(kind or UpstreamError, reply, told.message)
+
+
+def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+    """Numbers or base64, whichever came."""
+    body = orjson.loads(reply.body)
+    rows = body["data"]
+    return Parsed(
+        [row["index"] for row in rows],
+        [vectors.parse(row["embedding"]) for row in rows],
+        replies.billed(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens"),
+    )
+
+
+def adapter(settings: OpenAISettings) -> Adapter:
+    asked = None if settings.encoding_format == "omit" else settings.encoding_format
+    return Adapter(request_builder(settings.path, settings.query, asked), parse_error, parse_response)
+
+
+def credentials(settings: OpenAISettings, _clock: Clock) -> Auth:
+    keys = auth.keys(settings)
+    if not keys or settings.auth == "none":
+        return auth.NoAuth()
+    return auth.HeaderKey("api-key", keys) if settings.auth == "api-key" else auth.bearer(keys)
+
+
+def models(settings: OpenAISettings) -> Mapping[str, Model]:
+    """OpenAI's own; what another server has, it is asked."""
+    return CATALOG["openai"] if settings.base_url.rstrip("/") == BASE_URL else {}
+
+
+def unlisted(name: str) -> Model:
+    """The catalogue's facts for a name it has, wherever served; else 32 rows, TEI's default."""
+    return CATALOG["openai"].get(name) or Model(name, dimension_choices=ANY, max_batch=32)
+
+
+async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model]:
+    """`GET /models`; in old versions of infinity `data` is one object and not a list of them."""
+    url = settings.base_url.rstrip("/") + "/models"
+    reply = await send(WireRequest("GET", url, {"accept": "application/json"}, query=dict(settings.query)))
+    error = parse_error(reply)
+    if error is not None:
+        raise error
+    try:
+        rows = orjson.loads(reply.body)["data"]
+        names = [str(row["id"]) for row in ([rows] if isinstance(rows, dict) else rows)]
+    except (KeyError, TypeError, ValueError) as fault:
+        raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
+    return [unlisted(name) for name in dict.fromkeys(names)]
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    if not environ.get("OPENAI_API_KEY"):
+        return None
+    settings = {"type": "openai", "api_key": environ["OPENAI_API_KEY"]}
+    if environ.get("OPENAI_BASE_URL"):
+        settings["base_url"] = environ["OPENAI_BASE_URL"]
+    return settings
+
+
+KIND = UpstreamKind(
+    name="openai",
+    settings=OpenAISettings,
+    adapter=adapter,
+    auth=credentials,
+    models=models,
+    unlisted=unlisted,
+    discover=discover,
+    environment=environment,
+)

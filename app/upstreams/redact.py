@@ -1,0 +1,28 @@
+"""Takes secrets out of what upstreams say, before anybody reads it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+_SHAPES = re.compile(
+    r"(?i)\b(bearer\s+)[^\s\"',;]+"
+    r"|((?:access_token|refresh_token|client_id|client_secret|api[-_]?key|secret[-_]?key|token|password)"
+    r"[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
+    r"|\bsk-[\w*-]{6,}"
+    r"|\b2[45]\.[0-9a-f]{32}\.[\w.-]+"  # an OAuth token, as its server writes it
+    r"|\b(https?://)[^\s\"']+"
+)
+
+
+class Redactor:
+    """Replaces the secrets it was told of, anything shaped like one, and URLs, by `***`."""
+
+    def __init__(self, secrets: Iterable[str] = ()) -> None:
+        # The longest first: one secret may be a part of another.
+        self._secrets = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+
+    def __call__(self, text: str) -> str:
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)

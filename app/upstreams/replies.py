@@ -1,0 +1,188 @@
+"""What an upstream says when it does not embed: error bodies in their many shapes, Retry-After, statuses.
+
+Shared by the dialects for what they have in common; knows no vendor's codes. Pure: messages are cut to
+size here and freed of secrets by whoever knows the secrets (`app.upstreams.redact`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from typing import Any, NamedTuple, cast
+
+import orjson
+
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UnsupportedDimensions,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamInvalidVector,
+    UpstreamMisconfigured,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from app.types import WireReply
+
+LONGEST = 300
+"""Characters of an upstream's own words that a caller gets to read."""
+
+_WORDS: Mapping[type[GatewayError], str] = {
+    InvalidRequest: "the upstream refused the input",
+    ContextLengthExceeded: "an input is longer than the model takes",
+    UnsupportedDimensions: "the model cannot give this many dimensions",
+    RateLimited: "the upstream's rate limit is reached",
+    QuotaExhausted: "the quota with the upstream is used up",
+    UpstreamError: "the upstream failed",
+    UpstreamAuth: "the upstream refused the gateway's credentials",
+    UpstreamMisconfigured: "the upstream does not know the model, path or form it was asked for",
+    UpstreamInvalidVector: "the upstream computed a vector that holds NaN or infinity",
+    UpstreamTimeout: "the upstream took too long",
+    UpstreamUnavailable: "the upstream has no room",
+}
+
+_STATUSES: Mapping[int, type[GatewayError]] = {
+    401: UpstreamAuth,
+    402: QuotaExhausted,
+    403: UpstreamAuth,
+    404: UpstreamMisconfigured,
+    405: UpstreamMisconfigured,
+    406: UpstreamMisconfigured,
+    407: UpstreamAuth,
+    408: UpstreamTimeout,
+    409: UpstreamError,
+    410: UpstreamMisconfigured,
+    415: UpstreamMisconfigured,
+    424: UpstreamError,  # TEI: the model's backend failed
+    425: UpstreamError,
+    429: RateLimited,
+    499: UpstreamError,  # nginx, Ollama: the upstream took us for gone
+    501: UpstreamMisconfigured,
+    503: UpstreamUnavailable,
+    504: UpstreamTimeout,
+    524: UpstreamTimeout,  # Cloudflare: the origin did not answer in time
+    529: UpstreamUnavailable,
+}
+# A redirect is never followed: it would carry our key to wherever it points.
+_CLASSES: Mapping[int, type[GatewayError]] = {3: UpstreamMisconfigured, 4: InvalidRequest}
+
+_DIMENSIONS = re.compile(r"\bdimensions?\b|matryoshka", re.IGNORECASE)
+# Not "array too long": that is too many inputs.
+_TOO_LONG = re.compile(
+    r"context.?length|context window|input length|(?<!array )\btoo long|too large to process"
+    r"|maximum.{0,30}\btokens|less than \d+ tokens|at most \d+ characters|max input (characters|tokens)",
+    re.IGNORECASE,
+)
+
+
+class Said(NamedTuple):
+    """An error body's own words; each is empty where there is none."""
+
+    code: str
+    type: str
+    message: str
+
+
+def said(reply: WireReply) -> Said:
+    """Reads an error body: nested under `error`, flat, `error` or `detail` as text, in a list, or no JSON."""
+    try:
+        body = orjson.loads(reply.body)
+    except orjson.JSONDecodeError:
+        return Said("", "", _plain(reply.body))
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]
+    if not isinstance(body, dict):
+        return Said("", "", _text(body))
+    inner = body.get("error")
+    source = cast("dict[str, Any]", inner) if isinstance(inner, dict) else body
+    fields = ("message", "msg", "error_msg", "error_description", "detail", "error")
+    message = next((text for field in fields if (text := _text(source.get(field)))), "")
+    return Said(_word(source.get("code")), _word(source.get("type")), message)
+
+
+def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
+    """An error of this class, in our words and the upstream's."""
+    theirs = " ".join(message.split())
+    if len(theirs) > LONGEST:
+        theirs = theirs[: LONGEST - 1] + "…"
+    text = f"{_WORDS[kind]}: {theirs}" if theirs else f"{_WORDS[kind]} (HTTP {reply.status})"
+    param = "dimensions" if kind is UnsupportedDimensions else None
+    return kind(text, param=param, retry_after=retry_after(reply.headers))
+
+
+def by_status(status: int, message: str) -> type[GatewayError]:
+    """What a status of 300 or more means where the vendor's code does not say it better."""
+    kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
+    return refusal(message) if kind is InvalidRequest else kind
+
+
+def refusal(message: str) -> type[InvalidRequest]:
+    """Which fault of the caller's an upstream's 400 is about, by its words."""
+    if _DIMENSIONS.search(message):
+        return UnsupportedDimensions
+    return ContextLengthExceeded if _TOO_LONG.search(message) else InvalidRequest
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds from `retry-after-ms` or `retry-after` (seconds, or a date: RFC 9110 10.2.3), or None.
+
+    A date is read against the reply's own `date`, so that no clock of ours is needed.
+    """
+    milliseconds = _seconds(headers.get("retry-after-ms"))
+    if milliseconds is not None:
+        return milliseconds / 1000
+    text = headers.get("retry-after")
+    seconds = _seconds(text)
+    if seconds is not None or not text:
+        return seconds
+    try:
+        then, now = parsedate_to_datetime(text), parsedate_to_datetime(headers["date"])
+        return max(0.0, (then - now).total_seconds())
+    except (KeyError, TypeError, ValueError, OverflowError):
+        return None
+
+
+def billed(usage: object, *names: str) -> int | None:
+    """The first of these counts that is stated. Zero is no bill: servers print it for "not counted"."""
+    if not isinstance(usage, dict):
+        return None
+    for name in names:
+        count = usage.get(name)
+        if type(count) is int and count > 0:
+            return count
+    return None
+
+
+def _seconds(text: str | None) -> float | None:
+    try:
+        seconds = float(text or "")
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None
+
+
+def _word(value: object) -> str:
+    """A code or type; vLLM prints its code as a number."""
+    return str(value) if isinstance(value, str | int) else ""
+
+
+def _text(value: object) -> str:
+    """A message: text, or the list of objects in which FastAPI's `detail` comes."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list):
+        parts = (each.get("msg") if isinstance(each, dict) else each for each in value[:5])
+        return "; ".join(part for part in parts if isinstance(part, str))
+    return ""
+
+
+def _plain(body: bytes) -> str:
+    """What a page that is no JSON says, without its markup."""
+    text = body[:4096].decode("utf-8", "replace")
+    return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text)

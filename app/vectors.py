@@ -1,0 +1,86 @@
+"""The canonical vector, float32 little-endian bytes, and everything that is done to one.
+
+Knows nothing of HTTP, upstreams or caches. Functions raise `ValueError` on bytes or numbers that are
+no vector; what that means to a caller is for the stage that asked.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+import orjson
+import pybase64
+
+
+def from_numbers(numbers: Sequence[float]) -> bytes:
+    """A list of numbers, as a JSON parser gives it, to float32 bytes.
+
+    Raises `TypeError` for anything in it that is no number and `ValueError` for no list. A number beyond
+    float32's range becomes infinite here and is refused by `check`.
+    """
+    if not isinstance(numbers, list):
+        raise ValueError("not a list of numbers")
+    packed = array("f", numbers)
+    if sys.byteorder == "big":  # pragma: no cover
+        packed.byteswap()
+    return packed.tobytes()
+
+
+def from_base64(text: str) -> bytes:
+    """OpenAI's base64 form, float32 little-endian, to bytes. Raises `ValueError`."""
+    raw = pybase64.b64decode(text, validate=True)
+    if len(raw) % 4:
+        raise ValueError("not a whole number of float32")
+    return raw
+
+
+def parse(value: object) -> bytes:
+    """Either form an upstream may answer in. Raises `TypeError` or `ValueError`."""
+    if isinstance(value, str):
+        return from_base64(value)
+    return from_numbers(value)  # type: ignore[arg-type]  # from_numbers refuses what is no list
+
+
+def to_base64(vector: bytes) -> bytes:
+    """ASCII base64 of the vector: what OpenAI's SDKs ask for by default."""
+    return pybase64.b64encode(vector)
+
+
+def to_json(vector: bytes) -> bytes:
+    """The vector as a JSON array, each number the shortest text that reads back as the same float32."""
+    return orjson.dumps(np.frombuffer(vector, "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def fault(vector: bytes) -> str | None:
+    """Why this cannot be an embedding ("is empty", "is all zero", "holds NaN or infinity"), or None."""
+    if not vector:
+        return "is empty"
+    numbers = np.frombuffer(vector, "<f4")
+    with np.errstate(over="ignore"):
+        square = float(numbers @ numbers)
+    # One dot product settles nearly every vector: any NaN or infinity makes it so, and only zeros make
+    # zero. It also overflows for huge and underflows for tiny numbers, which the exact tests then clear.
+    if 0.0 < square < np.inf:
+        return None
+    if not np.isfinite(numbers).all():
+        return "holds NaN or infinity"
+    if not numbers.any():
+        return "is all zero"
+    return None
+
+
+def dimensions(vector: bytes) -> int:
+    """How many numbers the vector has."""
+    return len(vector) // 4
+
+
+def normalise(vector: bytes) -> bytes:
+    """The vector at unit length. Raises `ValueError` for a zero vector."""
+    numbers = np.frombuffer(vector, "<f4").astype(np.float64)
+    length = float(np.linalg.norm(numbers))
+    if not length:
+        raise ValueError("a zero vector has no direction")
+    return (numbers / length).astype("<f4").tobytes()

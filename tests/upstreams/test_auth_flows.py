@@ -1,0 +1,400 @@
+"""Keys in turn, access tokens under concurrency, and Baidu's signature against published vectors."""
+
+from __future__ import annotations
+
+import asyncio
+
+import orjson
+import pytest
+
+from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
+from app.types import Auth, WireReply, WireRequest
+from app.upstreams import auth, baidu
+from app.upstreams.kind import Clock
+
+
+class HandClock:
+    """Moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1_731_657_600.0  # 2024-11-15T08:00:00Z
+
+    async def sleep(self, seconds: float) -> None:
+        raise AssertionError("no auth flow sleeps")
+
+
+class Server:
+    """Plays the token server and the service behind it, as `Send`."""
+
+    def __init__(self, lifetime: float = 2_592_000) -> None:
+        self.lifetime = lifetime
+        self.issued = 0
+        self.valid: set[str] = set()
+        self.requests: list[WireRequest] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.refuse: WireReply | None = None
+        self.stale_code = 110
+
+    @property
+    def served(self) -> list[str]:
+        return [request.query["access_token"] for request in self.requests]
+
+    async def send(self, request: WireRequest) -> WireReply:
+        await asyncio.sleep(0)
+        if request.url.endswith("/oauth/2.0/token"):
+            return await self._token(request)
+        self.requests.append(request)
+        if request.query["access_token"] not in self.valid:
+            return json_reply({"error_code": self.stale_code, "error_msg": "Access token invalid"})
+        return json_reply({"data": []})
+
+    async def _token(self, request: WireRequest) -> WireReply:
+        assert request.method == "POST"
+        assert request.query == {
+            "grant_type": "client_credentials",
+            "client_id": "the-api-key",
+            "client_secret": "the-secret-key",
+        }
+        request.query["seen"] = request.headers["seen"] = "1"  # a sender may add to what it is given
+        self.issued += 1
+        number = self.issued
+        await self.gate.wait()
+        if self.refuse is not None:
+            return self.refuse
+        self.valid = {f"24.token-{number}"}
+        return json_reply({"access_token": f"24.token-{number}", "expires_in": self.lifetime})
+
+
+def json_reply(body: object, status: int = 200) -> WireReply:
+    return WireReply(status, {"content-type": "application/json"}, orjson.dumps(body))
+
+
+def flow(clock: Clock) -> auth.AccessToken:
+    settings = baidu.BaiduSettings.model_validate(
+        {"type": "baidu", "api_key": "the-api-key", "secret_key": "the-secret-key"}
+    )
+    made = baidu.KIND.auth(settings, clock)
+    assert isinstance(made, auth.AccessToken)
+    return made
+
+
+def embedding() -> WireRequest:
+    return WireRequest("POST", "https://aip.baidubce.com/embeddings", {"content-type": "application/json"}, b"{}")
+
+
+async def settle() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+# --- access tokens ----------------------------------------------------------------------------------
+
+
+async def test_a_hundred_calls_at_once_fetch_one_token() -> None:
+    server, token = Server(), flow(HandClock())
+    replies = await asyncio.gather(*(token(embedding(), server.send) for _ in range(100)))
+    assert [reply.body for reply in replies] == [b'{"data":[]}'] * 100
+    assert server.issued == 1
+    assert server.served == ["24.token-1"] * 100
+
+
+async def test_the_request_given_is_left_as_it_was() -> None:
+    request = embedding()
+    await flow(HandClock())(request, Server().send)
+    assert request == embedding()
+
+
+@pytest.mark.parametrize("code", [100, 110, 111])
+async def test_a_hundred_calls_refused_with_one_stale_token_refresh_it_once_and_are_replayed(
+    code: int,
+) -> None:
+    server, token = Server(), flow(HandClock())
+    await token(embedding(), server.send)
+    server.valid, server.stale_code = set(), code
+    replies = await asyncio.gather(*(token(embedding(), server.send) for _ in range(100)))
+    assert {reply.body for reply in replies} == {b'{"data":[]}'}
+    assert server.issued == 2
+    assert server.served.count("24.token-2") == 100
+
+
+async def test_a_refusal_that_comes_after_the_refresh_uses_the_new_token() -> None:
+    server, token = Server(), flow(HandClock())
+    await token(embedding(), server.send)
+    late = asyncio.Event()
+
+    async def slow(request: WireRequest) -> WireReply:
+        reply = await server.send(request)
+        if request.query.get("access_token") == "24.token-1":
+            await late.wait()
+        return reply
+
+    server.valid = set()
+    straggler = asyncio.create_task(token(embedding(), slow))
+    await settle()
+    await token(embedding(), server.send)
+    late.set()
+    assert (await straggler).body == b'{"data":[]}'
+    assert server.issued == 2
+
+
+async def test_a_token_refused_right_after_its_refresh_is_not_refreshed_again_by_the_same_call() -> None:
+    server, token = Server(), flow(HandClock())
+
+    async def never_valid(request: WireRequest) -> WireReply:
+        server.valid = set()
+        return await server.send(request)
+
+    reply = await token(embedding(), never_valid)
+    assert orjson.loads(reply.body)["error_code"] == 110
+    assert server.issued == 2
+
+
+async def test_other_errors_do_not_cost_a_token() -> None:
+    server, token = Server(), flow(HandClock())
+
+    async def busy(request: WireRequest) -> WireReply:
+        if "access_token" in request.query:
+            return json_reply({"error_code": 18, "error_msg": "qps"})
+        return await server.send(request)
+
+    await token(embedding(), busy)
+    await token(embedding(), busy)
+    assert server.issued == 1
+
+
+@pytest.mark.parametrize(
+    ("lifetime", "renewed_at", "why"),
+    [(2_592_000, 2_592_000 - 3600, "an hour early"), (100, 90, "at nine tenths of a short life")],
+)
+async def test_a_token_is_renewed_before_it_expires_while_the_old_one_serves(
+    lifetime: float, renewed_at: float, why: str
+) -> None:
+    clock, server = HandClock(), Server(lifetime)
+    token = flow(clock)
+    await token(embedding(), server.send)
+    clock.now += renewed_at - 1
+    await token(embedding(), server.send)
+    assert server.issued == 1
+    clock.now += 2
+    server.gate.clear()
+    await token(embedding(), server.send)  # answers although the renewal hangs
+    assert server.served[-1] == "24.token-1"
+    server.gate.set()
+    await settle()
+    await token(embedding(), server.send)
+    assert (server.issued, server.served[-1]) == (2, "24.token-2")
+
+
+async def test_a_renewal_that_fails_is_left_alone_for_a_minute_while_the_old_token_serves() -> None:
+    clock, server = HandClock(), Server(lifetime=10_000)
+    token = flow(clock)
+    await token(embedding(), server.send)
+    clock.now += 9_100
+    server.refuse = WireReply(500, {}, b"")
+    for _ in range(5):
+        assert (await token(embedding(), server.send)).body == b'{"data":[]}'
+        await settle()
+    assert server.issued == 2
+    clock.now += 61
+    server.refuse = None
+    await token(embedding(), server.send)
+    await settle()
+    assert server.issued == 3
+
+
+async def test_an_expired_token_is_replaced_first() -> None:
+    clock, server = HandClock(), Server(lifetime=100)
+    token = flow(clock)
+    await token(embedding(), server.send)
+    clock.now += 101
+    await token(embedding(), server.send)
+    assert server.served == ["24.token-1", "24.token-2"]
+
+
+@pytest.mark.parametrize("status", [200, 400, 401])
+async def test_a_refused_key_is_asked_about_once_a_minute(status: int) -> None:
+    clock, server = HandClock(), Server()
+    token = flow(clock)
+    server.refuse = json_reply({"error": "invalid_client", "error_description": "unknown client id"}, status)
+    results = await asyncio.gather(*(token(embedding(), server.send) for _ in range(10)), return_exceptions=True)
+    assert all(isinstance(result, UpstreamAuth) for result in results)
+    for _ in range(3):
+        with pytest.raises(UpstreamAuth, match="unknown client id"):
+            await token(embedding(), server.send)
+    assert server.issued == 1
+    clock.now += 61
+    server.refuse = None
+    await token(embedding(), server.send)
+    assert server.issued == 2
+
+
+@pytest.mark.parametrize(
+    ("reply", "kind"),
+    [
+        (json_reply({"error": "rate_limit_exceeded"}, 400), RateLimited),
+        (json_reply({"error": "unknown_error"}, 400), UpstreamError),
+        (json_reply({"error": "unsupported_grant_type"}, 400), UpstreamAuth),
+        (WireReply(503, {}, b"<html>"), GatewayError),
+        (WireReply(500, {}, b"[]"), UpstreamError),
+        (WireReply(200, {}, b"<html>"), UpstreamInvalidResponse),
+        (json_reply([]), UpstreamInvalidResponse),
+        (json_reply({"access_token": "", "expires_in": 5}), UpstreamInvalidResponse),
+        (json_reply({"access_token": "x", "expires_in": "soon"}), UpstreamInvalidResponse),
+        (json_reply({"access_token": "x", "expires_in": -1}), UpstreamInvalidResponse),
+        (json_reply({"access_token": "x"}), UpstreamInvalidResponse),
+    ],
+)
+async def test_a_token_server_in_trouble_is_named_and_asked_again_by_the_next_call(
+    reply: WireReply, kind: type[GatewayError]
+) -> None:
+    server, token = Server(), flow(HandClock())
+    server.refuse = reply
+    with pytest.raises(kind) as caught:
+        await token(embedding(), server.send)
+    assert "the-secret-key" not in str(caught.value)
+    server.refuse = None
+    if not isinstance(caught.value, UpstreamAuth):
+        await token(embedding(), server.send)
+        assert server.issued == 2
+
+
+async def test_a_caller_who_leaves_while_the_token_is_fetched_takes_it_from_nobody() -> None:
+    server, token = Server(), flow(HandClock())
+    server.gate.clear()
+    first = asyncio.create_task(token(embedding(), server.send))
+    await settle()
+    others = [asyncio.create_task(token(embedding(), server.send)) for _ in range(5)]
+    await settle()
+    first.cancel()
+    await settle()
+    assert first.cancelled()
+    server.gate.set()
+    assert {reply.body for reply in await asyncio.gather(*others)} == {b'{"data":[]}'}
+    assert server.issued == 1
+
+
+async def test_a_fetch_that_everybody_left_may_fail_in_silence() -> None:
+    server, token = Server(), flow(HandClock())
+    server.gate.clear()
+    server.refuse = WireReply(500, {}, b"")
+    only = asyncio.create_task(token(embedding(), server.send))
+    await settle()
+    only.cancel()
+    await settle()
+    server.gate.set()
+    await settle()
+    server.refuse = None
+    assert (await token(embedding(), server.send)).status == 200
+
+
+# --- keys -------------------------------------------------------------------------------------------
+
+
+async def headers_sent(flow: Auth, times: int, request: WireRequest | None = None) -> list[dict[str, str]]:
+    sent: list[dict[str, str]] = []
+
+    async def send(request: WireRequest) -> WireReply:
+        sent.append(request.headers)
+        return WireReply(200, {}, b"")
+
+    for _ in range(times):
+        await flow(request or embedding(), send)
+    return sent
+
+
+async def test_several_keys_take_turns() -> None:
+    sent = await headers_sent(auth.bearer(["one", "two", "three"]), 4)
+    assert [headers["authorization"] for headers in sent] == [
+        "Bearer one",
+        "Bearer two",
+        "Bearer three",
+        "Bearer one",
+    ]
+    assert all(headers["content-type"] == "application/json" for headers in sent)
+
+
+async def test_no_key_is_no_header() -> None:
+    assert await headers_sent(auth.bearer([]), 1) == [embedding().headers]
+
+
+async def test_a_key_may_go_in_another_header() -> None:
+    [sent] = await headers_sent(auth.HeaderKey("api-key", ["one"]), 1)
+    assert sent["api-key"] == "one"
+    assert "authorization" not in sent
+
+
+# --- signatures -------------------------------------------------------------------------------------
+
+AK, SK = "ALTAKexampleak0000000001", "exampleSecretKey00000000000000001"
+DATE = "2024-11-15T08:00:00Z"
+PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/embedding-v1"
+
+
+def test_the_signature_of_baidus_upload_part_example() -> None:
+    headers = {
+        "Host": "bj.bcebos.com",
+        "Content-Type": "text/plain",
+        "Content-Length": "8",
+        "Content-Md5": "NFzcPqhviddjRNnSOGo4rw==",
+        "x-bce-date": "2015-04-27T08:23:49Z",
+    }
+    query = {"partNumber": "9", "uploadId": "a44cc9bab11cbd156984767aad637851"}
+    path = "/v1/test/myfolder/readme.txt"
+    value = auth.bce_authorization(
+        "a" * 32, "b" * 32, "PUT", path, query, headers, timestamp="2015-04-27T08:23:49Z", expires_in=1800
+    )
+    assert value.endswith("/d74a04362e6a848f5b39b15421cb449427f419c95a480fd6b8cf9fc783e2999e")
+
+
+async def test_an_embedding_request_is_signed_as_baidus_sdk_signs_it() -> None:
+    request = WireRequest("POST", "https://aip.baidubce.com" + PATH, {"content-type": "application/json"})
+    [sent] = await headers_sent(auth.BceSignature(AK, SK, HandClock()), 1, request)
+    assert sent == {
+        "content-type": "application/json",
+        "host": "aip.baidubce.com",
+        "x-bce-date": DATE,
+        "authorization": f"bce-auth-v1/{AK}/{DATE}/1800/host;x-bce-date/"
+        "a333f51c0d7516f906ee6aea46f69e7d9d6a77fb8c39f8ac3e439414fd2d2e89",
+    }
+    assert request.headers == {"content-type": "application/json"}
+
+
+def test_the_signature_of_the_qianfan_sdks_own_headers() -> None:
+    headers = {
+        "Content-Type": "application/json",
+        "Host": "aip.baidubce.com",
+        "request_id": "sdk-py-0.4.12.3-abc",
+        "x-bce-date": DATE,
+    }
+    names = ("x-bce-date", "request_id", "host", "content-type")
+    value = auth.bce_authorization(AK, SK, "POST", PATH, {}, headers, timestamp=DATE, expires_in=300, signed=names)
+    assert value.endswith(
+        "/content-type;host;request_id;x-bce-date/0d5cbd51c605325563bda2ccfa72753fabd61c75b337b3623c3f5a5352b21648"
+    )
+
+
+def test_the_signature_of_a_get_with_a_query() -> None:
+    value = auth.bce_authorization(
+        AK,
+        SK,
+        "GET",
+        "/v1/BCE-BEARER/token",
+        {"expireInSeconds": "43200", "authorization": "left out"},
+        {"host": "iam.bj.baidubce.com", "x-bce-date": DATE},
+        timestamp=DATE,
+        expires_in=300,
+    )
+    assert value.endswith("/host;x-bce-date/595c6d4f57fe8afe851f3febffbe11559e7d874d3ac5aeb3bf059f53715cfa63")
+
+
+async def test_a_port_is_part_of_the_signed_host() -> None:
+    request = WireRequest("POST", "http://127.0.0.1:8099/rpc/x")
+    [sent] = await headers_sent(auth.BceSignature(AK, SK, HandClock()), 1, request)
+    assert sent["host"] == "127.0.0.1:8099"

@@ -1,0 +1,150 @@
+"""Which models an upstream says it has."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from app.catalog import ANY, CATALOG, Model
+from app.errors import UpstreamAuth, UpstreamInvalidResponse, UpstreamMisconfigured
+from app.types import Send, WireReply, WireRequest
+from app.upstreams import ollama, openai
+
+
+def answering(routes: dict[str, Any], seen: list[WireRequest] | None = None) -> Send:
+    """Plays a server: path -> body, or (status, body), or a function of the request's body."""
+
+    async def send(request: WireRequest) -> WireReply:
+        if seen is not None:
+            seen.append(request)
+        answer = routes.get(request.url.split("11434")[-1].split("/v1")[-1], (404, {"error": "not found"}))
+        if callable(answer):
+            answer = answer(orjson.loads(request.body))
+        status, body = answer if isinstance(answer, tuple) else (200, answer)
+        return WireReply(status, {}, body if isinstance(body, bytes) else orjson.dumps(body))
+
+    return send
+
+
+LOCAL = openai.OpenAISettings(base_url="http://localhost:8000/v1/")
+
+
+async def listed(body: Any) -> list[Model]:
+    return list(await openai.discover(LOCAL, answering({"/models": body})))
+
+
+async def test_an_openai_compatible_server_is_asked_for_its_models() -> None:
+    seen: list[WireRequest] = []
+    send = answering({"/models": {"object": "list", "data": [{"id": "BAAI/bge-m3"}, {"id": "e5"}]}}, seen)
+    found = await openai.discover(LOCAL, send)
+    assert [request.url for request in seen] == ["http://localhost:8000/v1/models"]
+    assert list(found) == [
+        Model("BAAI/bge-m3", None, ANY, 32),
+        Model("e5", None, ANY, 32),
+    ]
+
+
+async def test_infinitys_object_in_place_of_a_list_is_understood() -> None:
+    assert [model.name for model in await listed({"data": {"id": "BAAI/bge-small"}})] == ["BAAI/bge-small"]
+
+
+async def test_a_model_the_catalogue_knows_has_its_facts_wherever_it_is_served() -> None:
+    [model] = await listed({"data": [{"id": "text-embedding-3-large"}]})
+    assert model == CATALOG["openai"]["text-embedding-3-large"]
+    assert openai.unlisted("text-embedding-3-large") == model
+
+
+@pytest.mark.parametrize("body", [b"<html>", [], {}, {"data": 5}, {"data": ["x"]}, {"data": [{}]}])
+async def test_a_list_of_models_that_is_none_is_an_error(body: Any) -> None:
+    with pytest.raises(UpstreamInvalidResponse):
+        await listed(body)
+
+
+async def test_a_server_that_refuses_its_list_is_an_error() -> None:
+    with pytest.raises(UpstreamAuth):
+        await listed((401, {"error": {"message": "no"}}))
+
+
+def test_openais_own_models_are_known_and_no_other_servers_are() -> None:
+    assert openai.models(openai.OpenAISettings.model_validate({"api_key": "k"})) == CATALOG["openai"]
+    assert openai.models(LOCAL) == {}
+
+
+# --- Ollama -----------------------------------------------------------------------------------------
+
+NOMIC = {
+    "name": "nomic-embed-text:latest",
+    "digest": "0a109f422b47e3a30ba2b10eca18548e944e8a23073ee3f3e947efcf3c45e59f",
+    "details": {"family": "nomic-bert", "context_length": 2048, "embedding_length": 768},
+    "capabilities": ["embedding"],
+}
+CHAT = {"name": "llama3:8b", "digest": "ab", "details": {}, "capabilities": ["completion"]}
+
+
+async def pulled(routes: dict[str, Any], **settings: Any) -> list[Model]:
+    return list(await ollama.discover(ollama.OllamaSettings.model_validate(settings), answering(routes)))
+
+
+async def test_ollama_serves_its_embedding_models_with_and_without_the_latest_tag() -> None:
+    found = await pulled({"/api/tags": {"models": [NOMIC, CHAT, {**NOMIC, "name": "bge-m3:567m"}]}})
+    assert [model.name for model in found] == ["nomic-embed-text:latest", "nomic-embed-text", "bge-m3:567m"]
+    assert {model.revision for model in found} == {"0a109f422b47"}
+    assert {(model.dimensions, model.max_tokens_per_input, model.max_batch) for model in found} == {(768, 2048, 16)}
+    assert {model.dimension_choices for model in found} == {ANY}
+
+
+async def test_an_operator_who_wants_long_texts_cut_has_no_limit_on_them() -> None:
+    found = await pulled({"/api/tags": {"models": [NOMIC]}}, truncate=True)
+    assert {model.max_tokens_per_input for model in found} == {None}
+
+
+def old(tag: dict[str, Any]) -> dict[str, Any]:
+    return {"name": tag["name"], "digest": "sha256:0a109f422b47e3a3", "details": {"family": "x"}}
+
+
+async def test_an_older_ollama_is_asked_model_by_model() -> None:
+    shown: dict[str, Any] = {
+        "nomic-embed-text:latest": {
+            "capabilities": ["embedding"],
+            "model_info": {
+                "general.architecture": "nomic-bert",
+                "nomic-bert.context_length": 2048,
+                "nomic-bert.embedding_length": 768,
+            },
+        },
+        "llama3:8b": {"capabilities": ["completion"], "model_info": {"llama.embedding_length": 4096}},
+    }
+    routes = {
+        "/api/tags": {"models": [old(NOMIC), old(CHAT), {"name": "gone:1"}]},
+        "/api/show": lambda body: shown.get(body["model"], (404, {"error": "model 'gone:1' not found"})),
+    }
+    [full, short] = await pulled(routes)
+    assert (full.name, full.dimensions, full.max_tokens_per_input) == ("nomic-embed-text:latest", 768, 2048)
+    assert (short.name, short.revision) == ("nomic-embed-text", "0a109f422b47")
+
+
+@pytest.mark.parametrize(
+    ("info", "embeds"),
+    [
+        ({"general.architecture": "bert", "bert.embedding_length": 384}, True),
+        ({"general.architecture": "qwen3", "qwen3.pooling_type": 3, "qwen3.embedding_length": 1024}, True),
+        ({"general.architecture": "llama", "llama.embedding_length": 4096}, False),
+    ],
+)
+async def test_before_capabilities_a_model_is_known_by_its_layers(info: dict[str, Any], embeds: bool) -> None:
+    found = await pulled({"/api/tags": {"models": [old(NOMIC)]}, "/api/show": {"model_info": info}})
+    assert bool(found) is embeds
+
+
+async def test_a_list_without_models_has_none() -> None:
+    assert await pulled({"/api/tags": {"models": None}}) == []
+    assert await pulled({"/api/tags": {"models": [5, {}, {"name": ""}]}, "/api/show": {}}) == []
+
+
+async def test_a_server_that_is_no_ollama_is_an_error() -> None:
+    with pytest.raises(UpstreamMisconfigured):
+        await pulled({})
+    with pytest.raises(UpstreamInvalidResponse):
+        await pulled({"/api/tags": b"Ollama is running"})

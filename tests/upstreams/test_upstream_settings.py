@@ -1,0 +1,283 @@
+"""What an operator writes about an upstream: defaults, mistakes, and the environment."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+from pydantic import ValidationError
+
+from app.types import Batch, Params, Target, WireRequest
+from app.upstreams import UPSTREAMS
+from app.upstreams.auth import AccessToken, BceSignature, HeaderKey, NoAuth
+from app.upstreams.kind import Clock
+
+
+def settings_of(**given: Any) -> Any:
+    return UPSTREAMS[given["type"]].settings.model_validate(given)
+
+
+@pytest.mark.parametrize(
+    ("given", "base_url"),
+    [
+        ({"type": "dashscope", "api_key": "k"}, "https://dashscope.aliyuncs.com/api/v1"),
+        (
+            {"type": "dashscope", "mode": "compatible", "api_key": "k"},
+            "https://dashscope.aliyuncs.com/compatible-mode/v1",
+        ),
+        (
+            {"type": "dashscope", "api_key": "k", "base_url": "https://x.example/api/v1"},
+            "https://x.example/api/v1",
+        ),
+        ({"type": "baidu", "api_key": "a", "secret_key": "s"}, "https://aip.baidubce.com"),
+        ({"type": "baidu", "mode": "v2", "api_key": "bce-v3/a/s"}, "https://qianfan.baidubce.com/v2"),
+        ({"type": "openai", "api_key": "k"}, "https://api.openai.com/v1"),
+        ({"type": "ollama"}, "http://localhost:11434"),
+        ({"type": "lexical"}, "http://lexical.invalid"),
+    ],
+)
+def test_the_base_url_is_what_each_vendor_documents(given: dict[str, Any], base_url: str) -> None:
+    assert settings_of(**given).base_url == base_url
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"type": "dashscope"}, "api_key: needed; set it here, or DASHSCOPE_API_KEY in the environment"),
+        ({"type": "openai"}, "api_key: needed; set it here, or OPENAI_API_KEY in the environment"),
+        ({"type": "openai", "api_key": "k", "path": "embeddings"}, "path: must begin with /"),
+        ({"type": "baidu"}, "api_key: needed; set it here, or BAIDU_API_KEY in the environment"),
+        ({"type": "baidu", "api_key": "a"}, "secret_key: needed; set it here, or BAIDU_SECRET_KEY"),
+        (
+            {"type": "baidu", "api_keys": ["a", "b"], "secret_key": "s"},
+            "api_keys: an access token is made from one",
+        ),
+        ({"type": "baidu", "auth": "iam", "secret_key": "s"}, "access_key: needed; auth: iam signs with"),
+        ({"type": "baidu", "auth": "iam", "access_key": "a"}, "secret_key: needed; auth: iam signs with"),
+        ({"type": "baidu", "mode": "v2"}, "api_key: needed"),
+        ({"type": "dashscope", "mode": "nativ", "api_key": "k"}, "Input should be 'native' or 'compatible'"),
+        ({"type": "ollama", "trunkate": True}, "Extra inputs are not permitted"),
+    ],
+)
+def test_a_mistake_is_told_readably(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        settings_of(**given)
+    assert says in str(caught.value)
+
+
+class NoClock:
+    def monotonic(self) -> float:
+        return 0.0
+
+    def time(self) -> float:
+        return 0.0
+
+    async def sleep(self, seconds: float) -> None:
+        raise AssertionError
+
+
+@pytest.mark.parametrize(
+    ("given", "kind"),
+    [
+        ({"type": "openai", "api_key": "k"}, HeaderKey),
+        ({"type": "openai", "base_url": "http://localhost:8000/v1"}, NoAuth),
+        ({"type": "openai", "base_url": "http://localhost:8000/v1", "api_key": "k", "auth": "none"}, NoAuth),
+        ({"type": "ollama"}, NoAuth),
+        ({"type": "ollama", "api_key": "k"}, HeaderKey),
+        ({"type": "baidu", "api_key": "a", "secret_key": "s"}, AccessToken),
+        ({"type": "baidu", "auth": "iam", "access_key": "a", "secret_key": "s"}, BceSignature),
+        ({"type": "baidu", "mode": "v2", "api_key": "bce-v3/a/s"}, HeaderKey),
+        ({"type": "lexical"}, NoAuth),
+    ],
+)
+def test_credentials_follow_from_the_settings(given: dict[str, Any], kind: type) -> None:
+    clock: Clock = NoClock()
+    assert type(UPSTREAMS[given["type"]].auth(settings_of(**given), clock)) is kind
+
+
+@pytest.mark.parametrize(
+    ("name", "environ", "given"),
+    [
+        ("dashscope", {"DASHSCOPE_API_KEY": "k"}, {"type": "dashscope", "api_key": "k"}),
+        (
+            "baidu",
+            {"BAIDU_API_KEY": "a", "BAIDU_SECRET_KEY": "s"},
+            {"type": "baidu", "api_key": "a", "secret_key": "s"},
+        ),
+        ("baidu", {"BAIDU_API_KEY": "a"}, None),
+        ("openai", {"OPENAI_API_KEY": "k"}, {"type": "openai", "api_key": "k"}),
+        (
+            "openai",
+            {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://h/v1"},
+            {"type": "openai", "api_key": "k", "base_url": "http://h/v1"},
+        ),
+        ("openai", {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": ""}, {"type": "openai", "api_key": "k"}),
+        ("ollama", {"OLLAMA_HOST": "gpu-box"}, {"type": "ollama", "base_url": "http://gpu-box:11434"}),
+        ("lexical", {"LEXICAL": "1"}, None),
+    ],
+)
+def test_the_environment_switches_an_upstream_on(
+    name: str, environ: dict[str, str], given: dict[str, Any] | None
+) -> None:
+    found = UPSTREAMS[name].environment(environ)
+    assert found == given
+    if found is not None:
+        settings_of(**found)
+
+
+@pytest.mark.parametrize("name", list(UPSTREAMS))
+def test_variables_that_are_empty_count_as_unset(name: str) -> None:
+    variables = (
+        *("DASHSCOPE_API_KEY", "BAIDU_API_KEY", "BAIDU_SECRET_KEY"),
+        *("OPENAI_API_KEY", "OPENAI_BASE_URL", "OLLAMA_HOST", "GEMINI_API_KEY", "GOOGLE_API_KEY"),
+    )
+    assert UPSTREAMS[name].environment({}) is None
+    assert UPSTREAMS[name].environment(dict.fromkeys(variables, "")) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "base_url"),
+    [
+        ("localhost", "http://localhost:11434"),
+        ("host:1234", "http://host:1234"),
+        ("http://host:1234", "http://host:1234"),
+        ("http://host", "http://host:80"),
+        ("https://host", "https://host:443"),
+        ("https://host:8443/ollama/", "https://host:8443/ollama"),
+        ("0.0.0.0", "http://127.0.0.1:11434"),
+        ("http://0.0.0.0:5000", "http://127.0.0.1:5000"),
+        (":11434", "http://127.0.0.1:11434"),
+        ("[::]:1234", "http://[::1]:1234"),
+        ("::1", "http://[::1]:11434"),
+        ("host:port", "http://host:11434"),
+        (" 'quoted:1' ", "http://quoted:1"),
+    ],
+)
+def test_ollama_host_is_read_as_ollama_reads_it(host: str, base_url: str) -> None:
+    assert UPSTREAMS["ollama"].environment({"OLLAMA_HOST": host}) == {"type": "ollama", "base_url": base_url}
+
+
+# --- what is sent -----------------------------------------------------------------------------------
+
+
+def built(given: dict[str, Any], model: str, params: Params) -> tuple[WireRequest, Any]:
+    kind, settings = UPSTREAMS[given["type"]], settings_of(**given)
+    facts = kind.models(settings).get(model) or kind.unlisted(model)
+    batch = Batch("public", ["a", "b"], [b"", b""], params, True, 0.0)
+    request = kind.adapter(settings).build_request(batch, Target(settings.base_url, facts, settings))
+    return request, orjson.loads(request.body)
+
+
+DASHSCOPE = {"type": "dashscope", "api_key": "k"}
+BAIDU = {"type": "baidu", "api_key": "a", "secret_key": "s"}
+V1_PATH = "https://aip.baidubce.com/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "params", "body"),
+    [
+        (
+            DASHSCOPE,
+            "text-embedding-v4",
+            Params(256, "query", "dense&sparse", "find"),
+            {
+                "model": "text-embedding-v4",
+                "input": {"texts": ["a", "b"]},
+                "parameters": {
+                    "text_type": "query",
+                    "dimension": 256,
+                    "output_type": "dense&sparse",
+                    "instruct": "find",
+                },
+            },
+        ),
+        (
+            DASHSCOPE,
+            "text-embedding-v1",
+            Params(),
+            {
+                "model": "text-embedding-v1",
+                "input": {"texts": ["a", "b"]},
+                "parameters": {"text_type": "document"},
+            },
+        ),
+        (
+            {**DASHSCOPE, "mode": "compatible"},
+            "text-embedding-v4",
+            Params(256, "document"),
+            {
+                "model": "text-embedding-v4",
+                "input": ["a", "b"],
+                "dimensions": 256,
+                "encoding_format": "float",
+            },
+        ),
+        (BAIDU, "embedding-v1", Params(), {"input": ["a", "b"]}),
+        (
+            {"type": "baidu", "mode": "v2", "api_key": "k"},
+            "bge-large-zh",
+            Params(),
+            {"model": "bge-large-zh", "input": ["a", "b"], "encoding_format": "float"},
+        ),
+        (
+            {"type": "openai", "api_key": "k"},
+            "text-embedding-3-small",
+            Params(256),
+            {
+                "model": "text-embedding-3-small",
+                "input": ["a", "b"],
+                "dimensions": 256,
+                "encoding_format": "base64",
+            },
+        ),
+        (
+            {"type": "openai", "base_url": "http://h/v1", "encoding_format": "omit"},
+            "m",
+            Params(input_type="query", instruct="x"),
+            {"model": "m", "input": ["a", "b"]},
+        ),
+        ({"type": "ollama"}, "m", Params(), {"model": "m", "input": ["a", "b"], "truncate": False}),
+        (
+            {"type": "ollama", "keep_alive": -1, "truncate": True},
+            "m",
+            Params(128),
+            {"model": "m", "input": ["a", "b"], "truncate": True, "dimensions": 128, "keep_alive": -1},
+        ),
+    ],
+)
+def test_the_body_is_the_dialects(given: dict[str, Any], model: str, params: Params, body: Any) -> None:
+    assert built(given, model, params)[1] == body
+
+
+@pytest.mark.parametrize(
+    ("given", "model", "url"),
+    [
+        (BAIDU, "embedding-v1", V1_PATH + "embedding-v1"),
+        (BAIDU, "Embedding-V1", V1_PATH + "embedding-v1"),
+        (BAIDU, "bge-large-zh", V1_PATH + "bge_large_zh"),
+        (BAIDU, "bge-large-en", V1_PATH + "bge_large_en"),
+        (BAIDU, "tao-8k", V1_PATH + "tao_8k"),
+        (BAIDU, "my/../service?x", V1_PATH + "my%2F..%2Fservice%3Fx"),
+        (
+            DASHSCOPE,
+            "text-embedding-v3",
+            "https://dashscope.aliyuncs.com/api/v1/services/embeddings/text-embedding/text-embedding",
+        ),
+        ({"type": "openai", "base_url": "http://h/v1/", "path": "/embed"}, "m", "http://h/v1/embed"),
+        ({"type": "ollama"}, "m", "http://localhost:11434/api/embed"),
+    ],
+)
+def test_the_path_is_the_dialects(given: dict[str, Any], model: str, url: str) -> None:
+    assert built(given, model, Params())[0].url == url
+
+
+def test_a_query_is_kept_apart_from_the_url() -> None:
+    given = {"type": "openai", "base_url": "http://h/v1", "query": {"api-version": "2024-10-21"}}
+    assert built(given, "m", Params())[0].query == {"api-version": "2024-10-21"}
+
+
+def test_openais_dialect_of_dashscope_has_no_roles_to_offer() -> None:
+    settings = settings_of(**DASHSCOPE, mode="compatible")
+    facts = UPSTREAMS["dashscope"].models(settings).values()
+    assert all(model.roles == ("document",) and not model.instruct for model in facts)

@@ -1,0 +1,167 @@
+"""The tree to settings: every section against its model, every upstream against its type's,
+then what must fit together.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, cast
+
+from pydantic import ValidationError
+
+from app.config.explain import did_you_mean, explain, unknown_key
+from app.config.settings import Kind, ModelSettings, Settings, UpstreamSettings, vector_space
+from app.config.tree import Mistake, Path, Tree, dotted
+
+_MAPPING = "must be a mapping (key: value)"
+
+
+def settings_of(tree: Tree, kinds: Mapping[str, Kind]) -> Settings | None:
+    """The settings, or None with all that stands against them noted in the tree.
+
+    What has a mistake is left out and the rest looked at as a whole, so that one mistake hides no other.
+    """
+    values = {key: copy.deepcopy(value) for key, value in tree.values.items() if key in Settings.model_fields}
+    for key in tree.values:
+        if key not in values:
+            tree.wrong((key,), unknown_key(key, Settings.model_fields))
+    values["upstreams"] = _upstreams(tree, kinds)
+    try:
+        sound = Settings.model_validate(values)
+    except ValidationError as error:
+        for mistake in explain(error, Settings, ()):
+            tree.note(mistake)
+        sound = _sound_part(values, error)
+    for mistake in _rules(sound, tree, kinds):
+        tree.note(mistake)
+    return None if tree.mistakes else sound
+
+
+def _upstreams(tree: Tree, kinds: Mapping[str, Kind]) -> dict[str, UpstreamSettings]:
+    entries = tree.values["upstreams"]
+    if not isinstance(entries, dict):
+        tree.wrong(("upstreams",), _MAPPING)
+        return {}
+    checked = {name: _upstream(("upstreams", name), entry, tree, kinds) for name, entry in entries.items()}
+    return {name: settings for name, settings in checked.items() if settings is not None}
+
+
+def _upstream(path: Path, entry: Any, tree: Tree, kinds: Mapping[str, Kind]) -> UpstreamSettings | None:
+    choices = f"one of {', '.join(sorted(kinds))}"
+    if not isinstance(entry, dict):
+        tree.wrong(path, _MAPPING)
+    elif "type" not in entry:
+        tree.wrong((*path, "type"), f"missing; set it to {choices}")
+    elif not isinstance(entry["type"], str):
+        tree.wrong((*path, "type"), f"must be {choices}")
+    elif entry["type"] not in kinds:
+        tree.wrong((*path, "type"), f'unknown type "{tree.shown((*path, "type"), entry["type"])}"; {choices}')
+    else:
+        kind = kinds[entry["type"]]
+        try:
+            return kind.settings.model_validate(entry)
+        except ValidationError as error:
+            for mistake in explain(error, kind.settings, path):
+                tree.note(mistake)
+    return None
+
+
+def _sound_part(values: dict[str, Any], error: ValidationError) -> Settings:
+    """The settings without what has mistakes. Every round leaves out something more."""
+    for owner, key in [_innermost(values, details["loc"]) for details in error.errors()]:
+        owner.pop(key, None)
+    try:
+        return Settings.model_validate(values)
+    except ValidationError as remaining:
+        return _sound_part(values, remaining)
+
+
+def _innermost(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
+    """The last key on the path that is there, and its owner. No list's item: without it the others' numbers change."""
+    owner, key, place = values, str(path[0]), cast("Any", values)
+    for step in path:
+        if isinstance(place, dict) and step in place:
+            owner, key, place = place, str(step), place[step]
+        elif isinstance(place, list) and isinstance(step, int) and step < len(place):
+            place = place[step]
+        else:
+            break
+    return owner, key
+
+
+# --- what must fit together -------------------------------------------------------------------------
+
+
+def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, Kind]) -> Iterator[Mistake]:
+    yield from _callers_differ(settings)
+    yield from _names_differ(settings, tree)
+    for name, model in settings.models.items():
+        yield from _deployments_exist(("models", name, "deployments"), model, tree)
+        yield from _one_space(("models", name, "deployments"), settings, model, tree, kinds)
+
+
+def _callers_differ(settings: Settings) -> Iterator[Mistake]:
+    seen: dict[bytes, str] = {}
+    for name, key in settings.auth.keys.items() if settings.auth else ():
+        first = seen.setdefault(key.digest(), name)
+        if first != name:
+            yield Mistake(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
+
+
+def _names_differ(settings: Settings, tree: Tree) -> Iterator[Mistake]:
+    """Every public name means one thing, and `upstream/model` always that upstream's own model."""
+    taken = {name: ("models", name) for name in _names(tree, "models")}
+    for name, model in settings.models.items():
+        yield from _means_an_upstream(("models", name), name, tree)
+        for index, alias in enumerate(model.aliases):
+            path: Path = ("models", name, "aliases", index)
+            first = taken.setdefault(alias, ("models", name))
+            if first != ("models", name) or alias in settings.models or alias in model.aliases[:index]:
+                yield Mistake(path, f"{tree.shown(path, alias)} is a name or alias of {dotted(first)} already")
+            yield from _means_an_upstream(path, alias, tree)
+
+
+def _names(tree: Tree, section: str) -> Collection[str]:
+    """All names of a section, of entries with mistakes too."""
+    entries = tree.values.get(section)
+    return entries if isinstance(entries, dict) else ()
+
+
+def _means_an_upstream(path: Path, name: str, tree: Tree) -> Iterator[Mistake]:
+    upstream, slash, _ = name.partition("/")
+    if slash and upstream in _names(tree, "upstreams"):
+        yield Mistake(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
+
+
+def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> Iterator[Mistake]:
+    names = _names(tree, "upstreams")
+    seen: set[tuple[str, str]] = set()
+    for index, deployment in enumerate(model.deployments):
+        place = (*path, index, "upstream")
+        if names and deployment.upstream not in names:
+            shown = tree.shown(place, deployment.upstream)
+            yield Mistake(place, f'no upstream "{shown}"{did_you_mean(shown, names)}')
+        elif (deployment.upstream, deployment.model) in seen:
+            yield Mistake((*path, index), "the same upstream and model as a deployment above")
+        seen.add((deployment.upstream, deployment.model))
+
+
+def _one_space(
+    path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, Kind]
+) -> Iterator[Mistake]:
+    spaces: dict[str, str] = {}
+    for index, deployment in enumerate(model.deployments):
+        upstream = settings.upstreams.get(deployment.upstream)
+        if upstream is not None:
+            kind = kinds[upstream.type]
+            shown = deployment.model_copy(
+                update={
+                    "model": tree.shown((*path, index, "model"), deployment.model),
+                    "space": deployment.space and tree.shown((*path, index, "space"), deployment.space),
+                }
+            )
+            spaces[vector_space(kind, upstream, deployment)] = vector_space(kind, upstream, shown)
+    if len(spaces) > 1:
+        listed = ", ".join(spaces.values())
+        yield Mistake(path, f"different vector spaces ({listed}); deployments of one model must share one")

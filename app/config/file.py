@@ -1,0 +1,158 @@
+"""A YAML file's text to plain data: safe, strict about keys, `${VAR}` replaced. Knows no settings."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from app.config.tree import Path, Tree, dotted
+
+_MOST_VALUES = 100_000
+_REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's safe subset, without dates: a model called 2024-05-01 is text."""
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+
+
+def read_yaml(text: str, environ: Mapping[str, str], tree: Tree) -> None:
+    """Fills the tree. All that is wrong is noted there; a file that is no YAML leaves it empty."""
+    try:
+        values = _parsed(text, tree)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        tree.wrong((), _syntax(error, text.splitlines()))
+        return
+    if isinstance(values, dict):
+        tree.values = _Filler(environ, tree).filled(values, ())
+    elif values is not None:
+        tree.wrong((), "must hold a mapping at its top: lines of `key: value`")
+
+
+def _parsed(text: str, tree: Tree) -> Any:
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _find_repeats(node, (), tree, {})
+        return loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _syntax(error: Exception, lines: list[str]) -> str:
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
+        line, column = error.problem_mark.line, error.problem_mark.column
+        unquoted = line < len(lines) and "${" in lines[line]
+        hint = "; inside [..] and {..} a ${VAR} must be in quotes" if unquoted else ""
+        return f"line {line + 1}, column {column + 1}: {_problem(error)}{hint}"
+    if isinstance(error, yaml.reader.ReaderError):
+        return f"character {error.position + 1} is one that YAML does not allow"
+    return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number that cannot be read"
+
+
+def _problem(error: yaml.MarkedYAMLError) -> str:
+    problem, context = error.problem or "not YAML", error.context or ""
+    if "'\\t'" in problem:
+        return "a tab; indent with spaces"
+    if "could not determine a constructor" in problem:
+        return "a tag (!name) that is not allowed here"
+    if problem.startswith("but "):
+        return f"{context}, {problem}"
+    begun, found = error.context_mark, error.problem_mark
+    since = f" from line {begun.line + 1}" if begun and found and begun.line < found.line else ""
+    return f"{problem} {context}{since}".rstrip()
+
+
+def _find_repeats(node: yaml.Node, path: Path, tree: Tree, open_nodes: dict[yaml.Node, bool]) -> None:
+    """YAML keeps the last of two equal keys without a word; here both lines are named. Raises on what holds itself."""
+    if node in open_nodes:
+        if open_nodes[node]:
+            raise yaml.constructor.ConstructorError(None, None, f"{dotted(path)} holds itself", node.start_mark)
+        return
+    open_nodes[node] = True
+    if isinstance(node, yaml.SequenceNode):
+        for index, item in enumerate(node.value):
+            _find_repeats(item, (*path, index), tree, open_nodes)
+    if isinstance(node, yaml.MappingNode):
+        lines: dict[str, int] = {}
+        for key, value in node.value:
+            name, line = str(key.value), key.start_mark.line + 1
+            if name in lines and key.tag != "tag:yaml.org,2002:merge":
+                tree.wrong((*path, name), f"given twice, in lines {lines[name]} and {line}")
+            lines.setdefault(name, line)
+            _find_repeats(value, (*path, name), tree, open_nodes)
+    open_nodes[node] = False
+
+
+class _Filler:
+    """Copies plain data with its references to variables replaced. A place that lacks one keeps its text."""
+
+    def __init__(self, environ: Mapping[str, str], tree: Tree) -> None:
+        self._environ = environ
+        self._tree = tree
+        self._count = 0
+
+    def filled(self, value: Any, path: Path) -> Any:
+        self._count += 1
+        if self._count > _MOST_VALUES:  # a few aliases of aliases make millions
+            return self._tree.wrong(path[:1], f"holds more than {_MOST_VALUES} values")
+        if isinstance(value, dict):
+            return {key: self.filled(item, (*path, key)) for key, item in value.items() if self._is_text(key, path)}
+        if isinstance(value, list):
+            return [self.filled(item, (*path, index)) for index, item in enumerate(value)]
+        if isinstance(value, str) and "${" in value:
+            return self._replaced(value, path)
+        return value
+
+    def _is_text(self, key: object, path: Path) -> bool:
+        if not isinstance(key, str):
+            self._tree.wrong((*path, str(key)), "a key must be text; put it in quotes")
+        return isinstance(key, str)
+
+    def _replaced(self, text: str, path: Path) -> str | None:
+        names: list[str] = []
+        missing: list[str] = []
+        malformed = False
+
+        def value_of(match: re.Match[str]) -> str:
+            nonlocal malformed
+            name, default = match[1], match[2]
+            if name is None:
+                malformed = malformed or match[0] == "${"
+                return "${"
+            names.append(name)
+            value = self._environ.get(name) or default
+            if value is None:
+                missing.append(name)
+            return value or ""
+
+        replaced = _REFERENCE.sub(value_of, text)
+        if malformed:
+            self._tree.wrong(
+                path, "a '${' that is no reference; write ${NAME}, ${NAME:-default}, or $${ for a plain ${"
+            )
+        elif missing:
+            self._tree.wrong(path, _unset(missing))
+        if names:
+            self._tree.written[path] = text
+        if malformed or missing:
+            self._tree.unfilled.add(path)
+            return text
+        return None if replaced == "null" and text.endswith(":-null}") else replaced
+
+
+def _unset(names: list[str]) -> str:
+    listed = list(dict.fromkeys(names))
+    if len(listed) == 1:
+        return f"the environment variable {listed[0]} is not set"
+    return f"the environment variables {', '.join(listed)} are not set"

@@ -1,0 +1,111 @@
+"""YAML and environment to settings: finds the file, fills in variables, applies overrides, checks all,
+and reports all mistakes at once.
+
+The order of `load` is the order of precedence, lowest first: file or vendors' variables, then `EMBEDDING_GATEWAY__…`.
+Touches nothing but the file and, without one, the ports it is told to look at.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from app.config.check import settings_of
+from app.config.environ import Listening, apply_overrides, built_in_upstreams, environment_upstreams
+from app.config.file import read_yaml
+from app.config.settings import Kind, Settings
+from app.config.tree import Tree
+
+VARIABLE = "EMBEDDING_GATEWAY_CONFIG"
+DEFAULT_FILE = "config.yaml"
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. `mistakes` has a readable line for each thing to put right; no line holds a
+    secret, or anything else that a variable held."""
+
+    def __init__(self, mistakes: list[str]) -> None:
+        super().__init__("\n".join(mistakes))
+        self.mistakes = mistakes
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether something accepts connections there, found out within a fifth of a second."""
+    try:
+        with socket.create_connection((host, port), timeout=0.2):
+            return True
+    except OSError:
+        return False
+
+
+def load(
+    path: str | None,
+    environ: Mapping[str, str],
+    kinds: Mapping[str, Kind],
+    *,
+    cwd: Path | None = None,
+    listening: Listening = listens,
+) -> Settings:
+    """The settings from the file at `path` (`--config`), or the next place that has one, or the environment alone.
+
+    Raises `ConfigError`. An empty environment variable counts as unset.
+    """
+    environ = {name: value for name, value in environ.items() if value}
+    file = find_file(path, environ, cwd or Path())
+    tree = Tree(label=file or "environment")
+    if file is not None:
+        _read_file((cwd or Path()) / file, environ, tree, "" if path else f" (named by {VARIABLE})")
+    elif "REDIS_URL" in environ:
+        tree.values["cache"] = {"redis": {"url": environ["REDIS_URL"]}}
+        tree.variables["cache", "redis"] = "REDIS_URL"
+    # A file that cannot be read has one mistake; anything else would be about what it was meant to say.
+    if not any(mistake.path == () for mistake in tree.mistakes):
+        settings = _completed(tree, environ, kinds, listening)
+        if settings is not None:
+            return settings
+    raise ConfigError(tree.lines())
+
+
+def find_file(path: str | None, environ: Mapping[str, str], cwd: Path) -> str | None:
+    """The file that counts, as it was named; None where there is none. A file that is named need not exist."""
+    default = DEFAULT_FILE if (cwd / DEFAULT_FILE).exists() else None
+    return path or environ.get(VARIABLE) or default
+
+
+def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -> None:
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        tree.wrong((), f"no such file{named}")
+    except OSError as error:
+        tree.wrong((), f"cannot be read: {error.strerror}")
+    except UnicodeDecodeError:
+        tree.wrong((), "is not UTF-8 text")
+    else:
+        read_yaml(text, environ, tree)
+
+
+def _completed(
+    tree: Tree, environ: Mapping[str, str], kinds: Mapping[str, Kind], listening: Listening
+) -> Settings | None:
+    values = tree.values
+    _drop_empty(values)
+    if "auth" in values and values["auth"] is None:
+        tree.wrong(("auth",), "is empty; add keys, or leave it out to serve anybody")
+    if not values.get("upstreams"):
+        values["upstreams"] = environment_upstreams(environ, kinds, listening)
+        tree.variables |= {("upstreams", name): "environment" for name in values["upstreams"]}
+    apply_overrides(environ, tree)
+    _drop_empty(values)
+    if not values.get("upstreams"):
+        values["upstreams"] = built_in_upstreams(kinds)
+    return settings_of(tree, kinds)
+
+
+def _drop_empty(values: dict[str, Any]) -> None:
+    """`cache:` with every line below it commented out is no cache section. An empty `auth:` is refused."""
+    for section in ("server", "cache", "upstreams", "models"):
+        if section in values and values[section] is None:
+            del values[section]

@@ -1,0 +1,249 @@
+"""The settings: frozen, strict about their keys, secrets as SecretStr.
+
+`app.config.load` reads YAML and environment into them. Knows no upstream: each type brings its own settings class
+(`app.upstreams`), handed in by whoever loads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, Protocol, Self, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticKnownError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from app.catalog import Model
+from app.config.values import (
+    Duration,
+    Key,
+    ModelName,
+    Name,
+    Pause,
+    Size,
+    base_url_text,
+    check_url,
+    header_fields,
+    key_text,
+)
+
+__all__ = ["Duration", "Key", "ModelName", "Name", "Pause", "Size"]  # the words that settings are written in
+
+
+class Section(BaseModel):
+    """A part of the configuration: frozen, and strict about its keys. No text in it is empty."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, hide_input_in_errors=True, str_min_length=1, allow_inf_nan=False
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML's `yes` would pass for 1."""
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
+            raise PydanticKnownError("int_type")
+        return value
+
+
+class ServerSettings(Section):
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=0, le=65535)
+    workers: int = Field(default=1, ge=1, le=256)
+    request_timeout: Duration = 60.0
+    max_body: Size = 32 * 2**20
+    max_inputs: int = Field(default=2048, ge=1)
+    max_inflight: int = Field(default=1000, ge=1)
+    metrics_port: int | None = Field(default=None, ge=0, le=65535)
+    drain: Pause = 5.0
+
+    @model_validator(mode="after")
+    def _ports_differ(self) -> Self:
+        if self.port and self.metrics_port == self.port:
+            raise ValueError("metrics_port: is the main port; give it another, or null to share the main one")
+        return self
+
+
+class KeySettings(Section):
+    """One caller's key: `key` in clear or `sha256` of it, exactly one."""
+
+    key: Key | None = None
+    sha256: str | None = Field(default=None, repr=False)
+    models: tuple[ModelName, ...] | None = Field(default=None, min_length=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    lane: Literal["query", "bulk"] | None = None
+
+    @field_validator("sha256")
+    @classmethod
+    def _is_a_digest(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch("[0-9a-fA-F]{64}", value):
+            raise ValueError("must be 64 hexadecimal digits, the SHA-256 of the key")
+        return value and value.lower()
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> Self:
+        if (self.key is None) == (self.sha256 is None):
+            raise ValueError("set exactly one of key and sha256")
+        return self
+
+    def digest(self) -> bytes:
+        """SHA-256 of the key: all that is needed to know it again."""
+        if self.key is None:
+            return bytes.fromhex(self.sha256 or "")
+        return hashlib.sha256(self.key.get_secret_value().encode()).digest()
+
+
+class AuthSettings(Section):
+    keys: dict[Name, KeySettings] = Field(min_length=1, description="one entry per caller, name: {key: ...}")
+
+
+class MemorySettings(Section):
+    max_size: Size = 256 * 2**20
+
+
+class DiskSettings(Section):
+    path: str = Field(description="the file to keep embeddings in")
+    max_size: Size = 2 * 2**30
+
+
+class RedisSettings(Section):
+    url: SecretStr = Field(description="the server's address, such as redis://localhost:6379/0")
+    timeout: Duration = 0.05
+
+    @field_validator("url")
+    @classmethod
+    def _is_redis(cls, value: SecretStr) -> SecretStr:
+        return SecretStr(check_url(value.get_secret_value(), ("redis", "rediss", "unix"), credentials=True))
+
+
+class CacheSettings(Section):
+    """The tiers, asked in this order. None switches one off; all may be off."""
+
+    ttl: Duration = 30 * 86400.0
+    memory: MemorySettings | None = MemorySettings()
+    disk: DiskSettings | None = None
+    redis: RedisSettings | None = None
+
+
+class UpstreamSettings(Section):
+    """What any upstream may say. Each type's own settings derive from this and add to it."""
+
+    type: str
+    base_url: str = Field(description="the address requests go to, such as https://host/v1")
+    api_key: SecretStr | None = None
+    api_keys: tuple[SecretStr, ...] = ()
+    timeout: Duration = 30.0
+    connect_timeout: Duration = 5.0
+    max_concurrency: int = Field(default=8, ge=1)
+    requests_per_minute: int | None = Field(default=None, ge=1)
+    tokens_per_minute: int | None = Field(default=None, ge=1)
+    headers: dict[str, str] = Field(default={}, repr=False)
+    proxy: SecretStr | None = None
+
+    # By field and not by type, so that a type which gives a field its own default keeps the check.
+
+    @field_validator("*")
+    @classmethod
+    def _secrets_can_be_sent(cls, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(cls._secrets_can_be_sent, value))
+        return key_text(value) if isinstance(value, SecretStr) else value
+
+    @field_validator("base_url")
+    @classmethod
+    def _is_a_base_url(cls, value: str) -> str:
+        return base_url_text(value)
+
+    @field_validator("headers")
+    @classmethod
+    def _are_headers(cls, value: dict[str, str]) -> dict[str, str]:
+        return header_fields(value)
+
+    @field_validator("proxy")
+    @classmethod
+    def _is_a_proxy(cls, value: SecretStr | None) -> SecretStr | None:
+        return value and SecretStr(check_url(value.get_secret_value(), ("http", "https"), credentials=True))
+
+    @model_validator(mode="after")
+    def _keys_said_once(self) -> Self:
+        if self.api_key is not None and self.api_keys:
+            raise ValueError("set api_key or api_keys, not both")
+        return self
+
+
+class DeploymentSettings(Section):
+    upstream: str = Field(description="the name of an upstream")
+    model: ModelName = Field(description="the upstream's own name for the model")
+    weight: float = Field(default=1, gt=0)
+    priority: int = Field(default=1, ge=0)
+    space: str | None = None
+    """The operator's word that deployments with the same `space` give equal vectors, whatever the upstream."""
+
+
+class ModelSettings(Section):
+    aliases: tuple[ModelName, ...] = ()
+    deployments: tuple[DeploymentSettings, ...] = Field(
+        min_length=1, description="a list of {upstream: ..., model: ...}"
+    )
+    dimensions: int | None = Field(default=None, ge=1)
+    input_type: Literal["query", "document"] | None = None
+    on_long_input: Literal["error", "truncate", "split"] = "error"
+    max_batch: int | None = Field(default=None, ge=1)
+    max_tokens_per_input: int | None = Field(default=None, ge=1)
+    max_tokens_per_batch: int | None = Field(default=None, ge=1)
+    price_per_million_tokens: float | None = Field(default=None, ge=0)
+
+
+class Settings(Section, BaseSettings):
+    """The whole configuration. Made from what it is given: unlike other BaseSettings it reads no environment
+    by itself, since two gateways in one process may differ; `app.config.load` reads, from what it is handed."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="EMBEDDING_GATEWAY__", env_nested_delimiter="__", env_ignore_empty=True
+    )
+
+    server: ServerSettings = ServerSettings()
+    auth: AuthSettings | None = None
+    cache: CacheSettings = CacheSettings()
+    upstreams: dict[Name, UpstreamSettings]
+    models: dict[ModelName, ModelSettings] = {}
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],  # noqa: ARG003  # the base class's signature
+        init_settings: PydanticBaseSettingsSource,
+        *others: Any,  # noqa: ARG003
+        **more: Any,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
+
+
+class Kind(Protocol):
+    """What loading needs of an upstream type; `app.upstreams.kind.UpstreamKind` is one."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def settings(self) -> type[UpstreamSettings]: ...
+    @property
+    def models(self) -> Callable[[Any], Mapping[str, Model]]: ...
+    @property
+    def environment(self) -> Callable[[Mapping[str, str]], dict[str, Any] | None]: ...
+    @property
+    def default_address(self) -> tuple[str, int] | None: ...
+    @property
+    def built_in(self) -> bool: ...
+
+
+def vector_space(kind: Kind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:
+    """Two deployments give comparable vectors if and only if this is equal."""
+    if deployment.space is not None:
+        return deployment.space
+    known = kind.models(settings).get(deployment.model)
+    revision = f"@{known.revision}" if known and known.revision else ""
+    return f"{kind.name}/{deployment.model}{revision}"

@@ -1,0 +1,74 @@
+"""The configuration as plain data on its way to settings: values, what is wrong so far, and where it came from.
+
+A mistake names its place as the operator wrote it, and never shows what a variable held.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+Path: TypeAlias = tuple[str | int, ...]
+"""Keys and list indexes, from the top."""
+
+
+class Mistake(NamedTuple):
+    """One thing to put right, in words that follow its path."""
+
+    path: Path
+    text: str
+    whatever_it_holds: bool = False
+    """Whether the place itself is wrong, and not what stands there."""
+
+
+def dotted(path: Path) -> str:
+    """`models.docs.deployments[0].upstream`."""
+    parts = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
+    return "".join(parts).removeprefix(".")
+
+
+@dataclass(slots=True)
+class Tree:
+    """The top level and its history. Stages of loading change it in place, in the order of `app.config.load.load`."""
+
+    label: str
+    """Where values are from unless `variables` says otherwise: a file's name, or `environment`."""
+    values: dict[str, Any] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+    written: dict[Path, str] = field(default_factory=dict)
+    """Values that hold a variable's, as they were written: shown instead of them."""
+    unfilled: set[Path] = field(default_factory=set)
+    """Places whose variables are not set."""
+    variables: dict[Path, str] = field(default_factory=dict)
+    """Places set by an override, and the environment variable that did."""
+
+    def wrong(self, path: Path, text: str) -> None:
+        self.note(Mistake(path, text))
+
+    def note(self, mistake: Mistake) -> None:
+        """A place that lacks a variable has its mistake: what else is wrong with what it holds is not known."""
+        if mistake.whatever_it_holds or not any(at[: len(mistake.path)] == mistake.path for at in self.unfilled):
+            self.mistakes.append(mistake)
+
+    def shown(self, path: Path, value: object) -> str:
+        """A value fit for a message."""
+        for length in range(len(path), 0, -1):
+            if (as_written := self.written.get(path[:length])) is not None:
+                return as_written
+        return str(value)
+
+    def forget(self, path: Path) -> None:
+        """Drops what was known of a place and all below it: an override has replaced it."""
+        self.mistakes = [known for known in self.mistakes if known.path[: len(path)] != path]
+        self.unfilled = {at for at in self.unfilled if at[: len(path)] != path}
+        self.written = {at: text for at, text in self.written.items() if at[: len(path)] != path}
+
+    def lines(self) -> list[str]:
+        """One line per mistake: where it is from, its path, what is wrong."""
+        return [": ".join(filter(None, (self._origin(path), dotted(path), text))) for path, text, _ in self.mistakes]
+
+    def _origin(self, path: Path) -> str:
+        for length in range(len(path), 0, -1):
+            if (variable := self.variables.get(path[:length])) is not None:
+                return variable
+        return self.label

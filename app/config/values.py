@@ -1,0 +1,113 @@
+"""Kinds of value the settings are made of: durations, sizes, names, keys, addresses.
+
+A ValueError is one readable sentence, and never holds the value: it may be a secret, or hold one.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+
+_DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+_SIZE = {
+    "B": 1,
+    "KiB": 2**10,
+    "MiB": 2**20,
+    "GiB": 2**30,
+    "TiB": 2**40,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+}
+
+
+def parse_duration(value: Any) -> Any:
+    """`250ms`, `30s`, `10m`, `1h`, `30d`, or seconds, to seconds."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)?\s*", value)
+        if not match:
+            raise ValueError("must be a duration: 250ms, 30s, 10m, 1h, 30d, or a number of seconds")
+        return float(match[1]) * _DURATION[match[2] or "s"]
+    return value
+
+
+def parse_size(value: Any) -> Any:
+    """`64KiB`, `256MiB`, `2GiB`, or bytes, to bytes."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
+        if not match:
+            raise ValueError("must be a size: 64KiB, 256MiB, 2GiB, or a number of bytes")
+        return int(float(match[1]) * _SIZE[match[2] or "B"])
+    return value
+
+
+def plain_name(value: str) -> str:
+    """A name that can stand in a path, a metric's label and an environment variable."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
+        raise ValueError("a name here is letters, digits, '.', '_' and '-', and begins with a letter or digit")
+    return value
+
+
+def model_name(value: str) -> str:
+    """Model names are the vendors' and may hold `/` and `:`; what they never hold is space."""
+    if not value or re.search(r"[\s\x00-\x1f\x7f]", value):
+        raise ValueError("a model's name must not be empty or hold spaces")
+    return value
+
+
+def key_text(value: SecretStr) -> SecretStr:
+    """A key travels in a header: printable ASCII. What stands around it (a line end from a file) is dropped."""
+    text = value.get_secret_value().strip()
+    if not text:
+        raise ValueError("must not be empty")
+    if not re.fullmatch(r"[\x21-\x7e]+", text):
+        raise ValueError("must be printable ASCII without spaces")
+    return SecretStr(text)
+
+
+def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
+    """An absolute URL without a trailing slash, or ValueError. Messages never hold the URL: it may hold a password."""
+    written = " or ".join(f"{scheme}://" for scheme in schemes)
+    try:
+        url = urlsplit(text.strip())
+        sound = url.scheme in schemes and (url.hostname or url.scheme == "unix") and url.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError(f"must be a URL that begins with {written}")
+    if not credentials and "@" in url.netloc:
+        raise ValueError("must not hold a user or password; use the keys meant for credentials")
+    return text.strip().rstrip("/")
+
+
+def base_url_text(value: str) -> str:
+    """Where paths are appended to: http(s), and nothing after the path."""
+    checked = check_url(value, ("http", "https"), credentials=False)
+    if "?" in checked or "#" in checked:
+        raise ValueError("must not hold a query (?) or fragment (#)")
+    return checked
+
+
+def header_fields(value: dict[str, str]) -> dict[str, str]:
+    """Extra request headers: sendable names and values, and none that frame the message."""
+    for name, text in value.items():
+        if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
+            raise ValueError("a header's name is letters, digits and '-'")
+        if name.lower() in ("content-length", "transfer-encoding", "connection"):
+            raise ValueError(f"{name} is set by the gateway itself")
+        if not re.fullmatch(r"[\t\x20-\x7e]*", text):
+            raise ValueError(f"the value of {name} must be printable ASCII on one line")
+    return value
+
+
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
+Pause = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
+"""A duration that may be none at all."""
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Name = Annotated[str, AfterValidator(plain_name)]
+ModelName = Annotated[str, AfterValidator(model_name)]
+Key = Annotated[SecretStr, AfterValidator(key_text)]

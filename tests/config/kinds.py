@@ -1,0 +1,97 @@
+"""Upstream types made up for these tests: one with keys and modes, one with nothing by default, one built in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from pydantic import SecretStr, model_validator
+
+from app.catalog import Model
+from app.config import Settings, UpstreamSettings
+from app.config.load import load
+
+
+class AlphaSettings(UpstreamSettings):
+    type: Literal["alpha"] = "alpha"
+    base_url: str = "https://alpha.example/v1"
+    mode: Literal["native", "compatible"] = "native"
+    secret_key: SecretStr | None = None
+    full: bool = False
+
+    @model_validator(mode="after")
+    def _has_a_key(self) -> Self:
+        if self.api_key is None and not self.api_keys:
+            raise ValueError("api_key: needed")
+        return self
+
+
+class BetaSettings(UpstreamSettings):
+    type: Literal["beta"] = "beta"
+
+
+class GammaSettings(UpstreamSettings):
+    type: Literal["gamma"] = "gamma"
+    base_url: str = "http://localhost:1234"
+    keep: str | int | None = None
+
+
+class PlainSettings(UpstreamSettings):
+    type: Literal["plain"] = "plain"
+    base_url: str = "http://plain.invalid"
+
+
+def _nothing(_environ: Mapping[str, str]) -> dict[str, Any] | None:
+    return None
+
+
+@dataclass(frozen=True)
+class StubKind:
+    name: str
+    settings: type[UpstreamSettings]
+    models: Callable[[Any], Mapping[str, Model]]
+    environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = _nothing
+    default_address: tuple[str, int] | None = None
+    built_in: bool = False
+
+
+def _alpha(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    if "ALPHA_API_KEY" not in environ:
+        return None
+    address = {"base_url": environ["ALPHA_BASE_URL"]} if "ALPHA_BASE_URL" in environ else {}
+    return {"api_key": environ["ALPHA_API_KEY"], **address}
+
+
+def _gamma(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    return {"base_url": environ["GAMMA_HOST"]} if "GAMMA_HOST" in environ else None
+
+
+def _models(*models: Model) -> Callable[[Any], Mapping[str, Model]]:
+    return lambda _settings: {model.name: model for model in models}
+
+
+KINDS: Mapping[str, StubKind] = {
+    kind.name: kind
+    for kind in (
+        StubKind("alpha", AlphaSettings, _models(Model("a-1"), Model("a-2")), _alpha),
+        StubKind("beta", BetaSettings, _models()),
+        StubKind("gamma", GammaSettings, _models(), _gamma, default_address=("127.0.0.1", 1234)),
+        StubKind("plain", PlainSettings, _models(Model("words", revision="1")), built_in=True),
+    )
+}
+
+
+def nobody_listens(_host: str, _port: int) -> bool:
+    return False
+
+
+def environ(**variables: str) -> dict[str, str]:
+    """`environ(SERVER__PORT="1")`: overrides by the part of their name that differs."""
+    return {f"EMBEDDING_GATEWAY__{name}": value for name, value in variables.items()}
+
+
+def settings_from(text: str, tmp_path: Any, variables: Mapping[str, str] | None = None) -> Settings:
+    """The settings of a `config.yaml` that holds `text`."""
+    (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
+    return load(None, variables or {}, KINDS, cwd=tmp_path, listening=nobody_listens)

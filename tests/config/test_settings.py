@@ -1,0 +1,132 @@
+"""The settings themselves: values, defaults, frozen, and silent about secrets."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr, ValidationError
+
+from app.config import KeySettings, ServerSettings, Settings, UpstreamSettings
+from app.config.values import check_url, parse_duration, parse_size
+from app.upstreams import UPSTREAMS
+from tests.config.kinds import settings_from
+
+
+@pytest.mark.parametrize(
+    ("written", "seconds"),
+    [
+        ("250ms", 0.25),
+        ("30s", 30.0),
+        ("10m", 600.0),
+        ("1h", 3600.0),
+        ("30d", 2592000.0),
+        ("1.5s", 1.5),
+        ("2", 2.0),
+        (3, 3),
+    ],
+)
+def test_durations_are_seconds(written: Any, seconds: float) -> None:
+    assert parse_duration(written) == seconds
+
+
+@pytest.mark.parametrize(
+    ("written", "size"),
+    [
+        ("64KiB", 65536),
+        ("256 MiB", 2**28),
+        ("2GiB", 2**31),
+        ("1.5KiB", 1536),
+        ("1MB", 10**6),
+        ("7", 7),
+        ("7B", 7),
+        (8, 8),
+    ],
+)
+def test_sizes_are_bytes(written: Any, size: int) -> None:
+    assert parse_size(written) == size
+
+
+@pytest.mark.parametrize("written", ["", "s", "1w", "-1s", "1 s s", "1e3", "inf", "١s"])
+def test_what_is_no_duration_says_what_one_is(written: str) -> None:
+    with pytest.raises(ValueError, match="must be a duration: 250ms"):
+        parse_duration(written)
+
+
+@pytest.mark.parametrize("written", ["", "KiB", "1kib", "1XB", "-1", "1 Mi"])
+def test_what_is_no_size_says_what_one_is(written: str) -> None:
+    with pytest.raises(ValueError, match="must be a size: 64KiB"):
+        parse_size(written)
+
+
+def test_the_values_without_a_file_are_the_contracts() -> None:
+    server = ServerSettings()
+    assert (server.host, server.port, server.workers, server.metrics_port) == ("127.0.0.1", 8080, 1, None)
+    assert (server.request_timeout, server.max_body, server.max_inputs) == (60.0, 32 * 2**20, 2048)
+    assert (server.max_inflight, server.drain) == (1000, 5.0)
+
+
+def test_every_cache_tier_can_be_off(tmp_path: Path) -> None:
+    cache = settings_from("cache: {memory: null, disk: null, redis: null}", tmp_path).cache
+    assert (cache.memory, cache.disk, cache.redis) == (None, None, None)
+
+
+def test_a_trailing_slash_is_not_part_of_a_base_url(tmp_path: Path) -> None:
+    found = settings_from("upstreams: {a: {type: beta, base_url: 'HTTPS://Host:8443/v1//'}}", tmp_path)
+    assert found.upstreams["a"].base_url == "HTTPS://Host:8443/v1"
+
+
+@pytest.mark.parametrize("url", ["redis://h", "redis://:pw@h:6379/0", "rediss://u:p@h/1", "unix:///run/redis.sock"])
+def test_redis_urls(url: str) -> None:
+    assert check_url(url, ("redis", "rediss", "unix"), credentials=True) == url
+
+
+def test_a_key_and_its_digest_are_the_same_caller() -> None:
+    digest = hashlib.sha256(b"abc")
+    assert KeySettings(key=SecretStr(" abc\n")).digest() == digest.digest()
+    assert KeySettings(sha256=digest.hexdigest().upper()).digest() == digest.digest()
+
+
+def test_a_deployment_may_be_declared_to_be_in_another_types_space(tmp_path: Path) -> None:
+    text = """
+upstreams: {alpha: {type: alpha, api_key: k}, own: {type: plain}}
+models:
+  docs: {deployments: [{upstream: alpha, model: a-1}, {upstream: own, model: words, space: alpha/a-1}]}
+  newer: {deployments: [{upstream: alpha, model: not-in-the-catalogue}]}
+"""
+    assert set(settings_from(text, tmp_path).models) == {"docs", "newer"}
+
+
+def test_settings_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError):
+        ServerSettings().port = 1
+
+
+def test_settings_read_no_environment_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EMBEDDING_GATEWAY__SERVER__PORT", "9")
+    monkeypatch.setenv("SERVER", '{"port": 9}')
+    upstream = UpstreamSettings(type="x", base_url="http://x")
+    assert Settings(upstreams={"x": upstream}).server.port == 8080
+
+
+def test_settings_show_no_secret(tmp_path: Path) -> None:
+    text = """
+auth: {keys: {a: {key: canary-1}, b: {sha256: "ca%s"}}}
+cache: {redis: {url: "redis://:canary-2@h"}}
+upstreams:
+  a:
+    {type: alpha, api_key: canary-3, secret_key: canary-4, proxy: "http://u:canary-5@h", headers: {X-A: canary-6}}
+  b: {type: alpha, api_keys: [canary-7]}
+""" % ("0" * 62)
+    found = settings_from(text, tmp_path)
+    assert "canary" not in repr(found) + str(found)
+    assert "ca00" not in repr(found)
+
+
+@pytest.mark.parametrize("name", UPSTREAMS)
+def test_every_real_type_keeps_its_credentials_secret(name: str) -> None:
+    for field, info in UPSTREAMS[name].settings.model_fields.items():
+        if "key" in field.split("_")[-1] or field in ("api_keys", "proxy"):
+            assert "SecretStr" in str(info.annotation), field

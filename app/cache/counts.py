@@ -1,0 +1,32 @@
+"""A tier's counters, bound to their labels once: binding costs more than counting."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from app.metrics import Metrics
+
+
+class Counter(Protocol):
+    def inc(self, amount: float = 1) -> None: ...
+
+
+class Counts:
+    """`cache_operations_total` of one tier. Every counter counts values, not calls."""
+
+    def __init__(self, metrics: Metrics, tier: str) -> None:
+        def bound(operation: str, result: str) -> Counter:
+            return metrics.cache_operations.labels(tier, operation, result)
+
+        self.hit = bound("get", "hit")
+        self.miss = bound("get", "miss")
+        self.get_error = bound("get", "error")
+        self.get_timeout = bound("get", "timeout")
+        self.get_corrupt = bound("get", "corrupt")
+        self.get_skipped = bound("get", "skipped")
+        self.ok = bound("set", "ok")
+        self.set_error = bound("set", "error")
+        self.set_timeout = bound("set", "timeout")
+        self.set_skipped = bound("set", "skipped")
+        self.set_dropped = bound("set", "dropped")
+        self.bytes = metrics.cache_bytes.labels(tier)

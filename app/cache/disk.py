@@ -1,0 +1,190 @@
+"""The tier that survives a restart: one SQLite file, worked on by a thread of its own.
+
+What goes wrong with the file costs hits, never a request: a broken one is set aside, a full or forbidden disk switches
+the tier off until it recovers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from app.cache import table, values
+from app.cache.breaker import Breaker
+from app.cache.counts import Counts
+from app.cache.table import Table
+from app.clock import Clock
+from app.metrics import Metrics
+from app.types import Embedding
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+_CLOSE = 5.0
+"""Seconds closing may take before the file is left to SQLite's recovery."""
+
+
+class DiskStore:
+    """Values in the file `path`, `max_size` bytes with its log, gone after `ttl` seconds by the wall clock.
+
+    `timeout`: seconds a look-up may wait for the disk. Nothing is ever raised.
+    """
+
+    name = "disk"
+
+    def __init__(
+        self, path: str, max_size: int, ttl: float, clock: Clock, metrics: Metrics, *, timeout: float = 1.0
+    ) -> None:
+        self._path = path
+        self._open_table: Callable[[], Table] = lambda: Table(path, max_size, ttl, clock.time)
+        self._timeout = timeout
+        self._counts = Counts(metrics, self.name)
+        self._breaker = Breaker(clock.monotonic)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache-disk")
+        self._table: Table | None = None
+        """Touched by the thread alone."""
+        self._write_size = 2**16
+        self._closed = False
+        self._trouble: dict[str, str] = {}
+
+    @property
+    def status(self) -> str:
+        """ "up", or "down: " and why look-ups fail, or "up; writes fail: " and why."""
+        if "get" in self._trouble:
+            return f"down: {self._trouble['get']}"
+        if "set" in self._trouble:
+            return f"up; writes fail: {self._trouble['set']}"
+        return "up"
+
+    async def open(self) -> None:
+        """Opens the file ahead of the first request, so that `status` is true from the start. Never fails."""
+        if self._breaker.allow():
+            await self._run("get", 0, self._measure)
+
+    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+        if not self._breaker.allow():
+            self._counts.get_skipped.inc(len(keys))
+            return [None] * len(keys)
+        answer = await self._run("get", len(keys), lambda: self._read(keys))
+        if answer is None:
+            return [None] * len(keys)
+        found, corrupt = answer
+        misses = sum(value is None for value in found) - corrupt
+        self._counts.hit.inc(len(keys) - misses - corrupt)
+        self._counts.miss.inc(misses)
+        self._counts.get_corrupt.inc(corrupt)
+        return found
+
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+        """In pieces, so that look-ups get their turn between them."""
+        piece: list[tuple[bytes, Embedding]] = []
+        size = 0
+        for place, entry in enumerate(entries):
+            piece.append(entry)
+            size += len(entry[1].vector)
+            if size >= self._write_size or place == len(entries) - 1:
+                await self._put(piece)
+                piece, size = [], 0
+
+    async def close(self) -> None:
+        """Closes the file; what was written stays."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            async with asyncio.timeout(_CLOSE):
+                await asyncio.get_running_loop().run_in_executor(self._thread, self._shut)
+        except (TimeoutError, sqlite3.Error, OSError) as error:
+            log.warning("disk cache: not closed in order: %s", error)
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+    async def _put(self, entries: list[tuple[bytes, Embedding]]) -> None:
+        if not self._breaker.allow():
+            self._counts.set_skipped.inc(len(entries))
+            return
+        size = await self._run("set", len(entries), lambda: self._write(entries))
+        if size is not None:
+            self._counts.ok.inc(len(entries))
+            self._counts.bytes.set(size)
+
+    async def _run(self, operation: str, count: int, work: Callable[[], T]) -> T | None:
+        """What `work` gives, done by the thread, or None, counted for `count` values, where it fails.
+
+        The breaker has let this through and is told how it went. A write is not limited in time: nobody waits for it.
+        """
+        get = operation == "get"
+        try:
+            async with asyncio.timeout(self._timeout if get else None):
+                result = await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
+        except asyncio.CancelledError:
+            self._breaker.abandoned()
+            raise
+        except TimeoutError:
+            (self._counts.get_timeout if get else self._counts.set_timeout).inc(count)
+            self._failed(operation, f"no answer within {self._timeout:g} s")
+            return None
+        except Exception as error:  # this tier's outermost door
+            (self._counts.get_error if get else self._counts.set_error).inc(count)
+            self._failed(operation, f"{type(error).__name__}: {error}")
+            return None
+        self._breaker.succeeded()
+        if self._trouble.pop(operation, None) is not None:
+            log.warning("disk cache: %s works again", operation)
+        return result
+
+    def _failed(self, operation: str, why: str) -> None:
+        # A full disk refuses writes and can still be read: only look-ups that fail switch the tier off.
+        if operation == "get" or self._table is None:
+            self._breaker.failed()
+        else:
+            self._breaker.abandoned()
+        if self._trouble.get(operation) != why:
+            log.warning("disk cache: %s fails, requests are served without it: %s", operation, why)
+        self._trouble[operation] = why
+
+    # --- in the thread ------------------------------------------------------------------------------
+
+    def _guarded(self, work: Callable[[], T]) -> T:
+        """Does it; a broken file is set aside and it is done once more, on a new one."""
+        try:
+            return work()
+        except sqlite3.DatabaseError as error:
+            if not table.is_corrupt(error):
+                raise
+            log.error("disk cache: %s is broken (%s); moved to %s.corrupt", self._path, error, self._path)
+            if self._table is None:
+                table.set_aside(self._path)
+            else:
+                broken, self._table = self._table, None
+                broken.set_aside()
+            return work()
+
+    def _opened(self) -> Table:
+        if self._table is None:
+            self._table = self._open_table()
+            self._write_size = self._table.write_size
+            self._counts.bytes.set(self._table.size)
+        return self._table
+
+    def _measure(self) -> int:
+        return self._opened().size
+
+    def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:
+        raws = self._opened().read(keys)
+        found = [None if raw is None else values.decode(key, raw) for key, raw in zip(keys, raws, strict=True)]
+        return found, sum(value is None for value in found) - raws.count(None)
+
+    def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> int:
+        opened = self._opened()
+        opened.write([(key, values.encode(key, embedding)) for key, embedding in entries])
+        return opened.size
+
+    def _shut(self) -> None:
+        if self._table is not None:
+            self._table.close()
+            self._table = None

@@ -1,0 +1,69 @@
+"""Cache keys: a full-length hash over everything that may alter a vector, and nothing else.
+
+Must not know the public model's name, the caller's key or `user`: equal vectors share one entry, whoever asked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import fields
+
+from app.types import Input, Params
+
+KEY_SIZE = 32
+"""Bytes in a key (SHA-256, never shortened)."""
+
+NOT_IN_KEY = frozenset({"model", "deadline", "caller", "read_cache", "write_cache", "keys", "positions"})
+"""Fields of `EmbedRequest` that alter no vector. `model` is the public name: the vector space stands for it.
+A test compares this with the class, so that a new field cannot be forgotten."""
+
+_FORMAT = b"embedding-gateway key 1\n"
+"""Stands first and alike in every key: a change of this module's format changes it."""
+
+
+def _field(value: object) -> bytes:
+    """One value, tagged with its type and prefixed with its length, so that no two lists of values read alike.
+
+    Raises `TypeError` for a type that has no tag: a new kind of parameter needs a decision here.
+    """
+    match value:
+        case None:
+            tag, raw = b"n", b""
+        case bool():
+            tag, raw = b"b", b"%d" % value
+        case int():
+            tag, raw = b"i", b"%d" % value
+        case str():
+            tag, raw = b"s", value.encode()
+        case bytes():
+            tag, raw = b"y", value
+        case _:
+            raise TypeError(f"no cache key for a {type(value).__name__}")
+    return tag + len(raw).to_bytes(8, "big") + raw
+
+
+# Taken from the class, so that a parameter added later is in the key from its first day.
+_PARAMS = tuple((each.name, _field(each.name)) for each in fields(Params))
+
+
+def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str = "") -> list[bytes]:
+    """One key of `KEY_SIZE` bytes per input, in their order.
+
+    `space` is the identity of the vector space (vendor, model, revision); `namespace` keeps a caller's entries
+    apart from everyone else's. Raises `TypeError` for a parameter of an unknown type and `UnicodeEncodeError`
+    for a lone surrogate, which the door refuses.
+    """
+    common = [_FORMAT, _field(space), _field(namespace)]
+    for name, tagged in _PARAMS:
+        common += tagged, _field(getattr(params, name))
+    # The part all inputs share is hashed once; per input there is a copy of the state and one field.
+    copy = hashlib.sha256(b"".join(common)).copy
+    keys = []
+    for text in inputs:
+        state = copy()
+        raw = text.encode()
+        state.update(b"s" + len(raw).to_bytes(8, "big"))
+        state.update(raw)
+        keys.append(state.digest())
+    return keys

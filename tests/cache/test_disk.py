@@ -1,0 +1,154 @@
+# ruff: noqa: ASYNC240  # a test may block its own event loop
+"""What the disk tier does with a file that is well. What it does with one that is not: test_disk_faults.py."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+from app.metrics import Metrics
+from tests.cache.support import LIMIT, Clock, OpenDisk, count, embedding, entries, held, key, present, run
+
+
+def on_disk(directory: Path) -> int:
+    """Bytes in files, except the shared memory SQLite maps into one."""
+    return sum(each.stat().st_size for each in directory.iterdir() if not each.name.endswith("-shm"))
+
+
+async def test_what_was_put_in_comes_out_bit_for_bit(opened: OpenDisk, metrics: Metrics) -> None:
+    store = opened()
+    await store.put(entries(range(300)))
+    keys = [key(number) for number in (299, 300, 0, 299)]
+    assert await store.get(keys) == [embedding(299), None, embedding(0), embedding(299)]
+    assert count(metrics, "disk", "set", "ok") == 300
+    assert (count(metrics, "disk", "get", "hit"), count(metrics, "disk", "get", "miss")) == (3, 1)
+    assert held(metrics, "disk") > 300 * 256
+    assert store.status == "up"
+
+
+async def test_it_survives_a_restart(opened: OpenDisk) -> None:
+    first = opened()
+    await first.put(entries([1, 2]))
+    await first.close()
+    assert await opened().get([key(1), key(2)]) == [embedding(1), embedding(2)]
+
+
+async def test_it_survives_a_process_that_is_killed(opened: OpenDisk, path: Path) -> None:
+    await run(KILLED, path)
+    assert await present(opened(), *range(20)) == list(range(20))
+
+
+KILLED = """
+import asyncio, os, signal, sys
+from app.cache.disk import DiskStore
+from app.metrics import Metrics
+from tests.cache.support import Clock, entries
+async def main():
+    store = DiskStore(sys.argv[1], 2**23, 86400, Clock(), Metrics())
+    await store.put(entries(range(20)))
+    os.kill(os.getpid(), signal.SIGKILL)
+asyncio.run(main())
+"""
+
+
+async def test_a_value_put_in_again_replaces_the_old_one(opened: OpenDisk) -> None:
+    store = opened()
+    await store.put([(key(1), embedding(7))])
+    await store.put([(key(1), embedding(8))])
+    assert await store.get([key(1)]) == [embedding(8)]
+
+
+async def test_a_value_is_gone_when_its_time_is_over_even_after_a_restart(opened: OpenDisk, clock: Clock) -> None:
+    first = opened(ttl=60)
+    await first.put(entries([1]))
+    clock.advance(59)
+    assert await present(first, 1) == [1]
+    await first.close()
+    clock.advance(1)
+    assert await present(opened(ttl=60), 1) == []
+
+
+async def test_file_and_log_together_stay_within_the_bound(opened: OpenDisk, tmp_path: Path, clock: Clock) -> None:
+    bound = 2**20
+    store = opened(max_size=bound)
+    for start in range(0, 1500, 50):
+        clock.advance(1)
+        await store.put(entries(range(start, start + 50), dimensions=1024))
+        assert on_disk(tmp_path) <= bound
+    assert store.status == "up"
+    kept = await present(store, *range(1500))
+    # The youngest, and as many as the bound is meant for.
+    assert kept == list(range(1500 - len(kept), 1500))
+    assert len(kept) * 4096 > bound // 2
+
+
+async def test_values_of_every_size_stay_within_the_bound(opened: OpenDisk, tmp_path: Path, clock: Clock) -> None:
+    bound = 2**20
+    store = opened(max_size=bound)
+    for number in range(400):
+        clock.advance(1)
+        await store.put(entries([number], dimensions=(16, 900, 1000, 1100, 3072)[number % 5]))
+        assert on_disk(tmp_path) <= bound
+    assert store.status == "up"
+    assert await present(store, 399) == [399]
+
+
+async def test_what_is_read_again_outlives_what_is_not(opened: OpenDisk, clock: Clock) -> None:
+    store = opened(max_size=2**20)
+    await store.put(entries(range(100), dimensions=1024))
+    clock.advance(7200)
+    assert await present(store, 3) == [3]
+    for start in range(100, 200, 20):
+        clock.advance(1)
+        await store.put(entries(range(start, start + 20), dimensions=1024))
+    assert await present(store, *range(20)) == [3]
+
+
+async def test_a_smaller_bound_than_last_time_shrinks_the_file(opened: OpenDisk, tmp_path: Path) -> None:
+    large = opened(max_size=8 * 2**20)
+    await large.put(entries(range(900), dimensions=1024))
+    await large.close()
+    small = opened(max_size=2**20)
+    await small.open()
+    assert on_disk(tmp_path) <= 2**20
+    assert small.status == "up"
+    assert await present(small, 899) == [899]
+
+
+async def test_two_processes_share_one_file(opened: OpenDisk, path: Path, metrics: Metrics) -> None:
+    store = opened(max_size=2**22)
+    await store.open()
+    other = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", SECOND, str(path), cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(LIMIT * 3):
+        # Both write at once, until both are done.
+        for number in range(0, 400, 10):
+            await store.put(entries(range(number, number + 10)))
+            await store.get([key(1000 + number)])
+        output, _ = await other.communicate()
+    assert output.decode().split() == ["400", "up"]
+    assert await present(store, *range(400), *range(1000, 1400)) == [*range(400), *range(1000, 1400)]
+    assert count(metrics, "disk", "set", "ok") == 400
+    assert count(metrics, "disk", "set", "error") == 0
+
+
+SECOND = """
+import asyncio, sys
+from app.cache.disk import DiskStore
+from app.metrics import Metrics
+from tests.cache.support import Clock, count, entries, key
+async def main():
+    metrics = Metrics()
+    store = DiskStore(sys.argv[1], 2**22, 86400, Clock(), metrics, timeout=20)
+    for number in range(1000, 1400, 10):
+        await store.put(entries(range(number, number + 10)))
+        await store.get([key(number - 1000)])
+    print(int(count(metrics, "disk", "set", "ok")), store.status)
+    await store.close()
+asyncio.run(main())
+"""
+
+
+async def test_only_its_owner_may_read_the_file(opened: OpenDisk, path: Path) -> None:
+    await opened().open()
+    assert path.stat().st_mode & 0o077 == 0

@@ -1,0 +1,150 @@
+# ruff: noqa: ASYNC240  # a test may block its own event loop
+"""What the disk tier does with a file that is not well: costs hits, never a request."""
+
+import asyncio
+import logging
+import os
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from app.metrics import Metrics
+from tests.cache.support import Clock, OpenDisk, count, entries, key, present, run
+
+
+async def test_a_value_that_was_tampered_with_is_a_miss_and_is_overwritten(
+    opened: OpenDisk, path: Path, metrics: Metrics
+) -> None:
+    store = opened()
+    await store.put(entries([1, 2]))
+    with sqlite3.connect(path) as other:
+        value = other.execute("SELECT value FROM embeddings WHERE key = ?", (key(2),)).fetchone()[0]
+        other.execute("UPDATE embeddings SET value = ? WHERE key = ?", (value, key(1)))
+    other.close()
+    assert await present(store, 1, 2) == [2]
+    assert count(metrics, "disk", "get", "corrupt") == 1
+    await store.put(entries([1]))
+    assert await present(store, 1) == [1]
+
+
+@pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + b"\xff" * 8192])
+async def test_a_broken_file_is_moved_aside_and_replaced(
+    opened: OpenDisk, path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    path.write_bytes(content)
+    store = opened()
+    with caplog.at_level(logging.WARNING):
+        assert await present(store, 1) == []
+        await store.put(entries([1]))
+    assert await present(store, 1) == [1]
+    assert Path(f"{path}.corrupt").read_bytes() == content
+    assert [record.levelname for record in caplog.records] == ["ERROR"]
+    assert store.status == "up"
+
+
+async def test_a_file_that_breaks_while_it_is_used_is_replaced(opened: OpenDisk, path: Path) -> None:
+    first = opened()
+    await first.put(entries(range(200), dimensions=1024))
+    await first.close()
+    # The first page, which says what is where, stays; all the rest is noise.
+    raw = path.read_bytes()
+    path.write_bytes(raw[:4096] + os.urandom(len(raw) - 4096))
+    store = opened()
+    await store.get([key(number) for number in range(200)])
+    await store.put(entries([1]))
+    assert await present(store, 1) == [1]
+    assert store.status == "up"
+
+
+async def test_another_programs_database_is_left_alone(opened: OpenDisk, path: Path, metrics: Metrics) -> None:
+    with sqlite3.connect(path) as other:
+        other.execute("CREATE TABLE invoices (id)")
+    other.close()
+    store = opened()
+    assert await present(store, 1) == []
+    assert "another program's database" in store.status
+    with sqlite3.connect(path) as other:
+        assert other.execute("SELECT name FROM sqlite_master").fetchall() == [("invoices",)]
+    other.close()
+
+
+async def test_a_path_that_cannot_be_is_logged_once_and_the_tier_is_off(
+    opened: OpenDisk, tmp_path: Path, clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = opened(tmp_path / "file" / "embeddings.sqlite3")
+    with caplog.at_level(logging.WARNING):
+        for _ in range(10):
+            assert await present(store, 1) == []
+    assert store.status.startswith("down: ")
+    assert len(caplog.records) == 1
+    assert count(metrics, "disk", "get", "error") == 3
+    assert count(metrics, "disk", "get", "skipped") == 7
+    await store.put(entries([1]))
+    assert count(metrics, "disk", "set", "skipped") == 1
+
+    (tmp_path / "file").unlink()
+    clock.advance(1)
+    assert await present(store, 1) == []
+    assert store.status == "up"
+    await store.put(entries([1]))
+    assert await present(store, 1) == [1]
+
+
+async def test_opening_ahead_tells_what_is_wrong_before_the_first_request(opened: OpenDisk, tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = opened(tmp_path / "file" / "embeddings.sqlite3")
+    await store.open()
+    assert store.status.startswith("down: ")
+
+
+async def test_a_full_disk_drops_writes_and_goes_on_reading(path: Path) -> None:
+    # A process whose files may not grow past a size, which is as much of a full disk as any machine can offer.
+    ended = await run(FULL, path)
+    assert ended.stdout.split() == ["[0]", "error", "writes", "fail"], ended.stderr
+    assert ended.stderr.count("set fails") == 1
+
+
+FULL = """
+import asyncio, resource, signal, sys
+from app.cache.disk import DiskStore
+from app.metrics import Metrics
+from tests.cache.support import Clock, count, entries, key
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+async def main():
+    metrics = Metrics()
+    store = DiskStore(sys.argv[1], 2**24, 86400, Clock(), metrics, timeout=20)
+    await store.put(entries([0]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**17, 2**17))
+    for start in range(1, 400, 20):
+        await store.put(entries(range(start, start + 20), dimensions=1024))
+    found = await store.get([key(0)])
+    print([number for number, value in enumerate(found) if value])
+    print("error" if count(metrics, "disk", "set", "error") > 100 else "none")
+    print("writes fail" if store.status.startswith("up; writes fail") else store.status)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    await store.close()
+import logging
+logging.basicConfig()
+asyncio.run(main())
+"""
+
+
+async def test_the_event_loop_turns_while_another_process_holds_the_file(opened: OpenDisk, path: Path) -> None:
+    store = opened()
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    writing = asyncio.create_task(store.put(entries([1])))
+    turns = 0
+    while not writing.done():
+        await asyncio.sleep(0)
+        turns += 1
+    other.execute("ROLLBACK")
+    other.close()
+    assert turns > 10
+    assert store.status == "up; writes fail: OperationalError: database is locked"
+    await store.put(entries([1]))
+    assert await present(store, 1) == [1]
+    assert store.status == "up"

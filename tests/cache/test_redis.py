@@ -1,0 +1,174 @@
+"""What the Redis tier does with a server that is well. What it does with one that is not: test_redis_faults.py."""
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+import redis.asyncio
+from pydantic import SecretStr
+
+from app.cache.redis import PREFIX, RedisStore
+from app.metrics import Metrics
+from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
+from tests.redis_server import RedisServer
+
+Build = Callable[..., RedisStore]
+
+
+@pytest.fixture(scope="module")
+def running() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def admin(running: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
+    async with redis.asyncio.Redis.from_url(running.url) as client:
+        await client.flushall()
+        await client.config_resetstat()
+        yield client
+
+
+@pytest_asyncio.fixture
+async def store(
+    running: RedisServer, admin: redis.asyncio.Redis, clock: Clock, metrics: Metrics
+) -> AsyncIterator[RedisStore]:
+    built = RedisStore(running.url, LIMIT, 60, clock, metrics)
+    yield built
+    await built.close()
+
+
+async def calls(admin: redis.asyncio.Redis, command: str) -> int:
+    stats = await admin.info("commandstats")
+    return int(stats.get(f"cmdstat_{command}", {}).get("calls", 0))
+
+
+async def test_what_was_put_in_comes_out_bit_for_bit(store: RedisStore, metrics: Metrics) -> None:
+    await store.put(entries(range(100), dimensions=1024))
+    found = await store.get([key(99), key(100), key(0), key(99)])
+    assert found == [embedding(99, 1024), None, embedding(0, 1024), embedding(99, 1024)]
+    assert count(metrics, "redis", "set", "ok") == 100
+    assert (count(metrics, "redis", "get", "hit"), count(metrics, "redis", "get", "miss")) == (3, 1)
+    assert store.status == "up"
+
+
+@pytest.mark.parametrize("size", [1, 16, 2048])
+async def test_a_look_up_is_one_mget(store: RedisStore, admin: redis.asyncio.Redis, size: int) -> None:
+    await store.get([key(number) for number in range(size)])
+    assert await calls(admin, "mget") == 1
+    assert await calls(admin, "get") == 0
+
+
+async def test_no_keys_are_no_look_up(store: RedisStore, admin: redis.asyncio.Redis) -> None:
+    assert await store.get([]) == []
+    assert await calls(admin, "mget") == 0
+
+
+async def test_every_value_is_written_with_its_time_to_live(store: RedisStore, admin: redis.asyncio.Redis) -> None:
+    await store.put(entries(range(200)))
+    names = await admin.keys("*")
+    assert sorted(names) == sorted(PREFIX + key(number) for number in range(200))
+    left = [await admin.pttl(name) for name in names]
+    assert all(0 < each <= 60_000 for each in left)
+    assert await calls(admin, "set") == 200
+    assert await calls(admin, "multi") == 0
+
+
+async def test_connecting_without_a_password_says_nothing_but_the_command(
+    store: RedisStore, admin: redis.asyncio.Redis
+) -> None:
+    await store.get([key(1)])
+    for chatter in ("hello", "ping", "client|setinfo", "select"):
+        assert await calls(admin, chatter) == 0
+
+
+async def test_many_look_ups_at_once_share_a_bounded_number_of_connections(
+    running: RedisServer, admin: redis.asyncio.Redis, clock: Clock, metrics: Metrics
+) -> None:
+    store = RedisStore(running.url, LIMIT, 60, clock, metrics, max_connections=4)
+    await store.put(entries(range(50)))
+    before = (await admin.info("stats"))["total_connections_received"]
+    found = await asyncio.gather(*(store.get([key(number)]) for number in range(50)))
+    assert found == [[embedding(number)] for number in range(50)]
+    assert (await admin.info("stats"))["total_connections_received"] - before <= 4
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    "value", [b"", b"garbage", b"EGV", b"[0.1, 0.2]", b"EGV\x00" + bytes(60), b"\x80\x04pickle" * 100]
+)
+async def test_a_value_that_is_none_of_ours_is_a_miss_and_is_overwritten(
+    store: RedisStore, admin: redis.asyncio.Redis, metrics: Metrics, value: bytes
+) -> None:
+    await store.put(entries([2]))
+    await admin.set(PREFIX + key(1), value)
+    assert await store.get([key(1), key(2)]) == [None, embedding(2)]
+    assert count(metrics, "redis", "get", "corrupt") == 1
+    assert store.status == "up"
+    await store.put(entries([1]))
+    assert await store.get([key(1)]) == [embedding(1)]
+
+
+async def test_another_keys_value_is_a_miss(store: RedisStore, admin: redis.asyncio.Redis, metrics: Metrics) -> None:
+    await store.put(entries([1]))
+    await admin.set(PREFIX + key(2), await admin.get(PREFIX + key(1)) or b"")
+    assert await store.get([key(2)]) == [None]
+    assert count(metrics, "redis", "get", "corrupt") == 1
+
+
+async def test_a_key_of_another_type_is_a_miss(store: RedisStore, admin: redis.asyncio.Redis) -> None:
+    await admin.lpush(PREFIX + key(1), "element")
+    assert await store.get([key(1)]) == [None]
+    assert store.status == "up"
+
+
+async def test_a_numbered_database_over_tcp_with_a_password_works(
+    clock: Clock, metrics: Metrics, unused_tcp_port: int
+) -> None:
+    with RedisServer(port=unused_tcp_port, password="s3cret-p4ss") as server:
+        store = RedisStore(SecretStr(server.url.replace("/0", "/3")), LIMIT, 60, clock, metrics)
+        await store.put(entries([1]))
+        assert await store.get([key(1)]) == [embedding(1)]
+        async with redis.asyncio.Redis.from_url(server.url) as admin:
+            assert list(await admin.info("keyspace")) == ["db3"]
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    "url", ["http://:s3cret@host", "redis://:s3cret#x@host:port", "redis://h/0?s3cret=1", "s3cret", ""]
+)
+async def test_a_url_that_is_none_is_refused_without_being_quoted(clock: Clock, metrics: Metrics, url: str) -> None:
+    with pytest.raises(ValueError, match="not a Redis URL") as refused:
+        RedisStore(SecretStr(url), 1, 60, clock, metrics)
+    assert "s3cret" not in str(refused.value)
+    assert refused.value.__suppress_context__
+
+
+async def test_the_password_is_in_no_log_and_no_repr(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        store = RedisStore(f"redis://user:s3cret@127.0.0.1:{closed.getsockname()[1]}/0", LIMIT, 60, clock, metrics)
+        with caplog.at_level(logging.DEBUG):
+            await store.open()
+    assert caplog.records
+    assert "s3cret" not in caplog.text + repr(store) + str(vars(store)) + store.status
+    await store.close()
+
+
+async def test_a_tls_url_is_spoken_to_in_tls(clock: Clock, metrics: Metrics) -> None:
+    first = asyncio.Future[bytes]()
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not first.done():
+            first.set_result(await reader.readexactly(3))
+
+    async with listening(server) as port:
+        store = RedisStore(f"rediss://127.0.0.1:{port}/0", LIMIT, 60, clock, metrics)
+        assert await store.get([key(1)]) == [None]
+        assert (await first)[:2] == b"\x16\x03"  # a TLS handshake record
+        await store.close()

@@ -1,0 +1,245 @@
+"""What the Redis tier does with a server that is not well: costs hits, never a request."""
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator
+
+import pytest
+import redis.asyncio
+
+from app.cache.redis import RedisStore
+from app.metrics import Metrics
+from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
+from tests.redis_server import RedisServer
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    built = RedisServer()
+    yield built
+    built.close()
+
+
+def build(
+    server: RedisServer, clock: Clock, metrics: Metrics, timeout: float = LIMIT, url: str | None = None
+) -> RedisStore:
+    return RedisStore(url or server.url, timeout, 60, clock, metrics)
+
+
+async def test_down_at_start_it_connects_by_itself_once_the_server_is_up(
+    server: RedisServer, clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = build(server, clock, metrics)
+    with caplog.at_level(logging.WARNING):
+        await store.open()
+        assert store.status.startswith("down: ConnectionError")
+        for _ in range(10):
+            assert await store.get([key(1)]) == [None]
+        assert len(caplog.records) == 1
+    await store.put(entries([1]))
+    assert count(metrics, "redis", "set", "skipped") == 1
+    server.start()
+    clock.advance(1)
+    assert await store.get([key(1)]) == [None]
+    assert store.status == "up"
+    assert "works again" in caplog.text
+    await store.put(entries([1]))
+    assert await store.get([key(1)]) == [embedding(1)]
+    await store.close()
+
+
+async def test_killed_while_in_use_it_is_a_miss_and_used_again_when_it_is_back(
+    server: RedisServer, clock: Clock, metrics: Metrics
+) -> None:
+    store = build(server.start(), clock, metrics)
+    await store.put(entries([1]))
+    await asyncio.gather(*(store.get([key(1)]) for _ in range(8)))
+    server.kill()
+    for _ in range(5):
+        assert await store.get([key(1)]) == [None]
+    assert store.status.startswith("down: ")
+    assert count(metrics, "redis", "get", "error") == 3
+    assert count(metrics, "redis", "get", "skipped") == 2
+    server.start()
+    clock.advance(1)
+    assert await store.get([key(1)]) == [None]
+    await store.put(entries([1]))
+    assert await store.get([key(1)]) == [embedding(1)]
+    await store.close()
+
+
+async def test_restarted_between_two_look_ups_it_costs_no_error(
+    server: RedisServer, clock: Clock, metrics: Metrics
+) -> None:
+    store = build(server.start(), clock, metrics)
+    await asyncio.gather(*(store.get([key(1)]) for _ in range(8)))
+    server.kill()
+    server.start()
+    await asyncio.sleep(0)  # the event loop hears of the ends
+    await asyncio.sleep(0)
+    await store.put(entries([1]))
+    assert await store.get([key(1)]) == [embedding(1)]
+    await store.close()
+
+
+async def test_frozen_it_costs_three_time_limits_and_is_then_skipped(
+    server: RedisServer, clock: Clock, metrics: Metrics
+) -> None:
+    store = build(server.start(), clock, metrics, timeout=0.05)
+    server.pause()
+    begun = time.monotonic()
+    for _ in range(50):
+        assert await store.get([key(1), key(2)]) == [None, None]
+    # Fifty of them one after the other; the limit is generous for slow machines, not for fifty waits of a second.
+    assert time.monotonic() - begun < 10
+    assert count(metrics, "redis", "get", "timeout") == 6
+    assert count(metrics, "redis", "get", "skipped") == 94
+    assert store.status == "down: TimeoutError: no answer within 50 ms"
+    server.resume()
+
+    async def answered() -> bool:
+        clock.advance(30)
+        await store.put(entries([1]))
+        return (await store.get([key(1)])) == [embedding(1)]
+
+    await until(answered)
+    assert store.status == "up"
+    await store.close()
+
+
+async def test_frozen_many_at_once_all_come_back_within_the_limit(
+    server: RedisServer, clock: Clock, metrics: Metrics
+) -> None:
+    store = build(server.start(), clock, metrics, timeout=0.05)
+    server.pause()
+    begun = time.monotonic()
+    found = await asyncio.gather(*(store.get([key(number)]) for number in range(200)))
+    assert time.monotonic() - begun < 10
+    assert found == [[None]] * 200
+    server.resume()
+    await store.close()
+
+
+async def test_a_handshake_slower_than_a_look_up_is_not_thrown_away(clock: Clock, metrics: Metrics) -> None:
+    let_go = asyncio.Event()
+    greeted = 0
+
+    async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal greeted
+        while line := await reader.readline():
+            if line == b"AUTH\r\n":
+                greeted += 1
+                await let_go.wait()
+                writer.write(b"+OK\r\n")
+            elif line == b"MGET\r\n":
+                writer.write(b"*1\r\n$-1\r\n")
+
+    async with listening(slow) as port:
+        store = RedisStore(f"redis://:x@127.0.0.1:{port}/0", 0.02, 60, clock, metrics)
+        assert await store.get([key(1)]) == [None]
+        assert count(metrics, "redis", "get", "timeout") == 1
+        let_go.set()
+
+        async def answered() -> bool:
+            clock.advance(30)
+            await store.get([key(1)])
+            return count(metrics, "redis", "get", "miss") > 0
+
+        await until(answered)
+        await store.close()
+        assert greeted >= 1
+
+
+async def test_full_without_eviction_it_drops_writes_and_goes_on_reading(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer("--maxmemory", "3mb", "--maxmemory-policy", "noeviction") as full:
+        store = build(full, clock, metrics)
+        with caplog.at_level(logging.WARNING):
+            for start in range(0, 1000, 100):
+                await store.put(entries(range(start, start + 100), dimensions=1024))
+        written = count(metrics, "redis", "set", "ok")
+        assert 0 < written < 1000
+        assert count(metrics, "redis", "set", "dropped") == 1000 - written
+        assert await store.get([key(0)]) == [embedding(0, 1024)]
+        assert store.status.startswith("up; writes fail: OutOfMemoryError")
+        assert len(caplog.records) == 1
+        await store.close()
+
+
+async def test_a_wrong_password_is_said_loudly_and_once(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+) -> None:
+    with RedisServer(password="right-0ne", port=unused_tcp_port) as server:
+        urls = [server.url_with("wr0ng"), server.url_with(None)]
+        urls += [f"{server.socket_url}?password=wr0ng", server.socket_url]
+        for url in urls:
+            caplog.clear()
+            store = build(server, clock, metrics, url=url)
+            with caplog.at_level(logging.DEBUG):
+                for _ in range(5):
+                    assert await store.get([key(1)]) == [None]
+                    await store.put(entries([1]))
+            errors = [record for record in caplog.records if record.levelno >= logging.ERROR]
+            assert {record.getMessage() for record in errors} <= {
+                "redis cache: get fails, requests are served without it: the server refuses our credentials",
+                "redis cache: set fails, requests are served without it: the server refuses our credentials",
+            }
+            assert 1 <= len(errors) <= 2
+            assert store.status == "down: the server refuses our credentials"
+            assert "wr0ng" not in caplog.text + repr(store)
+            await store.close()
+
+
+async def test_a_replica_that_takes_no_writes_is_asked_again_on_a_new_connection_and_still_read(
+    server: RedisServer, clock: Clock, metrics: Metrics
+) -> None:
+    store = build(server.start(), clock, metrics)
+    await store.put(entries([1]))
+    async with redis.asyncio.Redis.from_url(server.url) as admin:
+        await admin.config_set("replica-serve-stale-data", "yes")
+        await admin.replicaof("127.0.0.1", "1")
+        before = (await admin.info("stats"))["total_connections_received"]
+        await store.put(entries([2, 3]))
+        assert (await admin.info("stats"))["total_connections_received"] == before + 1
+        assert count(metrics, "redis", "set", "error") == 2
+        assert await store.get([key(1)]) == [embedding(1)]
+        assert store.status.startswith("up; writes fail: ReadOnlyError")
+        await admin.replicaof("NO", "ONE")
+        await store.put(entries([2]))
+        assert store.status == "up"
+    assert await store.get([key(2)]) == [embedding(2)]
+    await store.close()
+
+
+@pytest.mark.parametrize(
+    ("reply", "error"),
+    [
+        (b"-MOVED 1 10.0.0.1:6379\r\n", "MovedError"),
+        (b"-LOADING Redis is loading the dataset in memory\r\n", "BusyLoadingError"),
+        (b"-MASTERDOWN Link with MASTER is down\r\n", "MasterDownError"),
+        (b"-ERR max number of clients reached\r\n", "ConnectionError"),
+        (b"HTTP/1.1 400 Bad Request\r\n\r\n", "InvalidResponse"),
+        (b":7\r\n", None),
+        (b"*0\r\n", None),
+        (b"*1\r\n:7\r\n", None),
+        (b"+OK\r\n", None),
+    ],
+)
+async def test_a_server_that_answers_something_else_is_a_miss(
+    clock: Clock, metrics: Metrics, reply: bytes, error: str | None
+) -> None:
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line == b"MGET\r\n":
+                writer.write(reply)
+
+    async with listening(odd) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", LIMIT, 60, clock, metrics)
+        assert await store.get([key(1)]) == [None]
+        if error:
+            assert store.status.startswith(f"down: {error}")
+        else:
+            assert count(metrics, "redis", "get", "corrupt") == 1
+        await store.close()

@@ -1,0 +1,250 @@
+import asyncio
+import logging
+from collections.abc import Sequence
+
+import pytest
+
+from app.cache.build import stores
+from app.cache.memory import MemoryStore
+from app.cache.tiers import Tiers
+from app.config import CacheSettings
+from app.metrics import Metrics
+from app.types import Embedding, Store
+from tests.cache.support import Clock, count, embedding, entries, key, until
+
+
+class Slow:
+    """A slow tier in a dict that says what it was asked, and can be told to stall or to raise."""
+
+    def __init__(self, name: str = "redis") -> None:
+        self.name = name
+        self.values: dict[bytes, Embedding] = {}
+        self.asked: list[list[bytes]] = []
+        self.batches: list[int] = []
+        self.open_for_writes = asyncio.Event()
+        self.open_for_writes.set()
+        self.fault: Exception | None = None
+        self.closed = False
+
+    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+        self.asked.append(list(keys))
+        await asyncio.sleep(0)
+        if self.fault:
+            raise self.fault
+        return [self.values.get(each) for each in keys]
+
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+        self.batches.append(len(entries))
+        await self.open_for_writes.wait()
+        if self.fault:
+            raise self.fault
+        self.values.update(entries)
+
+    async def close(self) -> None:
+        self.closed = True
+        if self.fault:
+            raise self.fault
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key(number) for number in numbers]
+
+
+def memory(clock: Clock, metrics: Metrics) -> MemoryStore:
+    return MemoryStore(2**20, 60, clock, metrics)
+
+
+async def test_when_memory_has_all_nothing_is_awaited_and_nobody_else_is_asked(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    tiers = Tiers([memory(clock, metrics), slow], metrics, clock)
+    tiers.put(entries([1, 2]))
+    with pytest.raises(StopIteration) as answer:
+        tiers.get(keys(2, 1)).send(None)
+    assert answer.value.value == [embedding(2), embedding(1)]
+    assert slow.asked == []
+    await tiers.close()
+
+
+async def test_only_what_a_tier_lacks_goes_to_the_next(clock: Clock, metrics: Metrics) -> None:
+    disk, redis = Slow("disk"), Slow("redis")
+    tiers = Tiers([memory(clock, metrics), disk, redis], metrics, clock)
+    tiers._memory.insert(entries([1]))  # type: ignore[union-attr]
+    disk.values.update(entries([2]))
+    redis.values.update(entries([3]))
+    found = await tiers.get(keys(1, 2, 3, 4))
+    assert found == [embedding(1), embedding(2), embedding(3), None]
+    assert disk.asked == [keys(2, 3, 4)]
+    assert redis.asked == [keys(3, 4)]
+    await tiers.close()
+
+
+async def test_what_a_slow_tier_finds_is_put_into_those_above_it(clock: Clock, metrics: Metrics) -> None:
+    disk, redis = Slow("disk"), Slow("redis")
+    tiers = Tiers([memory(clock, metrics), disk, redis], metrics, clock)
+    redis.values.update(entries([1]))
+    disk.values.update(entries([2]))
+    await tiers.get(keys(1, 2))
+    await tiers.get(keys(1, 2))
+    assert len(redis.asked) == 1
+    await tiers.close()
+    assert disk.values == dict(entries([1, 2]))
+    assert redis.batches == []
+
+
+async def test_a_key_asked_for_twice_is_looked_up_once_and_answered_twice(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.values.update(entries([1]))
+    tiers = Tiers([memory(clock, metrics), slow], metrics, clock)
+    assert await tiers.get(keys(1, 2, 1, 2)) == [embedding(1), None, embedding(1), None]
+    assert slow.asked == [keys(1, 2)]
+    await tiers.close()
+
+
+async def test_it_works_without_memory_and_without_any_tier(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    tiers = Tiers([slow], metrics, clock)
+    tiers.put(entries([1]))
+    await tiers.close()
+    assert await tiers.get(keys(1, 2)) == [embedding(1), None]
+    nothing = Tiers([], metrics, clock)
+    nothing.put(entries([1]))
+    assert (await nothing.get(keys(1)), nothing.status()) == ([None], {})
+
+
+async def test_writing_holds_nobody_up(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([memory(clock, metrics), slow], metrics, clock)
+    tiers.put(entries([1]))
+    assert await tiers.get(keys(1)) == [embedding(1)]
+    slow.open_for_writes.set()
+    await tiers.close()
+    assert slow.values == dict(entries([1]))
+
+
+async def test_a_tier_that_stalls_does_not_hold_up_the_next(clock: Clock, metrics: Metrics) -> None:
+    disk, redis = Slow("disk"), Slow("redis")
+    disk.open_for_writes.clear()
+    tiers = Tiers([disk, redis], metrics, clock)
+    tiers.put(entries([1]))
+
+    async def written() -> bool:
+        return bool(redis.values)
+
+    await until(written)
+    disk.open_for_writes.set()
+    await tiers.close()
+
+
+async def test_what_comes_while_a_write_is_under_way_is_written_together(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([slow], metrics, clock)
+    tiers.put(entries([0]))
+    await asyncio.sleep(0)
+    for number in range(1, 600):
+        tiers.put(entries([number]))
+    slow.open_for_writes.set()
+    await tiers.close()
+    assert slow.batches == [1, 256, 256, 87]
+    assert len(slow.values) == 600
+
+
+async def test_what_waits_to_be_written_is_bounded_in_bytes(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([slow], metrics, clock, write_buffer=100_000)
+    for number in range(1000):
+        tiers.put(entries([number]))
+        await asyncio.sleep(0)
+        assert tiers._writers[0].size <= 100_000
+    dropped = count(metrics, "redis", "set", "dropped")
+    slow.open_for_writes.set()
+    await tiers.close()
+    assert 0 < len(slow.values) == 1000 - dropped < 200
+    assert tiers._writers[0].size == 0
+    # The oldest is what is kept: it is already on its way.
+    assert key(0) in slow.values
+
+
+async def test_room_in_the_queue_comes_back(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    tiers = Tiers([slow], metrics, clock, write_buffer=2_000)
+
+    async def empty() -> bool:
+        return tiers._writers[0].size == 0
+
+    for number in range(50):
+        tiers.put(entries([number]))
+        await until(empty)
+    assert len(slow.values) == 50
+    await tiers.close()
+
+
+async def test_closing_gives_up_on_a_tier_that_does_not_take_what_waits(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([memory(clock, metrics), slow], metrics, clock)
+    tiers.put(entries(range(300)))
+    await asyncio.sleep(0)
+    async with asyncio.timeout(20):
+        await tiers.close(timeout=0.01)
+    assert slow.closed
+    assert count(metrics, "redis", "set", "dropped") == 300
+    assert "44 values not written" in caplog.text
+    tiers.put(entries([1]))
+    assert count(metrics, "redis", "set", "dropped") == 301
+
+
+async def test_a_tier_that_raises_is_a_miss_and_is_reported_now_and_then(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    broken, below = Slow("disk"), Slow("redis")
+    broken.fault = RuntimeError("must not happen")
+    below.values.update(entries([1]))
+    tiers = Tiers([broken, below], metrics, clock)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(5):
+            assert await tiers.get(keys(1, 2)) == [embedding(1), None]
+        assert [each.getMessage() for each in caplog.records if "reading" in each.getMessage()] == [
+            "cache tier disk raised while reading"
+        ]
+        clock.advance(60)
+        await tiers.get(keys(2))
+    assert sum("reading" in each.getMessage() for each in caplog.records) == 2
+    assert count(metrics, "disk", "get", "error") == 11
+    tiers.put(entries([3]))
+    await tiers.close()
+    assert count(metrics, "disk", "set", "error") >= 1
+    assert broken.closed
+    assert below.closed
+
+
+async def test_a_tier_that_answers_too_few_is_a_miss(clock: Clock, metrics: Metrics) -> None:
+    class Short(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            return [embedding(1)]
+
+    tiers = Tiers([Short()], metrics, clock)
+    assert await tiers.get(keys(1, 2)) == [None, None]
+    await tiers.close()
+
+
+async def test_the_configuration_gives_the_tiers_in_their_order(
+    clock: Clock, metrics: Metrics, tmp_path: object
+) -> None:
+    settings = CacheSettings.model_validate(
+        {"disk": {"path": f"{tmp_path}/e.sqlite3"}, "redis": {"url": "redis://:secret@127.0.0.1:1"}}
+    )
+    built: list[Store] = stores(settings, metrics, clock)
+    assert [store.name for store in built] == ["memory", "disk", "redis"]
+    tiers = Tiers(built, metrics, clock)
+    await tiers.open()
+    status = tiers.status()
+    assert (status["memory"], status["disk"]) == ("up", "up")
+    assert status["redis"].startswith("down: ConnectionError")
+    assert "secret" not in str(status)
+    await tiers.close()
+    assert [store.name for store in stores(CacheSettings(memory=None), metrics, clock)] == []

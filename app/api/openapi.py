@@ -1,0 +1,126 @@
+"""What `/docs` says of the embeddings route: schemas as data, for a route answered off the framework."""
+
+from __future__ import annotations
+
+from typing import Any
+
+_TEXT = {"type": "string", "minLength": 1}
+_IDS = {
+    "type": "array",
+    "minItems": 1,
+    "items": {"type": "integer", "minimum": 0, "maximum": 100_255},
+    "description": "cl100k_base token ids",
+}
+
+REQUEST: dict[str, Any] = {
+    "type": "object",
+    "required": ["model", "input"],
+    "properties": {
+        "model": {"type": "string", "minLength": 1, "description": "a model of GET /v1/models"},
+        "input": {
+            "description": "what to embed: one text, several, or their token ids",
+            "anyOf": [
+                _TEXT,
+                {"type": "array", "minItems": 1, "maxItems": 2048, "items": _TEXT},
+                _IDS,
+                {"type": "array", "minItems": 1, "maxItems": 2048, "items": _IDS},
+            ],
+        },
+        "encoding_format": {
+            "type": ["string", "null"],
+            "enum": ["float", "base64", None],
+            "description": "numbers (also when absent), or base64 of little-endian float32",
+        },
+        "dimensions": {"type": ["integer", "null"], "minimum": 1, "maximum": 65536},
+        "user": {"type": ["string", "null"]},
+        "input_type": {
+            "type": ["string", "null"],
+            "enum": ["query", "document", None],
+            "description": "what the texts are for, where the model tells the two apart; text_type is a synonym",
+        },
+        "output_type": {"type": ["string", "null"], "enum": ["dense", "sparse", "dense&sparse", None]},
+        "instruct": {"type": ["string", "null"]},
+    },
+}
+
+_RESPONSE = {
+    "type": "object",
+    "required": ["object", "data", "model", "usage"],
+    "properties": {
+        "object": {"const": "list"},
+        "model": {"type": "string", "description": "the name that was asked for"},
+        "data": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["object", "index", "embedding"],
+                "properties": {
+                    "object": {"const": "embedding"},
+                    "index": {"type": "integer"},
+                    "embedding": {"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]},
+                },
+            },
+        },
+        "usage": {
+            "type": "object",
+            "required": ["prompt_tokens", "total_tokens"],
+            "properties": {
+                "prompt_tokens": {"type": "integer"},
+                "total_tokens": {"type": "integer"},
+                "prompt_tokens_details": {
+                    "type": "object",
+                    "properties": {"cached_tokens": {"type": "integer", "description": "the part that cost nothing"}},
+                },
+            },
+        },
+    },
+}
+
+ERROR: dict[str, Any] = {
+    "type": "object",
+    "required": ["error"],
+    "properties": {
+        "error": {
+            "type": "object",
+            "required": ["message", "type", "param", "code"],
+            "properties": {
+                "message": {"type": "string"},
+                "type": {"type": "string"},
+                "param": {"type": ["string", "null"]},
+                "code": {"type": ["string", "null"]},
+            },
+        }
+    },
+}
+
+_ERRORS = {
+    400: "the request; `param` names the field",
+    401: "the caller's key",
+    403: "the caller's key, for this model",
+    404: "no such model",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "the body is compressed",
+    429: "a rate or quota, with `retry-after` where waiting helps",
+    502: "the upstream failed",
+    503: "no room here or upstream, with `retry-after`",
+    504: "the upstream did not answer in time",
+}
+
+
+def _content(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}}
+
+
+def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Response descriptions for these statuses, in the gateway's one error shape."""
+    return {status: {"description": _ERRORS[status], "content": _content(ERROR)} for status in statuses}
+
+
+EMBEDDINGS: dict[str, Any] = {
+    "requestBody": {"required": True, "content": _content(REQUEST)},
+    "responses": {
+        "200": {"description": "The embeddings, in input order.", "content": _content(_RESPONSE)},
+        **{str(status): response for status, response in error_responses(*_ERRORS).items()},
+    },
+}

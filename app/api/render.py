@@ -1,0 +1,90 @@
+"""Results and errors to the bytes of a response, straight from float32: no model, no list of floats."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from urllib.parse import quote
+
+import orjson
+
+from app import vectors
+from app.errors import GatewayError, Overloaded, RateLimited
+from app.types import EmbedResult, Source
+
+Header = tuple[bytes, bytes]
+
+SLICE = 64
+"""Vectors rendered in one go; then others get a turn on the event loop. 64 of 1,024 numbers take 2 ms."""
+
+
+async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
+    """OpenAI's response body. `model` is the name that was asked for."""
+    parts: list[bytes] = [b'{"object":"list","data":[']
+    for i, embedding in enumerate(result.embeddings):
+        if i:
+            parts.append(b",")
+            if i % SLICE == 0:
+                await asyncio.sleep(0)
+        parts.append(b'{"object":"embedding","index":%d,"embedding":' % i)
+        if encoding == "base64":
+            parts += (b'"', vectors.to_base64(embedding.vector), b'"}')
+        else:
+            parts += (vectors.to_json(embedding.vector), b"}")
+    total = sum(embedding.tokens for embedding in result.embeddings)
+    parts.append(
+        b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
+        % (orjson.dumps(model), total, total, free_tokens(result))
+    )
+    return b"".join(parts)
+
+
+def free_tokens(result: EmbedResult) -> int:
+    """The part of the bill that cost nothing: cached, or asked once for several."""
+    return sum(
+        embedding.tokens
+        for embedding, source in zip(result.embeddings, result.sources, strict=True)
+        if source is not Source.UPSTREAM
+    )
+
+
+def result_headers(result: EmbedResult, space: str) -> list[Header]:
+    """`x-embedding-*`: how the answer came about, and which vectors it may be compared with."""
+    cached = result.sources.count(Source.CACHE)
+    state = b"hit" if cached == len(result.sources) else b"partial" if cached else b"miss"
+    length = vectors.dimensions(result.embeddings[0].vector)
+    headers = [
+        (b"x-embedding-cache", state),
+        (b"x-embedding-cached-inputs", b"%d" % cached),
+        (b"x-embedding-upstream-calls", b"%d" % result.calls),
+        (b"x-embedding-space", _field(f"{space};{length}")),
+    ]
+    if result.deployments:
+        headers.append((b"x-embedding-upstream", _field(", ".join(result.deployments))))
+    return headers
+
+
+def _field(text: str) -> bytes:
+    """A header's value. Upstreams name models as they like, line ends and all."""
+    return text.encode() if text.isprintable() else quote(text, safe=" /:;,@").encode()
+
+
+def error_body(error: GatewayError) -> bytes:
+    """OpenAI's error shape."""
+    return orjson.dumps(
+        {"error": {"message": error.message, "type": error.type, "param": error.param, "code": error.code}}
+    )
+
+
+def error_headers(error: GatewayError) -> list[Header]:
+    """When to ask again, in the forms the SDKs read; and not to, where asking again cannot help.
+
+    Waits are clamped to 1–60 s: beyond that one SDK does not retry at all and another sleeps it out.
+    """
+    headers: list[Header] = []
+    if isinstance(error, Overloaded | RateLimited) and error.code != "insufficient_quota":
+        wait = min(60.0, max(1.0, error.retry_after or 1.0))
+        headers += [(b"retry-after", b"%d" % math.ceil(wait)), (b"retry-after-ms", b"%d" % round(wait * 1000))]
+    elif error.status >= 429 and not error.retryable:
+        headers.append((b"x-should-retry", b"false"))
+    return headers

@@ -1,0 +1,154 @@
+"""The routes on the framework: models, health, metrics and docs; errors in OpenAI's shape throughout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi_offline import FastAPIOffline
+from starlette.exceptions import HTTPException
+
+from app import __version__
+from app.api import embeddings, openapi, render
+from app.api.auth import Keys
+from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
+from app.gateway import Gateway, PublicModel
+from app.metrics import CONTENT_TYPE
+
+
+class _Forward(Response):
+    """A response that is another ASGI application's."""
+
+    def __init__(self, route: embeddings.Embeddings, model: str | None) -> None:
+        super().__init__()
+        self._route, self._model = route, model
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        await self._route(scope, receive, send, self._model)
+
+
+def build(gateway: Gateway, keys: Keys, route: embeddings.Embeddings, *, admin: bool) -> FastAPI:
+    """The framework's application. `admin` includes /metrics and /docs, which may have a port of their own."""
+    api = FastAPIOffline(
+        title="embedding-gateway",
+        version=__version__,
+        description="One OpenAI-compatible `/v1/embeddings` in front of every embedding vendor.",
+        docs_url="/docs" if admin else None,
+        redoc_url=None,
+        redirect_slashes=False,  # to an address made of the caller's Host, and clients lose the body or the key
+    )
+    _add_errors(api)
+    _add_embeddings(api, route)
+    _add_models(api, gateway, keys)
+    _add_health(api, gateway)
+    if admin:
+        add_metrics(api, gateway)
+    return api
+
+
+def build_admin(gateway: Gateway, described: FastAPI) -> FastAPI:
+    """/metrics and /docs for a port of their own; the description is the main application's."""
+    api = FastAPIOffline(title="embedding-gateway", version=__version__, redoc_url=None, redirect_slashes=False)
+    api.openapi = described.openapi  # type: ignore[method-assign]  # FastAPI's documented way to replace it
+    _add_errors(api)
+    add_metrics(api, gateway)
+    return api
+
+
+def _json(content: Any, status: int = 200) -> Response:
+    return Response(orjson.dumps(content), status, media_type="application/json")
+
+
+def _add_errors(api: FastAPI) -> None:
+    @api.exception_handler(GatewayError)
+    async def gateway_error(_: Request, error: GatewayError) -> Response:
+        headers = {name.decode(): value.decode() for name, value in render.error_headers(error)}
+        return Response(render.error_body(error), error.status, headers, media_type="application/json")
+
+    @api.exception_handler(HTTPException)
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        told: GatewayError
+        path, method = request.scope["path"], request.scope["method"]
+        if error.status_code == 405:
+            told = MethodNotAllowed(f"{method[:20]} is not allowed on {path[:200]}")
+        elif error.status_code == 404:
+            told = NotFound(f"there is no route {path[:200]}; embeddings are at /v1/embeddings")
+        else:
+            told = InvalidRequest(str(error.detail))
+        response = await gateway_error(request, told)
+        response.status_code = error.status_code
+        response.headers.update(error.headers or {})
+        return response
+
+
+def _add_embeddings(api: FastAPI, route: embeddings.Embeddings) -> None:
+    @api.post("/v1/embeddings", openapi_extra=openapi.EMBEDDINGS, tags=["embeddings"], summary="Embed")
+    async def embed() -> Response:
+        """OpenAI's request and response. Also on `/embeddings`, `/openai/v1/embeddings`, with a trailing
+        slash, on `/v1/engines/{model}/embeddings` and on `/openai/deployments/{model}/embeddings`."""
+        return _Forward(route, None)
+
+
+def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
+    async def list_models(request: Request) -> Response:
+        tenant = keys.tenant(request.scope["headers"])
+        await gateway.refresh()
+        served = [(name, model) for name, model in gateway.names.items() if tenant.may_use(name, model.name)]
+        return _json({"object": "list", "data": [_described(*each) for each in served]})
+
+    async def get_model(request: Request, model: str) -> Response:
+        tenant = keys.tenant(request.scope["headers"])
+        name = model.removesuffix("/")
+        found = await gateway.find(name)
+        if not tenant.may_use(name, found.name):
+            raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
+        return _json(_described(name, found))
+
+    errors = openapi.error_responses(401, 404)
+    for base in ("/v1/models", "/models", "/openai/v1/models"):
+        shown = base == "/v1/models"
+        for path in (base, base + "/"):
+            api.get(
+                path, include_in_schema=shown and path == base, tags=["models"], summary="List models",
+                responses=openapi.error_responses(401),
+            )(list_models)  # fmt: skip
+        api.get(
+            base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=errors
+        )(get_model)
+
+
+def _described(name: str, public: PublicModel) -> dict[str, Any]:
+    """OpenAI's model object, and beside it what we know."""
+    model = public.model
+    return {
+        "id": name,
+        "object": "model",
+        "created": 0,
+        "owned_by": public.deployments[0].upstream,
+        "dimensions": model.dimensions,
+        "dimension_choices": model.dimension_choices,
+        "max_input_tokens": model.max_tokens_per_input,
+        "max_batch": min(deployment.limits.max_batch for deployment in public.deployments),
+        "input_types": model.roles,
+        "upstreams": [deployment.name for deployment in public.deployments],
+        "vector_space": public.space,
+    }
+
+
+def _add_health(api: FastAPI, gateway: Gateway) -> None:
+    @api.get("/healthz", tags=["operation"], summary="Alive")
+    async def healthz() -> Response:
+        return _json({"status": "ok"})
+
+    @api.get("/readyz", tags=["operation"], summary="Ready for traffic")
+    async def readyz() -> Response:
+        """503 while draining. A line per upstream and cache tier: what is known, without asking them."""
+        state = gateway.status()
+        return _json(state, 200 if state["status"] == "ready" else 503)
+
+
+def add_metrics(api: FastAPI, gateway: Gateway) -> None:
+    @api.get("/metrics", tags=["operation"], summary="Prometheus metrics")
+    async def metrics() -> Response:
+        return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE)

@@ -1,0 +1,176 @@
+"""OpenAI's embeddings request: raw body to what was asked for, or a 400 that names the field.
+
+orjson parses, strictly (no NaN, no lone surrogates, at most 1,024 levels; of duplicate keys the last
+wins). Checking is by hand: a refusal then names `input[7]` and says what would be right, and a good
+request costs a microsecond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import orjson
+
+from app import tokens
+from app.catalog import Role
+from app.errors import InvalidJson, InvalidRequest
+from app.types import Input, OutputType, Params
+
+_CHOICES: dict[str, tuple[str, ...]] = {
+    "encoding_format": ("float", "base64"),
+    "input_type": ("query", "document"),
+    "text_type": ("query", "document"),
+    "output_type": ("dense", "sparse", "dense&sparse"),
+}
+
+
+@dataclass(slots=True)
+class EmbeddingsBody:
+    """A request body, checked. Token ids are text by now."""
+
+    model: str
+    inputs: Sequence[Input]
+    params: Params
+    encoding: Literal["float", "base64"]
+
+
+def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) -> EmbeddingsBody:
+    """Raises `InvalidRequest`. `path_model` is the model named by the route, which then decides."""
+    body = _object(raw)
+    model = path_model if path_model is not None else body.get("model")
+    if not isinstance(model, str) or not model:
+        raise InvalidRequest("you must provide a model parameter: the name of a model, a string", param="model")
+    encoding = _choice(body, "encoding_format") or "float"
+    inputs = _inputs(body.get("input"), max_inputs)
+    user = body.get("user")
+    if user is not None and not isinstance(user, str):
+        raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
+    return EmbeddingsBody(model, inputs, _params(body), cast("Literal['float', 'base64']", encoding))
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        body = orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        # orjson speaks of surrogates for an escape that is half a pair, and for any byte that is not UTF-8.
+        code = "invalid_unicode" if "surrogate in string" in str(error) else None
+        raise InvalidJson(f"the request body is not valid JSON: {error}", code=code) from None
+    if not isinstance(body, dict):
+        raise InvalidRequest(f"the request body must be a JSON object, not {_kind(body)}")
+    return body
+
+
+def _params(body: dict[str, Any]) -> Params:
+    role = _choice(body, "input_type")
+    synonym = _choice(body, "text_type")
+    if role and synonym and role != synonym:
+        raise InvalidRequest("input_type and its synonym text_type differ; send one", param="text_type")
+    instruct = body.get("instruct")
+    if instruct is not None and not isinstance(instruct, str):
+        raise InvalidRequest(f"instruct must be a string, not {_kind(instruct)}", param="instruct")
+    return Params(
+        dimensions=_dimensions(body.get("dimensions")),
+        input_type=cast("Role | None", role or synonym),
+        output_type=cast("OutputType", _choice(body, "output_type") or "dense"),
+        instruct=instruct,
+    )
+
+
+def _dimensions(value: Any) -> int | None:
+    if value is None:
+        return None
+    # bool is an int to Python; 2**53 and beyond come from JSON as well and mean nothing.
+    if type(value) is not int or not 1 <= value <= 65536:
+        raise InvalidRequest(f"dimensions must be a whole number of at least 1, not {_kind(value)}", param="dimensions")
+    return value
+
+
+def _choice(body: dict[str, Any], field: str) -> str | None:
+    value = body.get(field)
+    if value is None:
+        return None
+    choices = _CHOICES[field]
+    if value not in choices:
+        shown = value[:40] if isinstance(value, str) else _kind(value)
+        raise InvalidRequest(f"Invalid value for '{field}' = {shown}. Supported values: {list(choices)}.", param=field)
+    return cast("str", value)
+
+
+# --- input ----------------------------------------------------------------------------------------------
+
+
+def _inputs(value: Any, max_inputs: int) -> Sequence[Input]:
+    if isinstance(value, str):
+        return (_text(value, "input"),)
+    if value is None:
+        raise InvalidRequest("you must provide input: a string, a list of strings, or token ids", param="input")
+    if not isinstance(value, list):
+        raise InvalidRequest(f"input must be a string or a list, not {_kind(value)}", param="input")
+    if not value:
+        raise InvalidRequest("input must not be an empty list", param="input")
+    kinds = set(map(type, value))
+    if kinds == {int}:
+        return (_tokens(value, "input"),)
+    if len(value) > max_inputs:
+        raise InvalidRequest(f"input has {len(value)} items; at most {max_inputs} are allowed", param="input")
+    if kinds == {str}:
+        if "" in value:
+            _text("", f"input[{value.index('')}]")
+        return cast("list[str]", value)
+    if kinds == {list}:
+        return [_tokens(ids, f"input[{i}]") for i, ids in enumerate(value)]
+    raise _mixed(value)
+
+
+def _text(text: str, where: str) -> str:
+    if not text:
+        raise InvalidRequest(f"{where} must not be an empty string", param=where)
+    return text
+
+
+def _tokens(ids: list[Any], where: str) -> str:
+    if not ids:
+        raise InvalidRequest(f"{where} must not be an empty list of token ids", param=where)
+    if set(map(type, ids)) != {int}:
+        raise InvalidRequest(f"{where} must hold token ids only, whole numbers", param=where)
+    try:
+        return tokens.decode(ids)
+    except IndexError as error:
+        position = error.args[0]
+        raise InvalidRequest(
+            f"{where} holds {ids[position]} at position {position}, which is no cl100k_base token id", param=where
+        ) from None
+
+
+def _mixed(value: list[Any]) -> InvalidRequest:
+    """What is wrong with a list that is neither all strings nor all lists of ids: its first item that may never
+    stand there, else its first that is not like the one before it."""
+    first = type(value[0])
+    never = (i for i, item in enumerate(value) if type(item) not in (str, list, int))
+    odd = next(never, None)
+    if odd is None:
+        odd = next(i for i, item in enumerate(value) if type(item) is not first)
+    item = value[odd]
+    where = f"input[{odd}]"
+    if type(item) in (str, list, int):
+        return InvalidRequest(f"{where} is {_kind(item)} among others of another kind; send one kind", param=where)
+    return InvalidRequest(f"{where} must be a string or a list of token ids, not {_kind(item)}", param=where)
+
+
+def _kind(value: Any) -> str:
+    """A JSON value's kind in a reader's words; never the value, which may be anything and any size."""
+    match value:
+        case None:
+            return "null"
+        case bool():
+            return "a boolean"
+        case int() | float():
+            return "a number" if abs(value) > 10**9 else f"{value}"
+        case str():
+            return "a string"
+        case list():
+            return "a list"
+        case _:
+            return "an object"

@@ -1,0 +1,26 @@
+"""Keeps what an upstream call brought, per batch, so that a sibling's failure costs only itself later."""
+
+from __future__ import annotations
+
+from app.cache.tiers import Tiers
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding
+
+
+class CacheFill:
+    """Hands every embedding of a finished batch to the cache; waits for no write."""
+
+    def __init__(self, inner: BatchEmbedder, cache: Tiers) -> None:
+        self._inner = inner
+        self._cache = cache
+
+    async def __call__(self, batch: Batch) -> BatchResult:
+        result = await self._inner(batch)
+        if batch.store:
+            self._cache.put(
+                [
+                    (key, outcome)
+                    for key, outcome in zip(batch.keys, result.outcomes, strict=True)
+                    if isinstance(outcome, Embedding)
+                ]
+            )
+        return result

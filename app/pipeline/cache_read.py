@@ -1,0 +1,51 @@
+"""Answers from the cache what it holds; only misses go on, in full batches, below."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from app.cache import keys
+from app.cache.tiers import Tiers
+from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Source
+
+
+class CacheRead:
+    """Derives the inputs' cache keys and makes one look-up for them. `space` is the vector space's identity."""
+
+    def __init__(self, inner: Embedder, cache: Tiers, space: str) -> None:
+        self._inner = inner
+        self._cache = cache
+        self._space = space
+
+    async def __call__(self, request: EmbedRequest) -> EmbedResult:
+        derived = keys.derive(self._space, request.params, request.inputs)
+        found: list[Embedding | None]
+        if request.read_cache:
+            found = await self._cache.get(derived)
+        else:
+            found = [None] * len(derived)
+        missing = [i for i, embedding in enumerate(found) if embedding is None]
+        if not missing:
+            return EmbedResult([each for each in found if each is not None], [Source.CACHE] * len(found))
+        if len(missing) == len(found):
+            return await self._inner(replace(request, keys=derived))
+        return await self._merge(request, derived, found, missing)
+
+    async def _merge(
+        self, request: EmbedRequest, derived: list[bytes], found: list[Embedding | None], missing: list[int]
+    ) -> EmbedResult:
+        """The hits, and between them what the misses became."""
+        rest = replace(
+            request,
+            inputs=[request.inputs[i] for i in missing],
+            keys=[derived[i] for i in missing],
+            positions=missing,
+        )
+        result = await self._inner(rest)
+        sources = [Source.CACHE] * len(found)
+        for i, embedding, source in zip(missing, result.embeddings, result.sources, strict=True):
+            found[i] = embedding
+            sources[i] = source
+        result.embeddings = [each for each in found if each is not None]
+        result.sources = sources
+        return result

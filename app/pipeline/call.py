@@ -1,0 +1,84 @@
+"""The innermost stage: one upstream call. Adapter, credentials, HTTP, the contract check, the bill."""
+
+from __future__ import annotations
+
+import time
+
+from app import tokens
+from app.errors import GatewayError, UpstreamInvalidResponse
+from app.metrics import Metrics
+from app.pipeline import contract
+from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
+from app.upstreams.redact import Redactor
+
+
+class Call:
+    """Embeds a batch on one deployment. Raises `GatewayError`, its message free of secrets."""
+
+    def __init__(
+        self,
+        target: Target,
+        adapter: Adapter,
+        auth: Auth,
+        send: Send,
+        redact: Redactor,
+        metrics: Metrics,
+        upstream: str,
+    ) -> None:
+        self._target, self._adapter = target, adapter
+        self._auth, self._send, self._redact = auth, send, redact
+        self._upstream, self._metrics = upstream, metrics
+        name = target.model.name
+        self._duration = metrics.upstream_request_duration.labels(upstream, name)
+        self._batch_inputs = metrics.upstream_batch_inputs.labels(upstream, name)
+        self._succeeded = metrics.upstream_requests.labels(upstream, name, "ok")
+
+    async def __call__(self, batch: Batch) -> BatchResult:
+        started = time.perf_counter()
+        self._batch_inputs.observe(len(batch.inputs))
+        try:
+            parsed = await self._exchange(batch)
+            asked = batch.params.dimensions or self._target.model.dimensions
+            checked = contract.in_order(parsed, len(batch.inputs), asked)
+        except GatewayError as error:
+            self._metrics.upstream_requests.labels(self._upstream, self._target.model.name, error.code).inc()
+            error.message = self._redact(error.message)
+            raise
+        finally:
+            self._duration.observe(time.perf_counter() - started)
+        self._succeeded.inc()
+        return BatchResult(self._bill(batch, checked, parsed.tokens))
+
+    async def _exchange(self, batch: Batch) -> Parsed:
+        request = self._adapter.build_request(batch, self._target)
+        reply = await self._auth(request, self._send)
+        error = self._adapter.parse_error(reply)
+        if error is not None:
+            raise error
+        return self._parse(reply, batch)
+
+    def _parse(self, reply: WireReply, batch: Batch) -> Parsed:
+        try:
+            return self._adapter.parse_response(reply, batch)
+        except (KeyError, TypeError, ValueError, IndexError) as fault:
+            kind = reply.headers.get("content-type", "no content type")
+            raise UpstreamInvalidResponse(
+                f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply"
+            ) from fault
+
+    def _bill(
+        self, batch: Batch, checked: list[bytes | GatewayError], total: int | None
+    ) -> list[Embedding | GatewayError]:
+        """Each vector with its part of the bill; where the upstream states none, our estimate."""
+        weights = [tokens.estimate(text) for text in batch.inputs]
+        if total is None:
+            total = sum(weights)
+        model = self._target.model
+        self._metrics.tokens.labels(batch.model, self._upstream, "billed").inc(total)
+        if model.price_per_million_tokens:
+            cost = self._metrics.cost.labels(batch.model, self._upstream, model.currency)
+            cost.inc(total * model.price_per_million_tokens / 1_000_000)
+        return [
+            Embedding(vector, part) if isinstance(vector, bytes) else vector
+            for vector, part in zip(checked, tokens.share(total, weights), strict=True)
+        ]

@@ -1,0 +1,92 @@
+"""Brings a request to the one form in which a model knows it, so that equal requests have equal keys.
+
+Defaults are filled in, what the model would ignore is left out, what it cannot do is refused here and
+not after an upstream call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from app.catalog import Model, Role
+from app.config import ModelSettings
+from app.errors import ContextLengthExceeded, InvalidRequest, UnsupportedDimensions
+from app.types import Embedder, EmbedRequest, EmbedResult, Params
+
+
+class Prepare:
+    """Checks and completes a request's parameters. `models` are the facts of each deployment, the first
+    standing for all; `settings` are the operator's defaults."""
+
+    def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
+        self._inner = inner
+        self._model = models[0]
+        self._roles = {role for model in models for role in model.roles}
+        self._instruct = any(model.instruct for model in models)
+        self._dimensions = settings.dimensions if settings else None
+        self._input_type = settings.input_type if settings else None
+        self._prepared: dict[Params, Params] = {}
+
+    async def __call__(self, request: EmbedRequest) -> EmbedResult:
+        longest = self._model.max_characters_per_input
+        if longest is not None:
+            _refuse_longer(request, longest)
+        params = self._prepared.get(request.params)
+        if params is None:
+            params = self._prepare(request.params)
+            if len(self._prepared) < 256:  # clients send a handful of combinations; no client may fill memory
+                self._prepared[request.params] = params
+        return await self._inner(replace(request, params=params))
+
+    def _prepare(self, params: Params) -> Params:
+        model = self._model
+        if params.output_type != "dense":
+            raise InvalidRequest(f"model {model.name!r} gives dense vectors only", param="output_type")
+        if params.instruct is not None and not self._instruct:
+            raise InvalidRequest(f"model {model.name!r} takes no instruction", param="instruct")
+        return replace(
+            params,
+            dimensions=self._allowed(params.dimensions or self._dimensions),
+            input_type=self._role(params.input_type or self._input_type),
+        )
+
+    def _role(self, asked: Role | None) -> Role | None:
+        """`asked` if it makes a difference; None where the model knows no roles, or takes this one unasked."""
+        if asked is None or asked == self._model.default_role or not self._roles:
+            return None
+        if asked not in self._roles:
+            raise InvalidRequest(
+                f"model {self._model.name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
+            )
+        return asked
+
+    def _allowed(self, asked: int | None) -> int | None:
+        """`asked` if the model can; None where that is what it gives unasked."""
+        model = self._model
+        if asked is None or asked == model.dimensions:
+            return None
+        choices = model.dimension_choices
+        if choices is None:
+            only = f"only {model.dimensions}" if model.dimensions else "no other length"
+            raise UnsupportedDimensions(f"model {model.name!r} gives {only}, not {asked}", param="dimensions")
+        if choices and asked not in choices:
+            listed = ", ".join(map(str, sorted(choices)))
+            raise UnsupportedDimensions(
+                f"model {model.name!r} gives {listed} dimensions, not {asked}", param="dimensions"
+            )
+        if not choices and model.dimensions is not None and asked > model.dimensions:
+            raise UnsupportedDimensions(
+                f"model {model.name!r} gives at most {model.dimensions} dimensions, not {asked}",
+                param="dimensions",
+            )
+        return asked
+
+
+def _refuse_longer(request: EmbedRequest, longest: int) -> None:
+    for i, text in enumerate(request.inputs):
+        if len(text) > longest:
+            raise ContextLengthExceeded(
+                f"input[{i}] has {len(text)} characters; this model takes at most {longest}",
+                param=f"input[{i}]",
+            )

@@ -1,0 +1,133 @@
+"""Replies that are not the vectors asked for: whatever an upstream does, no caller ever sees a wrong vector."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from tests.end_to_end.cases import CASES, Case, gateway_for, vectors_of
+from tests.fakes import faults
+from tests.harness import Running
+
+UPSTREAMS = [
+    "dashscope native text-embedding-v3",
+    "dashscope compatible text-embedding-v3",
+    "baidu token embedding-v1",
+    "baidu v2",
+    "ollama",
+    "openai base64",
+    "openai numbers only",
+]
+TEXTS = ["one", "two", "three"]
+REFUSALS = {"ollama": faults.http_error(400, b'{"error":"the input length exceeds the context length"}')}
+"""Where the fake's own refusal of an input is no caller's fault, one that is."""
+
+every_upstream = pytest.mark.parametrize("name", UPSTREAMS)
+every_payload_fault = pytest.mark.parametrize("fault", faults.PAYLOAD_FAULTS, ids=lambda fault: fault.name)
+
+
+def assert_right(case: Case, gateway: Running, texts: list[str]) -> None:
+    response = gateway.post({"model": case.model, "input": texts})
+    assert response.status_code == 200, response.text
+    for text, vector in zip(texts, vectors_of(response.json()), strict=True):
+        assert np.array_equal(vector, case.expected(text)), text
+
+
+@every_upstream
+@every_payload_fault
+def test_a_reply_that_breaks_the_contract_is_a_502_and_is_never_cached(name: str, fault: faults.Payload) -> None:
+    case = CASES[name]()
+    with gateway_for(case, cache={}) as gateway:
+        case.fake.fail(fault, times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        if response.status_code == 200:
+            # A dialect without indexes has none to get wrong; then the vectors must be right.
+            assert "index" in fault.name
+            assert name == "ollama"
+        else:
+            assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_invalid_response")
+        case.fake.heal()
+        assert_right(case, gateway, TEXTS)
+
+
+@every_upstream
+@pytest.mark.parametrize("fault", [*faults.BROKEN_TRANSFERS, *faults.BROKEN_BODIES], ids=lambda fault: fault.name)
+def test_a_broken_reply_is_asked_again_once_and_the_answer_is_right(name: str, fault: faults.Fault) -> None:
+    case = CASES[name]()
+    with gateway_for(case) as gateway:
+        case.fake.fail(fault, times=1)
+        assert_right(case, gateway, TEXTS)
+        assert len(case.fake.calls) == 2
+
+
+@every_upstream
+def test_a_reply_that_stays_broken_is_one_error_after_one_retry(name: str) -> None:
+    case = CASES[name]()
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.reset_mid_body, times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unreachable")
+        assert len(case.fake.calls) == 2
+
+
+@every_upstream
+def test_a_stale_kept_alive_connection_is_nobodys_business(name: str) -> None:
+    case = CASES[name]()
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.stale_keep_alive, times=1)
+        assert_right(case, gateway, ["first"])
+        assert_right(case, gateway, ["second"])
+        assert gateway.metric("upstream_retries_total") == 0
+
+
+@every_upstream
+def test_a_redirect_is_never_followed(name: str) -> None:
+    case = CASES[name]()
+    with CASES[name]().fake as elsewhere, gateway_for(case) as gateway:
+        case.fake.fail(faults.redirect(elsewhere.url + "/anywhere", 307), times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        assert response.status_code == 502
+        assert not elsewhere.requests
+
+
+@every_upstream
+def test_an_upstream_that_refuses_our_key_is_a_502_and_never_the_callers_401(name: str) -> None:
+    case = CASES[name]()
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.vendor_error("auth"), times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        code = response.json()["error"]["code"]
+        if name == "ollama":  # it has no keys; its own word for trouble is passed on as trouble
+            assert response.status_code >= 500
+        else:
+            assert (response.status_code, code) == (502, "upstream_auth")
+            assert response.headers["x-should-retry"] == "false"
+
+
+@every_upstream
+def test_a_rate_limit_is_a_429_that_says_when_to_come_back(name: str) -> None:
+    case = CASES[name]()
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.vendor_error("rate_limit"), times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        if name == "ollama":
+            assert response.status_code == 503
+        else:
+            assert (response.status_code, response.json()["error"]["code"]) == (429, "rate_limit_exceeded")
+        assert int(response.headers["retry-after"]) >= 1
+        assert float(response.headers["retry-after-ms"]) >= 1000
+
+
+@every_upstream
+def test_one_refused_input_among_many_is_named_and_costs_the_others_nothing(name: str) -> None:
+    case = CASES[name]()
+    texts = [f"text {i}" for i in range(40)]
+    texts[17] = "guilty"
+    with gateway_for(case, cache={}) as gateway:
+        case.fake.fail(REFUSALS.get(name, faults.vendor_error("bad_input")), times=None, when=lambda it: "guilty" in it)
+        response = gateway.post({"model": case.model, "input": texts})
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["param"] == "input[17]"
+        asked = len(case.fake.calls)
+        assert_right(case, gateway, [text for text in texts if text != "guilty"])
+        assert len(case.fake.calls) == asked, "the innocent inputs were cached"

@@ -1,0 +1,109 @@
+"""The gateway as its users meet it: the real program on a real port, in a thread of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import httpx
+import structlog
+import uvicorn
+import yaml
+
+from app.config import Settings
+from app.config.load import load
+from app.main import App, create_app
+from app.upstreams import UPSTREAMS
+
+START = 20.0
+"""Seconds within which a server on loopback must be up or down."""
+
+
+def settings_of(config: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
+    """`config` as if it stood in a file."""
+    with TemporaryDirectory() as directory:
+        file = Path(directory, "config.yaml")
+        file.write_text(yaml.safe_dump(dict(config), allow_unicode=True))
+        return load(str(file), environ or {}, UPSTREAMS, listening=lambda *_: False)
+
+
+@dataclass
+class Running:
+    """A gateway that serves."""
+
+    app: App
+    url: str
+    log: io.StringIO = field(repr=False)
+
+    @property
+    def base_url(self) -> str:
+        return f"{self.url}/v1"
+
+    def post(self, body: Any, *, path: str = "/v1/embeddings", **headers: str) -> httpx.Response:
+        """One request; header names with `_` for `-`."""
+        sent = {name.replace("_", "-"): value for name, value in headers.items()}
+        if isinstance(body, bytes):
+            return httpx.post(self.url + path, content=body, headers=sent, timeout=30)
+        return httpx.post(self.url + path, json=body, headers=sent, timeout=30)
+
+    def get(self, path: str, **headers: str) -> httpx.Response:
+        return httpx.get(self.url + path, headers={name.replace("_", "-"): value for name, value in headers.items()})
+
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples that have these labels, read as Prometheus would."""
+        total = 0.0
+        for family in self.app.gateway.metrics.registry.collect():
+            for sample in family.samples:
+                if sample.name == f"embedding_gateway_{name}" and labels.items() <= sample.labels.items():
+                    total += sample.value
+        return total
+
+    def call(self, coroutine: Any) -> Any:
+        """Runs a coroutine in the gateway's event loop."""
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(START)
+
+    _loop: asyncio.AbstractEventLoop = field(init=False, repr=False)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    async def startup(self, sockets: Any = None) -> None:
+        self.loop = asyncio.get_running_loop()
+        await super().startup(sockets)
+        self.up.set()
+
+
+@contextmanager
+def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None, **parts: Any) -> Iterator[Running]:
+    """A gateway with this configuration; `parts` go to `create_app`."""
+    log = io.StringIO()
+    request_log = structlog.wrap_logger(structlog.WriteLogger(log), processors=[structlog.processors.LogfmtRenderer()])
+    app = create_app(settings_of(config, environ), request_log=request_log, **parts)
+    server = _Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    try:
+        if not server.up.wait(START) or not server.servers:
+            raise RuntimeError("the gateway did not start")
+        port = server.servers[0].sockets[0].getsockname()[1]
+        gateway = Running(app, f"http://127.0.0.1:{port}", log)
+        assert server.loop is not None
+        gateway._loop = server.loop
+        yield gateway
+    finally:
+        server.should_exit = True
+        thread.join(START)
+        assert not thread.is_alive(), "the gateway did not stop"

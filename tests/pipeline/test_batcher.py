@@ -1,0 +1,284 @@
+"""The batcher over a real route, with deployments whose calls the test ends when it likes."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from itertools import chain
+
+import pytest
+
+from app.catalog import ROLES, Model
+from app.clock import SystemClock
+from app.errors import GatewayError, InvalidRequest, UpstreamAuth, UpstreamError
+from app.metrics import Metrics
+from app.pipeline.batcher import Batcher
+from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.route import Route
+from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
+
+
+def vector(text: str) -> bytes:
+    return text.encode()
+
+
+@dataclass
+class Calls:
+    """A deployment's calls: recorded, and held until `release`."""
+
+    batches: list[list[str]] = field(default_factory=list)
+    held: asyncio.Event | None = None
+    most: int = 0
+    now: int = 0
+    errors: dict[str, GatewayError] = field(default_factory=dict)
+
+    async def __call__(self, batch: Batch) -> BatchResult:
+        self.batches.append(list(batch.inputs))
+        self.now += 1
+        self.most = max(self.most, self.now)
+        try:
+            if self.held:
+                await self.held.wait()
+            await asyncio.sleep(0)
+        finally:
+            self.now -= 1
+        return BatchResult([self.errors.get(text) or Embedding(vector(text), 1) for text in batch.inputs])
+
+
+def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None = None) -> Batcher:
+    deployment = Deployment("up", Model("m", roles=ROLES), "up/m", Slots(slots), Limits(rows, tokens), calls)
+    metrics = Metrics()
+    return Batcher(Route([deployment], metrics, SystemClock()), metrics)
+
+
+def request(*texts: str, lane: Lane | None = None, params: Params | None = None) -> EmbedRequest:
+    deadline = asyncio.get_running_loop().time() + 30
+    return EmbedRequest("m", texts, params or Params(), deadline, Caller(lane=lane), keys=[t.encode() for t in texts])
+
+
+async def settle() -> None:
+    """Lets everything that can go on without the outside go on."""
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+def texts_of(result: EmbedResult) -> list[str]:
+    return [embedding.vector.decode() for embedding in result.embeddings]
+
+
+async def test_64_concurrent_one_text_requests_make_at_most_16_calls_of_10_rows_over_2_slots() -> None:
+    calls = Calls()
+    embed = batcher(calls)
+    results = await asyncio.gather(*(embed(request(f"text {i}")) for i in range(64)))
+    assert [texts_of(result) for result in results] == [[f"text {i}"] for i in range(64)]
+    assert len(calls.batches) <= 16
+    assert max(map(len, calls.batches)) <= 10
+    assert calls.most <= 2
+
+
+async def test_a_lone_request_is_sent_at_once_and_alone() -> None:
+    calls = Calls()
+    result = await batcher(calls)(request("alone"))
+    assert texts_of(result) == ["alone"]
+    assert calls.batches == [["alone"]]
+    assert result.calls == 1
+    assert result.deployments == ("up/m",)
+
+
+async def test_what_queues_while_slots_are_busy_goes_in_the_fewest_calls() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=10, slots=1)
+    first = asyncio.create_task(embed(request("first")))
+    await settle()
+    later = [asyncio.create_task(embed(request(f"later {i}"))) for i in range(20)]
+    await settle()
+    assert calls.batches == [["first"]]
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(first, *later)
+    assert [len(batch) for batch in calls.batches] == [1, 10, 10]
+
+
+async def test_equal_inputs_in_and_across_requests_are_embedded_once() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls)
+    one = asyncio.create_task(embed(request("a", "b", "a")))
+    await settle()
+    other = asyncio.create_task(embed(request("b", "c")))
+    await settle()
+    assert calls.held
+    calls.held.set()
+    first, second = await asyncio.gather(one, other)
+    assert texts_of(first) == ["a", "b", "a"]
+    assert first.sources == [Source.UPSTREAM, Source.UPSTREAM, Source.INFLIGHT]
+    assert texts_of(second) == ["b", "c"]
+    assert second.sources == [Source.INFLIGHT, Source.UPSTREAM]
+    assert sorted(chain.from_iterable(calls.batches)) == ["a", "b", "c"]
+
+
+async def test_inputs_with_different_parameters_never_share_a_call() -> None:
+    calls = Calls()
+    embed = batcher(calls, slots=1)
+    query = request("q", params=Params(input_type="query"))
+    await asyncio.gather(embed(query), embed(request("d")), embed(request("e")))
+    assert sorted(map(sorted, calls.batches)) == [["d", "e"], ["q"]]
+
+
+async def test_a_caller_that_hangs_up_fails_nobody_who_waits_for_the_same_input() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls)
+    leaving = asyncio.create_task(embed(request("shared")))
+    await settle()
+    staying = asyncio.create_task(embed(request("shared")))
+    await settle()
+    leaving.cancel()
+    await settle()
+    assert calls.held
+    calls.held.set()
+    assert texts_of(await staying) == ["shared"]
+    assert calls.batches == [["shared"]]
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+
+
+async def test_inputs_nobody_waits_for_any_more_are_not_sent() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, slots=1)
+    first = asyncio.create_task(embed(request("first")))
+    await settle()
+    leaving = asyncio.create_task(embed(request(*(f"gone {i}" for i in range(30)), "wanted")))
+    staying = asyncio.create_task(embed(request("wanted")))
+    await settle()
+    leaving.cancel()
+    await settle()
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(first, staying)
+    assert calls.batches == [["first"], ["wanted"]]
+
+
+async def test_an_abandoned_input_that_is_wanted_again_before_it_was_sent_is_sent_once() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, slots=1)
+    first = asyncio.create_task(embed(request("first")))
+    await settle()
+    leaving = asyncio.create_task(embed(request("again")))
+    await settle()
+    leaving.cancel()
+    await settle()
+    back = asyncio.create_task(embed(request("again")))
+    await settle()
+    assert calls.held
+    calls.held.set()
+    await first
+    assert texts_of(await back) == ["again"]
+    assert calls.batches == [["first"], ["again"]]
+
+
+async def test_batches_respect_tokens_as_well_as_rows() -> None:
+    calls = Calls()
+    embed = batcher(calls, rows=10, tokens=100)
+    long = [f"{i}" * 40 for i in range(1, 6)]
+    result = await embed(request(*long, "x" * 300))
+    assert texts_of(result) == [*long, "x" * 300]
+    for batch in calls.batches:
+        assert len(batch) == 1 or sum(map(len, batch)) <= 100
+    assert len(calls.batches) == 4
+
+
+async def test_a_query_goes_before_bulk_work_that_came_earlier_and_bulk_fills_its_call() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=10, slots=1)
+    bulk = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(40)), lane="bulk")))
+    await settle()
+    query = asyncio.create_task(embed(request("query", lane="query")))
+    await settle()
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(bulk, query)
+    assert calls.batches[1][0] == "query"
+    assert len(calls.batches[1]) == 10
+
+
+async def test_bulk_work_leaves_slots_to_queries() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=1, slots=4)
+    bulk = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(10)), lane="bulk")))
+    await settle()
+    assert calls.now == 3
+    query = asyncio.create_task(embed(request("query", lane="query")))
+    await settle()
+    assert calls.batches[-1] == ["query"]
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(bulk, query)
+
+
+async def test_a_refused_input_is_named_by_its_place_and_the_others_are_embedded() -> None:
+    calls = Calls(errors={"bad": InvalidRequest("too rude")})
+    embed = batcher(calls, rows=2, slots=1)
+    innocent = asyncio.create_task(embed(request("innocent")))
+    with pytest.raises(InvalidRequest, match="too rude") as refused:
+        await embed(request("a", "b", "bad", "c"))
+    assert refused.value.param == "input[2]"
+    assert texts_of(await innocent) == ["innocent"]
+    assert sorted(chain.from_iterable(calls.batches)) == ["a", "b", "bad", "c", "innocent"]
+
+
+async def test_several_refused_inputs_are_all_named() -> None:
+    calls = Calls(errors={"x": InvalidRequest("no"), "y": InvalidRequest("no")})
+    with pytest.raises(InvalidRequest, match=r"no \(inputs 1, 3\)"):
+        await batcher(calls)(request("a", "x", "b", "y"))
+
+
+async def test_a_passing_failure_waits_for_the_rest_so_that_a_repeat_pays_only_for_it() -> None:
+    calls = Calls(errors={"text 0": UpstreamError("down")})
+    embed = batcher(calls, rows=1, slots=1)
+    with pytest.raises(UpstreamError):
+        await embed(request(*(f"text {i}" for i in range(5))))
+    assert {batch[0] for batch in calls.batches} == {f"text {i}" for i in range(5)}
+
+
+async def test_a_failure_that_every_batch_would_meet_ends_the_request_and_the_rest_is_not_sent() -> None:
+    calls = Calls(errors={"text 0": UpstreamAuth("wrong key")})
+    embed = batcher(calls, rows=1, slots=1)
+    with pytest.raises(UpstreamAuth):
+        await embed(request(*(f"text {i}" for i in range(50))))
+    await settle()
+    assert len(calls.batches) <= 3
+
+
+async def test_a_bug_below_leaves_nobody_waiting() -> None:
+    async def broken(batch: Batch) -> BatchResult:
+        raise ZeroDivisionError
+
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), broken)
+    metrics = Metrics()
+    embed = Batcher(Route([deployment], metrics, SystemClock()), metrics)
+    seen: list[object] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context["exception"]))
+    with pytest.raises(GatewayError, match="internal error"):
+        await embed(request("a"))
+    await settle()
+
+
+async def test_the_queue_gauge_is_true_and_ends_at_zero() -> None:
+    calls = Calls(held=asyncio.Event())
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), calls)
+    metrics = Metrics()
+    embed = Batcher(Route([deployment], metrics, SystemClock()), metrics)
+
+    def queued(lane: str) -> float | None:
+        labels = {"upstream": "up", "lane": lane}
+        return metrics.registry.get_sample_value("embedding_gateway_queued_inputs", labels)
+
+    first = asyncio.create_task(embed(request("first")))
+    await settle()
+    bulk = asyncio.create_task(embed(request(*(f"b{i}" for i in range(20)))))
+    query = asyncio.create_task(embed(request("q1", "q2")))
+    await settle()
+    assert (queued("query"), queued("bulk")) == (2, 20)
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(first, bulk, query)
+    assert (queued("query"), queued("bulk")) == (0, 0)

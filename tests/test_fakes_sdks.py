@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from tests.fakes import (
     FakeBaidu,
     FakeDashScope,
@@ -59,14 +60,10 @@ def test_dashscope_sdk_embeds_a_list_and_finds_each_text_by_its_index(
         assert same(found[index], dashscope_fake.expected("text-embedding-v4", text))
 
 
-def test_dashscope_sdk_embeds_a_string_with_role_and_dimension(
-    embed: Any, dashscope_fake: FakeDashScope
-) -> None:
+def test_dashscope_sdk_embeds_a_string_with_role_and_dimension(embed: Any, dashscope_fake: FakeDashScope) -> None:
     answer = embed("text-embedding-v3", "hi", text_type="query", dimension=256, instruct="find")
     got = answer.output["embeddings"][0]["embedding"]
-    wanted = dashscope_fake.expected(
-        "text-embedding-v3", "hi", 256, text_type="query", instruct="find"
-    )
+    wanted = dashscope_fake.expected("text-embedding-v3", "hi", 256, text_type="query", instruct="find")
     assert same(got, wanted)
     assert not same(got, dashscope_fake.expected("text-embedding-v3", "hi", 256))
 
@@ -94,9 +91,7 @@ def test_dashscope_sdk_reports_too_many_rows(embed: Any, model: str, limit: int)
     assert embed(model, ["a"] * limit).status_code == 200
 
 
-def test_dashscope_sdk_embeds_multimodal_contents(
-    embed: Any, dashscope_fake: FakeDashScope
-) -> None:
+def test_dashscope_sdk_embeds_multimodal_contents(embed: Any, dashscope_fake: FakeDashScope) -> None:
     import dashscope
 
     contents = [{"text": "a cat"}, {"image": "https://example.com/cat.png"}]
@@ -175,18 +170,14 @@ def test_qianfan_sdk_embeds_with_an_access_token(
     assert "access_token" in baidu_fake.calls[0].query
 
 
-def test_qianfan_sdk_embeds_with_a_signature(
-    qianfan: Any, baidu_fake: FakeBaidu, by_signature: dict[str, str]
-) -> None:
+def test_qianfan_sdk_embeds_with_a_signature(qianfan: Any, baidu_fake: FakeBaidu, by_signature: dict[str, str]) -> None:
     answer = qianfan.Embedding(**by_signature).do(texts=["长"], model="tao-8k")
     assert same(answer["data"][0]["embedding"], baidu_fake.expected("tao-8k", "长"))
     assert baidu_fake.token_requests == 0
     assert baidu_fake.calls[0].headers["authorization"].startswith("bce-auth-v1/")
 
 
-def test_qianfan_sdk_is_refused_with_a_wrong_signature(
-    qianfan: Any, by_signature: dict[str, str]
-) -> None:
+def test_qianfan_sdk_is_refused_with_a_wrong_signature(qianfan: Any, by_signature: dict[str, str]) -> None:
     wrong = {**by_signature, "secret_key": "wrong"}
     with pytest.raises(qianfan.errors.APIError) as caught:
         qianfan.Embedding(**wrong).do(texts=["a"], retry_count=1)
@@ -201,9 +192,7 @@ def test_qianfan_sdk_is_refused_a_token_for_a_wrong_key(
         qianfan.Embedding(ak=ak or by_token["ak"], sk=sk or by_token["sk"]).do(texts=["a"])
 
 
-def test_qianfan_sdk_reports_too_many_rows(
-    qianfan: Any, by_token: dict[str, str], baidu_fake: FakeBaidu
-) -> None:
+def test_qianfan_sdk_reports_too_many_rows(qianfan: Any, by_token: dict[str, str], baidu_fake: FakeBaidu) -> None:
     with pytest.raises(qianfan.errors.APIError) as caught:
         qianfan.Embedding(**by_token).do(texts=["a"] * 17, retry_count=1)
     assert caught.value.error_code == 336003

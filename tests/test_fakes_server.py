@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 import pytest
+
 from tests.fakes import (
     BadSignature,
     FakeBaidu,
@@ -405,9 +406,7 @@ def test_errors_have_the_vendors_shape() -> None:
 
 
 @pytest.mark.parametrize("kind", [FakeBaidu, FakeDashScope, FakeOllama, FakeOpenAI])
-@pytest.mark.parametrize(
-    "name", ["rate_limit", "quota", "auth", "unavailable", "internal", "bad_input"]
-)
+@pytest.mark.parametrize("name", ["rate_limit", "quota", "auth", "unavailable", "internal", "bad_input"])
 def test_every_vendor_knows_the_common_errors(kind: type[FakeUpstream], name: str) -> None:
     paths = {
         FakeBaidu: "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/embedding-v1",
@@ -508,15 +507,13 @@ def test_signatures_of_the_vendors_package_are_accepted() -> None:
         **SIGNED,
         "content-type": "application/json",
         "request_id": "sdk-py-0.4.12.3-abc",
-        "authorization": f"{prefix}/{names}/"
-        "0d5cbd51c605325563bda2ccfa72753fabd61c75b337b3623c3f5a5352b21648",
+        "authorization": f"{prefix}/{names}/0d5cbd51c605325563bda2ccfa72753fabd61c75b337b3623c3f5a5352b21648",
     }
     assert verify("POST", V1, {}, more, {AK: SK}, DATE) == AK
     bearer = {
         **SIGNED,
         "host": "iam.bj.baidubce.com",
-        "authorization": f"{prefix}/host;x-bce-date/"
-        "595c6d4f57fe8afe851f3febffbe11559e7d874d3ac5aeb3bf059f53715cfa63",
+        "authorization": f"{prefix}/host;x-bce-date/595c6d4f57fe8afe851f3febffbe11559e7d874d3ac5aeb3bf059f53715cfa63",
     }
     query = {"expireInSeconds": "43200"}
     assert verify("GET", "/v1/BCE-BEARER/token", query, bearer, {AK: SK}, DATE) == AK

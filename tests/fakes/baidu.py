@@ -81,9 +81,7 @@ class FakeBaidu(FakeUpstream):
         max_batch: int | None = None,
         concurrency_limit: int | None = None,
     ) -> None:
-        super().__init__(
-            delay=delay, shuffle=shuffle, max_batch=max_batch, concurrency_limit=concurrency_limit
-        )
+        super().__init__(delay=delay, shuffle=shuffle, max_batch=max_batch, concurrency_limit=concurrency_limit)
         self.api_key = api_key
         self.secret_key = secret_key
         self.access_key = access_key
@@ -262,10 +260,7 @@ class FakeBaidu(FakeUpstream):
         tokens = sum(map(baidu_tokens, texts))
 
         def render(shuffled: list[Row]) -> Reply:
-            data = [
-                {"object": "embedding", "embedding": numbers(row), "index": row.index}
-                for row in shuffled
-            ]
+            data = [{"object": "embedding", "embedding": numbers(row), "index": row.index} for row in shuffled]
             answer = {"id": _identity(), "object": "embedding_list", "created": int(time.time())}
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             return json_reply({**answer, **extra, "data": data, "usage": usage}, headers=_HEADERS)
@@ -297,8 +292,6 @@ def _oauth_error(error: str, description: str, status: int) -> Reply:
     return json_reply({"error": error, "error_description": description}, status)
 
 
-def _v2_error(
-    status: int, code: str, kind: str, message: str, headers: Mapping[str, str] | None = None
-) -> Reply:
+def _v2_error(status: int, code: str, kind: str, message: str, headers: Mapping[str, str] | None = None) -> Reply:
     error = {"code": code, "message": message, "type": kind}
     return json_reply({"error": error, "id": _identity()}, status, headers)

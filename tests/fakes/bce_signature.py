@@ -56,9 +56,7 @@ def canonical_request(
 ) -> str:
     """Return the text that is signed: method, path, query and headers, a line for each part."""
     arguments = [
-        f"{_encode(name)}={_encode(value)}"
-        for name, value in query.items()
-        if name.lower() != "authorization"
+        f"{_encode(name)}={_encode(value)}" for name, value in query.items() if name.lower() != "authorization"
     ]
     fields = [f"{_encode(name)}:{_encode(headers[name].strip())}" for name in signed]
     parts = [method.upper(), quote(path, safe="/-._~"), "&".join(sorted(arguments))]

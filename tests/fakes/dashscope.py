@@ -59,9 +59,7 @@ class FakeDashScope(FakeUpstream):
         max_batch: int | None = None,
         concurrency_limit: int | None = None,
     ) -> None:
-        super().__init__(
-            delay=delay, shuffle=shuffle, max_batch=max_batch, concurrency_limit=concurrency_limit
-        )
+        super().__init__(delay=delay, shuffle=shuffle, max_batch=max_batch, concurrency_limit=concurrency_limit)
         self.api_key = api_key
         self.usage_field = usage_field
         self.base64 = base64
@@ -137,10 +135,7 @@ class FakeDashScope(FakeUpstream):
             dimension = None  # silently ignored: langchain4j-community pull request 783
         texts = [str(text) for text in call.texts]
         role = {} if compatible else {key: options.get(key) for key in ("text_type", "instruct")}
-        rows = [
-            Row(place, text, self.expected(name, text, dimension, **role))
-            for place, text in enumerate(texts)
-        ]
+        rows = [Row(place, text, self.expected(name, text, dimension, **role)) for place, text in enumerate(texts)]
         tokens = sum(map(count_tokens, texts))
         if compatible:
             return self._compatible_answer(body, rows, tokens)
@@ -163,9 +158,7 @@ class FakeDashScope(FakeUpstream):
             return self.refuse(call, "ModelNotFound", message if compatible else None)
         return None
 
-    def _problem(
-        self, model: TextModel, given: Any, dimension: Any, options: Mapping[str, Any]
-    ) -> str | None:
+    def _problem(self, model: TextModel, given: Any, dimension: Any, options: Mapping[str, Any]) -> str | None:
         """Return what the vendor says about the parameters, or None if they are right."""
         texts = [given] if isinstance(given, str) else given
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
@@ -210,10 +203,7 @@ class FakeDashScope(FakeUpstream):
         show = base64_floats if as_base64 else numbers
 
         def render(shuffled: list[Row]) -> Reply:
-            data = [
-                {"embedding": show(row), "index": row.index, "object": "embedding"}
-                for row in shuffled
-            ]
+            data = [{"embedding": show(row), "index": row.index, "object": "embedding"} for row in shuffled]
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             answer = {"data": data, "model": body["model"], "object": "list", "usage": usage}
             return json_reply({**answer, "id": str(uuid.uuid4())})
@@ -276,9 +266,7 @@ def _contents(body: Any) -> list[tuple[str, str]]:
     return [(kind, str(content)) for kind, content in filter(None, pairs)]
 
 
-def _compatible_error(
-    status: int, code: str, message: str, headers: Mapping[str, str] | None = None
-) -> Reply:
+def _compatible_error(status: int, code: str, message: str, headers: Mapping[str, str] | None = None) -> Reply:
     snake = code in ("invalid_api_key", "model_not_found", "model_not_supported")
     kind = "invalid_request_error" if snake else code
     error = {"message": message, "type": kind, "param": None, "code": code}

@@ -27,9 +27,7 @@ MODELS: Mapping[str, TextModel] = {
     "text-embedding-v1": TextModel((1536,), 25, 2048),
     "text-embedding-v2": TextModel((1536,), 25, 2048),
     "text-embedding-v3": TextModel((1024, 768, 512, 256, 128, 64), 10, 8192, sparse=True),
-    "text-embedding-v4": TextModel(
-        (1024, 2048, 1536, 768, 512, 256, 128, 64), 10, 8192, sparse=True
-    ),
+    "text-embedding-v4": TextModel((1024, 2048, 1536, 768, 512, 256, 128, 64), 10, 8192, sparse=True),
     "qwen3.7-text-embedding": TextModel((1024, 2560, 2048, 1536, 768, 512, 256), 20, 128_000),
 }
 MULTIMODAL_MODELS: Mapping[str, TextModel] = {

@@ -71,9 +71,7 @@ class FakeOllama(FakeUpstream):
         max_batch: int | None = None,
         concurrency_limit: int | None = None,
     ) -> None:
-        super().__init__(
-            delay=delay, shuffle=False, max_batch=max_batch, concurrency_limit=concurrency_limit
-        )
+        super().__init__(delay=delay, shuffle=False, max_batch=max_batch, concurrency_limit=concurrency_limit)
         self.models = models
         self.old = old
         self.show_capabilities = show_capabilities

@@ -204,10 +204,7 @@ class FakeOpenAI(FakeUpstream):
         show = base64_floats if as_base64 else numbers
 
         def render(shuffled: list[Row]) -> Reply:
-            data = [
-                {"object": "embedding", "index": row.index, "embedding": show(row)}
-                for row in shuffled
-            ]
+            data = [{"object": "embedding", "index": row.index, "embedding": show(row)} for row in shuffled]
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             answer = {"object": "list", "data": data, "model": name, "usage": usage}
             return json_reply(answer, headers=_headers())
@@ -243,15 +240,11 @@ def _model(name: str) -> dict[str, Any]:
     return {"id": name, "object": "model", "created": 1_687_882_411, "owned_by": "openai"}
 
 
-def _error(
-    message: str, kind: str, code: str | None, param: str | None = None
-) -> dict[str, str | None]:
+def _error(message: str, kind: str, code: str | None, param: str | None = None) -> dict[str, str | None]:
     return {"message": message, "type": kind, "param": param, "code": code}
 
 
-def _nested(
-    status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None
-) -> Reply:
+def _nested(status: int, error: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Reply:
     return json_reply({"error": error}, status, headers or _headers())
 
 

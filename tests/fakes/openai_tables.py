@@ -22,10 +22,7 @@ ERRORS: Mapping[str, tuple[int, str, str | None, str]] = {
         400,
         "invalid_request_error",
         None,
-        (
-            "'$.input' is invalid. Please check the API reference: "
-            "https://platform.openai.com/docs/api-reference."
-        ),
+        ("'$.input' is invalid. Please check the API reference: https://platform.openai.com/docs/api-reference."),
     ),
     "invalid_api_key": (
         401,

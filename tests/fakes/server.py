@@ -96,7 +96,7 @@ class ThreadedServer(ABC):
                     break
         except (ConnectionError, asyncio.IncompleteReadError):
             pass  # the peer went in the middle of something
-        except Exception as error:  # noqa: BLE001 - the outermost door; __exit__ raises it
+        except Exception as error:
             self.crashes.append(error)
             connection.reset()
         finally:

@@ -4,6 +4,7 @@ Vendors subclass it, and say which requests embed and what they answer.
 """
 
 import asyncio
+import contextlib
 import threading
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -262,14 +263,10 @@ class FakeUpstream(ThreadedServer):
     async def _wait(self, connection: Connection) -> None:
         await self._gate.wait(connection)
         if self.delay:
-            try:
+            with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(connection.gone.wait(), self.delay)
-            except TimeoutError:
-                pass
 
-    async def _play(
-        self, fault: Wire, connection: Connection, request: Request, reply: Reply
-    ) -> bool:
+    async def _play(self, fault: Wire, connection: Connection, request: Request, reply: Reply) -> bool:
         if isinstance(request, Call) and not fault.bills:
             request.billed, request.status = 0, None
         answered = connection.answered

@@ -54,9 +54,7 @@ def sparse_vector(model: str, text: str) -> list[dict[str, Any]]:
     found = []
     for token in dict.fromkeys(text.split()):
         draw = random.Random(f"{model}\0{text}\0{token}")
-        found.append(
-            {"index": draw.randrange(250_000), "value": round(draw.random(), 4), "token": token}
-        )
+        found.append({"index": draw.randrange(250_000), "value": round(draw.random(), 4), "token": token})
     return found
 
 

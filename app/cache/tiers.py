@@ -33,7 +33,7 @@ class Tiers:
         self, stores: Sequence[Store], metrics: Metrics, clock: Clock, *, write_buffer: int = 64 * 2**20
     ) -> None:
         self._memory = stores[0] if stores and isinstance(stores[0], MemoryStore) else None
-        self._slow = tuple(stores[1:] if self._memory else stores)
+        self._slow = tuple(stores if self._memory is None else stores[1:])
         self._stores = tuple(stores)
         self._counts = [Counts(metrics, store.name) for store in self._slow]
         self._writers = [

@@ -1,0 +1,90 @@
+"""The cache behind the whole program: what it spares, and that losing it costs speed and never an answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tests.fakes import FakeOpenAI
+from tests.harness import Running, running
+from tests.redis_server import RedisServer
+
+MODEL = "text-embedding-3-small"
+TEXTS = [f"text {i}" for i in range(20)]
+
+
+def config(fake: FakeOpenAI, cache: dict[str, Any]) -> dict[str, Any]:
+    upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+    return {"upstreams": {"up": upstream}, "cache": cache}
+
+
+def ask(gateway: Running, fake: FakeOpenAI, texts: list[str] = TEXTS) -> str:
+    """Asks, holds every vector against its text, and returns what the cache did."""
+    response = gateway.post({"model": MODEL, "input": texts})
+    assert response.status_code == 200, response.text
+    for text, row in zip(texts, response.json()["data"], strict=True):
+        assert np.array_equal(np.array(row["embedding"], "<f4"), fake.expected(MODEL, text))
+    return str(response.headers["x-embedding-cache"])
+
+
+def test_disk_survives_a_restart_and_fills_memory(tmp_path: Path) -> None:
+    cache = {"disk": {"path": str(tmp_path / "cache.sqlite3")}}
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        with running(config(fake, cache)) as gateway:
+            assert ask(gateway, fake) == "miss"
+        with running(config(fake, cache)) as gateway:
+            assert ask(gateway, fake) == "hit"
+            assert gateway.metric("cache_operations_total", tier="memory", result="miss") == len(TEXTS)
+            assert ask(gateway, fake) == "hit"
+            assert gateway.metric("cache_operations_total", tier="memory", result="hit") == len(TEXTS)
+        assert fake.rows == len(TEXTS)
+
+
+def test_two_gateways_over_one_redis_share_what_either_paid_for() -> None:
+    with RedisServer() as redis, FakeOpenAI(api_key="sk-fake") as fake:
+        cache = {"redis": {"url": redis.url, "timeout": "1s"}}
+        with running(config(fake, cache)) as one:
+            assert ask(one, fake) == "miss"
+        with running(config(fake, cache)) as other:
+            assert ask(other, fake) == "hit"
+            assert ask(other, fake, [*TEXTS, "one more"]) == "partial"
+        assert fake.rows == len(TEXTS) + 1
+
+
+def test_a_redis_that_is_down_at_start_dies_or_freezes_costs_no_answer() -> None:
+    with RedisServer() as redis, FakeOpenAI(api_key="sk-fake") as fake:
+        cache = {"memory": None, "redis": {"url": redis.url, "timeout": "50ms"}}
+        redis.pause()
+        with running(config(fake, cache)) as gateway:
+            assert ask(gateway, fake) == "miss"
+            assert gateway.get("/readyz").status_code == 200
+            redis.resume()
+            redis.kill()
+            assert ask(gateway, fake) == "miss"
+            assert gateway.get("/readyz").json()["cache"]["redis"] != "up"
+
+
+def test_no_cache_reads_nothing_and_no_store_writes_nothing() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, running(config(fake, {})) as gateway:
+        body = {"model": MODEL, "input": "text"}
+
+        def cache_of(**headers: str) -> str:
+            return str(gateway.post(body, **headers).headers["x-embedding-cache"])
+
+        assert cache_of(cache_control="no-store") == "miss"
+        assert cache_of() == "miss", "nothing had been written"
+        assert cache_of() == "hit"
+        assert cache_of(cache_control="no-cache") == "miss", "nothing was read"
+
+
+def test_inputs_of_different_models_dimensions_and_spaces_never_share_an_entry() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, running(config(fake, {})) as gateway:
+        for body in ({}, {"dimensions": 256}, {"dimensions": 512}):
+            for model in (MODEL, "text-embedding-3-large"):
+                response = gateway.post({"model": model, "input": "same text", **body})
+                assert response.headers["x-embedding-cache"] == "miss"
+                vector = np.array(response.json()["data"][0]["embedding"], "<f4")
+                expected = fake.expected(model, "same text", body.get("dimensions"))
+                assert np.array_equal(vector, expected)

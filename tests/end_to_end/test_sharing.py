@@ -1,0 +1,123 @@
+"""Upstream calls are shared and fully used: seen from both ends of the program."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.fakes import FakeDashScope, FakeOpenAI, faults
+from tests.harness import Running, running
+
+MODEL = "text-embedding-v3"
+
+
+def config(fake: FakeDashScope, **more: Any) -> dict[str, Any]:
+    upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1", "max_concurrency": 2}
+    return {"upstreams": {"up": upstream}, **more}
+
+
+async def post_all(gateway: Running, inputs: list[Any], **body: Any) -> list[httpx.Response]:
+    limits = httpx.Limits(max_connections=100)
+    async with httpx.AsyncClient(limits=limits, timeout=30, trust_env=False) as client:
+        return await asyncio.gather(
+            *(
+                client.post(f"{gateway.base_url}/embeddings", json={"model": MODEL, "input": each, **body})
+                for each in inputs
+            )
+        )
+
+
+async def test_64_concurrent_one_text_requests_to_10_rows_and_2_slots_make_at_most_16_calls() -> None:
+    with FakeDashScope(api_key="sk-fake", delay=0.05) as fake, running(config(fake, cache={"memory": None})) as gateway:
+        responses = await post_all(gateway, [f"text {i}" for i in range(64)])
+        for i, response in enumerate(responses):
+            vector = np.array(response.json()["data"][0]["embedding"], "<f4")
+            assert np.array_equal(vector, fake.expected(MODEL, f"text {i}"))
+        assert len(fake.calls) <= 16
+        assert fake.max_in_flight <= 2
+        assert fake.rows == 64
+
+
+async def test_the_same_text_in_100_concurrent_requests_is_paid_for_once() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake)) as gateway:
+        fake.hold()
+        asked = asyncio.create_task(post_all(gateway, ["the one text"] * 100))
+        await fake.calls_arrived(1)
+        fake.release()
+        responses = await asked
+        assert {response.status_code for response in responses} == {200}
+        assert len({response.json()["data"][0]["embedding"][0] for response in responses}) == 1
+        assert fake.rows == 1
+
+
+async def test_one_callers_refused_input_is_not_its_neighbours_error() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
+        refusal = faults.vendor_error("bad_input")
+        fake.fail(refusal, times=None, when=lambda texts: "guilty" in texts)
+        fake.hold()
+        busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
+        await fake.calls_arrived(1)
+        texts = [f"innocent {i}" for i in range(9)] + ["guilty"]
+        asked = asyncio.create_task(post_all(gateway, texts))
+        fake.release()
+        responses = await asked
+        await busy
+        assert [response.status_code for response in responses] == [200] * 9 + [400]
+        assert responses[-1].json()["error"]["param"] == "input[0]"
+
+
+async def test_a_limit_the_upstream_names_is_learned_and_nobody_notices() -> None:
+    with FakeDashScope(api_key="sk-fake", max_batch=4) as fake, running(config(fake)) as gateway:
+        texts = [f"text {i}" for i in range(40)]
+        (response,) = await post_all(gateway, [texts])
+        assert response.status_code == 200
+        for text, row in zip(texts, response.json()["data"], strict=True):
+            assert np.array_equal(np.array(row["embedding"], "<f4"), fake.expected(MODEL, text))
+        before = len(fake.calls)
+        (again,) = await post_all(gateway, [[f"more {i}" for i in range(40)]])
+        assert again.status_code == 200
+        assert len(fake.calls) - before == 10, "the next request is cut to the learned size from the start"
+
+
+@pytest.mark.parametrize("encoding", ["float", "base64"])
+async def test_a_cached_answer_is_bit_equal_to_the_fresh_one(encoding: str) -> None:
+    with FakeOpenAI(api_key="sk-fake", base64=False) as fake:
+        upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"up": upstream}}) as gateway:
+            body = {"model": "text-embedding-3-small", "input": ["a", "b"], "encoding_format": encoding}
+            fresh, cached = gateway.post(body), gateway.post(body)
+            assert (fresh.headers["x-embedding-cache"], cached.headers["x-embedding-cache"]) == ("miss", "hit")
+            assert fresh.json()["data"] == cached.json()["data"]
+            assert cached.json()["usage"]["prompt_tokens_details"]["cached_tokens"] == fake.billed_tokens
+            assert len(fake.calls) == 1
+
+
+async def test_a_role_that_one_deployment_cannot_honour_goes_to_the_one_that_can() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake:
+        upstreams = {
+            "compat": {"mode": "compatible", "base_url": fake.url + "/compatible-mode/v1"},
+            "native": {"base_url": fake.url + "/api/v1"},
+        }
+        both = {name: {"type": "dashscope", "api_key": "sk-fake", **each} for name, each in upstreams.items()}
+        with running({"upstreams": both, "cache": {"memory": None}}) as gateway:
+            responses = await post_all(gateway, [f"query {i}" for i in range(20)], input_type="query")
+            for i, response in enumerate(responses):
+                expected = fake.expected(MODEL, f"query {i}", text_type="query")
+                assert np.array_equal(np.array(response.json()["data"][0]["embedding"], "<f4"), expected)
+            refused = gateway.post({"model": f"compat/{MODEL}", "input": "x", "input_type": "query"})
+            assert (refused.status_code, refused.json()["error"]["param"]) == (400, "input_type")
+
+
+async def test_a_document_asked_for_by_name_is_the_document_cached_without_a_name() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake)) as gateway:
+        gateway.post({"model": MODEL, "input": "text"})
+        named = gateway.post({"model": MODEL, "input": "text", "input_type": "document", "dimensions": 1024})
+        assert named.headers["x-embedding-cache"] == "hit"
+        other = gateway.post({"model": MODEL, "input": "text", "dimensions": 512})
+        assert other.headers["x-embedding-cache"] == "miss"
+        assert len(other.json()["data"][0]["embedding"]) == 512
+        assert named.headers["x-embedding-space"] != other.headers["x-embedding-space"]

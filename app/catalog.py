@@ -35,6 +35,8 @@ class Model:
     """What a text can be said to be for; empty where the model does not tell queries from documents."""
     default_role: Role | None = None
     """What the upstream takes a text for when it is not told: asking for it by name is asking for nothing."""
+    prefixes: tuple[str, ...] = ()
+    """Where a role is told within the text: what goes before the text, one for each of `roles`."""
     instruct: bool = False
     """Whether the model takes an instruction."""
     revision: str = ""
@@ -113,6 +115,15 @@ def _openai() -> Iterable[Model]:
         )
 
 
+def _gemini() -> Iterable[Model]:
+    page = "ai.google.dev/gemini-api/docs/embeddings"
+    yield Model("gemini-embedding-001", 3072, ANY, 100, 2048, roles=ROLES, source=page)
+    # These ignore or refuse the parameter for the role. text-embedding-004 is shut down.
+    prefixes = ("task: search result | query: ", "title: none | text: ")
+    for name in ("gemini-embedding-2", "gemini-embedding-2-preview"):
+        yield Model(name, 3072, ANY, 100, 8192, roles=ROLES, prefixes=prefixes, source=page)
+
+
 def _lexical() -> Iterable[Model]:
     choices = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
     yield Model("lexical", 512, choices, 256, revision="1", source="app/upstreams/lexical.py")
@@ -123,6 +134,7 @@ CATALOG: Mapping[str, Mapping[str, Model]] = MappingProxyType(
         "dashscope": _rows(*_dashscope()),
         "baidu": _rows(*_baidu()),
         "openai": _rows(*_openai()),
+        "gemini": _rows(*_gemini()),
         "lexical": _rows(*_lexical()),
     }
 )

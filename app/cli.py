@@ -7,6 +7,7 @@ import asyncio
 import ipaddress
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -109,6 +110,8 @@ def _serve(options: argparse.Namespace) -> None:
         listener = listen(server.host, server.port)
     except OSError as error:
         _fail([f"cannot listen on {server.host}:{server.port}: {error.strerror}"])
+    # A stop is no failure: uvicorn raises the signal again when all is done, and this is where it ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     _announce(settings, listener.getsockname()[1])
     if server.workers > 1:
         serve_workers("app.cli:worker", settings, listener)

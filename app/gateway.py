@@ -62,6 +62,8 @@ class Gateway:
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
+        self.started = int(clock.time())
+        """Since when the models are there, as far as a caller is told: seconds since the epoch."""
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
         self._publish()

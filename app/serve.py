@@ -17,6 +17,7 @@ from uvicorn.supervisors import Multiprocess
 
 from app.config import Settings
 from app.main import App
+from app.protocol import Protocol
 
 log = logging.getLogger(__name__)
 
@@ -57,12 +58,14 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _config(app: App | str, settings: Settings) -> uvicorn.Config:
+def config_of(app: App | str, settings: Settings) -> uvicorn.Config:
+    """The ASGI server as it serves the application (or what its factory, `module:name`, makes)."""
     server = settings.server
     return uvicorn.Config(
         app,
         factory=isinstance(app, str),
         workers=server.workers,
+        http=Protocol,
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -77,7 +80,7 @@ def _config(app: App | str, settings: Settings) -> uvicorn.Config:
 def serve(app: App, settings: Settings, listener: socket.socket) -> None:
     """One process, until a signal. With `metrics_port`, a second listener for /metrics and /docs."""
     app.on_started = lambda: drain_on_sigterm(app, settings.server.drain)
-    main = uvicorn.Server(_config(app, settings))
+    main = uvicorn.Server(config_of(app, settings))
     if app.admin is None:
         main.run(sockets=[listener])
         return
@@ -116,5 +119,5 @@ def serve_workers(factory: str, settings: Settings, listener: socket.socket) -> 
     """
     with tempfile.TemporaryDirectory(prefix="embedding-gateway-") as directory:
         os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        config = _config(factory, settings)
+        config = config_of(factory, settings)
         Multiprocess(config, sockets=[listener]).run()

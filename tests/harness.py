@@ -20,6 +20,7 @@ import yaml
 from app.config import Settings
 from app.config.load import load
 from app.main import App, create_app
+from app.serve import config_of, listen
 from app.upstreams import UPSTREAMS
 
 START = 20.0
@@ -89,17 +90,16 @@ def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None,
     """A gateway with this configuration; `parts` go to `create_app`."""
     log = io.StringIO()
     request_log = structlog.wrap_logger(structlog.WriteLogger(log), processors=[structlog.processors.LogfmtRenderer()])
-    app = create_app(settings_of(config, environ), request_log=request_log, **parts)
-    server = _Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5)
-    )
-    thread = threading.Thread(target=server.run, daemon=True)
+    settings = settings_of(config, environ)
+    app = create_app(settings, request_log=request_log, **parts)
+    listener = listen("127.0.0.1", 0)
+    server = _Server(config_of(app, settings))
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:
-        if not server.up.wait(START) or not server.servers:
+        if not server.up.wait(START) or not server.started:
             raise RuntimeError("the gateway did not start")
-        port = server.servers[0].sockets[0].getsockname()[1]
-        gateway = Running(app, f"http://127.0.0.1:{port}", log)
+        gateway = Running(app, f"http://127.0.0.1:{listener.getsockname()[1]}", log)
         assert server.loop is not None
         gateway._loop = server.loop
         yield gateway

@@ -20,7 +20,7 @@ RANKS = [
     {"pipeline"},
     {"gateway"},
     {"api"},
-    {"main"},
+    {"main", "protocol"},
     {"serve"},
     {"cli"},
     {"__main__"},
@@ -34,7 +34,7 @@ DOORS = {
     "prometheus_client": {"metrics"},
     "redis": {"cache"},
     "aiohttp": {"upstreams"},
-    "uvicorn": {"serve"},
+    "uvicorn": {"protocol", "serve"},
     "yaml": {"config"},
     "sqlite3": {"cache"},
 }

@@ -7,6 +7,7 @@ answered in front of it; the route is declared and documented in `app.api.routes
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import re
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -41,6 +42,9 @@ _PLAIN = frozenset(
     path + slash for path in ("/v1/embeddings", "/embeddings", "/openai/v1/embeddings") for slash in ("", "/")
 )
 _NAMED = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embeddings/?")
+LINGER = 5.0
+"""Seconds for which the rest of a refused body is taken in and thrown away."""
+
 _JSON = (b"content-type", b"application/json")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 
@@ -110,7 +114,7 @@ class Embeddings:
                 # The rest of the body will not be read, so the connection cannot carry another request.
                 headers.append((b"connection", b"close"))
         self._record(exchange, status, error)
-        await self._send(exchange, send, status, headers, body)
+        await self._send(exchange, receive, send, status, headers, body)
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
@@ -178,7 +182,13 @@ class Embeddings:
         return exchange.result, public
 
     async def _send(
-        self, exchange: _Exchange, send: Sender, status: int, headers: list[render.Header], body: bytes
+        self,
+        exchange: _Exchange,
+        receive: Receive,
+        send: Sender,
+        status: int,
+        headers: list[render.Header],
+        body: bytes,
     ) -> None:
         elapsed = asyncio.get_running_loop().time() - exchange.started
         headers += (
@@ -188,6 +198,10 @@ class Embeddings:
             (b"openai-processing-ms", b"%d" % (elapsed * 1000)),
         )
         await send({"type": "http.response.start", "status": status, "headers": headers})
+        if exchange.reading:
+            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await _linger(receive, 2 * self._server.max_body)
+            body = b""
         await send({"type": "http.response.body", "body": body})
 
     def _record(self, exchange: _Exchange, status: int, error: GatewayError | None) -> None:
@@ -238,12 +252,23 @@ def _too_large(limit: int) -> BodyTooLarge:
 
 
 def _cache_control(scope: Scope) -> tuple[bool, bool]:
-    """(read the cache, write the cache), by the request's `Cache-Control`."""
-    for name, value in scope["headers"]:
-        if name == b"cache-control":
-            directives = {part.strip().lower() for part in value.split(b",")}
-            return b"no-cache" not in directives, b"no-store" not in directives
-    return True, True
+    """(read the cache, write the cache), by the request's `Cache-Control`: several lines count as one."""
+    lines = [value for name, value in scope["headers"] if name == b"cache-control"]
+    if not lines:
+        return True, True
+    directives = {part.strip().lower() for part in b",".join(lines).split(b",")}
+    return b"no-cache" not in directives, b"no-store" not in directives
+
+
+async def _linger(receive: Receive, limit: int) -> None:
+    """Takes in what the caller still sends, for a while: closed at once, many clients never read the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER):
+            while limit > 0:
+                message = await receive()
+                if message["type"] == "http.disconnect" or not message.get("more_body"):
+                    return
+                limit -= len(message["body"])
 
 
 class _HangUp:

@@ -66,6 +66,10 @@ def _add_errors(api: FastAPI) -> None:
         headers = {name.decode(): value.decode() for name, value in render.error_headers(error)}
         return Response(render.error_body(error), error.status, headers, media_type="application/json")
 
+    @api.exception_handler(Exception)
+    async def bug(request: Request, _: Exception) -> Response:
+        return await gateway_error(request, GatewayError("internal error"))
+
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         told: GatewayError
@@ -95,7 +99,7 @@ def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
         tenant = keys.tenant(request.scope["headers"])
         await gateway.refresh()
         served = [(name, model) for name, model in gateway.names.items() if tenant.may_use(name, model.name)]
-        return _json({"object": "list", "data": [_described(*each) for each in served]})
+        return _json({"object": "list", "data": [_described(gateway, *each) for each in served]})
 
     async def get_model(request: Request, model: str) -> Response:
         tenant = keys.tenant(request.scope["headers"])
@@ -103,10 +107,10 @@ def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
         found = await gateway.find(name)
         if not tenant.may_use(name, found.name):
             raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
-        return _json(_described(name, found))
+        return _json(_described(gateway, name, found))
 
     errors = openapi.error_responses(401, 404)
-    for base in ("/v1/models", "/models", "/openai/v1/models"):
+    for base in ("/v1/models", "/models", "/openai/v1/models", "/openai/models"):
         shown = base == "/v1/models"
         for path in (base, base + "/"):
             api.get(
@@ -118,13 +122,13 @@ def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
         )(get_model)
 
 
-def _described(name: str, public: PublicModel) -> dict[str, Any]:
+def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
     """OpenAI's model object, and beside it what we know."""
     model = public.model
     return {
         "id": name,
         "object": "model",
-        "created": 0,
+        "created": gateway.started,
         "owned_by": public.deployments[0].upstream,
         "dimensions": model.dimensions,
         "dimension_choices": model.dimension_choices,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from app.upstreams import baidu, dashscope, lexical, ollama, openai
+from app.upstreams import baidu, dashscope, gemini, lexical, ollama, openai
 from app.upstreams.kind import UpstreamKind
 
 UPSTREAMS: Mapping[str, UpstreamKind] = MappingProxyType(
-    {kind.name: kind for kind in (dashscope.KIND, baidu.KIND, openai.KIND, ollama.KIND, lexical.KIND)}
+    {kind.name: kind for kind in (dashscope.KIND, baidu.KIND, openai.KIND, gemini.KIND, ollama.KIND, lexical.KIND)}
 )

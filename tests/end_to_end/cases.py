@@ -5,13 +5,13 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from tests.fakes import FakeBaidu, FakeDashScope, FakeOllama, FakeOpenAI, FakeUpstream, Vector
+from tests.fakes import FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOpenAI, FakeUpstream, Vector
 from tests.harness import Running, running
 
 
@@ -25,6 +25,8 @@ class Case:
     expected: Callable[[str], Vector]
     rows: int
     longest: int = 400
+    models: dict[str, Any] = field(default_factory=dict)
+    """Public names with defaults of their own, where `model` is one."""
 
 
 def _cases() -> dict[str, Callable[[], Case]]:
@@ -56,6 +58,17 @@ def _cases() -> dict[str, Callable[[], Case]]:
         model = "text-embedding-3-small"
         return Case(fake, config, model, lambda text: fake.expected(model, text), 2048)
 
+    def gemini(model: str, prefix: str = "", task_type: str | None = None, **defaults: Any) -> Case:
+        fake = FakeGemini(api_key="AIza-canary")
+        config = {"type": "gemini", "api_key": "AIza-canary", "base_url": "/v1beta"}
+        models = {"public": {"deployments": [{"upstream": "up", "model": model}], **defaults}} if defaults else {}
+        length = defaults.get("dimensions")
+
+        def expected(text: str) -> Vector:
+            return fake.expected(model, prefix + text, length, task_type=task_type)
+
+        return Case(fake, config, "public" if models else model, expected, 100, models=models)
+
     native = {"v1": 25, "v2": 25, "v3": 10, "v4": 10}
     cases: dict[str, Callable[[], Case]] = {}
     for version, rows in native.items():
@@ -70,6 +83,15 @@ def _cases() -> dict[str, Callable[[], Case]]:
     cases["ollama"] = ollama
     cases["openai base64"] = openai
     cases["openai numbers only"] = partial(openai, base64=False)
+    first, second = "gemini-embedding-001", "gemini-embedding-2"
+    question, answer = "task: search result | query: ", "title: none | text: "
+    query, document = "RETRIEVAL_QUERY", "RETRIEVAL_DOCUMENT"
+    cases["gemini"] = partial(gemini, first)
+    cases["gemini query"] = partial(gemini, first, task_type=query, input_type="query", dimensions=768)
+    cases["gemini document"] = partial(gemini, first, task_type=document, input_type="document", dimensions=128)
+    cases["gemini 2"] = partial(gemini, second)
+    cases["gemini 2 query"] = partial(gemini, second, question, input_type="query", dimensions=1536)
+    cases["gemini 2 document"] = partial(gemini, second, answer, input_type="document", dimensions=256)
     return cases
 
 
@@ -81,7 +103,8 @@ def gateway_for(case: Case, **config: Any) -> Iterator[Running]:
     with case.fake:
         base = case.fake.url + str(case.config.get("base_url", ""))
         upstream = {**case.config, "base_url": base, "max_concurrency": 4}
-        with running({"cache": {"memory": None}, **config, "upstreams": {"up": upstream}}) as gateway:
+        whole = {"cache": {"memory": None}, "models": case.models, **config, "upstreams": {"up": upstream}}
+        with running(whole) as gateway:
             yield gateway
 
 

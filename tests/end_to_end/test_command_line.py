@@ -15,7 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.fakes import FakeDashScope, FakeOpenAI, faults
+from tests.fakes import FakeOpenAI, faults
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -108,10 +108,6 @@ def test_metrics_and_docs_move_to_a_port_of_their_own(tmp_path: Path) -> None:
 def test_sigterm_fails_readiness_at_once_keeps_listening_and_finishes_what_is_in_flight(tmp_path: Path) -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
-        with serving(tmp_path, **env) as (url, process):
-            pass
-        assert process.returncode == 0
-        env["EMBEDDING_GATEWAY__SERVER__PORT"] = "0"
         with (tmp_path / "log").open("w") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "app", "serve", "--port", "0"],
@@ -121,7 +117,9 @@ def test_sigterm_fails_readiness_at_once_keeps_listening_and_finishes_what_is_in
             fake.hold()
             with httpx.Client(timeout=30) as client, socket.create_connection(_address(url)) as raw:
                 body = b'{"model":"text-embedding-3-small","input":"in flight"}'
-                raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+                raw.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                )
                 fake.wait_for_calls(1)
                 process.send_signal(signal.SIGTERM)
                 ready = client.get(f"{url}/readyz")
@@ -172,18 +170,16 @@ def test_check_shows_what_would_be_served(tmp_path: Path) -> None:
 
 
 def test_check_probe_embeds_on_every_deployment_and_tells_what_is_wrong(tmp_path: Path) -> None:
-    with FakeDashScope(api_key="sk-right") as fake:
-        config = tmp_path / "config.yaml"
-        upstream = "{type: dashscope, api_key: %s, base_url: '" + fake.url + "/api/v1'}"
-        config.write_text(f"upstreams: {{ds: {upstream % 'sk-right'}}}\n")
-        good = run("check", "--probe", cwd=tmp_path)
+    with FakeOpenAI(api_key="sk-right") as fake:
+        env = {"OPENAI_API_KEY": "sk-right", "OPENAI_BASE_URL": fake.url + "/v1"}
+        good = run("check", "--probe", env=env, cwd=tmp_path)
         assert good.returncode == 0, good.stderr
-        assert "probe ds/text-embedding-v4: ok" in good.stdout
+        assert "probe openai/text-embedding-3-small: ok" in good.stdout
         assert len(fake.calls) == good.stdout.count(": ok")
         fake.fail(faults.vendor_error("auth"), times=None)
-        bad = run("check", "--probe", cwd=tmp_path)
+        bad = run("check", "--probe", env=env, cwd=tmp_path)
         assert bad.returncode == 2
-        assert "ds/text-embedding-v3: upstream_auth: " in bad.stderr
+        assert "openai/text-embedding-3-small: upstream_auth: " in bad.stderr
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("check", "--help")])

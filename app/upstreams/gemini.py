@@ -1,0 +1,118 @@
+"""Gemini's own API, `models/…:batchEmbedContents`: its OpenAI-style route knows no roles.
+
+Must not know how a model is told a role: that is the catalogue's. Facts: ai.google.dev/api/embeddings and
+google-genai 3.4.0 (PyPI).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self
+from urllib.parse import quote
+
+import orjson
+from pydantic import model_validator
+
+from app import vectors
+from app.catalog import ANY, CATALOG, Model
+from app.config import UpstreamSettings
+from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
+from app.types import Adapter, Auth, Batch, Parsed, Target, WireReply, WireRequest
+from app.upstreams import auth, openai, replies
+from app.upstreams.kind import Clock, UpstreamKind
+
+
+class GeminiSettings(UpstreamSettings):
+    type: Literal["gemini"] = "gemini"
+    base_url: str = "https://generativelanguage.googleapis.com/v1beta"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        auth.need_key(self, "GEMINI_API_KEY")
+        return self
+
+
+def build_request(batch: Batch, target: Target) -> WireRequest:
+    """One content per input: several parts in one content would be merged into one vector."""
+    model, params = target.model, batch.params
+    prefix = ""
+    options: dict[str, object] = {"model": f"models/{model.name}"}
+    if params.input_type is not None and model.prefixes:
+        prefix = dict(zip(model.roles, model.prefixes, strict=True))[params.input_type]
+    elif params.input_type is not None:
+        options["taskType"] = f"RETRIEVAL_{params.input_type.upper()}"
+    if params.dimensions is not None:
+        options["outputDimensionality"] = params.dimensions
+    requests = [{**options, "content": {"parts": [{"text": prefix + text}]}} for text in batch.inputs]
+    url = f"{target.base_url}/models/{quote(model.name, safe='')}:batchEmbedContents"
+    return openai.post(url, {"requests": requests})
+
+
+# What the status leaves open is in the body, an object or a list of one; the first that matches. Quotes within
+# a message are escaped, so that no text of a caller's reads as a field.
+_FIELDS: Sequence[tuple[re.Pattern[bytes], type[GatewayError]]] = (
+    (re.compile(rb'"reason"\s*:\s*"API_KEY_INVALID"'), UpstreamAuth),  # comes as a 400
+    (re.compile(rb'"status"\s*:\s*"FAILED_PRECONDITION"'), UpstreamAuth),  # no service in our country, or for free
+    (re.compile(rb'"quotaId"\s*:\s*"[^"]*PerDay'), QuotaExhausted),
+    (re.compile(rb'"message"\s*:\s*"[^"]*dimensionality', re.IGNORECASE), UnsupportedDimensions),
+)
+_DELAY = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
+
+
+def parse_error(reply: WireReply) -> GatewayError | None:
+    if 200 <= reply.status < 300:
+        return None
+    message = replies.said(reply).message
+    kind = next((kind for pattern, kind in _FIELDS if pattern.search(reply.body)), None)
+    error = replies.failure(kind or replies.by_status(reply.status, message), reply, message)
+    delay = _DELAY.search(reply.body)
+    if delay and kind is not QuotaExhausted:  # a day's quota comes with the delay of a minute's
+        error.retry_after = float(delay[1])
+    return error
+
+
+def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+    """No index: vectors come in the order of the inputs. Those below full length are not of unit length."""
+    body = orjson.loads(reply.body)
+    found = [_unit(vectors.from_numbers(row["values"])) for row in body["embeddings"]]
+    return Parsed(range(len(found)), found, replies.billed(body.get("usageMetadata"), "promptTokenCount"))
+
+
+def _unit(vector: bytes) -> bytes:
+    """Of unit length. What is no embedding stays as it came, for the contract check to refuse."""
+    return vector if vectors.fault(vector) else vectors.normalise(vector)
+
+
+def adapter(_settings: GeminiSettings) -> Adapter:
+    return Adapter(build_request, parse_error, parse_response)
+
+
+def credentials(settings: GeminiSettings, _clock: Clock) -> Auth:
+    """In a header and not as `?key=`, which ends up in logs."""
+    return auth.HeaderKey("x-goog-api-key", auth.keys(settings))
+
+
+def models(_settings: GeminiSettings) -> Mapping[str, Model]:
+    return CATALOG["gemini"]
+
+
+def unlisted(name: str) -> Model:
+    """A hundred inputs are the route's limit, whatever the model."""
+    return Model(name, dimension_choices=ANY, max_batch=100)
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
+    key = environ.get("GEMINI_API_KEY") or environ.get("GOOGLE_API_KEY")
+    return {"type": "gemini", "api_key": key} if key else None
+
+
+KIND = UpstreamKind(
+    name="gemini",
+    settings=GeminiSettings,
+    adapter=adapter,
+    auth=credentials,
+    models=models,
+    unlisted=unlisted,
+    environment=environment,
+)

@@ -1,0 +1,101 @@
+"""Below HTTP: offers of other protocols, heads in pieces, and bodies that look like heads."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness import Running, running
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[Running]:
+    with running({"upstreams": {"lexical": {"type": "lexical"}}}) as gateway:
+        yield gateway
+
+
+LAST = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+
+
+def talk(gateway: Running, *pieces: bytes, last: bytes = LAST) -> list[tuple[int, bytes]]:
+    """Sends the pieces over one connection and returns the answers. One request more, which closes the
+    connection, is sent behind them and its answer left out, so that no unasked answer goes unseen."""
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        with contextlib.suppress(ConnectionError):  # it may have been closed by now
+            for piece in (*pieces, last):
+                connection.sendall(piece)
+        raw = b"".join(iter(lambda: connection.recv(65536), b""))
+    answers = []
+    while raw:
+        head, _, rest = raw.partition(b"\r\n\r\n")
+        length = next(int(line.split(b":")[1]) for line in head.split(b"\r\n") if line.startswith(b"content-length"))
+        answers.append((int(head.split()[1]), rest[:length]))
+        raw = rest[length:]
+    return [answer for answer in answers if answer != (200, b'{"status":"ok"}')]
+
+
+def embed(text: str, *headers: bytes) -> bytes:
+    body = json.dumps({"model": "lexical", "input": text, "dimensions": 64}, ensure_ascii=False).encode()
+    head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), *headers]
+    return b"\r\n".join([*head, b"", body])
+
+
+OFFER = (b"Connection: Upgrade, HTTP2-Settings", b"upGraDE: h2c", b"HTTP2-Settings: AAEAAEAAAAIAAAAA")
+
+
+def test_an_offer_of_http_2_is_ignored_and_the_body_is_the_body(gateway: Running) -> None:
+    (status, body), *more = talk(gateway, embed("hello", *OFFER))
+    assert (status, more) == (200, [])
+    assert json.loads(body)["data"] == json.loads(talk(gateway, embed("hello"))[0][1])["data"]
+
+
+def test_an_offer_is_found_in_a_head_that_comes_byte_by_byte(gateway: Running) -> None:
+    request = embed("hello", *OFFER)
+    ((status, _),) = talk(gateway, *(request[i : i + 1] for i in range(len(request))))
+    assert status == 200
+
+
+def test_a_body_that_looks_like_a_request_is_never_one(gateway: Running) -> None:
+    body = b"GET /v1/models HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), *OFFER]
+    answers = talk(gateway, b"\r\n".join([*head, b"", body]))
+    assert [status for status, _ in answers] == [400]
+    assert b"JSON" in answers[0][1]
+
+
+def test_words_in_a_body_are_left_alone(gateway: Running) -> None:
+    raw = embed("x").replace(b'"x"', b'"\\r\\nUpgrade: h2c"')
+    changed = re.sub(rb"Content-Length: \d+", b"Content-Length: %d" % len(raw.partition(b"\r\n\r\n")[2]), raw)
+    (status, body), *_ = talk(gateway, changed)
+    assert status == 200
+    spelled = talk(gateway, embed("\r\nUpgrade: h2c"))[0][1]
+    assert json.loads(body)["data"] == json.loads(spelled)["data"]
+
+
+def test_requests_one_after_the_other_each_get_their_answer(gateway: Running) -> None:
+    answers = talk(gateway, embed("one") + embed("two") + embed("three"))
+    assert [status for status, _ in answers] == [200, 200, 200]
+    alone = [json.loads(talk(gateway, embed(text))[0][1])["data"] for text in ("one", "two", "three")]
+    assert [json.loads(body)["data"] for _, body in answers] == alone
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"CONNECT example.com:443 HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"NONSENSE\r\n\r\n",
+        b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000,
+    ],
+    ids=["connect", "nonsense", "endless head"],
+)
+def test_what_is_no_request_is_refused_in_openais_shape_and_the_connection_closed(gateway: Running, raw: bytes) -> None:
+    ((status, body),) = talk(gateway, raw, last=b"")
+    assert status == 400
+    assert json.loads(body)["error"]["type"] == "invalid_request_error"

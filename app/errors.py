@@ -58,6 +58,8 @@ class GatewayError(Exception):
             self.code = code  # an instance may be more exact than its class
         self.retry_after = retry_after
         """Seconds after which asking again is sensible, if anybody knows."""
+        self.final = False
+        """Whether the caller, too, had better not ask again at once."""
 
     def __str__(self) -> str:
         return self.message
@@ -69,6 +71,7 @@ class GatewayError(Exception):
         """
         copy = type(self)(self.message, code=self.code, retry_after=self.retry_after)
         copy.param = f"input[{index}]" if isinstance(self, InvalidRequest) else self.param
+        copy.final = self.final
         copy.__cause__ = self
         return copy
 

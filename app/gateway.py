@@ -20,6 +20,7 @@ from app.pipeline.admit import Room
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
 from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import Health
 from app.pipeline.route import Route
 from app.types import Embedder
 from app.upstreams.connect import Upstream
@@ -124,8 +125,6 @@ class Gateway:
                 alone = public if len(served) == 1 else self._public(deployment.name, (deployment,), None)
                 names.setdefault(deployment.name, alone)
         self.names = names
-        for deployment in self._deployments.values():
-            self.metrics.upstream_available.labels(deployment.upstream, deployment.model.name).set(1)
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
         served: dict[str, list[Deployment]] = {}
@@ -167,7 +166,9 @@ class Gateway:
             self.metrics, upstream.name,
         )  # fmt: skip
         chain = build.chain(call, cache=self.cache, limits=limits)
-        deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, chain)
+        available = self.metrics.upstream_available.labels(upstream.name, model.name)
+        health = Health(self._clock, available)
+        deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment
         return deployment
 
@@ -188,7 +189,9 @@ class Gateway:
         key = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
         batcher = self._batchers.get(key)
         if batcher is None:
-            batcher = self._batchers[key] = Batcher(Route(deployments, self.metrics, self._clock), self.metrics)
+            batcher = self._batchers[key] = Batcher(
+                Route(deployments, self.metrics, self._clock), self.metrics, self._clock
+            )
         return batcher
 
     def _warn_of_spaces(self, name: str, served: list[Deployment]) -> None:

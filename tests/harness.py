@@ -85,6 +85,10 @@ class _Server(uvicorn.Server):
         self.up.set()
 
 
+def _tasks(loop: asyncio.AbstractEventLoop | None) -> list[str]:
+    return [repr(task) for task in asyncio.all_tasks(loop)] if loop else []
+
+
 @contextmanager
 def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None, **parts: Any) -> Iterator[Running]:
     """A gateway with this configuration; `parts` go to `create_app`."""
@@ -106,4 +110,4 @@ def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None,
     finally:
         server.should_exit = True
         thread.join(START)
-        assert not thread.is_alive(), "the gateway did not stop"
+        assert not thread.is_alive(), f"the gateway did not stop; still there: {_tasks(server.loop)}"

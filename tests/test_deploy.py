@@ -25,11 +25,7 @@ PROMETHEUS = DEPLOY / "prometheus"
 KUBERNETES = DEPLOY / "kubernetes"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "embedding-gateway.json"
 # Kustomize's own file and the gateway's config are no Kubernetes resources.
-MANIFESTS = sorted(
-    p
-    for p in KUBERNETES.glob("*.yaml")
-    if p.name not in {"kustomization.yaml", "config.yaml"}
-)
+MANIFESTS = sorted(p for p in KUBERNETES.glob("*.yaml") if p.name not in {"kustomization.yaml", "config.yaml"})
 
 # The oldest release with native sidecars on by default, and the newest whose schema is at hand.
 KUBERNETES_VERSIONS = ("1.29", kubernetes_validate.latest_version())
@@ -138,14 +134,8 @@ def all_expressions() -> list[tuple[str, str]]:
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     found = [(rule["alert"], rule["expr"]) for rule in alert_rules()]
     found += [(f"panel {title}", expr) for title, expr in panel_expressions(dashboard)]
-    found += [
-        (a["name"], a["expr"]) for a in dashboard["annotations"]["list"] if "expr" in a
-    ]
-    found += [
-        (f"${v['name']}", v["definition"])
-        for v in dashboard["templating"]["list"]
-        if v["type"] == "query"
-    ]
+    found += [(a["name"], a["expr"]) for a in dashboard["annotations"]["list"] if "expr" in a]
+    found += [(f"${v['name']}", v["definition"]) for v in dashboard["templating"]["list"] if v["type"] == "query"]
     return found
 
 
@@ -160,9 +150,7 @@ def unknown_names(expr: str) -> set[str]:
             continue
         used |= known[name]
         asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)\s*\"", selector))
-        unknown |= {
-            f"{name}{{{label}}}" for label in asked - known[name] - SCRAPE_LABELS
-        }
+        unknown |= {f"{name}{{{label}}}" for label in asked - known[name] - SCRAPE_LABELS}
     if used:
         for clause in re.findall(r"\b(?:by|on|without|ignoring)\s*\(([^)]*)\)", expr):
             asked = {label.strip() for label in clause.split(",")}
@@ -189,9 +177,7 @@ def test_yaml_is_well_formed_and_not_empty(path: Path) -> None:
 def test_nothing_under_deploy_holds_a_secret() -> None:
     (secret,) = load(KUBERNETES / "secret.example.yaml")
     assert all("CHANGE_ME" in value for value in secret["stringData"].values())
-    for path in (
-        p for p in [ROOT / "docker-compose.yml", *DEPLOY.rglob("*")] if p.is_file()
-    ):
+    for path in (p for p in [ROOT / "docker-compose.yml", *DEPLOY.rglob("*")] if p.is_file()):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"\b(?:sk-|bce-v3/|AIza)[A-Za-z0-9_-]{12,}", text), path
 
@@ -236,9 +222,7 @@ def test_build_context_holds_all_the_dockerfile_copies_and_nothing_else() -> Non
         (ROOT / "Dockerfile").read_text(encoding="utf-8"),
         re.MULTILINE,
     ):
-        copied |= {
-            source.removeprefix("./").rstrip("*") for source in line.split()[:-1]
-        }
+        copied |= {source.removeprefix("./").rstrip("*") for source in line.split()[:-1]}
     assert copied == allowed
 
 
@@ -260,9 +244,7 @@ def test_every_service_has_a_pinned_image(compose: dict[str, Any]) -> None:
     assert set(compose["services"]) == {"gateway", "redis", "prometheus", "grafana"}
     for name, service in compose["services"].items():
         tag = service["image"].rpartition(":")[2]
-        assert re.search(r"\d+\.\d+\.\d+", tag), (
-            f"{name}: {service['image']} is not pinned to a version"
-        )
+        assert re.search(r"\d+\.\d+\.\d+", tag), f"{name}: {service['image']} is not pinned to a version"
 
 
 def test_every_service_has_a_healthcheck(compose: dict[str, Any]) -> None:
@@ -273,9 +255,7 @@ def test_every_service_has_a_healthcheck(compose: dict[str, Any]) -> None:
 
 def test_every_published_port_is_on_loopback(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
-        assert all(
-            port.startswith("127.0.0.1:") for port in service.get("ports", [])
-        ), name
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", [])), name
 
 
 def test_services_are_hardened(compose: dict[str, Any]) -> None:
@@ -313,13 +293,9 @@ def test_unset_variables_reach_the_gateway_empty_and_never_as_an_error(
 
 def test_docker_compose_accepts_the_file() -> None:
     docker = tool("docker", "install the Docker command line with its compose plugin")
-    plugin = subprocess.run(
-        [docker, "compose", "version"], capture_output=True, timeout=60, check=False
-    )
+    plugin = subprocess.run([docker, "compose", "version"], capture_output=True, timeout=60, check=False)
     if plugin.returncode != 0:
-        pytest.skip(
-            "docker has no compose plugin: apt-get install docker-compose-plugin (Docker's repository)"
-        )
+        pytest.skip("docker has no compose plugin: apt-get install docker-compose-plugin (Docker's repository)")
     run(docker, "compose", "--file", "docker-compose.yml", "config", "--quiet")
 
 
@@ -355,24 +331,12 @@ def test_kustomize_builds_valid_resources_that_refer_to_each_other() -> None:
     (deployment,) = (d for d in built if d["kind"] == "Deployment")
     (config,) = (d for d in built if d["kind"] == "ConfigMap")
     pod = deployment["spec"]["template"]["spec"]
-    assert config["metadata"]["name"] in {
-        v.get("configMap", {}).get("name") for v in pod["volumes"]
-    }
-    assert pod["serviceAccountName"] in {
-        d["metadata"]["name"] for d in built if d["kind"] == "ServiceAccount"
-    }
+    assert config["metadata"]["name"] in {v.get("configMap", {}).get("name") for v in pod["volumes"]}
+    assert pod["serviceAccountName"] in {d["metadata"]["name"] for d in built if d["kind"] == "ServiceAccount"}
     labels = deployment["spec"]["template"]["metadata"]["labels"]
     selectors = [d["spec"]["selector"] for d in built if d["kind"] == "Service"]
-    selectors += [
-        d["spec"]["selector"]["matchLabels"]
-        for d in built
-        if d["kind"] == "PodDisruptionBudget"
-    ]
-    selectors += [
-        d["spec"]["podSelector"]["matchLabels"]
-        for d in built
-        if d["kind"] == "NetworkPolicy"
-    ]
+    selectors += [d["spec"]["selector"]["matchLabels"] for d in built if d["kind"] == "PodDisruptionBudget"]
+    selectors += [d["spec"]["podSelector"]["matchLabels"] for d in built if d["kind"] == "NetworkPolicy"]
     assert len(selectors) == 4
     for selector in selectors:
         assert selector.items() <= labels.items()
@@ -386,11 +350,7 @@ def test_named_objects_and_ports_exist() -> None:
     ports = {port["name"] for port in container["ports"]}
     for service in load(KUBERNETES / "service.yaml"):
         assert {port["targetPort"] for port in service["spec"]["ports"]} <= ports
-    wanted = set(
-        re.findall(
-            r"\$\{(\w+)\}", re.sub(r"#.*", "", (KUBERNETES / "config.yaml").read_text())
-        )
-    )
+    wanted = set(re.findall(r"\$\{(\w+)\}", re.sub(r"#.*", "", (KUBERNETES / "config.yaml").read_text())))
     assert wanted == set(secret["stringData"])
 
 
@@ -402,9 +362,7 @@ def test_pods_fit_the_restricted_security_standard(name: str) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
     assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
-    assert all(
-        {"configMap", "emptyDir", "secret"} & set(volume) for volume in pod["volumes"]
-    )
+    assert all({"configMap", "emptyDir", "secret"} & set(volume) for volume in pod["volumes"])
     for container in [*pod["containers"], *pod.get("initContainers", [])]:
         context = container["securityContext"]
         assert context["allowPrivilegeEscalation"] is False
@@ -417,17 +375,9 @@ def test_grace_period_covers_drain_and_the_longest_request() -> None:
     (deployment,) = load(KUBERNETES / "deployment.yaml")
     (config,) = load(KUBERNETES / "config.yaml")
     (compose,) = load(ROOT / "docker-compose.yml")
-    needed = sum(
-        int(config["server"][key].removesuffix("s"))
-        for key in ("drain", "request_timeout")
-    )
-    assert (
-        deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > needed
-    )
-    assert (
-        int(compose["services"]["gateway"]["stop_grace_period"].removesuffix("s"))
-        > needed
-    )
+    needed = sum(int(config["server"][key].removesuffix("s")) for key in ("drain", "request_timeout"))
+    assert deployment["spec"]["template"]["spec"]["terminationGracePeriodSeconds"] > needed
+    assert int(compose["services"]["gateway"]["stop_grace_period"].removesuffix("s")) > needed
 
 
 def test_sidecar_is_native_and_starts_before_the_application() -> None:
@@ -436,9 +386,7 @@ def test_sidecar_is_native_and_starts_before_the_application() -> None:
     assert sidecar["restartPolicy"] == "Always"
     assert "startupProbe" in sidecar
     (app,) = deployment["spec"]["template"]["spec"]["containers"]
-    assert {"name": "OPENAI_BASE_URL", "value": "http://127.0.0.1:8080/v1"} in app[
-        "env"
-    ]
+    assert {"name": "OPENAI_BASE_URL", "value": "http://127.0.0.1:8080/v1"} in app["env"]
 
 
 def test_the_gateway_accepts_the_config_it_is_deployed_with() -> None:
@@ -475,10 +423,7 @@ def test_alerts_fire_and_stay_quiet_as_their_stories_say(promtool: str) -> None:
 def test_every_alert_has_a_story_in_which_it_fires() -> None:
     (tests,) = load(PROMETHEUS / "alerts_test.yml")
     fired = {
-        case["alertname"]
-        for story in tests["tests"]
-        for case in story["alert_rule_test"]
-        if case.get("exp_alerts")
+        case["alertname"] for story in tests["tests"] for case in story["alert_rule_test"] if case.get("exp_alerts")
     }
     assert fired == {rule["alert"] for rule in alert_rules()}
 
@@ -494,21 +439,15 @@ def test_every_alert_says_how_grave_it_is_and_what_to_look_at() -> None:
 def test_both_scrape_configurations_use_the_job_name_the_alerts_ask_for() -> None:
     for name in ("prometheus.yml", "prometheus-kubernetes.yml"):
         (config,) = load(PROMETHEUS / name)
-        assert "embedding-gateway" in {
-            job["job_name"] for job in config["scrape_configs"]
-        }
+        assert "embedding-gateway" in {job["job_name"] for job in config["scrape_configs"]}
     (kubernetes,) = load(PROMETHEUS / "prometheus-kubernetes.yml")
     services = {s["metadata"]["name"] for s in load(KUBERNETES / "service.yaml")}
     (address,) = kubernetes["scrape_configs"][0]["dns_sd_configs"][0]["names"]
     assert address.split(".")[0] in services
 
 
-@pytest.mark.parametrize(
-    ("where", "expr"), all_expressions(), ids=[where for where, _ in all_expressions()]
-)
-def test_only_metrics_and_labels_the_gateway_has_are_used(
-    where: str, expr: str
-) -> None:
+@pytest.mark.parametrize(("where", "expr"), all_expressions(), ids=[where for where, _ in all_expressions()])
+def test_only_metrics_and_labels_the_gateway_has_are_used(where: str, expr: str) -> None:
     assert not unknown_names(expr), where
 
 
@@ -541,13 +480,9 @@ def test_dashboard_is_identified_and_complete(dashboard: dict[str, Any]) -> None
 def test_dashboard_asks_only_the_data_source_the_viewer_chose(
     dashboard: dict[str, Any],
 ) -> None:
-    (chosen,) = (
-        v for v in dashboard["templating"]["list"] if v["type"] == "datasource"
-    )
+    (chosen,) = (v for v in dashboard["templating"]["list"] if v["type"] == "datasource")
     for panel in dashboard["panels"]:
-        for part in (
-            [panel, *panel.get("targets", [])] if panel["type"] != "row" else []
-        ):
+        for part in [panel, *panel.get("targets", [])] if panel["type"] != "row" else []:
             assert part["datasource"] == {
                 "type": "prometheus",
                 "uid": f"${{{chosen['name']}}}",
@@ -566,9 +501,7 @@ def test_dashboard_panels_neither_overlap_nor_leave_the_grid(
                 assert taken.setdefault((x, y), panel["title"]) == panel["title"]
 
 
-def test_every_dashboard_query_is_valid_promql(
-    promtool: str, dashboard: dict[str, Any], tmp_path: Path
-) -> None:
+def test_every_dashboard_query_is_valid_promql(promtool: str, dashboard: dict[str, Any], tmp_path: Path) -> None:
     rules = []
     for number, (_, expr) in enumerate(panel_expressions(dashboard)):
         plain = expr.replace("$__rate_interval", "5m").replace("$__range", "1h")
@@ -585,15 +518,10 @@ def test_every_dashboard_query_is_valid_promql(
 
 def test_provisioning_points_at_what_compose_mounts(compose: dict[str, Any]) -> None:
     (source,) = load(DEPLOY / "grafana/provisioning/datasources/prometheus.yaml")
-    (provider,) = load(
-        DEPLOY / "grafana/provisioning/dashboards/embedding-gateway.yaml"
-    )
+    (provider,) = load(DEPLOY / "grafana/provisioning/dashboards/embedding-gateway.yaml")
     grafana = compose["services"]["grafana"]
     path = provider["providers"][0]["options"]["path"]
     assert f"./deploy/grafana/dashboards:{path}:ro" in grafana["volumes"]
-    assert (
-        grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
-        == f"{path}/{DASHBOARD.name}"
-    )
+    assert grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"] == f"{path}/{DASHBOARD.name}"
     assert source["datasources"][0]["url"] == "http://prometheus:9090"
     assert "prometheus" in compose["services"]

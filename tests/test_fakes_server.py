@@ -17,6 +17,7 @@ from tests.fakes import (
     BadSignature,
     FakeBaidu,
     FakeDashScope,
+    FakeGemini,
     FakeOllama,
     FakeOpenAI,
     FakeUpstream,
@@ -405,12 +406,13 @@ def test_errors_have_the_vendors_shape() -> None:
         assert (status, json.loads(body)["error"]["type"]) == (429, "rate_limit_exceeded")
 
 
-@pytest.mark.parametrize("kind", [FakeBaidu, FakeDashScope, FakeOllama, FakeOpenAI])
+@pytest.mark.parametrize("kind", [FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOpenAI])
 @pytest.mark.parametrize("name", ["rate_limit", "quota", "auth", "unavailable", "internal", "bad_input"])
 def test_every_vendor_knows_the_common_errors(kind: type[FakeUpstream], name: str) -> None:
     paths = {
         FakeBaidu: "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/embedding-v1",
         FakeDashScope: "/compatible-mode/v1/embeddings",
+        FakeGemini: "/v1beta/models/gemini-embedding-001:batchEmbedContents",
         FakeOllama: "/api/embed",
     }
     with kind() as fake:

@@ -85,6 +85,6 @@ def error_headers(error: GatewayError) -> list[Header]:
     if isinstance(error, Overloaded | RateLimited) and error.code != "insufficient_quota":
         wait = min(60.0, max(1.0, error.retry_after or 1.0))
         headers += [(b"retry-after", b"%d" % math.ceil(wait)), (b"retry-after-ms", b"%d" % round(wait * 1000))]
-    elif error.status >= 429 and not error.retryable:
+    elif error.status >= 429 and (error.final or not error.retryable):
         headers.append((b"x-should-retry", b"false"))
     return headers

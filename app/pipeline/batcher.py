@@ -16,7 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 from app import tokens
-from app.errors import GatewayError, InvalidRequest
+from app.clock import Clock
+from app.errors import GatewayError, InvalidRequest, RateLimited
 from app.metrics import Gauge, Metrics
 from app.pipeline.deployment import Deployment, Limits
 from app.pipeline.route import Route, Slot
@@ -99,6 +100,18 @@ class _Queue:
                 self._waiting[lane].dec(before - len(jobs))
         return dropped
 
+    def take_due(self, before: float) -> list[_Job]:
+        """Takes out the inputs whose callers wait no longer than `before`."""
+        due: list[_Job] = []
+        for lane, jobs in self._lanes.items():
+            stay = [job for job in jobs if job.deadline > before]
+            if len(stay) < len(jobs):
+                self._waiting[lane].dec(len(jobs) - len(stay))
+                due += (job for job in jobs if job.deadline <= before)
+                jobs.clear()
+                jobs.extend(stay)
+        return due
+
     def take(self, limits: Limits) -> tuple[list[_Job], list[_Job]]:
         """The fullest batch that is legal within `limits`, and abandoned inputs met on the way.
 
@@ -126,11 +139,12 @@ class _Queue:
 class Batcher:
     """Embeds requests over a model's route. What may queue is bounded by who is let in (`Admit`)."""
 
-    def __init__(self, route: Route, metrics: Metrics) -> None:
-        self._route = route
+    def __init__(self, route: Route, metrics: Metrics, clock: Clock) -> None:
+        self._route, self._clock = route, clock
         self._jobs: dict[bytes, _Job] = {}
         self._queues: dict[_Group, _Queue] = {}
         self._scheduled = False
+        self._alarm: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
@@ -152,6 +166,8 @@ class Batcher:
 
     async def aclose(self) -> None:
         """Waits for the calls under way: they are paid for, and their results go to the cache."""
+        if self._alarm is not None:
+            self._alarm.cancel()
         while self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -188,10 +204,28 @@ class Batcher:
     def _pump(self) -> None:
         """While there is an input that can have a slot: the fullest legal batch goes, queries first."""
         self._scheduled = False
+        # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
+        rests = {group: self._route.resting(group[1]) for group in self._queues}
         while self._launch_one("query") or self._launch_one("bulk"):
             pass
         if self._queues:
             self._route.when_free(self._schedule)
+            self._wait_out({group: rest for group, rest in rests.items() if rest and group in self._queues})
+
+    def _wait_out(self, rests: Mapping[_Group, float]) -> None:
+        """Where every deployment rests after a rate limit: until the first is back, for those who can wait so
+        long; the others are told now."""
+        now = asyncio.get_running_loop().time()
+        for group, rest in rests.items():
+            for job in self._queues[group].take_due(before=now + rest):
+                self._end(job, RateLimited("every upstream of this model is at its rate limit", retry_after=rest))
+        if rests and self._alarm is None:
+            self._alarm = asyncio.get_running_loop().create_task(self._wake(min(rests.values())))
+
+    async def _wake(self, seconds: float) -> None:
+        await self._clock.sleep(seconds)
+        self._alarm = None
+        self._schedule()
 
     def _launch_one(self, lane: Lane) -> bool:
         """One call for the first group that has inputs in this lane and can have a slot; then it is the last."""
@@ -249,11 +283,14 @@ class Batcher:
             outcomes = result.outcomes
             flight.calls = result.calls
         for job, outcome in zip(jobs, outcomes, strict=True):
-            job.outcome = outcome
-            self._forget([job])
-            hopeless = _hopeless(outcome)
-            for waiter in job.waiters:
-                waiter.arrived(hopeless=hopeless)
+            self._end(job, outcome)
+
+    def _end(self, job: _Job, outcome: Embedding | GatewayError) -> None:
+        job.outcome = outcome
+        self._forget([job])
+        hopeless = _hopeless(outcome)
+        for waiter in job.waiters:
+            waiter.arrived(hopeless=hopeless)
 
 
 def _hopeless(outcome: Embedding | GatewayError) -> bool:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from app.catalog import Model
+from app.pipeline.health import Health
 from app.types import BatchEmbedder, Lane, Params
 
 
@@ -21,29 +22,31 @@ class Limits:
 class Slots:
     """How many calls an upstream takes at once, shared by all its models; first come, first served.
 
-    Bulk work leaves a quarter of the slots to queries.
+    A rate limit halves what is used of them, and every round of successes gives one back. Bulk work
+    leaves a quarter to queries.
     """
 
     def __init__(self, count: int) -> None:
-        self._free = count
-        self._count = count
-        self._reserved = count // 4
+        self._most = count
+        self._allowed = float(count)
+        self._busy = 0
         self._waiting: deque[Callable[[], None]] = deque()
 
     @property
     def busy(self) -> int:
-        return self._count - self._free
+        return self._busy
 
     def take(self, lane: Lane) -> bool:
         """Takes a slot if one is free for this lane."""
-        if self._free <= (self._reserved if lane == "bulk" else 0):
+        allowed = int(self._allowed)
+        if self._busy >= allowed - (allowed // 4 if lane == "bulk" else 0):
             return False
-        self._free -= 1
+        self._busy += 1
         return True
 
     def give_back(self) -> None:
         """Frees a slot and tells those who wait, in the order they came; each takes one or waits anew."""
-        self._free += 1
+        self._busy -= 1
         waiting, self._waiting = self._waiting, deque()
         for callback in waiting:
             callback()
@@ -52,6 +55,12 @@ class Slots:
         """Calls back once, when a slot has come free."""
         if callback not in self._waiting:
             self._waiting.append(callback)
+
+    def shrink(self) -> None:
+        self._allowed = max(1.0, self._allowed / 2)
+
+    def grow(self) -> None:
+        self._allowed = min(float(self._most), self._allowed + 1 / self._allowed)
 
 
 @dataclass(slots=True, eq=False)
@@ -63,6 +72,7 @@ class Deployment:
     space: str
     slots: Slots
     limits: Limits
+    health: Health
     embed: BatchEmbedder
     weight: float = 1
     priority: int = 0

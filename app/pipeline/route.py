@@ -7,15 +7,36 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from app.errors import GatewayError, UpstreamTimeout
+from app.clock import Clock
+from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
 from app.types import Batch, BatchResult, Embedding, Lane, Params
-from app.upstreams.kind import Clock
 
 ATTEMPTS = 2
+"""Calls one batch may cause at the most, where each can help and the budget allows."""
 BACKOFF = 0.2
-"""Seconds; the upper end of the jitter before a second attempt."""
+"""Seconds; the upper end of the jitter before a second attempt, doubled before each further one."""
+SHARE = 0.2
+"""Retries allowed per call: a dead upstream costs a fifth more, not three times as much."""
+FLOOR, CEILING = 3.0, 20.0
+"""Retries a quiet gateway may make at once, and those a busy one may have saved up."""
+
+
+class Budget:
+    """Retries that calls have earned and retries have spent."""
+
+    def __init__(self) -> None:
+        self._left = FLOOR
+
+    def earn(self) -> None:
+        self._left = min(CEILING, self._left + SHARE)
+
+    def spend(self) -> bool:
+        if self._left < 1:
+            return False
+        self._left -= 1
+        return True
 
 
 class Slot:
@@ -26,28 +47,46 @@ class Slot:
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
 
-    def give_back(self) -> None:
-        self.deployment.slots.give_back()
-
 
 class Route:
-    """A model's deployments, all in one vector space: the lowest priority number first, then the least busy."""
+    """A model's deployments, all in one vector space: the lowest priority number first, then the least busy.
 
-    def __init__(self, deployments: Sequence[Deployment], metrics: Metrics, clock: Clock) -> None:
+    `jitter` gives numbers from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        deployments: Sequence[Deployment],
+        metrics: Metrics,
+        clock: Clock,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
         self.deployments = sorted(deployments, key=lambda deployment: deployment.priority)
-        self._metrics = metrics
-        self._clock = clock
+        self._metrics, self._clock, self._jitter = metrics, clock, jitter
+        self._budget = Budget()
 
     def take(self, lane: Lane, params: Params, avoid: Deployment | None = None) -> Slot | None:
         """A slot on the best deployment that honours `params` and has one free for this lane, or None."""
         candidates = sorted(
-            (each for each in self.deployments if each.can(params)),
-            key=lambda each: (each is avoid, each.priority, each.slots.busy / each.weight),
+            self._usable(params), key=lambda each: (each is avoid, each.priority, each.slots.busy / each.weight)
         )
         for deployment in candidates:
             if deployment.slots.take(lane):
+                deployment.health.begin()
                 return Slot(deployment)
         return None
+
+    def _usable(self, params: Params) -> list[Deployment]:
+        """Those in rotation; when all that are not resting have been ejected, these: a call that may fail
+        is better than none."""
+        able = [each for each in self.deployments if each.can(params)]
+        return [each for each in able if each.health.available()] or [
+            each for each in able if not each.health.cooling()
+        ]
+
+    def resting(self, params: Params) -> float:
+        """Seconds until the first deployment may have a call, if all rest after a rate limit; else 0."""
+        return min((each.health.cooling() for each in self.deployments if each.can(params)), default=0.0)
 
     def when_free(self, callback: Callable[[], None]) -> None:
         """Calls back when any deployment may have a slot free (perhaps more than once)."""
@@ -58,55 +97,90 @@ class Route:
         """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`:
         what failed is an outcome, so that a caller pays only for its own inputs' failures.
 
-        What a retry can help is asked once more, on another deployment if there is one.
+        What a retry can help is asked again, of another deployment if there is one.
         """
+        self._budget.earn()
         result = await self._attempt(batch, slot)
-        pending = _retryable(result)
-        if not pending:
-            return result
-        again = await self._slot_for_retry(batch, result, pending, slot.deployment, lane)
-        if again is None:
-            return result
-        part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
-        retried = await self._attempt(part, again)
-        for i, outcome in zip(pending, retried.outcomes, strict=True):
-            result.outcomes[i] = outcome
-        result.calls += retried.calls
+        for attempt in range(1, ATTEMPTS):
+            pending = _retryable(result)
+            again = await self._again(batch, result, pending, slot, lane, attempt) if pending else None
+            if again is None:
+                break
+            slot = again
+            part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
+            retried = await self._attempt(part, slot)
+            for i, outcome in zip(pending, retried.outcomes, strict=True):
+                result.outcomes[i] = outcome
+            result.calls += retried.calls
         return result
 
     async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:
+        deployment = slot.deployment
+        error: GatewayError | None = None
         try:
             async with asyncio.timeout_at(batch.deadline):
-                return await slot.deployment.embed(batch)
-        except GatewayError as error:
-            return BatchResult([error] * len(batch.inputs))
+                return await deployment.embed(batch)
+        except GatewayError as failure:
+            error = failure
         except TimeoutError:
-            late = UpstreamTimeout("the request's deadline passed before the upstream had answered")
-            return BatchResult([late] * len(batch.inputs))
+            error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
         finally:
-            slot.give_back()
+            deployment.health.end(error)
+            if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
+                deployment.slots.shrink()
+            elif error is None:
+                deployment.slots.grow()
+            deployment.slots.give_back()
+        return BatchResult([error] * len(batch.inputs))
 
-    async def _slot_for_retry(
-        self, batch: Batch, result: BatchResult, pending: list[int], failed: Deployment, lane: Lane
+    async def _again(
+        self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, attempt: int
     ) -> Slot | None:
-        """Waits, holding nothing, then for a slot. None when the deadline leaves no room for a retry."""
+        """Waits, holding nothing, then for a slot. None when budget or deadline leave no room for a retry."""
         error = result.outcomes[pending[0]]
         assert isinstance(error, GatewayError)
-        pause = max(error.retry_after or 0.0, random.uniform(0, BACKOFF))
+        elsewhere = any(each is not failed.deployment for each in self._usable(batch.params))
+        # A Retry-After is about the deployment that sent it; another one can be asked soon.
+        pause = self._jitter() * BACKOFF * 2 ** (attempt - 1)
+        if not elsewhere:
+            pause = max(pause, error.retry_after or 0.0, failed.deployment.health.cooling())
         if asyncio.get_running_loop().time() + pause >= batch.deadline:
             return None
+        if not self._budget.spend():
+            _give_up(result, pending)
+            return None
         await self._clock.sleep(pause)
+        slot = await self._slot(batch, lane, failed.deployment)
+        if slot is not None:
+            self._metrics.upstream_retries.labels(slot.deployment.upstream, error.code).inc()
+        return slot
+
+    async def _slot(self, batch: Batch, lane: Lane, avoid: Deployment) -> Slot | None:
         try:
             async with asyncio.timeout_at(batch.deadline):
-                while (slot := self.take(lane, batch.params, avoid=failed)) is None:
+                while True:
+                    # First, and until it is over (timers may be early): a rest that ends after a slot was
+                    # looked for would be waited for without end.
+                    while rest := self.resting(batch.params):
+                        await self._clock.sleep(rest)
+                    slot = self.take(lane, batch.params, avoid)
+                    if slot is not None:
+                        return slot
                     freed = asyncio.Event()
                     self.when_free(freed.set)
                     await freed.wait()
         except TimeoutError:
             return None
-        self._metrics.upstream_retries.labels(slot.deployment.upstream, error.code).inc()
-        return slot
 
 
 def _retryable(result: BatchResult) -> list[int]:
     return [i for i, outcome in enumerate(result.outcomes) if not isinstance(outcome, Embedding) and outcome.retryable]
+
+
+def _give_up(result: BatchResult, pending: list[int]) -> None:
+    """Too much has failed of late: the caller is told not to try again at once either, or its attempts and
+    ours would multiply."""
+    for i in pending:
+        outcome = result.outcomes[i]
+        if isinstance(outcome, GatewayError):
+            outcome.final = True

@@ -44,7 +44,7 @@ FIELDS = sorted((model.__name__, name) for model in MODELS for name in model.mod
 
 def test_the_example_loads_with_the_variables_it_names() -> None:
     settings = read(FILE, VARIABLES)
-    assert set(settings.upstreams) >= {"dashscope", "ds-compat", "baidu", "openai", "ollama", "built-in"}
+    assert set(settings.upstreams) >= {"dashscope", "ds-compat", "baidu", "openai", "gemini", "ollama", "built-in"}
     assert settings.upstreams["dashscope"].api_key is not None
     assert settings.upstreams["dashscope"].api_key.get_secret_value() == "a-dashscope_api_key"
 

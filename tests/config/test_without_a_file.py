@@ -118,6 +118,8 @@ def test_looking_for_a_server_finds_the_one_that_listens() -> None:
         ({"DASHSCOPE_API_KEY": "k"}, {"dashscope"}),
         ({"BAIDU_API_KEY": "k", "BAIDU_SECRET_KEY": "s"}, {"baidu"}),
         ({"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": "http://here/v1"}, {"openai"}),
+        ({"GEMINI_API_KEY": "k"}, {"gemini"}),
+        ({"GEMINI_API_KEY": "", "GOOGLE_API_KEY": "k"}, {"gemini"}),
         ({"OLLAMA_HOST": "127.0.0.1"}, {"ollama"}),
     ],
 )

@@ -4,6 +4,7 @@ from . import faults
 from .baidu import FakeBaidu, baidu_tokens
 from .bce_signature import BadSignature, verify
 from .dashscope import FakeDashScope
+from .gemini import FakeGemini
 from .ollama import FakeOllama, OllamaModel
 from .openai import FakeOpenAI
 from .upstream import Call, FakeUpstream
@@ -15,6 +16,7 @@ __all__ = [
     "Call",
     "FakeBaidu",
     "FakeDashScope",
+    "FakeGemini",
     "FakeOllama",
     "FakeOpenAI",
     "FakeUpstream",

@@ -4,6 +4,7 @@ Knows nothing of embeddings or vendors. Framing follows RFC 9112.
 """
 
 import asyncio
+import contextlib
 import json
 import socket
 import struct
@@ -169,10 +170,8 @@ class Connection:
     async def close(self) -> None:
         """End in order (FIN), after everything written has been sent."""
         self._writer.close()
-        try:
+        with contextlib.suppress(ConnectionError):  # the peer may be faster
             await self._writer.wait_closed()
-        except ConnectionError:
-            pass  # the peer was faster
 
 
 def listen(port: int) -> socket.socket:

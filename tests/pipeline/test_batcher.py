@@ -14,8 +14,13 @@ from app.errors import GatewayError, InvalidRequest, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import Health
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
+
+
+def healthy() -> Health:
+    return Health(SystemClock(), Metrics().upstream_available.labels("up", "m"))
 
 
 def vector(text: str) -> bytes:
@@ -46,9 +51,9 @@ class Calls:
 
 
 def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None = None) -> Batcher:
-    deployment = Deployment("up", Model("m", roles=ROLES), "up/m", Slots(slots), Limits(rows, tokens), calls)
+    deployment = Deployment("up", Model("m", roles=ROLES), "up/m", Slots(slots), Limits(rows, tokens), healthy(), calls)
     metrics = Metrics()
-    return Batcher(Route([deployment], metrics, SystemClock()), metrics)
+    return Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
 
 
 def request(*texts: str, lane: Lane | None = None, params: Params | None = None) -> EmbedRequest:
@@ -252,9 +257,9 @@ async def test_a_bug_below_leaves_nobody_waiting() -> None:
     async def broken(batch: Batch) -> BatchResult:
         raise ZeroDivisionError
 
-    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), broken)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), healthy(), broken)
     metrics = Metrics()
-    embed = Batcher(Route([deployment], metrics, SystemClock()), metrics)
+    embed = Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
     seen: list[object] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: seen.append(context["exception"]))
     with pytest.raises(GatewayError, match="internal error"):
@@ -264,9 +269,9 @@ async def test_a_bug_below_leaves_nobody_waiting() -> None:
 
 async def test_the_queue_gauge_is_true_and_ends_at_zero() -> None:
     calls = Calls(held=asyncio.Event())
-    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), calls)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), healthy(), calls)
     metrics = Metrics()
-    embed = Batcher(Route([deployment], metrics, SystemClock()), metrics)
+    embed = Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
 
     def queued(lane: str) -> float | None:
         labels = {"upstream": "up", "lane": lane}

@@ -33,6 +33,7 @@ def settings_of(**given: Any) -> Any:
         ({"type": "baidu", "api_key": "a", "secret_key": "s"}, "https://aip.baidubce.com"),
         ({"type": "baidu", "mode": "v2", "api_key": "bce-v3/a/s"}, "https://qianfan.baidubce.com/v2"),
         ({"type": "openai", "api_key": "k"}, "https://api.openai.com/v1"),
+        ({"type": "gemini", "api_key": "k"}, "https://generativelanguage.googleapis.com/v1beta"),
         ({"type": "ollama"}, "http://localhost:11434"),
         ({"type": "lexical"}, "http://lexical.invalid"),
     ],
@@ -46,6 +47,7 @@ def test_the_base_url_is_what_each_vendor_documents(given: dict[str, Any], base_
     [
         ({"type": "dashscope"}, "api_key: needed; set it here, or DASHSCOPE_API_KEY in the environment"),
         ({"type": "openai"}, "api_key: needed; set it here, or OPENAI_API_KEY in the environment"),
+        ({"type": "gemini"}, "api_key: needed; set it here, or GEMINI_API_KEY in the environment"),
         ({"type": "openai", "api_key": "k", "path": "embeddings"}, "path: must begin with /"),
         ({"type": "baidu"}, "api_key: needed; set it here, or BAIDU_API_KEY in the environment"),
         ({"type": "baidu", "api_key": "a"}, "secret_key: needed; set it here, or BAIDU_SECRET_KEY"),
@@ -83,6 +85,7 @@ class NoClock:
         ({"type": "openai", "api_key": "k"}, HeaderKey),
         ({"type": "openai", "base_url": "http://localhost:8000/v1"}, NoAuth),
         ({"type": "openai", "base_url": "http://localhost:8000/v1", "api_key": "k", "auth": "none"}, NoAuth),
+        ({"type": "gemini", "api_keys": ["k", "l"]}, HeaderKey),
         ({"type": "ollama"}, NoAuth),
         ({"type": "ollama", "api_key": "k"}, HeaderKey),
         ({"type": "baidu", "api_key": "a", "secret_key": "s"}, AccessToken),
@@ -113,6 +116,8 @@ def test_credentials_follow_from_the_settings(given: dict[str, Any], kind: type)
             {"type": "openai", "api_key": "k", "base_url": "http://h/v1"},
         ),
         ("openai", {"OPENAI_API_KEY": "k", "OPENAI_BASE_URL": ""}, {"type": "openai", "api_key": "k"}),
+        ("gemini", {"GEMINI_API_KEY": "k", "GOOGLE_API_KEY": "l"}, {"type": "gemini", "api_key": "k"}),
+        ("gemini", {"GEMINI_API_KEY": "", "GOOGLE_API_KEY": "l"}, {"type": "gemini", "api_key": "l"}),
         ("ollama", {"OLLAMA_HOST": "gpu-box"}, {"type": "ollama", "base_url": "http://gpu-box:11434"}),
         ("lexical", {"LEXICAL": "1"}, None),
     ],
@@ -169,8 +174,14 @@ def built(given: dict[str, Any], model: str, params: Params) -> tuple[WireReques
     return request, orjson.loads(request.body)
 
 
+def gemini_body(model: str, *texts: str, **options: object) -> dict[str, Any]:
+    contents = ({"parts": [{"text": text}]} for text in texts)
+    return {"requests": [{"model": f"models/{model}", "content": content, **options} for content in contents]}
+
+
 DASHSCOPE = {"type": "dashscope", "api_key": "k"}
 BAIDU = {"type": "baidu", "api_key": "a", "secret_key": "s"}
+GEMINI = {"type": "gemini", "api_key": "k"}
 V1_PATH = "https://aip.baidubce.com/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
 
 
@@ -237,6 +248,36 @@ V1_PATH = "https://aip.baidubce.com/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddin
             Params(input_type="query", instruct="x"),
             {"model": "m", "input": ["a", "b"]},
         ),
+        (GEMINI, "gemini-embedding-001", Params(), gemini_body("gemini-embedding-001", "a", "b")),
+        (
+            GEMINI,
+            "gemini-embedding-001",
+            Params(256, "query"),
+            gemini_body("gemini-embedding-001", "a", "b", taskType="RETRIEVAL_QUERY", outputDimensionality=256),
+        ),
+        (
+            GEMINI,
+            "gemini-embedding-001",
+            Params(input_type="document"),
+            gemini_body("gemini-embedding-001", "a", "b", taskType="RETRIEVAL_DOCUMENT"),
+        ),
+        (
+            GEMINI,
+            "gemini-embedding-2",
+            Params(256, "query"),
+            gemini_body(
+                "gemini-embedding-2",
+                "task: search result | query: a",
+                "task: search result | query: b",
+                outputDimensionality=256,
+            ),
+        ),
+        (
+            GEMINI,
+            "gemini-embedding-2-preview",
+            Params(input_type="document"),
+            gemini_body("gemini-embedding-2-preview", "title: none | text: a", "title: none | text: b"),
+        ),
         ({"type": "ollama"}, "m", Params(), {"model": "m", "input": ["a", "b"], "truncate": False}),
         (
             {"type": "ollama", "keep_alive": -1, "truncate": True},
@@ -265,6 +306,11 @@ def test_the_body_is_the_dialects(given: dict[str, Any], model: str, params: Par
             "https://dashscope.aliyuncs.com/api/v1/services/embeddings/text-embedding/text-embedding",
         ),
         ({"type": "openai", "base_url": "http://h/v1/", "path": "/embed"}, "m", "http://h/v1/embed"),
+        (
+            GEMINI,
+            "gemini-embedding-001",
+            "https://generativelanguage.googleapis.com/v1beta/models/gemini-embedding-001:batchEmbedContents",
+        ),
         ({"type": "ollama"}, "m", "http://localhost:11434/api/embed"),
     ],
 )

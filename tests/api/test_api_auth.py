@@ -1,0 +1,218 @@
+"""Who is let in, by which header, to which models; and what stays open to all."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+
+import pytest
+
+from tests.api.support import FIXED_LENGTH, MODEL, OTHER_MODEL, RawReply, config, error_of, head, post, raw
+from tests.fakes import FakeOpenAI
+from tests.harness import Running, running
+
+ALL, HASHED, LIMITED, ALIASED, BULK = (f"canary-{name}-0123456789" for name in ("all", "hashed", "lim", "ali", "bulk"))
+KEYS = {
+    "all": {"key": ALL},
+    "hashed": {"sha256": hashlib.sha256(HASHED.encode()).hexdigest().upper()},
+    "limited": {"key": LIMITED, "models": [MODEL]},
+    "aliased": {"key": ALIASED, "models": ["docs"]},
+    "bulk": {"key": BULK, "lane": "bulk"},
+}
+GOOD = {"model": MODEL, "input": "hi"}
+
+
+@pytest.fixture(scope="module")
+def upstream() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI() as fake:
+        yield fake
+
+
+@pytest.fixture(scope="module")
+def gateway(upstream: FakeOpenAI) -> Iterator[Running]:
+    models = {"docs": {"aliases": ["docs-alias"], "deployments": [{"upstream": "up", "model": OTHER_MODEL}]}}
+    with running(config(upstream, auth={"keys": KEYS}, models=models)) as gateway:
+        yield gateway
+
+
+@pytest.fixture
+def fake(upstream: FakeOpenAI) -> FakeOpenAI:
+    upstream.reset()
+    return upstream
+
+
+def lines(headers: dict[str, str]) -> list[str]:
+    """Headers as they go over the wire, blanks at their ends and all."""
+    return [f"{name}: {value}" for name, value in headers.items()]
+
+
+def said(gateway: Running, data: bytes) -> RawReply:
+    reply = raw(gateway.url, data)
+    assert reply is not None
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("headers", "client"),
+    [
+        ({"Authorization": f"Bearer {ALL}"}, "all"),
+        ({"Authorization": f"bearer {ALL}"}, "all"),
+        ({"AUTHORIZATION": f"BEARER   {ALL}  "}, "all"),
+        ({"api-key": ALL}, "all"),
+        ({"x-api-key": ALL}, "all"),
+        ({"X-API-Key": ALL}, "all"),
+        ({"Authorization": "Bearer ", "api-key": ALL}, "all"),
+        ({"Authorization": f"Basic {BULK}", "api-key": ALL}, "all"),
+        ({"api-key": "", "x-api-key": ALL}, "all"),
+        ({"Authorization": f"Bearer {BULK}", "api-key": ALL, "x-api-key": "wrong"}, "bulk"),
+        ({"Authorization": f"Bearer {HASHED}"}, "hashed"),
+        ({"api-key": HASHED}, "hashed"),
+    ],
+)
+def test_a_key_in_any_of_the_three_headers_lets_its_owner_in(
+    headers: dict[str, str], client: str, fake: FakeOpenAI, gateway: Running
+) -> None:
+    before = gateway.metric("requests_total", client=client, status="200")
+    assert said(gateway, post(GOOD, *lines(headers))).status_code == 200
+    assert gateway.metric("requests_total", client=client, status="200") == before + 1
+    assert said(gateway, head("GET", "/v1/models", *lines(headers))).status_code == 200
+    (call,) = fake.calls
+    sent = repr(call.headers)
+    assert not any(key in sent for key in (ALL, HASHED, BULK)), "a caller's key is none of the upstream's business"
+    assert call.bearer == "sk-fake"
+
+
+REFUSED: dict[str, tuple[dict[str, str], str]] = {
+    "nothing": ({}, "didn't provide an API key"),
+    "an empty bearer": ({"Authorization": "Bearer "}, "didn't provide an API key"),
+    "a bare bearer": ({"Authorization": "Bearer"}, "didn't provide an API key"),
+    "an empty header": ({"Authorization": ""}, "didn't provide an API key"),
+    "empty headers": ({"api-key": " ", "x-api-key": ""}, "didn't provide an API key"),
+    "no scheme": ({"Authorization": ALL}, "didn't provide an API key"),
+    "another scheme": ({"Authorization": f"Basic {ALL}"}, "didn't provide an API key"),
+    "a wrong key": ({"Authorization": "Bearer wrong"}, "Incorrect API key provided"),
+    "a wrong key before a right one": ({"Authorization": "Bearer wrong", "api-key": ALL}, "Incorrect API key"),
+    "a part of a key": ({"Authorization": f"Bearer {ALL[:-1]}"}, "Incorrect API key provided"),
+    "more than a key": ({"Authorization": f"Bearer {ALL}x"}, "Incorrect API key provided"),
+    "a key in capitals": ({"Authorization": f"Bearer {ALL.upper()}"}, "Incorrect API key provided"),
+    "two keys": ({"Authorization": f"Bearer {ALL} {ALL}"}, "Incorrect API key provided"),
+    "a key's own hash": ({"api-key": hashlib.sha256(HASHED.encode()).hexdigest()}, "Incorrect API key provided"),
+    "the upstream's key": ({"Authorization": "Bearer sk-fake"}, "Incorrect API key provided"),
+    "a client's name": ({"api-key": "all"}, "Incorrect API key provided"),
+    "a long key": ({"api-key": "x" * 20_000}, "Incorrect API key provided"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_without_a_right_key_there_is_a_401_that_echoes_none(name: str, fake: FakeOpenAI, gateway: Running) -> None:
+    headers, words = REFUSED[name]
+    for data in (
+        post(GOOD, *lines(headers)),
+        post({"model": "unknown", "input": ""}, *lines(headers)),
+        post(b"\xff", *lines(headers)),
+        head("GET", "/v1/models", *lines(headers)),
+        head("GET", f"/v1/models/{MODEL}", *lines(headers)),
+    ):
+        refused(said(gateway, data), words)
+    assert not fake.calls
+
+
+def refused(response: RawReply, words: str) -> None:
+    assert response.status_code == 401
+    error = error_of(response)
+    assert (error["type"], error["code"], error["param"]) == ("invalid_request_error", "invalid_api_key", None)
+    assert words in error["message"]
+    assert "canary" not in response.content.decode()
+    assert "wrong" not in response.content.decode()
+    assert "retry-after" not in response.headers
+
+
+@pytest.mark.parametrize("key", [b"\xff\xfe\x80", "schlüssel".encode(), "密钥".encode(), b"caf\xe9", b"\x80" * 3000])
+@pytest.mark.parametrize("name", [b"Authorization: Bearer ", b"api-key: ", b"x-api-key: "])
+def test_a_key_of_other_bytes_than_ascii_is_a_401(name: bytes, key: bytes, fake: FakeOpenAI, gateway: Running) -> None:
+    for data in (post(GOOD), head("GET", "/v1/models")):
+        reply = raw(gateway.url, data.replace(b"Host: gateway", b"Host: gateway\r\n" + name + key))
+        assert reply is not None
+        assert reply.status_code == 401
+        assert error_of(reply)["code"] == "invalid_api_key"
+    assert not fake.calls
+
+
+def test_a_key_of_other_characters_than_ascii_works_by_its_hash() -> None:
+    key = "schlüssel-密钥"
+    digest = hashlib.sha256(key.encode()).hexdigest()
+    with FakeOpenAI() as fake, running(config(fake, auth={"keys": {"it": {"sha256": digest}}})) as gateway:
+        data = post(GOOD).replace(b"Host: gateway", b"Host: gateway\r\nAuthorization: Bearer " + key.encode())
+        reply = raw(gateway.url, data)
+        assert reply is not None
+        assert reply.status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"])
+@pytest.mark.parametrize("authorization", [None, "Bearer wrong"])
+def test_what_operators_and_readers_need_is_open(path: str, authorization: str | None, gateway: Running) -> None:
+    headers = {"Authorization": authorization} if authorization else {}
+    response = gateway.get(path, **headers)
+    assert response.status_code == 200
+    assert "canary" not in response.text
+
+
+def test_a_key_with_a_list_of_models_opens_those_only(fake: FakeOpenAI, gateway: Running) -> None:
+    for name in (MODEL, f"up/{MODEL}"):
+        assert gateway.post({"model": name, "input": "hi"}, api_key=LIMITED).status_code == 200
+    calls = len(fake.calls)
+    for name in (OTHER_MODEL, f"up/{OTHER_MODEL}", FIXED_LENGTH, "docs", "docs-alias"):
+        for path, body in (
+            ("/v1/embeddings", {"model": name, "input": "hi"}),
+            (f"/v1/engines/{name}/embeddings", {"model": MODEL, "input": "hi"}),
+            (f"/openai/deployments/{name}/embeddings", {"input": "hi"}),
+        ):
+            response = gateway.post(body, path=path, api_key=LIMITED)
+            assert response.status_code == 403
+            error = error_of(response)
+            assert (error["type"], error["code"], error["param"]) == (
+                "invalid_request_error", "model_not_allowed", "model",
+            )  # fmt: skip
+            assert name in error["message"]
+    assert len(fake.calls) == calls
+    assert gateway.metric("rejected_requests_total", reason="model_not_allowed") == 15
+    assert gateway.metric("requests_total", status="403", client="limited") == 15
+
+
+def test_a_model_is_opened_by_its_own_name_under_its_aliases_too(fake: FakeOpenAI, gateway: Running) -> None:
+    for name in ("docs", "docs-alias"):
+        assert gateway.post({"model": name, "input": name}, api_key=ALIASED).status_code == 200
+    assert gateway.post({"model": OTHER_MODEL, "input": "hi"}, api_key=ALIASED).status_code == 403
+    assert len(fake.calls) == 2
+
+
+def test_a_model_that_a_key_does_not_open_is_not_shown_to_it(gateway: Running) -> None:
+    def shown(key: str) -> set[str]:
+        return {row["id"] for row in gateway.get("/v1/models", api_key=key).json()["data"]}
+
+    assert shown(LIMITED) == {MODEL, f"up/{MODEL}"}
+    assert shown(ALIASED) == {"docs", "docs-alias"}
+    assert {MODEL, OTHER_MODEL, "docs", "docs-alias"} < shown(ALL)
+    assert gateway.get(f"/v1/models/{MODEL}", api_key=LIMITED).status_code == 200
+    for name in (OTHER_MODEL, "docs", "no-such-model"):
+        response = gateway.get(f"/v1/models/{name}", api_key=LIMITED)
+        assert response.status_code == 404
+        assert error_of(response)["code"] == "model_not_found"
+
+
+def test_a_refused_key_costs_no_room_and_counts_as_nobody(gateway: Running) -> None:
+    before = gateway.metric("rejected_requests_total", reason="invalid_api_key")
+    assert gateway.post(GOOD, api_key="wrong").status_code == 401
+    assert gateway.metric("rejected_requests_total", reason="invalid_api_key") == before + 1
+    assert gateway.metric("inflight_requests") == 0
+    exposed = gateway.get("/metrics").text
+    assert 'client="anonymous",model="other",status="401"' in exposed
+    assert "canary" not in exposed
+
+
+def test_without_keys_everybody_is_let_in_whatever_they_present() -> None:
+    with FakeOpenAI() as fake, running(config(fake)) as gateway:
+        for headers in ({}, {"Authorization": "Bearer sk-anything"}, {"api-key": "x"}):
+            assert gateway.post(GOOD, **headers).status_code == 200
+        assert gateway.metric("requests_total", client="anonymous", status="200") == 3
+        assert [call.bearer for call in fake.calls] == ["sk-fake"] * 3

@@ -1,0 +1,361 @@
+"""Where the gateway says stop: no room, no time, nobody there any more; and what it writes down about it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from app.types import EmbedRequest, EmbedResult
+from tests.api.support import MODEL, config, error_of, head, log_lines, post, settled, wire
+from tests.fakes import FakeOpenAI, faults
+from tests.harness import Running, running
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI() as fake:
+        yield fake
+
+
+def body(*texts: str) -> dict[str, Any]:
+    return {"model": MODEL, "input": list(texts)}
+
+
+def statuses(gateway: Running) -> list[str]:
+    return [line["status"] for line in log_lines(gateway)]
+
+
+def vectors_are_right(fake: FakeOpenAI, response: httpx.Response, *texts: str) -> bool:
+    assert response.status_code == 200, response.text
+    rows = response.json()["data"]
+    return len(rows) == len(texts) and all(
+        np.array_equal(np.array(row["embedding"], "<f4"), fake.expected(MODEL, text))
+        for row, text in zip(rows, texts, strict=True)
+    )
+
+
+# --- no room ------------------------------------------------------------------------------------------------------
+
+
+def test_one_request_too_many_is_told_at_once_to_come_back(fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"max_inflight": 3})) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        inside = [pool.submit(gateway.post, body(f"inside {i}")) for i in range(3)]
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 3)
+        for _ in range(2):
+            response = gateway.post(body("one too many"))  # the fake still holds: nothing else could answer
+            assert response.status_code == 503
+            error = error_of(response)
+            assert (error["type"], error["code"], error["param"]) == ("overloaded_error", "overloaded", None)
+            assert response.headers["retry-after"] == "1"
+            assert response.headers["retry-after-ms"] == "1000"
+            assert "x-should-retry" not in response.headers
+            assert response.headers["connection"] == "close", "its body was not read"
+        for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
+            assert gateway.get(path).status_code == 200
+        assert gateway.metric("inflight_requests") == 3
+        fake.release()
+        for i, each in enumerate(inside):
+            assert vectors_are_right(fake, each.result(), f"inside {i}")
+        assert gateway.post(body("room again")).status_code == 200
+        assert gateway.metric("inflight_requests") == 0
+        assert gateway.metric("rejected_requests_total", reason="overloaded") == 2
+        assert gateway.metric("requests_total", status="503") == 2
+        assert not any("one too many" in call.texts for call in fake.calls)
+
+
+def test_a_body_that_is_still_coming_takes_room_too(fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"max_inflight": 1})) as gateway:
+        whole = post(body("slow"))
+        with wire(gateway.url) as connection:
+            connection.send(whole[:-5])
+            settled(gateway, lambda: gateway.metric("inflight_requests") == 1)
+            assert gateway.post(body("no room")).status_code == 503
+            connection.send(whole[-5:])
+            assert connection.must_reply().status_code == 200
+        assert gateway.post(body("room")).status_code == 200
+
+
+async def test_of_a_crowd_as_many_get_in_as_there_is_room_for(fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"max_inflight": 10})) as gateway:
+        fake.hold()
+        async with httpx.AsyncClient(
+            base_url=gateway.url, timeout=30, limits=httpx.Limits(max_connections=100)
+        ) as client:
+            crowd = [asyncio.create_task(client.post("/v1/embeddings", json=body(f"{i}"))) for i in range(60)]
+            refused = 0
+            for done in asyncio.as_completed(crowd):
+                response = await done
+                if response.status_code == 503:
+                    assert error_of(response)["code"] == "overloaded"
+                    refused += 1
+                    if refused == 50:
+                        fake.release()
+            assert sorted(task.result().status_code for task in crowd) == [200] * 10 + [503] * 50
+        assert gateway.metric("inflight_requests") == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "status"),
+    [
+        (post(b"{"), 400),
+        (post(body("")), 400),
+        (post({"model": "unknown", "input": "x"}), 404),
+        (post(body("x"), "Content-Encoding: gzip"), 415),
+        (post(b" " * 2000), 413),
+        (head("GET", "/v1/embeddings"), 405),
+    ],
+)
+def test_no_refusal_keeps_the_room_it_took(data: bytes, status: int, fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"max_inflight": 1, "max_body": 1000})) as gateway:
+        for _ in range(3):
+            with wire(gateway.url) as connection:
+                connection.send(data)
+                assert connection.must_reply().status_code == status
+        assert gateway.post(body("room")).status_code == 200
+
+
+# --- no time ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [faults.hang, faults.dribble()], ids=lambda fault: fault.name)
+def test_an_upstream_that_takes_too_long_is_a_504_when_the_requests_time_is_up(
+    fault: faults.Wire, fake: FakeOpenAI
+) -> None:
+    with running(config(fake, server={"request_timeout": "400ms"})) as gateway:
+        fake.fail(fault, times=None)
+        before = time.monotonic()
+        response = gateway.post(body("never whole"))
+        elapsed = time.monotonic() - before
+        assert response.status_code == 504
+        error = error_of(response)
+        assert (error["type"], error["code"], error["param"]) == ("upstream_error", "upstream_timeout", None)
+        assert 0.39 <= elapsed < 20, "the request's own time, not the upstream's 30 s"
+        assert "connection" not in response.headers
+        fake.wait_until_idle()
+        assert gateway.metric("inflight_requests") == 0
+        assert gateway.metric("requests_total", status="504", model=MODEL) == 1
+        fake.heal()
+        assert vectors_are_right(fake, gateway.post(body("afterwards")), "afterwards")
+
+
+def test_waiting_for_a_slot_is_part_of_the_requests_time(fake: FakeOpenAI) -> None:
+    server = {"request_timeout": "400ms"}
+    with running(config(fake, {"max_concurrency": 1}, server=server)) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        first = pool.submit(gateway.post, body("holds the slot"))
+        fake.wait_for_calls(1)
+        second = pool.submit(gateway.post, body("waits for the slot"))
+        assert {first.result().status_code, second.result().status_code} == {504}
+        fake.release()
+        assert gateway.post(body("afterwards")).status_code == 200
+        assert gateway.metric("queued_inputs") == 0
+        assert gateway.metric("inflight_requests") == 0
+
+
+# --- nobody there -------------------------------------------------------------------------------------------------
+
+
+def test_when_a_caller_hangs_up_its_unsent_inputs_are_not_sent_and_shared_ones_are(fake: FakeOpenAI) -> None:
+    with running(config(fake, {"max_concurrency": 1})) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        first = pool.submit(gateway.post, body("under way"))
+        fake.wait_for_calls(1)
+        with wire(gateway.url) as leaves:
+            leaves.send(post(body("only mine", "shared")))
+            settled(gateway, lambda: gateway.metric("queued_inputs") == 2)
+            stays = pool.submit(gateway.post, body("shared", "its own"))
+            settled(gateway, lambda: gateway.metric("queued_inputs") == 3)
+        settled(gateway, lambda: statuses(gateway) == ["499"])
+        assert gateway.metric("inflight_requests") == 2
+        fake.release()
+        assert vectors_are_right(fake, first.result(), "under way")
+        assert vectors_are_right(fake, stays.result(), "shared", "its own")
+        assert [call.texts for call in fake.calls] == [["under way"], ["shared", "its own"]]
+        assert gateway.metric("queued_inputs") == 0
+        assert gateway.metric("inflight_requests") == 0
+        assert gateway.metric("requests_total", status="499", model=MODEL) == 1
+        assert gateway.metric("rejected_requests_total", reason="client_gone") == 1
+        assert sorted(statuses(gateway)) == ["200", "200", "499"]
+
+
+def test_a_call_under_way_outlives_its_first_caller_for_the_second_and_for_the_cache(fake: FakeOpenAI) -> None:
+    gateway_config = config(fake, {"max_concurrency": 1}, cache={})
+    with running(gateway_config) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        with wire(gateway.url) as leaves:
+            leaves.send(post(body("shared", "only of the one that leaves")))
+            fake.wait_for_calls(1)
+            stays = pool.submit(gateway.post, body("shared", "its own"))
+            settled(gateway, lambda: gateway.metric("queued_inputs") == 1)
+        settled(gateway, lambda: statuses(gateway) == ["499"])
+        fake.release()
+        assert vectors_are_right(fake, stays.result(), "shared", "its own")
+        assert not any(call.abandoned for call in fake.calls)
+        later = gateway.post(body("only of the one that leaves"))
+        assert later.headers["x-embedding-cache"] == "hit", "it was paid for"
+        assert [call.texts for call in fake.calls] == [["shared", "only of the one that leaves"], ["its own"]]
+
+
+def test_a_caller_that_hangs_up_before_its_body_is_whole_leaves_nothing_behind(fake: FakeOpenAI) -> None:
+    with running(config(fake)) as gateway:
+        for data in (post(body("x"))[:-3], head("POST", "/v1/embeddings", "Transfer-Encoding: chunked") + b"5\r\nabc"):
+            with wire(gateway.url) as connection:
+                connection.send(data)
+                settled(gateway, lambda: gateway.metric("inflight_requests") == 1)
+            settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
+        settled(gateway, lambda: statuses(gateway) == ["499", "499"])
+        assert not fake.calls
+
+
+def test_a_whole_crowd_that_hangs_up_leaves_the_gateway_as_it_was(fake: FakeOpenAI) -> None:
+    with running(config(fake, {"max_concurrency": 1}, server={"max_inflight": 50})) as gateway:
+        fake.hold()
+        with ExitStack() as crowd:
+            for i in range(50):
+                crowd.enter_context(wire(gateway.url)).send(post(body(*(f"{i}/{j}" for j in range(20)))))
+            settled(gateway, lambda: gateway.metric("inflight_requests") == 50)
+        settled(gateway, lambda: statuses(gateway) == ["499"] * 50)
+        assert gateway.metric("inflight_requests") == 0
+        fake.release()
+        assert gateway.post(body("afterwards")).status_code == 200
+        assert gateway.metric("queued_inputs") == 0
+        assert len(fake.calls) == 2, "the one under way, and the one afterwards"
+
+
+# --- our own faults -----------------------------------------------------------------------------------------------
+
+
+def test_a_bug_of_ours_is_a_500_in_the_same_shape_that_tells_nothing(
+    fake: FakeOpenAI, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(request: EmbedRequest) -> EmbedResult:
+        raise RuntimeError("canary of the inside")
+
+    def broken_status() -> dict[str, Any]:
+        raise RuntimeError("canary of the inside")
+
+    with running(config(fake)) as gateway:
+        names = gateway.app.gateway.names
+        monkeypatch.setitem(names, MODEL, dataclasses.replace(names[MODEL], embed=broken))
+        monkeypatch.setattr(gateway.app.gateway, "status", broken_status)
+        for response in (gateway.post(body("x")), gateway.get("/readyz")):
+            assert response.status_code == 500
+            error = error_of(response)
+            assert (error["type"], error["code"], error["param"]) == ("server_error", "internal_error", None)
+            assert "canary" not in response.text
+        assert gateway.metric("inflight_requests") == 0
+        assert gateway.metric("requests_total", status="500") == 1
+    assert "canary of the inside" in caplog.text, "we are told"
+
+
+# --- the log --------------------------------------------------------------------------------------------------------
+
+CANARY = "canary"
+FIELDS = {
+    "event", "request_id", "client", "model", "status", "error", "inputs", "cached", "calls", "ms",
+}  # fmt: skip
+
+
+def test_every_request_leaves_one_line_of_names_and_numbers(fake: FakeOpenAI) -> None:
+    with running(config(fake, cache={}, auth={"keys": {"team": {"key": "k" * 20}}})) as gateway:
+        asked: list[tuple[str, dict[str, str]]] = []
+
+        def ask(what: object, status: str, **told: str) -> None:
+            own = f"id-{len(asked)}"
+            headers = {"api_key": told.pop("key", "k" * 20), "x_request_id": own}
+            assert str(gateway.post(what, **headers).status_code) == status
+            asked.append((own, {"status": status, **told}))
+
+        good = {"client": "team", "model": MODEL, "error": ""}
+        ask(body("a", "b"), "200", inputs="2", cached="0", calls="1", **good)
+        ask(body("a", "b", "c"), "200", inputs="3", cached="2", calls="1", **good)
+        ask(body("a"), "200", inputs="1", cached="1", calls="0", **good)
+        ask(body(""), "400", client="team", model="other", error="invalid_value", inputs="0", calls="0")
+        ask(
+            {"model": "unknown", "input": "x"}, "404", client="team", model="other", error="model_not_found", inputs="1"
+        )
+        ask(body("a"), "401", key="wrong", client="anonymous", model="other", error="invalid_api_key")
+        fake.fail(faults.vendor_error("auth"))
+        ask(body("d"), "502", client="team", model=MODEL, error="upstream_auth", inputs="1")
+        gateway.get("/healthz")
+        gateway.get("/v1/models")
+
+        lines = log_lines(gateway)
+        assert [line["request_id"] for line in lines] == [own for own, _ in asked], "embeddings only, in their order"
+        for line, (_, told) in zip(lines, asked, strict=True):
+            assert set(line) == FIELDS
+            assert line["event"] == "request"
+            assert float(line["ms"]) >= 0
+            assert {name: line[name] for name in told} == told
+
+
+def test_no_text_key_user_or_name_that_a_caller_sends_is_ever_logged_or_told(
+    fake: FakeOpenAI, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    fake.api_key = "sk-canary-upstream"
+    key = "canary-client-key-0123456789"
+    text = "canary text"
+    gateway_config = config(
+        fake, {"api_key": "sk-canary-upstream"}, cache={}, auth={"keys": {"team": {"key": key}}},
+        server={"request_timeout": "2s", "max_body": "10KiB"},
+    )  # fmt: skip
+    full = {"model": MODEL, "input": [text], "user": "canary user"}
+    with running(gateway_config) as gateway:
+        answers = [
+            gateway.post(full, api_key=key),
+            gateway.post(full, api_key=key),  # from the cache
+            gateway.post(full, api_key="canary-wrong-key"),
+            gateway.post(full, authorization="Bearer canary-wrong-key"),
+            gateway.post({**full, "input": [text, 1]}, api_key=key),
+            gateway.post({**full, "user": {"canary": "canary"}}, api_key=key),
+            gateway.post(b'{"canary": ', api_key=key),
+            gateway.post(b"canary" * 5000, api_key=key),
+            gateway.post(full, api_key=key, content_encoding="canary"),
+        ]
+        for fault in (
+            faults.vendor_error("auth", "Incorrect API key provided: sk-canary-upstream."),
+            faults.vendor_error("internal", "trouble with sk-canary-upstream"),
+            faults.html_page(502),
+            faults.reset_mid_body,
+            faults.invalid_json,
+            faults.nan_literal,
+        ):
+            fake.fail(fault, times=4)
+            answers.append(gateway.post({**full, "input": [f"{text} {fault.name}"]}, api_key=key))
+            fake.heal()
+        statuses_seen = [answer.status_code for answer in answers]
+        assert statuses_seen == [200, 200, 401, 401, 400, 400, 400, 413, 415, 502, 502, 502, 502, 502, 502]
+        for answer in answers:
+            assert CANARY not in answer.text
+            assert CANARY not in str(answer.headers)
+        # A name no model has is the caller's own word: it is told back, cut, and not written down.
+        gateway.post({**full, "model": "canary-model"}, api_key=key)
+        gateway.post(full, path="/v1/engines/canary-model/embeddings", api_key=key)
+        gateway.get("/v1/canary", api_key=key)
+        gateway.get("/v1/models/canary", api_key=key)
+        with wire(gateway.url) as connection:
+            connection.send(b"CANARY canary HTTP/1.1\r\ncanary: canary\r\n\r\n")
+            assert connection.must_reply().status_code == 400
+        exposed = gateway.get("/metrics").text
+        written = gateway.log.getvalue()
+        assert len(written.splitlines()) == len(answers) + 2
+    out, err = capfd.readouterr()
+    ours = "\n".join(
+        f"{record.name} {record.getMessage()} {record.exc_text or ''}"
+        for record in caplog.records
+        if record.name.split(".")[0] not in ("httpx", "httpcore")  # the test's own client
+    )
+    for place in (written, exposed, ours, out, err):
+        assert CANARY not in place.lower()

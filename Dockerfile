@@ -21,7 +21,7 @@ RUN pip install --require-hashes --constraint requirements-dev.lock hatchling
 
 # The project itself. --no-index and --no-deps: nothing may come from the network at this point.
 # LICENSE and README are part of the wheel's metadata.
-COPY pyproject.toml README.md LICENSE* ./
+COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY app ./app
 RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
  && pip --python /opt/venv/bin/python install --no-index --no-deps --no-compile dist/*.whl \

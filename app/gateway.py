@@ -13,7 +13,7 @@ import httpx
 from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.config import DeploymentSettings, ModelSettings, Settings
-from app.errors import ModelNotFound
+from app.errors import ModelNotFound, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline import build
 from app.pipeline.admit import Room
@@ -87,6 +87,9 @@ class Gateway:
             await self.refresh()
             public = self.names.get(name)
         if public is None:
+            upstream = self.upstreams.get(name.partition("/")[0])
+            if upstream is not None and upstream.trouble:
+                raise UpstreamUnavailable(f"upstream {upstream.name} cannot say what models it has")
             raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
         return public
 

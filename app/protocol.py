@@ -7,14 +7,18 @@ next request (Kludex/uvicorn#2722), which is request smuggling. So the offer is 
 
 from __future__ import annotations
 
+import asyncio
 import re
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+HEAD_TIMEOUT = 30.0
+"""Seconds from a request's first byte to the end of its headers."""
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers; a head that goes on is refused."""
 
+_HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
 
@@ -23,6 +27,7 @@ class Protocol(HttpToolsProtocol):
     """One connection. Errors below HTTP come in OpenAI's shape too."""
 
     _head = b""
+    _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
 
     def data_received(self, data: bytes) -> None:
@@ -30,15 +35,43 @@ class Protocol(HttpToolsProtocol):
             data = self._head + data
             end = data.find(_END)
             if end < 0:
-                if len(data) > LONGEST_HEAD:
-                    self.send_400_response("The request's headers are too large.")
-                else:
-                    self._head = data  # the parser gets a head whole, or an offer could hide in its seams
+                self._keep(data)
                 return
             self._head = b""
+            self._stop_timer()
             if b"\r\nupgrade:" in data[:end].lower():
                 data = _OFFER.sub(rb"\1ignored", data[: end + 2]) + data[end + 2 :]
         super().data_received(data)
+
+    def _keep(self, head: bytes) -> None:
+        """Waits for the rest of a head: the parser gets it whole, or an offer could hide in its seams."""
+        if len(head) > LONGEST_HEAD:
+            self.send_400_response("The request's headers are too large.")
+        elif not head.lstrip(b"\r\n")[:1].isalpha():
+            self.send_400_response("This is not HTTP; if it is TLS, use http:// or put a TLS proxy in front.")
+        elif b"\n\n" in head:
+            self.send_400_response("The request's lines must end in CRLF.")
+        else:
+            self._head = head
+            if self._head_timer is None:
+                late = "The request's headers did not arrive in time."
+                self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self.send_400_response, late)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def on_headers_complete(self) -> None:
+        """Exactly one sane Host with HTTP/1.1 (RFC 9112 3.2); raising makes the parser refuse the request."""
+        hosts = [value for name, value in self.headers if name == b"host"]
+        if self.parser.get_http_version() != "1.0" and (len(hosts) != 1 or not _HOST.fullmatch(hosts[0])):
+            raise ValueError("Host")
+        super().on_headers_complete()
 
     def on_message_begin(self) -> None:
         self._between_requests = False

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from app import protocol
 from tests.harness import Running, running
 
 
@@ -99,3 +100,20 @@ def test_what_is_no_request_is_refused_in_openais_shape_and_the_connection_close
     ((status, body),) = talk(gateway, raw, last=b"")
     assert status == 400
     assert json.loads(body)["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [b"", b"Host: a\r\nHost: b\r\n", b"Host: a/b\r\n", b"Host: a b\r\n"],
+    ids=["none", "two", "a path", "a space"],
+)
+def test_a_request_without_exactly_one_sane_host_is_refused(gateway: Running, lines: bytes) -> None:
+    ((status, _),) = talk(gateway, b"GET /v1/models HTTP/1.1\r\n" + lines + b"\r\n", last=b"")
+    assert status == 400
+
+
+def test_a_head_that_never_ends_is_refused_in_time(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.05)
+    ((status, body),) = talk(gateway, b"GET / HTTP/1.1\r\nHost: x\r\n", last=b"")
+    assert status == 400
+    assert b"in time" in body

@@ -18,6 +18,9 @@ from app.catalog import Role
 from app.errors import InvalidJson, InvalidRequest
 from app.types import Input, OutputType, Params
 
+MAX_IDS = 2**18
+"""Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
+
 _CHOICES: dict[str, tuple[str, ...]] = {
     "encoding_format": ("float", "base64"),
     "input_type": ("query", "document"),
@@ -133,6 +136,8 @@ def _text(text: str, where: str) -> str:
 def _tokens(ids: list[Any], where: str) -> str:
     if not ids:
         raise InvalidRequest(f"{where} must not be an empty list of token ids", param=where)
+    if len(ids) > MAX_IDS:
+        raise InvalidRequest(f"{where} has {len(ids)} token ids; at most {MAX_IDS} are allowed", param=where)
     if set(map(type, ids)) != {int}:
         raise InvalidRequest(f"{where} must hold token ids only, whole numbers", param=where)
     try:

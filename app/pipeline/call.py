@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from app import tokens
-from app.errors import GatewayError, UpstreamInvalidResponse
+from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline import contract
-from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
+from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target
 from app.upstreams.redact import Redactor
 
 
@@ -38,16 +39,26 @@ class Call:
         self._batch_inputs.observe(len(batch.inputs))
         try:
             parsed = await self._exchange(batch)
+            # Billed is what was answered, whether or not it can be used.
+            weights = [tokens.estimate(text) for text in batch.inputs]
+            total = self._charge(batch, parsed.tokens, weights)
             asked = batch.params.dimensions or self._target.model.dimensions
             checked = contract.in_order(parsed, len(batch.inputs), asked)
         except GatewayError as error:
-            self._metrics.upstream_requests.labels(self._upstream, self._target.model.name, error.code).inc()
             error.message = self._redact(error.message)
+            self._count(error.code)
+            raise
+        except asyncio.CancelledError:
+            # Calls are cut off by one thing only: the last of their callers' deadlines.
+            self._count(UpstreamTimeout.code)
             raise
         finally:
             self._duration.observe(time.perf_counter() - started)
         self._succeeded.inc()
-        return BatchResult(self._bill(batch, checked, parsed.tokens))
+        return BatchResult(_billed(checked, tokens.share(total, weights)))
+
+    def _count(self, outcome: str) -> None:
+        self._metrics.upstream_requests.labels(self._upstream, self._target.model.name, outcome).inc()
 
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)
@@ -55,9 +66,6 @@ class Call:
         error = self._adapter.parse_error(reply)
         if error is not None:
             raise error
-        return self._parse(reply, batch)
-
-    def _parse(self, reply: WireReply, batch: Batch) -> Parsed:
         try:
             return self._adapter.parse_response(reply, batch)
         except (KeyError, TypeError, ValueError, IndexError) as fault:
@@ -66,19 +74,20 @@ class Call:
                 f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply"
             ) from fault
 
-    def _bill(
-        self, batch: Batch, checked: list[bytes | GatewayError], total: int | None
-    ) -> list[Embedding | GatewayError]:
-        """Each vector with its part of the bill; where the upstream states none, our estimate."""
-        weights = [tokens.estimate(text) for text in batch.inputs]
-        if total is None:
-            total = sum(weights)
+    def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:
+        """The batch's bill in tokens, counted; where the upstream states none, our estimate."""
+        total = sum(weights) if stated is None else stated
         model = self._target.model
         self._metrics.tokens.labels(batch.model, self._upstream, "billed").inc(total)
         if model.price_per_million_tokens:
             cost = self._metrics.cost.labels(batch.model, self._upstream, model.currency)
             cost.inc(total * model.price_per_million_tokens / 1_000_000)
-        return [
-            Embedding(vector, part) if isinstance(vector, bytes) else vector
-            for vector, part in zip(checked, tokens.share(total, weights), strict=True)
-        ]
+        return total
+
+
+def _billed(checked: list[bytes | GatewayError], shares: list[int]) -> list[Embedding | GatewayError]:
+    """Each vector with its part of the bill."""
+    return [
+        Embedding(vector, part) if isinstance(vector, bytes) else vector
+        for vector, part in zip(checked, shares, strict=True)
+    ]

@@ -483,9 +483,6 @@ def test_every_value_of_a_bounded_label_is_a_known_one(exposed: Exposition) -> N
 # --- calls that end badly ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(
-    strict=True, reason="app/pipeline/call.py counts what raises GatewayError, and a passed deadline is a cancellation"
-)
 def test_a_call_cut_off_by_the_requests_deadline_is_counted_as_timed_out() -> None:
     with FakeOpenAI() as fake, running(config(fake, server={"request_timeout": "300ms"})) as gateway:
         fake.fail(faults.hang)
@@ -494,9 +491,6 @@ def test_a_call_cut_off_by_the_requests_deadline_is_counted_as_timed_out() -> No
         assert gateway.metric("upstream_requests_total", outcome="upstream_timeout") == 1
 
 
-@pytest.mark.xfail(
-    strict=True, reason="app/pipeline/call.py writes the bill only after the contract check, the upstream before"
-)
 def test_a_reply_that_is_no_answer_is_billed_all_the_same() -> None:
     with FakeOpenAI() as fake, running(config(fake)) as gateway:
         fake.fail(faults.one_vector_more, times=2)

@@ -180,11 +180,6 @@ def error_of_unnumbered(reply: RawReply) -> dict[str, Any]:
     return error_of(reply)
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=TimeoutError,
-    reason="app/protocol.py keeps a head until its blank line, for as long as it takes",
-)
 @pytest.mark.parametrize(
     "data",
     [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", b"GET /healthz HTTP/1.1\nHost: x\n\n"],

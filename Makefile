@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes
 
-.PHONY: help run test lint format lock wheel clean
+.PHONY: help run test lint format bench bench-quick lock wheel clean
 
 help:  ## Show this help
 	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
@@ -25,6 +25,12 @@ lint: $(VENV)/.dev  ## Formatting, lint and strict types
 format: $(VENV)/.dev  ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev  ## Measure against peers and limits; the first time installs the peers (ARGS="--scenarios S1,S4 --peers litellm")
+	@$(BIN)/python -m bench $(ARGS)
+
+bench-quick: $(VENV)/.dev  ## Measure against the limits only, in under two minutes
+	@$(BIN)/python -m bench --quick $(ARGS)
 
 lock: $(VENV)/.dev  ## Renew both lock files from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \

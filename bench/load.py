@@ -1,0 +1,270 @@
+"""The load generator: a closed loop over kept-alive connections, in a process of its own.
+
+    python -m bench.load < spec.json > result.json
+
+Each connection sends its next request when its last one has been answered. Samples of the answers are kept, within a
+budget, and compared bit by bit after the clock has stopped, so that checking does not slow the load down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import sys
+import time
+from array import array
+from dataclasses import asdict, dataclass, field
+from typing import cast
+
+import orjson
+import uvloop
+
+from bench.traffic import Shape, Traffic, traffic, wrong_vectors
+
+_SAMPLES = 64 * 2**20
+"""Bytes of answers kept for comparing."""
+_MOST = 5_000_000
+"""Requests in one run, whatever the rest of the specification says."""
+_DRAIN = 60.0
+"""Seconds that answers under way may take when the time is up."""
+
+
+@dataclass
+class Spec:
+    """One run. It lasts `seconds` after `warmup`, and longer, up to `at_most`, until `least` answers are in.
+
+    With `limit`, it ends when so many requests have been answered.
+    """
+
+    port: int
+    connections: int
+    shape: Shape
+    seconds: float = 3.0
+    warmup: float = 0.5
+    least: int = 20
+    at_most: float = 30.0
+    limit: int = _MOST
+    every: int = 50
+    """Each so-manieth answer is compared."""
+
+
+@dataclass
+class Result:
+    """What a run found. Latencies in milliseconds."""
+
+    requests: int = 0
+    seconds: float = 0.0
+    p50: float = 0.0
+    p99: float = 0.0
+    slowest: float = 0.0
+    errors: int = 0
+    first_error: str = ""
+    compared: int = 0
+    """Vectors compared bit by bit."""
+    wrong: int = 0
+    total: int = 0
+    """Requests answered, the warm-up's included."""
+    wall: float = 0.0
+    """Seconds from the first request to the last answer."""
+    cpu: float = 0.0
+    """Seconds of processor time the load generator itself took meanwhile."""
+
+
+@dataclass
+class Run:
+    """What the connections of one run share."""
+
+    spec: Spec
+    traffic: Traffic
+    begins: float
+    sent: int = 0
+    answered: int = 0
+    counted: int = 0
+    last: float = 0.0
+    stopped: bool = False
+    latencies: array[float] = field(default_factory=lambda: array("d"))
+    kept: list[tuple[int, list[bytes], bool]] = field(default_factory=list)
+    room: int = _SAMPLES
+    errors: int = 0
+    first_error: str = ""
+    buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(2**20)))
+
+    def failed(self, why: str) -> None:
+        self.errors += 1
+        self.first_error = self.first_error or why
+
+    def over(self, now: float) -> bool:
+        """Whether nothing more is to be sent."""
+        if self.sent >= self.spec.limit:
+            return True
+        ran = now - self.begins
+        if ran < self.spec.seconds:
+            return False
+        return self.counted >= self.spec.least or ran > self.spec.at_most or self.errors >= 1000
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One caller: sends, waits, and sends again until the run is over."""
+
+    def __init__(self, run: Run) -> None:
+        self._run = run
+        self._number = -1
+        self._started = 0.0
+        self._rest = -1
+        """Bytes of the body still to come; -1 while the head is not complete."""
+        self._chunked = False
+        self._keep = False
+        self._head_bytes = self._tail = self._status = b""
+        self._parts: list[bytes] = []
+        self.done = asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)
+        self._send()
+
+    def _send(self) -> None:
+        run = self._run
+        if run.over(time.perf_counter()):
+            self._number = -1
+            self._transport.close()
+            return
+        self._number = number = run.sent
+        run.sent += 1
+        self._rest = -1
+        self._keep = number % run.spec.every == 0 and run.room > 0
+        self._parts = []
+        request = run.traffic.request(number)
+        self._started = time.perf_counter()
+        self._transport.write(request)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
+        return self._run.buffer  # read from at once, so all connections can share it
+
+    def buffer_updated(self, nbytes: int) -> None:
+        start = 0
+        if self._rest < 0:
+            head = self._head_bytes + bytes(self._run.buffer[: min(nbytes, 4096)])
+            end = head.find(b"\r\n\r\n")
+            if end < 0:
+                self._head_bytes = head
+                return
+            start = end + 4 - len(self._head_bytes)
+            self._read_head(head[:end].lower())
+        if self._keep or self._chunked or self._status != b"200":
+            data = bytes(self._run.buffer[start:nbytes])
+            self._tail = (self._tail + data)[-7:]
+            self._parts.append(data)
+        if self._chunked:
+            if self._tail == b"\r\n0\r\n\r\n":
+                self._answered()
+            return
+        self._rest -= nbytes - start
+        if self._rest <= 0:
+            self._answered()
+
+    def _read_head(self, head: bytes) -> None:
+        self._status = head[9:12]
+        at = head.find(b"content-length:")
+        self._chunked = at < 0
+        self._tail = self._head_bytes = b""
+        self._rest = 0 if at < 0 else int(head[at + 15 :].split(b"\r", 1)[0])
+
+    def _answered(self) -> None:
+        run, now = self._run, time.perf_counter()
+        if self._status != b"200":
+            run.failed(f"{self._status.decode()} {b''.join(self._parts)[:300].decode(errors='replace')}")
+        else:
+            run.answered += 1
+            if run.begins <= self._started:
+                run.latencies.append(now - self._started)
+            if run.begins <= now:
+                run.counted += 1
+                run.last = now
+            if self._keep:
+                run.room -= sum(map(len, self._parts))
+                run.kept.append((self._number, self._parts, self._chunked))
+        self._send()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._number >= 0:
+            self._run.failed(f"connection lost: {exc!r}")
+        if not self.done.done():
+            self.done.set_result(None)
+
+
+def _plain(parts: list[bytes], chunked: bool) -> bytes:
+    """The body, freed of the chunked transfer coding."""
+    body = b"".join(parts)
+    if not chunked:
+        return body
+    plain = []
+    at = 0
+    while at < len(body):
+        line = body.index(b"\r\n", at)
+        size = int(body[at:line].split(b";")[0], 16)
+        if not size:
+            break
+        plain.append(body[line + 2 : line + 2 + size])
+        at = line + 2 + size + 2
+    return b"".join(plain)
+
+
+async def run(spec: Spec) -> Result:
+    """Runs the load and compares the samples."""
+    loop = asyncio.get_running_loop()
+    state = Run(spec, traffic(spec.shape), time.perf_counter() + spec.warmup)
+    began, used = time.perf_counter(), _cpu()
+
+    async def caller() -> None:
+        for _ in range(100):  # a target that closes connections is connected to again, but not for ever
+            _, connection = await loop.create_connection(lambda: Connection(state), "127.0.0.1", spec.port)
+            await connection.done
+            if state.over(time.perf_counter()):
+                return
+
+    callers = [loop.create_task(caller()) for _ in range(spec.connections)]
+    _, late = await asyncio.wait(callers, timeout=spec.warmup + max(spec.seconds, spec.at_most) + _DRAIN)
+    for task in late:
+        task.cancel()
+        state.failed("no answer in time")
+    return _result(state, time.perf_counter() - began, _cpu() - used)
+
+
+def _result(state: Run, wall: float, cpu: float) -> Result:
+    ordered = sorted(state.latencies) or [0.0]
+    result = Result(
+        requests=state.counted,
+        seconds=max(state.last - state.begins, 1e-9),
+        p50=ordered[len(ordered) // 2] * 1000,
+        p99=ordered[len(ordered) * 99 // 100] * 1000,
+        slowest=ordered[-1] * 1000,
+        errors=state.errors,
+        first_error=state.first_error,
+        total=state.answered,
+        wall=wall,
+        cpu=cpu,
+    )
+    for number, parts, chunked in state.kept:
+        expected = state.traffic.expected(number)
+        result.compared += len(expected)
+        result.wrong += wrong_vectors(_plain(parts, chunked), expected)
+    return result
+
+
+def _cpu() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def main() -> None:
+    """Reads a `Spec` from standard input and writes a `Result` to standard output."""
+    wanted = orjson.loads(sys.stdin.buffer.read())
+    shape = wanted.pop("shape")
+    shape["headers"] = tuple((name, value) for name, value in shape["headers"])
+    shape["models"] = tuple(shape["models"])
+    result = uvloop.run(run(Spec(shape=Shape(**shape), **wanted)))
+    sys.stdout.buffer.write(orjson.dumps(asdict(result)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""One cell of the table: a target in a scenario over an upstream of one kind, run several times."""
+
+from __future__ import annotations
+
+import http.client
+import subprocess
+import sys
+from dataclasses import asdict, dataclass, field
+from statistics import median
+from typing import Any
+
+import orjson
+
+from bench.load import Result, Spec
+from bench.procs import ROOT, Cores, Failed, busy, exchange
+from bench.scenarios import Scenario
+from bench.targets import Running
+from bench.traffic import Shape
+
+
+@dataclass
+class Cell:
+    """What was measured, a value per run in each list."""
+
+    scenario: str
+    target: str
+    kind: str
+    failed: str = ""
+    rates: list[float] = field(default_factory=list)
+    """Requests a second."""
+    vectors: float = 0.0
+    """Vectors a second, of the median run."""
+    p50: list[float] = field(default_factory=list)
+    p99: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    """Microseconds of processor time the target took per request."""
+    bench_busy: list[float] = field(default_factory=list)
+    """Share of its core that mock and load generator took; near 1, they were the limit."""
+    foreign: list[float] = field(default_factory=list)
+    """Share of the target's core that others took meanwhile."""
+    peak: float = 0.0
+    """Most resident memory in this scenario, MiB."""
+    errors: int = 0
+    first_error: str = ""
+    compared: int = 0
+    wrong: int = 0
+    requests: int = 0
+    upstream: dict[str, int] = field(default_factory=dict)
+    """What the mock was asked in all runs: calls, rows, tokens; the most rows in a call and calls at once."""
+    mock_cpu: float = 0.0
+    load_cpu: float = 0.0
+    """Seconds, over all runs: with `answered`, what either could do alone on a core."""
+    answered: int = 0
+
+    @property
+    def rate(self) -> float:
+        return median(self.rates) if self.rates else 0.0
+
+    @property
+    def latency(self) -> float:
+        return median(self.p50) if self.p50 else 0.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how often."""
+
+    runs: int
+    seconds: float
+    warmup: float
+    digits: str
+
+
+class Bench:
+    """Measures over one mock upstream. Numbers its fresh requests so that no text is ever sent twice."""
+
+    def __init__(self, plan: Plan, mock_port: int, cores: Cores) -> None:
+        self._plan, self._port, self._cores = plan, mock_port, cores
+        self._first = 0
+
+    def cell(self, scenario: Scenario, target: str, kind: str, running: Running) -> Cell:
+        """Verifies, then measures. A target that cannot answer is a cell that says so."""
+        cell = Cell(scenario.name, target, kind)
+        try:
+            self._control(scenario, kind)
+            self._verify(cell, scenario, running)
+            if running.process:
+                running.process.reset_peak()
+            self._control(scenario, kind)
+            for number in range(self._plan.runs):
+                self._one(cell, scenario, running, number)
+            if running.process:
+                cell.peak = running.process.peak()
+            stats = self._stats()
+        except (Failed, OSError, http.client.HTTPException) as error:
+            cell.failed = str(error) or type(error).__name__
+            return cell
+        cell.upstream = {name: stats[name] for name in ("calls", "rows", "tokens", "most_rows", "most_at_once")}
+        cell.vectors = 0.0 if scenario.kind == "trace" else cell.rate * scenario.texts
+        return cell
+
+    def _control(self, scenario: Scenario, kind: str) -> None:
+        wanted = {"kind": kind, "digits": self._plan.digits, "latency": scenario.latency}
+        exchange(self._port, "POST", "/control", orjson.dumps(wanted))
+
+    def _stats(self) -> dict[str, Any]:
+        stats: dict[str, Any] = orjson.loads(exchange(self._port, "GET", "/stats"))
+        return stats
+
+    def _shape(self, scenario: Scenario, running: Running, run: int) -> Shape:
+        if scenario.kind == "trace":
+            first = run  # its seed: every target gets the same traces
+        else:
+            first = self._first = self._first + 10_000_000
+        return Shape(
+            scenario.kind, scenario.texts, scenario.encoding, running.path, running.headers, running.models, first
+        )
+
+    def _verify(self, cell: Cell, scenario: Scenario, running: Running) -> None:
+        """Every vector of a few answers, bit for bit; fills the caches of hot scenarios by the way."""
+        count = 20 if scenario.texts < 64 else 6
+        shape = self._shape(scenario, running, 999)
+        spec = Spec(running.port, min(2, scenario.connections), shape, 0, 0, count, 60, count, 1)
+        result = load(spec)
+        if result.errors or not result.compared:
+            raise Failed(result.first_error or "no answer")
+        if result.wrong:
+            raise Failed(f"{result.wrong} of {result.compared} vectors are wrong")
+        cell.compared += result.compared
+
+    def _one(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
+        plan, process, core = self._plan, running.process, self._cores.target
+        spec = Spec(
+            running.port,
+            scenario.connections,
+            self._shape(scenario, running, number),
+            plan.seconds,
+            plan.warmup,
+            every=max(1, 50 // scenario.texts),
+        )
+        if scenario.requests:
+            spec.limit = spec.least = scenario.requests
+            spec.warmup, spec.seconds, spec.at_most, spec.every = 0, 0, 90, 10
+        cpu, core_busy, mock_cpu = process.cpu() if process else 0.0, busy(core), self._stats()["cpu"]
+        result = load(spec)
+        mock_cpu = self._stats()["cpu"] - mock_cpu
+        core_busy = busy(core) - core_busy
+        cpu = process.cpu() - cpu if process else core_busy
+        parts = (result.cpu, mock_cpu)
+        cell.bench_busy.append((sum(parts) if self._cores.shared else max(parts)) / result.wall)
+        cell.foreign.append(max(0.0, core_busy - cpu) / result.wall)
+        _add(cell, result, cpu)
+        cell.mock_cpu += mock_cpu
+
+
+def _add(cell: Cell, result: Result, cpu: float) -> None:
+    cell.rates.append(result.requests / result.seconds)
+    cell.p50.append(result.p50)
+    cell.p99.append(result.p99)
+    cell.cpu.append(cpu / max(1, result.total) * 1e6)
+    cell.errors += result.errors
+    cell.first_error = cell.first_error or result.first_error
+    cell.compared += result.compared
+    cell.wrong += result.wrong
+    cell.requests += result.total
+    cell.answered += result.total
+    cell.load_cpu += result.cpu
+
+
+def load(spec: Spec) -> Result:
+    """One run of the load generator in a process of its own, on this process's core. Raises `Failed`."""
+    command = [sys.executable, "-m", "bench.load"]
+    done = subprocess.run(
+        command, input=orjson.dumps(asdict(spec)), capture_output=True, cwd=ROOT, check=False, timeout=300
+    )
+    if done.returncode:
+        raise Failed(f"load generator: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+    return Result(**orjson.loads(done.stdout))

@@ -1,0 +1,106 @@
+"""What is measured: the limits, the gateway, and how any of them is started. Peers are in `bench.peers`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import pool
+from bench.procs import Cores, Process, free_port
+from bench.scenarios import Scenario
+
+KEY = "bench-key-0123456789abcdef"
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What a target needs to know to start."""
+
+    scenario: Scenario
+    cache: str
+    """none, memory or redis."""
+    mock_port: int
+    redis_port: int
+    work: Path
+    """A directory for its files."""
+    cores: Cores
+
+    @property
+    def upstream(self) -> str:
+        return f"http://127.0.0.1:{self.mock_port}/v1"
+
+
+@dataclass
+class Running:
+    """A target that takes requests."""
+
+    port: int
+    process: Process | None = None
+    path: str = "/v1/embeddings"
+    headers: tuple[tuple[str, str], ...] = ()
+    models: tuple[str, ...] = pool.MODELS
+
+    def stop(self) -> None:
+        if self.process:
+            self.process.stop()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A name and how to start it. `start` raises `Failed`."""
+
+    name: str
+    start: Callable[[Setup], Running]
+    caches: tuple[str, ...] = ("none",)
+    install: Callable[[], str] = lambda: ""
+    """Puts it on this machine, if it is not there, and returns its version."""
+
+
+def _direct(setup: Setup) -> Running:
+    return Running(setup.mock_port)
+
+
+def _bare(setup: Setup) -> Running:
+    port = free_port()
+    scenario = setup.scenario
+    command = [sys.executable, "-m", "bench.bare", str(port), str(scenario.texts), scenario.encoding]
+    return started(Running(port, Process(command, setup.cores.target, setup.work / "bare.log")), "/", 20)
+
+
+def _gateway(setup: Setup) -> Running:
+    """Default settings: a key, metrics, memory cache, one worker, a request log; the log goes to a file."""
+    config: dict[str, object] = {
+        "auth": {"keys": {"bench": {"key": KEY}}},
+        "upstreams": {"mock": {"type": "openai", "base_url": setup.upstream, "api_key": "sk-bench"}},
+        "models": {
+            name: {"dimensions": pool.DIMENSIONS, "deployments": [{"upstream": "mock", "model": name}]}
+            for name in pool.MODELS
+        },
+    }
+    if setup.cache == "redis":
+        config["cache"] = {"memory": None, "redis": {"url": f"redis://127.0.0.1:{setup.redis_port}/0"}}
+    file = setup.work / "gateway.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
+    port = free_port()
+    command = [sys.executable, "-m", "app", "serve", "--config", str(file), "--port", str(port)]
+    process = Process(command, setup.cores.target, setup.work / "gateway.log")
+    return started(Running(port, process, headers=(("authorization", f"Bearer {KEY}"),)), "/healthz", 30)
+
+
+def started(running: Running, path: str, seconds: float) -> Running:
+    """`running` once it answers at `path`; ended if it does not. Raises `Failed`."""
+    assert running.process is not None
+    try:
+        running.process.wait_for(running.port, path, seconds)
+    except BaseException:
+        running.stop()
+        raise
+    return running
+
+
+DIRECT = Target("direct", _direct)
+BARE = Target("bare ASGI", _bare)
+GATEWAY = Target("gateway", _gateway, ("memory", "redis"))

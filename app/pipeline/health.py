@@ -8,6 +8,8 @@ from app.metrics import Gauge
 
 FAILURES = 5
 """In a row, after which a deployment leaves the rotation."""
+SUSPECT = 1.0
+"""Seconds after a failure in which others are asked first."""
 EJECTION = 30.0
 """Seconds out of the rotation; twice, three times … as long each time it fails again at once."""
 LONGEST = 10
@@ -28,12 +30,14 @@ class Health:
         self._ejections = 0
         self._ejected_until = 0.0
         self._cooling_until = 0.0
+        self._suspect_until = 0.0
         self._probing = False
         gauge.set(1)
 
     @property
-    def ejected(self) -> bool:
-        return self._ejections > 0
+    def suspect(self) -> bool:
+        """Whether it has only just failed: then others are asked first, so that few retries are needed."""
+        return self._clock.monotonic() < self._suspect_until
 
     def available(self) -> bool:
         """Whether it may have a call now; after an ejection, one call at a time."""
@@ -54,12 +58,14 @@ class Health:
         self._probing = False
         if error is None or isinstance(error, InvalidRequest):
             self._failures = self._ejections = 0
+            self._suspect_until = 0.0
             self._gauge.set(1)
         elif isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
             wait = COOLING if error.retry_after is None else error.retry_after
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
         else:
             self._failures += 1
+            self._suspect_until = self._clock.monotonic() + SUSPECT
             if self._failures >= FAILURES:
                 self._eject()
 

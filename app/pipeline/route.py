@@ -49,7 +49,8 @@ class Slot:
 
 
 class Route:
-    """A model's deployments, all in one vector space: the lowest priority number first, then the least busy.
+    """A model's deployments, all in one vector space: those that have not just failed first, of these the
+    lowest priority number, of these the least busy.
 
     `jitter` gives numbers from 0 to 1.
     """
@@ -68,7 +69,8 @@ class Route:
     def take(self, lane: Lane, params: Params, avoid: Deployment | None = None) -> Slot | None:
         """A slot on the best deployment that honours `params` and has one free for this lane, or None."""
         candidates = sorted(
-            self._usable(params), key=lambda each: (each is avoid, each.priority, each.slots.busy / each.weight)
+            self._usable(params),
+            key=lambda each: (each is avoid, each.health.suspect, each.priority, each.slots.busy / each.weight),
         )
         for deployment in candidates:
             if deployment.slots.take(lane):

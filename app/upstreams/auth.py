@@ -12,17 +12,21 @@ import hmac
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import cycle
+from typing import TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 
 import orjson
 
 from app.config import UpstreamSettings
-from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
+from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, Send, WireReply, WireRequest
 from app.upstreams import replies
 from app.upstreams.kind import Clock
 
+Judge: TypeAlias = Callable[[WireReply], GatewayError | None]
+
+KEY_REFUSED_FOR = 600.0
+"""Seconds for which one of several keys that is refused or used up is not tried."""
 REFUSED_FOR = 60.0
 """Seconds for which a refused key, or a token server that fails, is not asked again."""
 
@@ -39,9 +43,9 @@ def need_key(settings: UpstreamSettings, variable: str) -> None:
         raise ValueError(f"api_key: needed; set it here, or {variable} in the environment")
 
 
-def bearer(keys: Sequence[str]) -> Auth:
+def bearer(keys: Sequence[str], judge: Judge, clock: Clock) -> Auth:
     """`Authorization: Bearer …`, or nothing where there is no key."""
-    return HeaderKey("authorization", [f"Bearer {key}" for key in keys]) if keys else NoAuth()
+    return HeaderKey("authorization", [f"Bearer {key}" for key in keys], judge, clock) if keys else NoAuth()
 
 
 class NoAuth:
@@ -52,15 +56,59 @@ class NoAuth:
 
 
 class HeaderKey:
-    """A key in a header; several take turns."""
+    """A key in a header. Several take turns and are judged one by one: a key that is refused, used up or at
+    its rate leaves the rotation alone, and the call goes out again at once with the next.
 
-    def __init__(self, header: str, values: Iterable[str]) -> None:
+    `judge` is the dialect's `parse_error`.
+    """
+
+    def __init__(self, header: str, values: Iterable[str], judge: Judge, clock: Clock) -> None:
         self._header = header
-        self._values = cycle(list(values))
+        self._values = list(values)
+        self._judge, self._clock = judge, clock
+        self._out_until = [0.0] * len(self._values)
+        self._turn = 0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
-        headers = {**request.headers, self._header: next(self._values)}
-        return await send(replace(request, headers=headers))
+        if len(self._values) == 1:
+            return await send(self._with(request, 0))
+        tried: set[int] = set()
+        while True:
+            key = self._next(tried)
+            reply = await send(self._with(request, key))
+            tried.add(key)
+            error = self._judge(reply)
+            if not isinstance(error, UpstreamAuth | RateLimited):
+                return reply
+            self._out_until[key] = self._clock.monotonic() + _rest(error)
+            if len(tried) == len(self._values) or not self._fresh(tried):
+                return reply
+
+    def _with(self, request: WireRequest, key: int) -> WireRequest:
+        return replace(request, headers={**request.headers, self._header: self._values[key]})
+
+    def _fresh(self, tried: set[int]) -> bool:
+        """Whether a key is left that is neither tried nor out."""
+        now = self._clock.monotonic()
+        return any(until <= now and key not in tried for key, until in enumerate(self._out_until))
+
+    def _next(self, tried: set[int]) -> int:
+        """The next in turn that is in; if all are out, the one that comes back first."""
+        now, count = self._clock.monotonic(), len(self._values)
+        turns = [(self._turn + step) % count for step in range(count)]
+        left = [key for key in turns if key not in tried]
+        key = next((key for key in left if self._out_until[key] <= now), None)
+        if key is None:
+            key = min(left, key=lambda each: self._out_until[each])
+        self._turn = key + 1
+        return key
+
+
+def _rest(error: GatewayError) -> float:
+    """Seconds for which a key stays out: a rate passes soon, a refusal or a used-up quota does not."""
+    if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
+        return 1.0 if error.retry_after is None else error.retry_after
+    return KEY_REFUSED_FOR
 
 
 # --- access tokens ----------------------------------------------------------------------------------

@@ -187,7 +187,7 @@ def adapter(settings: BaiduSettings) -> Adapter:
 
 def credentials(settings: BaiduSettings, clock: Clock) -> Auth:
     if settings.mode == "v2":
-        return auth.bearer(auth.keys(settings))
+        return auth.bearer(auth.keys(settings), parse_error_v2, clock)
     secret = settings.secret_key.get_secret_value() if settings.secret_key else ""
     if settings.auth == "iam":
         return auth.BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)

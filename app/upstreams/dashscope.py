@@ -174,8 +174,8 @@ def adapter(settings: DashScopeSettings) -> Adapter:
     return _ADAPTERS[settings.mode]
 
 
-def credentials(settings: DashScopeSettings, _clock: Clock) -> Auth:
-    return auth.bearer(auth.keys(settings))
+def credentials(settings: DashScopeSettings, clock: Clock) -> Auth:
+    return auth.bearer(auth.keys(settings), parse_error, clock)
 
 
 # OpenAI's dialect has no words for roles and instructions: every text is a document there.

@@ -88,9 +88,9 @@ def adapter(_settings: GeminiSettings) -> Adapter:
     return Adapter(build_request, parse_error, parse_response)
 
 
-def credentials(settings: GeminiSettings, _clock: Clock) -> Auth:
+def credentials(settings: GeminiSettings, clock: Clock) -> Auth:
     """In a header and not as `?key=`, which ends up in logs."""
-    return auth.HeaderKey("x-goog-api-key", auth.keys(settings))
+    return auth.HeaderKey("x-goog-api-key", auth.keys(settings), parse_error, clock)
 
 
 def models(_settings: GeminiSettings) -> Mapping[str, Model]:

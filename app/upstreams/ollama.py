@@ -90,9 +90,9 @@ def adapter(_settings: OllamaSettings) -> Adapter:
     return Adapter(build_request, parse_error, parse_response)
 
 
-def credentials(settings: OllamaSettings, _clock: Clock) -> Auth:
+def credentials(settings: OllamaSettings, clock: Clock) -> Auth:
     """A server asks for no key; a proxy before one may."""
-    return auth.bearer(auth.keys(settings))
+    return auth.bearer(auth.keys(settings), parse_error, clock)
 
 
 def models(_settings: OllamaSettings) -> Mapping[str, Model]:

@@ -125,11 +125,13 @@ def adapter(settings: OpenAISettings) -> Adapter:
     return Adapter(request_builder(settings.path, settings.query, asked), parse_error, parse_response)
 
 
-def credentials(settings: OpenAISettings, _clock: Clock) -> Auth:
+def credentials(settings: OpenAISettings, clock: Clock) -> Auth:
     keys = auth.keys(settings)
     if not keys or settings.auth == "none":
         return auth.NoAuth()
-    return auth.HeaderKey("api-key", keys) if settings.auth == "api-key" else auth.bearer(keys)
+    if settings.auth == "api-key":
+        return auth.HeaderKey("api-key", keys, parse_error, clock)
+    return auth.bearer(keys, parse_error, clock)
 
 
 def models(settings: OpenAISettings) -> Mapping[str, Model]:

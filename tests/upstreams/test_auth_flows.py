@@ -9,7 +9,7 @@ import pytest
 
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, WireReply, WireRequest
-from app.upstreams import auth, baidu
+from app.upstreams import auth, baidu, openai
 from app.upstreams.kind import Clock
 
 
@@ -310,7 +310,7 @@ async def headers_sent(flow: Auth, times: int, request: WireRequest | None = Non
 
 
 async def test_several_keys_take_turns() -> None:
-    sent = await headers_sent(auth.bearer(["one", "two", "three"]), 4)
+    sent = await headers_sent(auth.bearer(["one", "two", "three"], openai.parse_error, HandClock()), 4)
     assert [headers["authorization"] for headers in sent] == [
         "Bearer one",
         "Bearer two",
@@ -320,12 +320,69 @@ async def test_several_keys_take_turns() -> None:
     assert all(headers["content-type"] == "application/json" for headers in sent)
 
 
+class Keyed:
+    """Plays a service that has something against some keys, as `Send`."""
+
+    def __init__(self, **against: WireReply) -> None:
+        self.against = against
+        self.asked: list[str] = []
+
+    async def send(self, request: WireRequest) -> WireReply:
+        key = request.headers["authorization"].removeprefix("Bearer ")
+        self.asked.append(key)
+        return self.against.get(key) or WireReply(200, {}, b"{}")
+
+
+def refusal(status: int, code: str, **headers: str) -> WireReply:
+    return WireReply(status, headers, orjson.dumps({"error": {"message": "no", "type": code, "code": code}}))
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [refusal(401, "invalid_api_key"), refusal(429, "insufficient_quota"), refusal(429, "rate_limit_exceeded")],
+    ids=["refused", "used up", "at its rate"],
+)
+async def test_a_key_that_is_no_good_leaves_the_rotation_alone_and_nobody_notices(reply: WireReply) -> None:
+    service = Keyed(two=reply)
+    flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())
+    replies = [await flow(embedding(), service.send) for _ in range(6)]
+    assert {reply.status for reply in replies} == {200}
+    assert service.asked.count("two") == 1
+
+
+async def test_a_key_comes_back_after_its_rate_limit_and_a_refused_one_much_later() -> None:
+    clock = HandClock()
+    service = Keyed(
+        one=refusal(429, "rate_limit_exceeded", **{"retry-after": "7"}), two=refusal(401, "invalid_api_key")
+    )
+    flow = auth.bearer(["one", "two", "three"], openai.parse_error, clock)
+    await flow(embedding(), service.send)
+    service.against.clear()
+    clock.now += 8
+    service.asked.clear()
+    for _ in range(4):
+        await flow(embedding(), service.send)
+    assert set(service.asked) == {"one", "three"}
+    clock.now += 600
+    for _ in range(3):
+        await flow(embedding(), service.send)
+    assert "two" in service.asked
+
+
+async def test_when_no_key_is_any_good_the_refusal_is_told_and_each_was_asked_once() -> None:
+    bad = refusal(401, "invalid_api_key")
+    service = Keyed(one=bad, two=bad)
+    reply = await auth.bearer(["one", "two"], openai.parse_error, HandClock())(embedding(), service.send)
+    assert reply.status == 401
+    assert sorted(service.asked) == ["one", "two"]
+
+
 async def test_no_key_is_no_header() -> None:
-    assert await headers_sent(auth.bearer([]), 1) == [embedding().headers]
+    assert await headers_sent(auth.bearer([], openai.parse_error, HandClock()), 1) == [embedding().headers]
 
 
 async def test_a_key_may_go_in_another_header() -> None:
-    [sent] = await headers_sent(auth.HeaderKey("api-key", ["one"]), 1)
+    [sent] = await headers_sent(auth.HeaderKey("api-key", ["one"], openai.parse_error, HandClock()), 1)
     assert sent["api-key"] == "one"
     assert "authorization" not in sent
 

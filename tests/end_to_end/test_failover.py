@@ -1,0 +1,138 @@
+"""Several deployments of one model: what one cannot do another does, and nobody hammers a dead one."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import httpx
+import numpy as np
+
+from app.clock import SystemClock
+from tests.fakes import FakeDashScope, FakeOpenAI, faults, unused_url
+from tests.harness import Running, running
+
+MODEL = "text-embedding-3-small"
+
+
+class FastClock(SystemClock):
+    """Pauses between retries take no time; health and caches see the clock move by them all the same."""
+
+    def __init__(self) -> None:
+        self.slept = 0.0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.slept
+
+    async def sleep(self, seconds: float) -> None:
+        self.slept += seconds
+        await asyncio.sleep(0)
+
+
+def two(one: str, other: str, **more: Any) -> dict[str, Any]:
+    upstreams = {
+        name: {"type": "openai", "api_key": "sk-fake", "base_url": url + "/v1"}
+        for name, url in (("one", one), ("other", other))
+    }
+    deployments = [{"upstream": name, "model": MODEL} for name in upstreams]
+    return {"upstreams": upstreams, "models": {"m": {"deployments": deployments}}, "cache": {"memory": None}, **more}
+
+
+async def ask(gateway: Running, fake: FakeOpenAI, count: int, *, tag: str = "text", at_once: int = 16) -> list[int]:
+    """Statuses of `count` one-text requests; every vector is held against its text."""
+    room = asyncio.Semaphore(at_once)
+
+    async def one(client: httpx.AsyncClient, text: str) -> int:
+        async with room:
+            response = await client.post(f"{gateway.base_url}/embeddings", json={"model": "m", "input": text})
+        if response.status_code == 200:
+            vector = np.array(response.json()["data"][0]["embedding"], "<f4")
+            assert np.array_equal(vector, fake.expected(MODEL, text))
+        return response.status_code
+
+    async with httpx.AsyncClient(timeout=60, trust_env=False, limits=httpx.Limits(max_connections=at_once)) as client:
+        return await asyncio.gather(*(one(client, f"{tag} {i}") for i in range(count)))
+
+
+async def test_killing_one_of_two_deployments_under_load_fails_no_request() -> None:
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        with running(two(one.url, other.url), clock=FastClock()) as gateway:
+            before = await ask(gateway, one, 200, tag="before")
+            load = asyncio.create_task(ask(gateway, other, 600, tag="during"))
+            while not one.calls or not other.calls:
+                await asyncio.sleep(0)
+            await asyncio.to_thread(one.stop)
+            during = await load
+            assert set(before) | set(during) == {200}
+
+
+async def test_against_a_dead_upstream_200_requests_cause_at_most_260_calls() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+        config = {
+            "upstreams": {"up": upstream},
+            "models": {"m": {"deployments": [{"upstream": "up", "model": MODEL}], "max_batch": 1}},
+            "cache": {"memory": None},
+        }
+        with running(config, clock=FastClock()) as gateway:
+            fake.fail(faults.vendor_error("unavailable"), times=None)
+            statuses = await ask(gateway, fake, 200)
+            assert set(statuses) <= {502, 503}
+            assert 200 <= len(fake.calls) <= 260
+            last = gateway.post({"model": "m", "input": "one more"})
+            assert last.headers.get("x-should-retry") == "false" or int(last.headers["retry-after"]) >= 1
+
+
+async def test_a_rate_limited_deployment_rests_as_long_as_it_says_and_the_other_one_works() -> None:
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        with running(two(one.url, other.url), clock=FastClock()) as gateway:
+            limited = faults.http_error(429, b'{"error":{"message":"slow"}}', {"retry-after": "1000"})
+            one.fail(limited, times=None)
+            statuses = await ask(gateway, other, 60, at_once=4)
+            assert set(statuses) == {200}
+            assert len(one.calls) <= 4, "those under way when it first said so, and none after"
+            assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 1
+
+
+async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
+    clock = FastClock()
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        with running(two(one.url, other.url), clock=clock) as gateway:
+            one.fail(faults.vendor_error("internal"), times=None)
+            for second in range(7):  # after a failure others are asked first, for a second
+                assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=2)) == {200}
+                clock.slept += 1.1
+            assert len(one.calls) == 5
+            assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 0
+            asked = len(one.calls)
+            assert set(await ask(gateway, other, 20, tag="b", at_once=1)) == {200}
+            assert len(one.calls) == asked, "while it is out it is left alone"
+            one.heal()
+            clock.slept += 31
+            assert set(await ask(gateway, other, 20, tag="c", at_once=1)) == {200}
+            assert len(one.calls) > asked
+            assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 1
+
+
+async def test_the_last_deployment_is_asked_however_often_it_fails() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:  # the other is nobody
+        with running(two(fake.url, unused_url()), clock=FastClock()) as gateway:
+            fake.fail(faults.vendor_error("internal"), times=30)
+            await ask(gateway, fake, 40, tag="bad", at_once=1)
+            fake.heal()
+            assert set(await ask(gateway, fake, 5, tag="good", at_once=1)) == {200}
+
+
+def test_deployments_in_different_vector_spaces_never_answer_to_one_name() -> None:
+    with (
+        FakeDashScope(api_key="sk-fake") as ds,
+        FakeOpenAI(api_key="sk-fake", models={"text-embedding-v3": 1024}) as ai,
+    ):
+        upstreams = {
+            "ds": {"type": "dashscope", "api_key": "sk-fake", "base_url": ds.url + "/api/v1"},
+            "ai": {"type": "openai", "api_key": "sk-fake", "base_url": ai.url + "/v1"},
+        }
+        with running({"upstreams": upstreams}) as gateway:
+            assert gateway.post({"model": "text-embedding-v3", "input": "x"}).status_code == 404
+            for name in ("ds/text-embedding-v3", "ai/text-embedding-v3"):
+                assert gateway.post({"model": name, "input": "x"}).headers["x-embedding-cache"] == "miss"

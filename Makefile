@@ -4,18 +4,24 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input --require-hashes
+CLIENTS := tests/clients
+EXTRA := $(CLIENTS)/.venv-extra/.installed $(patsubst %,$(CLIENTS)/%/node_modules/.package-lock.json,node node-extra)
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --require-hashes
+PIP := $(BIN)/python $(INSTALL)
 
-.PHONY: help run test lint format bench bench-quick lock wheel clean
+.PHONY: help run test test-clients lint format soak fuzz bench bench-quick lock wheel clean
 
 help:  ## Show this help
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-20s %s\n", $$1, $$2}'
 
 run: $(VENV)/.run  ## Serve on http://127.0.0.1:8080 (ARGS="--port 9000 --config my.yaml")
 	@exec $(BIN)/python -m app serve $(ARGS)
 
 test: $(VENV)/.dev  ## Install what the tests need and run them (ARGS="-k batcher")
 	@$(BIN)/python -m pytest $(ARGS)
+
+test-clients: $(VENV)/.dev $(EXTRA)  ## Run the real clients, also the heavy ones, which this installs; needs node (ARGS="-k litellm")
+	@TEST_CLIENTS=all $(BIN)/python -m pytest $(CLIENTS) $(ARGS)
 
 lint: $(VENV)/.dev  ## Formatting, lint and strict types
 	@$(BIN)/ruff format --check .
@@ -25,6 +31,12 @@ lint: $(VENV)/.dev  ## Formatting, lint and strict types
 format: $(VENV)/.dev  ## Format and fix what can be fixed
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+soak: $(VENV)/.dev  ## Five minutes of traffic while everything around it fails (ARGS="--seconds 60 --seed 7")
+	@$(BIN)/python -m tests.soak $(ARGS)
+
+fuzz: $(VENV)/.dev  ## A hundred thousand requests nobody would send (ARGS="--cases 5000 --seed 7")
+	@$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
 
 bench: $(VENV)/.dev  ## Measure against peers and limits; the first time installs the peers (ARGS="--scenarios S1,S4 --peers litellm")
 	@$(BIN)/python -m bench $(ARGS)
@@ -43,7 +55,8 @@ wheel: $(VENV)/.dev  ## Build dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## Remove everything that was installed or built here
-	@rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis tests/clients/node/node_modules
+	@rm -rf $(VENV) dist bench/.peers bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+		$(CLIENTS)/.venv-extra $(CLIENTS)/node/node_modules $(CLIENTS)/node-extra/node_modules
 
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed and was not found" >&2; exit 1; }
@@ -60,3 +73,16 @@ $(VENV)/.dev: requirements-dev.lock requirements.lock | $(VENV)/bin/python
 	@echo "installing what development needs (requirements-dev.lock); the first time takes a minute"
 	@$(PIP) -r requirements-dev.lock
 	@touch $@ $(VENV)/.run
+
+$(CLIENTS)/.venv-extra/.installed: $(CLIENTS)/requirements-extra.lock | $(VENV)/bin/python
+	@echo "installing the heavy clients ($<); the first time takes a minute"
+	@rm -rf $(@D)
+	@$(BIN)/python -m venv $(@D)
+	@$(@D)/bin/python $(INSTALL) -r $<
+	@touch $@
+
+$(CLIENTS)/%/node_modules/.package-lock.json: $(CLIENTS)/%/package-lock.json
+	@command -v npm >/dev/null || { echo "the clients for JavaScript need node and npm, which were not found" >&2; exit 1; }
+	@echo "installing clients for JavaScript ($<)"
+	@cd $(CLIENTS)/$* && npm ci --silent --no-audit --no-fund
+	@touch $@

@@ -1,17 +1,19 @@
 """Facts about known models, as data: what fits in a call, which dimensions there are, where the fact is from.
 
-No behaviour. A vendor's name may stand here and in its adapter, nowhere else. An operator overrides
-a row in the configuration; an upstream that lists its models (`Upstream.discover`) adds rows at run time.
+No behaviour but looking a name up. A vendor's name may stand here and in its adapter, nowhere else. An operator
+overrides a row in the configuration; an upstream that lists its models (`Upstream.discover`) adds rows at run time.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["query", "document"]
+TokenRule: TypeAlias = Literal["bytes", "han+words"]
 ROLES: tuple[Role, ...] = ("query", "document")
 ANY: tuple[int, ...] = ()
 
@@ -31,14 +33,27 @@ class Model:
     max_tokens_per_input: int | None = None
     max_characters_per_input: int | None = None
     max_tokens_per_batch: int | None = None
+    counted_by: TokenRule = "bytes"
+    """How tokens are bounded: by bytes, as in any byte-level vocabulary, or as a vendor counts them."""
+    cuts_silently: bool = False
+    """Whether the upstream may cut a longer input without a word, so that its own refusal cannot be waited for."""
     roles: tuple[Role, ...] = ()
     """What a text can be said to be for; empty where the model does not tell queries from documents."""
     default_role: Role | None = None
     """What the upstream takes a text for when it is not told: asking for it by name is asking for nothing."""
     prefixes: tuple[str, ...] = ()
-    """Where a role is told within the text: what goes before the text, one for each of `roles`."""
+    """Where a role is told within the text: what goes before the text, one for each of `roles`. `{instruct}` in
+    it is the caller's instruction."""
     instruct: bool = False
     """Whether the model takes an instruction."""
+    instruction: str = ""
+    """The instruction in a prefix when the caller gives none."""
+    cuts: tuple[int, ...] | None = None
+    """Shorter lengths the gateway makes itself, from the first numbers of the full vector, where the model is
+    made for that (Matryoshka) and its server may not know how: as `dimension_choices`."""
+    nested: bool = False
+    """Whether the upstream's own shorter vectors are documented to be the first numbers of its full one, at unit
+    length: a full vector at hand serves for them."""
     revision: str = ""
     """Told apart in the vector space: the same name with another revision is another space."""
     price_per_million_tokens: float | None = None
@@ -90,10 +105,11 @@ def _dashscope() -> Iterable[Model]:
 
 def _baidu() -> Iterable[Model]:
     page = "cloud.baidu.com/doc/qianfan-api/s/Fm7u3ropn"
-    yield Model("embedding-v1", 384, None, 16, 384, 1000, source=page)
+    rule: TokenRule = "han+words"
+    yield Model("embedding-v1", 384, None, 16, 384, 1000, counted_by=rule, source=page)
     for name in ("bge-large-zh", "bge-large-en"):
-        yield Model(name, 1024, None, 16, 512, 2000, source=page)
-    yield Model("tao-8k", 1024, None, 1, 8192, 28_000, source=page)
+        yield Model(name, 1024, None, 16, 512, 2000, counted_by=rule, source=page)
+    yield Model("tao-8k", 1024, None, 1, 8192, 28_000, counted_by=rule, source=page)
 
 
 def _openai() -> Iterable[Model]:
@@ -107,6 +123,7 @@ def _openai() -> Iterable[Model]:
             name,
             size,
             choices,
+            nested=choices is not None,
             max_batch=2048,
             max_tokens_per_input=8192,
             max_tokens_per_batch=300_000,
@@ -117,11 +134,11 @@ def _openai() -> Iterable[Model]:
 
 def _gemini() -> Iterable[Model]:
     page = "ai.google.dev/gemini-api/docs/embeddings"
-    yield Model("gemini-embedding-001", 3072, ANY, 100, 2048, roles=ROLES, source=page)
+    yield Model("gemini-embedding-001", 3072, ANY, 100, 2048, cuts_silently=True, roles=ROLES, source=page)
     # These ignore or refuse the parameter for the role. text-embedding-004 is shut down.
     prefixes = ("task: search result | query: ", "title: none | text: ")
     for name in ("gemini-embedding-2", "gemini-embedding-2-preview"):
-        yield Model(name, 3072, ANY, 100, 8192, roles=ROLES, prefixes=prefixes, source=page)
+        yield Model(name, 3072, ANY, 100, 8192, cuts_silently=True, roles=ROLES, prefixes=prefixes, source=page)
 
 
 def _lexical() -> Iterable[Model]:
@@ -139,3 +156,178 @@ CATALOG: Mapping[str, Mapping[str, Model]] = MappingProxyType(
     }
 )
 """Vendor -> model name -> facts. A vendor that is not here is asked for its models."""
+
+
+# --- models that many servers serve ---------------------------------------------------------------------
+
+_SEARCH = "Represent this sentence for searching relevant passages: "
+_SEARCH_ZH = "为这个句子生成表示以用于检索相关文章："
+_WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer the query"
+_CARD = "huggingface.co/"
+
+
+def _nomic() -> Iterable[tuple[str, Model]]:
+    prefixes = ("search_query: ", "search_document: ")
+    # What Ollama has under the bare name is 1.5.
+    yield (
+        r"nomic-embed-text(-v1\.5)?",
+        Model(
+            "nomic-embed-text-v1.5",
+            768,
+            cuts=(768, 512, 256, 128, 64),
+            roles=ROLES,
+            prefixes=prefixes,
+            source=_CARD + "nomic-ai/nomic-embed-text-v1.5",
+        ),
+    )
+    page = _CARD + "nomic-ai/nomic-embed-text-v1"
+    yield r"nomic-embed-text-v1", Model("nomic-embed-text-v1", 768, roles=ROLES, prefixes=prefixes, source=page)
+    yield (
+        r"nomic-embed-text-v2-moe",
+        Model(
+            "nomic-embed-text-v2-moe",
+            768,
+            cuts=(768, 256),
+            max_tokens_per_input=512,
+            roles=ROLES,
+            prefixes=prefixes,
+            source=_CARD + "nomic-ai/nomic-embed-text-v2-moe",
+        ),
+    )
+
+
+def _e5() -> Iterable[tuple[str, Model]]:
+    sizes = {"small": 384, "base": 768, "large": 1024}
+    for pattern, name, owner in (
+        (r"e5-{}(-v2)?", "e5-{}-v2", "intfloat"),
+        (r"multilingual-e5-{}", "multilingual-e5-{}", "intfloat"),
+    ):
+        for size, length in sizes.items():
+            yield (
+                pattern.format(size),
+                Model(
+                    name.format(size),
+                    length,
+                    max_tokens_per_input=512,
+                    roles=ROLES,
+                    prefixes=("query: ", "passage: "),
+                    source=f"{_CARD}{owner}/{name.format(size)}",
+                ),
+            )
+
+
+def _bge() -> Iterable[tuple[str, Model]]:
+    for language, prefix in (("en", _SEARCH), ("zh", _SEARCH_ZH)):
+        for size, length in (("small", 384 if language == "en" else 512), ("base", 768), ("large", 1024)):
+            name = f"bge-{size}-{language}-v1.5"
+            # What Ollama has as bge-large is the English one.
+            pattern = rf"bge-{size}(-{language}(-v1\.5)?)?" if name == "bge-large-en-v1.5" else (
+                rf"bge-{size}-{language}(-v1\.5)?"
+            )  # fmt: skip
+            yield (
+                pattern,
+                Model(
+                    name,
+                    length,
+                    max_tokens_per_input=512,
+                    roles=ROLES,
+                    prefixes=(prefix, ""),
+                    source=f"{_CARD}BAAI/{name}",
+                ),
+            )
+    yield r"bge-m3", Model("bge-m3", 1024, source=_CARD + "BAAI/bge-m3")
+
+
+def _others() -> Iterable[tuple[str, Model]]:
+    yield (
+        r"mxbai-embed-large(-v1)?",
+        Model(
+            "mxbai-embed-large-v1",
+            1024,
+            cuts=ANY,
+            max_tokens_per_input=512,
+            roles=ROLES,
+            prefixes=(_SEARCH, ""),
+            source="mixedbread.ai/docs/embeddings/mxbai-embed-large-v1",
+        ),
+    )
+    # The first ones were not made to be cut; which size a server has under the bare name, its tag tells.
+    yield (
+        r"snowflake-arctic-embed(-(xs|s|m|l|m-long))?",
+        Model(
+            "snowflake-arctic-embed",
+            roles=ROLES,
+            prefixes=(_SEARCH, ""),
+            source=_CARD + "Snowflake/snowflake-arctic-embed-l",
+        ),
+    )
+    yield (
+        r"snowflake-arctic-embed-m-v1\.5",
+        Model(
+            "snowflake-arctic-embed-m-v1.5",
+            768,
+            cuts=(768, 256),
+            roles=ROLES,
+            prefixes=(_SEARCH, ""),
+            source=_CARD + "Snowflake/snowflake-arctic-embed-m-v1.5",
+        ),
+    )
+    for pattern, size, length in (
+        (r"snowflake-arctic-embed(2|-l-v2\.0)", "l", 1024),
+        (r"snowflake-arctic-embed-m-v2\.0", "m", 768),
+    ):
+        yield (
+            pattern,
+            Model(
+                f"snowflake-arctic-embed-{size}-v2.0",
+                length,
+                cuts=(length, 256),
+                roles=ROLES,
+                prefixes=("query: ", ""),
+                source=f"{_CARD}Snowflake/snowflake-arctic-embed-{size}-v2.0",
+            ),
+        )
+    yield (
+        r"embeddinggemma(-300m)?",
+        Model(
+            "embeddinggemma-300m",
+            768,
+            cuts=(768, 512, 256, 128),
+            roles=ROLES,
+            prefixes=("task: search result | query: ", "title: none | text: "),
+            source="ai.google.dev/gemma/docs/embeddinggemma/model_card",
+        ),
+    )
+    # A bare name is of any of the sizes: its tag tells, and its server.
+    for suffix, qwen_length in (("", None), ("-0.6b", 1024), ("-4b", 2560), ("-8b", 4096)):
+        yield (
+            rf"qwen3-embedding{re.escape(suffix)}",
+            Model(
+                f"qwen3-embedding{suffix}",
+                qwen_length,
+                cuts=ANY,
+                roles=ROLES,
+                prefixes=("Instruct: {instruct}\nQuery:", ""),
+                instruct=True,
+                instruction=_WEB_SEARCH,
+                source=f"{_CARD}Qwen/Qwen3-Embedding{(suffix or '-0.6b').upper()}",
+            ),
+        )
+
+
+FAMILIES: tuple[tuple[re.Pattern[str], Model], ...] = tuple(
+    (re.compile(pattern), model) for rows in (_nomic(), _e5(), _bge(), _others()) for pattern, model in rows
+)
+"""Open models by the pattern of their names, wherever they are served. What only a server knows (how long its
+inputs may be, how many it takes) is not here, unless the model itself allows no more."""
+
+# An owner before it, a tag, a file's name, or what it was quantised with after it.
+_PACKING = r"([-._@](gguf|ggml|onnx|mlx|awq|gptq|int8|fp8|fp16|f16|bf16|f32|i?q\d(_\w+)?|\d+bit))*"
+_DRESS = re.compile(rf"^(.*/)?(text-embedding-)?(?P<name>.*?){_PACKING}(:[\w.-]+)?{_PACKING}$")
+
+
+def family(name: str) -> Model | None:
+    """What is known of a model whoever serves it: by its name without owner, tag and packing."""
+    dressed = _DRESS.match(name.lower())
+    bare = dressed["name"] if dressed else ""
+    return next((model for pattern, model in FAMILIES if pattern.fullmatch(bare)), None)

@@ -8,20 +8,23 @@ import ipaddress
 import logging
 import os
 import signal
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from app import __version__, logs
 from app.config import Settings
 from app.config.load import ConfigError, load
+from app.config.source import Source
 from app.errors import GatewayError
 from app.gateway import Gateway, PublicModel
 from app.main import App, create_app
 from app.pipeline.deployment import Deployment
-from app.serve import drain_on_sigterm, listen, serve, serve_workers
+from app.serve import listen, serve, serve_workers
 from app.types import Batch, Embedding, Params
 from app.upstreams import UPSTREAMS
+from app.workers import Orders, python
 
 log = logging.getLogger("app")
 
@@ -29,9 +32,12 @@ _HELP = """\
 One OpenAI-compatible /v1/embeddings in front of every embedding vendor.
 
 Configuration is the first of --config, $EMBEDDING_GATEWAY_CONFIG and ./config.yaml that exists. With no
-file, the environment decides: DASHSCOPE_API_KEY, BAIDU_API_KEY with BAIDU_SECRET_KEY, OPENAI_API_KEY
-(OPENAI_BASE_URL) and OLLAMA_HOST switch their upstream on, REDIS_URL the shared cache. With none of them
-the built-in model `lexical` answers, so that there is always something to try.
+file, the environment decides. These variables switch their upstream on:
+
+{variables}
+
+and REDIS_URL the shared cache. With none of them a built-in model answers, so that there is always
+something to try. SIGHUP, or a change of the file, loads it anew.
 """
 
 _EXAMPLES = """\
@@ -48,11 +54,9 @@ Any value of the configuration can be set in the environment: EMBEDDING_GATEWAY_
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program. Exits 0, or 2 with one readable line per mistake."""
     options = _parser().parse_args(arguments)
+    commands = {"serve": _serve, "check": _check, "worker": _work}
     try:
-        if options.command == "check":
-            _check(options)
-        else:
-            _serve(options)
+        commands[options.command](options)
     except ConfigError as error:
         _fail(error.mistakes)
     except KeyboardInterrupt:
@@ -61,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("embedding-gateway", description=_HELP, epilog=_EXAMPLES, formatter_class=raw)
+    variables = "\n".join(f"  {kind.switched_on_by}" for kind in UPSTREAMS.values() if kind.switched_on_by)
+    described = _HELP.format(variables=variables)
+    parser = argparse.ArgumentParser("embedding-gateway", description=described, epilog=_EXAMPLES, formatter_class=raw)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
@@ -74,15 +80,24 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
             command.add_argument("--port", metavar="P", type=int, help="port to listen on (default 8080)")
             command.add_argument("--workers", metavar="N", type=int, help="processes (default 1)")
-            command.add_argument("--log-format", choices=("text", "json"), default="text", help="default text")
-            command.add_argument(
-                "--log-level", choices=("debug", "info", "warning", "error"), default="info", help="default info"
-            )
+            _add_logging(command)
         else:
             command.add_argument(
                 "--probe", action="store_true", help="embed one text on every deployment (costs a few tokens)"
             )
+    # What `serve` starts where there are several; nobody else has a listener to give it, so it is not shown.
+    command = commands.add_parser("worker")
+    command.add_argument("--config")
+    command.add_argument("--listener", type=int, required=True)
+    command.add_argument("--orders", type=int, required=True)
+    _add_logging(command)
     return parser
+
+
+def _add_logging(command: argparse.ArgumentParser) -> None:
+    levels = ("debug", "info", "warning", "error")
+    command.add_argument("--log-format", choices=("text", "json"), default="text", help="default text")
+    command.add_argument("--log-level", choices=levels, default="info", help="default info")
 
 
 def _fail(lines: Sequence[str]) -> NoReturn:
@@ -93,55 +108,107 @@ def _fail(lines: Sequence[str]) -> NoReturn:
 
 # --- serve ------------------------------------------------------------------------------------------
 
+_FLAGS = ("host", "port", "workers")
+
 
 def _serve(options: argparse.Namespace) -> None:
-    flags = {name: getattr(options, name) for name in ("host", "port", "workers")}
-    for name, value in flags.items():
-        if value is not None:
-            # The workers read the configuration again: flags reach them as what they stand for.
-            os.environ[f"EMBEDDING_GATEWAY__SERVER__{name.upper()}"] = str(value)
-    settings = load(options.config, os.environ, UPSTREAMS)
-    if options.config:
-        os.environ["EMBEDDING_GATEWAY_CONFIG"] = options.config
-    os.environ["EMBEDDING_GATEWAY_LOG"] = f"{options.log_format} {options.log_level}"
-    logs.configure(options.log_format, options.log_level)
-    server = settings.server
-    try:
-        listener = listen(server.host, server.port)
-    except OSError as error:
-        _fail([f"cannot listen on {server.host}:{server.port}: {error.strerror}"])
-    # A stop is no failure: uvicorn raises the signal again when all is done, and this is where it ends.
+    # Until there is something to stop or to reload; a stop is no failure.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    _announce(settings, listener.getsockname()[1])
-    if server.workers > 1:
-        serve_workers("app.cli:worker", settings, listener)
-    else:
-        serve(_app(settings), settings, listener)
-
-
-def worker() -> App:
-    """The application of one of several worker processes, which know the command line by their environment."""
-    form, level = os.environ["EMBEDDING_GATEWAY_LOG"].split()
-    logs.configure("json" if form == "json" else "text", level)
-    settings = load(None, os.environ, UPSTREAMS)
-    app = _app(settings)
-    app.on_started = lambda: drain_on_sigterm(app, settings.server.drain)
-    return app
-
-
-def _app(settings: Settings) -> App:
-    form, level = os.environ["EMBEDDING_GATEWAY_LOG"].split()
-    severity = logging.getLevelNamesMapping()[level.upper()]
-    return create_app(settings, request_log=logs.request_log("json" if form == "json" else "text", severity))
-
-
-def _announce(settings: Settings, port: int) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logs.configure(options.log_format, options.log_level)
+    source = Source(options.config, os.environ, UPSTREAMS)
+    settings = _load(source, options)
     server = settings.server
-    host = f"[{server.host}]" if ":" in server.host else server.host
-    log.info("embedding-gateway %s: base_url http://%s:%d/v1, docs at /docs", __version__, host, port)
+    listener = _listen(server.host, server.port)
+    admin = None if server.metrics_port is None else _listen(server.host, server.metrics_port)
+    _announce(settings, listener, admin)
+    if source.file is None:
+        _warn_of_unused(os.environ)
+    if server.workers == 1:
+        serve(_app(settings, options, source), listener, admin=admin)
+        return
+    listener.set_inheritable(True)
+
+    def command(orders: int) -> list[str]:
+        named = ["--config", options.config] if options.config else []
+        logging_as = ["--log-format", options.log_format, "--log-level", options.log_level]
+        return python("worker", *named, *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
+
+    sys.exit(serve_workers(create_app(settings, stores=[]), command, listener, admin=admin))
+
+
+def _work(options: argparse.Namespace) -> None:
+    """One of several worker processes, which its parent has given a listener."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    logs.configure(options.log_format, options.log_level)
+    source = Source(options.config, os.environ, UPSTREAMS)
+    app = _app(source.load(), options, source)
+    serve(app, socket.socket(fileno=options.listener), orders=Orders(options.orders))
+
+
+def _load(source: Source, options: argparse.Namespace) -> Settings:
+    """The settings with the flags over them. The environment carries flags, so that a reload and the workers
+    find them too; a mistake in one is told by the flag's name."""
+    told: dict[str, str] = {}
+    for name in _FLAGS:
+        value = getattr(options, name)
+        if value is not None:
+            variable = f"EMBEDDING_GATEWAY__SERVER__{name.upper()}"
+            os.environ[variable] = str(value)
+            told[f"{variable}: server.{name}: "] = f"--{name}: "
+    try:
+        return source.load()
+    except ConfigError as error:
+        mistakes = error.mistakes
+        for variable, flag in told.items():
+            mistakes = [each.replace(variable, flag, 1) for each in mistakes]
+        raise ConfigError(mistakes) from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        return listen(host, port)
+    except OSError as error:
+        _fail([f"cannot listen on {host}:{port}: {error.strerror}"])
+
+
+def _app(settings: Settings, options: argparse.Namespace, source: Source) -> App:
+    severity = logging.getLevelNamesMapping()[options.log_level.upper()]
+    return create_app(settings, request_log=logs.request_log(options.log_format, severity), source=source)
+
+
+def _announce(settings: Settings, listener: socket.socket, admin: socket.socket | None) -> None:
+    host = settings.server.host
+    url = _url(host, listener)
+    docs = f"docs at {'/docs' if admin is None else _url(host, admin) + '/docs'}"
+    everywhere = ", listening on all addresses" if _is_unspecified(host) else ""
+    log.info("embedding-gateway %s: base_url %s/v1, %s%s", __version__, url, docs, everywhere)
     log.info("upstreams: %s", ", ".join(f"{name} ({each.type})" for name, each in settings.upstreams.items()))
-    if settings.auth is None and not _is_loopback(server.host):
-        log.warning("no auth.keys: anybody who reaches %s can embed at your expense", server.host)
+    if settings.auth is None and not _is_loopback(host):
+        log.warning("no auth.keys: anybody who reaches %s can embed at your expense", host)
+
+
+def _url(host: str, listener: socket.socket) -> str:
+    """An address that can be used from this machine."""
+    if _is_unspecified(host):
+        host = "::1" if ":" in host else "127.0.0.1"
+    return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def _warn_of_unused(environ: Mapping[str, str]) -> None:
+    """Half of what switches an upstream on does nothing, and it is hard to see why."""
+    present = {name: value for name, value in environ.items() if value}
+    for name, kind in UPSTREAMS.items():
+        found = [variable for variable in kind.variables if variable in present]
+        if found and kind.environment(present) is None:
+            log.warning("%s alone has no effect: %s is switched on by %s", found[0], name, kind.switched_on_by)
+
+
+def _is_unspecified(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_unspecified
+    except ValueError:
+        return not host
 
 
 def _is_loopback(host: str) -> bool:
@@ -156,6 +223,7 @@ def _is_loopback(host: str) -> bool:
 
 def _check(options: argparse.Namespace) -> None:
     settings = load(options.config, os.environ, UPSTREAMS)
+    logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # Nothing is cached and nothing shared is touched: a check leaves no trace.
     failed = asyncio.run(_report(create_app(settings, stores=[]).gateway, probe=options.probe))
     if failed:
@@ -173,9 +241,6 @@ async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        for name, upstream in gateway.upstreams.items():
-            if upstream.trouble:
-                print(f"upstream {name}: cannot list its models: {upstream.trouble}", file=sys.stderr)
         return await _probe(gateway) if probe else []
     finally:
         await gateway.aclose()

@@ -10,17 +10,22 @@ from typing import Any
 
 import httpx
 
+from app.cache.build import shared_limits
+from app.cache.shared_limits import SharedLimits
 from app.cache.tiers import Tiers
 from app.catalog import Model
-from app.config import DeploymentSettings, ModelSettings, Settings
+from app.config import DeploymentSettings, ModelSettings, Settings, UpstreamSettings
 from app.errors import ModelNotFound, UpstreamUnavailable
+from app.limits import Rates
 from app.metrics import Metrics
-from app.pipeline import build
+from app.pipeline import build, canary
 from app.pipeline.admit import Room
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
+from app.pipeline.pace import Pace
+from app.pipeline.quota import Quota
 from app.pipeline.route import Route
 from app.types import Embedder
 from app.upstreams.connect import Upstream
@@ -51,34 +56,68 @@ class Gateway:
         metrics: Metrics,
         clock: Clock,
         transport: httpx.AsyncBaseTransport | None = None,
+        before: Gateway | None = None,
     ) -> None:
+        """`before` is the gateway this one takes over from: what is configured as it was is shared with it, so
+        that connections, tokens, health and limits learned stay. `cache` and `metrics` are then its own, too."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         self.room = Room(settings.server.max_inflight, metrics)
         self.upstreams = {
             name: Upstream(name, each, kinds[each.type], clock, transport) for name, each in settings.upstreams.items()
         }
-        self._slots = {name: Slots(each.max_concurrency) for name, each in settings.upstreams.items()}
+        self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
+        self.quotas = self._quotas(before)
+        """By caller's name, for those whose key has a limit."""
+        self._slots = {
+            name: Slots(each.max_concurrency, self._pace(name, each)) for name, each in settings.upstreams.items()
+        }
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._batchers: dict[tuple[tuple[int, float, int], ...], Batcher] = {}
+        self._canaries: dict[tuple[tuple[int, float, int], ...], canary.Canary] = {}
+        self._watch: asyncio.Task[None] | None = None
+        self._opens_cache = before is None
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
         self.started = int(clock.time())
         """Since when the models are there, as far as a caller is told: seconds since the epoch."""
+        self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
+        if before is not None:
+            self._take_over(before)
         self._publish()
 
     async def start(self) -> None:
         """Asks the upstreams that list their models; one that is away only lacks them until it is back."""
-        await asyncio.gather(self.refresh(), self.cache.open())
+        await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
+        if self._shared and (self.quotas or any(slots.paced for slots in self._slots.values())):
+            await self._shared.open()
+        self._watch = asyncio.create_task(canary.watch(lambda: list(self._canaries.values()), self._clock))
         self.draining = False
 
-    async def aclose(self) -> None:
-        """Waits for the calls under way, writes the cache out, closes connections."""
-        await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values()))
-        await self.cache.close()
-        await asyncio.gather(*(upstream.aclose() for upstream in self.upstreams.values()))
+    async def aclose(self, successor: Gateway | None = None) -> None:
+        """Waits for the calls under way, writes the cache out, closes connections.
+
+        What a `successor` shares stays as it is; deployments it does not have leave the metrics.
+        """
+        if self._watch is not None:
+            self._watch.cancel()
+        shared = successor._batchers.values() if successor else ()
+        await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values() if batcher not in shared))
+        kept_slots = successor._slots.values() if successor else ()
+        await asyncio.gather(*(slots.aclose() for slots in self._slots.values() if slots not in kept_slots))
+        if successor is None:
+            if self._shared:
+                await self._shared.close()
+            await self.cache.close()
+        else:
+            kept = {(each.upstream, each.model.name) for each in successor._deployments.values()}
+            for each in self._deployments.values():
+                if (each.upstream, each.model.name) not in kept:
+                    self.metrics.forget_deployment(each.upstream, each.model.name)
+        held = successor.upstreams.values() if successor else ()
+        await asyncio.gather(*(upstream.aclose() for upstream in self.upstreams.values() if upstream not in held))
 
     async def find(self, name: str) -> PublicModel:
         """The model of this name. Raises `ModelNotFound`, having asked upstreams that might have got it since."""
@@ -101,13 +140,56 @@ class Gateway:
 
     def status(self) -> dict[str, Any]:
         """Ready or draining, and a line per upstream and cache tier. Asks nobody: probes come often."""
-        upstreams = {
+        upstreams: dict[str, dict[str, Any]] = {
             name: {"status": "down" if upstream.trouble else "up", "models": len(upstream.models)}
             | ({"reason": upstream.trouble} if upstream.trouble else {})
             for name, upstream in self.upstreams.items()
         }
+        for deployment in self._deployments.values():
+            if deployment.health.out is not None:
+                upstreams[deployment.upstream].setdefault("out", {})[deployment.model.name] = deployment.health.out
         state = "draining" if self.draining else "ready"
         return {"status": state, "upstreams": upstreams, "cache": self.cache.status()}
+
+    def _take_over(self, before: Gateway) -> None:
+        """Takes what belongs to upstreams whose settings are the same."""
+        self.started = before.started
+        same = {
+            name
+            for name, each in self.upstreams.items()
+            if name in before.upstreams and before.upstreams[name].settings == each.settings
+        }
+        for name in same:
+            self.upstreams[name], self._slots[name] = before.upstreams[name], before._slots[name]
+        used = {id(each.limits) for public in before.names.values() for each in public.deployments}
+        self._deployments = {
+            key: each for key, each in before._deployments.items() if each.upstream in same and id(each.limits) in used
+        }
+        known = {id(each.limits) for each in self._deployments.values()}
+        for key, batcher in before._batchers.items():
+            if all(limits in known for limits, _, _ in key):
+                self._batchers[key] = batcher
+                if key in before._canaries:
+                    memory = self.cache if self._remembers else None
+                self._canaries[key] = before._canaries[key]
+
+    # --- limits ----------------------------------------------------------------------------------
+
+    def _quotas(self, before: Gateway | None) -> dict[str, Quota]:
+        quotas: dict[str, Quota] = {}
+        for name, key in self.settings.auth.keys.items() if self.settings.auth else ():
+            rates = Rates(key.requests_per_minute, key.tokens_per_minute)
+            known = before.quotas.get(name) if before else None
+            if known is not None and known.rates == rates:
+                quotas[name] = known
+            elif rates:
+                workers = self.settings.server.workers
+                quotas[name] = Quota(name, rates, self._clock, self.metrics, self._shared, workers)
+        return quotas
+
+    def _pace(self, name: str, settings: UpstreamSettings) -> Pace | None:
+        rates = Rates(settings.requests_per_minute, settings.tokens_per_minute)
+        return Pace(name, rates, self._clock, self._shared, self.settings.server.workers) if rates else None
 
     # --- names -----------------------------------------------------------------------------------
 
@@ -168,7 +250,7 @@ class Gateway:
             upstream.target(model), upstream.adapter, upstream.auth, upstream.send, upstream.redact,
             self.metrics, upstream.name,
         )  # fmt: skip
-        chain = build.chain(call, cache=self.cache, limits=limits)
+        chain = build.chain(call, cache=self.cache, limits=limits, model=model)
         available = self.metrics.upstream_available.labels(upstream.name, model.name)
         health = Health(self._clock, available)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
@@ -177,7 +259,7 @@ class Gateway:
 
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
         first = deployments[0]
-        batcher = self._batcher(deployments)
+        batcher = self._batcher(deployments, configured=settings is not None)
         embed = build.pipeline(
             batcher,
             cache=self.cache,
@@ -185,16 +267,23 @@ class Gateway:
             models=[deployment.model for deployment in deployments],
             settings=settings,
         )
-        return PublicModel(name, embed, first.model, first.space, deployments)
+        # Brought to unit length they compare differently from what the upstream gives, whoever else serves that.
+        space = f"{first.space};normalized" if settings and settings.normalize else first.space
+        return PublicModel(name, embed, first.model, space, deployments)
 
-    def _batcher(self, deployments: tuple[Deployment, ...]) -> Batcher:
+    def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
         """One batcher per set of deployments, so that names which lead to the same share calls."""
         key = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
         batcher = self._batchers.get(key)
         if batcher is None:
-            batcher = self._batchers[key] = Batcher(
-                Route(deployments, self.metrics, self._clock), self.metrics, self._clock
-            )
+            route = Route(deployments, self.metrics, self._clock)
+            batcher = self._batchers[key] = Batcher(route, self.metrics, self._clock)
+            # Without another deployment, or a memory that outlives us, there is nothing to compare with.
+            if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
+                memory = self.cache if self._remembers else None
+                self._canaries[key] = canary.Canary(
+                    route.deployments, memory, from_start=configured and len(deployments) > 1
+                )
         return batcher
 
     def _warn_of_spaces(self, name: str, served: list[Deployment]) -> None:

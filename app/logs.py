@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+import os
+import re
+import select
 import sys
+import time
+from collections.abc import Callable
 from typing import Literal
 
 import orjson
@@ -11,25 +17,109 @@ import structlog
 
 Format = Literal["text", "json"]
 
+LONGEST_BACKLOG = 2**20
+"""Bytes of request lines that may wait for a log that is stuck."""
+RETRY = 0.25
+"""Seconds after which a log that was stuck is tried again."""
 
-def request_log(form: Format, level: int = logging.INFO) -> structlog.typing.FilteringBoundLogger:
-    """The logger of request lines. An instance, not structlog's global configuration: gateways do not meet."""
-    renderer: structlog.typing.Processor
-    if form == "json":
-        renderer = structlog.processors.JSONRenderer(serializer=lambda data, **_: orjson.dumps(data).decode())
-    else:
-        renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
-    logger: structlog.typing.FilteringBoundLogger = structlog.wrap_logger(
-        structlog.WriteLogger(sys.stderr),
-        processors=[
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso"),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(level),
-    ).bind()
-    return logger
+_PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
+"""What logfmt takes without quotes."""
+
+
+class RequestLog:
+    """The request lines. They are written together at the end of the event loop's turn, so that a busy gateway
+    writes once for many.
+
+    `write` takes bytes and says how many it has taken. A log that is stuck or broken never holds up a request
+    nor fails one: lines wait, up to `LONGEST_BACKLOG`, and what comes on top is dropped and counted.
+    """
+
+    def __init__(self, form: Format, write: Callable[[bytes], int]) -> None:
+        self._line = _json if form == "json" else _logfmt
+        self._write = write
+        self._waiting: list[bytes] = []
+        self._size = 0
+        self._dropped = 0
+        self._flush_planned = False
+        self._second, self._date = 0, ""
+
+    def line(self, **fields: str | float | None) -> None:
+        """One request's line: names and numbers, never texts or keys. Must be called within the event loop."""
+        if self._size > LONGEST_BACKLOG:
+            self._dropped += 1
+            return
+        if self._dropped:
+            fields["lines_dropped_before"], self._dropped = self._dropped, 0
+        line = self._line({"timestamp": self._now(), "level": "info", "event": "request", **fields})
+        self._waiting.append(line)
+        self._size += len(line)
+        if not self._flush_planned:
+            self._flush_planned = True
+            asyncio.get_running_loop().call_soon(self.flush)
+
+    def flush(self) -> None:
+        """Writes what waits, as far as `write` takes it; the rest soon."""
+        self._flush_planned = False
+        waiting = b"".join(self._waiting)
+        try:
+            taken = self._write(waiting)
+        except OSError:  # a full disk, a reader that is gone
+            taken = 0
+        left = waiting[taken:]
+        self._waiting, self._size = [left] if left else [], len(left)
+        if left:
+            self._flush_planned = True
+            asyncio.get_running_loop().call_later(RETRY, self.flush)
+
+    def _now(self) -> str:
+        """UTC, to the millisecond; the date is put together once a second."""
+        now = time.time()
+        second = int(now)
+        if second != self._second:
+            self._second = second
+            self._date = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second))
+        return f"{self._date}.{int((now - second) * 1000):03}Z"
+
+
+class Output:
+    """Writes to a file descriptor, such as standard error, and never waits for it."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    def __call__(self, data: bytes) -> int:
+        """How much of it was written. Raises `OSError`."""
+        taken = 0
+        while taken < len(data):
+            # A pipe that is ready takes this much without waiting, and in one piece: the lines of several
+            # workers do not run into each other (POSIX, write()).
+            end = data.rfind(b"\n", taken, taken + select.PIPE_BUF) + 1 or taken + select.PIPE_BUF
+            if not self._poll.poll(0):
+                break
+            taken += os.write(self._descriptor, data[taken:end])
+        return taken
+
+
+def request_log(form: Format, level: int = logging.INFO) -> RequestLog:
+    """The request lines on standard error, or nowhere at a `level` above theirs."""
+    return RequestLog(form, Output(sys.stderr.fileno()) if level <= logging.INFO else len)
+
+
+def _json(fields: dict[str, str | float | None]) -> bytes:
+    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+
+
+def _logfmt(fields: dict[str, str | float | None]) -> bytes:
+    parts = []
+    for name, value in fields.items():
+        if isinstance(value, str):
+            text = value if _PLAIN(value) else orjson.dumps(value).decode()
+        else:
+            text = "" if value is None else repr(value)
+        parts.append(f"{name}={text}")
+    return (" ".join(parts) + "\n").encode()
 
 
 def configure(form: Format, level: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import httpx
-import structlog
 
 from app import logs
 from app.api import embeddings, routes
@@ -16,6 +18,8 @@ from app.cache import build
 from app.cache.tiers import Tiers
 from app.clock import Clock, SystemClock
 from app.config import Settings
+from app.config.load import ConfigError
+from app.config.source import Source, applicable
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.types import Store
@@ -24,20 +28,66 @@ from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 
+LOOK = 2.0
+"""Seconds between two looks at the configuration's file. A change is read once it has stayed for one."""
+PATIENCE = 10.0
+"""Seconds on top of a request's own time after which a gateway that was replaced waits for its requests no longer."""
+
+BuildGateway = Callable[[Settings, Gateway | None], Gateway]
+
+
+@dataclass(slots=True, eq=False)
+class _Generation:
+    """One configuration in force: its gateway and the HTTP face over it."""
+
+    settings: Settings
+    gateway: Gateway
+    keys: Keys
+    route: embeddings.Embeddings
+    api: Any
+    """The framework's application."""
+    inside: int = 0
+    """Requests that came in while it was in force and are not answered yet."""
+
 
 class App:
-    """The ASGI application: embeddings answered at once, everything else by the framework behind it."""
+    """The ASGI application: embeddings answered at once, everything else by the framework behind it.
+
+    A new configuration is a new generation, built whole and put in place by one assignment; requests end on the
+    generation they began on. `source` is where to read the configuration again; without it, it never changes.
+    """
 
     def __init__(
-        self, gateway: Gateway, settings: Settings, request_log: structlog.typing.FilteringBoundLogger
+        self,
+        settings: Settings,
+        build_gateway: BuildGateway,
+        request_log: logs.RequestLog,
+        clock: Clock,
+        source: Source | None = None,
     ) -> None:
-        self.gateway = gateway
-        self.on_started: Callable[[], None] | None = None
-        """Called once the gateway has started, in the event loop."""
-        keys = Keys(settings.auth)
-        self._embeddings = embeddings.Embeddings(gateway, keys, settings.server, request_log)
-        self._api = routes.build(gateway, keys, self._embeddings, admin=settings.server.metrics_port is None)
-        self.admin = None if settings.server.metrics_port is None else routes.build_admin(gateway, self._api)
+        self._build_gateway, self._request_log, self._clock, self._source = build_gateway, request_log, clock, source
+        self._now = self._generation(settings, build_gateway(settings, None))
+        first = self._now
+        self.admin = None if settings.server.metrics_port is None else routes.build_admin(first.gateway, first.api)
+        """/metrics and /docs for a port of their own, if the configuration gives them one."""
+        self.draining = False
+        """Every answer is its connection's last, so that clients come back to where they are still welcome."""
+        self._asked = asyncio.Event()
+        self._loaded = source and source.signature()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Lock()
+        self._metrics = first.gateway.metrics
+        self._metrics.config_valid.set(1)
+
+    @property
+    def gateway(self) -> Gateway:
+        """The one in force."""
+        return self._now.gateway
+
+    @property
+    def settings(self) -> Settings:
+        """Those in force."""
+        return self._now.settings
 
     async def __call__(self, scope: embeddings.Scope, receive: embeddings.Receive, send: embeddings.Sender) -> None:
         if scope["type"] == "lifespan":
@@ -45,11 +95,26 @@ class App:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
-        matched, model = embeddings.match(scope["path"])
-        if matched:
-            await self._embeddings(scope, receive, send, model)
-        else:
-            await self._api(scope, receive, _identified(scope, send))
+        if self.draining:
+            send = _last(send)
+        now = self._now
+        now.inside += 1
+        try:
+            matched, model = embeddings.match(scope["path"])
+            if matched:
+                await now.route(scope, receive, send, model)
+            else:
+                await now.api(scope, receive, _identified(scope, send))
+        finally:
+            now.inside -= 1
+
+    def drain(self) -> None:
+        """From now on not ready; requests are answered as ever."""
+        self.draining = self.gateway.draining = True
+
+    def reload(self) -> None:
+        """Has the configuration read again, soon. To be called in the event loop."""
+        self._asked.set()
 
     async def _lifespan(self, receive: embeddings.Receive, send: embeddings.Sender) -> None:
         """ASGI's start and stop messages around the gateway's."""
@@ -63,13 +128,112 @@ class App:
         # What lives from here on lives long: collections need not look at it again (p99, bench/README.md).
         gc.collect()
         gc.freeze()
-        if self.on_started:
-            self.on_started()
+        _warn_of_unserved(self._now)
+        background = [asyncio.create_task(each) for each in (self._reload_when_asked(), self._watch_file())]
         await send({"type": "lifespan.startup.complete"})
         assert (await receive())["type"] == "lifespan.shutdown"
-        self.gateway.draining = True
+        for task in background:
+            task.cancel()
+        await asyncio.gather(*background, return_exceptions=True)
+        self.drain()
+        await asyncio.gather(*self._tasks)
         await self.gateway.aclose()
         await send({"type": "lifespan.shutdown.complete"})
+
+    # --- reload --------------------------------------------------------------------------------------
+
+    def _generation(self, settings: Settings, gateway: Gateway) -> _Generation:
+        keys = Keys(settings.auth)
+        route = embeddings.Embeddings(gateway, keys, settings.server, self._request_log)
+        api = routes.build(gateway, keys, route, admin=settings.server.metrics_port is None)
+        return _Generation(settings, gateway, keys, route, api)
+
+    async def _watch_file(self) -> None:
+        """Asks for a reload when the file has changed and is not being written to any more."""
+        if self._source is None or self._source.file is None:
+            return
+        seen = self._loaded
+        while True:
+            await self._clock.sleep(LOOK)
+            before, seen = seen, self._source.signature()
+            if seen is not None and seen == before and seen != self._loaded:
+                self.reload()
+
+    async def _reload_when_asked(self) -> None:
+        while True:
+            await self._asked.wait()
+            self._asked.clear()
+            if self._source is not None and not self.draining:
+                valid = await self._reload(self._source)
+                self._metrics.config_valid.set(valid)
+                self._metrics.config_reloads.labels("ok" if valid else "failed").inc()
+
+    async def _reload(self, source: Source) -> bool:
+        """Whether the configuration as it stands is now in force. If not, nothing has changed."""
+        self._loaded = source.signature()
+        try:
+            await self._change_to(await asyncio.to_thread(source.load))
+        except ConfigError as error:
+            for mistake in error.mistakes:
+                log.error("configuration not changed: %s", mistake)
+        except Exception:
+            log.exception("configuration not changed")
+        else:
+            return True
+        return False
+
+    async def _change_to(self, wanted: Settings) -> None:
+        settings, stuck = applicable(self.settings, wanted)
+        for name in stuck:
+            log.warning("%s has changed, which takes a restart; the old value stays in force", name)
+        if settings == self.settings:
+            log.info("configuration read again: nothing to change")
+            return
+        before = self._now
+        gateway = self._build_gateway(settings, before.gateway)
+        try:
+            await gateway.start()
+            after = self._generation(settings, gateway)
+        except BaseException:
+            await gateway.aclose(before.gateway)
+            raise
+        gateway.draining = self.draining
+        self._now = after
+        log.info("configuration changed")
+        _warn_of_unserved(after)
+        task = asyncio.create_task(self._retire(before, gateway))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _retire(self, old: _Generation, successor: Gateway) -> None:
+        """Closes a gateway once its requests are answered. One after the other: what a gateway shares with its
+        successor is the successor's to close, and that must not be sooner."""
+        async with self._closing:
+            left = old.settings.server.request_timeout + PATIENCE
+            while old.inside and left > 0:
+                await self._clock.sleep(0.1)
+                left -= 0.1
+            await old.gateway.aclose(successor)
+
+
+def _warn_of_unserved(now: _Generation) -> None:
+    """A key that names a model nobody serves is likely misspelt, and a model that is away may come back."""
+    for name, key in now.settings.auth.keys.items() if now.settings.auth else ():
+        for model in key.models or ():
+            if model not in now.gateway.names:
+                log.warning("auth.keys.%s.models: there is no model %s now", name, model)
+
+
+def _last(send: embeddings.Sender) -> embeddings.Sender:
+    """`send` that makes the response the last one on its connection."""
+
+    async def closing(message: embeddings.Message) -> None:
+        if message["type"] == "http.response.start":
+            others = [header for header in message.get("headers", ()) if header[0] != b"connection"]
+            message["headers"] = [*others, (b"connection", b"close")]
+        await send(message)
+
+    return closing
 
 
 def _identified(scope: embeddings.Scope, send: embeddings.Sender) -> embeddings.Sender:
@@ -91,13 +255,18 @@ def create_app(
     stores: Sequence[Store] | None = None,
     clock: Clock | None = None,
     kinds: Mapping[str, UpstreamKind] = UPSTREAMS,
-    request_log: structlog.typing.FilteringBoundLogger | None = None,
+    request_log: logs.RequestLog | None = None,
+    source: Source | None = None,
 ) -> App:
-    """The application for these settings. `transport`, `stores` and `clock` replace the real ones."""
+    """The application for these settings. `transport`, `stores` and `clock` replace the real ones; from `source`
+    it reads its configuration again, when the file changes or `reload` is called."""
     clock = clock or SystemClock()
     metrics = Metrics()
     if stores is None:
         stores = build.stores(settings.cache, metrics, clock)
     cache = Tiers(stores, metrics, clock)
-    gateway = Gateway(settings, kinds, cache, metrics, clock, transport)
-    return App(gateway, settings, request_log or logs.request_log("text"))
+
+    def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:
+        return Gateway(settings, kinds, cache, metrics, clock, transport, before)
+
+    return App(settings, build_gateway, request_log or logs.request_log("text"), clock, source)

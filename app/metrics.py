@@ -5,7 +5,9 @@ Label values are bounded: names from the configuration or discovery, enumeration
 
 from __future__ import annotations
 
+import math
 import os
+from typing import Literal
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -18,7 +20,7 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
-from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
@@ -28,7 +30,25 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A second series for each counter, saying since when it counts, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-__all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Metrics"]
+__all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Metrics", "forget_process", "share", "unshare"]
+
+_DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_Merge = Literal["livesum", "livemin", "livemax"]
+
+
+def share(directory: str) -> None:
+    """From now on this process's scrapes tell of all processes that it starts."""
+    os.environ[_DIRECTORY] = directory
+
+
+def unshare() -> None:
+    """The end of that."""
+    del os.environ[_DIRECTORY]
+
+
+def forget_process(pid: int) -> None:
+    """A process that has ended: what it counted stays, what it held is gone."""
+    mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
 class Metrics:
@@ -41,8 +61,8 @@ class Metrics:
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(p + name, text, labels, registry=registry)
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(p + name, text, labels, registry=registry, multiprocess_mode="livesum")
+        def gauge(name: str, text: str, *labels: str, merge: _Merge = "livesum") -> Gauge:
+            return Gauge(p + name, text, labels, registry=registry, multiprocess_mode=merge)
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
             return Histogram(p + name, text, labels, registry=registry, buckets=buckets)
@@ -66,24 +86,36 @@ class Metrics:
         )
         self.upstream_retries = counter("upstream_retries_total", "Calls made again.", "upstream", "reason")
         self.upstream_available = gauge(
-            "upstream_available", "1 while the deployment takes traffic.", "upstream", "model"
+            "upstream_available", "1 while the deployment takes traffic.", "upstream", "model", merge="livemax"
         )
         self.cache_operations = counter(
             "cache_operations_total", "Values asked of or given to a tier.", "tier", "operation", "result"
         )
-        self.cache_bytes = gauge("cache_bytes", "Bytes a tier holds.", "tier")
+        self.cache_bytes = gauge("cache_bytes", "Bytes a tier holds, in the largest process.", "tier", merge="livemax")
         self.inflight_requests = gauge("inflight_requests", "Requests inside.")
         self.queued_inputs = gauge("queued_inputs", "Inputs waiting for an upstream slot.", "upstream", "lane")
         self.rejected_requests = counter("rejected_requests_total", "Requests refused at the door.", "reason")
         self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
 
-        if "PROMETHEUS_MULTIPROC_DIR" not in os.environ:
+        self.config_valid = gauge(
+            "config_valid", "1 while the configuration is the one in force, 0 after a bad one.", merge="livemin"
+        )
+        self.config_reloads = counter("config_reloads_total", "Times the configuration was read again.", "result")
+
+        if _DIRECTORY not in os.environ:
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
 
+    def forget_deployment(self, upstream: str, model: str) -> None:
+        """A deployment that is configured no more."""
+        if _DIRECTORY in os.environ:  # where nothing can be removed
+            self.upstream_available.labels(upstream, model).set(math.nan)
+        else:
+            self.upstream_available.remove(upstream, model)
+
     def exposition(self) -> bytes:
         """Prometheus text. With several workers, of all of them."""
-        if "PROMETHEUS_MULTIPROC_DIR" in os.environ:
+        if _DIRECTORY in os.environ:
             merged = CollectorRegistry()
             MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
             return generate_latest(merged)

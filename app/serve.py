@@ -1,51 +1,26 @@
-"""Running the application: listeners, workers, signals. The only module that knows the ASGI server."""
+"""Running the application: listeners, signals, worker processes. The only module that knows the ASGI server."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import logging
-import os
 import signal
 import socket
-import tempfile
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
 
 import uvicorn
-from uvicorn.supervisors import Multiprocess
 
 from app.config import Settings
 from app.main import App
 from app.protocol import Protocol
+from app.workers import Orders, Workers
 
 log = logging.getLogger(__name__)
 
 STOPPING = 10.0
 """Seconds on top of a request's own time for the last of them to finish after the listener has closed."""
-
-
-def drain_on_sigterm(app: App, seconds: float) -> None:
-    """A lame-duck phase, for load balancers hear of a stop later than the process does.
-
-    The first SIGTERM makes the application not ready at once and, `seconds` later, does what it would have
-    done: close the listener and let requests finish. A second one, or Ctrl-C, does not wait. To be called
-    once the server has set its own handlers.
-    """
-    stop = signal.getsignal(signal.SIGTERM)
-    loop = asyncio.get_running_loop()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if not callable(stop):
-            return
-        if app.gateway.draining or not seconds:
-            stop(number, frame)
-            return
-        app.gateway.draining = True
-        log.info("stopping: not ready any more, listening for another %g s", seconds)
-        loop.call_soon_threadsafe(loop.call_later, seconds, stop, number, frame)
-
-    signal.signal(signal.SIGTERM, handle)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -54,17 +29,13 @@ def listen(host: str, port: int) -> socket.socket:
     listener = socket.socket(family, kind)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listener.bind(address)
-    listener.set_inheritable(True)
     return listener
 
 
-def config_of(app: App | str, settings: Settings) -> uvicorn.Config:
-    """The ASGI server as it serves the application (or what its factory, `module:name`, makes)."""
-    server = settings.server
+def config_of(app: Any, settings: Settings, **more: Any) -> uvicorn.Config:
+    """The ASGI server as it serves an application of ours."""
     return uvicorn.Config(
         app,
-        factory=isinstance(app, str),
-        workers=server.workers,
         http=Protocol,
         log_config=None,
         access_log=False,
@@ -72,52 +43,136 @@ def config_of(app: App | str, settings: Settings) -> uvicorn.Config:
         server_header=False,
         date_header=False,
         timeout_keep_alive=75,
-        timeout_graceful_shutdown=int(server.request_timeout + STOPPING),
+        timeout_graceful_shutdown=_patience(settings),
         ws="none",
+        **more,
     )
 
 
-def serve(app: App, settings: Settings, listener: socket.socket) -> None:
-    """One process, until a signal. With `metrics_port`, a second listener for /metrics and /docs."""
-    app.on_started = lambda: drain_on_sigterm(app, settings.server.drain)
-    main = uvicorn.Server(config_of(app, settings))
-    if app.admin is None:
-        main.run(sockets=[listener])
-        return
-    beside_listener = listen(settings.server.host, settings.server.metrics_port or 0)
-    config = uvicorn.Config(
-        app.admin,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-    )
-
-    async def both() -> None:
-        admin = _Quiet(config)
-        beside = asyncio.create_task(admin.serve(sockets=[beside_listener]))
-        await main.serve(sockets=[listener])
-        admin.should_exit = True
-        await beside
-
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(both())
+def _patience(settings: Settings) -> int:
+    return int(settings.server.request_timeout + STOPPING)
 
 
-class _Quiet(uvicorn.Server):
-    """A server that leaves signals to the one beside it."""
+class Server(uvicorn.Server):
+    """The ASGI server, stopping the way load balancers need it, for they hear of a stop later than the process does.
+
+    The first SIGTERM makes the application not ready at once; `drain` seconds later the listener closes and
+    requests finish. A second one does not wait so long, nor does Ctrl-C; Ctrl-C after that drops what is left.
+    SIGHUP reads the configuration again. A worker is told the same by its parent: see `app.workers`.
+    """
+
+    def __init__(self, config: uvicorn.Config, app: App, orders: Orders | None = None) -> None:
+        super().__init__(config)
+        self._app, self._orders = app, orders
+        self.interrupted = False
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, self._terminate)
+        loop.add_signal_handler(signal.SIGINT, self._interrupt)
+        loop.add_signal_handler(signal.SIGHUP, self._app.reload)
+        if self._orders:
+            self._orders.follow(stop=self._begin_stop, reload=self._app.reload)
+        yield
+        # What is left to do takes no time and must not be cut short: the exit code is to say that all went well.
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self._orders:
+            self._orders.report_up()
+
+    def _terminate(self) -> None:
+        if self._app.draining:
+            self._stop()
+        else:
+            self._begin_stop()
+
+    def _begin_stop(self) -> None:
+        if self._app.draining:
+            return
+        seconds = self._app.settings.server.drain
+        self._app.drain()
+        if not self.started or not seconds:
+            self._stop()
+            return
+        log.info("stopping: not ready any more, listening for another %g s", seconds)
+        asyncio.get_running_loop().call_later(seconds, self._stop)
+
+    def _stop(self) -> None:
+        self._app.drain()
+        self.config.timeout_graceful_shutdown = _patience(self._app.settings)
+        self.should_exit = True
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
+        self.force_exit = self.should_exit
+        self._stop()
+
+
+class _Beside(uvicorn.Server):
+    """A server that leaves signals to whoever it runs beside."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
 
-def serve_workers(factory: str, settings: Settings, listener: socket.socket) -> None:
-    """Several processes behind one listener; each builds its own application by calling `factory`.
+@contextlib.asynccontextmanager
+async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None]:
+    """Serves /metrics and /docs on a listener of their own, if there is one, as long as the block runs."""
+    if listener is None:
+        yield
+        return
+    server = _Beside(config_of(app.admin, app.settings, lifespan="off"))
+    server.config.timeout_graceful_shutdown = 1  # a scrape is no work worth waiting for
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await serving
 
-    Their metrics are merged by prometheus_client over files in a directory of this run's own.
+
+def serve(
+    app: App, listener: socket.socket, *, admin: socket.socket | None = None, orders: Orders | None = None
+) -> None:
+    """One process, until a signal or an order. `admin` is the listener for /metrics and /docs, if they have one.
+
+    Raises `KeyboardInterrupt` when it was Ctrl-C that stopped it.
     """
-    with tempfile.TemporaryDirectory(prefix="embedding-gateway-") as directory:
-        os.environ["PROMETHEUS_MULTIPROC_DIR"] = directory
-        config = config_of(factory, settings)
-        Multiprocess(config, sockets=[listener]).run()
+    config = config_of(app, app.settings)
+    server = Server(config, app, orders)
+
+    async def both() -> None:
+        async with _admin(app, admin):
+            await server.serve(sockets=[listener])
+
+    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
+        runner.run(both())
+    if server.interrupted:
+        raise KeyboardInterrupt
+
+
+def serve_workers(
+    app: App, command: Callable[[int], list[str]], listener: socket.socket, *, admin: socket.socket | None = None
+) -> int:
+    """Several processes behind one listener, which they inherit. `command` starts one, given its orders' descriptor.
+
+    `app` is not served here, only its /metrics, which tell of all workers. Returns the exit code.
+    """
+    workers = Workers(command, app.settings.server.workers, listener)
+
+    async def both() -> int:
+        loop = asyncio.get_running_loop()
+        loop.add_signal_handler(signal.SIGTERM, workers.stop, signal.SIGTERM)
+        loop.add_signal_handler(signal.SIGINT, workers.stop, signal.SIGINT)
+        loop.add_signal_handler(signal.SIGHUP, workers.reload)
+        async with _admin(app, admin):
+            return await workers.run()
+
+    with asyncio.Runner(loop_factory=config_of(app, app.settings).get_loop_factory()) as runner:
+        return runner.run(both())

@@ -16,6 +16,7 @@ from app.errors import GatewayError
 
 OutputType: TypeAlias = Literal["dense", "sparse", "dense&sparse"]
 Lane: TypeAlias = Literal["query", "bulk"]
+OnLongInput: TypeAlias = Literal["error", "truncate", "split"]
 
 Input: TypeAlias = str
 """One thing to embed. Token ids are decoded to text at the door, so that equal texts are equal inputs."""
@@ -41,11 +42,13 @@ class Params:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who asks, as far as the pipeline may know: a name for metrics and logs, and a lane."""
+    """Who asks, as far as the pipeline may know: a name for metrics and logs, a lane, a part of the cache."""
 
     name: str = "anonymous"
     lane: Lane | None = None
     """None lets the size of the request decide."""
+    namespace: str = ""
+    """Keeps this caller's cached and awaited embeddings apart from those of all with another one."""
 
 
 @dataclass(slots=True)
@@ -59,12 +62,19 @@ class EmbedRequest:
     deadline: float
     """On the event loop's clock, seconds."""
     caller: Caller = field(default_factory=Caller)
+    numbers: bool = False
+    """Whether the caller wants numbers and not base64: it is worth keeping their text."""
     read_cache: bool = True
     write_cache: bool = True
     keys: Sequence[bytes] = ()
     """Cache keys, one per input, once the cache stage has derived them."""
     positions: Sequence[int] | None = None
-    """Where each input stood in the caller's request, once a stage has left some out."""
+    """Where each input stood in the caller's request, once a stage has left some out or cut some in pieces."""
+    on_long_input: OnLongInput | None = None
+    """What the caller wants done with an input longer than the model takes; None leaves it to the model."""
+    spares_long: bool = False
+    """Whether an input that turns out too long is left for the stage that asked (`EmbedResult.too_long`), and
+    not an error of the whole request."""
 
 
 @dataclass(slots=True)
@@ -77,6 +87,8 @@ class Embedding:
 
     vector: bytes
     tokens: int
+    text: bytes | None = field(default=None, compare=False, repr=False)
+    """The numbers as a JSON array, where the memory cache keeps it too."""
 
 
 @dataclass(slots=True)
@@ -89,6 +101,19 @@ class EmbedResult:
     """Upstream calls this request took part in, retries included."""
     deployments: tuple[str, ...] = ()
     """`upstream/model` of those that served it, in order of first use."""
+    too_long: dict[int, GatewayError] = field(default_factory=dict)
+    """Inputs, by place, that the upstream found too long, where the request spares them; their embeddings are
+    `NOTHING`."""
+    truncated: int = 0
+    """Inputs of which only the beginning was embedded."""
+    split: int = 0
+    """Inputs that were embedded in pieces."""
+    free_tokens: int = 0
+    """Tokens that cost nothing, within inputs of which other pieces did cost."""
+
+
+NOTHING = Embedding(b"", 0)
+"""Stands where an input has no embedding (yet)."""
 
 
 class Embedder(Protocol):

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import orjson
 import pybase64
+from numpy.typing import NDArray
 
 
 def from_numbers(numbers: Sequence[float]) -> bytes:
@@ -38,7 +39,9 @@ def from_base64(text: str) -> bytes:
 
 
 def parse(value: object) -> bytes:
-    """Either form an upstream may answer in. Raises `TypeError` or `ValueError`."""
+    """Either form an upstream may answer in, or a vector already. Raises `TypeError` or `ValueError`."""
+    if isinstance(value, bytes):
+        return value
     if isinstance(value, str):
         return from_base64(value)
     return from_numbers(value)  # type: ignore[arg-type]  # from_numbers refuses what is no list
@@ -72,14 +75,51 @@ def fault(vector: bytes) -> str | None:
     return None
 
 
+def faultless(rows: Sequence[bytes]) -> bool:
+    """Whether one look at vectors of one length finds no `fault` in any. If not, each may still be without one."""
+    numbers = np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), -1 if rows[0] else 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        squares = np.vecdot(numbers, numbers)
+    return bool(((squares > 0) & (squares < np.inf)).all())
+
+
 def dimensions(vector: bytes) -> int:
     """How many numbers the vector has."""
     return len(vector) // 4
 
 
+def cosine(one: bytes, other: bytes) -> float:
+    """Of the angle between two vectors; 0 for vectors of different lengths, which are in no angle."""
+    if len(one) != len(other):
+        return 0.0
+    a, b = (np.frombuffer(vector, "<f4").astype(np.float64) for vector in (one, other))
+    return float(a @ b / (np.linalg.norm(a) * np.linalg.norm(b)))
+
+
+def shorten(vector: bytes, dimensions: int) -> bytes:
+    """The vector's first numbers, at unit length; one that has no more stays as it is. Raises `ValueError` where
+    they are too few, or all zero."""
+    if len(vector) < 4 * dimensions:
+        raise ValueError(f"has {len(vector) // 4} dimensions, not {dimensions} or more")
+    if len(vector) == 4 * dimensions:
+        return vector
+    return normalise(vector[: 4 * dimensions])
+
+
+def mean(parts: Sequence[bytes], weights: Sequence[int]) -> bytes:
+    """The direction of several vectors' weighted mean, at unit length. Raises `ValueError` where there is none."""
+    total = np.zeros(len(parts[0]) // 4)
+    for vector, weight in zip(parts, weights, strict=True):  # one after the other: the same sum on every machine
+        total += weight * np.frombuffer(vector, "<f4").astype(np.float64)
+    return _unit(total)
+
+
 def normalise(vector: bytes) -> bytes:
     """The vector at unit length. Raises `ValueError` for a zero vector."""
-    numbers = np.frombuffer(vector, "<f4").astype(np.float64)
+    return _unit(np.frombuffer(vector, "<f4").astype(np.float64))
+
+
+def _unit(numbers: NDArray[np.float64]) -> bytes:
     length = float(np.linalg.norm(numbers))
     if not length:
         raise ValueError("a zero vector has no direction")

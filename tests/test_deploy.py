@@ -48,6 +48,8 @@ def known_metrics() -> dict[str, set[str]]:
         "queued_inputs": {"upstream", "lane"},
         "rejected_requests_total": {"reason"},
         "cost_total": {"model", "upstream", "currency"},
+        "config_valid": set[str](),
+        "config_reloads_total": {"result"},
     }
     histograms = {
         "request_duration_seconds": {"model"},

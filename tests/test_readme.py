@@ -22,7 +22,7 @@ from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
 from app import errors
-from app.catalog import ANY, CATALOG, Model
+from app.catalog import ANY, CATALOG, FAMILIES, Model
 from app.config import Settings
 from app.config.settings import UpstreamSettings
 from app.errors import GatewayError
@@ -73,28 +73,61 @@ def model_table() -> str:
     return "\n".join([*lines, "", f"Sources: {told}.", ""])
 
 
+def family_table() -> str:
+    """The open models as Markdown."""
+    lines = [
+        "| model | dimensions | tokens per input | before a query | before a document | source |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for _, model in FAMILIES:
+        told = [f"`{each}`" if each else "–" for each in (model.prefixes or ("", ""))]
+        facts = (
+            _dimensions(model),
+            _facts(model)[2],
+            *(each.replace("\n", "⏎").replace("|", r"\|") for each in told),
+            model.source,
+        )
+        lines.append(f"| `{model.name}` | {' | '.join(facts)} |")
+    tasks = {model.instruction for _, model in FAMILIES if model.instruction}
+    return "\n".join([*lines, "", f"`{{instruct}}` is the caller's `instruct`, or `{'`, `'.join(tasks)}`.", ""])
+
+
+def test_the_table_of_open_models_is_the_catalogue() -> None:
+    found = re.search(r"(?s)<!-- families -->\n(.*?)<!-- /families -->", TEXT)
+    assert found, "README.md has lost its markers <!-- families --> and <!-- /families -->"
+    expected = family_table()
+    assert found[1] == expected, f"put this between the markers:\n\n{expected}"
+
+
 def _facts(model: Model) -> tuple[str, ...]:
     return (
         _dimensions(model),
         f"{model.max_batch:,}",
         f"{model.max_tokens_per_input:,}" if model.max_tokens_per_input else "–",
-        ", ".join(model.roles) or "–",
+        ", ".join(model.roles) + (", within the text" if model.prefixes else "") or "–",
         ", ".join(_more(model)) or "–",
     )
 
 
 def _dimensions(model: Model) -> str:
-    usual = f"**{model.dimensions}**"
-    if model.dimension_choices is None:
+    usual = f"**{model.dimensions}**" if model.dimensions else "by size"
+    choices = model.dimension_choices if model.cuts is None else model.cuts
+    if choices is None:
         return usual
-    if model.dimension_choices == ANY:
+    if choices == ANY:
         return f"{usual} or fewer"
-    return ", ".join(usual if each == model.dimensions else str(each) for each in model.dimension_choices)
+    return ", ".join(usual if each == model.dimensions else str(each) for each in choices)
 
 
 def _more(model: Model) -> Iterator[str]:
     if model.instruct:
         yield "takes instructions"
+    if model.nested:
+        yield "full vectors in the cache serve shorter ones"
+    if model.cuts_silently:
+        yield "may cut long inputs itself"
+    if model.counted_by == "han+words":
+        yield "tokens are Han characters + 1.3 × words"
     if model.max_characters_per_input:
         yield f"{model.max_characters_per_input:,} characters per input"
     if model.max_tokens_per_batch:

@@ -40,7 +40,7 @@ class Keys:
             secret = key.key.get_secret_value() if key.key else None
             digest = _digest(secret.encode()) if secret else bytes.fromhex(key.sha256 or "")
             models = frozenset(key.models) if key.models is not None else None
-            self._tenants[digest] = Tenant(Caller(name, key.lane), models)
+            self._tenants[digest] = Tenant(Caller(name, key.lane, namespace=name if key.cache == "own" else ""), models)
 
     def tenant(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
         """Raises `InvalidApiKey`. `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty is none."""

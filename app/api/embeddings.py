@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
+import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-import structlog
-
+from app import tokens
 from app.api import render
 from app.api.auth import ANONYMOUS, Keys, Tenant
+from app.api.guard import ClientGone, Guard
 from app.api.schema import EmbeddingsBody, parse_body
 from app.config import ServerSettings
 from app.errors import (
@@ -26,11 +29,14 @@ from app.errors import (
     InvalidRequest,
     MethodNotAllowed,
     Overloaded,
+    RateLimited,
     SlowBody,
     UnsupportedEncoding,
     UpstreamTimeout,
 )
 from app.gateway import Gateway, PublicModel
+from app.logs import RequestLog
+from app.pipeline.quota import Quota
 from app.types import EmbedRequest, EmbedResult, Source
 
 Scope = MutableMapping[str, Any]
@@ -47,6 +53,11 @@ LINGER = 5.0
 
 _JSON = (b"content-type", b"application/json")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_SPARED = {Source.UPSTREAM: "", Source.CACHE: "cached", Source.INFLIGHT: "deduplicated"}
+"""What tokens are called that a source spared."""
+_remembered = lru_cache(maxsize=4096)
+
+log = logging.getLogger(__name__)
 
 
 def match(path: str) -> tuple[bool, str | None]:
@@ -65,17 +76,19 @@ def request_id(scope: Scope) -> bytes:
     return b"req_" + os.urandom(12).hex().encode()
 
 
-class ClientGone(Exception):
-    """The caller hung up; there is nobody to answer."""
-
-
 @dataclass(slots=True)
 class _Exchange:
     """What is known of one exchange, for its metrics and its log line."""
 
     id: bytes
     started: float
+    """On the event loop's clock, which deadlines are on and which may tell milliseconds only."""
+    began: float
+    """On `time.perf_counter`, for durations."""
     tenant: Tenant = ANONYMOUS
+    quota: Quota | None = None
+    counted: bool = True
+    """Whether the quota needs to hear no more of this request."""
     public: PublicModel | None = None
     result: EmbedResult | None = None
     inputs: int = 0
@@ -86,14 +99,17 @@ class _Exchange:
 class Embeddings:
     """The embeddings route over a gateway."""
 
-    def __init__(
-        self, gateway: Gateway, keys: Keys, server: ServerSettings, log: structlog.typing.FilteringBoundLogger
-    ) -> None:
-        self._gateway, self._keys, self._server, self._log = gateway, keys, server, log
-        self._metrics = gateway.metrics
+    def __init__(self, gateway: Gateway, keys: Keys, server: ServerSettings, request_log: RequestLog) -> None:
+        self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
+        self._metrics = metrics = gateway.metrics
+        # Label values bound to their series once: it costs more than counting.
+        self._requests = _remembered(metrics.requests.labels)
+        self._durations = _remembered(metrics.request_duration.labels)
+        self._inputs = _remembered(metrics.inputs.labels)
+        self._tokens = _remembered(metrics.tokens.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
-        exchange = _Exchange(request_id(scope), asyncio.get_running_loop().time())
+        exchange = _Exchange(request_id(scope), asyncio.get_running_loop().time(), time.perf_counter())
         status, error = 200, None
         try:
             status, headers, body = await self._answer(exchange, scope, receive, path_model)
@@ -103,7 +119,7 @@ class Embeddings:
         except GatewayError as failure:
             status, error = failure.status, failure
         except Exception:
-            self._log.exception("request failed", request_id=exchange.id.decode())
+            log.exception("request %s failed", exchange.id.decode())
             error = GatewayError("internal error")
             status = error.status
         if error is not None:
@@ -113,6 +129,10 @@ class Embeddings:
             if exchange.reading:
                 # The rest of the body will not be read, so the connection cannot carry another request.
                 headers.append((b"connection", b"close"))
+        if exchange.quota is not None:
+            if not exchange.counted:
+                exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
+            headers += render.limit_headers(exchange.quota.standings())
         self._record(exchange, status, error)
         await self._send(exchange, receive, send, status, headers, body)
 
@@ -123,15 +143,20 @@ class Embeddings:
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
         exchange.tenant = self._keys.tenant(scope["headers"])
+        exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
+        if exchange.quota is not None:
+            # Before it takes room: who floods takes none from others.
+            exchange.quota.check()
+            exchange.counted = False
         deadline = exchange.started + self._server.request_timeout
         try:
-            async with asyncio.timeout_at(deadline):
-                with self._gateway.room:
-                    raw = await self._read(scope, receive)
-                    exchange.reading = False
-                    body = parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
-                    result, public = await self._embed(exchange, body, deadline, scope, receive)
-                    rendered = await render.embeddings(result, body.model, body.encoding)
+            with Guard(deadline) as guard, self._gateway.room:
+                raw = await self._read(scope, receive)
+                exchange.reading = False
+                guard.watch(receive)
+                body = parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
+                result, public = await self._embed(exchange, body, deadline, scope)
+                rendered = await render.embeddings(result, body.model, body.encoding)
         except TimeoutError:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
@@ -161,7 +186,7 @@ class Embeddings:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     async def _embed(
-        self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope, receive: Receive
+        self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope
     ) -> tuple[EmbedResult, PublicModel]:
         exchange.inputs = len(body.inputs)
         public = await self._gateway.find(body.model)
@@ -174,11 +199,15 @@ class Embeddings:
             params=body.params,
             deadline=deadline,
             caller=exchange.tenant.caller,
+            numbers=body.encoding == "float",
             read_cache=read_cache,
             write_cache=write_cache,
+            on_long_input=body.on_long_input,
         )
-        with _HangUp(receive):
+        if exchange.quota is None:
             exchange.result = await public.embed(request)
+        else:
+            exchange.result = await _within(exchange.quota, exchange, public, request)
         return exchange.result, public
 
     async def _send(
@@ -190,7 +219,7 @@ class Embeddings:
         headers: list[render.Header],
         body: bytes,
     ) -> None:
-        elapsed = asyncio.get_running_loop().time() - exchange.started
+        elapsed = time.perf_counter() - exchange.began
         headers += (
             _JSON,
             (b"content-length", b"%d" % len(body)),
@@ -208,22 +237,17 @@ class Embeddings:
         """Counts the exchange and writes its one log line: names and numbers, never texts or keys."""
         metrics = self._metrics
         model = exchange.public.name if exchange.public else "other"
-        elapsed = asyncio.get_running_loop().time() - exchange.started
-        metrics.requests.labels(model, str(status), exchange.tenant.caller.name).inc()
-        metrics.request_duration.labels(model).observe(elapsed)
+        elapsed = time.perf_counter() - exchange.began
+        self._requests(model, status, exchange.tenant.caller.name).inc()
+        self._durations(model).observe(elapsed)
         result = exchange.result
         if result is not None:
-            for source in Source:
-                count = result.sources.count(source)
-                if count:
-                    metrics.inputs.labels(model, source).inc(count)
-            _count_spared(self._metrics, model, result)
+            self._count_inputs(model, result)
         if isinstance(error, InvalidRequest | Overloaded) and result is None:
             metrics.rejected_requests.labels(error.code).inc()
         if status == 499:
             metrics.rejected_requests.labels("client_gone").inc()
-        self._log.info(
-            "request",
+        self._request_log.line(
             request_id=exchange.id.decode(),
             client=exchange.tenant.caller.name,
             model=model,
@@ -235,16 +259,32 @@ class Embeddings:
             ms=round(elapsed * 1000, 1),
         )
 
+    def _count_inputs(self, model: str, result: EmbedResult) -> None:
+        """Where they came from, and the tokens nobody was billed for: of inputs found in the cache, or asked once
+        for several."""
+        for source, spared in _SPARED.items():
+            count = result.sources.count(source)
+            if count:
+                self._inputs(model, source).inc(count)
+            if count and spared:
+                pairs = zip(result.embeddings, result.sources, strict=True)
+                self._tokens(model, "", spared).inc(sum(each.tokens for each, its in pairs if its is source))
+        if result.free_tokens:
+            self._tokens(model, "", "cached").inc(result.free_tokens)
 
-def _count_spared(metrics: Any, model: str, result: EmbedResult) -> None:
-    """Tokens nobody was billed for: found in the cache, or asked once for several inputs."""
-    spared = {Source.CACHE: 0, Source.INFLIGHT: 0}
-    for embedding, source in zip(result.embeddings, result.sources, strict=True):
-        if source is not Source.UPSTREAM:
-            spared[source] += embedding.tokens
-    for source, name in ((Source.CACHE, "cached"), (Source.INFLIGHT, "deduplicated")):
-        if spared[source]:
-            metrics.tokens.labels(model, "", name).inc(spared[source])
+
+async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
+    """Embeds what the quota has room for. It is asked for an estimate, and told in the end what it was."""
+    estimated = sum(map(tokens.estimate, request.inputs))
+    try:
+        await quota.take(estimated)
+    except RateLimited:
+        exchange.counted = True
+        raise
+    exchange.counted = True
+    result = await public.embed(request)
+    quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
+    return result
 
 
 def _too_large(limit: int) -> BodyTooLarge:
@@ -269,42 +309,3 @@ async def _linger(receive: Receive, limit: int) -> None:
                 if message["type"] == "http.disconnect" or not message.get("more_body"):
                     return
                 limit -= len(message["body"])
-
-
-class _HangUp:
-    """While the block runs, cancels it when the caller hangs up, which then raises `ClientGone`.
-
-    Watching begins on the next turn of the event loop: an answer from memory never pays for it.
-    """
-
-    __slots__ = ("_gone", "_handle", "_receive", "_task", "_watcher")
-
-    def __init__(self, receive: Receive) -> None:
-        self._receive = receive
-        self._gone = False
-        self._watcher: asyncio.Task[None] | None = None
-
-    def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._handle = asyncio.get_running_loop().call_soon(self._start)
-
-    def _start(self) -> None:
-        self._watcher = asyncio.get_running_loop().create_task(self._watch())
-
-    async def _watch(self) -> None:
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
-        self._gone = True
-        self._task.cancel()
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._handle.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
-        if self._gone:
-            # Whether the block had just finished or not, the cancellation was ours and ends here.
-            self._task.uncancel()
-            if kind is None or issubclass(kind, asyncio.CancelledError):
-                raise ClientGone

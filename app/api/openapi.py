@@ -40,6 +40,11 @@ REQUEST: dict[str, Any] = {
         },
         "output_type": {"type": ["string", "null"], "enum": ["dense", "sparse", "dense&sparse", None]},
         "instruct": {"type": ["string", "null"]},
+        "on_long_input": {
+            "type": ["string", "null"],
+            "enum": ["error", "truncate", "split", None],
+            "description": "a text longer than the model takes: refuse it, cut it, or take the mean of its pieces",
+        },
     },
 }
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Sequence
 from urllib.parse import quote
 
 import orjson
 
 from app import vectors
 from app.errors import GatewayError, Overloaded, RateLimited
+from app.pipeline.quota import Standing
 from app.types import EmbedResult, Source
 
 Header = tuple[bytes, bytes]
@@ -30,7 +32,7 @@ async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
         if encoding == "base64":
             parts += (b'"', vectors.to_base64(embedding.vector), b'"}')
         else:
-            parts += (vectors.to_json(embedding.vector), b"}")
+            parts += (embedding.text or vectors.to_json(embedding.vector), b"}")
     total = sum(embedding.tokens for embedding in result.embeddings)
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
@@ -41,7 +43,7 @@ async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
 
 def free_tokens(result: EmbedResult) -> int:
     """The part of the bill that cost nothing: cached, or asked once for several."""
-    return sum(
+    return result.free_tokens + sum(
         embedding.tokens
         for embedding, source in zip(result.embeddings, result.sources, strict=True)
         if source is not Source.UPSTREAM
@@ -59,6 +61,9 @@ def result_headers(result: EmbedResult, space: str) -> list[Header]:
         (b"x-embedding-upstream-calls", b"%d" % result.calls),
         (b"x-embedding-space", _field(f"{space};{length}")),
     ]
+    for name, count in ((b"truncated", result.truncated), (b"split", result.split)):
+        if count:
+            headers.append((b"x-embedding-%b-inputs" % name, b"%d" % count))
     if result.deployments:
         headers.append((b"x-embedding-upstream", _field(", ".join(result.deployments))))
     return headers
@@ -67,6 +72,29 @@ def result_headers(result: EmbedResult, space: str) -> list[Header]:
 def _field(text: str) -> bytes:
     """A header's value. Upstreams name models as they like, line ends and all."""
     return text.encode() if text.isprintable() else quote(text, safe=" /:;,@").encode()
+
+
+def limit_headers(standings: Sequence[Standing]) -> list[Header]:
+    """`x-ratelimit-*` as OpenAI has them (developers.openai.com/api/docs/guides/rate-limits#rate-limits-in-headers)."""
+    headers: list[Header] = []
+    for each in standings:
+        kind = each.kind.encode()
+        headers += (
+            (b"x-ratelimit-limit-" + kind, b"%d" % each.limit),
+            (b"x-ratelimit-remaining-" + kind, b"%d" % each.remaining),
+            (b"x-ratelimit-reset-" + kind, duration(each.reset)),
+        )
+    return headers
+
+
+def duration(seconds: float) -> bytes:
+    """As Go writes one, which is OpenAI's form: `12ms`, `1s`, `8.64s`, `6m0s`; up to a millisecond too long."""
+    milliseconds = math.ceil(seconds * 1000)
+    if 0 < milliseconds < 1000:
+        return b"%dms" % milliseconds
+    minutes, rest = divmod(milliseconds, 60_000)
+    told = b"%g" % (rest / 1000) + b"s"
+    return b"%dm" % minutes + told if minutes else told
 
 
 def error_body(error: GatewayError) -> bytes:

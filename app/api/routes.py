@@ -132,11 +132,17 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "owned_by": public.deployments[0].upstream,
         "dimensions": model.dimensions,
         "dimension_choices": model.dimension_choices,
+        "shortened_here": model.cuts,
         "max_input_tokens": model.max_tokens_per_input,
+        "max_input_characters": model.max_characters_per_input,
+        "max_batch_tokens": public.deployments[0].limits.max_tokens_per_batch,
         "max_batch": min(deployment.limits.max_batch for deployment in public.deployments),
         "input_types": model.roles,
+        "prefixes": dict(zip(model.roles, model.prefixes, strict=True)) if model.prefixes else None,
+        "instruct": model.instruct,
         "upstreams": [deployment.name for deployment in public.deployments],
         "vector_space": public.space,
+        "source": model.source or None,
     }
 
 

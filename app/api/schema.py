@@ -16,7 +16,7 @@ import orjson
 from app import tokens
 from app.catalog import Role
 from app.errors import InvalidJson, InvalidRequest
-from app.types import Input, OutputType, Params
+from app.types import Input, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
 """Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
@@ -26,6 +26,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "input_type": ("query", "document"),
     "text_type": ("query", "document"),
     "output_type": ("dense", "sparse", "dense&sparse"),
+    "on_long_input": ("error", "truncate", "split"),
 }
 
 
@@ -37,6 +38,7 @@ class EmbeddingsBody:
     inputs: Sequence[Input]
     params: Params
     encoding: Literal["float", "base64"]
+    on_long_input: OnLongInput | None = None
 
 
 def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) -> EmbeddingsBody:
@@ -50,7 +52,8 @@ def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) ->
     user = body.get("user")
     if user is not None and not isinstance(user, str):
         raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
-    return EmbeddingsBody(model, inputs, _params(body), cast("Literal['float', 'base64']", encoding))
+    on_long_input = cast("OnLongInput | None", _choice(body, "on_long_input"))
+    return EmbeddingsBody(model, inputs, _params(body), cast("Literal['float', 'base64']", encoding), on_long_input)
 
 
 def _object(raw: bytes) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""From the configuration to the tiers it asks for, in the order they are asked."""
+"""From the configuration to the tiers it asks for, in the order they are asked, and to what else Redis is for."""
 
 from __future__ import annotations
 
 from app.cache.disk import DiskStore
 from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
+from app.cache.shared_limits import SharedLimits
 from app.clock import Clock
-from app.config import CacheSettings
+from app.config import CacheSettings, Settings
 from app.metrics import Metrics
 from app.types import Store
 
@@ -21,3 +22,11 @@ def stores(settings: CacheSettings, metrics: Metrics, clock: Clock) -> list[Stor
     if redis := settings.redis:
         built.append(RedisStore(redis.url, redis.timeout, settings.ttl, clock, metrics))
     return built
+
+
+def shared_limits(settings: Settings, metrics: Metrics, clock: Clock) -> SharedLimits | None:
+    """Limits kept with the other replicas, where there is a Redis to keep them in."""
+    redis = settings.cache.redis
+    if redis is None:
+        return None
+    return SharedLimits(redis.url, redis.timeout, clock, metrics, workers=settings.server.workers)

@@ -14,7 +14,20 @@ from app.types import Input, Params
 KEY_SIZE = 32
 """Bytes in a key (SHA-256, never shortened)."""
 
-NOT_IN_KEY = frozenset({"model", "deadline", "caller", "read_cache", "write_cache", "keys", "positions"})
+NOT_IN_KEY = frozenset(
+    {
+        "model",
+        "deadline",
+        "caller",
+        "read_cache",
+        "write_cache",
+        "keys",
+        "positions",
+        "numbers",
+        "on_long_input",
+        "spares_long",
+    }
+)
 """Fields of `EmbedRequest` that alter no vector. `model` is the public name: the vector space stands for it.
 A test compares this with the class, so that a new field cannot be forgotten."""
 

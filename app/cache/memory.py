@@ -1,6 +1,7 @@
 """The tier inside the process: the embeddings themselves, least recently used out first, bounded in bytes.
 
-Knows no wire format and never waits.
+Of embeddings that are asked for as numbers again and again it keeps the numbers' text too, which is most of what
+answering costs. Never waits.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from app import vectors
 from app.cache.counts import Counts
 from app.clock import Clock
 from app.metrics import Metrics
@@ -16,6 +18,23 @@ from app.types import Embedding
 OVERHEAD = 448
 """Bytes an entry takes besides its vector: key, `Embedding`, expiry, node and slot of the ordered dict. 363 asked
 of the allocator on CPython 3.11 on average; the rest is for its rounding and the dict's growth."""
+TEXTS_AT_ONCE = 64
+"""Texts made in one look-up, at most: others wait for their turn on the event loop."""
+
+
+class _Entry:
+    __slots__ = ("asked", "embedding", "expires")
+
+    def __init__(self, embedding: Embedding, expires: float) -> None:
+        self.embedding = embedding
+        self.expires = expires
+        self.asked = False
+        """Whether its numbers were asked for since it is here."""
+
+    @property
+    def size(self) -> int:
+        embedding = self.embedding
+        return len(embedding.vector) + len(embedding.text or b"") + OVERHEAD
 
 
 class MemoryStore:
@@ -29,8 +48,9 @@ class MemoryStore:
         self._ttl = ttl
         self._now = clock.monotonic
         self._counts = Counts(metrics, self.name)
-        self._entries: OrderedDict[bytes, tuple[Embedding, float]] = OrderedDict()
+        self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._size = 0
+        self._texts = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -40,19 +60,22 @@ class MemoryStore:
         """Bytes held, overhead included."""
         return self._size
 
-    def lookup(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        """As `get`, without waiting."""
+    def lookup(self, keys: Sequence[bytes], *, numbers: bool = False) -> list[Embedding | None]:
+        """As `get`, without waiting. `numbers`: the caller wants numbers, not base64."""
         entries = self._entries
         find, touch = entries.get, entries.move_to_end
         now = self._now()
         found: list[Embedding | None] = []
         add = found.append
         misses = 0
+        textless: list[_Entry] = []
         for key in keys:
             entry = find(key)
-            if entry is not None and entry[1] > now:
+            if entry is not None and entry.expires > now:
                 touch(key)
-                add(entry[0])
+                add(entry.embedding)
+                if numbers and entry.embedding.text is None:
+                    textless.append(entry)
             else:
                 if entry is not None:
                     self._drop(key)
@@ -63,7 +86,24 @@ class MemoryStore:
             self._counts.bytes.set(self._size)
         if misses < len(found):
             self._counts.hit.inc(len(found) - misses)
+        if textless:
+            self._keep_texts(textless)
         return found
+
+    def _keep_texts(self, entries: Iterable[_Entry]) -> None:
+        """Makes the texts of entries whose numbers are asked for the second time. They may take half the room:
+        each is three times its vector, and vectors save more."""
+        made = 0
+        for entry in entries:
+            if not entry.asked:
+                entry.asked = True
+            elif entry.embedding.text is None and made < TEXTS_AT_ONCE and self._texts < self._max_size // 2:
+                text = entry.embedding.text = vectors.to_json(entry.embedding.vector)
+                self._texts += len(text)
+                self._size += len(text)
+                made += 1
+        self._shrink()
+        self._counts.bytes.set(self._size)
 
     def insert(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
         """As `put`, without waiting. What alone is larger than the whole store is not kept."""
@@ -72,24 +112,29 @@ class MemoryStore:
         for key, embedding in entries:
             if key in self._entries:
                 self._drop(key)
-            cost = len(embedding.vector) + OVERHEAD
-            if cost > self._max_size:
+            entry = _Entry(embedding, expires)
+            if entry.size > self._max_size:
                 dropped += 1
                 continue
-            self._entries[key] = (embedding, expires)
-            self._size += cost
+            self._entries[key] = entry
+            self._size += entry.size
+            self._texts += len(embedding.text or b"")
             kept += 1
-            while self._size > self._max_size:
-                self._drop(next(iter(self._entries)))
+            self._shrink()
         if kept:
             self._counts.ok.inc(kept)
         if dropped:
             self._counts.set_dropped.inc(dropped)
         self._counts.bytes.set(self._size)
 
+    def _shrink(self) -> None:
+        while self._size > self._max_size:
+            self._drop(next(iter(self._entries)))
+
     def _drop(self, key: bytes) -> None:
-        embedding, _ = self._entries.pop(key)
-        self._size -= len(embedding.vector) + OVERHEAD
+        entry = self._entries.pop(key)
+        self._size -= entry.size
+        self._texts -= len(entry.embedding.text or b"")
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         return self.lookup(keys)
@@ -99,5 +144,5 @@ class MemoryStore:
 
     async def close(self) -> None:
         self._entries.clear()
-        self._size = 0
+        self._size = self._texts = 0
         self._counts.bytes.set(0)

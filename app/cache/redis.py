@@ -1,4 +1,4 @@
-"""The tier all replicas share. The only import of redis.
+"""The tier all replicas share; with `shared_limits`, which borrows its connections, the only import of redis.
 
 One MGET per look-up, one pipeline of SETs per write, both within a time limit whatever the server does; one that does
 not answer costs a few look-ups and is then left alone for a while. What is read is verified, never trusted.
@@ -50,7 +50,7 @@ _WRITE_TIMEOUT = 1.0
 """Seconds one pipeline may take where `timeout` is shorter: nobody waits for a write."""
 
 
-def _connections(url: SecretStr | str, limit: int) -> Connections:
+def connections(url: SecretStr | str, limit: int) -> Connections:
     """Raises `ValueError`, without the URL or a piece of it, for what is none."""
     try:
         pool = ConnectionPool.from_url(
@@ -90,7 +90,7 @@ class RedisStore:
         self._px = b"%d" % max(1, round(ttl * 1000))
         self._counts = Counts(metrics, self.name)
         self._breaker = Breaker(clock.monotonic)
-        self._connections = _connections(url, max_connections)
+        self._connections = connections(url, max_connections)
         self._trouble: dict[str, str] = {}
         """What was last wrong with reading and with writing, where something is."""
 

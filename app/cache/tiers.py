@@ -47,13 +47,16 @@ class Tiers:
         opened = [opener() for store in self._slow if (opener := getattr(store, "open", None))]
         await asyncio.gather(*opened)
 
-    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        """One answer per key, in their order; keys may repeat. When memory has all, nothing is waited for."""
+    async def get(self, keys: Sequence[bytes], *, numbers: bool = False) -> list[Embedding | None]:
+        """One answer per key, in their order; keys may repeat. When memory has all, nothing is waited for.
+
+        `numbers`: the caller wants numbers, whose text memory keeps where it is asked for again and again.
+        """
         found: list[Embedding | None]
         if self._memory is None:
             found = [None] * len(keys)
         else:
-            found = self._memory.lookup(keys)
+            found = self._memory.lookup(keys, numbers=numbers)
             if all(found):  # an embedding is always true; `None in` would compare each
                 return found
         if not self._slow:

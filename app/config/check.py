@@ -96,6 +96,7 @@ def _innermost(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]
 def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, Kind]) -> Iterator[Mistake]:
     yield from _callers_differ(settings)
     yield from _names_differ(settings, tree)
+    yield from _spaces_differ(settings, tree)
     for name, model in settings.models.items():
         yield from _deployments_exist(("models", name, "deployments"), model, tree)
         yield from _one_space(("models", name, "deployments"), settings, model, tree, kinds)
@@ -132,6 +133,21 @@ def _means_an_upstream(path: Path, name: str, tree: Tree) -> Iterator[Mistake]:
     upstream, slash, _ = name.partition("/")
     if slash and upstream in _names(tree, "upstreams"):
         yield Mistake(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
+
+
+def _spaces_differ(settings: Settings, tree: Tree) -> Iterator[Mistake]:
+    """A space that is named belongs to one set of deployments: two models' vectors would have one cache key."""
+    taken: dict[str, tuple[str, set[tuple[str, str]]]] = {}
+    for name, model in settings.models.items():
+        served = {(each.upstream, each.model) for each in model.deployments}
+        for index, deployment in enumerate(model.deployments):
+            if deployment.space is None:
+                continue
+            first, same = taken.setdefault(deployment.space, (name, served))
+            if same != served:
+                path: Path = ("models", name, "deployments", index, "space")
+                told = tree.shown(path, deployment.space)
+                yield Mistake(path, f"{told} is {dotted(('models', first))}'s, whose deployments are others")
 
 
 def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> Iterator[Mistake]:

@@ -76,6 +76,7 @@ class KeySettings(Section):
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
     lane: Literal["query", "bulk"] | None = None
+    cache: Literal["shared", "own"] = "shared"
 
     @field_validator("sha256")
     @classmethod
@@ -192,6 +193,7 @@ class ModelSettings(Section):
     dimensions: int | None = Field(default=None, ge=1)
     input_type: Literal["query", "document"] | None = None
     on_long_input: Literal["error", "truncate", "split"] = "error"
+    normalize: bool = False
     max_batch: int | None = Field(default=None, ge=1)
     max_tokens_per_input: int | None = Field(default=None, ge=1)
     max_tokens_per_batch: int | None = Field(default=None, ge=1)

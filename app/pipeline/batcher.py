@@ -17,11 +17,11 @@ from typing import TypeAlias
 
 from app import tokens
 from app.clock import Clock
-from app.errors import GatewayError, InvalidRequest, RateLimited
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, RateLimited, UpstreamUnavailable
 from app.metrics import Gauge, Metrics
 from app.pipeline.deployment import Deployment, Limits
 from app.pipeline.route import Route, Slot
-from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
+from app.types import NOTHING, Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 
 BULK = 16
 """A request with more inputs than this is bulk work unless its key says otherwise."""
@@ -85,6 +85,10 @@ class _Queue:
         self._lanes[lane].extend(jobs)
         self._waiting[lane].inc(len(jobs))
 
+    def size(self) -> tuple[int, int]:
+        """Inputs, and the bytes in them."""
+        return sum(map(len, self._lanes.values())), sum(job.bound for jobs in self._lanes.values() for job in jobs)
+
     def lane(self) -> Lane | None:
         """The lane to serve next, or None when the queue is empty."""
         return next((lane for lane, jobs in self._lanes.items() if jobs), None)
@@ -145,12 +149,18 @@ class Batcher:
         self._queues: dict[_Group, _Queue] = {}
         self._scheduled = False
         self._alarm: asyncio.Task[None] | None = None
+        self._alarm_at = 0.0
+        self._served = 0.0
+        """When it last had a slot: among those who wait for one, longest ago is first."""
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
         self._waiting = {lane: metrics.queued_inputs.labels(upstream, lane) for lane in _LANES}
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
+        reason = self._route.closed()
+        if reason is not None:
+            raise UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
         jobs, sources = self._enlist(request)
         distinct = dict.fromkeys(jobs)
         waiter = _Waiter(asyncio.get_running_loop().create_future(), len(distinct))
@@ -162,7 +172,7 @@ class Batcher:
         finally:
             if waiter.missing:
                 _leave(waiter, distinct)
-        return _collect(jobs, sources, request.positions)
+        return _collect(jobs, sources, request)
 
     async def aclose(self) -> None:
         """Waits for the calls under way: they are paid for, and their results go to the cache."""
@@ -206,25 +216,47 @@ class Batcher:
         self._scheduled = False
         # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
         rests = {group: self._route.resting(group[1]) for group in self._queues}
+        launched = False
         while self._launch_one("query") or self._launch_one("bulk"):
-            pass
-        if self._queues:
-            self._route.when_free(self._schedule)
+            launched = True
+        if launched and self._queues:
+            # Once more: how long the rest must wait was asked before these calls were charged.
+            self._served = self._clock.monotonic()
+            self._schedule()
+        elif self._queues:
+            self._route.when_free(self._schedule, self._served)
             self._wait_out({group: rest for group, rest in rests.items() if rest and group in self._queues})
 
     def _wait_out(self, rests: Mapping[_Group, float]) -> None:
-        """Where every deployment rests after a rate limit: until the first is back, for those who can wait so
-        long; the others are told now."""
+        """Where every deployment rests, after a rate limit or for its pace: until the first is back, for those who
+        can wait so long; the others are told now."""
         now = asyncio.get_running_loop().time()
         for group, rest in rests.items():
-            for job in self._queues[group].take_due(before=now + rest):
-                self._end(job, RateLimited("every upstream of this model is at its rate limit", retry_after=rest))
-        if rests and self._alarm is None:
-            self._alarm = asyncio.get_running_loop().create_task(self._wake(min(rests.values())))
+            queue = self._queues[group]
+            due = queue.take_due(before=now + rest)
+            if due:
+                # Those who stay go first, and each byte is a quarter of a token or a little more.
+                inputs, size = queue.size()
+                wait = max(rest, self._route.drain(group[1], inputs + 1, size / 4))
+                told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
+                for job in due:
+                    self._end(job, told)
+        if rests:
+            self._wake_in(min(rests.values()))
+
+    def _wake_in(self, seconds: float) -> None:
+        at = self._clock.monotonic() + seconds
+        if self._alarm is not None:
+            if self._alarm_at <= at:
+                return
+            self._alarm.cancel()
+        self._alarm_at = at
+        self._alarm = asyncio.get_running_loop().create_task(self._wake(seconds))
 
     async def _wake(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
         self._alarm = None
+        self._route.wake()
         self._schedule()
 
     def _launch_one(self, lane: Lane) -> bool:
@@ -240,6 +272,7 @@ class Batcher:
                 continue
             jobs, dropped = queue.take(slot.deployment.limits)
             self._forget(dropped)
+            slot.charge([job.input for job in jobs])
             self._launch(group, jobs, slot, lane)
             self._queues[group] = self._queues.pop(group)
             return True
@@ -307,16 +340,25 @@ def _leave(waiter: _Waiter, jobs: Iterable[_Job]) -> None:
             job.waiters.remove(waiter)
 
 
-def _collect(jobs: list[_Job], sources: list[Source], positions: Sequence[int] | None) -> EmbedResult:
+def _collect(jobs: list[_Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
     embeddings = [job.outcome for job in jobs if isinstance(job.outcome, Embedding)]
+    too_long: dict[int, GatewayError] = {}
     if len(embeddings) < len(jobs):
-        raise _error(jobs, positions or range(len(jobs)))
+        positions = request.positions or range(len(jobs))
+        others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
+        if others or not request.spares_long:
+            raise _error(jobs, positions)
+        for i, job in enumerate(jobs):
+            if isinstance(job.outcome, ContextLengthExceeded):
+                too_long[i] = job.outcome.at_input(positions[i])
+        embeddings = [job.outcome if isinstance(job.outcome, Embedding) else NOTHING for job in jobs]
     flights = dict.fromkeys(job.flight for job in jobs)
     return EmbedResult(
         embeddings=embeddings,
         sources=sources,
         calls=sum(flight.calls for flight in flights if flight),
         deployments=tuple(dict.fromkeys(flight.deployment for flight in flights if flight)),
+        too_long=too_long,
     )
 
 
@@ -331,7 +373,8 @@ def _error(jobs: list[_Job], positions: Sequence[int]) -> GatewayError:
     refused = [(position, error) for position, error in errors if isinstance(error, InvalidRequest)]
     position, error = (refused or errors)[0]
     told = error.at_input(position)
-    if error.blames_input and len(refused) > 1:
-        names = ", ".join(str(position) for position, _ in refused[:20])
-        told.message += f" (inputs {names}{' …' if len(refused) > 20 else ''})"
+    places = list(dict.fromkeys(position for position, _ in refused))
+    if error.blames_input and len(places) > 1:
+        names = ", ".join(map(str, places[:20]))
+        told.message += f" (inputs {names}{' …' if len(places) > 20 else ''})"
     return told

@@ -13,21 +13,28 @@ from app.pipeline.cache_fill import CacheFill
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.call import Call
 from app.pipeline.deployment import Limits
+from app.pipeline.long_inputs import LongInputs
+from app.pipeline.prefix import Prefix
 from app.pipeline.prepare import Prepare
+from app.pipeline.shape import Shape
 from app.types import BatchEmbedder, Embedder
 
 
 def pipeline(
     batcher: Batcher, *, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
 ) -> Embedder:
-    """A public model, from the door to its batcher: Prepare, CacheRead, Batcher (over its Route)."""
+    """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Batcher (over its
+    Route)."""
     embed: Embedder = batcher
-    embed = CacheRead(embed, cache, space)
+    embed = CacheRead(embed, cache, space, nested=all(model.nested for model in models))
+    embed = Shape(embed, models, settings)
+    embed = LongInputs(embed, models, settings)
     return Prepare(embed, models, settings)
 
 
-def chain(call: Call, *, cache: Tiers, limits: Limits) -> BatchEmbedder:
-    """A deployment, from a slot to the wire: CacheFill, Adapt, Call."""
+def chain(call: Call, *, cache: Tiers, limits: Limits, model: Model) -> BatchEmbedder:
+    """A deployment, from a slot to the wire: CacheFill, Adapt, Prefix, Call."""
     embed: BatchEmbedder = call
+    embed = Prefix(embed, model)
     embed = Adapt(embed, limits)
     return CacheFill(embed, cache)

@@ -34,7 +34,10 @@ def in_order(parsed: Parsed, count: int, dimensions: int | None) -> list[bytes |
     length = lengths.pop() // 4
     if dimensions is not None and length and length != dimensions:
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {dimensions}")
-    return [_checked(vector) for vector in ordered if vector is not None]
+    whole = [vector for vector in ordered if vector is not None]
+    if count > 1 and vectors.faultless(whole):  # nearly always, and a tenth of looking at each
+        return [*whole]
+    return [_checked(vector) for vector in whole]
 
 
 def _checked(vector: bytes) -> bytes | GatewayError:

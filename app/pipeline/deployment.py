@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+from app import tokens
 from app.catalog import Model
 from app.pipeline.health import Health
+from app.pipeline.pace import Pace
 from app.types import BatchEmbedder, Lane, Params
 
 
@@ -20,47 +21,91 @@ class Limits:
 
 
 class Slots:
-    """How many calls an upstream takes at once, shared by all its models; first come, first served.
+    """How many calls an upstream takes at once and at which pace, shared by all its models: who was served
+    longest ago comes first.
 
-    A rate limit halves what is used of them, and every round of successes gives one back. Bulk work
-    leaves a quarter to queries.
+    A rate limit halves both, and successes give them back. Bulk work leaves a quarter of the slots to queries.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, pace: Pace | None = None) -> None:
         self._most = count
         self._allowed = float(count)
         self._busy = 0
-        self._waiting: deque[Callable[[], None]] = deque()
+        self._pace = pace
+        self._waiting: dict[Callable[[], None], float] = {}
+        if pace:
+            pace.on_ready = self.notify
 
     @property
     def busy(self) -> int:
         return self._busy
 
-    def take(self, lane: Lane) -> bool:
-        """Takes a slot if one is free for this lane."""
+    @property
+    def paced(self) -> bool:
+        return self._pace is not None
+
+    def take(self, lane: Lane, *, ahead: bool = False) -> bool:
+        """Takes a slot if one is free for this lane and the pace allows a call. `ahead` does not wait for the
+        pace, which is paid back by those who come later."""
         allowed = int(self._allowed)
         if self._busy >= allowed - (allowed // 4 if lane == "bulk" else 0):
             return False
+        if self._pace:
+            if not ahead and self._pace.wait():
+                return False
+            self._pace.charge(1, 0)
         self._busy += 1
         return True
 
     def give_back(self) -> None:
-        """Frees a slot and tells those who wait, in the order they came; each takes one or waits anew."""
+        """Frees a slot and tells those who wait."""
         self._busy -= 1
-        waiting, self._waiting = self._waiting, deque()
-        for callback in waiting:
+        self.notify()
+
+    def notify(self) -> None:
+        """Tells those who wait, in their order; each takes a slot or waits anew."""
+        waiting, self._waiting = self._waiting, {}
+        for callback in sorted(waiting, key=waiting.__getitem__):
             callback()
 
-    def when_free(self, callback: Callable[[], None]) -> None:
-        """Calls back once, when a slot has come free."""
-        if callback not in self._waiting:
-            self._waiting.append(callback)
+    def when_free(self, callback: Callable[[], None], since: float) -> None:
+        """Calls back once, when a slot may have come free; before those who wait `since` later."""
+        self._waiting[callback] = since
+
+    def wait(self) -> float:
+        """Seconds until the pace allows a call, whether a slot is free or not."""
+        return self._pace.wait() if self._pace else 0.0
+
+    def drain(self, calls: float, tokens: float) -> float:
+        """Seconds that so much would take at this pace."""
+        return self._pace.drain(calls, tokens) if self._pace else 0.0
+
+    def charge(self, inputs: Iterable[str]) -> int:
+        """What a call that has a slot will carry, in tokens by estimate; counted only where there is a pace."""
+        if not self._pace:
+            return 0
+        estimated = sum(map(tokens.estimate, inputs))
+        self._pace.charge(0, estimated)
+        return estimated
+
+    def settle(self, calls: int, difference: int) -> None:
+        """What a call came to beyond what was charged for it: calls it was split into, and tokens."""
+        if self._pace:
+            self._pace.charge(calls, difference)
 
     def shrink(self) -> None:
         self._allowed = max(1.0, self._allowed / 2)
+        if self._pace:
+            self._pace.slow_down()
 
     def grow(self) -> None:
         self._allowed = min(float(self._most), self._allowed + 1 / self._allowed)
+        if self._pace:
+            self._pace.recover()
+
+    async def aclose(self) -> None:
+        if self._pace:
+            await self._pace.aclose()
 
 
 @dataclass(slots=True, eq=False)

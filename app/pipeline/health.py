@@ -32,6 +32,10 @@ class Health:
         self._cooling_until = 0.0
         self._suspect_until = 0.0
         self._probing = False
+        self.out: str | None = None
+        """Why it takes no traffic until further notice, if it takes none."""
+        self.used = False
+        """Whether it has ever answered."""
         gauge.set(1)
 
     @property
@@ -44,6 +48,16 @@ class Health:
         if self._ejections and (self._probing or self._clock.monotonic() < self._ejected_until):
             return False
         return not self.cooling()
+
+    def take_out(self, reason: str) -> None:
+        """Out of the rotation, even as the last: what it would answer is worse than no answer."""
+        self.out = reason
+        self._gauge.set(0)
+
+    def let_in(self) -> None:
+        if self.out is not None:
+            self.out = None
+            self._gauge.set(0 if self._ejections else 1)
 
     def cooling(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""
@@ -59,7 +73,8 @@ class Health:
         if error is None or isinstance(error, InvalidRequest):
             self._failures = self._ejections = 0
             self._suspect_until = 0.0
-            self._gauge.set(1)
+            self.used = True
+            self._gauge.set(0 if self.out else 1)
         elif isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
             wait = COOLING if error.retry_after is None else error.retry_after
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)

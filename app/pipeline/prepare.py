@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from app.catalog import Model, Role
 from app.config import ModelSettings
-from app.errors import ContextLengthExceeded, InvalidRequest, UnsupportedDimensions
+from app.errors import InvalidRequest, UnsupportedDimensions
 from app.types import Embedder, EmbedRequest, EmbedResult, Params
 
 
@@ -22,6 +22,7 @@ class Prepare:
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
         self._model = models[0]
+        self._cuts = all(model.cuts is not None for model in models)
         self._roles = {role for model in models for role in model.roles}
         self._instruct = any(model.instruct for model in models)
         self._dimensions = settings.dimensions if settings else None
@@ -29,9 +30,6 @@ class Prepare:
         self._prepared: dict[Params, Params] = {}
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        longest = self._model.max_characters_per_input
-        if longest is not None:
-            _refuse_longer(request, longest)
         params = self._prepared.get(request.params)
         if params is None:
             params = self._prepare(request.params)
@@ -45,11 +43,15 @@ class Prepare:
             raise InvalidRequest(f"model {model.name!r} gives dense vectors only", param="output_type")
         if params.instruct is not None and not self._instruct:
             raise InvalidRequest(f"model {model.name!r} takes no instruction", param="instruct")
-        return replace(
-            params,
-            dimensions=self._allowed(params.dimensions or self._dimensions),
-            input_type=self._role(params.input_type or self._input_type),
-        )
+        role = self._role(params.input_type or self._input_type)
+        if params.instruct is not None and model.prefixes and "{instruct}" not in self._prefix(role):
+            raise InvalidRequest(
+                f"model {model.name!r} takes an instruction for queries only; say input_type: query", param="instruct"
+            )
+        return replace(params, dimensions=self._allowed(params.dimensions or self._dimensions), input_type=role)
+
+    def _prefix(self, role: Role | None) -> str:
+        return self._model.prefixes[self._model.roles.index(role)] if role else ""
 
     def _role(self, asked: Role | None) -> Role | None:
         """`asked` if it makes a difference; None where the model knows no roles, or takes this one unasked."""
@@ -59,14 +61,15 @@ class Prepare:
             raise InvalidRequest(
                 f"model {self._model.name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
             )
-        return asked
+        # A role that is told by no word at all is no other text.
+        return asked if not self._model.prefixes or self._prefix(asked) else None
 
     def _allowed(self, asked: int | None) -> int | None:
         """`asked` if the model can; None where that is what it gives unasked."""
         model = self._model
         if asked is None or asked == model.dimensions:
             return None
-        choices = model.dimension_choices
+        choices = model.cuts if self._cuts else model.dimension_choices
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
             raise UnsupportedDimensions(f"model {model.name!r} gives {only}, not {asked}", param="dimensions")
@@ -81,12 +84,3 @@ class Prepare:
                 param="dimensions",
             )
         return asked
-
-
-def _refuse_longer(request: EmbedRequest, longest: int) -> None:
-    for i, text in enumerate(request.inputs):
-        if len(text) > longest:
-            raise ContextLengthExceeded(
-                f"input[{i}] has {len(text)} characters; this model takes at most {longest}",
-                param=f"input[{i}]",
-            )

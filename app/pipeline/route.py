@@ -42,10 +42,25 @@ class Budget:
 class Slot:
     """The right to make one call to `deployment`. Give it back once."""
 
-    __slots__ = ("deployment",)
+    __slots__ = ("_charged", "deployment")
 
     def __init__(self, deployment: Deployment) -> None:
         self.deployment = deployment
+        self._charged = 0
+
+    def charge(self, inputs: Sequence[str]) -> None:
+        """Says what the call will carry. To be called in the same turn as the slot was taken: until then the next
+        call may start as if this one weighed nothing."""
+        self._charged = self.deployment.slots.charge(inputs)
+
+    def settle(self, result: BatchResult) -> None:
+        """What the call came to, by the upstream's own bill if it is whole."""
+        slots = self.deployment.slots
+        if slots.paced:
+            outcomes = result.outcomes
+            embeddings = [each for each in outcomes if isinstance(each, Embedding)]
+            billed = sum(each.tokens for each in embeddings) if len(embeddings) == len(outcomes) else self._charged
+            slots.settle(result.calls - 1, billed - self._charged)
 
 
 class Route:
@@ -67,13 +82,17 @@ class Route:
         self._budget = Budget()
 
     def take(self, lane: Lane, params: Params, avoid: Deployment | None = None) -> Slot | None:
-        """A slot on the best deployment that honours `params` and has one free for this lane, or None."""
+        """A slot on the best deployment that honours `params` and has one free for this lane, or None.
+
+        With `avoid` it is for a retry, which goes ahead of the pace: it would find those who queue always there
+        before it, and there are few.
+        """
         candidates = sorted(
             self._usable(params),
             key=lambda each: (each is avoid, each.health.suspect, each.priority, each.slots.busy / each.weight),
         )
         for deployment in candidates:
-            if deployment.slots.take(lane):
+            if deployment.slots.take(lane, ahead=avoid is not None):
                 deployment.health.begin()
                 return Slot(deployment)
         return None
@@ -81,19 +100,50 @@ class Route:
     def _usable(self, params: Params) -> list[Deployment]:
         """Those in rotation; when all that are not resting have been ejected, these: a call that may fail
         is better than none."""
-        able = [each for each in self.deployments if each.can(params)]
+        able = self._able(params)
         return [each for each in able if each.health.available()] or [
             each for each in able if not each.health.cooling()
         ]
 
-    def resting(self, params: Params) -> float:
-        """Seconds until the first deployment may have a call, if all rest after a rate limit; else 0."""
-        return min((each.health.cooling() for each in self.deployments if each.can(params)), default=0.0)
+    def _able(self, params: Params) -> list[Deployment]:
+        return [each for each in self.deployments if each.can(params) and each.health.out is None]
 
-    def when_free(self, callback: Callable[[], None]) -> None:
+    def closed(self) -> str | None:
+        """Why nothing can be embedded here until further notice, if so."""
+        reasons = [each.health.out for each in self.deployments]
+        return reasons[0] if all(reasons) else None
+
+    def cooling(self, params: Params) -> float:
+        """Seconds until the first deployment may have a call, if all rest after a rate limit; else 0."""
+        return min((each.health.cooling() for each in self._able(params)), default=0.0)
+
+    def resting(self, params: Params) -> float:
+        """Seconds until the first deployment may have a call, if all rest after a rate limit or for their pace;
+        else 0. Those that are ejected while others are not come back by themselves."""
+        if not any(each.slots.paced or each.health.cooling() for each in self.deployments):
+            return 0.0
+        usable = self._usable(params)
+        rests = [
+            max(cooling, each.slots.wait())
+            for each in self._able(params)
+            if (cooling := each.health.cooling()) or each in usable
+        ]
+        return min(rests, default=0.0)
+
+    def drain(self, params: Params, inputs: int, tokens: float) -> float:
+        """Seconds until the first deployment would have embedded so much, as far as its pace decides."""
+        usable = self._usable(params)
+        return min((each.slots.drain(inputs / each.limits.max_batch, tokens) for each in usable), default=0.0)
+
+    def wake(self) -> None:
+        """Tells all who wait for one of these deployments, in their order."""
+        for deployment in self.deployments:
+            deployment.slots.notify()
+
+    def when_free(self, callback: Callable[[], None], since: float) -> None:
         """Calls back when any deployment may have a slot free (perhaps more than once)."""
         for deployment in self.deployments:
-            deployment.slots.when_free(callback)
+            deployment.slots.when_free(callback, since)
 
     async def run(self, batch: Batch, slot: Slot, lane: Lane) -> BatchResult:
         """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`:
@@ -110,6 +160,7 @@ class Route:
                 break
             slot = again
             part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
+            slot.charge(part.inputs)
             retried = await self._attempt(part, slot)
             for i, outcome in zip(pending, retried.outcomes, strict=True):
                 result.outcomes[i] = outcome
@@ -121,7 +172,9 @@ class Route:
         error: GatewayError | None = None
         try:
             async with asyncio.timeout_at(batch.deadline):
-                return await deployment.embed(batch)
+                result = await deployment.embed(batch)
+            slot.settle(result)
+            return result
         except GatewayError as failure:
             error = failure
         except TimeoutError:
@@ -158,18 +211,19 @@ class Route:
         return slot
 
     async def _slot(self, batch: Batch, lane: Lane, avoid: Deployment) -> Slot | None:
+        since = self._clock.monotonic()
         try:
             async with asyncio.timeout_at(batch.deadline):
                 while True:
                     # First, and until it is over (timers may be early): a rest that ends after a slot was
                     # looked for would be waited for without end.
-                    while rest := self.resting(batch.params):
+                    while rest := self.cooling(batch.params):
                         await self._clock.sleep(rest)
                     slot = self.take(lane, batch.params, avoid)
                     if slot is not None:
                         return slot
                     freed = asyncio.Event()
-                    self.when_free(freed.set)
+                    self.when_free(freed.set, since)
                     await freed.wait()
         except TimeoutError:
             return None

@@ -229,4 +229,5 @@ KIND = UpstreamKind(
     models=models,
     unlisted=unlisted,
     environment=environment,
+    switched_on_by="BAIDU_API_KEY with BAIDU_SECRET_KEY",
 )

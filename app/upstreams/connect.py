@@ -12,8 +12,9 @@ from app.catalog import CATALOG, Model
 from app.config import UpstreamSettings
 from app.errors import GatewayError
 from app.types import Target, WireReply, WireRequest
-from app.upstreams.client import AiohttpTransport, Client
+from app.upstreams.client import Client
 from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.network import Network
 from app.upstreams.redact import Redactor
 
 log = logging.getLogger(__name__)
@@ -79,9 +80,9 @@ class Upstream:
         await self.client.aclose()
 
 
-def _network(settings: UpstreamSettings) -> AiohttpTransport:
+def _network(settings: UpstreamSettings) -> Network:
     proxy = settings.proxy.get_secret_value() if settings.proxy else None
-    return AiohttpTransport(connect_timeout=settings.connect_timeout, proxy=proxy)
+    return Network(connect_timeout=settings.connect_timeout, proxy=proxy)
 
 
 def _secrets(settings: BaseModel) -> Iterator[str]:

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal, Self
 
-import orjson
 from pydantic import model_validator
 
 from app import vectors
@@ -29,7 +28,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Target, WireReply, WireRequest
-from app.upstreams import auth, openai, replies
+from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
 _BASE_URLS = {
@@ -154,7 +153,7 @@ def _kind(status: int, told: replies.Said) -> type[GatewayError]:
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """The native form; documents disagree on which of two names the bill has."""
-    body = orjson.loads(reply.body)
+    body = documents.load(reply.body)
     rows = body["output"]["embeddings"]
     return Parsed(
         [row["text_index"] for row in rows],
@@ -200,4 +199,5 @@ KIND = UpstreamKind(
     auth=credentials,
     models=models,
     environment=environment,
+    switched_on_by="DASHSCOPE_API_KEY",
 )

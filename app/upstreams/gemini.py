@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
-import orjson
 from pydantic import model_validator
 
 from app import vectors
@@ -19,7 +18,7 @@ from app.catalog import ANY, CATALOG, Model
 from app.config import UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
 from app.types import Adapter, Auth, Batch, Parsed, Target, WireReply, WireRequest
-from app.upstreams import auth, openai, replies
+from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
 
@@ -36,15 +35,12 @@ class GeminiSettings(UpstreamSettings):
 def build_request(batch: Batch, target: Target) -> WireRequest:
     """One content per input: several parts in one content would be merged into one vector."""
     model, params = target.model, batch.params
-    prefix = ""
     options: dict[str, object] = {"model": f"models/{model.name}"}
-    if params.input_type is not None and model.prefixes:
-        prefix = dict(zip(model.roles, model.prefixes, strict=True))[params.input_type]
-    elif params.input_type is not None:
+    if params.input_type is not None:
         options["taskType"] = f"RETRIEVAL_{params.input_type.upper()}"
     if params.dimensions is not None:
         options["outputDimensionality"] = params.dimensions
-    requests = [{**options, "content": {"parts": [{"text": prefix + text}]}} for text in batch.inputs]
+    requests = [{**options, "content": {"parts": [{"text": text}]}} for text in batch.inputs]
     url = f"{target.base_url}/models/{quote(model.name, safe='')}:batchEmbedContents"
     return openai.post(url, {"requests": requests})
 
@@ -74,8 +70,8 @@ def parse_error(reply: WireReply) -> GatewayError | None:
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """No index: vectors come in the order of the inputs. Those below full length are not of unit length."""
-    body = orjson.loads(reply.body)
-    found = [_unit(vectors.from_numbers(row["values"])) for row in body["embeddings"]]
+    body = documents.load(reply.body)
+    found = [_unit(vectors.parse(row["values"])) for row in body["embeddings"]]
     return Parsed(range(len(found)), found, replies.billed(body.get("usageMetadata"), "promptTokenCount"))
 
 
@@ -115,4 +111,5 @@ KIND = UpstreamKind(
     models=models,
     unlisted=unlisted,
     environment=environment,
+    switched_on_by="GEMINI_API_KEY or GOOGLE_API_KEY",
 )

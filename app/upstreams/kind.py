@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -42,6 +43,8 @@ class UpstreamKind:
     """Asks the upstream for its models; raises `GatewayError`. `Send` is already authorised."""
     environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = no_environment
     """Settings (as in YAML) from vendor variables such as `X_API_KEY`, or None when they are not set."""
+    switched_on_by: str = ""
+    """The variables `environment` looks at, in words for a reader; the names stand in capitals."""
     transport: Callable[[Any], httpx.AsyncBaseTransport | None] = no_transport
     """A transport of its own, for an upstream inside this process."""
     default_address: tuple[str, int] | None = None
@@ -50,3 +53,8 @@ class UpstreamKind:
     """Serves when nothing else is configured."""
     unlisted: Callable[[str], Model] = unlisted
     """Facts to go by for a model that is configured but not known."""
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Names of the variables `environment` looks at."""
+        return tuple(re.findall(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+", self.switched_on_by))

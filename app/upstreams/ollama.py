@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
@@ -15,7 +16,7 @@ import orjson
 from pydantic import Field
 
 from app import vectors
-from app.catalog import ANY, Model
+from app.catalog import ANY, Model, family
 from app.config import UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
@@ -26,7 +27,7 @@ from app.errors import (
     UpstreamMisconfigured,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, WireReply, WireRequest
-from app.upstreams import auth, openai, replies
+from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
 PORT = 11434
@@ -80,7 +81,7 @@ def parse_error(reply: WireReply) -> GatewayError | None:
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """No index: vectors come in the order of the inputs. A count of 0 is left out by the server."""
-    body = orjson.loads(reply.body)
+    body = documents.load(reply.body)
     rows = body["embeddings"]
     parsed = [vectors.parse(row) for row in rows]
     return Parsed(range(len(parsed)), parsed, replies.billed(body, "prompt_eval_count"))
@@ -101,7 +102,9 @@ def models(_settings: OllamaSettings) -> Mapping[str, Model]:
 
 
 def unlisted(name: str) -> Model:
-    return Model(name, dimension_choices=ANY, max_batch=MAX_BATCH)
+    known = family(name) or Model(name, dimension_choices=ANY)
+    # How long an input may be is the server's to say, and whether it is cut.
+    return replace(known, name=name, max_batch=MAX_BATCH, max_tokens_per_input=None)
 
 
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
@@ -124,16 +127,15 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
 
 
 def _models(name: str, told: Mapping[str, Any], digest: str, *, cuts: bool) -> list[Model]:
+    """What the server tells, and beside it what is known of the model."""
     longest = None if cuts else _length(told, "context")
     return [
-        Model(
-            each,
-            _length(told, "embedding"),
-            ANY,
-            MAX_BATCH,
+        replace(
+            known := unlisted(each),
+            dimensions=_length(told, "embedding"),
             max_tokens_per_input=longest,
             revision=digest,
-            source="the server's list",
+            source=", ".join(filter(None, ("the server's list", known.source))),
         )
         for each in dict.fromkeys((name, name.removesuffix(":latest")))
     ]
@@ -211,5 +213,6 @@ KIND = UpstreamKind(
     unlisted=unlisted,
     discover=discover,
     environment=environment,
+    switched_on_by="OLLAMA_HOST",
     default_address=("127.0.0.1", PORT),
 )

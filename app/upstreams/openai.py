@@ -7,13 +7,14 @@ Facts: openai-openapi's openapi.yaml, openai-python, and the servers' own source
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import orjson
 from pydantic import Field, model_validator
 
 from app import vectors
-from app.catalog import ANY, CATALOG, Model
+from app.catalog import ANY, CATALOG, Model, family
 from app.config import UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
@@ -25,7 +26,7 @@ from app.errors import (
     UpstreamMisconfigured,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, WireReply, WireRequest
-from app.upstreams import auth, replies
+from app.upstreams import auth, documents, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
 BASE_URL = "https://api.openai.com/v1"
@@ -111,7 +112,7 @@ def _error_in_success(reply: WireReply) -> GatewayError | None:
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """Numbers or base64, whichever came."""
-    body = orjson.loads(reply.body)
+    body = documents.load(reply.body)
     rows = body["data"]
     return Parsed(
         [row["index"] for row in rows],
@@ -141,7 +142,14 @@ def models(settings: OpenAISettings) -> Mapping[str, Model]:
 
 def unlisted(name: str) -> Model:
     """The catalogue's facts for a name it has, wherever served; else 32 rows, TEI's default."""
-    return CATALOG["openai"].get(name) or Model(name, dimension_choices=ANY, max_batch=32)
+    if name in CATALOG["openai"]:
+        return CATALOG["openai"][name]
+    known = family(name)
+    if known is None:
+        return Model(name, dimension_choices=ANY, max_batch=32)
+    # The server may have been told another length, or another model to have this name; what it gives, it gives.
+    full = None if known.dimensions is None else (known.dimensions,)
+    return replace(known, name=name, max_batch=32, dimensions=None, cuts=full if known.cuts is None else known.cuts)
 
 
 async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model]:
@@ -177,4 +185,5 @@ KIND = UpstreamKind(
     unlisted=unlisted,
     discover=discover,
     environment=environment,
+    switched_on_by="OPENAI_API_KEY (OPENAI_BASE_URL)",
 )

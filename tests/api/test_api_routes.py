@@ -132,11 +132,17 @@ def test_one_model_is_described_with_what_we_know(base: str, name: str, gateway:
             "owned_by": "up",
             "dimensions": 1536,
             "dimension_choices": [],
+            "shortened_here": None,
             "max_input_tokens": 8192,
+            "max_input_characters": None,
+            "max_batch_tokens": 300_000,
             "max_batch": 2048,
             "input_types": [],
+            "prefixes": None,
+            "instruct": False,
             "upstreams": [f"up/{MODEL}"],
             "vector_space": f"openai/{MODEL}",
+            "source": "developers.openai.com/api/reference/resources/embeddings",
         }
 
 
@@ -220,6 +226,7 @@ def test_the_description_tells_the_embeddings_route_whole(gateway: Running) -> N
     assert request["required"] == ["model", "input"]
     assert set(request["properties"]) == {
         "model", "input", "encoding_format", "dimensions", "user", "input_type", "output_type", "instruct",
+        "on_long_input",
     }  # fmt: skip
     assert set(embed["responses"]) == {
         "200", "400", "401", "403", "404", "408", "413", "415", "429", "502", "503", "504",

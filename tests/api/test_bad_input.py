@@ -190,7 +190,7 @@ FIELDS: list[Case] = [
     # choices
     *(
         case
-        for field in ("encoding_format", "input_type", "text_type", "output_type")
+        for field in ("encoding_format", "input_type", "text_type", "output_type", "on_long_input")
         for case in wrong(field, NO_CHOICES, f"Invalid value for '{field}'")
     ),
     ({"encoding_format": "BASE64"}, V, "encoding_format", "Supported values: ['float', 'base64']"),

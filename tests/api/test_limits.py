@@ -263,7 +263,7 @@ def test_a_bug_of_ours_is_a_500_in_the_same_shape_that_tells_nothing(
 
 CANARY = "canary"
 FIELDS = {
-    "event", "request_id", "client", "model", "status", "error", "inputs", "cached", "calls", "ms",
+    "timestamp", "level", "event", "request_id", "client", "model", "status", "error", "inputs", "cached", "calls", "ms",
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 import asyncio
 
+from app import vectors
 from app.cache.memory import OVERHEAD, MemoryStore
 from app.metrics import Metrics
 from app.types import Embedding
@@ -96,3 +97,29 @@ def test_it_is_a_store_like_the_others(clock: Clock, metrics: Metrics) -> None:
 
     assert asyncio.run(use()) == [embedding(1), None]
     assert held(metrics, "memory") == 0
+
+
+def test_numbers_asked_for_the_second_time_are_kept_as_text(clock: Clock, metrics: Metrics) -> None:
+    memory = store(clock, metrics, holds=4)
+    given = embedding(1)
+    memory.insert([(key(1), given)])
+    for numbers, kept in ((False, False), (True, False), (False, False), (True, True)):
+        assert memory.lookup([key(1)], numbers=numbers) == [given]
+        assert (given.text is not None) == kept
+    assert given.text == vectors.to_json(given.vector)
+    assert memory.size == COST + len(given.text) == held(metrics, "memory")
+    memory.insert([(key(1), embedding(1))])
+    assert memory.size == COST
+
+
+def test_texts_count_and_take_about_half_the_room_at_most(clock: Clock, metrics: Metrics) -> None:
+    memory = store(clock, metrics, holds=100)
+    memory.insert(entries(range(100)))
+    for _ in range(10):
+        memory.lookup([key(number) for number in range(99, -1, -1)], numbers=True)
+    kept = [value for number in range(100) if (value := memory.lookup([key(number)])[0])]
+    texts = sum(len(each.text or b"") for each in kept)
+    assert 0 < texts <= 100 * COST // 2 + 64 * 16
+    assert memory.size == len(kept) * COST + texts <= 100 * COST
+    memory.insert(entries(range(200, 300)))
+    assert memory.size == 100 * COST

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from app import tokens
+from tests.clients import extra
 from tests.clients.support import BGE, KEY, MODELS, SMALL, TEXTS, config, exactly_float32, fake_upstream, same
 from tests.fakes import FakeOpenAI, faults
 from tests.harness import running
@@ -30,7 +31,7 @@ def node() -> str:
     """Node, with the SDK installed from the lock file."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
-        pytest.skip("node is not installed: the SDK for Node is tested where it is (CI has it)")
+        extra.missing("node is not installed")
     if not (FOLDER / "node_modules" / "openai").is_dir():
         command = [npm, "ci", "--no-audit", "--no-fund"]
         ran = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False, timeout=100)

@@ -2,70 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
+from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI, faults
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-def environment(**more: str) -> dict[str, str]:
-    """What the program may see: no vendor's variables but those a test sets, and no machine's proxy."""
-    keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
-    return {**keep, "PYTHONPATH": str(ROOT), **more}
-
-
-def run(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "app", *arguments],
-        env=environment(**(env or {})), cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
-
-
-@contextmanager
-def serving(cwd: Path, *arguments: str, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A served gateway on a free port: its URL and its process. Its log is in `log` of `cwd`."""
-    with (cwd / "log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "app", "serve", "--port", "0", *arguments],
-            env=environment(EMBEDDING_GATEWAY__SERVER__DRAIN="0s", **env), cwd=cwd, stderr=log, text=True,
-        )  # fmt: skip
-        try:
-            yield _url(cwd / "log", process), process
-        finally:
-            process.terminate()
-            process.wait(30)
-
-
-def _url(log: Path, process: subprocess.Popen[str]) -> str:
-    """The address that the program says it has, once it answers there."""
-    with httpx.Client(trust_env=False) as client:
-        for _ in range(300):
-            said = re.search(r"base_url (http://\S+)/v1", log.read_text())
-            if said:
-                try:
-                    client.get(said[1] + "/healthz")
-                except httpx.TransportError:
-                    pass
-                else:
-                    return said[1]
-            try:
-                process.wait(0.1)
-            except subprocess.TimeoutExpired:
-                continue
-            break
-    raise AssertionError(log.read_text())
+from tests.processes import address, free_port, metric, run, serving, start
 
 
 def test_with_nothing_configured_the_built_in_model_serves(tmp_path: Path) -> None:
@@ -89,15 +36,14 @@ def test_several_workers_answer_and_one_scrape_tells_of_all(tmp_path: Path) -> N
         for i in range(40):  # a new connection each, so that both workers get some
             assert httpx.post(f"{url}/v1/embeddings", json={"model": "lexical", "input": f"{i}"}).status_code == 200
         text = httpx.get(f"{url}/metrics").text
-        counted = re.findall(r"^embedding_gateway_requests_total\{.*\} (\S+)$", text, re.MULTILINE)
-        assert sum(map(float, counted)) == 40
+        assert metric(text, "requests_total") == 40
+        assert metric(text, "upstream_available") == 1, "the gateway has one such deployment, not one per worker"
         process.terminate()
         assert process.wait(30) == 0
 
 
 def test_metrics_and_docs_move_to_a_port_of_their_own(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     with serving(tmp_path, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as (url, _):
         assert httpx.get(f"{url}/metrics").status_code == 404
         assert httpx.get(f"{url}/docs").status_code == 404
@@ -108,12 +54,8 @@ def test_metrics_and_docs_move_to_a_port_of_their_own(tmp_path: Path) -> None:
 def test_sigterm_fails_readiness_at_once_keeps_listening_and_finishes_what_is_in_flight(tmp_path: Path) -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
-        with (tmp_path / "log").open("w") as log:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "app", "serve", "--port", "0"],
-                env=environment(EMBEDDING_GATEWAY__SERVER__DRAIN="1s", **env), cwd=tmp_path, stderr=log, text=True,
-            )  # fmt: skip
-            url = _url(tmp_path / "log", process)
+        with start(tmp_path, "--port", "0", EMBEDDING_GATEWAY__SERVER__DRAIN="1s", **env) as process:
+            url = address(tmp_path / "log", process)
             fake.hold()
             with httpx.Client(timeout=30) as client, socket.create_connection(_address(url)) as raw:
                 body = b'{"model":"text-embedding-3-small","input":"in flight"}'
@@ -127,6 +69,7 @@ def test_sigterm_fails_readiness_at_once_keeps_listening_and_finishes_what_is_in
                     ready = client.get(f"{url}/readyz")
                 assert ready.status_code == 503
                 assert ready.json()["status"] == "draining"
+                assert ready.headers["connection"] == "close", "who comes again is to come to another one"
                 assert httpx.get(f"{url}/healthz").status_code == 200, "still listening, for new connections too"
                 fake.release()
                 assert raw.recv(65536).startswith(b"HTTP/1.1 200")
@@ -190,3 +133,47 @@ def test_help_fits_a_screen_and_names_what_matters(arguments: tuple[str, ...], t
     if len(arguments) == 1:
         assert "DASHSCOPE_API_KEY" in done.stdout
         assert "curl" in done.stdout
+
+
+def test_the_flag_is_named_when_it_is_what_is_wrong(tmp_path: Path) -> None:
+    done = run("serve", "--port", "99999", "--workers", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert sorted(done.stderr.splitlines()) == [
+        "--port: must be a whole number, 0 to 65535",
+        "--workers: must be a whole number, 1 to 256",
+    ]
+
+
+def test_an_upstream_that_cannot_list_its_models_is_said_once(tmp_path: Path) -> None:
+    done = run("check", env={"OLLAMA_HOST": f"127.0.0.1:{free_port()}"}, cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr.count("cannot list its models") == 1
+    assert done.stderr.startswith("upstream ollama: cannot list its models: ")
+
+
+def test_listening_everywhere_an_address_is_shown_that_can_be_used(tmp_path: Path) -> None:
+    with serving(tmp_path, "--host", "0.0.0.0") as (url, _):
+        assert url.startswith("http://127.0.0.1:")
+        log = (tmp_path / "log").read_text()
+        assert "docs at /docs, listening on all addresses" in log
+        assert "anybody who reaches 0.0.0.0 can embed at your expense" in log
+
+
+def test_half_of_what_switches_an_upstream_on_is_warned_of(tmp_path: Path) -> None:
+    env = {"BAIDU_API_KEY": "canary", "OPENAI_BASE_URL": "http://canary", "DASHSCOPE_API_KEY": "sk-canary"}
+    with serving(tmp_path, **env):
+        log = (tmp_path / "log").read_text()
+        told = re.findall(r"event='?\"?([A-Z_]+ alone has no effect: [^\"\n]*)\"", log)
+        assert told == [
+            "BAIDU_API_KEY alone has no effect: baidu is switched on by BAIDU_API_KEY with BAIDU_SECRET_KEY",
+            "OPENAI_BASE_URL alone has no effect: openai is switched on by OPENAI_API_KEY (OPENAI_BASE_URL)",
+        ]
+        assert "canary" not in log
+
+
+def test_help_names_every_variable_that_switches_an_upstream_on(tmp_path: Path) -> None:
+    shown = run("--help", cwd=tmp_path).stdout
+    for kind in UPSTREAMS.values():
+        assert kind.switched_on_by in shown
+        environ = dict.fromkeys(kind.variables, "some-value")
+        assert bool(environ) == (kind.environment(environ) is not None), kind.name

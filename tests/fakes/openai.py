@@ -24,6 +24,7 @@ from .vectors import (
     Vector,
     base64_floats,
     count_tokens,
+    cut,
     numbers,
     texts_in,
     vector,
@@ -80,8 +81,12 @@ class FakeOpenAI(FakeUpstream):
         self.matryoshka = matryoshka
 
     def expected(self, model: str, text: Text, dimensions: int | None = None) -> Vector:
-        """Return the vector that this server gives; token ids make another than their text."""
-        return vector(model, text, dimensions or self.models[model])
+        """Return the vector that this server gives; token ids make another than their text.
+
+        A shorter one is the beginning of the full one, at unit length: OpenAI's guide to embeddings.
+        """
+        native = vector(model, text, self.models[model])
+        return native if dimensions in (None, self.models[model]) else cut(native, dimensions)
 
     # --- requests -------------------------------------------------------------------------
 

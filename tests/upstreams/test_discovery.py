@@ -41,7 +41,7 @@ async def test_an_openai_compatible_server_is_asked_for_its_models() -> None:
     found = await openai.discover(LOCAL, send)
     assert [request.url for request in seen] == ["http://localhost:8000/v1/models"]
     assert list(found) == [
-        Model("BAAI/bge-m3", None, ANY, 32),
+        Model("BAAI/bge-m3", None, None, 32, cuts=(1024,), source="huggingface.co/BAAI/bge-m3"),
         Model("e5", None, ANY, 32),
     ]
 
@@ -92,7 +92,14 @@ async def test_ollama_serves_its_embedding_models_with_and_without_the_latest_ta
     assert [model.name for model in found] == ["nomic-embed-text:latest", "nomic-embed-text", "bge-m3:567m"]
     assert {model.revision for model in found} == {"0a109f422b47"}
     assert {(model.dimensions, model.max_tokens_per_input, model.max_batch) for model in found} == {(768, 2048, 16)}
-    assert {model.dimension_choices for model in found} == {ANY}
+    nomic, _, bge = found
+    assert (nomic.cuts, nomic.prefixes) == ((768, 512, 256, 128, 64), ("search_query: ", "search_document: "))
+    assert (bge.cuts, bge.dimension_choices) == (None, None), "it is not made to be shortened"
+
+
+async def test_what_ollama_has_that_nobody_knows_takes_whatever_it_takes() -> None:
+    [model] = await pulled({"/api/tags": {"models": [{**NOMIC, "name": "my-own:1"}]}})
+    assert (model.dimensions, model.dimension_choices, model.roles) == (768, ANY, ())
 
 
 async def test_an_operator_who_wants_long_texts_cut_has_no_limit_on_them() -> None:

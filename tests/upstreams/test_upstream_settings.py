@@ -264,19 +264,8 @@ V1_PATH = "https://aip.baidubce.com/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddin
         (
             GEMINI,
             "gemini-embedding-2",
-            Params(256, "query"),
-            gemini_body(
-                "gemini-embedding-2",
-                "task: search result | query: a",
-                "task: search result | query: b",
-                outputDimensionality=256,
-            ),
-        ),
-        (
-            GEMINI,
-            "gemini-embedding-2-preview",
-            Params(input_type="document"),
-            gemini_body("gemini-embedding-2-preview", "title: none | text: a", "title: none | text: b"),
+            Params(256),
+            gemini_body("gemini-embedding-2", "a", "b", outputDimensionality=256),
         ),
         ({"type": "ollama"}, "m", Params(), {"model": "m", "input": ["a", "b"], "truncate": False}),
         (

@@ -1,0 +1,187 @@
+"""Limits that all replicas keep together: one script per question, on the Redis server and by its clock.
+
+Fails open and says so: where the server does not answer in time there is no verdict, and whoever asked keeps its
+share of the limit by itself (`replicas` says how many share).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+from dataclasses import dataclass
+
+from pydantic import SecretStr
+from redis.exceptions import NoScriptError, ResponseError
+
+from app.cache.breaker import Breaker
+from app.cache.connections import Command
+from app.cache.redis import connections
+from app.clock import Clock
+from app.limits import Bucket, Limit
+from app.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PREFIX = b"{eg:limits}:1:"
+"""Before every key. The braces keep all of them on one node of a cluster."""
+
+SEEN = 60
+"""Seconds for which a replica that asked counts as one of those that share the limits."""
+
+_SCRIPT = b"""
+local time = redis.call('TIME')
+local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
+redis.call('ZADD', KEYS[2], time[1], ARGV[1])
+redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', tonumber(time[1]) - tonumber(ARGV[2]))
+redis.call('EXPIRE', KEYS[2], tonumber(ARGV[2]) * 2)
+local replicas = redis.call('ZCARD', KEYS[2])
+
+local function exact(number) return string.format('%.17g', number) end
+
+local state = redis.call('HMGET', KEYS[1], 'at', 'requests', 'tokens')
+local elapsed = math.max(0, now - (tonumber(state[1]) or now))
+local buckets, wait = {}, 0
+for i = 1, 2 do
+  local at = 3 + (i - 1) * 5
+  local rate, burst = tonumber(ARGV[at]) / 60, tonumber(ARGV[at + 1])
+  if rate > 0 then
+    local level = tonumber(state[i + 1]) or burst
+    level = math.min(burst, level + elapsed * rate) - tonumber(ARGV[at + 2])
+    local short = math.min(tonumber(ARGV[at + 3]), burst) - level
+    if short > 0.000001 then wait = math.max(wait, short / rate) end
+    buckets[i] = {rate = rate, burst = burst, level = level, take = tonumber(ARGV[at + 4])}
+  end
+end
+local levels, rest = {'0', '0'}, 0
+for i = 1, 2 do
+  local bucket = buckets[i]
+  if bucket then
+    if wait == 0 then bucket.level = bucket.level - bucket.take end
+    levels[i] = exact(bucket.level)
+    rest = math.max(rest, (bucket.burst - bucket.level) / bucket.rate)
+    redis.call('HSET', KEYS[1], i == 1 and 'requests' or 'tokens', levels[i])
+  end
+end
+if next(buckets) then
+  redis.call('HSET', KEYS[1], 'at', exact(now))
+  redis.call('EXPIRE', KEYS[1], math.ceil(rest) + 1)
+end
+return {exact(wait), levels[1], levels[2], replicas}
+"""
+"""Takes requests and tokens together or not at all. Per bucket: rate a minute (0: no such limit), burst, what is
+owed in any case, what must be there, what is then taken. A bucket nobody touches is gone once it is full again,
+which is what its absence means. The server's own clock decides; one that jumps back stands still meanwhile."""
+
+_SHA = hashlib.sha1(_SCRIPT, usedforsecurity=False).hexdigest().encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Requests and tokens, in this order: what is `owed` whatever the verdict, what must be there (`need`), and
+    what is then taken."""
+
+    owed: tuple[float, float]
+    need: tuple[float, float]
+    take: tuple[float, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """`wait`: seconds until what was asked for is there; 0 if it was, and has been taken. Levels are after that."""
+
+    wait: float
+    requests: float
+    tokens: float
+
+
+class SharedLimits:
+    """Limits by name at `url`. `timeout`: seconds a question may take in all. `workers`: the processes known to
+    share before any has been counted. Raises `ValueError` for a URL that is none, and nothing else ever."""
+
+    def __init__(
+        self,
+        url: SecretStr | str,
+        timeout: float,
+        clock: Clock,
+        metrics: Metrics,
+        *,
+        workers: int = 1,
+        max_connections: int = 16,
+    ) -> None:
+        self._timeout = timeout
+        self._breaker = Breaker(clock.monotonic)
+        self._connections = connections(url, max_connections)
+        self._me = os.urandom(8).hex().encode()
+        self._trouble: str | None = None
+        self._workers = self.replicas = workers
+
+        def count(result: str) -> None:
+            metrics.cache_operations.labels("redis", "limit", result).inc()
+
+        self._count = count
+
+    async def open(self) -> None:
+        """Makes this replica known to the others. Never fails."""
+        await self.ask(b"none", Limit(None, None), Ask((0, 0), (0, 0), (0, 0)))
+
+    async def close(self) -> None:
+        await self._connections.close()
+
+    async def ask(self, name: bytes, limit: Limit, ask: Ask) -> Verdict | None:
+        """One round trip. None where there is no answer: then nobody has counted anything."""
+        if not self._breaker.allow():
+            self._count("skipped")
+            return None
+        arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._me, b"%d" % SEEN]
+        for i, bucket in enumerate((limit.requests, limit.tokens)):
+            arguments += _bucket(bucket, ask.owed[i], ask.need[i], ask.take[i])
+        try:
+            async with asyncio.timeout(self._timeout):
+                reply = await self._exchange(arguments)
+            wait, requests, tokens, replicas = reply
+            verdict = Verdict(float(wait), float(requests), float(tokens))
+            self.replicas = max(int(replicas), self._workers)
+        except asyncio.CancelledError:
+            self._breaker.abandoned()
+            raise
+        except TimeoutError:
+            self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms")
+        except Exception as error:  # outermost door: a limit that cannot be asked is kept alone
+            self._failed("error", f"{type(error).__name__}: {error}")
+        else:
+            self._succeeded()
+            return verdict
+        return None
+
+    async def _exchange(self, arguments: list[bytes]) -> list[bytes]:
+        reply = (await self._connections.exchange([(b"EVALSHA", _SHA, *arguments)]))[0]
+        if isinstance(reply, NoScriptError):
+            whole: Command = (b"EVAL", _SCRIPT, *arguments)
+            reply = (await self._connections.exchange([whole]))[0]
+        if isinstance(reply, ResponseError):
+            raise reply
+        if not isinstance(reply, list):
+            raise TypeError("not a script's reply")
+        return reply
+
+    def _succeeded(self) -> None:
+        self._breaker.succeeded()
+        self._count("ok")
+        if self._trouble is not None:
+            self._trouble = None
+            log.warning("redis limits: shared by the replicas again")
+
+    def _failed(self, result: str, why: str) -> None:
+        """Counts it, and logs a change of state, and only a change."""
+        self._breaker.failed()
+        self._count(result)
+        if self._trouble is None:
+            log.warning("redis limits: each of %d replicas keeps its own part of them: %s", self.replicas, why)
+        self._trouble = why
+
+
+def _bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:
+    whole = (bucket.per_minute, bucket.burst) if bucket else (0.0, 0.0)
+    return tuple(b"%.17g" % number for number in (*whole, *amounts))

@@ -1,0 +1,49 @@
+"""Where the settings come from, to be read again while the program runs; and what of them can change then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from app.config.load import VARIABLE, find_file, load
+from app.config.settings import Kind, Settings
+
+FIXED = ("host", "port", "workers", "metrics_port")
+"""Settings of `server` that hold from start to end; so does all of `cache`."""
+
+
+class Source:
+    """The file that counts, or the environment alone; decided once.
+
+    A file that is gone later is a mistake then: otherwise the environment would silently take its place.
+    """
+
+    def __init__(
+        self, path: str | None, environ: Mapping[str, str], kinds: Mapping[str, Kind], cwd: Path | None = None
+    ) -> None:
+        self._environ, self._kinds, self._cwd = environ, kinds, cwd or Path()
+        present = {name: value for name, value in environ.items() if value}
+        self.file = find_file(path, present, self._cwd)
+        """As it was named; None where there is none."""
+        self._path = path if path or VARIABLE in present else self.file
+
+    def load(self) -> Settings:
+        """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
+        return load(self._path, self._environ, self._kinds, cwd=self._cwd)
+
+    def signature(self) -> tuple[int, int, int] | None:
+        """Differs when the file does; None while there is no file."""
+        try:
+            stat = (self._cwd / self.file).stat() if self.file else None
+        except OSError:
+            return None
+        return stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+
+
+def applicable(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
+    """`wanted` as far as a running program can follow it, and the names of settings it cannot follow."""
+    fixed = {name: getattr(running.server, name) for name in FIXED}
+    stuck = [f"server.{name}" for name, value in fixed.items() if getattr(wanted.server, name) != value]
+    stuck += ["cache"] if wanted.cache != running.cache else []
+    server = wanted.server.model_copy(update=fixed)
+    return wanted.model_copy(update={"server": server, "cache": running.cache}), stuck

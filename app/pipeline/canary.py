@@ -1,0 +1,107 @@
+"""A canary: one text whose vector must stay the same, on every deployment of a model and over time.
+
+A vendor that changes its model without a word, or a server that has another model under the same name,
+would mix vector spaces in its users' indexes. Its deployment leaves the rotation before that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from app import vectors
+from app.cache import keys
+from app.cache.tiers import Tiers
+from app.clock import Clock
+from app.errors import GatewayError
+from app.pipeline.deployment import Deployment
+from app.types import Batch, Embedding, Params
+
+log = logging.getLogger(__name__)
+
+TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
+SAME = 0.999
+"""Cosine from which two vectors count as the same text in the same space."""
+EVERY = 4 * 3600.0
+"""Seconds between two looks."""
+ROUND = 60.0
+"""Seconds between two rounds of asking which look is due."""
+PATIENCE = 30.0
+"""Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
+
+
+class Canary:
+    """Compares the deployments of one vector space with each other and with what was stored before."""
+
+    def __init__(self, deployments: Sequence[Deployment], cache: Tiers | None, *, from_start: bool) -> None:
+        """`cache` None: nothing is kept beyond this process."""
+        # In the order in which they would be asked: in doubt the first is right.
+        self._deployments = deployments
+        self._cache = cache
+        self._from_start = from_start
+        self._expected: bytes | None = None
+        self._looked_at: float | None = None
+        (self._key,) = keys.derive(f"canary/{deployments[0].space}", Params(), [TEXT])
+
+    def due(self, now: float) -> bool:
+        """Those that were configured to stand in for each other are compared from the start; all else once it is
+        used, for to ask for a model may mean to load it."""
+        if self._looked_at is not None and now - self._looked_at < EVERY:
+            return False
+        return self._from_start or any(deployment.health.used for deployment in self._deployments)
+
+    async def look(self, now: float) -> None:
+        """Asks each deployment once; one whose vector is another is taken out, or let in again."""
+        self._looked_at = now
+        found = await asyncio.gather(*(_ask(deployment) for deployment in self._deployments))
+        answered = [(each, vector) for each, vector in zip(self._deployments, found, strict=True) if vector]
+        if not answered:
+            return
+        if self._expected is None:
+            self._expected = await self._recall(answered[0][1])
+        for deployment, vector in answered:
+            self._judge(deployment, vectors.cosine(vector, self._expected))
+
+    async def _recall(self, now: bytes) -> bytes:
+        """The vector of before, from a cache that outlives us; where there is none, the one of now from here on."""
+        if self._cache is None:
+            return now
+        (stored,) = await self._cache.get([self._key])
+        if stored is None:
+            self._cache.put([(self._key, Embedding(now, 0))])
+        return stored.vector if stored else now
+
+    def _judge(self, deployment: Deployment, cosine: float) -> None:
+        if cosine >= SAME:
+            deployment.health.let_in()
+            return
+        reason = f"its vectors are not those of {deployment.space} (cosine {cosine:.4f} to the expected one)"
+        if deployment.health.out is None:
+            log.error(
+                "deployment %s leaves the rotation: %s; if its model was changed on purpose, give it a new "
+                "`space` and embed everything anew",
+                deployment.name,
+                reason,
+            )
+        deployment.health.take_out(reason)
+
+
+async def _ask(deployment: Deployment) -> bytes | None:
+    deadline = asyncio.get_running_loop().time() + PATIENCE
+    batch = Batch(deployment.model.name, [TEXT], [b"canary"], Params(), store=False, deadline=deadline)
+    try:
+        async with asyncio.timeout_at(deadline):
+            (outcome,) = (await deployment.embed(batch)).outcomes
+    except (GatewayError, TimeoutError):
+        return None
+    return outcome.vector if isinstance(outcome, Embedding) else None
+
+
+async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
+    """Looks where it is time, now and then, for as long as the gateway lives."""
+    while True:
+        for canary in canaries():
+            if canary.due(clock.monotonic()):
+                await canary.look(clock.monotonic())
+        await clock.sleep(ROUND)

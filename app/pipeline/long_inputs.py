@@ -1,0 +1,193 @@
+"""Inputs longer than the model takes: refused, cut, or embedded in pieces, never without a word.
+
+What fits is a matter of bounds (`app.tokens`), for the tokenizer is the upstream's. An input that may fit and
+may not is the upstream's to judge; one that it refuses is cut to what surely fits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
+
+from app import tokens, vectors
+from app.catalog import Model
+from app.config import ModelSettings
+from app.errors import ContextLengthExceeded, InvalidRequest, UpstreamInvalidVector
+from app.pipeline.prefix import prefix_of
+from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
+
+PIECES = 2048
+"""The most that one request's inputs may be cut into, besides one each."""
+_IN_A_THREAD = 100_000
+"""Characters beyond which looking for borders would hold up the event loop for more than some milliseconds."""
+
+
+class LongInputs:
+    """`models` are the facts of each deployment; what fits must fit all of them."""
+
+    def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
+        self._inner = inner
+        self._model = models[0]
+        self._room = tokens.Room(
+            _least(model.max_tokens_per_input for model in models),
+            _least(model.max_characters_per_input for model in models),
+            models[0].counted_by,
+        )
+        self._asks = not any(model.cuts_silently for model in models)
+        self._usual: OnLongInput = settings.on_long_input if settings else "error"
+
+    async def __call__(self, request: EmbedRequest) -> EmbedResult:
+        params = request.params
+        before = prefix_of(self._model, params.input_type, params.instruct)
+        # An instruction beside the text may count or not: nothing is refused for it, and room is left.
+        room = self._room.without(before or params.instruct or "")
+        long = [i for i, text in enumerate(request.inputs) if not room.surely_holds(text)]
+        if not long:
+            return await self._inner(request)
+        policy = request.on_long_input or self._usual
+        if policy == "error":
+            for i in long:
+                self._refuse(i, before, request.inputs[i])
+            return await self._inner(request)
+        plan = _Plan(request.inputs, room, whole=policy == "split", asks=self._asks)
+        await plan.cut([i for i in long if not plan.may_fit(i)])
+        result = await self._embed(request, plan, set(long))
+        if policy == "split":
+            result.split = plan.count
+        else:
+            result.truncated = plan.count
+        return result
+
+    def _refuse(self, i: int, before: str, text: Input) -> None:
+        """Raises `ContextLengthExceeded` for an input that no way of counting could let pass."""
+        room, whole = self._room, before + text
+        if room.characters is not None and len(whole) > room.characters:
+            size, limit = f"{len(whole)} characters", room.characters
+        elif room.tokens is not None and (count := tokens.at_least(whole, room.rule)) > room.tokens:
+            size, limit = f"at least {count} tokens", room.tokens
+        else:
+            return
+        besides = " with its role or instruction" if before else ""
+        raise ContextLengthExceeded(
+            f"input[{i}] has {size}{besides}; this model takes at most {limit}", param=f"input[{i}]"
+        )
+
+    async def _embed(self, request: EmbedRequest, plan: _Plan, long: Collection[int]) -> EmbedResult:
+        """All pieces at once; what is then found too long is cut as well and asked again."""
+        first = await self._inner(plan.request(request, range(len(request.inputs))))
+        result = plan.join(first, range(len(request.inputs)))
+        if not first.too_long:
+            return result
+        refused = sorted({plan.owners[place] for place in first.too_long})
+        for place, error in first.too_long.items():
+            if plan.owners[place] not in long or plan.is_cut(plan.owners[place]):
+                raise error  # it should have fitted: nothing we could do would be more than a guess
+        await plan.cut(refused)
+        second = await self._inner(plan.request(request, refused, final=True))
+        again = plan.join(second, refused)
+        for i, embedding, source in zip(refused, again.embeddings, again.sources, strict=True):
+            result.embeddings[i], result.sources[i] = embedding, source
+        result.calls += again.calls
+        result.free_tokens += again.free_tokens
+        result.deployments = tuple(dict.fromkeys((*result.deployments, *again.deployments)))
+        result.too_long = {}
+        return result
+
+
+class _Plan:
+    """Which pieces each input is embedded in."""
+
+    def __init__(self, inputs: Sequence[Input], room: tokens.Room, *, whole: bool, asks: bool) -> None:
+        """`whole`: an input's pieces are all embedded, and not only the first. `asks`: what may fit is tried."""
+        self._inputs, self._room, self._all, self._asks = inputs, room, whole, asks
+        self._pieces: dict[int, Sequence[Input]] = {}
+        self._left = PIECES
+        self.owners: list[int] = []
+        """To which input each piece of the last request belongs."""
+
+    @property
+    def count(self) -> int:
+        """How many inputs were cut."""
+        return len(self._pieces)
+
+    def is_cut(self, i: int) -> bool:
+        return i in self._pieces
+
+    def may_fit(self, i: int) -> bool:
+        """Whether to try the input as it is: likely to fit, and refused if it does not."""
+        text, room = self._inputs[i], self._room
+        if not self._asks or (room.characters is not None and len(text) > room.characters):
+            return False
+        if room.tokens is None or tokens.at_least(text, room.rule) > room.tokens:
+            return room.tokens is None
+        return room.rule != "bytes" or 4 * tokens.estimate(text) <= 5 * room.tokens
+
+    async def cut(self, which: Sequence[int]) -> None:
+        if sum(len(self._inputs[i]) for i in which) > _IN_A_THREAD:
+            await asyncio.to_thread(self._cut, which)
+        else:
+            self._cut(which)
+
+    def _cut(self, which: Sequence[int]) -> None:
+        for i in which:
+            if self._all and len(self._inputs[i]) > (self._left + 1) * self._room.most_characters:
+                raise self._too_many(i)
+            try:
+                text = self._inputs[i]
+                pieces = self._room.pieces(text) if self._all else [self._room.first(text)]
+            except ValueError:
+                raise InvalidRequest("what goes before the text leaves no room for it", param=f"input[{i}]") from None
+            # Space alone means nothing, and some upstreams refuse it.
+            self._pieces[i] = [piece for piece in pieces if not piece.isspace()] or pieces[:1]
+            self._left -= len(self._pieces[i]) - 1
+            if self._left < 0:
+                raise self._too_many(i)
+
+    def _too_many(self, i: int) -> ContextLengthExceeded:
+        where, length = f"input[{i}]", len(self._inputs[i])
+        return ContextLengthExceeded(f"{where} has {length} characters: too many pieces for one request", param=where)
+
+    def request(self, request: EmbedRequest, which: Sequence[int], *, final: bool = False) -> EmbedRequest:
+        """The request for the pieces of these inputs, each known by its input's place."""
+        pieces = [(i, piece) for i in which for piece in self._pieces.get(i, (self._inputs[i],))]
+        self.owners = [i for i, _ in pieces]
+        return replace(
+            request, inputs=[piece for _, piece in pieces], positions=self.owners, spares_long=self._asks and not final
+        )
+
+    def join(self, result: EmbedResult, which: Sequence[int]) -> EmbedResult:
+        """One embedding for each of these inputs, made from its pieces'."""
+        embeddings, sources, free = [], [], 0
+        found = iter(zip(result.embeddings, result.sources, strict=True))
+        for i in which:
+            pieces = self._pieces.get(i, (self._inputs[i],))
+            parts = [next(found) for _ in pieces]
+            source = _worst([each for _, each in parts])
+            if source is Source.UPSTREAM:
+                free += sum(embedding.tokens for embedding, each in parts if each is not source)
+            embeddings.append(_mean(i, [embedding for embedding, _ in parts], pieces))
+            sources.append(source)
+        return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
+
+
+def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[Input]) -> Embedding:
+    """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length."""
+    if len(parts) == 1:
+        return parts[0]
+    if any(not part.vector for part in parts):
+        return Embedding(b"", 0)  # of these, one was refused, and an error is on its way
+    try:
+        vector = vectors.mean([part.vector for part in parts], [len(piece) for piece in pieces])
+    except ValueError:
+        raise UpstreamInvalidVector(f"the vectors of input[{i}]'s pieces cancel each other out") from None
+    return Embedding(vector, sum(part.tokens for part in parts))
+
+
+def _worst(sources: Collection[Source]) -> Source:
+    """What an input cost whose pieces came from here and there."""
+    return next(each for each in (Source.UPSTREAM, Source.INFLIGHT, Source.CACHE) if each in sources)
+
+
+def _least(limits: Iterable[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)

@@ -1,0 +1,156 @@
+"""The rate at which calls go to an upstream, kept by waiting. Knows no queue: whoever waits is called back.
+
+A call may start while the balance is positive and is charged when it is known what it carries, so that the balance
+may end below zero: then the next one waits for longer. On the average the rate is kept exactly.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from app import limits
+from app.cache.shared_limits import Ask, SharedLimits
+from app.clock import Clock
+from app.limits import TICK, Limit, Rates
+
+LEAST = 1 / 8
+"""Of the configured rate, after the upstream has said again and again that it is too much."""
+RECOVERY = 0.05
+"""Of the configured rate, regained by each success."""
+LOST = 1.0
+"""Seconds for which a replica whose Redis does not answer keeps its own part of the rate before it asks again."""
+PENDING = 0.05
+"""Seconds that an answer from Redis is assumed to be away; whoever waits is called when it is there."""
+
+
+class Pace:
+    """One upstream's, for all its models. `on_ready` is called when a call may have become possible out of turn.
+
+    With Redis, calls are leased a tenth of a second's worth at a time, so that most need no round trip; without it,
+    or while it is away, each process keeps its part of the rate.
+    """
+
+    def __init__(
+        self, name: str, rates: Rates, clock: Clock, shared: SharedLimits | None = None, processes: int = 1
+    ) -> None:
+        self._clock = clock
+        self._limit = limits.smooth(rates, clock.monotonic())
+        self._limit.divide(processes, clock.monotonic())
+        self._lease = _Lease(name, rates, self._limit, shared) if shared else None
+        self._worth = 1.0
+        self._renewal: asyncio.Task[None] | None = None
+        self._alone_until: float | None = None
+        self._refused_until = 0.0
+        self.on_ready: Callable[[], None] = _nothing
+
+    def wait(self) -> float:
+        """Seconds until a call may start; 0: now. An estimate where Redis has to be asked first."""
+        now = self._clock.monotonic()
+        lease = self._lease
+        if lease is None:
+            return self._limit.wait(now, 1, 1)
+        if self._alone_until is not None:
+            if now >= self._alone_until:
+                self._renew(lease)
+            return self._limit.wait(now, 1, 1)
+        if lease.covers_a_call():
+            return 0.0
+        if now < self._refused_until:
+            return self._refused_until - now
+        self._renew(lease)
+        return PENDING
+
+    def charge(self, requests: float, tokens: float) -> None:
+        """A call, or what was not known of it before; negative tokens are given back."""
+        requests, tokens = requests / self._worth, tokens / self._worth
+        if self._lease is None or self._alone_until is not None:
+            self._limit.take(self._clock.monotonic(), requests, tokens)
+            return
+        self._lease.use(requests, tokens)
+        if self._lease.in_debt():
+            self._renew(self._lease)  # the others are to know at once what this one has used
+
+    def drain(self, requests: float, tokens: float) -> float:
+        """Seconds that so much takes at this rate, beginning now."""
+        rates = ((requests, self._limit.requests), (tokens, self._limit.tokens))
+        longest = max((amount * 60 / bucket.per_minute for amount, bucket in rates if bucket), default=0.0)
+        return self.wait() + longest / self._worth
+
+    def slow_down(self) -> None:
+        """The upstream has too much of it: half the rate."""
+        self._worth = max(LEAST, self._worth / 2)
+
+    def recover(self) -> None:
+        self._worth = min(1.0, self._worth + RECOVERY)
+
+    async def aclose(self) -> None:
+        if self._renewal is not None:
+            self._renewal.cancel()
+            await asyncio.wait([self._renewal])
+
+    def _renew(self, lease: _Lease) -> None:
+        if self._renewal is None:
+            self._renewal = asyncio.get_running_loop().create_task(self._ask(lease))
+
+    async def _ask(self, lease: _Lease) -> None:
+        try:
+            wait = await lease.renew()
+        finally:
+            self._renewal = None
+        now = self._clock.monotonic()
+        if wait is None:
+            self._limit.divide(lease.shared.replicas, now)
+            self._alone_until = now + LOST
+        else:
+            self._alone_until = None
+            self._refused_until = now + wait
+            if lease.in_debt():  # since it was asked
+                self._renew(lease)
+        self.on_ready()
+
+
+class _Lease:
+    """Calls and tokens that Redis has let this replica have, less what it has used of them."""
+
+    def __init__(self, name: str, rates: Rates, limit: Limit, shared: SharedLimits) -> None:
+        self.shared = shared
+        self._key, self._limit = b"upstream:" + name.encode(), limit
+        self._size = (_worth_asking(rates.requests), _worth_asking(rates.tokens))
+        self.requests = self.tokens = 0.0
+
+    def covers_a_call(self) -> bool:
+        requests, tokens = self._limit.requests, self._limit.tokens
+        return (requests is None or self.requests >= 1) and (tokens is None or self.tokens > 0)
+
+    def use(self, requests: float, tokens: float) -> None:
+        self.requests -= requests if self._limit.requests else 0
+        self.tokens -= tokens if self._limit.tokens else 0
+
+    def in_debt(self) -> bool:
+        return self.requests < 0 or self.tokens < 0
+
+    async def renew(self) -> float | None:
+        """Reports what was used and not had, and asks for more. Seconds until there is some, 0 if there was; None
+        where Redis does not answer."""
+        owed = (max(0.0, -self.requests), max(0.0, -self.tokens))
+        requests, tokens = self._size
+        take = (requests if self.requests < requests else 0.0, tokens if self.tokens < tokens else 0.0)
+        verdict = await self.shared.ask(self._key, self._limit, Ask(owed, (1.0, 1.0), take))
+        if verdict is None:
+            self.requests = self.tokens = 0.0
+            return None
+        self.requests += owed[0]
+        self.tokens += owed[1]
+        if verdict.wait == 0:
+            self.requests += take[0]
+            self.tokens += take[1]
+        return verdict.wait
+
+
+def _worth_asking(per_minute: int | None) -> float:
+    return max(1.0, per_minute / 60 * TICK) if per_minute else 0.0
+
+
+def _nothing() -> None:
+    pass

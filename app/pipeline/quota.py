@@ -1,0 +1,128 @@
+"""What a caller's key allows per minute: asked at the door, before anything is spent. Knows no HTTP.
+
+With Redis every admission is one round trip; what is surely over the limit is refused without one. Without it, or
+while it is away, each process keeps its part of the limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from app import limits
+from app.cache.shared_limits import Ask, SharedLimits
+from app.clock import Clock
+from app.errors import InvalidRequest, RateLimited
+from app.limits import Bucket, Rates
+from app.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """One limit of a caller: how much a minute, what is left of it now, seconds until all of it is back."""
+
+    kind: str
+    """`requests` or `tokens`."""
+    limit: int
+    remaining: int
+    reset: float
+
+
+class Quota:
+    """One caller's. `processes`: how many keep it where Redis does not."""
+
+    def __init__(
+        self,
+        name: str,
+        rates: Rates,
+        clock: Clock,
+        metrics: Metrics,
+        shared: SharedLimits | None = None,
+        processes: int = 1,
+    ) -> None:
+        self._key = b"caller:" + name.encode()
+        self.rates, self._clock, self._shared, self._processes = rates, clock, shared, processes
+        self._refused = metrics.rejected_requests.labels(RateLimited.code)
+        now = clock.monotonic()
+        self._limit = limits.minute(rates, now)
+        """With Redis, what it said last; there can only be less by now, for others take from it."""
+        if shared is None:
+            self._limit.divide(processes, now)
+        self._owed = [0.0, 0.0]
+        """Requests and tokens counted here that Redis has yet to hear of."""
+
+    def check(self) -> None:
+        """Raises `RateLimited` where not even the smallest request fits. Asks nobody."""
+        now = self._clock.monotonic()
+        wait = self._limit.wait(now, 1, 1)
+        if wait:
+            raise self._over(wait, now, 1)
+
+    async def take(self, tokens: int) -> None:
+        """One request of about so many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit."""
+        most = self.rates.tokens
+        if most is not None and tokens > most:
+            raise InvalidRequest(
+                f"this request is about {tokens} tokens, more than the {most} tokens per minute of this API key; "
+                "send fewer inputs at a time",
+                param="input",
+            )
+        now = self._clock.monotonic()
+        wait = self._limit.wait(now, 1, tokens)
+        if wait:
+            raise self._over(wait, now, tokens)
+        if self._shared is not None:
+            wait = await self._ask(self._shared, tokens)
+            if wait:
+                raise self._over(wait, self._clock.monotonic(), tokens)
+        else:
+            self._limit.take(now, 1, tokens)
+
+    def owe(self, requests: int, tokens: int) -> None:
+        """Counts what was not known, or not right, when it was taken. Negative gives back."""
+        self._limit.take(self._clock.monotonic(), requests, tokens)
+        if self._shared is not None:
+            self._owed[0] += requests
+            self._owed[1] += tokens
+
+    def standings(self) -> list[Standing]:
+        """By what is known here."""
+        now = self._clock.monotonic()
+        return [
+            Standing(kind, int(bucket.per_minute), max(0, int(bucket.level(now))), bucket.until_full(now))
+            for kind, bucket in (("requests", self._limit.requests), ("tokens", self._limit.tokens))
+            if bucket
+        ]
+
+    async def _ask(self, shared: SharedLimits, tokens: int) -> float:
+        requests_owed, tokens_owed = owed = (self._owed[0], self._owed[1])
+        self._owed = [0.0, 0.0]
+        verdict = await shared.ask(self._key, self._limit, Ask(owed, (1, tokens), (1, tokens)))
+        now = self._clock.monotonic()
+        if verdict is not None:
+            if self._limit.requests:
+                self._limit.requests.set(now, verdict.requests - self._owed[0])
+            if self._limit.tokens:
+                self._limit.tokens.set(now, verdict.tokens - self._owed[1])
+            return verdict.wait
+        # Fail open, by the part that is ours; Redis hears of it when it is back, but never of more than that part.
+        self._limit.divide(shared.replicas, now)
+        wait = self._limit.wait(now, 1, tokens)
+        taken = (0, 0) if wait else (1, tokens)
+        self._limit.take(now, *taken)
+        self._owed[0] = _at_most(self._owed[0] + requests_owed + taken[0], self._limit.requests)
+        self._owed[1] = _at_most(self._owed[1] + tokens_owed + taken[1], self._limit.tokens)
+        return wait
+
+    def _over(self, wait: float, now: float, tokens: int) -> RateLimited:
+        self._refused.inc()
+        requests = self._limit.requests
+        by_requests = requests is not None and requests.wait(now, 1) > 0
+        limit = f"{self.rates.requests} requests" if by_requests else f"{self.rates.tokens} tokens"
+        asked = "" if by_requests or tokens <= 1 else f" and this request is about {tokens}"
+        return RateLimited(
+            f"this API key may use {limit} per minute{asked}; try again in {wait:.3g} s", retry_after=wait
+        )
+
+
+def _at_most(amount: float, bucket: Bucket | None) -> float:
+    return min(amount, bucket.full) if bucket else 0.0

@@ -1,0 +1,52 @@
+"""The vector as the caller wants it, made from the vector as the upstream gives it: shorter, or of unit length.
+
+Above the cache, which keeps the upstream's own: one entry serves every length, and no setting made here can
+mix with another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from app import vectors
+from app.catalog import Model
+from app.config import ModelSettings
+from app.errors import UnsupportedDimensions
+from app.types import Embedder, Embedding, EmbedRequest, EmbedResult
+
+
+class Shape:
+    """Shortens where the gateway does it and not the upstream (`Model.cuts`); brings to unit length on request."""
+
+    def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
+        self._inner = inner
+        self._cuts = all(model.cuts is not None for model in models)
+        self._normalises = settings is not None and settings.normalize
+
+    async def __call__(self, request: EmbedRequest) -> EmbedResult:
+        dimensions = request.params.dimensions if self._cuts else None
+        if dimensions is not None:
+            request = replace(request, params=replace(request.params, dimensions=None))
+        result = await self._inner(request)
+        if dimensions is not None:
+            result.embeddings = [_shortened(each, dimensions) for each in result.embeddings]
+        if self._normalises:
+            result.embeddings = [_normalised(each) for each in result.embeddings]
+        return result
+
+
+# Each makes another object: the cache's own is shared.
+
+
+def _shortened(embedding: Embedding, dimensions: int) -> Embedding:
+    if not embedding.vector:
+        return embedding
+    try:
+        return Embedding(vectors.shorten(embedding.vector, dimensions), embedding.tokens)
+    except ValueError as fault:
+        raise UnsupportedDimensions(f"this model's vector {fault}", param="dimensions") from None
+
+
+def _normalised(embedding: Embedding) -> Embedding:
+    return Embedding(vectors.normalise(embedding.vector), embedding.tokens) if embedding.vector else embedding

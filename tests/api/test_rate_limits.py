@@ -1,0 +1,279 @@
+"""Callers' limits as callers meet them: refusals, headers, and who else notices."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import httpx
+import pytest
+
+from app.api.render import duration
+from app.config import Settings
+from tests.api.support import MODEL, config, error_of, head, settled, wire
+from tests.clock import HandClock
+from tests.fakes import FakeOpenAI
+from tests.harness import Running, running, settings_of
+from tests.redis_server import RedisServer
+
+KINDS = ("requests", "tokens")
+
+
+@pytest.fixture
+def fake() -> Iterator[FakeOpenAI]:
+    with FakeOpenAI() as fake:
+        yield fake
+
+
+@pytest.fixture
+def redis() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+def keys(**callers: dict[str, Any]) -> dict[str, Any]:
+    """Callers whose keys are their names, made long enough."""
+    return {"keys": {name: {"key": secret(name), **limits} for name, limits in callers.items()}}
+
+
+def secret(name: str) -> str:
+    return f"key-of-{name}-0123456789"
+
+
+def ask(gateway: Running, name: str, *texts: str, model: str = MODEL) -> httpx.Response:
+    return gateway.post({"model": model, "input": list(texts) or "hi"}, authorization=f"Bearer {secret(name)}")
+
+
+def left(response: httpx.Response, kind: str) -> tuple[int, int, str]:
+    """Limit, remaining and reset of a response."""
+    limit, remaining, reset = (
+        response.headers[f"x-ratelimit-{what}-{kind}"] for what in ("limit", "remaining", "reset")
+    )
+    return int(limit), int(remaining), reset
+
+
+def test_every_answer_to_a_limited_key_says_what_is_left_and_the_refusal_when_to_come_back(fake: FakeOpenAI) -> None:
+    clock = HandClock()
+    auth = keys(team={"requests_per_minute": 3, "tokens_per_minute": 600}, free={})
+    with running(config(fake, auth=auth), clock=clock) as gateway:
+        first = ask(gateway, "team", "今天" * 50)
+        assert first.status_code == 200
+        assert left(first, "requests") == (3, 2, "20s")
+        used = first.json()["usage"]["total_tokens"]
+        assert used != 100, "else nothing shows that the estimate was put right"
+        assert left(first, "tokens")[:2] == (600, 600 - used)
+        unknown = ask(gateway, "team", model="unknown")
+        assert unknown.status_code == 404
+        assert left(unknown, "requests") == (3, 1, "40s"), "what is refused for what it says counts as well"
+        assert ask(gateway, "team").status_code == 200
+        refused = ask(gateway, "team")
+        assert refused.status_code == 429
+        error = error_of(refused)
+        assert (error["type"], error["code"]) == ("rate_limit_error", "rate_limit_exceeded")
+        assert "3 requests per minute" in error["message"]
+        assert refused.headers["retry-after"] == "20"
+        assert refused.headers["retry-after-ms"] == "20000"
+        assert left(refused, "requests") == (3, 0, "1m0s")
+        assert "x-should-retry" not in refused.headers
+        assert gateway.metric("rejected_requests_total", reason="rate_limit_exceeded") == 1
+        assert gateway.metric("requests_total", status="429", client="team") == 1
+        gateway.call(clock.advance(20))
+        assert ask(gateway, "team").status_code == 200
+        free = ask(gateway, "free")
+        assert free.status_code == 200
+        assert not [name for name in free.headers if name.startswith("x-ratelimit")]
+
+
+def test_a_limit_that_is_not_set_is_not_spoken_of(fake: FakeOpenAI) -> None:
+    with running(config(fake, auth=keys(team={"tokens_per_minute": 100}))) as gateway:
+        names = {name for name in ask(gateway, "team").headers if name.startswith("x-ratelimit")}
+        assert names == {f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")}
+
+
+def test_a_request_that_could_never_fit_is_told_so(fake: FakeOpenAI) -> None:
+    with running(config(fake, auth=keys(team={"tokens_per_minute": 100}))) as gateway:
+        response = ask(gateway, "team", *(["x" * 40] * 20))
+        assert response.status_code == 400
+        assert error_of(response)["param"] == "input"
+        assert "more than the 100 tokens per minute" in error_of(response)["message"]
+        assert "retry-after" not in response.headers
+        assert not fake.calls
+
+
+def test_what_comes_from_the_cache_counts_as_well(fake: FakeOpenAI) -> None:
+    clock = HandClock()
+    auth = keys(team={"requests_per_minute": 2})
+    with running(config(fake, auth=auth, cache={}), clock=clock) as gateway:
+        assert [ask(gateway, "team").status_code for _ in range(3)] == [200, 200, 429]
+        assert len(fake.calls) == 1
+
+
+async def test_who_floods_takes_neither_room_nor_time_from_others(fake: FakeOpenAI) -> None:
+    clock = HandClock()
+    auth = keys(flood={"requests_per_minute": 1}, calm={})
+    with running(config(fake, auth=auth, server={"max_inflight": 2}), clock=clock) as gateway:
+        assert (await asyncio.to_thread(ask, gateway, "flood")).status_code == 200
+        # Bodies that never come would take all the room, if those who send them were let in.
+        with wire(gateway.url) as one, wire(gateway.url) as two, wire(gateway.url) as three:
+            for each in (one, two, three):
+                each.send(
+                    head("POST", "/v1/embeddings", "Content-Length: 1000", f"Authorization: Bearer {secret('flood')}")
+                )
+                assert each.must_reply().status_code == 429
+        limits = httpx.Limits(max_connections=50)
+        async with httpx.AsyncClient(base_url=gateway.url, limits=limits, timeout=30) as client:
+
+            async def post(name: str, text: str) -> int:
+                body = {"model": MODEL, "input": text}
+                headers = {"authorization": f"Bearer {secret(name)}"}
+                return (await client.post("/v1/embeddings", json=body, headers=headers)).status_code
+
+            flood = [asyncio.create_task(post("flood", f"flood {i}")) for i in range(200)]
+            calm = [await post("calm", f"calm {i}") for i in range(20)]
+            assert set(calm) == {200}
+            assert set(await asyncio.gather(*flood)) == {429}
+        assert not [call for call in fake.calls if "flood" in str(call.texts)]
+        assert gateway.metric("inflight_requests") == 0
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (0, "0s"),
+        (0.0001, "1ms"),
+        (0.012, "12ms"),
+        (0.9999, "1s"),
+        (1, "1s"),
+        (8.64, "8.64s"),
+        (59.9999, "1m0s"),
+        (90.951, "1m30.951s"),
+        (360, "6m0s"),
+        (86400, "1440m0s"),
+    ],
+)
+def test_times_are_written_as_openai_writes_them(seconds: float, told: str) -> None:
+    assert duration(seconds) == told.encode()
+
+
+# --- own cache --------------------------------------------------------------------------------------------
+
+
+def test_a_caller_with_a_cache_of_its_own_shares_nothing(fake: FakeOpenAI) -> None:
+    auth = keys(a={}, b={}, own={"cache": "own"}, also={"cache": "own"})
+    with running(config(fake, auth=auth, cache={})) as gateway:
+        states = [ask(gateway, name).headers["x-embedding-cache"] for name in ("a", "b", "own", "own", "also", "a")]
+        assert states == ["miss", "hit", "miss", "hit", "miss", "hit"]
+        assert len(fake.calls) == 3
+
+
+def test_a_caller_with_a_cache_of_its_own_waits_for_nobody_elses_input(fake: FakeOpenAI) -> None:
+    auth = keys(a={}, b={}, own={"cache": "own"})
+    with running(config(fake, auth=auth)) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        asked = [pool.submit(ask, gateway, name, "the same") for name in ("a", "b", "own")]
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 3)
+        fake.wait_until(lambda: sum(call.rows for call in fake.calls) == 2)
+        fake.release()
+        assert {each.result().status_code for each in asked} == {200}
+        assert fake.rows == 2, "one for a and b, and one that is the third one's own"
+
+
+# --- reload -----------------------------------------------------------------------------------------------
+
+
+def test_a_changed_configuration_forgets_no_callers_use_unless_the_limit_has_changed(fake: FakeOpenAI) -> None:
+    def settings(requests: int) -> Settings:
+        return settings_of(
+            config(fake, auth=keys(same={"requests_per_minute": 5}, new={"requests_per_minute": requests}))
+        )
+
+    async def successor(gateway: Running) -> tuple[bool, bool]:
+        before = gateway.app.gateway
+        after = gateway.app._build_gateway(settings(7), before)
+        try:
+            return after.quotas["same"] is before.quotas["same"], after.quotas["new"] is before.quotas["new"]
+        finally:
+            await after.aclose(before)
+
+    auth = keys(same={"requests_per_minute": 5}, new={"requests_per_minute": 6})
+    with running(config(fake, auth=auth)) as gateway:
+        assert gateway.call(successor(gateway)) == (True, False)
+
+
+# --- several gateways -------------------------------------------------------------------------------------
+
+
+def test_two_gateways_on_one_redis_keep_one_limit(fake: FakeOpenAI, redis: RedisServer) -> None:
+    cache = {"memory": None, "redis": {"url": redis.url, "timeout": 20}}
+    shared = config(fake, auth=keys(team={"requests_per_minute": 2}, free={}), cache=cache)
+    with running(shared) as one, running(shared) as other:
+        assert ask(one, "team").status_code == 200
+        assert left(ask(other, "team"), "requests")[:2] == (2, 0)
+        assert [ask(each, "team").status_code for each in (one, other)] == [429, 429]
+        before = one.metric("cache_operations_total", operation="limit")
+        assert ask(one, "free").status_code == 200
+        assert one.metric("cache_operations_total", operation="limit") == before, "no limit, no round trip"
+
+
+def test_without_redis_callers_are_let_in_by_each_gateways_part(fake: FakeOpenAI, redis: RedisServer) -> None:
+    cache = {"memory": None, "redis": {"url": redis.url, "timeout": 20}}
+    shared = config(fake, auth=keys(team={"requests_per_minute": 6}), cache=cache)
+    with running(shared) as one, running(shared) as other:
+        assert ask(one, "team").status_code == 200
+        assert ask(other, "team").status_code == 200
+        redis.kill()
+        served = [ask(other, "team").status_code for _ in range(4)]
+        assert served[:2] == [200, 200], "4 of 6 are left, for two"
+        assert served[-1] == 429
+
+
+# --- upstreams' pace --------------------------------------------------------------------------------------
+
+
+def test_an_upstreams_pace_is_kept_by_waiting_and_what_cannot_wait_is_told_for_how_long(fake: FakeOpenAI) -> None:
+    clock = HandClock()
+    settings = config(fake, {"requests_per_minute": 2}, server={"request_timeout": "20s"})
+    with running(settings, clock=clock) as gateway, ThreadPoolExecutor() as pool:
+        assert gateway.post({"model": MODEL, "input": "first"}).status_code == 200
+        refused = gateway.post({"model": MODEL, "input": "second"})
+        assert refused.status_code == 429
+        assert error_of(refused)["code"] == "rate_limit_exceeded"
+        assert 25 < int(refused.headers["retry-after"]) <= 60
+        gateway.call(clock.advance(15))
+        waiting = pool.submit(gateway.post, {"model": MODEL, "input": "third"})
+        settled(gateway, lambda: gateway.metric("queued_inputs") == 1)
+        assert len(fake.calls) == 1
+        gateway.call(clock.advance(15))
+        assert waiting.result().status_code == 200
+        assert gateway.metric("rejected_requests_total") == 0, "it is no caller's limit"
+
+
+# --- lanes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 8])
+def test_behind_2000_bulk_inputs_a_query_waits_for_two_upstream_calls_at_most(slots: int, fake: FakeOpenAI) -> None:
+    models = {"m": {"deployments": [{"upstream": "up", "model": MODEL}], "max_batch": 10}}
+    settings = config(fake, {"max_concurrency": slots, "timeout": 60}, models=models)
+    bulk = [f"bulk {i}" for i in range(2000)]
+    with running(settings) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        waiting = pool.submit(gateway.post, {"model": "m", "input": bulk})
+        busy = slots - slots // 4
+        fake.wait_for_calls(busy)
+        query = pool.submit(gateway.post, {"model": "m", "input": "query"})
+        if slots == 1:
+            settled(gateway, lambda: gateway.metric("queued_inputs", lane="query") == 1)
+            fake.release(1)
+        fake.wait_for_calls(busy + 1)
+        assert fake.calls[busy].texts[0] == "query", "it is in the next call, or has a slot at once"
+        fake.release(busy)  # in order of arrival: those before it, and its own if that is the only slot
+        if slots > 1:
+            fake.release(1)
+        assert query.result().status_code == 200
+        assert not waiting.done()
+        assert fake.rows <= 10 * (busy + 1)
+        fake.release()
+        assert len(waiting.result().json()["data"]) == 2000

@@ -1,0 +1,170 @@
+"""Limits kept in a real Redis by several replicas. Rates are so low that no machine is slow enough to matter."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+import redis.asyncio
+
+from app.cache.shared_limits import PREFIX, Ask, SharedLimits, Verdict
+from app.limits import Bucket, Limit
+from app.metrics import Metrics
+from tests.cache.support import LIMIT, Clock
+from tests.redis_server import RedisServer
+
+Replica = Callable[..., SharedLimits]
+ONE = Ask((0, 0), (1, 1), (1, 1))
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+@pytest_asyncio.fixture
+async def replica(server: RedisServer, clock: Clock, metrics: Metrics) -> AsyncIterator[Replica]:
+    """Builds replicas of the gateway, as far as limits go, and closes them at the end."""
+    built = []
+
+    def build(timeout: float = LIMIT, workers: int = 1) -> SharedLimits:
+        built.append(SharedLimits(server.url, timeout, clock, metrics, workers=workers))
+        return built[-1]
+
+    yield build
+    for each in built:
+        await each.close()
+
+
+@pytest_asyncio.fixture
+async def client(server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
+    async with redis.asyncio.from_url(server.url) as client:
+        yield client
+
+
+def limit(requests: float | None = 5, tokens: float | None = None) -> Limit:
+    """A burst of so many, of which one a minute comes back."""
+    return Limit(Bucket(1, requests, 0) if requests else None, Bucket(1, tokens, 0) if tokens else None)
+
+
+async def must(shared: SharedLimits, name: bytes, limit: Limit, ask: Ask = ONE) -> Verdict:
+    verdict = await shared.ask(name, limit, ask)
+    assert verdict is not None
+    return verdict
+
+
+async def test_replicas_that_ask_at_once_get_the_limit_and_not_one_more(replica: Replica) -> None:
+    replicas = [replica() for _ in range(3)]
+    asked = [must(each, b"a", limit(requests=20)) for each in replicas for _ in range(30)]
+    verdicts = await asyncio.gather(*asked)
+    assert sum(verdict.wait == 0 for verdict in verdicts) == 20
+    assert all(0 < verdict.wait <= 60 for verdict in verdicts if verdict.wait)
+
+
+async def test_two_names_are_two_limits(replica: Replica) -> None:
+    shared = replica()
+    assert (await must(shared, b"a", limit(requests=1))).wait == 0
+    assert (await must(shared, b"a", limit(requests=1))).wait > 0
+    assert (await must(shared, b"b", limit(requests=1))).wait == 0
+
+
+async def test_requests_and_tokens_are_taken_together_or_not_at_all(replica: Replica) -> None:
+    shared = replica()
+    both = limit(requests=5, tokens=100)
+    verdict = await must(shared, b"a", both, Ask((0, 0), (1, 60), (1, 60)))
+    assert (verdict.wait, verdict.requests, verdict.tokens) == (0, 4, 40)
+    refused = await must(shared, b"a", both, Ask((0, 0), (1, 60), (1, 60)))
+    assert 19 * 60 < refused.wait <= 20 * 60
+    assert refused.requests == pytest.approx(4, abs=1)
+    assert refused.tokens == pytest.approx(40, abs=1)
+    assert (await must(shared, b"a", both, Ask((0, 0), (1, 40), (1, 40)))).wait == 0
+
+
+async def test_what_is_owed_is_charged_whatever_the_verdict(replica: Replica) -> None:
+    shared = replica()
+    verdict = await must(shared, b"a", limit(requests=5), Ask((7, 0), (1, 0), (1, 0)))
+    assert 2 * 60 < verdict.wait <= 3 * 60
+    assert verdict.requests == pytest.approx(-2, abs=0.1)
+    assert (await must(shared, b"a", limit(requests=5), Ask((-4, 0), (1, 0), (1, 0)))).wait == 0
+
+
+async def test_it_fills_by_the_servers_clock(replica: Replica, client: redis.asyncio.Redis) -> None:
+    shared = replica()
+    for _ in range(5):
+        await must(shared, b"a", limit())
+    assert (await must(shared, b"a", limit())).wait > 0
+    at = float((await client.hget(PREFIX + b"a", "at")) or 0)
+    await client.hset(PREFIX + b"a", "at", repr(at - 90))
+    assert (await must(shared, b"a", limit())).wait == 0
+    assert 0 < (await must(shared, b"a", limit())).wait <= 30
+    await client.hset(PREFIX + b"a", "at", repr(at + 10**6))
+    assert 0 < (await must(shared, b"a", limit())).wait <= 60, "a clock that was set back stands still"
+
+
+async def test_nothing_stays_for_ever(replica: Replica, client: redis.asyncio.Redis) -> None:
+    shared = replica()
+    await must(shared, b"a", limit(requests=5))
+    assert 0 < await client.ttl(PREFIX + b"a") <= 61
+    await must(shared, b"a", limit(requests=5))
+    assert 60 < await client.ttl(PREFIX + b"a") <= 121
+    assert 0 < await client.ttl(PREFIX + b"replicas") <= 120
+    assert sorted(await client.keys("*")) == [PREFIX + b"a", PREFIX + b"replicas"]
+
+
+async def test_replicas_count_themselves_from_their_start(replica: Replica) -> None:
+    first, second, third = replica(), replica(), replica(workers=8)
+    await first.open()
+    await second.open()
+    assert (first.replicas, second.replicas) == (1, 2)
+    await must(first, b"a", limit())
+    assert first.replicas == 2
+    await third.open()
+    assert third.replicas == 8, "the workers of one machine are known beforehand"
+
+
+async def test_a_server_that_has_lost_its_scripts_gets_this_one_again(
+    replica: Replica, client: redis.asyncio.Redis
+) -> None:
+    shared = replica()
+    await must(shared, b"a", limit())
+    await client.script_flush()
+    assert (await must(shared, b"a", limit())).requests == pytest.approx(3, abs=0.1)
+
+
+async def test_without_an_answer_there_is_no_verdict_and_after_three_times_no_question(
+    server: RedisServer, replica: Replica, clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = replica()
+    await must(shared, b"a", limit())
+    server.kill()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(10):
+            assert await shared.ask(b"a", limit(), ONE) is None
+    assert len(caplog.records) == 1
+
+    def count(result: str) -> float:
+        labels = {"tier": "redis", "operation": "limit", "result": result}
+        return metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels) or 0
+
+    assert (count("ok"), count("error"), count("skipped")) == (1, 3, 7)
+    server.start()
+    clock.advance(1)
+    assert (await must(shared, b"a", limit())).wait == 0
+    assert "shared by the replicas again" in caplog.text
+
+
+async def test_a_server_that_hangs_is_waited_for_as_long_as_told(
+    server: RedisServer, replica: Replica, metrics: Metrics
+) -> None:
+    shared = replica(timeout=0.01)
+    server.pause()
+    try:
+        assert await shared.ask(b"a", limit(), ONE) is None
+    finally:
+        server.resume()
+    labels = {"tier": "redis", "operation": "limit", "result": "timeout"}
+    assert metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels) == 1

@@ -1,0 +1,40 @@
+"""A clock that a test moves by hand: who sleeps on it wakes when it has been moved far enough."""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class HandClock:
+    """Stands still until it is moved. `advance` belongs in the event loop of those who sleep."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+        self._sleeping: list[tuple[float, asyncio.Future[None]]] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return 1_800_000_000.0 + self.now
+
+    async def sleep(self, seconds: float) -> None:
+        wakes = asyncio.get_running_loop().create_future()
+        self._sleeping.append((self.now + seconds, wakes))
+        await wakes
+
+    async def advance(self, seconds: float) -> None:
+        """Moves on and lets everything happen that then can."""
+        self.now += seconds
+        due = [wakes for at, wakes in self._sleeping if at <= self.now]
+        self._sleeping = [(at, wakes) for at, wakes in self._sleeping if at > self.now]
+        for wakes in due:
+            if not wakes.done():
+                wakes.set_result(None)
+        await settle()
+
+
+async def settle() -> None:
+    """Lets everything that can go on without the outside go on."""
+    for _ in range(20):
+        await asyncio.sleep(0)

@@ -1,0 +1,107 @@
+"""A deployment whose model is not what it was, or not what its sibling has, never answers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app.clock import SystemClock
+from app.pipeline.canary import EVERY
+from tests.fakes import FakeOpenAI, Vector
+from tests.harness import Running, running
+
+MODEL = "text-embedding-3-small"
+
+
+class OtherModel(FakeOpenAI):
+    """A server that has another model under the same name; `changed` says since when."""
+
+    changed = True
+
+    def expected(self, model: str, text: Any, dimensions: int | None = None) -> Vector:
+        size = dimensions or self.models[model]
+        return super().expected(model, f"not {text}" if self.changed else text, size)
+
+
+class RoundClock(SystemClock):
+    """Hours pass when told; a sleeper is woken by hand."""
+
+    def __init__(self) -> None:
+        self.passed = 0.0
+        self.woken = 0
+
+    def monotonic(self) -> float:
+        return super().monotonic() + self.passed
+
+    async def sleep(self, seconds: float) -> None:
+        before = self.woken
+        while self.woken == before:
+            await asyncio.sleep(0.001)
+
+
+def config(*fakes: FakeOpenAI, **more: Any) -> dict[str, Any]:
+    upstreams = {
+        f"up{i}": {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"} for i, fake in enumerate(fakes)
+    }
+    deployments = [{"upstream": name, "model": MODEL} for name in upstreams]
+    return {"upstreams": upstreams, "models": {"m": {"deployments": deployments}}, "cache": {"memory": None}, **more}
+
+
+def until_out(gateway: Running, upstream: str) -> dict[str, str]:
+    for _ in range(2000):
+        told = gateway.get("/readyz").json()["upstreams"][upstream].get("out")
+        if told:
+            return dict(told)
+    pytest.fail("nothing left the rotation")
+
+
+def test_the_sibling_with_another_model_leaves_and_is_never_asked_again(caplog: pytest.LogCaptureFixture) -> None:
+    with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
+        with running(config(right, wrong)) as gateway:
+            assert "cosine" in until_out(gateway, "up1")[MODEL]
+            asked = len(wrong.calls)
+            for i in range(30):
+                response = gateway.post({"model": "m", "input": f"text {i}"})
+                vector = np.array(response.json()["data"][0]["embedding"], "<f4")
+                assert np.array_equal(vector, right.expected(MODEL, f"text {i}"))
+            assert len(wrong.calls) == asked
+            assert gateway.metric("upstream_available", upstream="up1", model=MODEL) == 0
+            alone = gateway.post({"model": f"up1/{MODEL}", "input": "x"})
+            assert (alone.status_code, alone.json()["error"]["code"]) == (503, "upstream_unavailable")
+    assert "leaves the rotation" in caplog.text
+
+
+def test_a_model_that_changes_between_two_runs_is_found_by_what_was_stored(tmp_path: Path) -> None:
+    cache = {"cache": {"memory": None, "disk": {"path": str(tmp_path / "cache.sqlite3")}}}
+    with OtherModel(api_key="sk-fake") as fake:
+        fake.changed = False
+        for changed in (False, True):
+            fake.changed = changed
+            fake.reset()
+            clock = RoundClock()
+            with running(config(fake, **cache), clock=clock) as gateway:
+                response = gateway.post({"model": "m", "input": f"in use {changed}"})
+                assert response.status_code == 200
+                clock.woken += 1  # a round: it is used now, so it is looked at
+                fake.wait_until(lambda: len(fake.calls) >= 2, 10)
+                if changed:
+                    assert "cosine" in until_out(gateway, "up0")[MODEL]
+                    refused = gateway.post({"model": "m", "input": "new"})
+                    assert refused.status_code == 503
+                    fake.changed = False
+                    clock.passed += EVERY
+                    clock.woken += 1
+                    while gateway.post({"model": "m", "input": "back"}).status_code != 200:
+                        pass
+
+
+def test_a_deployment_that_does_not_answer_is_not_judged() -> None:
+    with FakeOpenAI(api_key="sk-fake") as right, FakeOpenAI(api_key="sk-other") as refusing:
+        with running(config(right, refusing)) as gateway:
+            right.wait_for_calls(1)
+            assert gateway.post({"model": "m", "input": "x"}).status_code == 200
+            assert "out" not in gateway.get("/readyz").json()["upstreams"]["up1"]

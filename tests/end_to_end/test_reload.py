@@ -1,0 +1,252 @@
+"""A new configuration while the program runs: whole or not at all, and what was learned and cached stays."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from app.clock import SystemClock
+from app.config.source import Source
+from app.upstreams import UPSTREAMS
+from tests.fakes import FakeOpenAI
+from tests.harness import Running, running
+from tests.processes import metric, serving, until
+
+MODEL = "text-embedding-3-small"
+
+
+def config(fake: FakeOpenAI, **models: Any) -> dict[str, Any]:
+    """One upstream, and models on it by name."""
+    return {
+        "upstreams": {"up": {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}},
+        "models": {
+            name: {"deployments": [{"upstream": "up", "model": MODEL}], **settings} for name, settings in models.items()
+        },
+    }
+
+
+def write(directory: Path, values: Mapping[str, Any] | str) -> None:
+    """Puts the file in place as editors and Kubernetes do: whole."""
+    new = directory / "config.yaml.new"
+    new.write_text(values if isinstance(values, str) else yaml.safe_dump(dict(values)))
+    new.rename(directory / "config.yaml")
+
+
+class Hasty(SystemClock):
+    """Does not let anybody sleep for long."""
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(min(seconds, 0.02))
+
+
+@contextmanager
+def watched(directory: Path, values: Mapping[str, Any]) -> Iterator[Running]:
+    """A gateway that follows `config.yaml` of the directory, and looks at it all the time."""
+    write(directory, values)
+    source = Source("config.yaml", {}, UPSTREAMS, directory)
+    with running(values, source=source, clock=Hasty()) as gateway:
+        yield gateway
+
+
+def names(gateway: Running) -> set[str]:
+    return {model["id"] for model in gateway.get("/v1/models").json()["data"]}
+
+
+def until_reloads(gateway: Running, result: str, count: int) -> None:
+    def seen() -> bool:
+        return gateway.metric("config_reloads_total", result=result) >= count
+
+    until(seen, lambda: gateway.get("/metrics").text)
+
+
+def test_a_changed_file_is_in_force_soon_and_memory_connections_and_limits_stay(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake", max_batch=4) as fake, watched(tmp_path, config(fake, old={})) as gateway:
+        gateway.post({"model": "old", "input": [f"text {i}" for i in range(9)]})
+        learned = gateway.app.gateway.names["old"].deployments[0].limits
+        upstream = gateway.app.gateway.upstreams["up"]
+        write(tmp_path, config(fake, new={}))
+        until_reloads(gateway, "ok", 1)
+        assert "new" in names(gateway)
+        assert "old" not in names(gateway)
+        assert gateway.app.gateway.names["new"].deployments[0].limits is learned
+        assert gateway.app.gateway.upstreams["up"] is upstream
+        calls = len(fake.calls)
+        again = gateway.post({"model": "new", "input": "text 3"})
+        assert again.headers["x-embedding-cache"] == "hit"
+        assert gateway.post({"model": "new", "input": "another text"}).status_code == 200
+        assert len(fake.calls) == calls + 1
+        assert gateway.metric("config_valid") == 1
+
+
+def test_an_upstream_that_is_gone_leaves_the_metrics_and_one_that_changed_is_a_new_one(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        values = config(fake, docs={})
+        values["upstreams"]["extra"] = {"type": "lexical"}
+        with watched(tmp_path, values) as gateway:
+            upstream = gateway.app.gateway.upstreams["up"]
+            assert gateway.metric("upstream_available", upstream="extra") == 1
+            del values["upstreams"]["extra"]
+            values["upstreams"]["up"]["timeout"] = "7s"
+            write(tmp_path, values)
+            until_reloads(gateway, "ok", 1)
+            assert gateway.app.gateway.upstreams["up"] is not upstream
+            assert gateway.post({"model": "docs", "input": "text"}).status_code == 200
+
+            def forgotten() -> bool:
+                return 'upstream_available{model="lexical"' not in gateway.get("/metrics").text
+
+            until(forgotten, lambda: gateway.get("/metrics").text)
+
+
+def test_a_request_in_flight_ends_on_the_configuration_it_began_on(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, watched(tmp_path, config(fake, docs={})) as gateway:
+        fake.hold()
+        answers: list[httpx.Response] = []
+        thread = threading.Thread(target=lambda: answers.append(gateway.post({"model": "docs", "input": "in flight"})))
+        thread.start()
+        fake.wait_for_calls(1)
+        values = config(fake, other={})
+        values["upstreams"]["up"]["timeout"] = "9s"
+        write(tmp_path, values)
+        until_reloads(gateway, "ok", 1)
+        assert gateway.post({"model": "docs", "input": "x"}).status_code == 404
+        fake.release()
+        thread.join(20)
+        assert answers[0].status_code == 200
+        assert answers[0].json()["model"] == "docs"
+
+
+def test_callers_keys_change_with_the_file(tmp_path: Path) -> None:
+    values: dict[str, Any] = {"upstreams": {"built-in": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "first"}}}}
+    with watched(tmp_path, values) as gateway:
+        body = {"model": "lexical", "input": "x"}
+        assert gateway.post(body, api_key="first").status_code == 200
+        values["auth"] = {"keys": {"a": {"key": "second"}}}
+        write(tmp_path, values)
+        until_reloads(gateway, "ok", 1)
+        assert gateway.post(body, api_key="first").status_code == 401
+        assert gateway.post(body, api_key="second").status_code == 200
+
+
+def test_a_bad_file_changes_nothing_and_every_mistake_is_a_line_of_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, watched(tmp_path, config(fake, docs={})) as gateway:
+        before = gateway.app.gateway
+        write(tmp_path, "server: {prot: 1}\nupstreams: {x: {type: openay, api_key: sk-canary}}\n")
+        until_reloads(gateway, "failed", 1)
+        told = [record.getMessage() for record in caplog.records if "configuration not changed" in record.getMessage()]
+        assert len(told) == 2
+        assert "config.yaml: server.prot: unknown key; did you mean port?" in told[0] + told[1]
+        assert "sk-canary" not in caplog.text
+        assert gateway.metric("config_valid") == 0
+        assert gateway.app.gateway is before
+        assert gateway.post({"model": "docs", "input": "x"}).status_code == 200
+        write(tmp_path, config(fake, docs={}, more={}))
+        until_reloads(gateway, "ok", 1)
+        assert gateway.metric("config_valid") == 1
+        assert "more" in names(gateway)
+
+
+def test_a_file_that_is_gone_is_waited_for_and_not_taken_for_an_empty_one(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, watched(tmp_path, config(fake, docs={})) as gateway:
+        (tmp_path / "config.yaml").unlink()
+        gateway.call(_reload(gateway))
+        until_reloads(gateway, "failed", 1)
+        assert gateway.post({"model": "docs", "input": "x"}).status_code == 200
+
+
+async def _reload(gateway: Running) -> None:
+    gateway.app.reload()
+
+
+def test_what_takes_a_restart_is_said_and_the_rest_is_in_force(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, watched(tmp_path, config(fake, docs={})) as gateway:
+        values = config(fake, docs={})
+        values["server"] = {"port": 1234, "workers": 3, "metrics_port": 4321, "max_inputs": 2}
+        values["cache"] = {"ttl": "1h"}
+        write(tmp_path, values)
+        until_reloads(gateway, "ok", 1)
+        for name in ("server.port", "server.workers", "server.metrics_port", "cache"):
+            assert f"{name} has changed, which takes a restart" in caplog.text
+        assert "server.host" not in caplog.text
+        assert gateway.post({"model": "docs", "input": ["a", "b", "c"]}).status_code == 400
+        assert gateway.get("/metrics").status_code == 200
+
+
+def test_a_key_for_a_model_that_nobody_serves_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values: dict[str, Any] = {
+        "upstreams": {"built-in": {"type": "lexical"}},
+        "auth": {"keys": {"team": {"key": "k", "models": ["lexical", "lexica"]}}},
+    }
+    with watched(tmp_path, values):
+        assert [record.getMessage() for record in caplog.records if "auth.keys" in record.getMessage()] == [
+            "auth.keys.team.models: there is no model lexica now"
+        ]
+
+
+# --- the program ------------------------------------------------------------------------------------
+
+
+def has(url: str, name: str, times: int = 1) -> bool:
+    """Whether the model is served, asked over that many new connections."""
+    return all(httpx.get(f"{url}/v1/models/{name}").status_code == 200 for _ in range(times))
+
+
+def test_sighup_loads_the_file_anew(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        write(tmp_path, config(fake, docs={}))
+        with serving(tmp_path) as (url, process):
+            write(tmp_path, config(fake, docs={}, more={}))
+            process.send_signal(signal.SIGHUP)
+            until(lambda: has(url, "more"), (tmp_path / "log").read_text)
+            write(tmp_path, "servers: {}\n")
+            process.send_signal(signal.SIGHUP)
+            until(lambda: "configuration not changed" in (tmp_path / "log").read_text(), lambda: "no line of it")
+            assert has(url, "more")
+
+
+def test_sighup_without_a_file_ends_nobody(tmp_path: Path) -> None:
+    with serving(tmp_path) as (url, process):
+        process.send_signal(signal.SIGHUP)
+        until(lambda: "nothing to change" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text)
+        assert has(url, "lexical")
+
+
+def test_every_worker_loads_the_file_anew_and_loses_no_request(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        write(tmp_path, config(fake, docs={}))
+        with serving(tmp_path, "--workers", "2") as (url, process):
+            fake.hold()
+            with socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0)) as raw:
+                raw.settimeout(30)
+                body = b'{"model":"docs","input":"in flight"}'
+                raw.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                )
+                fake.wait_for_calls(1)
+                write(tmp_path, config(fake, more={}))
+                process.send_signal(signal.SIGHUP)
+
+                def both() -> bool:
+                    return metric(httpx.get(f"{url}/metrics").text, "config_reloads_total", 'result="ok"') == 2
+
+                until(both, (tmp_path / "log").read_text)
+                assert has(url, "more", times=20)
+                fake.release()
+                assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+            write(tmp_path, "servers: {}\n")
+            process.send_signal(signal.SIGHUP)
+            until(lambda: metric(httpx.get(f"{url}/metrics").text, "config_valid") == 0, (tmp_path / "log").read_text)

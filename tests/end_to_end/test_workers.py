@@ -1,0 +1,162 @@
+"""Signals, worker processes and the port for metrics, tried on the program as it is started."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from app.workers import Workers
+from tests.fakes import FakeOpenAI
+from tests.processes import address, answers, free_port, metric, serving, start, until
+
+TWO = ("--workers", "2")
+
+
+def workers(process_id: int) -> list[int]:
+    """Processes that a process has started."""
+    return [int(each) for each in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
+
+
+def embed(url: str, text: str, model: str = "lexical") -> httpx.Response:
+    return httpx.post(f"{url}/v1/embeddings", json={"model": model, "input": text}, timeout=30)
+
+
+def connect(url: str) -> socket.socket:
+    raw = socket.create_connection(("127.0.0.1", httpx.URL(url).port or 0))
+    raw.settimeout(30)
+    return raw
+
+
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_whoever_asks_again_does_not_wait_for_the_drain(
+    tmp_path: Path, arguments: tuple[str, ...], number: signal.Signals
+) -> None:
+    with start(tmp_path, "--port", "0", *arguments, EMBEDDING_GATEWAY__SERVER__DRAIN="10m") as process:
+        url = address(tmp_path / "log", process)
+        process.send_signal(signal.SIGTERM)
+        until(lambda: httpx.get(f"{url}/readyz").status_code == 503, (tmp_path / "log").read_text)
+        answer = embed(url, "still served")
+        assert answer.status_code == 200
+        assert answer.headers["connection"] == "close"
+        process.send_signal(number)
+        assert process.wait(30) == (0 if number == signal.SIGTERM else 130)
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+def test_ctrl_c_does_not_drain_but_requests_finish(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
+        with start(tmp_path, "--port", "0", *arguments, EMBEDDING_GATEWAY__SERVER__DRAIN="10m", **env) as process:
+            url = address(tmp_path / "log", process)
+            fake.hold()
+            with connect(url) as raw:
+                body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
+                raw.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                )
+                fake.wait_for_calls(1)
+                process.send_signal(signal.SIGINT)
+                until(lambda: not answers(url), (tmp_path / "log").read_text)
+                fake.release()
+                assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+            assert process.wait(30) == 130
+            assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_the_port_for_metrics_tells_of_all_workers(tmp_path: Path) -> None:
+    port = free_port()
+    with serving(tmp_path, *TWO, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as (url, _):
+        for i in range(20):  # a new connection each, so that both workers get some
+            assert embed(url, f"{i}").status_code == 200
+        admin = f"http://127.0.0.1:{port}"
+        assert metric(httpx.get(f"{admin}/metrics").text, "requests_total") == 20
+        assert httpx.get(f"{admin}/docs").status_code == 200
+        assert "/v1/embeddings" in httpx.get(f"{admin}/openapi.json").json()["paths"]
+        assert httpx.get(f"{url}/metrics").status_code == 404
+
+
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+def test_the_port_for_metrics_speaks_http_as_the_main_one_does(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    port = free_port()
+    with serving(tmp_path, *arguments, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)):
+        for protocol in (b"h2c", b"websocket"):
+            with socket.create_connection(("127.0.0.1", port)) as raw:
+                raw.settimeout(30)
+                raw.sendall(
+                    b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: %b\r\n"
+                    b"sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-version: 13\r\n\r\n" % protocol
+                )
+                assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+        with socket.create_connection(("127.0.0.1", port)) as raw:
+            raw.settimeout(30)
+            raw.sendall(b"rubbish\r\n\r\n")
+            assert b'"code":"invalid_http"' in raw.recv(65536)
+        log = (tmp_path / "log").read_text()
+        assert f"docs at http://127.0.0.1:{port}/docs" in log
+        assert "WebSocket" not in log
+
+
+def test_a_port_for_metrics_that_is_taken_is_one_readable_line(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with start(tmp_path, "--port", "0", EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as process:
+            assert process.wait(30) == 2
+    assert (tmp_path / "log").read_text() == f"cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        port = free_port()
+        env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
+        env["EMBEDDING_GATEWAY__SERVER__METRICS_PORT"] = str(port)
+        with serving(tmp_path, *TWO, **env) as (url, process):
+
+            def inside() -> float | None:
+                return metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "inflight_requests")
+
+            assert embed(url, "counted for good", "text-embedding-3-small").status_code == 200
+            until(lambda: inside() == 0, (tmp_path / "log").read_text)
+            fake.hold()
+            with connect(url) as raw:
+                body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
+                raw.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                )
+                fake.wait_for_calls(2)
+                until(lambda: inside() == 1, (tmp_path / "log").read_text)
+                before = workers(process.pid)
+                assert len(before) == 2
+                for each in before:
+                    os.kill(each, signal.SIGKILL)
+            until(lambda: len(set(workers(process.pid)) - set(before)) == 2, (tmp_path / "log").read_text)
+            fake.release()
+            assert until(lambda: answers(url), (tmp_path / "log").read_text)
+            assert inside() == 0
+            text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+            assert metric(text, "requests_total") == 1
+            said = re.findall(r"worker (\d+) was ended by SIGKILL and is replaced", (tmp_path / "log").read_text())
+            assert set(map(int, said)) == set(before)
+
+
+def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
+    with start(tmp_path, "--port", "0", *TWO, TMPDIR=str(tmp_path)) as process:
+        url = address(tmp_path / "log", process)
+        process.kill()
+        process.wait(30)
+        until(lambda: not answers(url), (tmp_path / "log").read_text)
+
+
+async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        broken = Workers(lambda _: [sys.executable, "-c", "raise SystemExit(3)"], 2, listener)
+        assert await broken.run() == 3

@@ -1,0 +1,175 @@
+"""A caller's limits, by a clock moved by hand; with a real Redis where there are several processes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+
+from app.cache.shared_limits import SharedLimits
+from app.errors import GatewayError, InvalidRequest, RateLimited
+from app.limits import Rates
+from app.metrics import Metrics
+from app.pipeline.quota import Quota
+from tests.cache.support import LIMIT
+from tests.clock import HandClock
+from tests.redis_server import RedisServer
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+def quota(clock: HandClock, requests: int | None = None, tokens: int | None = None, processes: int = 1) -> Quota:
+    return Quota("team", Rates(requests, tokens), clock, Metrics(), processes=processes)
+
+
+async def refusal(quota: Quota, tokens: int = 1) -> RateLimited:
+    with pytest.raises(RateLimited) as refused:
+        await quota.take(tokens)
+    assert refused.value.retry_after is not None
+    return refused.value
+
+
+async def test_a_minutes_worth_goes_at_once_and_then_one_at_a_time(clock: HandClock) -> None:
+    limited = quota(clock, requests=30)
+    for _ in range(30):
+        await limited.take(1)
+    told = await refusal(limited)
+    assert told.retry_after == pytest.approx(2)
+    assert "30 requests per minute" in told.message
+    await clock.advance(2)
+    await limited.take(1)
+    await refusal(limited)
+
+
+async def test_who_waits_as_long_as_told_is_let_in(clock: HandClock) -> None:
+    limited = quota(clock, requests=7, tokens=1000)
+    await limited.take(800)
+    told = await refusal(limited, tokens=700)
+    assert "1000 tokens per minute" in told.message
+    assert "about 700" in told.message
+    assert told.retry_after is not None
+    await clock.advance(told.retry_after)
+    await limited.take(700)
+
+
+async def test_what_is_refused_costs_nothing(clock: HandClock) -> None:
+    limited = quota(clock, requests=10, tokens=100)
+    await limited.take(60)
+    for _ in range(50):
+        await refusal(limited, tokens=60)
+    await limited.take(40)
+    requests, tokens = limited.standings()
+    assert (requests.limit, requests.remaining) == (10, 8)
+    assert (tokens.limit, tokens.remaining) == (100, 0)
+    assert requests.reset == pytest.approx(12)
+    assert tokens.reset == pytest.approx(60)
+
+
+async def test_more_than_a_minute_allows_is_the_callers_mistake(clock: HandClock) -> None:
+    limited = quota(clock, tokens=100)
+    with pytest.raises(InvalidRequest, match="about 101 tokens, more than the 100 tokens per minute") as refused:
+        await limited.take(101)
+    assert (refused.value.status, refused.value.param) == (400, "input")
+    await limited.take(100)
+
+
+async def test_an_estimate_is_put_right_afterwards(clock: HandClock) -> None:
+    limited = quota(clock, tokens=100)
+    await limited.take(80)
+    limited.owe(0, -70)
+    await limited.take(90)
+    limited.owe(0, 50)
+    assert (await refusal(limited)).retry_after == pytest.approx(51 * 0.6)
+    assert limited.standings()[0].remaining == 0
+
+
+async def test_a_process_of_several_keeps_its_part(clock: HandClock) -> None:
+    limited = quota(clock, requests=40, tokens=100, processes=4)
+    for _ in range(10):
+        await limited.take(1)
+    assert (await refusal(limited)).retry_after == pytest.approx(6)
+    await clock.advance(60)
+    await limited.take(100)  # more than its part holds: let in when that is full, and paid off
+    assert (await refusal(limited)).retry_after == pytest.approx(76 / 25 * 60)
+
+
+# --- shared over Redis ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
+
+
+class Process:
+    """What a gateway has of a caller's limit."""
+
+    def __init__(self, server: RedisServer, clock: HandClock, requests: int | None, tokens: int | None = None) -> None:
+        self.metrics = Metrics()
+        self.shared = SharedLimits(server.url, LIMIT, clock, self.metrics)
+        self.quota = Quota("team", Rates(requests, tokens), clock, Metrics(), self.shared)
+
+    def asked(self, result: str = "ok") -> float:
+        labels = {"tier": "redis", "operation": "limit", "result": result}
+        return self.metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels) or 0
+
+    async def admitted(self, tokens: int = 1) -> bool:
+        try:
+            await self.quota.take(tokens)
+        except GatewayError:
+            return False
+        return True
+
+
+async def test_processes_keep_one_limit_together(server: RedisServer, clock: HandClock) -> None:
+    processes = [Process(server, clock, requests=3) for _ in range(3)]
+    admitted = await asyncio.gather(*(each.admitted() for each in processes for _ in range(3)))
+    assert sum(admitted) == 3
+    for each in processes:
+        await each.shared.close()
+
+
+async def test_what_is_surely_over_the_limit_is_refused_without_asking(server: RedisServer, clock: HandClock) -> None:
+    one = Process(server, clock, requests=2)
+    for _ in range(100):
+        await one.admitted()
+    with pytest.raises(RateLimited):
+        one.quota.check()
+    assert one.asked() == 2
+    await one.shared.close()
+
+
+async def test_what_one_process_puts_right_the_others_hear_of_with_its_next_request(
+    server: RedisServer, clock: HandClock
+) -> None:
+    one, other = (Process(server, clock, None, tokens=4) for _ in range(2))
+    assert await one.admitted(1)
+    one.quota.owe(0, 2)
+    assert await one.admitted(1)
+    assert not await other.admitted(1)
+    assert other.quota.standings()[0].remaining == 0
+    await one.shared.close()
+    await other.shared.close()
+
+
+async def test_without_redis_each_process_lets_in_its_part_of_what_is_left_and_says_so_later(
+    server: RedisServer, clock: HandClock
+) -> None:
+    one, other = Process(server, clock, requests=9), Process(server, clock, requests=9)
+    await one.shared.open()
+    assert await other.admitted()
+    assert await one.admitted()
+    server.kill()
+    assert [await one.admitted() for _ in range(6)] == [True] * 3 + [False] * 3, "7 of 9 are left, for two"
+    assert one.quota.standings()[0].limit == 9
+    server.start()
+    await clock.advance(60)
+    assert await one.admitted(), "Redis has forgotten all, but is told of three"
+    assert one.quota.standings()[0].remaining == 5
+    await one.shared.close()
+    await other.shared.close()

@@ -1,0 +1,106 @@
+"""The program as it is started: a process of its own, on a free port, in a directory of the test's."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).parent.parent
+PATIENCE = 30.0
+"""Seconds within which anything that a process does on this machine must be seen."""
+
+
+def environment(**more: str) -> dict[str, str]:
+    """What the program may see: no vendor's variables but those a test sets, and no machine's proxy."""
+    keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
+    return {**keep, "PYTHONPATH": str(ROOT), **more}
+
+
+def run(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "app", *arguments],
+        env=environment(**(env or {})), cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+
+
+class Program(subprocess.Popen[str]):
+    """A process that ends with the block it is used in, whatever happens there."""
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.kill()
+        self.wait(PATIENCE)
+
+
+def start(cwd: Path, *arguments: str, log: str = "log", **env: str) -> Program:
+    """`serve` as a process, without a drain unless `env` says otherwise. Its log goes to `log` in `cwd`."""
+    with (cwd / log).open("a") as file:
+        return Program(
+            [sys.executable, "-m", "app", "serve", *arguments],
+            env=environment(**{"EMBEDDING_GATEWAY__SERVER__DRAIN": "0s", **env}), cwd=cwd, stderr=file, text=True,
+        )  # fmt: skip
+
+
+@contextmanager
+def serving(cwd: Path, *arguments: str, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A served gateway on a free port: its URL and its process. Its log is in `log` of `cwd`."""
+    process = start(cwd, "--port", "0", *arguments, **env)
+    try:
+        yield address(cwd / "log", process), process
+    finally:
+        process.terminate()
+        process.wait(PATIENCE)
+
+
+def address(log: Path, process: subprocess.Popen[str]) -> str:
+    """The address that the program says it has, once it answers there."""
+
+    def answering() -> str | None:
+        said = re.search(r"base_url (http://\S+)/v1", log.read_text())
+        if said and answers(said[1] + "/healthz"):
+            return said[1]
+        assert process.poll() is None, log.read_text()
+        return None
+
+    return until(answering, log.read_text)
+
+
+def answers(url: str) -> bool:
+    with httpx.Client(trust_env=False) as client:
+        try:
+            client.get(url)
+        except httpx.TransportError:
+            return False
+    return True
+
+
+def until(look: Callable[[], T | None], why: Callable[[], object]) -> T:
+    """What `look` finds, looking again twenty times a second; `why` is told when it finds nothing."""
+    for _ in range(int(PATIENCE * 20)):
+        if found := look():
+            return found
+        time.sleep(0.05)  # a process of its own cannot be waited for otherwise
+    raise AssertionError(why())
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        return int(free.getsockname()[1])
+
+
+def metric(text: str, name: str, *labels: str) -> float | None:
+    """The sum of a metric's samples that have these labels (as `name="value"`), or None without any."""
+    lines = re.findall(rf"(?m)^embedding_gateway_{name}(\{{.*\}})? (\S+)$", text)
+    values = [float(value) for found, value in lines if all(label in found for label in labels)]
+    return sum(values) if values else None

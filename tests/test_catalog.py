@@ -1,0 +1,60 @@
+"""The catalogue's look-up by name, and what its rows must have."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.catalog import CATALOG, FAMILIES, Model, family
+
+ROWS = [*(model for models in CATALOG.values() for model in models.values()), *(model for _, model in FAMILIES)]
+
+
+@pytest.mark.parametrize(
+    ("name", "known"),
+    [
+        ("nomic-embed-text", "nomic-embed-text-v1.5"),
+        ("nomic-embed-text:latest", "nomic-embed-text-v1.5"),
+        ("nomic-embed-text:137m-v1.5-q4_0", "nomic-embed-text-v1.5"),
+        ("nomic-ai/nomic-embed-text-v1.5", "nomic-embed-text-v1.5"),
+        ("text-embedding-nomic-embed-text-v1.5", "nomic-embed-text-v1.5"),
+        ("nomic-embed-text-v1.5.Q8_0.gguf", "nomic-embed-text-v1.5"),
+        ("hf.co/nomic-ai/nomic-embed-text-v1.5-GGUF:Q8_0", "nomic-embed-text-v1.5"),
+        ("nomic-ai/nomic-embed-text-v1", "nomic-embed-text-v1"),
+        ("intfloat/e5-large-v2", "e5-large-v2"),
+        ("intfloat/multilingual-e5-base", "multilingual-e5-base"),
+        ("BAAI/bge-large-en-v1.5", "bge-large-en-v1.5"),
+        ("bge-large", "bge-large-en-v1.5"),
+        ("BAAI/bge-small-zh", "bge-small-zh-v1.5"),
+        ("bge-m3:567m", "bge-m3"),
+        ("mixedbread-ai/mxbai-embed-large-v1", "mxbai-embed-large-v1"),
+        ("mxbai-embed-large:335m-v1-fp16", "mxbai-embed-large-v1"),
+        ("snowflake-arctic-embed:22m", "snowflake-arctic-embed"),
+        ("snowflake-arctic-embed2", "snowflake-arctic-embed-l-v2.0"),
+        ("Qwen/Qwen3-Embedding-0.6B", "qwen3-embedding-0.6b"),
+        ("qwen3-embedding:8b", "qwen3-embedding"),
+        ("google/embeddinggemma-300m", "embeddinggemma-300m"),
+        ("intfloat/e5-mistral-7b-instruct", None),
+        ("my/bge-large-en-v1.5-tuned", None),
+        ("text-embedding-3-small", None),
+        ("", None),
+    ],
+)
+def test_an_open_model_is_known_by_its_name_whoever_serves_it(name: str, known: str | None) -> None:
+    found = family(name)
+    assert (found and found.name) == known
+
+
+def test_every_row_is_found_by_its_own_name() -> None:
+    for _, model in FAMILIES:
+        assert family(model.name) is model
+
+
+@pytest.mark.parametrize("model", ROWS, ids=lambda model: model.name)
+def test_a_row_says_where_it_is_from_and_a_prefix_for_each_role_or_none(model: Model) -> None:
+    assert model.source
+    assert len(model.prefixes) in (0, len(model.roles))
+    assert any("{instruct}" in prefix for prefix in model.prefixes) == bool(model.instruction)
+    assert model.instruct or not model.instruction
+    if model.cuts and model.dimensions:
+        assert max(model.cuts) == model.dimensions
+    assert not (model.nested and model.cuts is not None)

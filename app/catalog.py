@@ -51,9 +51,6 @@ class Model:
     cuts: tuple[int, ...] | None = None
     """Shorter lengths the gateway makes itself, from the first numbers of the full vector, where the model is
     made for that (Matryoshka) and its server may not know how: as `dimension_choices`."""
-    nested: bool = False
-    """Whether the upstream's own shorter vectors are documented to be the first numbers of its full one, at unit
-    length: a full vector at hand serves for them."""
     revision: str = ""
     """Told apart in the vector space: the same name with another revision is another space."""
     price_per_million_tokens: float | None = None
@@ -123,7 +120,6 @@ def _openai() -> Iterable[Model]:
             name,
             size,
             choices,
-            nested=choices is not None,
             max_batch=2048,
             max_tokens_per_input=8192,
             max_tokens_per_batch=300_000,

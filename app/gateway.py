@@ -170,8 +170,7 @@ class Gateway:
             if all(limits in known for limits, _, _ in key):
                 self._batchers[key] = batcher
                 if key in before._canaries:
-                    memory = self.cache if self._remembers else None
-                self._canaries[key] = before._canaries[key]
+                    self._canaries[key] = before._canaries[key]
 
     # --- limits ----------------------------------------------------------------------------------
 

@@ -112,6 +112,8 @@ class Room:
     def surely_holds(self, text: str) -> bool:
         """Whether the text fits, however its tokens are counted."""
         count, few = len(text), len(text) * _SAFE + 4
+        if self.rule == "bytes" and self.tokens is not None and count > self.tokens:
+            return False  # a body's worth of text is not looked at for nothing
         return (self.characters is None or 2 * count <= self.characters or characters(text) <= self.characters) and (
             self.tokens is None or few <= self.tokens or at_most(text, self.rule) <= self.tokens
         )

@@ -122,8 +122,6 @@ def _dimensions(model: Model) -> str:
 def _more(model: Model) -> Iterator[str]:
     if model.instruct:
         yield "takes instructions"
-    if model.nested:
-        yield "full vectors in the cache serve shorter ones"
     if model.cuts_silently:
         yield "may cut long inputs itself"
     if model.counted_by == "han+words":

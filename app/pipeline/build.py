@@ -26,7 +26,7 @@ def pipeline(
     """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Batcher (over its
     Route)."""
     embed: Embedder = batcher
-    embed = CacheRead(embed, cache, space, nested=all(model.nested for model in models))
+    embed = CacheRead(embed, cache, space)
     embed = Shape(embed, models, settings)
     embed = LongInputs(embed, models, settings)
     return Prepare(embed, models, settings)

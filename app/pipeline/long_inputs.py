@@ -19,6 +19,8 @@ from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnL
 
 PIECES = 2048
 """The most that one request's inputs may be cut into, besides one each."""
+_LOOK = 100
+"""Characters a token that are looked at to tell that a text is too long."""
 _IN_A_THREAD = 100_000
 """Characters beyond which looking for borders would hold up the event loop for more than some milliseconds."""
 
@@ -62,9 +64,11 @@ class LongInputs:
     def _refuse(self, i: int, before: str, text: Input) -> None:
         """Raises `ContextLengthExceeded` for an input that no way of counting could let pass."""
         room, whole = self._room, before + text
+        # Enough to tell, however long it is.
+        looked_at = whole[: _LOOK * room.tokens] if room.tokens is not None else ""
         if room.characters is not None and len(whole) > room.characters:
             size, limit = f"{len(whole)} characters", room.characters
-        elif room.tokens is not None and (count := tokens.at_least(whole, room.rule)) > room.tokens:
+        elif room.tokens is not None and (count := tokens.at_least(looked_at, room.rule)) > room.tokens:
             size, limit = f"at least {count} tokens", room.tokens
         else:
             return
@@ -119,9 +123,11 @@ class _Plan:
         text, room = self._inputs[i], self._room
         if not self._asks or (room.characters is not None and len(text) > room.characters):
             return False
-        if room.tokens is None or tokens.at_least(text, room.rule) > room.tokens:
-            return room.tokens is None
-        return room.rule != "bytes" or 4 * tokens.estimate(text) <= 5 * room.tokens
+        if room.tokens is None:
+            return True
+        if room.rule == "bytes" and (len(text) > 5 * room.tokens or 4 * tokens.estimate(text) > 5 * room.tokens):
+            return False
+        return tokens.at_least(text, room.rule) <= room.tokens
 
     async def cut(self, which: Sequence[int]) -> None:
         if sum(len(self._inputs[i]) for i in which) > _IN_A_THREAD:

@@ -7,7 +7,6 @@ Knows no dialect, no retry and no credentials.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
 from typing import Protocol
 
 import httpx
@@ -53,7 +52,7 @@ class Client:
         Raises `UpstreamTimeout`, `UpstreamUnreachable` (no connection, or one that broke), and
         `UpstreamInvalidResponse` (a reply over `max_reply`, or compressed although we refuse that).
         """
-        complete = replace(request, url=self._url(request), headers={**_HEADERS, **request.headers})
+        complete = WireRequest(request.method, self._url(request), {**_HEADERS, **request.headers}, request.body)
         try:
             async with asyncio.timeout(self._timeout):
                 reply = await self._engine.exchange(complete, self._max_reply)

@@ -102,9 +102,9 @@ def models(_settings: OllamaSettings) -> Mapping[str, Model]:
 
 
 def unlisted(name: str) -> Model:
-    known = family(name) or Model(name, dimension_choices=ANY)
-    # How long an input may be is the server's to say, and whether it is cut.
-    return replace(known, name=name, max_batch=MAX_BATCH, max_tokens_per_input=None)
+    known = family(name) or Model(name)
+    # How long an input may be is the server's to say, and shorter vectors it makes itself, of any model.
+    return replace(known, name=name, dimension_choices=ANY, cuts=None, max_batch=MAX_BATCH, max_tokens_per_input=None)
 
 
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:

@@ -93,7 +93,7 @@ async def test_ollama_serves_its_embedding_models_with_and_without_the_latest_ta
     assert {model.revision for model in found} == {"0a109f422b47"}
     assert {(model.dimensions, model.max_tokens_per_input, model.max_batch) for model in found} == {(768, 2048, 16)}
     nomic, _, bge = found
-    assert (nomic.cuts, nomic.prefixes) == ((768, 512, 256, 128, 64), ("search_query: ", "search_document: "))
+    assert (nomic.cuts, nomic.prefixes) == (None, ("search_query: ", "search_document: "))
     assert (bge.cuts, bge.dimension_choices) == (None, None), "it is not made to be shortened"
 
 

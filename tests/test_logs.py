@@ -1,0 +1,136 @@
+import asyncio
+import os
+import select
+import shlex
+from collections.abc import Iterator
+from datetime import UTC, datetime
+
+import orjson
+import pytest
+
+from app import logs
+from app.logs import Output, RequestLog
+
+
+class Taker:
+    """A log that takes as many bytes of each write as it is told."""
+
+    def __init__(self) -> None:
+        self.written: list[bytes] = []
+        self.room: int | None = None
+        self.error: OSError | None = None
+
+    def __call__(self, data: bytes) -> int:
+        if self.error:
+            raise self.error
+        taken = data if self.room is None else data[: self.room]
+        self.written.append(taken)
+        return len(taken)
+
+    @property
+    def lines(self) -> list[bytes]:
+        return b"".join(self.written).splitlines()
+
+
+@pytest.fixture
+def pipe() -> Iterator[tuple[int, int]]:
+    reader, writer = os.pipe()
+    yield reader, writer
+    for end in (reader, writer):
+        os.close(end)
+
+
+async def test_a_text_line_is_what_a_shell_and_a_reader_of_logfmt_take_it_for() -> None:
+    taker = Taker()
+    log = RequestLog("text", taker)
+    odd = 'a "b" = c\\ d\n\te ü'
+    log.line(client=odd, model="plain/name-1", error=None, empty="", status=200, ms=1.5)
+    log.flush()
+    [line] = taker.lines
+    fields = dict(part.split("=", 1) for part in shlex.split(line.decode().replace("\\n", "\n").replace("\\t", "\t")))
+    written = datetime.fromisoformat(fields.pop("timestamp"))
+    assert abs((datetime.now(UTC) - written).total_seconds()) < 60
+    assert fields == {
+        "level": "info", "event": "request", "client": odd, "model": "plain/name-1", "error": "", "empty": "",
+        "status": "200", "ms": "1.5",
+    }  # fmt: skip
+
+
+async def test_a_json_line_is_an_object() -> None:
+    taker = Taker()
+    log = RequestLog("json", taker)
+    log.line(client='a "b"\n', error=None, status=200, ms=1.5)
+    log.flush()
+    [line] = taker.lines
+    fields = orjson.loads(line)
+    del fields["timestamp"]
+    assert fields == {"level": "info", "event": "request", "client": 'a "b"\n', "error": None, "status": 200, "ms": 1.5}
+
+
+async def test_the_lines_of_one_turn_are_written_together_at_its_end() -> None:
+    taker = Taker()
+    log = RequestLog("text", taker)
+    for number in range(5):
+        log.line(number=number)
+    assert not taker.written
+    await asyncio.sleep(0)
+    assert len(taker.written) == 1
+    assert [line.split()[-1] for line in taker.lines] == [b"number=%d" % number for number in range(5)]
+
+
+async def test_a_stuck_log_holds_nobody_up_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "RETRY", 0.0)
+    taker = Taker()
+    log = RequestLog("text", taker)
+    taker.room = 10
+    log.line(number=1)
+    log.flush()
+    log.line(number=2)
+    taker.room = None
+    async with asyncio.timeout(10):
+        while len(taker.lines) < 2:
+            await asyncio.sleep(0)
+    assert [line.split()[-1] for line in taker.lines] == [b"number=1", b"number=2"]
+
+
+@pytest.mark.parametrize("error", [None, OSError(28, "No space left on device"), BrokenPipeError()])
+async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
+    error: OSError | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "LONGEST_BACKLOG", 1000)
+    taker = Taker()
+    taker.room, taker.error = 0, error
+    log = RequestLog("text", taker)
+    for number in range(100):
+        log.line(number=number)
+        log.flush()
+    taker.room = taker.error = None
+    log.flush()
+    log.line(number=100)
+    log.flush()
+    kept = len(taker.lines) - 1
+    assert 5 < kept < 50
+    assert taker.lines[-1].endswith(b"number=100 lines_dropped_before=%d" % (100 - kept))
+
+
+async def test_a_full_pipe_is_never_waited_for(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    output = Output(writer)
+    line = b"x" * 99 + b"\n"
+    sent = taken = 0
+    while (taken := output(line * 1000)) == 100_000:
+        sent += taken
+    sent += taken
+    assert output(line) == 0
+    received = b""
+    while select.select([reader], [], [], 0)[0]:
+        received += os.read(reader, 65536)
+    assert len(received) == sent
+    assert set(received.splitlines()) == {line.strip()}, "whole lines"
+    assert output(line) == 100
+
+
+async def test_a_line_longer_than_a_pipe_takes_at_once_is_written_all_the_same(pipe: tuple[int, int]) -> None:
+    reader, writer = pipe
+    assert Output(writer)(b"x" * 10_000 + b"\n") == 10_001
+    assert os.read(reader, 20_000) == b"x" * 10_000 + b"\n"

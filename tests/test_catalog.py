@@ -57,4 +57,3 @@ def test_a_row_says_where_it_is_from_and_a_prefix_for_each_role_or_none(model: M
     assert model.instruct or not model.instruction
     if model.cuts and model.dimensions:
         assert max(model.cuts) == model.dimensions
-    assert not (model.nested and model.cuts is not None)

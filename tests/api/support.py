@@ -156,7 +156,7 @@ def settled(gateway: Running, condition: Callable[[], bool]) -> None:
 
     async def watch() -> None:
         async with asyncio.timeout(PATIENCE):
-            while not condition():  # noqa: ASYNC110  # what tests ask of the gateway sets no event
+            while not condition():  # what tests ask of the gateway sets no event
                 await asyncio.sleep(0)
 
     gateway.call(watch())

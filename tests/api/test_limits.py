@@ -262,9 +262,22 @@ def test_a_bug_of_ours_is_a_500_in_the_same_shape_that_tells_nothing(
 # --- the log --------------------------------------------------------------------------------------------------------
 
 CANARY = "canary"
-FIELDS = {
-    "timestamp", "level", "event", "request_id", "client", "model", "status", "error", "inputs", "cached", "calls", "ms",
-}  # fmt: skip
+FIELDS = set(
+    [
+        "timestamp",
+        "level",
+        "event",
+        "request_id",
+        "client",
+        "model",
+        "status",
+        "error",
+        "inputs",
+        "cached",
+        "calls",
+        "ms",
+    ]
+)
 
 
 def test_every_request_leaves_one_line_of_names_and_numbers(fake: FakeOpenAI) -> None:

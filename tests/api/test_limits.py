@@ -262,7 +262,9 @@ def test_a_bug_of_ours_is_a_500_in_the_same_shape_that_tells_nothing(
 # --- the log --------------------------------------------------------------------------------------------------------
 
 CANARY = "canary"
-FIELDS = set(
+FIELDS = {"timestamp", "level", "event", "request_id", "client", "model", "status"} | {
+    *("error", "inputs", "cached", "calls", "ms")
+}
     [
         "timestamp",
         "level",

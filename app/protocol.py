@@ -92,4 +92,8 @@ class Protocol(HttpToolsProtocol):
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
             b"connection: close\r\n\r\n%b" % (len(body), body)
         )
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True  # or its answer would be written to a connection that is closed
+            self.cycle.message_event.set()
+        self.pipeline.clear()
         self.transport.close()

@@ -8,6 +8,7 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.api import embeddings, openapi, render
@@ -159,6 +160,6 @@ def _add_health(api: FastAPI, gateway: Gateway) -> None:
 
 
 def add_metrics(api: FastAPI, gateway: Gateway) -> None:
-    @api.get("/metrics", tags=["operation"], summary="Prometheus metrics")
+    @api.get("/metrics", tags=["operation"], summary="Prometheus metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE)

@@ -15,8 +15,12 @@ _SHAPES = re.compile(
 )
 
 
+LONGEST = 400
+"""Characters of a message that go on. Cut after redacting: half a key is a secret too."""
+
+
 class Redactor:
-    """Replaces the secrets it was told of, anything shaped like one, and URLs, by `***`."""
+    """Replaces the secrets it was told of, anything shaped like one, and URLs, by `***`; and cuts to size."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         # The longest first: one secret may be a part of another.
@@ -25,4 +29,5 @@ class Redactor:
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        return _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)
+        shown = _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)
+        return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"

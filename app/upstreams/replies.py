@@ -30,8 +30,8 @@ from app.errors import (
 )
 from app.types import WireReply
 
-LONGEST = 300
-"""Characters of an upstream's own words that a caller gets to read."""
+LONGEST = 8192
+"""Characters of an upstream's own words that are looked at; the redactor, which must see a key whole, cuts further."""
 
 _WORDS: Mapping[type[GatewayError], str] = {
     InvalidRequest: "the upstream refused the input",
@@ -109,8 +109,7 @@ def said(reply: WireReply) -> Said:
 def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
     """An error of this class, in our words and the upstream's."""
     theirs = " ".join(message.split())
-    if len(theirs) > LONGEST:
-        theirs = theirs[: LONGEST - 1] + "…"
+    theirs = theirs[:LONGEST]
     text = f"{_WORDS[kind]}: {theirs}" if theirs else f"{_WORDS[kind]} (HTTP {reply.status})"
     param = "dimensions" if kind is UnsupportedDimensions else None
     return kind(text, param=param, retry_after=retry_after(reply.headers))

@@ -265,21 +265,6 @@ CANARY = "canary"
 FIELDS = {"timestamp", "level", "event", "request_id", "client", "model", "status"} | {
     *("error", "inputs", "cached", "calls", "ms")
 }
-    [
-        "timestamp",
-        "level",
-        "event",
-        "request_id",
-        "client",
-        "model",
-        "status",
-        "error",
-        "inputs",
-        "cached",
-        "calls",
-        "ms",
-    ]
-)
 
 
 def test_every_request_leaves_one_line_of_names_and_numbers(fake: FakeOpenAI) -> None:

@@ -6,7 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := tests/clients
 EXTRA := $(CLIENTS)/.venv-extra/.installed $(patsubst %,$(CLIENTS)/%/node_modules/.package-lock.json,node node-extra)
-INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --require-hashes
+# The lock is complete: with --no-deps nothing is left to resolve, and a release of tomorrow cannot stop it.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-deps --require-hashes
 PIP := $(BIN)/python $(INSTALL)
 
 .PHONY: help run test test-clients lint format soak fuzz bench bench-quick lock wheel clean

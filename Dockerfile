@@ -13,7 +13,7 @@ WORKDIR /build
 # pip stays outside the virtualenv, so the running image's virtualenv has no installer.
 COPY requirements.lock ./
 RUN python -m venv --without-pip /opt/venv \
- && pip --python /opt/venv/bin/python install --no-compile --require-hashes --requirement requirements.lock
+ && pip --python /opt/venv/bin/python install --no-compile --no-deps --require-hashes --requirement requirements.lock
 
 # The build backend is pinned and hash-checked by the development lock, used as a constraint: only the backend is installed.
 COPY requirements-dev.lock ./

@@ -17,8 +17,6 @@ from app.types import WireReply, WireRequest
 
 MAX_REPLY = 256 * 2**20
 """Bytes. 2,048 vectors of 3,072 numbers are 160 MB as text."""
-URLS = 64
-"""Addresses remembered in the form in which they are sent."""
 
 _HEADERS = {"user-agent": f"embedding-gateway/{__version__}", "accept-encoding": "identity"}
 
@@ -43,8 +41,6 @@ class Client:
         self._engine = OverHttpx(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
         self._timeout = timeout
         self._max_reply = max_reply
-        # A handful of URLs are asked over and over; parsing one costs as much as sending to it.
-        self._urls: dict[str, str] = {}
 
     async def send(self, request: WireRequest) -> WireReply:
         """One exchange within `timeout` seconds in total, however slowly the bytes come.
@@ -52,7 +48,8 @@ class Client:
         Raises `UpstreamTimeout`, `UpstreamUnreachable` (no connection, or one that broke), and
         `UpstreamInvalidResponse` (a reply over `max_reply`, or compressed although we refuse that).
         """
-        complete = WireRequest(request.method, self._url(request), {**_HEADERS, **request.headers}, request.body)
+        url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
+        complete = WireRequest(request.method, url, {**_HEADERS, **request.headers}, request.body)
         try:
             async with asyncio.timeout(self._timeout):
                 reply = await self._engine.exchange(complete, self._max_reply)
@@ -64,16 +61,6 @@ class Client:
 
     async def aclose(self) -> None:
         await self._engine.aclose()
-
-    def _url(self, request: WireRequest) -> str:
-        if request.query:  # where secrets may be: not remembered
-            return str(httpx.URL(request.url).copy_merge_params(request.query))
-        url = self._urls.get(request.url)
-        if url is None:
-            url = self._urls[request.url] = str(httpx.URL(request.url))
-            if len(self._urls) > URLS:
-                self._urls.pop(next(iter(self._urls)))
-        return url
 
 
 class OverHttpx:

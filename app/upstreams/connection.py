@@ -1,0 +1,192 @@
+"""One HTTP/1.1 connection to an upstream: sends a request, reads its reply to the end, bounded in bytes.
+
+The framing is llhttp's (httptools), as in the server in front. A body of known length is received where it is going
+to stay: neither the parser nor a list of chunks sees it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any, cast
+
+import httptools
+
+from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamUnreachable
+from app.types import WireReply
+
+LONGEST_HEAD = 64 * 2**10
+"""Bytes of status line and headers; a reply whose head goes on is not read further."""
+
+_BODILESS = frozenset((204, 304))
+
+
+class Stale(UpstreamUnreachable):
+    """The connection ended before the first byte of a reply: kept alive, it may have been closed long before."""
+
+
+class Connection(asyncio.BufferedProtocol):
+    """One exchange at a time. `scratch` is what heads are received into; connections of one event loop may share it,
+    for it is read from at once."""
+
+    def __init__(self, scratch: memoryview) -> None:
+        self._scratch = scratch
+        self.transport: asyncio.Transport
+        self.closed = False
+        """Whether it can carry no further request."""
+        self._done: asyncio.Future[WireReply] | None = None
+        self._tunnel = False
+        self._max_reply = 0
+        self._parser: Any = None
+        self._reset()
+
+    def _reset(self) -> None:
+        self._headers: dict[str, str] = {}
+        self._status = 0
+        self._received = self._size = 0
+        self._ends_with_connection = False
+        self._body: bytearray | None = None
+        self._chunks: list[bytes] = []
+
+    def exchange(self, request: bytes, max_reply: int, *, tunnel: bool = False) -> asyncio.Future[WireReply]:
+        """Sends a whole request. The future raises `Stale`, `UpstreamUnreachable`, or `UpstreamInvalidResponse` for a
+        reply over `max_reply` bytes. `tunnel`: a CONNECT, whose reply ends with its head.
+
+        Whoever stops waiting closes the connection.
+        """
+        self._reset()
+        self._max_reply, self._tunnel = max_reply, tunnel
+        self._parser = httptools.HttpResponseParser(self)
+        self._done = asyncio.get_running_loop().create_future()
+        if self.closed:
+            self._fail(Stale("the connection to the upstream broke"))
+        else:
+            self.transport.write(request)
+        return self._done
+
+    def close(self) -> None:
+        """At once: what is still to be sent or received is of no use to anyone."""
+        self.closed = True
+        self.transport.abort()
+
+    # --- what the event loop calls ------------------------------------------------------------------------
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # as much as there is room for
+        return self._scratch if self._body is None else memoryview(self._body)[self._size :]
+
+    def buffer_updated(self, nbytes: int) -> None:
+        if self._done is None:
+            self.close()  # a reply nobody asked for: whose would the next one be?
+        elif self._body is not None:
+            self._size += nbytes
+            self._finish_if_whole()
+        else:
+            self._feed(nbytes)
+
+    def eof_received(self) -> None:
+        """Closes the connection, which is what the end of a stream means here."""
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        if self._done is None:
+            return
+        if exc is None and self._ends_with_connection:
+            self._succeed(b"".join(self._chunks))
+        else:
+            kind = UpstreamUnreachable if self._received else Stale
+            self._fail(kind("the connection to the upstream broke"))
+
+    def _feed(self, nbytes: int) -> None:
+        self._received += nbytes
+        try:
+            self._parser.feed_data(self._scratch[:nbytes])
+        except httptools.HttpParserUpgrade:
+            self._refuse("the upstream switched to another protocol")
+        except httptools.HttpParserError:
+            self._refuse("the upstream's reply is not HTTP")
+        if not self._status and self._received > LONGEST_HEAD:
+            self._refuse("the headers of the upstream's reply are too large")
+        if self._received > 2 * self._max_reply + LONGEST_HEAD:  # chunks of a byte, trailers without end
+            self._refuse_size()
+
+    # --- what the parser calls ------------------------------------------------------------------------------
+
+    def on_message_begin(self) -> None:
+        if self._done is None:
+            self.close()  # there is more than was asked for
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Names in lower case; lines of one name are one, and what is not UTF-8 is replaced (RFC 9110 5.3, 5.5)."""
+        key, text = name.decode("latin-1").lower(), value.decode("utf-8", "replace")
+        self._headers[key] = f"{self._headers[key]}, {text}" if key in self._headers else text
+
+    def on_headers_complete(self) -> None:
+        if self._done is None:
+            return
+        self._status = status = self._parser.get_status_code()
+        if self._tunnel and status >= 200:
+            self._succeed(b"")
+            return
+        if status < 200 or status in _BODILESS:
+            return
+        length = self._headers.get("content-length")
+        if "transfer-encoding" in self._headers:
+            return
+        if length is None:
+            self._ends_with_connection = True
+        elif int(length) > self._max_reply:
+            self._refuse_size()
+        elif int(length):
+            self._body = bytearray(int(length))
+
+    def on_body(self, chunk: bytes) -> None:
+        if self._done is None:
+            return
+        before, self._size = self._size, self._size + len(chunk)
+        if self._body is not None:
+            self._body[before : self._size] = chunk
+            self._finish_if_whole()
+        elif self._size > self._max_reply:
+            self._refuse_size()
+        else:
+            self._chunks.append(chunk)
+
+    def on_message_complete(self) -> None:
+        if self._status < 200 and not self._tunnel:  # "100 Continue" and its like: the reply is still to come
+            self._headers.clear()
+        elif self._done is not None:
+            self._succeed(b"".join(self._chunks))
+
+    # --- how it ends ------------------------------------------------------------------------------------------
+
+    def _finish_if_whole(self) -> None:
+        body = self._body
+        if body is not None and self._size == len(body):
+            self._succeed(bytes(body))
+
+    def _succeed(self, body: bytes) -> None:
+        if self._ends_with_connection or not (self._tunnel or self._parser.should_keep_alive()):
+            self.closed = True
+            self.transport.close()
+        reply = WireReply(self._status, self._headers, body)
+        self._end(lambda done: done.set_result(reply))
+
+    def _refuse(self, why: str) -> None:
+        if self._done is None:
+            return
+        self._fail(UpstreamInvalidResponse(why))
+        self.close()
+
+    def _refuse_size(self) -> None:
+        self._refuse(f"the upstream's reply is larger than {self._max_reply} bytes")
+
+    def _fail(self, error: GatewayError) -> None:
+        self._end(lambda done: done.set_exception(error))
+
+    def _end(self, settle: Callable[[asyncio.Future[WireReply]], None]) -> None:
+        done, self._done, self._body = self._done, None, None
+        if done is not None and not done.done():
+            settle(done)

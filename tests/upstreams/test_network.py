@@ -1,0 +1,438 @@
+"""The engine over real sockets: servers that answer byte by byte, too much, too little, too late, or something else."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from base64 import b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import MappingProxyType
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamMisconfigured, UpstreamUnreachable
+from app.types import WireReply, WireRequest
+from app.upstreams import network as networks
+from app.upstreams.network import Network
+
+MOST = 100_000
+
+Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter, bytes], Awaitable[None]]
+
+
+@dataclass
+class Server:
+    """What was asked of it, and over how many connections."""
+
+    port: int = 0
+    connections: int = 0
+    closed: int = 0
+    heads: list[bytes] = field(default_factory=list)
+    bodies: list[bytes] = field(default_factory=list)
+
+    def url(self, path: str = "/v1/embeddings", scheme: str = "http", host: str = "127.0.0.1") -> str:
+        return f"{scheme}://{host}:{self.port}{path}"
+
+
+@asynccontextmanager
+async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
+    """A server that reads whole requests and has `answer` say something to each."""
+    server = Server()
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        server.connections += 1
+        try:
+            while not writer.is_closing():
+                head = await reader.readuntil(b"\r\n\r\n")
+                length = next((int(each[15:]) for each in head.split(b"\r\n") if each.startswith(b"content-length")), 0)
+                server.heads.append(head)
+                server.bodies.append(await reader.readexactly(length))
+                await answer(reader, writer, head)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError, asyncio.CancelledError):
+            pass  # the last when the server ends: asyncio's streams cannot bear a task that says so
+        finally:
+            server.closed += 1
+            writer.close()
+
+    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        await talk(reader, writer)
+        tasks.discard(task)
+
+    listener = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=tls)
+    server.port = listener.sockets[0].getsockname()[1]
+    try:
+        yield server
+    finally:
+        listener.close()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def says(*pieces: bytes, close: bool = False) -> Answer:
+    """Answers in these pieces, each sent by itself."""
+
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _head: bytes) -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0)
+        if close:
+            writer.close()
+
+    return answer
+
+
+@asynccontextmanager
+async def connected(proxy: str | None = None, connect_timeout: float = 5.0) -> AsyncIterator[Network]:
+    network = Network(connect_timeout=connect_timeout, proxy=proxy)
+    try:
+        yield network
+    finally:
+        await network.aclose()
+
+
+def post(url: str, body: bytes = b"{}", headers: Mapping[str, str] = MappingProxyType({})) -> WireRequest:
+    return WireRequest("POST", url, {"content-type": "application/json", **headers}, body)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(5):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5\r\n\r\n[1,2]"
+CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3;x=y\r\n[1,\r\n2\r\n2]\r\n0\r\n\r\n"
+TO_THE_END = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n[1,2]"
+
+
+async def test_a_request_is_whole_and_a_connection_is_used_again() -> None:
+    async with serving(says(OK)) as server, connected() as network:
+        for number in range(3):
+            reply = await network.exchange(post(server.url("/a b?c=d"), b"[%d]" % number, {"authorization": "x"}), MOST)
+            assert reply == WireReply(200, {"content-type": "application/json", "content-length": "5"}, b"[1,2]")
+        assert server.connections == 1
+        assert server.bodies == [b"[0]", b"[1]", b"[2]"]
+        assert server.heads[0] == (
+            b"POST /a%%20b?c=d HTTP/1.1\r\nhost: 127.0.0.1:%d\r\ncontent-type: application/json\r\n"
+            b"authorization: x\r\ncontent-length: 3\r\n\r\n" % server.port
+        )
+
+
+@pytest.mark.parametrize("message", [OK, CHUNKED, TO_THE_END], ids=["length", "chunked", "to the end"])
+async def test_a_reply_may_come_in_any_pieces(message: bytes) -> None:
+    for size in (1, 2, 7, len(message)):
+        pieces = [message[at : at + size] for at in range(0, len(message), size)]
+        async with serving(says(*pieces, close=message is TO_THE_END)) as server, connected() as network:
+            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+
+
+@pytest.mark.parametrize(
+    ("message", "status", "body"),
+    [
+        (b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + OK, 200, b"[1,2]"),
+        (b"HTTP/1.1 204 No Content\r\n\r\n", 204, b""),
+        (b"HTTP/1.1 500 Oh\r\ncontent-length: 0\r\n\r\n", 500, b""),
+        (b"HTTP/1.0 200 OK\r\ncontent-length: 2\r\n\r\n[]", 200, b"[]"),
+    ],
+    ids=["interim", "no content", "empty", "1.0"],
+)
+async def test_replies_of_every_form_are_read(message: bytes, status: int, body: bytes) -> None:
+    async with serving(says(message)) as server, connected() as network:
+        reply = await network.exchange(post(server.url()), MOST)
+        assert (reply.status, reply.body) == (status, body)
+        assert "link" not in reply.headers
+
+
+async def test_headers_of_one_name_are_one_and_names_are_lower_case() -> None:
+    message = b"HTTP/1.1 200 OK\r\nX-One: a\r\nx-one: b\r\nx-two: \xe4\r\ncontent-length: 0\r\n\r\n"
+    async with serving(says(message)) as server, connected() as network:
+        headers = (await network.exchange(post(server.url()), MOST)).headers
+        assert (headers["x-one"], headers["x-two"]) == ("a, b", "\ufffd")
+
+
+async def test_a_connection_that_went_stale_is_replaced_without_a_word() -> None:
+    async with serving(says(OK, close=True)) as server, connected() as network:
+        for _ in range(3):  # the server closes each time, and says so to nobody
+            assert (await network.exchange(post(server.url()), MOST)).status == 200
+        assert server.connections == 3
+        assert len(server.heads) == 3
+
+
+async def test_a_new_connection_that_breaks_is_not_tried_again() -> None:
+    async with serving(says(close=True)) as server, connected() as network:
+        with pytest.raises(UpstreamUnreachable):
+            await network.exchange(post(server.url()), MOST)
+        assert len(server.heads) == 1
+
+
+@pytest.mark.parametrize(
+    "message", [OK[:-1], CHUNKED[:-1], CHUNKED[:-8], OK[:20], b"HTTP/1.1 200 OK\r\ncontent-le"], ids=range(5)
+)
+async def test_half_a_reply_is_no_reply(message: bytes) -> None:
+    async with serving(says(message, close=True)) as server, connected() as network:
+        with pytest.raises(UpstreamUnreachable, match="broke"):
+            await network.exchange(post(server.url()), MOST)
+
+
+async def test_a_reset_is_the_end_of_a_reply_that_has_no_other() -> None:
+    async def reset(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _head: bytes) -> None:
+        writer.write(TO_THE_END[:-2])
+        await writer.drain()
+        writer.transport.abort()
+        raise ConnectionResetError
+
+    async with serving(reset) as server, connected() as network:
+        try:
+            reply = await network.exchange(post(server.url()), MOST)
+        except UpstreamUnreachable:
+            return
+        assert reply.body == b"[1,"  # where the reset looks like an end, the body shows it
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"HTTP/1.1 200 OK\r\ncontent-length: 101\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n65\r\n" + b"x" * 101 + b"\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * 101,
+        b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n0\r\n" + b"a: b\r\n" * 20_000,
+        b"HTTP/1.1 200 OK\r\nx: " + b"y" * 100_000,
+        b"HTTP/1.1 200 " + b"O" * 100_000,
+    ],
+    ids=["length", "chunks", "to the end", "trailers", "header", "status line"],
+)
+async def test_reading_stops_at_the_limit(message: bytes) -> None:
+    async with serving(says(message)) as server, connected() as network:
+        with pytest.raises(UpstreamInvalidResponse, match="large"):
+            await network.exchange(post(server.url()), 100)
+        await until(lambda: server.closed == 1)
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        b"<html>502</html>\r\n\r\n",
+        b"\x16\x03\x01 TLS\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ntransfer-encoding: chunked\r\n\r\n0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 4\r\n\r\n[1,2]",
+        b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n[1,2]",
+        b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+    ],
+    ids=["html", "tls", "two framings", "two lengths", "negative", "upgrade"],
+)
+async def test_what_is_not_an_http_reply_is_refused(message: bytes) -> None:
+    async with serving(says(message)) as server, connected() as network:
+        with pytest.raises(GatewayError) as caught:
+            await network.exchange(post(server.url()), MOST)
+        assert isinstance(caught.value, UpstreamInvalidResponse)
+
+
+async def test_a_reply_too_many_is_nobody_s() -> None:
+    """One that comes behind another, or before it was asked for, would be taken for the next request's."""
+    wrong = OK.replace(b"[1,2]", b"[6,6]")
+    for pieces in ((OK + wrong,), (OK, wrong)):
+        async with serving(says(*pieces)) as server, connected() as network:
+            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+            await until(lambda: all(each.closed for kept in network._idle.values() for _, each in kept))
+            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+            assert server.connections == 2
+
+
+async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
+    release = asyncio.Event()
+
+    async def late(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+        if b"x-late" in head:
+            await release.wait()
+            writer.write(OK.replace(b"[1,2]", b"[6,6]"))
+        else:
+            writer.write(OK)
+
+    async with serving(late) as server, connected() as network:
+        await network.exchange(post(server.url()), MOST)
+        waiting = asyncio.create_task(network.exchange(post(server.url(), headers={"x-late": "1"}), MOST))
+        await until(lambda: len(server.heads) == 2)
+        waiting.cancel()
+        release.set()
+        await asyncio.gather(waiting, return_exceptions=True)
+        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        assert server.connections == 2
+
+
+async def test_calls_at_once_have_a_connection_each_and_never_each_other_s_reply() -> None:
+    async def echo(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+        number = head.split(b"x-number: ")[1].split(b"\r\n")[0]
+        await asyncio.sleep(0.01 * (int(number) % 3))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(number), number))
+
+    async with serving(echo) as server, connected() as network:
+        for _ in range(3):
+            calls = [network.exchange(post(server.url(), headers={"x-number": str(n)}), MOST) for n in range(20)]
+            assert [reply.body for reply in await asyncio.gather(*calls)] == [b"%d" % n for n in range(20)]
+        assert server.connections == 20
+
+
+async def test_a_connection_that_lay_idle_too_long_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networks, "KEEP_ALIVE", 0.01)
+    async with serving(says(OK)) as server, connected() as network:
+        await network.exchange(post(server.url()), MOST)
+        await until(lambda: server.closed == 1)
+        assert not network._idle
+
+
+async def test_a_header_with_a_line_break_is_not_sent() -> None:
+    async with serving(says(OK)) as server, connected() as network:
+        with pytest.raises(UpstreamMisconfigured):
+            await network.exchange(post(server.url(), headers={"x": "a\r\ny: b"}), MOST)
+        assert not server.heads
+
+
+async def test_no_connection_is_told_without_the_address() -> None:
+    async with serving(says(OK)) as server:
+        port = server.port
+    async with connected() as network:
+        for url in (f"http://127.0.0.1:{port}/?token=secret", "http://no-such-host.invalid/?token=secret"):
+            with pytest.raises(UpstreamUnreachable) as caught:
+                await network.exchange(post(url), MOST)
+            assert "secret" not in caught.value.message
+
+
+# --- TLS -------------------------------------------------------------------------------------------------
+
+
+def certificate(directory: Path, *, name: str = "localhost", days: int = 2) -> tuple[ssl.SSLContext, Path]:
+    """A server's context with a self-made certificate for `name`, and the file that says to trust it."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
+    now = datetime.now(UTC)
+    made = (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(subject)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - timedelta(days=10))
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    public, private = directory / f"{name}{days}.pem", directory / f"{name}{days}.key"
+    public.write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    form = serialization.PrivateFormat.PKCS8
+    private.write_bytes(key.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption()))
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(public, private)
+    return context, public
+
+
+async def test_tls_is_spoken_with_who_can_prove_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    big = b"x" * 1_000_000
+    message = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(big), big)
+    async with serving(says(message), context) as server, connected() as network:
+        for _ in range(2):
+            reply = await network.exchange(post(server.url(scheme="https", host="localhost"), big), 2_000_000)
+            assert reply.body == big
+        assert server.connections == 1
+        assert server.bodies == [big, big]
+
+
+@pytest.mark.parametrize("wrong", ["not trusted", "other name", "expired"])
+async def test_tls_with_anyone_else_is_refused_for_good(
+    wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, days = ("elsewhere" if wrong == "other name" else "localhost"), (-1 if wrong == "expired" else 2)
+    context, trusted = certificate(tmp_path, name=name, days=days)
+    if wrong != "not trusted":
+        monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    async with serving(says(OK), context) as server, connected() as network:
+        with pytest.raises(UpstreamUnreachable, match="TLS") as caught:
+            await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)
+        assert not caught.value.retryable
+        assert not server.heads
+
+
+async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_timeout() -> None:
+    gone = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+        gone.set()
+
+    listener = await asyncio.start_server(silent, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with listener, connected(connect_timeout=0.05) as network:
+        with pytest.raises(UpstreamUnreachable, match="in time"):
+            await network.exchange(post(f"https://127.0.0.1:{port}/"), MOST)
+        await gone.wait()
+
+
+# --- proxies ------------------------------------------------------------------------------------------------
+
+
+async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+    """What a proxy does on CONNECT: says so, and passes bytes on."""
+    port = int(head.split(b" ")[1].rpartition(b":")[2])
+    onward_reader, onward = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
+
+    async def pump(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            target.write(data)
+            await target.drain()
+        target.close()
+
+    try:
+        await asyncio.gather(pump(reader, onward), pump(onward_reader, writer), return_exceptions=True)
+    finally:
+        onward.close()
+
+
+async def test_by_a_proxy_in_the_clear_the_whole_address_is_asked_for() -> None:
+    async with serving(says(OK)) as server:
+        async with connected(f"http://me:pass%3Aword@127.0.0.1:{server.port}") as network:
+            await network.exchange(post("http://upstream.example/v1/embeddings?a=b"), MOST)
+        lines = server.heads[0].split(b"\r\n")
+        assert lines[0] == b"POST http://upstream.example/v1/embeddings?a=b HTTP/1.1"
+        assert b"host: upstream.example" in lines
+        assert b"proxy-authorization: Basic " + b64encode(b"me:pass:word") in lines
+
+
+async def test_by_a_proxy_tls_is_with_the_upstream_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    async with serving(says(OK), context) as server, serving(tunnel) as proxy:
+        async with connected(f"http://me:word@127.0.0.1:{proxy.port}") as network:
+            for _ in range(2):
+                reply = await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)
+                assert reply.body == b"[1,2]"
+        assert len(proxy.heads) == 1
+        assert proxy.heads[0].startswith(b"CONNECT localhost:%d HTTP/1.1\r\n" % server.port)
+        assert b"proxy-authorization" in proxy.heads[0]
+        assert len(server.heads) == 2
+        assert not any(b"proxy-" in head for head in server.heads), "what is the proxy's stays with it"
+
+
+async def test_a_proxy_that_refuses_is_told_from_the_upstream() -> None:
+    refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n"
+    async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
+        with pytest.raises(UpstreamUnreachable, match=r"proxy.*407"):
+            await network.exchange(post("https://upstream.example/"), MOST)

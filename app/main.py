@@ -97,6 +97,7 @@ class App:
             raise RuntimeError(f"no {scope['type']} here")
         if self.draining:
             send = _last(send)
+            scope.get("extensions", {}).pop("respond", None)  # goes by `send`, then
         now = self._now
         now.inside += 1
         try:
@@ -238,7 +239,7 @@ def _last(send: embeddings.Sender) -> embeddings.Sender:
 
 def _identified(scope: embeddings.Scope, send: embeddings.Sender) -> embeddings.Sender:
     """`send` that puts the request's id on the response."""
-    request_id = embeddings.request_id(scope)
+    request_id = embeddings.request_id(dict(scope["headers"]))
 
     async def with_id(message: embeddings.Message) -> None:
         if message["type"] == "http.response.start":

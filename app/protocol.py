@@ -9,26 +9,69 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import orjson
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_TIMEOUT = 30.0
 """Seconds from a request's first byte to the end of its headers."""
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers; a head that goes on is refused."""
 
+_JOINED = 32 * 2**10
+"""Bytes of a body up to which copying it behind its head is cheaper than handing over both."""
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
 
 
+class Outbox:
+    """Responses that become ready in one turn of the event loop, written together at its end.
+
+    A write wakes its reader, which costs more than the write; readers that wait for one another's turn are awake.
+    """
+
+    def __init__(self) -> None:
+        self._waiting: list[tuple[asyncio.Transport, bytes, bytes, bool]] = []
+
+    def put(self, transport: asyncio.Transport, head: bytes, body: bytes, *, close: bool) -> None:
+        """To be written soon; `close` ends the connection after it."""
+        if not self._waiting:
+            asyncio.get_running_loop().call_soon(self.flush)
+        self._waiting.append((transport, head, body, close))
+
+    def flush(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for transport, head, body, close in waiting:
+            if transport.is_closing():
+                continue
+            if len(body) < _JOINED:
+                transport.write(head + body)
+            else:
+                transport.writelines((head, body))
+            if close:
+                transport.close()
+
+
 class Protocol(HttpToolsProtocol):
-    """One connection. Errors below HTTP come in OpenAI's shape too."""
+    """One connection. Errors below HTTP come in OpenAI's shape too.
+
+    Two extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
+    lost. `scope["extensions"]["respond"]` sends a whole response, head (without the empty line that ends it) and
+    body, in one piece; `send` takes two system calls for it and looks at each header for what ours do not hold.
+    """
 
     _head = b""
     _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
+
+    def __init__(self, *args: Any, outbox: Outbox, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._outbox = outbox
+        self._hang_up: set[Callable[[], None]] = set()
 
     def data_received(self, data: bytes) -> None:
         if self._between_requests:
@@ -65,13 +108,38 @@ class Protocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        for callback in tuple(self._hang_up):
+            callback()
 
     def on_headers_complete(self) -> None:
         """Exactly one sane Host with HTTP/1.1 (RFC 9112 3.2); raising makes the parser refuse the request."""
         hosts = [value for name, value in self.headers if name == b"host"]
         if self.parser.get_http_version() != "1.0" and (len(hosts) != 1 or not _HOST.fullmatch(hosts[0])):
             raise ValueError("Host")
+        scope = cast("dict[str, Any]", self.scope)
         super().on_headers_complete()
+        scope["extensions"] = {"hang_up": self._hang_up, "respond": partial(self._respond, self.cycle)}
+
+    async def _respond(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> None:
+        """What `cycle.send` does with a response that is all there and has a content-length."""
+        if self.flow.write_paused and not cycle.disconnected:
+            await self.flow.drain()
+        if cycle.disconnected:
+            return
+        cycle.response_started = True
+        cycle.waiting_for_100_continue = False
+        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
+        self._outbox.put(self.transport, head + end, body, close=not cycle.keep_alive)
+        if len(self.tasks) == 1:
+            self._outbox.flush()  # there is nobody else to wait for
+        cycle.response_complete = True
+        cycle.message_event.set()
+        # A request behind this one begins in a turn of its own: its response cannot be written before this one's.
+        cycle.on_response()
+
+    def shutdown(self) -> None:
+        self._outbox.flush()
+        super().shutdown()
 
     def on_message_begin(self) -> None:
         self._between_requests = False
@@ -80,12 +148,15 @@ class Protocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         self._between_requests = True
         super().on_message_complete()
+        if not self.pipeline:
+            self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed
 
     def _unsupported_upgrade_warning(self) -> None:
         """CONNECT, or an offer pipelined behind another request: what follows cannot be told apart."""
         self.send_400_response("This server switches to no other protocol.")
 
     def send_400_response(self, msg: str) -> None:
+        self._outbox.flush()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = orjson.dumps({"error": error})
         self.transport.write(

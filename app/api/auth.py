@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.config import AuthSettings
@@ -42,7 +42,7 @@ class Keys:
             models = frozenset(key.models) if key.models is not None else None
             self._tenants[digest] = Tenant(Caller(name, key.lane, namespace=name if key.cache == "own" else ""), models)
 
-    def tenant(self, headers: Iterable[tuple[bytes, bytes]]) -> Tenant:
+    def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
         """Raises `InvalidApiKey`. `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty is none."""
         if not self._tenants:
             return ANONYMOUS
@@ -61,8 +61,7 @@ def _digest(key: bytes) -> bytes:
     return hashlib.sha256(key).digest()
 
 
-def _presented(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
-    sent = {name: value for name, value in headers if name in (b"authorization", b"api-key", b"x-api-key")}
-    scheme, _, token = sent.get(b"authorization", b"").partition(b" ")
+def _presented(headers: Mapping[bytes, bytes]) -> bytes:
+    scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     bearer = token.strip() if scheme.lower() == b"bearer" else b""
-    return bearer or sent.get(b"api-key", b"").strip() or sent.get(b"x-api-key", b"").strip()
+    return bearer or headers.get(b"api-key", b"").strip() or headers.get(b"x-api-key", b"").strip()

@@ -9,10 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
+import random
 import re
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -68,18 +68,20 @@ def match(path: str) -> tuple[bool, str | None]:
     return named is not None, named["model"] if named else None
 
 
-def request_id(scope: Scope) -> bytes:
+def request_id(headers: Mapping[bytes, bytes]) -> bytes:
     """The caller's own `x-request-id` if it is one (printable, up to 128 bytes), else a new one."""
-    for name, value in scope["headers"]:
-        if name == b"x-request-id" and _REQUEST_ID.fullmatch(value):
-            return bytes(value)
-    return b"req_" + os.urandom(12).hex().encode()
+    own = headers.get(b"x-request-id")
+    if own is not None and _REQUEST_ID.fullmatch(own):
+        return own
+    return b"req_%024x" % random.getrandbits(96)  # to tell requests apart; it opens nothing
 
 
 @dataclass(slots=True)
 class _Exchange:
     """What is known of one exchange, for its metrics and its log line."""
 
+    headers: Mapping[bytes, bytes]
+    """The caller's; of several of one name the last."""
     id: bytes
     started: float
     """On the event loop's clock, which deadlines are on and which may tell milliseconds only."""
@@ -103,13 +105,14 @@ class Embeddings:
         self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
         self._metrics = metrics = gateway.metrics
         # Label values bound to their series once: it costs more than counting.
-        self._requests = _remembered(metrics.requests.labels)
+        self._requests = _remembered(lambda *labels: metrics.tally(metrics.requests.labels(*labels)))
         self._durations = _remembered(metrics.request_duration.labels)
-        self._inputs = _remembered(metrics.inputs.labels)
-        self._tokens = _remembered(metrics.tokens.labels)
+        self._inputs = _remembered(lambda *labels: metrics.tally(metrics.inputs.labels(*labels)))
+        self._tokens = _remembered(lambda *labels: metrics.tally(metrics.tokens.labels(*labels)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
-        exchange = _Exchange(request_id(scope), asyncio.get_running_loop().time(), time.perf_counter())
+        sent = dict(scope["headers"])
+        exchange = _Exchange(sent, request_id(sent), asyncio.get_running_loop().time(), time.perf_counter())
         status, error = 200, None
         try:
             status, headers, body = await self._answer(exchange, scope, receive, path_model)
@@ -134,7 +137,7 @@ class Embeddings:
                 exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
             headers += render.limit_headers(exchange.quota.standings())
         self._record(exchange, status, error)
-        await self._send(exchange, receive, send, status, headers, body)
+        await self._send(exchange, scope, receive, send, status, headers, body)
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
@@ -142,7 +145,7 @@ class Embeddings:
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
-        exchange.tenant = self._keys.tenant(scope["headers"])
+        exchange.tenant = self._keys.tenant(exchange.headers)
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before it takes room: who floods takes none from others.
@@ -151,9 +154,9 @@ class Embeddings:
         deadline = exchange.started + self._server.request_timeout
         try:
             with Guard(deadline) as guard, self._gateway.room:
-                raw = await self._read(scope, receive)
+                raw = await self._read(exchange.headers, receive)
                 exchange.reading = False
-                guard.watch(receive)
+                guard.watch(scope)
                 body = parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
                 result, public = await self._embed(exchange, body, deadline, scope)
                 rendered = await render.embeddings(result, body.model, body.encoding)
@@ -163,13 +166,13 @@ class Embeddings:
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
         return 200, render.result_headers(result, public.space), rendered
 
-    async def _read(self, scope: Scope, receive: Receive) -> bytes:
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
         limit = self._server.max_body
-        for name, value in scope["headers"]:
-            if name == b"content-length" and value.isdigit() and int(value) > limit:
-                raise _too_large(limit)
-            if name == b"content-encoding" and value.lower() != b"identity":
-                raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
+        length = headers.get(b"content-length", b"")
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
         chunks: list[bytes] = []
         size = 0
         more = True
@@ -192,7 +195,7 @@ class Embeddings:
         public = await self._gateway.find(body.model)
         exchange.public = public
         exchange.tenant.check(body.model, public.name)
-        read_cache, write_cache = _cache_control(scope)
+        read_cache, write_cache = _cache_control(scope) if b"cache-control" in exchange.headers else (True, True)
         request = EmbedRequest(
             model=public.name,
             inputs=body.inputs,
@@ -213,6 +216,7 @@ class Embeddings:
     async def _send(
         self,
         exchange: _Exchange,
+        scope: Scope,
         receive: Receive,
         send: Sender,
         status: int,
@@ -226,6 +230,10 @@ class Embeddings:
             (b"x-request-id", exchange.id),
             (b"openai-processing-ms", b"%d" % (elapsed * 1000)),
         )
+        respond = scope.get("extensions", {}).get("respond") if status == 200 else None
+        if respond is not None:
+            await respond(render.head(headers), body)
+            return
         await send({"type": "http.response.start", "status": status, "headers": headers})
         if exchange.reading:
             await send({"type": "http.response.body", "body": body, "more_body": True})
@@ -294,8 +302,6 @@ def _too_large(limit: int) -> BodyTooLarge:
 def _cache_control(scope: Scope) -> tuple[bool, bool]:
     """(read the cache, write the cache), by the request's `Cache-Control`: several lines count as one."""
     lines = [value for name, value in scope["headers"] if name == b"cache-control"]
-    if not lines:
-        return True, True
     directives = {part.strip().lower() for part in b",".join(lines).split(b",")}
     return b"no-cache" not in directives, b"no-store" not in directives
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Callable, MutableMapping
 from typing import Any
-
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 
 
 class ClientGone(Exception):
@@ -14,22 +12,20 @@ class ClientGone(Exception):
 
 
 class Guard:
-    """Cancels the block at the deadline, which then raises `TimeoutError`; and, once `watch` was called, when the
+    """Cancels the block at the deadline, which then raises `TimeoutError`; or, once `watch` was called, when the
     caller hangs up, which then raises `ClientGone`.
 
-    Both are looked for from the next turn of the event loop on: an answer from memory pays for neither.
+    The deadline is looked for from the next turn of the event loop on: an answer from memory does not pay for it.
     `deadline` is on the event loop's clock. To be entered within a task.
     """
 
-    __slots__ = ("_armed", "_deadline", "_end", "_handle", "_loop", "_receive", "_task", "_watcher")
+    __slots__ = ("_deadline", "_end", "_handle", "_listeners", "_loop", "_task")
 
     def __init__(self, deadline: float) -> None:
         self._deadline = deadline
         self._loop = asyncio.get_running_loop()
-        self._receive: Receive | None = None
-        self._watcher: asyncio.Task[None] | None = None
+        self._listeners: set[Callable[[], None]] | None = None
         self._end: type[Exception] | None = None
-        self._armed = False
 
     def __enter__(self) -> Guard:
         task = asyncio.current_task()
@@ -38,25 +34,17 @@ class Guard:
         self._handle: asyncio.Handle = self._loop.call_soon(self._arm)
         return self
 
-    def watch(self, receive: Receive) -> None:
-        """From now on nothing more is to come from the caller: the body has been read."""
-        self._receive = receive
-        if self._armed:
-            self._watch()
+    def watch(self, scope: MutableMapping[str, Any]) -> None:
+        """From now on nothing more is to come from the caller, whose connection calls back when it is lost
+        (`app.protocol`). Under a server that does not, callers who hang up are not noticed."""
+        self._listeners = scope.get("extensions", {}).get("hang_up")
+        if self._listeners is not None:
+            self._listeners.add(self._gone)
 
     def _arm(self) -> None:
-        self._armed = True
         self._handle = self._loop.call_at(self._deadline, self._stop, TimeoutError)
-        if self._receive is not None:
-            self._watch()
 
-    def _watch(self) -> None:
-        self._watcher = self._loop.create_task(self._wait_for_hang_up())
-
-    async def _wait_for_hang_up(self) -> None:
-        assert self._receive is not None
-        while (await self._receive())["type"] != "http.disconnect":
-            pass
+    def _gone(self) -> None:
         self._stop(ClientGone)
 
     def _stop(self, end: type[Exception]) -> None:
@@ -66,8 +54,8 @@ class Guard:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._handle.cancel()
-        if self._watcher is not None:
-            self._watcher.cancel()
+        if self._listeners is not None:
+            self._listeners.discard(self._gone)
         if self._end is None or self._task.uncancel():
             return
         # Whether the block had just finished or not, the cancellation was ours alone and ends here.

@@ -69,6 +69,11 @@ def result_headers(result: EmbedResult, space: str) -> list[Header]:
     return headers
 
 
+def head(headers: Sequence[Header]) -> bytes:
+    """Status line and headers of a success, but for the empty line at their end."""
+    return b"HTTP/1.1 200 OK\r\n" + b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
 def _field(text: str) -> bytes:
     """A header's value. Upstreams name models as they like, line ends and all."""
     return text.encode() if text.isprintable() else quote(text, safe=" /:;,@").encode()

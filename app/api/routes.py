@@ -97,13 +97,13 @@ def _add_embeddings(api: FastAPI, route: embeddings.Embeddings) -> None:
 
 def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
     async def list_models(request: Request) -> Response:
-        tenant = keys.tenant(request.scope["headers"])
+        tenant = keys.tenant(dict(request.scope["headers"]))
         await gateway.refresh()
         served = [(name, model) for name, model in gateway.names.items() if tenant.may_use(name, model.name)]
         return _json({"object": "list", "data": [_described(gateway, *each) for each in served]})
 
     async def get_model(request: Request, model: str) -> Response:
-        tenant = keys.tenant(request.scope["headers"])
+        tenant = keys.tenant(dict(request.scope["headers"]))
         name = model.removesuffix("/")
         found = await gateway.find(name)
         if not tenant.may_use(name, found.name):

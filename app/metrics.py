@@ -5,8 +5,11 @@ Label values are bounded: names from the configuration or discovery, enumeration
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import math
 import os
+from collections.abc import Iterable
 from typing import Literal
 
 from prometheus_client import (
@@ -20,7 +23,9 @@ from prometheus_client import (
     disable_created_metrics,
     generate_latest,
 )
+from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+from prometheus_client.registry import Collector
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
@@ -30,7 +35,7 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A second series for each counter, saying since when it counts, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-__all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Metrics", "forget_process", "share", "unshare"]
+__all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Metrics", "Tally", "forget_process", "share", "unshare"]
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _Merge = Literal["livesum", "livemin", "livemax"]
@@ -51,11 +56,59 @@ def forget_process(pid: int) -> None:
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
+class Tally:
+    """A series counted in plain numbers, which Prometheus is told at the end of the event loop's turn, or when it
+    asks: counting costs a tenth, and what goes up and down again within a turn costs nothing. Not for threads."""
+
+    __slots__ = ("_amount", "_child", "_due", "_waiting")
+
+    def __init__(self, child: Counter | Gauge, due: list[Tally]) -> None:
+        """`due`: where all tallies wait that are to be told."""
+        self._child, self._due = child, due
+        self._amount = 0.0
+        self._waiting = False
+
+    def inc(self, amount: float = 1) -> None:
+        self._amount += amount
+        if not self._waiting:
+            self._waiting = True
+            if not self._due:
+                with contextlib.suppress(RuntimeError):  # no loop: told when asked
+                    asyncio.get_running_loop().call_soon(_tell, self._due)
+            self._due.append(self)
+
+    def dec(self, amount: float = 1) -> None:
+        self.inc(-amount)
+
+    def tell(self) -> None:
+        amount, self._amount, self._waiting = self._amount, 0.0, False
+        if amount:
+            self._child.inc(amount)
+
+
+def _tell(due: list[Tally]) -> None:
+    while due:
+        due.pop().tell()
+
+
+class _Told(Collector):
+    """Collected first, so that whoever asks for the metrics is told everything."""
+
+    def __init__(self, due: list[Tally]) -> None:
+        self._due = due
+
+    def collect(self) -> Iterable[Metric]:
+        _tell(self._due)
+        return ()
+
+
 class Metrics:
     """The gateway's metrics. One instance per gateway; two gateways in one process do not meet."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
+        self._due: list[Tally] = []
+        registry.register(_Told(self._due))
         p = "embedding_gateway_"
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -105,6 +158,10 @@ class Metrics:
         if _DIRECTORY not in os.environ:
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
+
+    def tally(self, child: Counter | Gauge) -> Tally:
+        """For what is counted with every request."""
+        return Tally(child, self._due)
 
     def forget_deployment(self, upstream: str, model: str) -> None:
         """A deployment that is configured no more."""

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from app.metrics import Metrics
-
-
-class Counter(Protocol):
-    def inc(self, amount: float = 1) -> None: ...
+from app.metrics import Counter, Metrics
 
 
 class Counts:
@@ -18,13 +12,13 @@ class Counts:
         def bound(operation: str, result: str) -> Counter:
             return metrics.cache_operations.labels(tier, operation, result)
 
-        self.hit = bound("get", "hit")
-        self.miss = bound("get", "miss")
+        self.hit = metrics.tally(bound("get", "hit"))
+        self.miss = metrics.tally(bound("get", "miss"))
         self.get_error = bound("get", "error")
         self.get_timeout = bound("get", "timeout")
         self.get_corrupt = bound("get", "corrupt")
         self.get_skipped = bound("get", "skipped")
-        self.ok = bound("set", "ok")
+        self.ok = metrics.tally(bound("set", "ok"))
         self.set_error = bound("set", "error")
         self.set_timeout = bound("set", "timeout")
         self.set_skipped = bound("set", "skipped")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import fields
+from functools import lru_cache
 
 from app.types import Input, Params
 
@@ -60,6 +61,16 @@ def _field(value: object) -> bytes:
 _PARAMS = tuple((each.name, _field(each.name)) for each in fields(Params))
 
 
+def _common(space: str, params: Params, namespace: str) -> hashlib._Hash:
+    parts = [_FORMAT, _field(space), _field(namespace)]
+    for name, tagged in _PARAMS:
+        parts += tagged, _field(getattr(params, name))
+    return hashlib.sha256(b"".join(parts))
+
+
+_remembered = lru_cache(maxsize=1024)(_common)
+
+
 def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str = "") -> list[bytes]:
     """One key of `KEY_SIZE` bytes per input, in their order.
 
@@ -67,11 +78,10 @@ def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str =
     apart from everyone else's. Raises `TypeError` for a parameter of an unknown type and `UnicodeEncodeError`
     for a lone surrogate, which the door refuses.
     """
-    common = [_FORMAT, _field(space), _field(namespace)]
-    for name, tagged in _PARAMS:
-        common += tagged, _field(getattr(params, name))
-    # The part all inputs share is hashed once; per input there is a copy of the state and one field.
-    copy = hashlib.sha256(b"".join(common)).copy
+    # The part all inputs share is hashed once; per input there is a copy of the state and one field. What clients
+    # choose freely is not remembered: it may be of any size.
+    common = _remembered if params.instruct is None else _common
+    copy = common(space, params, namespace).copy
     keys = []
     for text in inputs:
         state = copy()

@@ -33,8 +33,8 @@ class _Entry:
 
     @property
     def size(self) -> int:
-        embedding = self.embedding
-        return len(embedding.vector) + len(embedding.text or b"") + OVERHEAD
+        vector, text = self.embedding.vector, self.embedding.text
+        return len(vector) + OVERHEAD if text is None else len(vector) + len(text) + OVERHEAD
 
 
 class MemoryStore:
@@ -67,7 +67,7 @@ class MemoryStore:
         now = self._now()
         found: list[Embedding | None] = []
         add = found.append
-        misses = 0
+        misses = expired = 0
         textless: list[_Entry] = []
         for key in keys:
             entry = find(key)
@@ -79,10 +79,12 @@ class MemoryStore:
             else:
                 if entry is not None:
                     self._drop(key)
+                    expired += 1
                 misses += 1
                 add(None)
         if misses:
             self._counts.miss.inc(misses)
+        if expired:
             self._counts.bytes.set(self._size)
         if misses < len(found):
             self._counts.hit.inc(len(found) - misses)
@@ -108,19 +110,22 @@ class MemoryStore:
     def insert(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
         """As `put`, without waiting. What alone is larger than the whole store is not kept."""
         expires = self._now() + self._ttl
+        held = self._entries
         kept = dropped = 0
         for key, embedding in entries:
-            if key in self._entries:
+            if key in held:
                 self._drop(key)
             entry = _Entry(embedding, expires)
-            if entry.size > self._max_size:
+            size = entry.size
+            if size > self._max_size:
                 dropped += 1
                 continue
-            self._entries[key] = entry
-            self._size += entry.size
-            self._texts += len(embedding.text or b"")
+            held[key] = entry
+            self._size += size
+            if embedding.text is not None:
+                self._texts += len(embedding.text)
             kept += 1
-            self._shrink()
+        self._shrink()
         if kept:
             self._counts.ok.inc(kept)
         if dropped:
@@ -129,12 +134,15 @@ class MemoryStore:
 
     def _shrink(self) -> None:
         while self._size > self._max_size:
-            self._drop(next(iter(self._entries)))
+            self._forget(self._entries.popitem(last=False)[1])
 
     def _drop(self, key: bytes) -> None:
-        entry = self._entries.pop(key)
+        self._forget(self._entries.pop(key))
+
+    def _forget(self, entry: _Entry) -> None:
         self._size -= entry.size
-        self._texts -= len(entry.embedding.text or b"")
+        if entry.embedding.text is not None:
+            self._texts -= len(entry.embedding.text)
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         return self.lookup(keys)

@@ -12,7 +12,7 @@ class Room:
     def __init__(self, capacity: int, metrics: Metrics) -> None:
         self._capacity = capacity
         self._inside = 0
-        self._gauge = metrics.inflight_requests
+        self._gauge = metrics.tally(metrics.inflight_requests)
 
     def __enter__(self) -> None:
         """Raises `Overloaded` at once if there is no room."""

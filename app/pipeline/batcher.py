@@ -11,133 +11,36 @@ more are dropped before they are sent.
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from app import tokens
 from app.clock import Clock
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, RateLimited, UpstreamUnavailable
-from app.metrics import Gauge, Metrics
-from app.pipeline.deployment import Deployment, Limits
+from app.metrics import Metrics
+from app.pipeline.queue import LANES, Flight, Job, Queue, Waiter
 from app.pipeline.route import Route, Slot
 from app.types import NOTHING, Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 
 BULK = 16
 """A request with more inputs than this is bulk work unless its key says otherwise."""
 
-_LANES: tuple[Lane, Lane] = ("query", "bulk")
+
+class _Rhythm(NamedTuple):
+    turns: int
+    """Of the event loop, for which an input waits for others that arrive with it. None waits for time to pass."""
+    together: int
+    """Requests answered in one turn: who is answered together asks again together, and is then slowed by the rest."""
+
+
+_SHORT, _LONG = _Rhythm(2, 16), _Rhythm(1, 4)
+"""For short calls, whose cost is what counts: large groups. For long ones, among which there is time to spare: small
+groups, which stay out of each other's way."""
+LONG = 0.01
+"""Seconds from which a call is long."""
 
 _Group: TypeAlias = tuple[str, Params, bool]
 """What inputs must have in common to share a call: public model, parameters, whether to store."""
-
-
-class _Flight:
-    """An upstream call, or what became of it: shared by all inputs in it."""
-
-    __slots__ = ("calls", "deployment")
-
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment.name
-        self.calls = 0
-
-
-class _Waiter:
-    """A request waiting for its inputs: one future, however many they are."""
-
-    __slots__ = ("future", "missing")
-
-    def __init__(self, future: asyncio.Future[None], missing: int) -> None:
-        self.future = future
-        self.missing = missing
-
-    def arrived(self, *, hopeless: bool) -> None:
-        self.missing -= 1
-        if (self.missing == 0 or hopeless) and not self.future.done():
-            self.future.set_result(None)
-
-
-class _Job:
-    """One input on its way, from the first request that wants it to its outcome."""
-
-    __slots__ = ("bound", "deadline", "flight", "input", "key", "outcome", "waiters")
-
-    def __init__(self, key: bytes, text: str, deadline: float) -> None:
-        self.key = key
-        self.input = text
-        self.bound = tokens.bound(text)
-        self.deadline = deadline
-        self.waiters: list[_Waiter] = []
-        self.flight: _Flight | None = None
-        self.outcome: Embedding | GatewayError | None = None
-
-
-class _Queue:
-    """Inputs of one group that wait for a slot, query lane first. `waiting` counts them for the metrics."""
-
-    __slots__ = ("_lanes", "_waiting")
-
-    def __init__(self, waiting: Mapping[Lane, Gauge]) -> None:
-        self._lanes: dict[Lane, deque[_Job]] = {lane: deque() for lane in _LANES}
-        self._waiting = waiting
-
-    def extend(self, lane: Lane, jobs: list[_Job]) -> None:
-        self._lanes[lane].extend(jobs)
-        self._waiting[lane].inc(len(jobs))
-
-    def size(self) -> tuple[int, int]:
-        """Inputs, and the bytes in them."""
-        return sum(map(len, self._lanes.values())), sum(job.bound for jobs in self._lanes.values() for job in jobs)
-
-    def lane(self) -> Lane | None:
-        """The lane to serve next, or None when the queue is empty."""
-        return next((lane for lane, jobs in self._lanes.items() if jobs), None)
-
-    def drop_abandoned(self) -> list[_Job]:
-        """Takes inputs nobody waits for off the front of each lane, and returns them."""
-        dropped: list[_Job] = []
-        for lane, jobs in self._lanes.items():
-            before = len(jobs)
-            while jobs and not jobs[0].waiters:
-                dropped.append(jobs.popleft())
-            if len(jobs) < before:
-                self._waiting[lane].dec(before - len(jobs))
-        return dropped
-
-    def take_due(self, before: float) -> list[_Job]:
-        """Takes out the inputs whose callers wait no longer than `before`."""
-        due: list[_Job] = []
-        for lane, jobs in self._lanes.items():
-            stay = [job for job in jobs if job.deadline > before]
-            if len(stay) < len(jobs):
-                self._waiting[lane].dec(len(jobs) - len(stay))
-                due += (job for job in jobs if job.deadline <= before)
-                jobs.clear()
-                jobs.extend(stay)
-        return due
-
-    def take(self, limits: Limits) -> tuple[list[_Job], list[_Job]]:
-        """The fullest batch that is legal within `limits`, and abandoned inputs met on the way.
-
-        Bulk inputs fill up a batch of queries. One input over the token limit goes alone.
-        """
-        batch: list[_Job] = []
-        dropped: list[_Job] = []
-        room = limits.max_tokens_per_batch
-        for lane, jobs in self._lanes.items():
-            before = len(jobs)
-            while jobs and len(batch) < limits.max_batch:
-                job = jobs[0]
-                if not job.waiters:
-                    dropped.append(jobs.popleft())
-                    continue
-                if room is not None:
-                    if batch and job.bound > room:
-                        break
-                    room -= job.bound
-                batch.append(jobs.popleft())
-            self._waiting[lane].dec(before - len(jobs))
-        return batch, dropped
 
 
 class Batcher:
@@ -145,9 +48,13 @@ class Batcher:
 
     def __init__(self, route: Route, metrics: Metrics, clock: Clock) -> None:
         self._route, self._clock = route, clock
-        self._jobs: dict[bytes, _Job] = {}
-        self._queues: dict[_Group, _Queue] = {}
+        self._jobs: dict[bytes, Job] = {}
+        self._queues: dict[_Group, Queue] = {}
         self._scheduled = False
+        self._arrived = self._gathered = self._turns = 0
+        self._rhythm = _SHORT
+        self._crowded = False
+        """Whether several requests came at once the last time: then they may do so again."""
         self._alarm: asyncio.Task[None] | None = None
         self._alarm_at = 0.0
         self._served = 0.0
@@ -155,7 +62,7 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
-        self._waiting = {lane: metrics.queued_inputs.labels(upstream, lane) for lane in _LANES}
+        self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         reason = self._route.closed()
@@ -163,10 +70,11 @@ class Batcher:
             raise UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
         jobs, sources = self._enlist(request)
         distinct = dict.fromkeys(jobs)
-        waiter = _Waiter(asyncio.get_running_loop().create_future(), len(distinct))
+        waiter = Waiter(asyncio.get_running_loop().create_future(), len(distinct))
         for job in distinct:
             job.waiters.append(waiter)
-            job.deadline = max(job.deadline, request.deadline)
+            if job.deadline < request.deadline:
+                job.deadline = request.deadline
         try:
             await waiter.future
         finally:
@@ -181,35 +89,49 @@ class Batcher:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _enlist(self, request: EmbedRequest) -> tuple[list[_Job], list[Source]]:
+    def _enlist(self, request: EmbedRequest) -> tuple[list[Job], list[Source]]:
         """A job per input: the one already on its way where there is one, a new one in the queue otherwise."""
-        jobs: list[_Job] = []
+        jobs: list[Job] = []
         sources: list[Source] = []
-        new: list[_Job] = []
+        new: list[Job] = []
+        known, deadline = self._jobs, request.deadline
         for key, text in zip(request.keys, request.inputs, strict=True):
-            job = self._jobs.get(key)
+            job = known.get(key)
             if job is None:
-                job = self._jobs[key] = _Job(key, text, request.deadline)
+                job = known[key] = Job(key, text, deadline)
                 new.append(job)
                 sources.append(Source.UPSTREAM)
             else:
                 sources.append(Source.INFLIGHT)
             jobs.append(job)
         if new:
+            self._arrived += 1
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
             group = (request.model, request.params, request.write_cache)
             queue = self._queues.get(group)
             if queue is None:
-                queue = self._queues[group] = _Queue(self._waiting)
+                queue = self._queues[group] = Queue(self._waiting)
             queue.extend(lane, new)
             self._schedule()
         return jobs, sources
 
     def _schedule(self) -> None:
-        """Fills slots at the end of this turn of the event loop, with all that arrives in it."""
+        """Fills slots at the end of this turn of the event loop; where the last call was shared, once a turn brings
+        nothing more, or after a few of them."""
         if not self._scheduled:
             self._scheduled = True
-            asyncio.get_running_loop().call_soon(self._pump)
+            self._turns, self._gathered = self._rhythm.turns if self._crowded else 0, 0
+            asyncio.get_running_loop().call_soon(self._gather)
+
+    def _gather(self) -> None:
+        arrived, self._arrived = self._arrived, 0
+        self._gathered += arrived
+        if arrived and self._turns:
+            self._turns -= 1
+            asyncio.get_running_loop().call_soon(self._gather)
+        else:
+            self._crowded = self._gathered > 1
+            self._pump()
 
     def _pump(self) -> None:
         """While there is an input that can have a slot: the fullest legal batch goes, queries first."""
@@ -239,8 +161,7 @@ class Batcher:
                 inputs, size = queue.size()
                 wait = max(rest, self._route.drain(group[1], inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
-                for job in due:
-                    self._end(job, told)
+                self._land(due, None, BatchResult([told] * len(due)))
         if rests:
             self._wake_in(min(rests.values()))
 
@@ -278,19 +199,19 @@ class Batcher:
             return True
         return False
 
-    def _forget(self, dropped: Iterable[_Job]) -> None:
+    def _forget(self, dropped: Iterable[Job]) -> None:
         for job in dropped:
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
 
-    def _launch(self, group: _Group, jobs: list[_Job], slot: Slot, lane: Lane) -> None:
+    def _launch(self, group: _Group, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         task = asyncio.get_running_loop().create_task(self._fly(group, jobs, slot, lane))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _fly(self, group: _Group, jobs: list[_Job], slot: Slot, lane: Lane) -> None:
+    async def _fly(self, group: _Group, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         model, params, store = group
-        flight = _Flight(slot.deployment)
+        flight = Flight(slot.deployment)
         for job in jobs:
             job.flight = flight
         batch = Batch(
@@ -303,27 +224,39 @@ class Batcher:
         )
         result: BatchResult | None = None
         try:
+            began = time.perf_counter()
             result = await self._route.run(batch, slot, lane)
+            self._rhythm = _LONG if time.perf_counter() - began > LONG else _SHORT
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
             self._land(jobs, flight, result)
 
-    def _land(self, jobs: list[_Job], flight: _Flight, result: BatchResult | None) -> None:
+    def _land(self, jobs: list[Job], flight: Flight | None, result: BatchResult | None) -> None:
+        """Tells all who wait; `flight` is None for inputs that were never sent."""
         outcomes: list[Embedding | GatewayError]
         if result is None:
             outcomes = [GatewayError("internal error while embedding")] * len(jobs)
         else:
             outcomes = result.outcomes
-            flight.calls = result.calls
+            if flight is not None:
+                flight.calls = result.calls
+        known = self._jobs
+        ready: list[Waiter] = []
         for job, outcome in zip(jobs, outcomes, strict=True):
-            self._end(job, outcome)
+            job.outcome = outcome
+            if known.get(job.key) is job:
+                del known[job.key]
+            hopeless = type(outcome) is not Embedding and _hopeless(outcome)
+            ready += [waiter for waiter in job.waiters if waiter.arrived(hopeless=hopeless)]
+        self._release(ready)
 
-    def _end(self, job: _Job, outcome: Embedding | GatewayError) -> None:
-        job.outcome = outcome
-        self._forget([job])
-        hopeless = _hopeless(outcome)
-        for waiter in job.waiters:
-            waiter.arrived(hopeless=hopeless)
+    def _release(self, ready: list[Waiter]) -> None:
+        """So many in each turn of the event loop as the rhythm has it."""
+        now, later = ready[: self._rhythm.together], ready[self._rhythm.together :]
+        for waiter in now:
+            waiter.release()
+        if later:
+            asyncio.get_running_loop().call_soon(self._release, later)
 
 
 def _hopeless(outcome: Embedding | GatewayError) -> bool:
@@ -334,14 +267,14 @@ def _hopeless(outcome: Embedding | GatewayError) -> bool:
     return not isinstance(outcome, Embedding) and not outcome.retryable and not outcome.blames_input
 
 
-def _leave(waiter: _Waiter, jobs: Iterable[_Job]) -> None:
+def _leave(waiter: Waiter, jobs: Iterable[Job]) -> None:
     for job in jobs:
         if job.outcome is None:
             job.waiters.remove(waiter)
 
 
-def _collect(jobs: list[_Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
-    embeddings = [job.outcome for job in jobs if isinstance(job.outcome, Embedding)]
+def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
+    embeddings = [job.outcome for job in jobs if type(job.outcome) is Embedding]
     too_long: dict[int, GatewayError] = {}
     if len(embeddings) < len(jobs):
         positions = request.positions or range(len(jobs))
@@ -352,7 +285,7 @@ def _collect(jobs: list[_Job], sources: list[Source], request: EmbedRequest) -> 
             if isinstance(job.outcome, ContextLengthExceeded):
                 too_long[i] = job.outcome.at_input(positions[i])
         embeddings = [job.outcome if isinstance(job.outcome, Embedding) else NOTHING for job in jobs]
-    flights = dict.fromkeys(job.flight for job in jobs)
+    flights = dict.fromkeys([job.flight for job in jobs])
     return EmbedResult(
         embeddings=embeddings,
         sources=sources,
@@ -362,7 +295,7 @@ def _collect(jobs: list[_Job], sources: list[Source], request: EmbedRequest) -> 
     )
 
 
-def _error(jobs: list[_Job], positions: Sequence[int]) -> GatewayError:
+def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:
     """The request's one error: a refusal of its inputs, naming each by the caller's own index, or else
     the first trouble in input order. A refusal tells the caller more than trouble that may pass."""
     errors = [

@@ -1,0 +1,128 @@
+"""Inputs on their way to an upstream call, and who waits for them: the batcher's own data, which decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping
+
+from app import tokens
+from app.errors import GatewayError
+from app.metrics import Tally
+from app.pipeline.deployment import Deployment, Limits
+from app.types import Embedding, Lane
+
+LANES: tuple[Lane, Lane] = ("query", "bulk")
+"""In the order in which they are served."""
+
+
+class Flight:
+    """An upstream call, or what became of it: shared by all inputs in it."""
+
+    __slots__ = ("calls", "deployment")
+
+    def __init__(self, deployment: Deployment) -> None:
+        self.deployment = deployment.name
+        self.calls = 0
+
+
+class Waiter:
+    """A request waiting for its inputs: one future, however many they are."""
+
+    __slots__ = ("future", "missing")
+
+    def __init__(self, future: asyncio.Future[None], missing: int) -> None:
+        self.future = future
+        self.missing = missing
+
+    def arrived(self, *, hopeless: bool) -> bool:
+        """Whether there is nothing more to wait for."""
+        self.missing -= 1
+        return self.missing == 0 or hopeless
+
+    def release(self) -> None:
+        if not self.future.done():
+            self.future.set_result(None)
+
+
+class Job:
+    """One input on its way, from the first request that wants it to its outcome."""
+
+    __slots__ = ("bound", "deadline", "flight", "input", "key", "outcome", "waiters")
+
+    def __init__(self, key: bytes, text: str, deadline: float) -> None:
+        self.key = key
+        self.input = text
+        self.bound = tokens.bound(text)
+        self.deadline = deadline
+        self.waiters: list[Waiter] = []
+        self.flight: Flight | None = None
+        self.outcome: Embedding | GatewayError | None = None
+
+
+class Queue:
+    """Inputs of one group that wait for a slot, query lane first. `waiting` counts them for the metrics."""
+
+    __slots__ = ("_lanes", "_waiting")
+
+    def __init__(self, waiting: Mapping[Lane, Tally]) -> None:
+        self._lanes: dict[Lane, deque[Job]] = {lane: deque() for lane in LANES}
+        self._waiting = waiting
+
+    def extend(self, lane: Lane, jobs: list[Job]) -> None:
+        self._lanes[lane].extend(jobs)
+        self._waiting[lane].inc(len(jobs))
+
+    def size(self) -> tuple[int, int]:
+        """Inputs, and the bytes in them."""
+        return sum(map(len, self._lanes.values())), sum(job.bound for jobs in self._lanes.values() for job in jobs)
+
+    def lane(self) -> Lane | None:
+        """The lane to serve next, or None when the queue is empty."""
+        return next((lane for lane, jobs in self._lanes.items() if jobs), None)
+
+    def drop_abandoned(self) -> list[Job]:
+        """Takes inputs nobody waits for off the front of each lane, and returns them."""
+        dropped: list[Job] = []
+        for lane, jobs in self._lanes.items():
+            before = len(jobs)
+            while jobs and not jobs[0].waiters:
+                dropped.append(jobs.popleft())
+            if len(jobs) < before:
+                self._waiting[lane].dec(before - len(jobs))
+        return dropped
+
+    def take_due(self, before: float) -> list[Job]:
+        """Takes out the inputs whose callers wait no longer than `before`."""
+        due: list[Job] = []
+        for lane, jobs in self._lanes.items():
+            stay = [job for job in jobs if job.deadline > before]
+            if len(stay) < len(jobs):
+                self._waiting[lane].dec(len(jobs) - len(stay))
+                due += (job for job in jobs if job.deadline <= before)
+                jobs.clear()
+                jobs.extend(stay)
+        return due
+
+    def take(self, limits: Limits) -> tuple[list[Job], list[Job]]:
+        """The fullest batch that is legal within `limits`, and abandoned inputs met on the way.
+
+        Bulk inputs fill up a batch of queries. One input over the token limit goes alone.
+        """
+        batch: list[Job] = []
+        dropped: list[Job] = []
+        room = limits.max_tokens_per_batch
+        for lane, jobs in self._lanes.items():
+            before = len(jobs)
+            while jobs and len(batch) < limits.max_batch:
+                job = jobs[0]
+                if not job.waiters:
+                    dropped.append(jobs.popleft())
+                    continue
+                if room is not None:
+                    if batch and job.bound > room:
+                        break
+                    room -= job.bound
+                batch.append(jobs.popleft())
+            self._waiting[lane].dec(before - len(jobs))
+        return batch, dropped

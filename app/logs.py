@@ -9,7 +9,8 @@ import re
 import select
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import lru_cache
 from typing import Literal
 
 import orjson
@@ -50,7 +51,7 @@ class RequestLog:
             return
         if self._dropped:
             fields["lines_dropped_before"], self._dropped = self._dropped, 0
-        line = self._line({"timestamp": self._now(), "level": "info", "event": "request", **fields})
+        line = self._line(self._now(), fields)
         self._waiting.append(line)
         self._size += len(line)
         if not self._flush_planned:
@@ -107,19 +108,23 @@ def request_log(form: Format, level: int = logging.INFO) -> RequestLog:
     return RequestLog(form, Output(sys.stderr.fileno()) if level <= logging.INFO else len)
 
 
-def _json(fields: dict[str, str | float | None]) -> bytes:
-    return orjson.dumps(fields, option=orjson.OPT_APPEND_NEWLINE)
+def _json(timestamp: str, fields: Mapping[str, str | float | None]) -> bytes:
+    whole = {"timestamp": timestamp, "level": "info", "event": "request", **fields}
+    return orjson.dumps(whole, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _logfmt(fields: dict[str, str | float | None]) -> bytes:
-    parts = []
-    for name, value in fields.items():
-        if isinstance(value, str):
-            text = value if _PLAIN(value) else orjson.dumps(value).decode()
-        else:
-            text = "" if value is None else repr(value)
-        parts.append(f"{name}={text}")
-    return (" ".join(parts) + "\n").encode()
+def _logfmt(timestamp: str, fields: Mapping[str, str | float | None]) -> bytes:
+    values = [_shown(value) if isinstance(value, str) else "" if value is None else value for value in fields.values()]
+    return (f"timestamp={timestamp} level=info event=request" + _template(tuple(fields)) % tuple(values)).encode()
+
+
+def _shown(text: str) -> str:
+    return text if _PLAIN(text) else orjson.dumps(text).decode()
+
+
+@lru_cache(maxsize=16)
+def _template(names: tuple[str, ...]) -> str:
+    return "".join(f" {name}=%s" for name in names) + "\n"
 
 
 def configure(form: Format, level: str) -> None:

@@ -33,9 +33,10 @@ class Prepare:
         params = self._prepared.get(request.params)
         if params is None:
             params = self._prepare(request.params)
-            if len(self._prepared) < 256:  # clients send a handful of combinations; no client may fill memory
+            # Clients send a handful of combinations; no client may fill memory, and an instruction is of any size.
+            if len(self._prepared) < 256 and params.instruct is None:
                 self._prepared[request.params] = params
-        return await self._inner(replace(request, params=params))
+        return await self._inner(request if params == request.params else replace(request, params=params))
 
     def _prepare(self, params: Params) -> Params:
         model = self._model

@@ -8,17 +8,27 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from itertools import accumulate
 
+from app import tokens
 from app.errors import GatewayError, InvalidRequest
 from app.pipeline.deployment import Limits
 from app.types import Batch, BatchEmbedder, BatchResult
 
-# "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
+# Rows of one call: "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32"
-_LIMIT = re.compile(
+_ROWS = re.compile(
     r"batch.{0,40}(?:not be larger than|maximum allowed batch size|at most|maximum of)\s*:?\s*(\d+)"
     r"|at most (\d+) \w+ can be in one batch",
     re.IGNORECASE | re.DOTALL,
+)
+# Tokens of one call: "Requested 312000 tokens, max 300000 tokens per request", "at most 20000 tokens in one batch".
+# What one input may have is no limit of calls: it stays the caller's to know.
+_TOKENS = re.compile(
+    r"(?:max(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?(\d+) (?:input )?tokens?"
+    r"\s+(?:(?:summed|in total|total)\s+)?(?:per|in|for|across)\s+(?:a |an |one |each |all )?(?:request|batch|call|inputs)"
+    r"|tokens? per (?:request|batch|call)\D{0,40}?(\d+)",
+    re.IGNORECASE,
 )
 
 
@@ -36,12 +46,13 @@ class Adapt:
         return await self._embed(batch, budget)
 
     async def _embed(self, batch: Batch, budget: _Budget) -> BatchResult:
-        if len(batch.inputs) > self._limits.max_batch:
-            return await self._embed_parts(batch, self._limits.max_batch, budget)
+        legal = self._legal(batch)
+        if legal < len(batch.inputs):
+            return await self._embed_parts(batch, legal, budget)
         try:
             return await self._inner(batch)
         except GatewayError as error:
-            if isinstance(error, InvalidRequest) and self._learn(error, len(batch.inputs)):
+            if isinstance(error, InvalidRequest) and self._learn(error, batch):
                 return _counted(await self._embed(batch, budget))
             if not error.blames_input or len(batch.inputs) == 1:
                 raise
@@ -62,14 +73,38 @@ class Adapt:
             whole.calls += result.calls
         return whole
 
-    def _learn(self, error: InvalidRequest, sent: int) -> bool:
-        """Takes the rows a call may have from the upstream's own words; True if that was news."""
-        match = _LIMIT.search(error.message)
-        limit = int(match[1] or match[2]) if match else 0
-        if not 0 < limit < sent:
-            return False
-        self._limits.max_batch = limit
-        return True
+    def _legal(self, batch: Batch) -> int:
+        """How many inputs a call may have so that any so many of these in a row are within the limits."""
+        most, room = self._limits.max_batch, self._limits.max_tokens_per_batch
+        if room is None or len(batch.inputs) == 1:
+            return most
+        bounds = [tokens.bound(text) for text in batch.inputs]
+        if sum(bounds) > room:
+            bounds.sort(reverse=True)
+            most = min(most, next(i for i, total in enumerate(accumulate(bounds)) if total > room))
+        return max(1, most)
+
+    def _learn(self, error: InvalidRequest, batch: Batch) -> bool:
+        """Takes what a call may carry from the upstream's own words; True if that was news.
+
+        Tokens are kept by their upper bound, a byte each, as everywhere where a call is filled: a call may go out
+        emptier than it could, and never comes back.
+        """
+        rows, room = _stated(_ROWS, error.message), _stated(_TOKENS, error.message)
+        if rows and rows < len(batch.inputs):
+            self._limits.max_batch = min(rows, self._limits.max_batch)
+            return True
+        known = self._limits.max_tokens_per_batch
+        if room and (known is None or room < known) and room < sum(map(tokens.bound, batch.inputs)):
+            self._limits.max_tokens_per_batch = room
+            return len(batch.inputs) > 1
+        return False
+
+
+def _stated(words: re.Pattern[str], message: str) -> int:
+    """The limit that these words state, or 0."""
+    match = words.search(message)
+    return int(next(filter(None, match.groups()))) if match else 0
 
 
 class _Budget:

@@ -83,6 +83,21 @@ async def test_a_limit_the_upstream_names_is_learned_and_nobody_notices() -> Non
         assert len(fake.calls) - before == 10, "the next request is cut to the learned size from the start"
 
 
+async def test_the_tokens_of_a_call_are_learned_as_well() -> None:
+    upstream = {"type": "openai", "api_key": "sk-fake", "max_concurrency": 2}
+    with FakeOpenAI(api_key="sk-fake", models={"house": 64}, max_tokens_per_request=100) as fake:
+        with running({"upstreams": {"up": {**upstream, "base_url": fake.url + "/v1"}}}) as gateway:
+            for number in range(2):
+                texts = [f"{number} of {i:016}" for i in range(32)]
+                response = gateway.post({"model": "house", "input": texts})
+                assert response.status_code == 200
+                for text, row in zip(texts, response.json()["data"], strict=True):
+                    assert np.array_equal(np.array(row["embedding"], "<f4"), fake.expected("house", text))
+                refused = [call for call in fake.calls if sum(map(len, call.texts)) > 400]
+                assert len(refused) == 1, "the first call, and never again"
+
+
+
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 async def test_a_cached_answer_is_bit_equal_to_the_fresh_one(encoding: str) -> None:
     with FakeOpenAI(api_key="sk-fake", base64=False) as fake:

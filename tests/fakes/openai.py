@@ -64,6 +64,7 @@ class FakeOpenAI(FakeUpstream):
         delay: float = 0.0,
         shuffle: bool = True,
         max_batch: int | None = None,
+        max_tokens_per_request: int = MAX_TOKENS_PER_REQUEST,
         concurrency_limit: int | None = None,
     ) -> None:
         limit = {"tei": 32, "openai": 2048}.get(flavour)
@@ -73,6 +74,7 @@ class FakeOpenAI(FakeUpstream):
             max_batch=max_batch or limit,
             concurrency_limit=concurrency_limit,
         )
+        self.max_tokens_per_request = max_tokens_per_request
         self.api_key = api_key
         self.flavour = flavour
         self.models = models or (OPENAI_MODELS if flavour == "openai" else SELF_HOSTED_MODELS)
@@ -184,8 +186,8 @@ class FakeOpenAI(FakeUpstream):
                 "completion). Please reduce your prompt; or completion length."
             )
             return self._invalid(call, words)
-        if sum(counts) > MAX_TOKENS_PER_REQUEST:
-            words = f"Requested {sum(counts)} tokens, max {MAX_TOKENS_PER_REQUEST} tokens"
+        if sum(counts) > self.max_tokens_per_request:
+            words = f"Requested {sum(counts)} tokens, max {self.max_tokens_per_request} tokens"
             code = "max_tokens_per_request"
             return _nested(400, _error(f"{words} per request", code, code))
         return None

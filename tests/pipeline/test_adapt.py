@@ -1,0 +1,102 @@
+"""What an upstream's refusals teach, and what they do not."""
+
+from __future__ import annotations
+
+import pytest
+
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest
+from app.pipeline.adapt import Adapt
+from app.pipeline.deployment import Limits
+from app.types import Batch, BatchResult, Embedding, Params
+
+ROWS = [
+    "batch size is invalid, it should not be larger than 10.: input.contents",
+    "<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, it should not be larger than 10.",
+    "batch size 33 > maximum allowed batch size 10",
+    "* BatchEmbedContentsRequest.requests: at most 10 requests can be in one batch",
+]
+TOKENS = [
+    "Requested 312 tokens, max 40 tokens per request",
+    "at most 40 tokens in one batch",
+    "maximum of 40 input tokens per batch",
+    "the limit is 40 tokens summed across all inputs",
+    "tokens per request must not exceed 40",
+]
+NEITHER = [
+    "This model's maximum context length is 40 tokens, however you requested 51 tokens (51 in your prompt)",
+    "Range of input length should be [1, 40]",
+    "the max input length is 40 tokens",
+    "input 3 is too long: 51 tokens, at most 40 tokens",
+    "InternalError",
+]
+
+
+class Upstream:
+    """Refuses what is over its limits, in these words."""
+
+    def __init__(self, words: str, *, rows: int = 1000, tokens: int = 1_000_000, kind: type[InvalidRequest]) -> None:
+        self.words, self.rows, self.tokens, self.kind = words, rows, tokens, kind
+        self.calls: list[list[str]] = []
+
+    async def __call__(self, batch: Batch) -> BatchResult:
+        self.calls.append(batch.inputs)
+        if len(batch.inputs) > self.rows or sum(map(len, batch.inputs)) > self.tokens:
+            raise self.kind(self.words)
+        return BatchResult([Embedding(text.encode(), 1) for text in batch.inputs])
+
+
+def batch(*texts: str) -> Batch:
+    return Batch("m", list(texts), [text.encode() for text in texts], Params(), store=True, deadline=0)
+
+
+def answers(result: BatchResult) -> list[str]:
+    return [each.vector.decode() if isinstance(each, Embedding) else str(each) for each in result.outcomes]
+
+
+@pytest.mark.parametrize("words", ROWS)
+async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> None:
+    texts = [f"text {i}" for i in range(25)]
+    upstream, limits = Upstream(words, rows=10, kind=InvalidRequest), Limits(100)
+    adapt = Adapt(upstream, limits)
+    result = await adapt(batch(*texts))
+    assert answers(result) == texts
+    assert [len(call) for call in upstream.calls] == [25, 10, 10, 5]
+    assert (limits.max_batch, limits.max_tokens_per_batch, result.calls) == (10, None, 4)
+
+
+@pytest.mark.parametrize("kind", [InvalidRequest, ContextLengthExceeded])
+@pytest.mark.parametrize("words", TOKENS)
+async def test_tokens_of_a_call_are_learned_once(words: str, kind: type[InvalidRequest]) -> None:
+    texts = [f"text {i:05}" for i in range(9)]  # 10 bytes each
+    upstream, limits = Upstream(words, tokens=40, kind=kind), Limits(100)
+    adapt = Adapt(upstream, limits)
+    assert answers(await adapt(batch(*texts))) == texts
+    assert [len(call) for call in upstream.calls] == [9, 4, 4, 1]
+    assert (limits.max_batch, limits.max_tokens_per_batch) == (100, 40)
+    upstream.calls.clear()
+    assert answers(await adapt(batch(*texts))) == texts
+    assert [len(call) for call in upstream.calls] == [4, 4, 1], "nothing is refused any more"
+
+
+@pytest.mark.parametrize("words", NEITHER)
+async def test_the_limit_of_one_input_is_no_limit_of_calls(words: str) -> None:
+    upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), Limits(100, 500)
+    result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
+    assert answers(result)[::2] == ["a" * 30, "c" * 5]
+    assert isinstance(result.outcomes[1], GatewayError)
+    assert (limits.max_batch, limits.max_tokens_per_batch) == (100, 500)
+
+
+async def test_one_input_over_the_tokens_of_a_call_is_refused_alone() -> None:
+    upstream, limits = Upstream(TOKENS[0], tokens=40, kind=InvalidRequest), Limits(100)
+    result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
+    assert answers(result)[::2] == ["a" * 30, "c" * 5]
+    assert isinstance(result.outcomes[1], InvalidRequest)
+
+
+async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:
+    """Some count marks around each text as well: then halving finds what fits."""
+    upstream, limits = Upstream("max 40 tokens per request", tokens=30, kind=InvalidRequest), Limits(100)
+    texts = ["a" * 18, "b" * 18]
+    assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
+    assert limits.max_tokens_per_batch is None

@@ -10,8 +10,9 @@ from typing import Any
 
 import httpx
 
-from app.cache.build import shared_limits
+from app.cache.build import shared_limits, shared_tokens
 from app.cache.shared_limits import SharedLimits
+from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.config import DeploymentSettings, ModelSettings, Settings, UpstreamSettings
@@ -62,8 +63,10 @@ class Gateway:
         that connections, tokens, health and limits learned stay. `cache` and `metrics` are then its own, too."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         self.room = Room(settings.server.max_inflight, metrics)
+        self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self.upstreams = {
-            name: Upstream(name, each, kinds[each.type], clock, transport) for name, each in settings.upstreams.items()
+            name: Upstream(name, each, kinds[each.type], clock, transport, self._tokens)
+            for name, each in settings.upstreams.items()
         }
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
         self.quotas = self._quotas(before)
@@ -110,6 +113,8 @@ class Gateway:
         if successor is None:
             if self._shared:
                 await self._shared.close()
+            if self._tokens:
+                await self._tokens.close()
             await self.cache.close()
         else:
             kept = {(each.upstream, each.model.name) for each in successor._deployments.values()}

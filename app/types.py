@@ -218,6 +218,14 @@ class Adapter:
     parse_response: Callable[[WireReply, Batch], Parsed]
 
 
+class TokenStore(Protocol):
+    """Where replicas share access tokens, sealed. Never raises: what goes wrong is a token that is fetched again."""
+
+    async def get(self, name: bytes) -> bytes | None: ...
+
+    async def put(self, name: bytes, sealed: bytes, seconds: float) -> None: ...
+
+
 class Store(Protocol):
     """One cache tier. Never raises into a request: what goes wrong is a miss, logged and counted."""
 

@@ -39,6 +39,7 @@ DOORS = {
     "uvicorn": {"protocol", "serve"},
     "yaml": {"config"},
     "sqlite3": {"cache"},
+    "cryptography": {"upstreams"},
 }
 
 

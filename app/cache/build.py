@@ -6,6 +6,7 @@ from app.cache.disk import DiskStore
 from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
 from app.cache.shared_limits import SharedLimits
+from app.cache.shared_tokens import SharedTokens
 from app.clock import Clock
 from app.config import CacheSettings, Settings
 from app.metrics import Metrics
@@ -30,3 +31,9 @@ def shared_limits(settings: Settings, metrics: Metrics, clock: Clock) -> SharedL
     if redis is None:
         return None
     return SharedLimits(redis.url, redis.timeout, clock, metrics, workers=settings.server.workers)
+
+
+def shared_tokens(settings: Settings, metrics: Metrics) -> SharedTokens | None:
+    """Access tokens kept with the other replicas, where there is a Redis to keep them in."""
+    redis = settings.cache.redis
+    return SharedTokens(redis.url, redis.timeout, metrics) if redis else None

@@ -15,8 +15,8 @@ from app.errors import GatewayError, InvalidRequest
 from app.pipeline.deployment import Limits
 from app.types import Batch, BatchEmbedder, BatchResult
 
-# Rows of one call: "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
-# "batch size 33 > maximum allowed batch size 32"
+# Rows of one call: "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one
+# batch", "batch size 33 > maximum allowed batch size 32"
 _ROWS = re.compile(
     r"batch.{0,40}(?:not be larger than|maximum allowed batch size|at most|maximum of)\s*:?\s*(\d+)"
     r"|at most (\d+) \w+ can be in one batch",
@@ -26,7 +26,8 @@ _ROWS = re.compile(
 # What one input may have is no limit of calls: it stays the caller's to know.
 _TOKENS = re.compile(
     r"(?:max(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?(\d+) (?:input )?tokens?"
-    r"\s+(?:(?:summed|in total|total)\s+)?(?:per|in|for|across)\s+(?:a |an |one |each |all )?(?:request|batch|call|inputs)"
+    r"\s+(?:(?:summed|in total|total)\s+)?(?:per|in|for|across)\s+(?:a |an |one |each |all )?"
+    r"(?:request|batch|call|inputs)"
     r"|tokens? per (?:request|batch|call)\D{0,40}?(\d+)",
     re.IGNORECASE,
 )

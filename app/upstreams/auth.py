@@ -22,6 +22,7 @@ from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamAuth, 
 from app.types import Auth, Send, WireReply, WireRequest
 from app.upstreams import replies
 from app.upstreams.kind import Clock
+from app.upstreams.sealed import SealedTokens, SharedToken
 
 Judge: TypeAlias = Callable[[WireReply], GatewayError | None]
 
@@ -131,10 +132,20 @@ class AccessToken:
     token server in trouble.
     """
 
-    def __init__(self, ask: WireRequest, is_stale: Callable[[WireReply], bool], clock: Clock) -> None:
+    def __init__(
+        self,
+        ask: WireRequest,
+        is_stale: Callable[[WireReply], bool],
+        clock: Clock,
+        shared: SealedTokens | None = None,
+    ) -> None:
+        """`shared`: where other replicas look before they fetch one, and this one."""
         self._ask = ask
         self._is_stale = is_stale
         self._clock = clock
+        self._shared = shared
+        self._stale = ""
+        """The text of the last token that was refused."""
         self._token: _Token | None = None
         self._fetching: asyncio.Task[_Token] | None = None
         self._refusal = ""
@@ -146,7 +157,7 @@ class AccessToken:
         if not self._is_stale(reply):
             return reply
         if self._token is token:  # of many calls refused with one token, the first drops it for all
-            self._token = None
+            self._token, self._stale = None, token.text
         return await send(_with_token(request, await self._current(send)))
 
     async def _current(self, send: Send) -> _Token:
@@ -182,6 +193,20 @@ class AccessToken:
         self._refusal = error.message if isinstance(error, UpstreamAuth) else ""
 
     async def _exchange(self, send: Send) -> _Token:
+        known = await self._shared.get() if self._shared else None
+        if known is not None and known.text != self._stale and known.renew_at > self._clock.time():
+            ahead = self._clock.monotonic() - self._clock.time()
+            self._token = _Token(known.text, known.renew_at + ahead, known.expires_at + ahead)
+            self._refused_until = -1.0
+            return self._token
+        token = await self._fetch_anew(send)
+        if self._shared is not None:
+            ahead = self._clock.time() - self._clock.monotonic()
+            told = SharedToken(token.text, token.renew_at + ahead, token.expires_at + ahead)
+            await self._shared.put(told, token.expires_at - self._clock.monotonic())
+        return token
+
+    async def _fetch_anew(self, send: Send) -> _Token:
         reply = await send(replace(self._ask, headers=dict(self._ask.headers), query=dict(self._ask.query)))
         now = self._clock.monotonic()
         try:

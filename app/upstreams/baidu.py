@@ -26,9 +26,10 @@ from app.errors import (
     UpstreamMisconfigured,
     UpstreamUnavailable,
 )
-from app.types import Adapter, Auth, Batch, Target, WireReply, WireRequest
+from app.types import Adapter, Auth, Batch, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.sealed import SealedTokens
 
 _BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
@@ -185,24 +186,26 @@ def adapter(settings: BaiduSettings) -> Adapter:
     return _ADAPTERS[settings.mode]
 
 
-def credentials(settings: BaiduSettings, clock: Clock) -> Auth:
+def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None = None) -> Auth:
     if settings.mode == "v2":
         return auth.bearer(auth.keys(settings), parse_error_v2, clock)
     secret = settings.secret_key.get_secret_value() if settings.secret_key else ""
     if settings.auth == "iam":
         return auth.BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
+    key, server = auth.keys(settings)[0], settings.base_url.rstrip("/") + _TOKEN_PATH
     # Its parameters travel in the query although it is a POST; they are never part of a URL we hold.
     ask = WireRequest(
         "POST",
-        settings.base_url.rstrip("/") + _TOKEN_PATH,
+        server,
         {"content-type": "application/json", "accept": "application/json"},
         query={
             "grant_type": "client_credentials",
-            "client_id": auth.keys(settings)[0],
+            "client_id": key,
             "client_secret": secret,
         },
     )
-    return auth.AccessToken(ask, is_stale, clock)
+    shared = SealedTokens(tokens, server, key, secret) if tokens else None
+    return auth.AccessToken(ask, is_stale, clock, shared)
 
 
 def models(_settings: BaiduSettings) -> Mapping[str, Model]:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, SecretStr
 from app.catalog import CATALOG, Model
 from app.config import UpstreamSettings
 from app.errors import GatewayError
-from app.types import Target, WireReply, WireRequest
+from app.types import Target, TokenStore, WireReply, WireRequest
 from app.upstreams.client import Client
 from app.upstreams.kind import Clock, UpstreamKind
 from app.upstreams.network import Network
@@ -33,13 +33,14 @@ class Upstream:
         kind: UpstreamKind,
         clock: Clock,
         transport: httpx.AsyncBaseTransport | None = None,
+        tokens: TokenStore | None = None,
     ) -> None:
         self.name, self.settings, self.kind = name, settings, kind
         self._clock = clock
         self.redact = Redactor(_secrets(settings))
         self.client = Client(kind.transport(settings) or transport or _network(settings), timeout=settings.timeout)
         self.adapter = kind.adapter(settings)
-        self.auth = kind.auth(settings, clock)
+        self.auth = kind.auth(settings, clock, tokens)
         self.models: dict[str, Model] = dict(kind.models(settings))
         self.discovers = kind.discover is not None and not self.models
         self.trouble: str | None = None

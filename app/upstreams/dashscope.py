@@ -27,7 +27,7 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from app.types import Adapter, Auth, Batch, Parsed, Target, WireReply, WireRequest
+from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
@@ -173,7 +173,7 @@ def adapter(settings: DashScopeSettings) -> Adapter:
     return _ADAPTERS[settings.mode]
 
 
-def credentials(settings: DashScopeSettings, clock: Clock) -> Auth:
+def credentials(settings: DashScopeSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
     return auth.bearer(auth.keys(settings), parse_error, clock)
 
 

@@ -17,7 +17,7 @@ from app import vectors
 from app.catalog import ANY, CATALOG, Model
 from app.config import UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
-from app.types import Adapter, Auth, Batch, Parsed, Target, WireReply, WireRequest
+from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
@@ -84,7 +84,7 @@ def adapter(_settings: GeminiSettings) -> Adapter:
     return Adapter(build_request, parse_error, parse_response)
 
 
-def credentials(settings: GeminiSettings, clock: Clock) -> Auth:
+def credentials(settings: GeminiSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
     """In a header and not as `?key=`, which ends up in logs."""
     return auth.HeaderKey("x-goog-api-key", auth.keys(settings), parse_error, clock)
 

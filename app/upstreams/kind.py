@@ -12,7 +12,7 @@ import httpx
 from app.catalog import ANY, Model
 from app.clock import Clock as Clock
 from app.config import UpstreamSettings
-from app.types import Adapter, Auth, Send
+from app.types import Adapter, Auth, Send, TokenStore
 
 
 def no_environment(environ: Mapping[str, str]) -> None:
@@ -36,7 +36,8 @@ class UpstreamKind:
     settings: type[UpstreamSettings]
     adapter: Callable[[Any], Adapter]
     """The dialect spoken with these settings (a type may have modes)."""
-    auth: Callable[[Any, Clock], Auth]
+    auth: Callable[[Any, Clock, TokenStore | None], Auth]
+    """With where tokens may be shared with other replicas, for types that have some."""
     models: Callable[[Any], Mapping[str, Model]]
     """What is known beforehand, from the catalogue."""
     discover: Callable[[Any, Send], Awaitable[Sequence[Model]]] | None = None

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from app import vectors
 from app.catalog import CATALOG, Model
 from app.config import UpstreamSettings
-from app.types import Adapter, Auth
+from app.types import Adapter, Auth, TokenStore
 from app.upstreams import openai
 from app.upstreams.auth import NoAuth
 from app.upstreams.kind import Clock, UpstreamKind
@@ -171,7 +171,7 @@ def adapter(_settings: LexicalSettings) -> Adapter:
     return Adapter(build_request, openai.parse_error, openai.parse_response)
 
 
-def credentials(_settings: LexicalSettings, _clock: Clock) -> Auth:
+def credentials(_settings: LexicalSettings, _clock: Clock, _tokens: TokenStore | None = None) -> Auth:
     return NoAuth()
 
 

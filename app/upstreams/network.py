@@ -1,8 +1,8 @@
 """The engine that reaches the network: connections to each origin, kept alive and used again, direct or by a proxy.
 
 An HTTP client of our own because no kept one leaves room for the rest: with 16 calls at once, one costs httpx 1,100 µs
-of processor time, aiohttp 82 and this 20 (bench/README.md). Addresses are tried as RFC 8305 has it (aiohappyeyeballs), TLS is the
-standard library's, framing llhttp's. No cookies, no redirects, no compression, no environment.
+of processor time, aiohttp 82 and this 20 (bench/README.md). Addresses are tried as RFC 8305 has it (aiohappyeyeballs),
+TLS is the standard library's, framing llhttp's. No cookies, no redirects, no compression, no environment.
 """
 
 from __future__ import annotations

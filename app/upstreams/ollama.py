@@ -26,7 +26,7 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamMisconfigured,
 )
-from app.types import Adapter, Auth, Batch, Parsed, Send, Target, WireReply, WireRequest
+from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
@@ -91,7 +91,7 @@ def adapter(_settings: OllamaSettings) -> Adapter:
     return Adapter(build_request, parse_error, parse_response)
 
 
-def credentials(settings: OllamaSettings, clock: Clock) -> Auth:
+def credentials(settings: OllamaSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
     """A server asks for no key; a proxy before one may."""
     return auth.bearer(auth.keys(settings), parse_error, clock)
 

@@ -25,7 +25,7 @@ from app.errors import (
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
 )
-from app.types import Adapter, Auth, Batch, Parsed, Send, Target, WireReply, WireRequest
+from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
@@ -126,7 +126,7 @@ def adapter(settings: OpenAISettings) -> Adapter:
     return Adapter(request_builder(settings.path, settings.query, asked), parse_error, parse_response)
 
 
-def credentials(settings: OpenAISettings, clock: Clock) -> Auth:
+def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
     keys = auth.keys(settings)
     if not keys or settings.auth == "none":
         return auth.NoAuth()

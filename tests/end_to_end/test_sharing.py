@@ -97,7 +97,6 @@ async def test_the_tokens_of_a_call_are_learned_as_well() -> None:
                 assert len(refused) == 1, "the first call, and never again"
 
 
-
 @pytest.mark.parametrize("encoding", ["float", "base64"])
 async def test_a_cached_answer_is_bit_equal_to_the_fresh_one(encoding: str) -> None:
     with FakeOpenAI(api_key="sk-fake", base64=False) as fake:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import httpx
+import pytest
+from redis import Redis
 
 from tests.fakes import FakeBaidu
 from tests.harness import Running, running
+from tests.redis_server import RedisServer
 
 MODEL = "embedding-v1"
 
@@ -51,3 +55,72 @@ def test_a_refused_key_is_not_asked_in_a_loop_and_never_shown() -> None:
         assert fake.token_requests == 1
         shown = "".join(r.text + str(r.headers) for r in responses) + gateway.log.getvalue()
         assert "canary" not in shown
+
+
+# --- shared by replicas -----------------------------------------------------------------------------
+
+
+@contextmanager
+def replicas(redis: RedisServer) -> Iterator[tuple[FakeBaidu, list[Running]]]:
+    """Two gateways with one key over one Redis, which holds nothing but what they share besides the cache."""
+    with FakeBaidu(
+        api_key="canary-ak", secret_key="canary-sk", access_key="a", iam_secret_key="b", v2_key="bce-v3/ALTAK-x/y"
+    ) as fake:
+        upstream = {"type": "baidu", "api_key": "canary-ak", "secret_key": "canary-sk", "base_url": fake.url}
+        config = {
+            "upstreams": {"baidu": upstream},
+            "cache": {"memory": None, "redis": {"url": redis.url, "timeout": "2s"}},
+        }
+        with running(config) as one, running(config) as other:
+            yield fake, [one, other]
+
+
+def embeds(gateway: Running, text: str) -> None:
+    response = gateway.post({"model": MODEL, "input": text})
+    assert response.status_code == 200, response.text
+
+
+def test_replicas_share_one_token_and_redis_never_holds_it_in_clear() -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, gateways):
+        for number in range(4):
+            embeds(gateways[number % 2], f"text {number}")
+        assert fake.token_requests == 1
+        client: Any = Redis.from_url(redis.url)
+        keys = client.keys()
+        held = b"".join(key + client.get(key) for key in keys)
+        assert any(key.startswith(b"eg:token:") for key in keys)
+        assert client.ttl(next(key for key in keys if key.startswith(b"eg:token:"))) > 0, "it goes when it ends"
+        client.close()
+        assert fake.tokens
+        for secret in (*fake.tokens, "canary-ak", "canary-sk"):
+            assert secret.encode() not in held
+
+
+def test_a_token_that_was_revoked_is_fetched_again_by_the_first_and_taken_by_the_second() -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, gateways):
+        for gateway in gateways:
+            embeds(gateway, f"before {gateway.url}")
+        fake.invalidate_tokens()
+        for gateway in gateways:
+            embeds(gateway, f"after {gateway.url}")
+        assert fake.token_requests == 2
+
+
+@pytest.mark.parametrize("value", [b"", b"garbage", b"24.forged-token", b"gAAAAA" + b"x" * 200])
+def test_what_no_replica_has_sealed_is_not_taken(value: bytes) -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, gateways):
+        embeds(gateways[0], "one")
+        client: Any = Redis.from_url(redis.url)
+        (name,) = client.keys("eg:token:*")
+        client.set(name, value)
+        client.close()
+        embeds(gateways[1], "two")
+        assert fake.token_requests == 2
+
+
+def test_without_redis_each_replica_has_its_own() -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, gateways):
+        redis.kill()
+        for gateway in gateways:
+            embeds(gateway, f"text {gateway.url}")
+        assert fake.token_requests == 2

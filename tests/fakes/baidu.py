@@ -99,6 +99,11 @@ class FakeBaidu(FakeUpstream):
         """How often an access token or a bearer was asked for."""
         return sum(request.path in (TOKEN_PATH, BEARER_PATH) for request in self.requests)
 
+    @property
+    def tokens(self) -> list[str]:
+        """Those given out that were not forgotten."""
+        return list(self._tokens)
+
     def invalidate_tokens(self) -> None:
         """Forget the tokens given out: they now meet error 110 (V2: invalid_iam_token)."""
         self._tokens.clear()

@@ -80,7 +80,7 @@ def flow(clock: Clock) -> auth.AccessToken:
     settings = baidu.BaiduSettings.model_validate(
         {"type": "baidu", "api_key": "the-api-key", "secret_key": "the-secret-key"}
     )
-    made = baidu.KIND.auth(settings, clock)
+    made = baidu.KIND.auth(settings, clock, None)
     assert isinstance(made, auth.AccessToken)
     return made
 

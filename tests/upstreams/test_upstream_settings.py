@@ -96,7 +96,7 @@ class NoClock:
 )
 def test_credentials_follow_from_the_settings(given: dict[str, Any], kind: type) -> None:
     clock: Clock = NoClock()
-    assert type(UPSTREAMS[given["type"]].auth(settings_of(**given), clock)) is kind
+    assert type(UPSTREAMS[given["type"]].auth(settings_of(**given), clock, None)) is kind
 
 
 @pytest.mark.parametrize(

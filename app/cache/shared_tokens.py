@@ -1,0 +1,55 @@
+"""Access tokens on the Redis server, sealed by whoever puts them there. Losing them costs a fetch, never an answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from pydantic import SecretStr
+
+from app.cache.connections import Command
+from app.cache.redis import connections
+from app.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+PREFIX = b"eg:token:1:"
+
+
+class SharedTokens:
+    """Sealed tokens by name at `url`. `timeout`: seconds a question may take in all.
+
+    Raises `ValueError` for a URL that is none, and nothing else ever. Asked once a month and key, so it has no breaker.
+    """
+
+    def __init__(self, url: SecretStr | str, timeout: float, metrics: Metrics) -> None:
+        self._timeout = timeout
+        self._connections = connections(url, 2)
+
+        def count(result: str) -> None:
+            metrics.cache_operations.labels("redis", "token", result).inc()
+
+        self._count = count
+
+    async def get(self, name: bytes) -> bytes | None:
+        reply = await self._ask((b"GET", PREFIX + name))
+        return reply if isinstance(reply, bytes) else None
+
+    async def put(self, name: bytes, sealed: bytes, seconds: float) -> None:
+        await self._ask((b"SET", PREFIX + name, sealed, b"PX", b"%d" % max(1, round(seconds * 1000))))
+
+    async def close(self) -> None:
+        await self._connections.close()
+
+    async def _ask(self, command: Command) -> object:
+        try:
+            async with asyncio.timeout(self._timeout):
+                (reply,) = await self._connections.exchange([command])
+            if isinstance(reply, Exception):
+                raise reply
+        except Exception as error:  # outermost door: a token that cannot be shared is fetched
+            self._count("timeout" if isinstance(error, TimeoutError) else "error")
+            log.warning("redis tokens: not shared this time: %s", type(error).__name__)
+            return None
+        self._count("ok")
+        return reply

@@ -36,6 +36,7 @@ from app.errors import (
 )
 from app.gateway import Gateway, PublicModel
 from app.logs import RequestLog
+from app.pipeline.admit import Place
 from app.pipeline.quota import Quota
 from app.types import EmbedRequest, EmbedResult, Source
 
@@ -153,8 +154,8 @@ class Embeddings:
             exchange.counted = False
         deadline = exchange.started + self._server.request_timeout
         try:
-            with Guard(deadline) as guard, self._gateway.room:
-                raw = await self._read(exchange.headers, receive)
+            with Guard(deadline) as guard, self._gateway.room.place() as place:
+                raw = await self._read(exchange.headers, receive, place)
                 exchange.reading = False
                 guard.watch(scope)
                 body = parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
@@ -166,11 +167,13 @@ class Embeddings:
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
         return 200, render.result_headers(result, public.space), rendered
 
-    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive) -> bytes:
+    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, place: Place) -> bytes:
         limit = self._server.max_body
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
+        if length.isdigit():
+            if int(length) > limit:
+                raise _too_large(limit)
+            place.hold(int(length))
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
         chunks: list[bytes] = []
@@ -184,6 +187,7 @@ class Embeddings:
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
+            place.hold(size)
             chunks.append(chunk)
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)

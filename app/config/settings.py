@@ -57,6 +57,7 @@ class ServerSettings(Section):
     max_body: Size = 32 * 2**20
     max_inputs: int = Field(default=2048, ge=1)
     max_inflight: int = Field(default=1000, ge=1)
+    max_inflight_size: Size = 256 * 2**20
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     drain: Pause = 5.0
 

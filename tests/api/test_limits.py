@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -72,6 +73,34 @@ def test_one_request_too_many_is_told_at_once_to_come_back(fake: FakeOpenAI) -> 
         assert gateway.metric("rejected_requests_total", reason="overloaded") == 2
         assert gateway.metric("requests_total", status="503") == 2
         assert not any("one too many" in call.texts for call in fake.calls)
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["content-length", "chunked"])
+def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_back(
+    fake: FakeOpenAI, told: bool
+) -> None:
+    def sent(text: str) -> Any:
+        raw = json.dumps(body(text)).encode()
+        return raw if told else iter([raw[:500], raw[500:]])
+
+    def ask(text: str) -> httpx.Response:
+        return httpx.post(f"{gateway.base_url}/embeddings", content=sent(text), timeout=30)
+
+    server = {"max_body": 2000, "max_inflight_size": 5000}
+    with running(config(fake, server=server)) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        inside = [pool.submit(ask, f"{i}" * 1500) for i in range(3)]
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 3)
+        response = ask("x" * 1500)
+        assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
+        assert "bytes" in error_of(response)["message"]
+        assert response.headers["retry-after"] == "1"
+        small = pool.submit(ask, "small")  # there is room for this one
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 4)
+        fake.release()
+        assert [each.result().status_code for each in (*inside, small)] == [200] * 4
+        assert ask("x" * 1500).status_code == 200, "all of it is given back"
+        assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
 
 
 def test_a_body_that_is_still_coming_takes_room_too(fake: FakeOpenAI) -> None:

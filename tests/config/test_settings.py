@@ -65,7 +65,7 @@ def test_the_values_without_a_file_are_the_contracts() -> None:
     server = ServerSettings()
     assert (server.host, server.port, server.workers, server.metrics_port) == ("127.0.0.1", 8080, 1, None)
     assert (server.request_timeout, server.max_body, server.max_inputs) == (60.0, 32 * 2**20, 2048)
-    assert (server.max_inflight, server.drain) == (1000, 5.0)
+    assert (server.max_inflight, server.max_inflight_size, server.drain) == (1000, 256 * 2**20, 5.0)
 
 
 def test_every_cache_tier_can_be_off(tmp_path: Path) -> None:

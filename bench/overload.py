@@ -1,0 +1,158 @@
+"""`python -m bench.overload`: five times as many callers as there is room for, and what the others get meanwhile.
+
+Peak is what as many callers as `max_inflight` are answered. Then five times as many call; who is refused comes back
+after a fifth of a second, five times as soon as it is told to. Over an upstream that takes 50 ms.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import orjson
+import uvloop
+
+from bench import pool
+from bench.procs import ROOT, Cores, Failed, Process, exchange, free_port
+from bench.targets import KEY, Running, started
+
+ROOM = 64
+"""`max_inflight`."""
+TIMES = 5
+SECONDS = 5.0
+COME_BACK = 0.2
+"""Seconds after which a refused caller comes back, about."""
+
+
+@dataclass
+class Seen:
+    """Milliseconds each answer took."""
+
+    answered: list[float] = field(default_factory=list)
+    refused: list[float] = field(default_factory=list)
+    healthy: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def goodput(self) -> float:
+        """Requests answered a second."""
+        return len(self.answered) / self.seconds
+
+
+async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[bytes, bool]:
+    """Status, and whether the connection ends with it."""
+    writer.write(request)
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
+    status = head[9:12]
+    if status not in (b"200", b"503"):
+        raise Failed(f"{status.decode()} {body[:300].decode(errors='replace')}")
+    return status, b"connection: close" in head
+
+
+async def _caller(port: int, number: int, until: float, seen: Seen) -> None:
+    connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+    count = 0
+    while (began := time.perf_counter()) < until:
+        count += 1
+        text = f"caller {number} text {count} {random.random()}"
+        body = orjson.dumps({"model": pool.MODELS[0], "input": text, "encoding_format": "base64"})
+        request = (
+            b"POST /v1/embeddings HTTP/1.1\r\nhost: bench\r\nauthorization: Bearer %b\r\ncontent-length: %d\r\n\r\n%b"
+            % (KEY.encode(), len(body), body)
+        )
+        connection = connection or await asyncio.open_connection("127.0.0.1", port)
+        status, ends = await _ask(*connection, request)
+        took = (time.perf_counter() - began) * 1000
+        if ends:
+            connection[1].close()
+            connection = None
+        if status == b"200":
+            seen.answered.append(took)
+        else:
+            seen.refused.append(took)
+            await asyncio.sleep(COME_BACK * (0.5 + random.random()))
+    if connection:
+        connection[1].close()
+
+
+async def _probe(port: int, until: float, seen: Seen) -> None:
+    """As a load balancer would: a new connection each time."""
+    while (began := time.perf_counter()) < until:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        status, _ = await _ask(reader, writer, b"GET /healthz HTTP/1.1\r\nhost: bench\r\n\r\n")
+        writer.close()
+        seen.healthy.append((time.perf_counter() - began) * 1000)
+        if status != b"200":
+            raise Failed("/healthz does not answer")
+        await asyncio.sleep(0.05)
+
+
+async def _load(port: int, callers: int, seconds: float) -> Seen:
+    seen, began = Seen(), time.perf_counter()
+    until = began + seconds
+    await asyncio.gather(_probe(port, until, seen), *(_caller(port, number, until, seen) for number in range(callers)))
+    seen.seconds = time.perf_counter() - began
+    return seen
+
+
+def _percentile(values: list[float], share: float) -> float:
+    return sorted(values)[int(len(values) * share)] if values else 0.0
+
+
+def _row(name: str, seen: Seen) -> str:
+    return (
+        f"| {name} | {seen.goodput:,.0f} | {_percentile(seen.answered, 0.5):.0f} | {_percentile(seen.answered, 0.99):.0f} "
+        f"| {len(seen.refused) / seen.seconds:,.0f} | {_percentile(seen.refused, 0.5):.1f} "
+        f"| {_percentile(seen.refused, 0.99):.1f} | {_percentile(seen.healthy, 0.99):.1f} |"
+    )
+
+
+def main() -> None:
+    """Prints a table. Raises `Failed` for an answer that is neither a success nor a refusal."""
+    cores = Cores.of_this_machine()
+    os.sched_setaffinity(0, {cores.load})
+    with tempfile.TemporaryDirectory(prefix="eg-overload-") as work, contextlib.ExitStack() as stack:
+        mock_port, port = free_port(), free_port()
+        mock = Process([sys.executable, "-m", "bench.mock", str(mock_port)], cores.mock, Path(work, "mock.log"))
+        stack.callback(mock.stop)
+        mock.wait_for(mock_port, "/stats", 20)
+        exchange(mock_port, "POST", "/control", orjson.dumps({"kind": "A", "digits": "short", "latency": 0.05}))
+        upstream = {"type": "openai", "base_url": f"http://127.0.0.1:{mock_port}/v1", "api_key": "sk-bench"}
+        config = {
+            "server": {"max_inflight": ROOM},
+            "auth": {"keys": {"bench": {"key": KEY}}},
+            "upstreams": {"mock": upstream},
+            "models": {
+                pool.MODELS[0]: {
+                    "dimensions": pool.DIMENSIONS,
+                    "deployments": [{"upstream": "mock", "model": pool.MODELS[0]}],
+                }
+            },
+        }
+        file = Path(work, "gateway.yaml")
+        file.write_text(json.dumps(config))
+        command = [sys.executable, "-m", "app", "serve", "--config", str(file), "--port", str(port)]
+        gateway = Running(port, Process(command, cores.target, Path(work, "gateway.log"), cwd=ROOT))
+        started(gateway, "/healthz", 30)
+        stack.callback(gateway.stop)
+        uvloop.run(_load(port, ROOM, 1.0))  # warm
+        peak = uvloop.run(_load(port, ROOM, SECONDS))
+        over = uvloop.run(_load(port, ROOM * TIMES, SECONDS))
+    print("| callers | answered/s | p50 ms | p99 ms | refused/s | p50 ms | p99 ms | /healthz p99 ms |")
+    print("| --- " * 8 + "|")
+    print(_row(f"{ROOM}, all with room", peak))
+    print(_row(f"{ROOM * TIMES}", over))
+    print(f"\nGoodput at {TIMES} times the callers: {over.goodput / peak.goodput:.0%} of peak.")
+
+
+if __name__ == "__main__":
+    main()

@@ -33,6 +33,9 @@ LOOK = 2.0
 PATIENCE = 10.0
 """Seconds on top of a request's own time after which a gateway that was replaced waits for its requests no longer."""
 
+LAG_EVERY = 0.5
+"""Seconds between two looks at how late the event loop comes."""
+
 BuildGateway = Callable[[Settings, Gateway | None], Gateway]
 
 
@@ -78,6 +81,10 @@ class App:
         self._closing = asyncio.Lock()
         self._metrics = first.gateway.metrics
         self._metrics.config_valid.set(1)
+
+    def refused(self) -> None:
+        """To be told of what came over a connection and was no request, or none that HTTP allows."""
+        self._metrics.rejected_requests.labels("invalid_http").inc()
 
     @property
     def gateway(self) -> Gateway:
@@ -130,7 +137,9 @@ class App:
         gc.collect()
         gc.freeze()
         _warn_of_unserved(self._now)
-        background = [asyncio.create_task(each) for each in (self._reload_when_asked(), self._watch_file())]
+        background = [
+            asyncio.create_task(each) for each in (self._reload_when_asked(), self._watch_file(), self._watch_lag())
+        ]
         await send({"type": "lifespan.startup.complete"})
         assert (await receive())["type"] == "lifespan.shutdown"
         for task in background:
@@ -140,6 +149,14 @@ class App:
         await asyncio.gather(*self._tasks)
         await self.gateway.aclose()
         await send({"type": "lifespan.shutdown.complete"})
+
+    async def _watch_lag(self) -> None:
+        """Measures by how much the event loop comes late: what holds it up holds up everybody."""
+        now = asyncio.get_running_loop().time
+        while True:
+            due = now() + LAG_EVERY
+            await self._clock.sleep(LAG_EVERY)
+            self._metrics.loop_lag.observe(max(0.0, now() - due))
 
     # --- reload --------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ from prometheus_client.multiprocess import MultiProcessCollector, mark_process_d
 from prometheus_client.registry import Collector
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -150,6 +151,9 @@ class Metrics:
         self.rejected_requests = counter("rejected_requests_total", "Requests refused at the door.", "reason")
         self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
 
+        self.loop_lag = histogram(
+            "event_loop_lag_seconds", "How late the event loop came back to a timer: time nobody was served.", _LAG
+        )
         self.config_valid = gauge(
             "config_valid", "1 while the configuration is the one in force, 0 after a bad one.", merge="livemin"
         )

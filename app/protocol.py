@@ -68,9 +68,9 @@ class Protocol(HttpToolsProtocol):
     _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
 
-    def __init__(self, *args: Any, outbox: Outbox, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, outbox: Outbox, refused: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._outbox = outbox
+        self._outbox, self._refused = outbox, refused
         self._hang_up: set[Callable[[], None]] = set()
 
     def data_received(self, data: bytes) -> None:
@@ -157,6 +157,7 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._outbox.flush()
+        self._refused()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = orjson.dumps({"error": error})
         self.transport.write(

@@ -37,11 +37,11 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def config_of(app: Any, settings: Settings, **more: Any) -> uvicorn.Config:
-    """The ASGI server as it serves an application of ours."""
+def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda: None, **more: Any) -> uvicorn.Config:
+    """The ASGI server as it serves an application of ours; `refused` is told of what is no HTTP request."""
     return uvicorn.Config(
         app,
-        http=partial(Protocol, outbox=Outbox()),  # type: ignore[arg-type]  # is only called
+        http=partial(Protocol, outbox=Outbox(), refused=refused),  # type: ignore[arg-type]  # is only called
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -159,7 +159,7 @@ def serve(
     Raises `KeyboardInterrupt` when it was Ctrl-C that stopped it.
     """
     keep_freed_memory()
-    config = config_of(app, app.settings)
+    config = config_of(app, app.settings, app.refused)
     server = Server(config, app, orders)
 
     async def both() -> None:

@@ -110,7 +110,8 @@ def _percentile(values: list[float], share: float) -> float:
 
 def _row(name: str, seen: Seen) -> str:
     return (
-        f"| {name} | {seen.goodput:,.0f} | {_percentile(seen.answered, 0.5):.0f} | {_percentile(seen.answered, 0.99):.0f} "
+        f"| {name} | {seen.goodput:,.0f} | {_percentile(seen.answered, 0.5):.0f} "
+        f"| {_percentile(seen.answered, 0.99):.0f} "
         f"| {len(seen.refused) / seen.seconds:,.0f} | {_percentile(seen.refused, 0.5):.1f} "
         f"| {_percentile(seen.refused, 0.99):.1f} | {_percentile(seen.healthy, 0.99):.1f} |"
     )

@@ -108,8 +108,10 @@ def test_what_is_no_request_is_refused_in_openais_shape_and_the_connection_close
     ids=["none", "two", "a path", "a space"],
 )
 def test_a_request_without_exactly_one_sane_host_is_refused(gateway: Running, lines: bytes) -> None:
+    before = gateway.metric("rejected_requests_total", reason="invalid_http")
     ((status, _),) = talk(gateway, b"GET /v1/models HTTP/1.1\r\n" + lines + b"\r\n", last=b"")
     assert status == 400
+    assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
 
 
 def test_a_head_that_never_ends_is_refused_in_time(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -120,9 +120,10 @@ class Workers:
             worker.reload()
 
     def stop(self, number: signal.Signals) -> None:
-        """In order the first time, unless it is Ctrl-C; after that the workers are told not to wait."""
-        if self._stopping.is_set() or number == signal.SIGINT:
-            for worker in self._live:
+        """In order the first time, unless it is Ctrl-C; after that the workers are told not to wait. One that is still
+        starting has nothing to wait for and cannot take a signal yet; it finds the order to stop when it can."""
+        for worker in self._live:
+            if self._stopping.is_set() or (number == signal.SIGINT and worker.was_up):
                 with contextlib.suppress(ProcessLookupError):
                     worker.process.send_signal(number)
         if number == signal.SIGINT:

@@ -119,6 +119,20 @@ def test_a_rate_limit_is_a_429_that_says_when_to_come_back(name: str) -> None:
         assert float(response.headers["retry-after-ms"]) >= 1000
 
 
+@pytest.mark.parametrize("name", [name for name in UPSTREAMS if name != "ollama"])  # which sells nothing
+def test_a_quota_that_is_used_up_is_not_asked_again(name: str) -> None:
+    case = CASES[name]()
+    # DashScope's word for a quota is as a rule a rate that passes.
+    word = "AllocationQuota.FreeTierOnly" if name.startswith("dashscope") else "quota"
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.vendor_error(word), times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        assert (response.status_code, response.json()["error"]["code"]) == (429, "insufficient_quota")
+        assert response.headers["x-should-retry"] == "false"
+        assert "retry-after" not in response.headers
+        assert gateway.metric("upstream_retries_total") == 0
+
+
 @every_upstream
 def test_one_refused_input_among_many_is_named_and_costs_the_others_nothing(name: str) -> None:
     case = CASES[name]()

@@ -1,0 +1,21 @@
+"""tests/FAULTS.md says which test shows what: each stands where it says, and no fault is left out."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parent
+ROWS = re.findall(r"^\| (\d+) \|.*\| ([^|]+) \|$", (TESTS / "FAULTS.md").read_text(), re.MULTILINE)
+
+
+def test_every_fault_has_a_row() -> None:
+    assert [int(number) for number, _ in ROWS] == list(range(1, 65))
+
+
+def test_every_test_that_is_named_is_there() -> None:
+    for number, shown_by in ROWS:
+        named = re.findall(r"`([\w/]+\.py)::(test_\w+)`", shown_by)
+        assert named, number
+        for file, test in named:
+            assert re.search(rf"^(async )?def {test}\(", (TESTS / file).read_text(), re.MULTILINE), f"{number}: {test}"

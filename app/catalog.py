@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["query", "document"]
+MediaKind: TypeAlias = Literal["image", "video"]
 TokenRule: TypeAlias = Literal["bytes", "han+words"]
 ROLES: tuple[Role, ...] = ("query", "document")
 ANY: tuple[int, ...] = ()
@@ -51,6 +52,13 @@ class Model:
     cuts: tuple[int, ...] | None = None
     """Shorter lengths the gateway makes itself, from the first numbers of the full vector, where the model is
     made for that (Matryoshka) and its server may not know how: as `dimension_choices`."""
+    sparse: bool = False
+    """Whether it gives sparse vectors, beside the dense ones or alone."""
+    images: int = 0
+    """Images in a call, at the most; 0: it takes none."""
+    videos: int = 0
+    max_image_bytes: int | None = None
+    """Of an image that is sent along; what is told by its address is the vendor's to weigh."""
     revision: str = ""
     """Told apart in the vector space: the same name with another revision is another space."""
     price_per_million_tokens: float | None = None
@@ -68,10 +76,19 @@ def _dashscope() -> Iterable[Model]:
     for name in ("text-embedding-v1", "text-embedding-v2"):
         yield Model(name, 1536, None, 25, 2048, roles=ROLES, default_role="document", source=page)
     v3 = (1024, 768, 512, 256, 128, 64)
-    yield Model("text-embedding-v3", 1024, v3, 10, 8192, roles=ROLES, default_role="document", source=page)
+    yield Model("text-embedding-v3", 1024, v3, 10, 8192, roles=ROLES, default_role="document", sparse=True, source=page)
     v4 = (2048, 1536, 1024, 768, 512, 256, 128, 64)
     yield Model(
-        "text-embedding-v4", 1024, v4, 10, 8192, roles=ROLES, default_role="document", instruct=True, source=page
+        "text-embedding-v4",
+        1024,
+        v4,
+        10,
+        8192,
+        roles=ROLES,
+        default_role="document",
+        instruct=True,
+        sparse=True,
+        source=page,
     )
     newer = "help.aliyun.com/zh/model-studio/text-embedding-api"
     full = (2560, 2048, 1536, 1024, 768, 512, 256)
@@ -98,6 +115,29 @@ def _dashscope() -> Iterable[Model]:
         instruct=True,
         source=newer,
     )
+
+
+def _dashscope_multimodal() -> Iterable[Model]:
+    """Where sources differ, the smaller limit. Images are JPG, PNG or BMP; videos go by their address only."""
+    page = "help.aliyun.com/zh/model-studio/multimodal-embedding-api-reference"
+    small, large = 3 * 2**20, 5 * 2**20
+    # It cuts a longer text in silence, which the gateway does not let it.
+    yield Model(
+        "multimodal-embedding-v1", 1024, None, 20, 512,
+        cuts_silently=True, images=1, videos=1, max_image_bytes=small, source=page,
+    )  # fmt: skip
+    for name, size, most in (
+        ("tongyi-embedding-vision-plus", 1152, small),
+        ("tongyi-embedding-vision-flash", 768, small),
+        ("tongyi-embedding-vision-plus-2026-03-06", 1152, large),
+        ("tongyi-embedding-vision-flash-2026-03-06", 768, large),
+    ):
+        yield Model(name, size, None, 20, 1024, images=8, videos=8, max_image_bytes=most, source=page)
+    full = (2560, 2048, 1536, 1024, 768, 512, 256)
+    yield Model("qwen3-vl-embedding", 2560, full, 20, 32_000, images=5, videos=1, max_image_bytes=large, source=page)
+    # All contents of a call become one vector: one a call.
+    fused = (2048, 1024, 768, 512)
+    yield Model("qwen2.5-vl-embedding", 1024, fused, 1, 32_000, images=1, videos=1, max_image_bytes=large, source=page)
 
 
 def _baidu() -> Iterable[Model]:
@@ -144,7 +184,7 @@ def _lexical() -> Iterable[Model]:
 
 CATALOG: Mapping[str, Mapping[str, Model]] = MappingProxyType(
     {
-        "dashscope": _rows(*_dashscope()),
+        "dashscope": _rows(*_dashscope(), *_dashscope_multimodal()),
         "baidu": _rows(*_baidu()),
         "openai": _rows(*_openai()),
         "gemini": _rows(*_gemini()),
@@ -327,3 +367,16 @@ def family(name: str) -> Model | None:
     dressed = _DRESS.match(name.lower())
     bare = dressed["name"] if dressed else ""
     return next((model for pattern, model in FAMILIES if pattern.fullmatch(bare)), None)
+
+
+UNSERVED: Mapping[str, Mapping[str, str]] = MappingProxyType(
+    {
+        "dashscope": MappingProxyType(
+            {
+                name: f"{name} takes files and answers hours later; use text-embedding-v4, any number of texts at once"
+                for name in ("text-embedding-async-v1", "text-embedding-async-v2")
+            }
+        )
+    }
+)
+"""Models a vendor has and the gateway cannot serve, and what to use instead, by type of upstream."""

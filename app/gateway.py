@@ -14,7 +14,7 @@ from app.cache.build import shared_limits, shared_tokens
 from app.cache.shared_limits import SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
-from app.catalog import Model
+from app.catalog import UNSERVED, Model
 from app.config import DeploymentSettings, ModelSettings, Settings, UpstreamSettings
 from app.errors import ModelNotFound, UpstreamUnavailable
 from app.limits import Rates
@@ -135,8 +135,16 @@ class Gateway:
             upstream = self.upstreams.get(name.partition("/")[0])
             if upstream is not None and upstream.trouble:
                 raise UpstreamUnavailable(f"upstream {upstream.name} cannot say what models it has")
-            raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
+            raise ModelNotFound(self._instead(name) or f"The model '{name[:200]}' does not exist", param="model")
         return public
+
+    def _instead(self, name: str) -> str | None:
+        """What to use for a model that an upstream has and nobody here serves."""
+        for upstream in self.upstreams.values():
+            told = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
+            if told:
+                return told
+        return None
 
     async def refresh(self) -> None:
         """Asks upstreams that list their models, each at most every few seconds, what they have now."""
@@ -250,7 +258,7 @@ class Gateway:
         known = self._deployments.get((upstream.name, model, identity))
         if known is not None:
             return known
-        limits = Limits(model.max_batch, model.max_tokens_per_batch)
+        limits = Limits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
         call = Call(
             upstream.target(model), upstream.adapter, upstream.auth, upstream.send, upstream.redact,
             self.metrics, upstream.name,

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from app.catalog import TokenRule
+from app.types import Input
 
 TABLE_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 
@@ -49,13 +50,19 @@ def decode(ids: Sequence[int]) -> str:
     return b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
 
 
-def bound(text: str) -> int:
-    """No byte-level tokenizer makes more tokens of `text` than this: it has at least one byte a token."""
+def bound(text: Input) -> int:
+    """No byte-level tokenizer makes more tokens of `text` than this: it has at least one byte a token. Images and
+    videos are not counted in tokens."""
+    if type(text) is not str:
+        return 0
     return len(text) if text.isascii() else len(text.encode())
 
 
-def estimate(text: str) -> int:
-    """About how many tokens `text` is: four bytes of ASCII each, one character of anything else."""
+def estimate(text: Input) -> int:
+    """About how many tokens `text` is: four bytes of ASCII each, one character of anything else. Nobody says what an
+    image will come to: one."""
+    if type(text) is not str:
+        return 1
     if text.isascii():
         return max(1, (len(text) + 3) // 4)
     narrow = len(text.encode("ascii", "ignore"))  # 60 times as fast as looking at each character

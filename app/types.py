@@ -6,19 +6,32 @@ everything is a `BatchEmbedder` (one upstream call's worth of inputs, drawn from
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal, Protocol, TypeAlias
 
-from app.catalog import Model, Role
+from app.catalog import MediaKind, Model, Role
 from app.errors import GatewayError
+
+DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
+"""The beginning of a data URI (RFC 2397), up to its base64."""
 
 OutputType: TypeAlias = Literal["dense", "sparse", "dense&sparse"]
 Lane: TypeAlias = Literal["query", "bulk"]
 OnLongInput: TypeAlias = Literal["error", "truncate", "split"]
 
-Input: TypeAlias = str
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """An image or a video, by its address or (a data URI) by itself. The gateway fetches none."""
+
+    kind: MediaKind
+    source: str
+
+
+Input: TypeAlias = str | Media
 """One thing to embed. Token ids are decoded to text at the door, so that equal texts are equal inputs."""
 
 
@@ -62,6 +75,8 @@ class EmbedRequest:
     deadline: float
     """On the event loop's clock, seconds."""
     caller: Caller = field(default_factory=Caller)
+    media: bool = False
+    """Whether any of the inputs is no text."""
     numbers: bool = False
     """Whether the caller wants numbers and not base64: it is worth keeping their text."""
     read_cache: bool = True
@@ -86,9 +101,17 @@ class Embedding:
     """
 
     vector: bytes
+    """Empty where only a sparse one was asked for."""
     tokens: int
+    sparse: bytes | None = None
+    """The sparse vector, where one was asked for: a JSON array of `{"index", "value", "token"}`."""
     text: bytes | None = field(default=None, compare=False, repr=False)
     """The numbers as a JSON array, where the memory cache keeps it too."""
+
+    @property
+    def size(self) -> int:
+        """Bytes in it, but for the text."""
+        return len(self.vector) if self.sparse is None else len(self.vector) + len(self.sparse)
 
 
 @dataclass(slots=True)
@@ -127,8 +150,8 @@ class Batch:
     """What one upstream call carries: inputs with equal parameters, from any number of requests."""
 
     model: str
-    inputs: list[Input]
-    keys: list[bytes]
+    inputs: Sequence[Input]
+    keys: Sequence[bytes]
     params: Params
     store: bool
     """Whether what comes back may be cached."""
@@ -200,8 +223,11 @@ class Parsed:
 
     indexes: Sequence[int]
     vectors: Sequence[bytes]
+    """Empty ones where only sparse vectors were asked for."""
     tokens: int | None = None
     """The batch's bill as the upstream states it, or None where it states none."""
+    sparse: Sequence[object] | None = None
+    """As the upstream gives them, one for each of `vectors`; None where none were asked for."""
 
 
 @dataclass(frozen=True, slots=True)

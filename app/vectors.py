@@ -6,6 +6,7 @@ no vector; what that means to a caller is for the stage that asked.
 
 from __future__ import annotations
 
+import math
 import sys
 from array import array
 from collections.abc import Sequence
@@ -54,6 +55,8 @@ def to_base64(vector: bytes) -> bytes:
 
 def to_json(vector: bytes) -> bytes:
     """The vector as a JSON array, each number the shortest text that reads back as the same float32."""
+    if not vector:
+        return b"[]"
     return orjson.dumps(np.frombuffer(vector, "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
 
 
@@ -81,6 +84,23 @@ def faultless(rows: Sequence[bytes]) -> bool:
     with np.errstate(over="ignore", invalid="ignore"):
         squares = np.vecdot(numbers, numbers)
     return bool(((squares > 0) & (squares < np.inf)).all())
+
+
+def sparse(given: object) -> bytes:
+    """A list of `{"index", "value", "token"}` as JSON bytes, in the order given: the form in which the one vendor that
+    has them answers. Raises `KeyError`, `TypeError` or `ValueError` for anything else, a place named twice included."""
+    if not isinstance(given, list):
+        raise TypeError("no list")
+    rows = [{"index": row["index"], "value": row["value"], "token": row.get("token", "")} for row in given]
+    for row in rows:
+        index, value, token = row.values()
+        if type(index) is not int or index < 0 or type(value) not in (int, float) or type(token) is not str:
+            raise TypeError("no place and value")
+        if not math.isfinite(value):
+            raise ValueError("not finite")
+    if len({row["index"] for row in rows}) < len(rows):
+        raise ValueError("a place twice")
+    return orjson.dumps(rows)
 
 
 def dimensions(vector: bytes) -> int:

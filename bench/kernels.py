@@ -49,7 +49,7 @@ def timed(work: Callable[[], object]) -> float:
 def kernels(count: int) -> dict[str, Callable[[], object]]:
     """The operations on a request of `count` texts, by name."""
     raw = traffic(Shape("hot", count, "float")).request(0).split(b"\r\n\r\n", 1)[1]
-    texts: list[str] = list(parse_body(raw, max_inputs=2048).inputs)
+    texts = list(map(str, parse_body(raw, max_inputs=2048).inputs))
     params = Params(dimensions=pool.DIMENSIONS)
     derived = keys.derive("openai/text-embedding-3-small", params, texts)
     plain = [pool.vectors()[i % 256].raw for i in range(count)]

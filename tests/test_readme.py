@@ -122,6 +122,14 @@ def _dimensions(model: Model) -> str:
 def _more(model: Model) -> Iterator[str]:
     if model.instruct:
         yield "takes instructions"
+    if model.sparse:
+        yield "sparse vectors too"
+    if model.images:
+        yield f"images, {model.images} a call"
+    if model.videos:
+        yield f"videos, {model.videos} a call"
+    if model.max_image_bytes:
+        yield f"{model.max_image_bytes // 2**20} MiB an image"
     if model.cuts_silently:
         yield "may cut long inputs itself"
     if model.counted_by == "han+words":

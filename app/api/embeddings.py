@@ -206,6 +206,7 @@ class Embeddings:
             params=body.params,
             deadline=deadline,
             caller=exchange.tenant.caller,
+            media=body.media,
             numbers=body.encoding == "float",
             read_cache=read_cache,
             write_cache=write_cache,

@@ -30,9 +30,10 @@ async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
                 await asyncio.sleep(0)
         parts.append(b'{"object":"embedding","index":%d,"embedding":' % i)
         if encoding == "base64":
-            parts += (b'"', vectors.to_base64(embedding.vector), b'"}')
+            parts += (b'"', vectors.to_base64(embedding.vector), b'"')
         else:
-            parts += (embedding.text or vectors.to_json(embedding.vector), b"}")
+            parts.append(embedding.text or vectors.to_json(embedding.vector))
+        parts.append(b"}" if embedding.sparse is None else b',"sparse_embedding":%b}' % embedding.sparse)
     total = sum(embedding.tokens for embedding in result.embeddings)
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
@@ -54,7 +55,8 @@ def result_headers(result: EmbedResult, space: str) -> list[Header]:
     """`x-embedding-*`: how the answer came about, and which vectors it may be compared with."""
     cached = result.sources.count(Source.CACHE)
     state = b"hit" if cached == len(result.sources) else b"partial" if cached else b"miss"
-    length = vectors.dimensions(result.embeddings[0].vector)
+    # Sparse vectors have places in a vocabulary and no length.
+    length = vectors.dimensions(result.embeddings[0].vector) or "sparse"
     headers = [
         (b"x-embedding-cache", state),
         (b"x-embedding-cached-inputs", b"%d" % cached),

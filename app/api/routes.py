@@ -132,6 +132,8 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "created": gateway.started,
         "owned_by": public.deployments[0].upstream,
         "dimensions": model.dimensions,
+        "modalities": ["text", *(["image"] if model.images else []), *(["video"] if model.videos else [])],
+        "sparse": model.sparse,
         "dimension_choices": model.dimension_choices,
         "shortened_here": model.cuts,
         "max_input_tokens": model.max_tokens_per_input,

@@ -14,9 +14,10 @@ from typing import Any, Literal, cast
 import orjson
 
 from app import tokens
+from app.api import content
 from app.catalog import Role
 from app.errors import InvalidJson, InvalidRequest
-from app.types import Input, OnLongInput, OutputType, Params
+from app.types import Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
 """Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
@@ -39,6 +40,8 @@ class EmbeddingsBody:
     params: Params
     encoding: Literal["float", "base64"]
     on_long_input: OnLongInput | None = None
+    media: bool = False
+    """Whether any of the inputs is no text."""
 
 
 def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) -> EmbeddingsBody:
@@ -48,12 +51,14 @@ def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) ->
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter: the name of a model, a string", param="model")
     encoding = _choice(body, "encoding_format") or "float"
-    inputs = _inputs(body.get("input"), max_inputs)
+    inputs, media = _inputs(body.get("input"), max_inputs)
     user = body.get("user")
     if user is not None and not isinstance(user, str):
         raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
     on_long_input = cast("OnLongInput | None", _choice(body, "on_long_input"))
-    return EmbeddingsBody(model, inputs, _params(body), cast("Literal['float', 'base64']", encoding), on_long_input)
+    return EmbeddingsBody(
+        model, inputs, _params(body), cast("Literal['float', 'base64']", encoding), on_long_input, media
+    )
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -107,27 +112,42 @@ def _choice(body: dict[str, Any], field: str) -> str | None:
 # --- input ----------------------------------------------------------------------------------------------
 
 
-def _inputs(value: Any, max_inputs: int) -> Sequence[Input]:
+def _inputs(value: Any, max_inputs: int) -> tuple[Sequence[Input], bool]:
+    """The inputs, and whether any of them is no text."""
     if isinstance(value, str):
-        return (_text(value, "input"),)
+        return (_text(value, "input"),), False
     if value is None:
         raise InvalidRequest("you must provide input: a string, a list of strings, or token ids", param="input")
     if not isinstance(value, list):
         raise InvalidRequest(f"input must be a string or a list, not {_kind(value)}", param="input")
     if not value:
         raise InvalidRequest("input must not be an empty list", param="input")
+    return _listed(value, max_inputs)
+
+
+def _listed(value: list[Any], max_inputs: int) -> tuple[Sequence[Input], bool]:
     kinds = set(map(type, value))
     if kinds == {int}:
-        return (_tokens(value, "input"),)
+        return (_tokens(value, "input"),), False
     if len(value) > max_inputs:
         raise InvalidRequest(f"input has {len(value)} items; at most {max_inputs} are allowed", param="input")
     if kinds == {str}:
         if "" in value:
             _text("", f"input[{value.index('')}]")
-        return cast("list[str]", value)
+        return cast("list[str]", value), False
     if kinds == {list}:
-        return [_tokens(ids, f"input[{i}]") for i, ids in enumerate(value)]
+        return [_tokens(ids, f"input[{i}]") for i, ids in enumerate(value)], False
+    if kinds <= {str, dict}:
+        return _contents(value)
     raise _mixed(value)
+
+
+def _contents(value: list[Any]) -> tuple[Sequence[Input], bool]:
+    inputs = [
+        _text(item, f"input[{i}]") if isinstance(item, str) else content.parse(item, f"input[{i}]", _text)
+        for i, item in enumerate(value)
+    ]
+    return inputs, any(isinstance(each, Media) for each in inputs)
 
 
 def _text(text: str, where: str) -> str:
@@ -156,13 +176,13 @@ def _mixed(value: list[Any]) -> InvalidRequest:
     """What is wrong with a list that is neither all strings nor all lists of ids: its first item that may never
     stand there, else its first that is not like the one before it."""
     first = type(value[0])
-    never = (i for i, item in enumerate(value) if type(item) not in (str, list, int))
+    never = (i for i, item in enumerate(value) if type(item) not in (str, list, int, dict))
     odd = next(never, None)
     if odd is None:
         odd = next(i for i, item in enumerate(value) if type(item) is not first)
     item = value[odd]
     where = f"input[{odd}]"
-    if type(item) in (str, list, int):
+    if type(item) in (str, list, int, dict):
         return InvalidRequest(f"{where} is {_kind(item)} among others of another kind; send one kind", param=where)
     return InvalidRequest(f"{where} must be a string or a list of token ids, not {_kind(item)}", param=where)
 

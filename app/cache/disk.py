@@ -86,7 +86,7 @@ class DiskStore:
         size = 0
         for place, entry in enumerate(entries):
             piece.append(entry)
-            size += len(entry[1].vector)
+            size += entry[1].size
             if size >= self._write_size or place == len(entries) - 1:
                 await self._put(piece)
                 piece, size = [], 0

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from dataclasses import fields
 from functools import lru_cache
 
-from app.types import Input, Params
+import pybase64
+
+from app.types import DATA_URI, Input, Media, Params
 
 KEY_SIZE = 32
 """Bytes in a key (SHA-256, never shortened)."""
@@ -24,6 +26,7 @@ NOT_IN_KEY = frozenset(
         "write_cache",
         "keys",
         "positions",
+        "media",
         "numbers",
         "on_long_input",
         "spares_long",
@@ -85,8 +88,21 @@ def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str =
     keys = []
     for text in inputs:
         state = copy()
-        raw = text.encode()
-        state.update(b"s" + len(raw).to_bytes(8, "big"))
-        state.update(raw)
+        if type(text) is str:
+            raw = text.encode()
+            state.update(b"s" + len(raw).to_bytes(8, "big"))
+            state.update(raw)
+        else:
+            for part in _media(text):
+                state.update(_field(part))
         keys.append(state.digest())
     return keys
+
+
+def _media(media: Input) -> tuple[str | bytes, ...]:
+    """What an image or a video is: its address, or its type and its bytes, however they were written down."""
+    assert isinstance(media, Media)
+    found = DATA_URI.match(media.source)
+    if found is None:
+        return media.kind, "address", media.source
+    return media.kind, found["type"].lower(), pybase64.b64decode(media.source[found.end() :])

@@ -33,8 +33,8 @@ class _Entry:
 
     @property
     def size(self) -> int:
-        vector, text = self.embedding.vector, self.embedding.text
-        return len(vector) + OVERHEAD if text is None else len(vector) + len(text) + OVERHEAD
+        size, text = self.embedding.size, self.embedding.text
+        return size + OVERHEAD if text is None else size + len(text) + OVERHEAD
 
 
 class MemoryStore:

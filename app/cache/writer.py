@@ -40,7 +40,7 @@ class Writer:
         """Takes what fits. Must be called within the event loop."""
         dropped = 0
         for entry in entries:
-            cost = len(entry[1].vector) + _ENTRY
+            cost = entry[1].size + _ENTRY
             if self._closed or self._size + cost > self._max_size:
                 dropped += 1
                 continue
@@ -68,7 +68,7 @@ class Writer:
                     self._counts.set_dropped.inc(len(batch))
                     raise
                 finally:
-                    self._size -= sum(len(embedding.vector) + _ENTRY for _, embedding in batch)
+                    self._size -= sum(embedding.size + _ENTRY for _, embedding in batch)
         finally:
             self._task = None
 

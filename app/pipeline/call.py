@@ -9,6 +9,7 @@ from app import tokens
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline import contract
+from app.pipeline.contract import Vectors
 from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target
 from app.upstreams.redact import Redactor
 
@@ -43,7 +44,7 @@ class Call:
             weights = [tokens.estimate(text) for text in batch.inputs]
             total = self._charge(batch, parsed.tokens, weights)
             asked = batch.params.dimensions or self._target.model.dimensions
-            checked = contract.in_order(parsed, len(batch.inputs), asked)
+            checked = contract.in_order(parsed, len(batch.inputs), asked, batch.params.output_type)
         except GatewayError as error:
             error.message = self._redact(error.message)
             self._count(error.code)
@@ -85,9 +86,9 @@ class Call:
         return total
 
 
-def _billed(checked: list[bytes | GatewayError], shares: list[int]) -> list[Embedding | GatewayError]:
+def _billed(checked: list[Vectors | GatewayError], shares: list[int]) -> list[Embedding | GatewayError]:
     """Each vector with its part of the bill."""
     return [
-        Embedding(vector, part) if isinstance(vector, bytes) else vector
-        for vector, part in zip(checked, shares, strict=True)
+        Embedding(found[0], part, found[1]) if isinstance(found, tuple) else found
+        for found, part in zip(checked, shares, strict=True)
     ]

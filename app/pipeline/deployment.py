@@ -9,7 +9,7 @@ from app import tokens
 from app.catalog import Model
 from app.pipeline.health import Health
 from app.pipeline.pace import Pace
-from app.types import BatchEmbedder, Lane, Params
+from app.types import BatchEmbedder, Input, Lane, Params
 
 
 @dataclass(slots=True)
@@ -18,6 +18,8 @@ class Limits:
 
     max_batch: int
     max_tokens_per_batch: int | None = None
+    images: int = 0
+    videos: int = 0
 
 
 class Slots:
@@ -80,7 +82,7 @@ class Slots:
         """Seconds that so much would take at this pace."""
         return self._pace.drain(calls, tokens) if self._pace else 0.0
 
-    def charge(self, inputs: Iterable[str]) -> int:
+    def charge(self, inputs: Iterable[Input]) -> int:
         """What a call that has a slot will carry, in tokens by estimate; counted only where there is a pace."""
         if not self._pace:
             return 0
@@ -130,6 +132,8 @@ class Deployment:
         """Whether it honours these parameters, and does not just ignore them: one model may be reached in
         a dialect that lacks a word for them."""
         model = self.model
-        return (params.input_type is None or params.input_type in model.roles) and (
-            params.instruct is None or model.instruct
+        return (
+            (params.input_type is None or params.input_type in model.roles)
+            and (params.instruct is None or model.instruct)
+            and (params.output_type == "dense" or model.sparse)
         )

@@ -44,14 +44,16 @@ class LongInputs:
         before = prefix_of(self._model, params.input_type, params.instruct)
         # An instruction beside the text may count or not: nothing is refused for it, and room is left.
         room = self._room.without(before or params.instruct or "")
-        long = [i for i, text in enumerate(request.inputs) if not room.surely_holds(text)]
+        long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
         if not long:
             return await self._inner(request)
         policy = request.on_long_input or self._usual
         if policy == "error":
             for i in long:
-                self._refuse(i, before, request.inputs[i])
+                self._refuse(i, before, _text(request.inputs, i))
             return await self._inner(request)
+        if policy == "split" and params.output_type != "dense":
+            raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
         plan = _Plan(request.inputs, room, whole=policy == "split", asks=self._asks)
         await plan.cut([i for i in long if not plan.may_fit(i)])
         result = await self._embed(request, plan, set(long))
@@ -61,7 +63,7 @@ class LongInputs:
             result.truncated = plan.count
         return result
 
-    def _refuse(self, i: int, before: str, text: Input) -> None:
+    def _refuse(self, i: int, before: str, text: str) -> None:
         """Raises `ContextLengthExceeded` for an input that no way of counting could let pass."""
         room, whole = self._room, before + text
         # Enough to tell, however long it is.
@@ -105,7 +107,7 @@ class _Plan:
     def __init__(self, inputs: Sequence[Input], room: tokens.Room, *, whole: bool, asks: bool) -> None:
         """`whole`: an input's pieces are all embedded, and not only the first. `asks`: what may fit is tried."""
         self._inputs, self._room, self._all, self._asks = inputs, room, whole, asks
-        self._pieces: dict[int, Sequence[Input]] = {}
+        self._pieces: dict[int, Sequence[str]] = {}
         self._left = PIECES
         self.owners: list[int] = []
         """To which input each piece of the last request belongs."""
@@ -120,7 +122,7 @@ class _Plan:
 
     def may_fit(self, i: int) -> bool:
         """Whether to try the input as it is: likely to fit, and refused if it does not."""
-        text, room = self._inputs[i], self._room
+        text, room = _text(self._inputs, i), self._room
         if not self._asks or (room.characters is not None and len(text) > room.characters):
             return False
         if room.tokens is None:
@@ -130,17 +132,17 @@ class _Plan:
         return tokens.at_least(text, room.rule) <= room.tokens
 
     async def cut(self, which: Sequence[int]) -> None:
-        if sum(len(self._inputs[i]) for i in which) > _IN_A_THREAD:
+        if sum(len(_text(self._inputs, i)) for i in which) > _IN_A_THREAD:
             await asyncio.to_thread(self._cut, which)
         else:
             self._cut(which)
 
     def _cut(self, which: Sequence[int]) -> None:
         for i in which:
-            if self._all and len(self._inputs[i]) > (self._left + 1) * self._room.most_characters:
+            text = _text(self._inputs, i)
+            if self._all and len(text) > (self._left + 1) * self._room.most_characters:
                 raise self._too_many(i)
             try:
-                text = self._inputs[i]
                 pieces = self._room.pieces(text) if self._all else [self._room.first(text)]
             except ValueError:
                 raise InvalidRequest("what goes before the text leaves no room for it", param=f"input[{i}]") from None
@@ -151,7 +153,7 @@ class _Plan:
                 raise self._too_many(i)
 
     def _too_many(self, i: int) -> ContextLengthExceeded:
-        where, length = f"input[{i}]", len(self._inputs[i])
+        where, length = f"input[{i}]", len(_text(self._inputs, i))
         return ContextLengthExceeded(f"{where} has {length} characters: too many pieces for one request", param=where)
 
     def request(self, request: EmbedRequest, which: Sequence[int], *, final: bool = False) -> EmbedRequest:
@@ -167,7 +169,7 @@ class _Plan:
         embeddings, sources, free = [], [], 0
         found = iter(zip(result.embeddings, result.sources, strict=True))
         for i in which:
-            pieces = self._pieces.get(i, (self._inputs[i],))
+            pieces = self._pieces.get(i, ("",))
             parts = [next(found) for _ in pieces]
             source = _worst([each for _, each in parts])
             if source is Source.UPSTREAM:
@@ -177,7 +179,14 @@ class _Plan:
         return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
 
 
-def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[Input]) -> Embedding:
+def _text(inputs: Sequence[Input], i: int) -> str:
+    """Only texts are ever long."""
+    text = inputs[i]
+    assert isinstance(text, str)
+    return text
+
+
+def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embedding:
     """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length."""
     if len(parts) == 1:
         return parts[0]

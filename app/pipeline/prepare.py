@@ -12,7 +12,7 @@ from dataclasses import replace
 from app.catalog import Model, Role
 from app.config import ModelSettings
 from app.errors import InvalidRequest, UnsupportedDimensions
-from app.types import Embedder, EmbedRequest, EmbedResult, Params
+from app.types import DATA_URI, Embedder, EmbedRequest, EmbedResult, Input, Params
 
 
 class Prepare:
@@ -24,6 +24,7 @@ class Prepare:
         self._model = models[0]
         self._cuts = all(model.cuts is not None for model in models)
         self._roles = {role for model in models for role in model.roles}
+        self._sparse = any(model.sparse for model in models)
         self._instruct = any(model.instruct for model in models)
         self._dimensions = settings.dimensions if settings else None
         self._input_type = settings.input_type if settings else None
@@ -36,11 +37,35 @@ class Prepare:
             # Clients send a handful of combinations; no client may fill memory, and an instruction is of any size.
             if len(self._prepared) < 256 and params.instruct is None:
                 self._prepared[request.params] = params
+        if request.media:
+            self._check_media(request.inputs)
         return await self._inner(request if params == request.params else replace(request, params=params))
+
+    def _check_media(self, inputs: Sequence[Input]) -> None:
+        """Raises `InvalidRequest` for the first image or video that this model does not take."""
+        for i, media in enumerate(inputs):
+            if isinstance(media, str):
+                continue
+            taken = self._model.images if media.kind == "image" else self._model.videos
+            if not taken:
+                also = " and images" if self._model.images else ""
+                raise InvalidRequest(
+                    f"input[{i}] is {'an' if media.kind == 'image' else 'a'} {media.kind}; "
+                    f"model {self._model.name!r} takes text{also} only",
+                    param=f"input[{i}]",
+                )
+            # Four characters of base64 are three bytes; what stands before them is short.
+            limit = self._model.max_image_bytes
+            if limit is not None and DATA_URI.match(media.source) and len(media.source) * 3 // 4 > limit + 128:
+                raise InvalidRequest(
+                    f"input[{i}] is an image of about {len(media.source) * 3 // 4} bytes; "
+                    f"model {self._model.name!r} takes at most {limit}",
+                    param=f"input[{i}]",
+                )
 
     def _prepare(self, params: Params) -> Params:
         model = self._model
-        if params.output_type != "dense":
+        if params.output_type != "dense" and not self._sparse:
             raise InvalidRequest(f"model {model.name!r} gives dense vectors only", param="output_type")
         if params.instruct is not None and not self._instruct:
             raise InvalidRequest(f"model {model.name!r} takes no instruction", param="instruct")

@@ -10,7 +10,7 @@ from app import tokens
 from app.errors import GatewayError
 from app.metrics import Tally
 from app.pipeline.deployment import Deployment, Limits
-from app.types import Embedding, Lane
+from app.types import Embedding, Input, Lane, Media
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
@@ -50,7 +50,7 @@ class Job:
 
     __slots__ = ("bound", "deadline", "flight", "input", "key", "outcome", "waiters")
 
-    def __init__(self, key: bytes, text: str, deadline: float) -> None:
+    def __init__(self, key: bytes, text: Input, deadline: float) -> None:
         self.key = key
         self.input = text
         self.bound = tokens.bound(text)
@@ -112,6 +112,7 @@ class Queue:
         batch: list[Job] = []
         dropped: list[Job] = []
         room = limits.max_tokens_per_batch
+        left = {"image": limits.images, "video": limits.videos}
         for lane, jobs in self._lanes.items():
             before = len(jobs)
             while jobs and len(batch) < limits.max_batch:
@@ -119,6 +120,10 @@ class Queue:
                 if not job.waiters:
                     dropped.append(jobs.popleft())
                     continue
+                if isinstance(job.input, Media):
+                    left[job.input.kind] -= 1
+                    if left[job.input.kind] < 0:
+                        break
                 if room is not None:
                     if batch and job.bound > room:
                         break

@@ -11,7 +11,7 @@ from app.clock import Clock
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
-from app.types import Batch, BatchResult, Embedding, Lane, Params
+from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
 
 ATTEMPTS = 2
 """Calls one batch may cause at the most, where each can help and the budget allows."""
@@ -48,7 +48,7 @@ class Slot:
         self.deployment = deployment
         self._charged = 0
 
-    def charge(self, inputs: Sequence[str]) -> None:
+    def charge(self, inputs: Sequence[Input]) -> None:
         """Says what the call will carry. To be called in the same turn as the slot was taken: until then the next
         call may start as if this one weighed nothing."""
         self._charged = self.deployment.slots.charge(inputs)

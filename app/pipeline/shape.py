@@ -43,10 +43,12 @@ def _shortened(embedding: Embedding, dimensions: int) -> Embedding:
     if not embedding.vector:
         return embedding
     try:
-        return Embedding(vectors.shorten(embedding.vector, dimensions), embedding.tokens)
+        return Embedding(vectors.shorten(embedding.vector, dimensions), embedding.tokens, embedding.sparse)
     except ValueError as fault:
         raise UnsupportedDimensions(f"this model's vector {fault}", param="dimensions") from None
 
 
 def _normalised(embedding: Embedding) -> Embedding:
-    return Embedding(vectors.normalise(embedding.vector), embedding.tokens) if embedding.vector else embedding
+    if not embedding.vector:
+        return embedding
+    return Embedding(vectors.normalise(embedding.vector), embedding.tokens, embedding.sparse)

@@ -27,7 +27,7 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
+from app.types import Adapter, Auth, Batch, Input, Parsed, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
 from app.upstreams.kind import Clock, UpstreamKind
 
@@ -36,6 +36,7 @@ _BASE_URLS = {
     "compatible": "https://dashscope.aliyuncs.com/compatible-mode/v1",
 }
 _PATH = "/services/embeddings/text-embedding/text-embedding"
+_MULTIMODAL_PATH = "/services/embeddings/multimodal-embedding/multimodal-embedding"
 
 
 class DashScopeSettings(UpstreamSettings):
@@ -68,8 +69,16 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
         parameters["output_type"] = params.output_type
     if params.instruct is not None:
         parameters["instruct"] = params.instruct
-    body = {"model": target.model.name, "input": {"texts": batch.inputs}, "parameters": parameters}
+    body: dict[str, object] = {"model": target.model.name, "parameters": parameters}
+    if target.model.images:
+        body["input"] = {"contents": [_content(each) for each in batch.inputs]}
+        return openai.post(target.base_url + _MULTIMODAL_PATH, body)
+    body["input"] = {"texts": batch.inputs}
     return openai.post(target.base_url + _PATH, body)
+
+
+def _content(each: Input) -> dict[str, str]:
+    return {"text": each} if isinstance(each, str) else {each.kind: each.source}
 
 
 # Codes in lower case, of both modes, whole or up to their first dot.
@@ -151,15 +160,24 @@ def _kind(status: int, told: replies.Said) -> type[GatewayError]:
     return replies.refusal(told.message) if kind is InvalidRequest else kind
 
 
-def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
-    """The native form; documents disagree on which of two names the bill has."""
+def parse_response(reply: WireReply, batch: Batch) -> Parsed:
+    """The native form, of texts (`text_index`) and of contents (`index`)."""
     body = documents.load(reply.body)
     rows = body["output"]["embeddings"]
+    output_type = batch.params.output_type
     return Parsed(
-        [row["text_index"] for row in rows],
-        [vectors.parse(row["embedding"]) for row in rows],
-        replies.billed(body.get("usage"), "total_tokens", "input_tokens"),
+        [row["text_index"] if "text_index" in row else row["index"] for row in rows],
+        [b"" if output_type == "sparse" else vectors.parse(row["embedding"]) for row in rows],
+        _billed(body.get("usage")),
+        None if output_type == "dense" else [row["sparse_embedding"] for row in rows],
     )
+
+
+def _billed(usage: object) -> int | None:
+    """Documents disagree on the bill's name; where there is no total, images are counted apart."""
+    total = replies.billed(usage, "total_tokens")
+    parts = [replies.billed(usage, name) or 0 for name in ("input_tokens", "image_tokens")]
+    return total or sum(parts) or None
 
 
 _ADAPTERS = {
@@ -177,9 +195,12 @@ def credentials(settings: DashScopeSettings, clock: Clock, _tokens: TokenStore |
     return auth.bearer(auth.keys(settings), parse_error, clock)
 
 
-# OpenAI's dialect has no words for roles and instructions: every text is a document there.
+# OpenAI's dialect has no words for roles, instructions and sparse vectors: every text is a document there. Models of
+# images it does not serve at all.
 _COMPATIBLE = {
-    name: replace(model, roles=("document",), instruct=False) for name, model in CATALOG["dashscope"].items()
+    name: replace(model, roles=("document",), instruct=False, sparse=False)
+    for name, model in CATALOG["dashscope"].items()
+    if not model.images
 }
 
 

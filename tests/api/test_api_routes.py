@@ -131,6 +131,8 @@ def test_one_model_is_described_with_what_we_know(base: str, name: str, gateway:
             "created": gateway.app.gateway.started,
             "owned_by": "up",
             "dimensions": 1536,
+            "modalities": ["text"],
+            "sparse": False,
             "dimension_choices": [],
             "shortened_here": None,
             "max_input_tokens": 8192,

@@ -223,6 +223,12 @@ class FakeDashScope(FakeUpstream):
         asked = _object(body.get("parameters")).get("dimension")
         length = asked if asked in model.dimensions else None  # else silently ignored
         kinds = [kind for kind, _ in contents]
+        if max(kinds.count("image"), kinds.count("video")) > model.images:
+            message = f"the number of images or videos exceeds {model.images}"  # own words
+            return self.refuse(call, "InvalidParameter", f"{message}: input.contents")
+        if model.fuses:
+            contents = [("fused", "\n".join(content for _, content in contents))] if len(contents) > 1 else contents
+            kinds = [kind for kind, _ in contents]
         texts = [content for _, content in contents]
         rows = [Row(i, text, self.expected(name, text, length)) for i, text in enumerate(texts)]
         images = sum(kind != "text" for kind in kinds)

@@ -16,6 +16,10 @@ class TextModel:
     rows: int
     tokens: int
     sparse: bool = False
+    images: int = 0
+    """In a request, at the most; and as many videos."""
+    fuses: bool = False
+    """All contents of a request become one vector."""
 
     @property
     def fixed(self) -> bool:
@@ -31,8 +35,9 @@ MODELS: Mapping[str, TextModel] = {
     "qwen3.7-text-embedding": TextModel((1024, 2560, 2048, 1536, 768, 512, 256), 20, 128_000),
 }
 MULTIMODAL_MODELS: Mapping[str, TextModel] = {
-    "multimodal-embedding-v1": TextModel((1024,), 20, 512),
-    "qwen3-vl-embedding": TextModel((2560, 2048, 1536, 1024, 768, 512, 256), 20, 32_000),
+    "multimodal-embedding-v1": TextModel((1024,), 20, 512, images=1),
+    "qwen3-vl-embedding": TextModel((2560, 2048, 1536, 1024, 768, 512, 256), 20, 32_000, images=5),
+    "qwen2.5-vl-embedding": TextModel((1024, 2048, 768, 512), 20, 32_000, images=1, fuses=True),
 }
 
 # name: (status, compatible code, native message, compatible message)

@@ -39,10 +39,11 @@ class Upstream:
         self.calls: list[list[str]] = []
 
     async def __call__(self, batch: Batch) -> BatchResult:
-        self.calls.append(batch.inputs)
-        if len(batch.inputs) > self.rows or sum(map(len, batch.inputs)) > self.tokens:
+        texts = list(map(str, batch.inputs))
+        self.calls.append(texts)
+        if len(texts) > self.rows or sum(map(len, texts)) > self.tokens:
             raise self.kind(self.words)
-        return BatchResult([Embedding(text.encode(), 1) for text in batch.inputs])
+        return BatchResult([Embedding(text.encode(), 1) for text in texts])
 
 
 def batch(*texts: str) -> Batch:

@@ -38,7 +38,7 @@ class Calls:
     errors: dict[str, GatewayError] = field(default_factory=dict)
 
     async def __call__(self, batch: Batch) -> BatchResult:
-        self.batches.append(list(batch.inputs))
+        self.batches.append(list(map(str, batch.inputs)))
         self.now += 1
         self.most = max(self.most, self.now)
         try:
@@ -47,7 +47,7 @@ class Calls:
             await asyncio.sleep(0)
         finally:
             self.now -= 1
-        return BatchResult([self.errors.get(text) or Embedding(vector(text), 1) for text in batch.inputs])
+        return BatchResult([self.errors.get(text) or Embedding(vector(text), 1) for text in map(str, batch.inputs)])
 
 
 def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None = None) -> Batcher:

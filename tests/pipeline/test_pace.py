@@ -36,7 +36,7 @@ class Upstream:
     wire_calls: int = 1
 
     async def __call__(self, batch: Batch) -> BatchResult:
-        self.calls.append((self.clock.now, list(batch.inputs)))
+        self.calls.append((self.clock.now, list(map(str, batch.inputs))))
         if self.errors:
             raise self.errors.pop(0)
         return BatchResult([Embedding(b"v", self.billed) for _ in batch.inputs], self.wire_calls)

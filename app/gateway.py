@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,8 +15,8 @@ from app.cache.build import shared_limits, shared_tokens
 from app.cache.shared_limits import SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
-from app.catalog import UNSERVED, Model
-from app.config import DeploymentSettings, ModelSettings, Settings, UpstreamSettings
+from app.catalog import ROLES, UNSERVED, Model
+from app.config import DeploymentSettings, ModelSettings, PrefixSettings, Settings, UpstreamSettings
 from app.errors import ModelNotFound, UpstreamUnavailable
 from app.limits import Rates
 from app.metrics import Metrics
@@ -248,7 +249,10 @@ class Gateway:
             for field in ("max_batch", "max_tokens_per_input", "max_tokens_per_batch", "price_per_million_tokens")
             if (value := getattr(settings, field)) is not None
         }
-        deployment = self._deployment(upstream, replace(known, **overrides), wanted.space)
+        facts = replace(known, **overrides)
+        if settings.prefixes is not None:
+            facts = _told_by(facts, settings.prefixes)
+        deployment = self._deployment(upstream, facts, wanted.space)
         return replace(deployment, weight=wanted.weight, priority=wanted.priority)
 
     def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
@@ -304,3 +308,12 @@ class Gateway:
             self._conflicts.add(name)
             listed = ", ".join(deployment.name for deployment in served)
             log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
+
+
+def _told_by(model: Model, prefixes: PrefixSettings) -> Model:
+    """The model with the operator's prefixes. They alter vectors, so that vectors made with others are in another
+    space: what is cached from before they were changed is not found any more."""
+    texts = tuple(getattr(prefixes, role) for role in ROLES)
+    mark = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
+    revision = f"{model.revision}+{mark}" if model.revision else f"prefixes-{mark}"
+    return replace(model, roles=ROLES, default_role=None, prefixes=texts, instruct=False, revision=revision)

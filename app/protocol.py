@@ -72,6 +72,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._outbox, self._refused = outbox, refused
         self._hang_up: set[Callable[[], None]] = set()
+        self._running: RequestResponseCycle | None = None
 
     def data_received(self, data: bytes) -> None:
         if self._between_requests:
@@ -105,9 +106,16 @@ class Protocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
 
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        # The server tells the request that came last; with others behind it that is not the one being answered.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
         for callback in tuple(self._hang_up):
             callback()
 

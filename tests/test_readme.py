@@ -119,27 +119,23 @@ def _dimensions(model: Model) -> str:
     return ", ".join(usual if each == model.dimensions else str(each) for each in choices)
 
 
-def _more(model: Model) -> Iterator[str]:
-    if model.instruct:
-        yield "takes instructions"
-    if model.sparse:
-        yield "sparse vectors too"
-    if model.images:
-        yield f"images, {model.images} a call"
-    if model.videos:
-        yield f"videos, {model.videos} a call"
-    if model.max_image_bytes:
-        yield f"{model.max_image_bytes // 2**20} MiB an image"
-    if model.cuts_silently:
-        yield "may cut long inputs itself"
-    if model.counted_by == "han+words":
-        yield "tokens are Han characters + 1.3 × words"
-    if model.max_characters_per_input:
-        yield f"{model.max_characters_per_input:,} characters per input"
-    if model.max_tokens_per_batch:
-        yield f"{model.max_tokens_per_batch:,} tokens per call"
-    if model.price_per_million_tokens:
-        yield f"{model.price_per_million_tokens:g} {model.currency} per million tokens"
+def _more(model: Model) -> list[str]:
+    told = (
+        (model.instruct, "takes instructions"),
+        (model.sparse, "sparse vectors too"),
+        (model.images, f"images, {model.images} a call"),
+        (model.videos, f"videos, {model.videos} a call"),
+        (model.max_image_bytes, f"{(model.max_image_bytes or 0) // 2**20} MiB an image"),
+        (model.cuts_silently, "may cut long inputs itself"),
+        (model.counted_by == "han+words", "tokens are Han characters + 1.3 × words"),
+        (model.max_characters_per_input, f"{model.max_characters_per_input or 0:,} characters per input"),
+        (model.max_tokens_per_batch, f"{model.max_tokens_per_batch or 0:,} tokens per call"),
+        (
+            model.price_per_million_tokens,
+            f"{model.price_per_million_tokens or 0:g} {model.currency} per million tokens",
+        ),
+    )
+    return [text for holds, text in told if holds]
 
 
 def test_the_model_table_is_the_catalogue() -> None:

@@ -12,16 +12,33 @@ _IDS = {
     "description": "cl100k_base token ids",
 }
 
+_ADDRESS = {"type": "string", "pattern": "^[hH][tT][tT][pP][sS]?://[!-~]+$"}
+_IMAGE = {"anyOf": [_ADDRESS, {"type": "string", "pattern": "^data:image/[a-z]+;base64,([A-Za-z0-9+/]{4})+$"}]}
+
+
+def _object(required: str, **properties: Any) -> dict[str, Any]:
+    fields = ["type", required] if "type" in properties else [required]
+    return {"type": "object", "required": fields, "properties": properties, "additionalProperties": False}
+
+
+_CONTENT = [
+    _object("text", text=_TEXT),
+    _object("image", image=_IMAGE),
+    _object("video", video=_ADDRESS),
+    _object("text", type={"const": "text"}, text=_TEXT),
+    _object("image_url", type={"const": "image_url"}, image_url=_object("url", url=_IMAGE)),
+]
+
 REQUEST: dict[str, Any] = {
     "type": "object",
     "required": ["model", "input"],
     "properties": {
         "model": {"type": "string", "minLength": 1, "description": "a model of GET /v1/models"},
         "input": {
-            "description": "what to embed: one text, several, or their token ids",
+            "description": "what to embed: one text, several, their token ids, or (multimodal models) content objects",
             "anyOf": [
                 _TEXT,
-                {"type": "array", "minItems": 1, "maxItems": 2048, "items": _TEXT},
+                {"type": "array", "minItems": 1, "maxItems": 2048, "items": {"anyOf": [_TEXT, *_CONTENT]}},
                 _IDS,
                 {"type": "array", "minItems": 1, "maxItems": 2048, "items": _IDS},
             ],
@@ -38,7 +55,11 @@ REQUEST: dict[str, Any] = {
             "enum": ["query", "document", None],
             "description": "what the texts are for, where the model tells the two apart; text_type is a synonym",
         },
-        "output_type": {"type": ["string", "null"], "enum": ["dense", "sparse", "dense&sparse", None]},
+        "output_type": {
+            "type": ["string", "null"],
+            "enum": ["dense", "sparse", "dense&sparse", None],
+            "description": "sparse vectors, from models that give them, stand beside the dense one or alone",
+        },
         "instruct": {"type": ["string", "null"]},
         "on_long_input": {
             "type": ["string", "null"],
@@ -63,6 +84,17 @@ _RESPONSE = {
                     "object": {"const": "embedding"},
                     "index": {"type": "integer"},
                     "embedding": {"anyOf": [{"type": "array", "items": {"type": "number"}}, {"type": "string"}]},
+                    "sparse_embedding": {
+                        "type": "array",
+                        "items": {
+                            "type": "object",
+                            "properties": {
+                                "index": {"type": "integer"},
+                                "value": {"type": "number"},
+                                "token": {"type": "string"},
+                            },
+                        },
+                    },
                 },
             },
         },

@@ -186,6 +186,13 @@ class DeploymentSettings(Section):
     """The operator's word that deployments with the same `space` give equal vectors, whatever the upstream."""
 
 
+class PrefixSettings(Section):
+    """What goes before a text to tell its role, for a model that is told so."""
+
+    query: str = Field(default="", max_length=1000)
+    document: str = Field(default="", max_length=1000)
+
+
 class ModelSettings(Section):
     aliases: tuple[ModelName, ...] = ()
     deployments: tuple[DeploymentSettings, ...] = Field(
@@ -195,6 +202,7 @@ class ModelSettings(Section):
     input_type: Literal["query", "document"] | None = None
     on_long_input: Literal["error", "truncate", "split"] = "error"
     normalize: bool = False
+    prefixes: PrefixSettings | None = None
     max_batch: int | None = Field(default=None, ge=1)
     max_tokens_per_input: int | None = Field(default=None, ge=1)
     max_tokens_per_batch: int | None = Field(default=None, ge=1)

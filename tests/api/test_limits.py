@@ -247,6 +247,20 @@ def test_a_caller_that_hangs_up_before_its_body_is_whole_leaves_nothing_behind(f
         assert not fake.calls
 
 
+def test_a_caller_that_hangs_up_with_requests_behind_the_first_is_no_error_of_ours(
+    fake: FakeOpenAI, caplog: pytest.LogCaptureFixture
+) -> None:
+    with running(config(fake)) as gateway:
+        fake.hold()
+        with wire(gateway.url) as connection:
+            connection.send(b"".join(post(body(f"pipelined {i}")) for i in range(3)))
+            fake.wait_for_calls(1)
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
+        fake.release()
+        assert gateway.post(body("another")).status_code == 200
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_a_whole_crowd_that_hangs_up_leaves_the_gateway_as_it_was(fake: FakeOpenAI) -> None:
     with running(config(fake, {"max_concurrency": 1}, server={"max_inflight": 50})) as gateway:
         fake.hold()

@@ -122,6 +122,28 @@ def test_an_instruction_is_put_where_the_model_wants_it() -> None:
         assert error["message"] == f"model '{NOMIC}' takes no instruction"
 
 
+def test_an_operators_own_prefixes_tell_roles_and_others_are_another_space() -> None:
+    def served(fake: FakeOpenAI, prefixes: dict[str, str]) -> dict[str, Any]:
+        upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+        models = {"public": {"deployments": [{"upstream": "up", "model": "house"}], "prefixes": prefixes}}
+        return {"upstreams": {"up": upstream}, "models": models}
+
+    spaces = []
+    for prefixes in ({"query": "ask: ", "document": "doc: "}, {"query": "q: "}):
+        with (
+            FakeOpenAI(api_key="sk-fake", models={"house": 64}) as fake,
+            running(served(fake, prefixes)) as gateway,
+        ):
+            for role in ("query", "document"):
+                response = gateway.post({"model": "public", "input": "a text", "input_type": role})
+                assert response.status_code == 200, response.text
+                spaces.append(response.headers["x-embedding-space"])
+            assert gateway.post({"model": "public", "input": "a text"}).status_code == 200
+            told = [f"{prefixes.get(role, '')}a text" for role in ("query", "document")]
+            assert [call.texts[0] for call in fake.calls] == list(dict.fromkeys([*told, "a text"]))
+    assert spaces[0] == spaces[1] != spaces[2] == spaces[3]
+
+
 def test_a_prefix_counts_for_the_limit() -> None:
     model = "intfloat/e5-large-v2"
     with serving() as (fake, gateway):

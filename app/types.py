@@ -251,6 +251,13 @@ class TokenStore(Protocol):
 
     async def put(self, name: bytes, sealed: bytes, seconds: float) -> None: ...
 
+    async def claim(self, name: bytes, seconds: float) -> bool:
+        """Whether the caller is the one to fetch a new one: nobody else is, for so long or until `release`. True, too,
+        where nobody can tell."""
+        ...
+
+    async def release(self, name: bytes) -> None: ...
+
 
 class Store(Protocol):
     """One cache tier. Never raises into a request: what goes wrong is a miss, logged and counted."""

@@ -38,10 +38,19 @@ class SharedTokens:
     async def put(self, name: bytes, sealed: bytes, seconds: float) -> None:
         await self._ask((b"SET", PREFIX + name, sealed, b"PX", b"%d" % max(1, round(seconds * 1000))))
 
+    async def claim(self, name: bytes, seconds: float) -> bool:
+        milliseconds = b"%d" % max(1, round(seconds * 1000))
+        command = (b"SET", PREFIX + name + b":claim", b"1", b"NX", b"PX", milliseconds)
+        return await self._ask(command, otherwise=b"OK") is not None
+
+    async def release(self, name: bytes) -> None:
+        await self._ask((b"DEL", PREFIX + name + b":claim"))
+
     async def close(self) -> None:
         await self._connections.close()
 
-    async def _ask(self, command: Command) -> object:
+    async def _ask(self, command: Command, otherwise: bytes | None = None) -> object:
+        """The reply, or `otherwise` where there is none."""
         try:
             async with asyncio.timeout(self._timeout):
                 (reply,) = await self._connections.exchange([command])
@@ -50,6 +59,6 @@ class SharedTokens:
         except Exception as error:  # outermost door: a token that cannot be shared is fetched
             self._count("timeout" if isinstance(error, TimeoutError) else "error")
             log.warning("redis tokens: not shared this time: %s", type(error).__name__)
-            return None
+            return otherwise
         self._count("ok")
         return reply

@@ -30,6 +30,10 @@ KEY_REFUSED_FOR = 600.0
 """Seconds for which one of several keys that is refused or used up is not tried."""
 REFUSED_FOR = 60.0
 """Seconds for which a refused key, or a token server that fails, is not asked again."""
+CLAIM = 5.0
+"""Seconds for which one replica has the fetching of a token to itself. One that dies holds the others up no longer."""
+LOOK = 0.1
+"""Seconds between looks at whether it has come."""
 
 
 def keys(settings: UpstreamSettings) -> list[str]:
@@ -152,12 +156,14 @@ class AccessToken:
         self._refused_until = -1.0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
-        token = await self._current(send)
-        reply = await send(_with_token(request, token))
-        if not self._is_stale(reply):
-            return reply
-        if self._token is token:  # of many calls refused with one token, the first drops it for all
-            self._token, self._stale = None, token.text
+        # A token that another replica has left may be stale as well; the one after that is new.
+        for _ in range(2 if self._shared else 1):
+            token = await self._current(send)
+            reply = await send(_with_token(request, token))
+            if not self._is_stale(reply):
+                return reply
+            if self._token is token:  # of many calls refused with one token, the first drops it for all
+                self._token, self._stale = None, token.text
         return await send(_with_token(request, await self._current(send)))
 
     async def _current(self, send: Send) -> _Token:
@@ -193,18 +199,35 @@ class AccessToken:
         self._refusal = error.message if isinstance(error, UpstreamAuth) else ""
 
     async def _exchange(self, send: Send) -> _Token:
-        known = await self._shared.get() if self._shared else None
-        if known is not None and known.text != self._stale and known.renew_at > self._clock.time():
-            ahead = self._clock.monotonic() - self._clock.time()
-            self._token = _Token(known.text, known.renew_at + ahead, known.expires_at + ahead)
-            self._refused_until = -1.0
-            return self._token
-        token = await self._fetch_anew(send)
-        if self._shared is not None:
+        """The replicas' token, or a new one for all of them."""
+        shared = self._shared
+        if shared is None:
+            return await self._fetch_anew(send)
+        patience = self._clock.monotonic() + CLAIM
+        while (known := await self._known(shared)) is None and not await shared.claim(CLAIM):
+            if self._clock.monotonic() > patience:
+                break
+            await self._clock.sleep(LOOK)  # another replica is fetching one
+        if known is not None:
+            return known
+        try:
+            token = await self._fetch_anew(send)
             ahead = self._clock.time() - self._clock.monotonic()
             told = SharedToken(token.text, token.renew_at + ahead, token.expires_at + ahead)
-            await self._shared.put(told, token.expires_at - self._clock.monotonic())
+            await shared.put(told, token.expires_at - self._clock.monotonic())
+        finally:
+            await shared.release()
         return token
+
+    async def _known(self, shared: SealedTokens) -> _Token | None:
+        """What another replica has left, if it is neither what was just refused nor due to be renewed."""
+        known = await shared.get()
+        if known is None or known.text == self._stale or known.renew_at <= self._clock.time():
+            return None
+        ahead = self._clock.monotonic() - self._clock.time()
+        self._token = _Token(known.text, known.renew_at + ahead, known.expires_at + ahead)
+        self._refused_until = -1.0
+        return self._token
 
     async def _fetch_anew(self, send: Send) -> _Token:
         reply = await send(replace(self._ask, headers=dict(self._ask.headers), query=dict(self._ask.query)))

@@ -50,3 +50,11 @@ class SealedTokens:
         """`lifetime`: seconds until it is of no use."""
         told = orjson.dumps([token.text, token.renew_at, token.expires_at])
         await self._store.put(self._name, self._seal.encrypt(told), lifetime)
+
+    async def claim(self, seconds: float) -> bool:
+        """Whether this replica is the one to fetch a new one; also where nobody can tell."""
+        return await self._store.claim(self._name, seconds)
+
+    async def release(self) -> None:
+        """Lets others fetch before the claim has run out."""
+        await self._store.release(self._name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -123,4 +124,35 @@ def test_without_redis_each_replica_has_its_own() -> None:
         redis.kill()
         for gateway in gateways:
             embeds(gateway, f"text {gateway.url}")
+        assert fake.token_requests == 2
+
+
+def test_replicas_that_start_together_fetch_one_token() -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, gateways), ThreadPoolExecutor() as pool:
+        for done in [pool.submit(embeds, each, f"text {i}") for i in range(4) for each in gateways]:
+            done.result()
+        assert fake.token_requests == 1
+
+
+def test_a_token_left_by_another_replica_that_is_stale_too_is_replaced_in_the_same_call() -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, (one, other)):
+        embeds(one, "a")
+        embeds(other, "b")
+        fake.invalidate_tokens()
+        embeds(one, "c")  # leaves a new one, while `other` still holds the first
+        fake.invalidate_tokens()
+        embeds(other, "d")
+        embeds(one, "e")
+        assert fake.token_requests == 3, "and the first takes it over"
+
+
+def test_a_claim_whose_owner_died_holds_nobody_up_for_long() -> None:
+    with RedisServer() as redis, replicas(redis) as (fake, (one, other)):
+        embeds(one, "a")
+        client: Any = Redis.from_url(redis.url)
+        (name,) = client.keys("eg:token:*")
+        client.delete(name)
+        client.set(name + b":claim", b"1", px=200)
+        client.close()
+        embeds(other, "b")
         assert fake.token_requests == 2

@@ -2,33 +2,39 @@
 
 Callers share upstream calls, so one caller's bad input must not become another's error. A batch refused
 for its content is halved until the guilty input stands alone; everything else is embedded.
+
+Learned are limits of a call: its rows, and its tokens. How long one input may be is left to the upstream:
+only its tokenizer can tell, so a refusal before sending would have to guess. Such an input is singled out,
+and the upstream's words about it reach the caller (or `LongInputs`, which cuts it).
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
-from itertools import accumulate
 
 from app import tokens
 from app.errors import GatewayError, InvalidRequest
 from app.pipeline.deployment import Limits
-from app.types import Batch, BatchEmbedder, BatchResult
+from app.types import Batch, BatchEmbedder, BatchResult, Input
 
-# Rows of one call: "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one
-# batch", "batch size 33 > maximum allowed batch size 32"
+# "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
+# "batch size 33 > maximum allowed batch size 32"
 _ROWS = re.compile(
-    r"batch.{0,40}(?:not be larger than|maximum allowed batch size|at most|maximum of)\s*:?\s*(\d+)"
-    r"|at most (\d+) \w+ can be in one batch",
+    r"batch.{0,40}(?:not be larger than|maximum allowed batch size|at most|maximum of)\s*:?\s*(\d++)(?! tokens?\b)"
+    r"|at most (\d+) (?!tokens?\b)\w+ can be in one batch",
     re.IGNORECASE | re.DOTALL,
 )
-# Tokens of one call: "Requested 312000 tokens, max 300000 tokens per request", "at most 20000 tokens in one batch".
-# What one input may have is no limit of calls: it stays the caller's to know.
+# "Requested 300001 tokens, max 300000 tokens per request", "at most 8192 tokens can be in one batch", "the limit is
+# 8192 tokens summed across all inputs", "the max allowed tokens per submitted batch is 120000", "batch … not be larger
+# than 8192 tokens". Not "maximum context length is 8192 tokens", which is one input's.
+_CALL = r"(?:per|in|for|across)\s+(?:an? |one |each |all |the )?(?:single |submitted )?(?:batch|request|call|inputs)\b"
 _TOKENS = re.compile(
-    r"(?:max(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?(\d+) (?:input )?tokens?"
-    r"\s+(?:(?:summed|in total|total)\s+)?(?:per|in|for|across)\s+(?:a |an |one |each |all )?"
-    r"(?:request|batch|call|inputs)"
-    r"|tokens? per (?:request|batch|call)\D{0,40}?(\d+)",
+    r"(?:\bmax(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?"
+    rf"(\d[\d,]*) (?:input )?tokens?\s+(?:summed |in total |total |can be |allowed )?{_CALL}"
+    rf"|\btokens? {_CALL}\D{{0,40}}?(\d[\d,]*)"
+    r"|\bbatch[^.\d]{0,40}(?:at most|maximum of|larger than)\s*:?\s*(\d[\d,]*) tokens?\b",
     re.IGNORECASE,
 )
 
@@ -47,25 +53,28 @@ class Adapt:
         return await self._embed(batch, budget)
 
     async def _embed(self, batch: Batch, budget: _Budget) -> BatchResult:
-        legal = self._legal(batch)
-        if legal < len(batch.inputs):
-            return await self._embed_parts(batch, legal, budget)
+        sizes = _legal(batch.inputs, self._limits)
+        if len(sizes) > 1:
+            return await self._embed_parts(batch, sizes, budget)
         try:
             return await self._inner(batch)
         except GatewayError as error:
-            if isinstance(error, InvalidRequest) and self._learn(error, batch):
+            if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
                 return _counted(await self._embed(batch, budget))
             if not error.blames_input or len(batch.inputs) == 1:
                 raise
             if not budget.take(2):
                 raise
-            return _counted(await self._embed_parts(batch, (len(batch.inputs) + 1) // 2, budget))
+            half = (len(batch.inputs) + 1) // 2
+            return _counted(await self._embed_parts(batch, [half, len(batch.inputs) - half], budget))
 
-    async def _embed_parts(self, batch: Batch, size: int, budget: _Budget) -> BatchResult:
+    async def _embed_parts(self, batch: Batch, sizes: Sequence[int], budget: _Budget) -> BatchResult:
         """One after the other: the batch holds one slot. A part that fails is that part's own failure."""
-        whole = BatchResult([], 0)
-        for start in range(0, len(batch.inputs), size):
-            part = replace(batch, inputs=batch.inputs[start : start + size], keys=batch.keys[start : start + size])
+        whole, start = BatchResult([], 0), 0
+        for size in sizes:
+            end = start + size
+            part = replace(batch, inputs=batch.inputs[start:end], keys=batch.keys[start:end])
+            start = end
             try:
                 result = await self._embed(part, budget)
             except GatewayError as error:
@@ -74,38 +83,43 @@ class Adapt:
             whole.calls += result.calls
         return whole
 
-    def _legal(self, batch: Batch) -> int:
-        """How many inputs a call may have so that any so many of these in a row are within the limits."""
-        most, room = self._limits.max_batch, self._limits.max_tokens_per_batch
-        if room is None or len(batch.inputs) == 1:
-            return most
-        bounds = [tokens.bound(text) for text in batch.inputs]
-        if sum(bounds) > room:
-            bounds.sort(reverse=True)
-            most = min(most, next(i for i, total in enumerate(accumulate(bounds)) if total > room))
-        return max(1, most)
-
-    def _learn(self, error: InvalidRequest, batch: Batch) -> bool:
-        """Takes what a call may carry from the upstream's own words; True if that was news.
-
-        Tokens are kept by their upper bound, a byte each, as everywhere where a call is filled: a call may go out
-        emptier than it could, and never comes back.
-        """
-        rows, room = _stated(_ROWS, error.message), _stated(_TOKENS, error.message)
-        if rows and rows < len(batch.inputs):
-            self._limits.max_batch = min(rows, self._limits.max_batch)
+    def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
+        """Takes the rows or tokens a call may have from the upstream's own words; True if that was news."""
+        limits = self._limits
+        most = _named(_TOKENS, error.message)
+        if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)):
+            limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)
             return True
-        known = self._limits.max_tokens_per_batch
-        if room and (known is None or room < known) and room < sum(map(tokens.bound, batch.inputs)):
-            self._limits.max_tokens_per_batch = room
-            return len(batch.inputs) > 1
+        rows = _named(_ROWS, error.message)
+        if 0 < rows < len(sent):
+            limits.max_batch = min(rows, limits.max_batch)
+            return True
         return False
 
 
-def _stated(words: re.Pattern[str], message: str) -> int:
-    """The limit that these words state, or 0."""
-    match = words.search(message)
-    return int(next(filter(None, match.groups()))) if match else 0
+def _named(limit: re.Pattern[str], words: str) -> int:
+    """The number these words name as a limit, or 0."""
+    match = limit.search(words)
+    return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
+
+
+def _legal(inputs: Sequence[Input], limits: Limits) -> list[int]:
+    """How many inputs go in each call, in order: the batcher's rule, for limits that have since been learned or are
+    another deployment's. An input over the token limit goes alone."""
+    most = limits.max_tokens_per_batch
+    if most is None and len(inputs) <= limits.max_batch:
+        return [len(inputs)]
+    sizes: list[int] = []
+    size = room = 0
+    for text in inputs:
+        cost = 0 if most is None else tokens.bound(text)
+        if size and (size == limits.max_batch or cost > room):
+            sizes.append(size)
+            size = 0
+        if not size:
+            room = most or 0
+        size, room = size + 1, room - cost
+    return [*sizes, size]
 
 
 class _Budget:

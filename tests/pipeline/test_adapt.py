@@ -21,12 +21,18 @@ TOKENS = [
     "maximum of 40 input tokens per batch",
     "the limit is 40 tokens summed across all inputs",
     "tokens per request must not exceed 40",
+    "at most 40 tokens can be in one batch",
+    "The max allowed tokens per submitted batch is 40. Your batch has 90 tokens after truncation.",
+    "batch is invalid, it should not be larger than 40 tokens.: input.contents",
 ]
 NEITHER = [
     "This model's maximum context length is 40 tokens, however you requested 51 tokens (51 in your prompt)",
     "Range of input length should be [1, 40]",
     "the max input length is 40 tokens",
     "input 3 is too long: 51 tokens, at most 40 tokens",
+    "`inputs` must have less than 40 tokens. Given: 41",
+    "the input length exceeds the context length",
+    "Prompt tokens too long: the max input tokens is 40",
     "InternalError",
 ]
 
@@ -101,3 +107,25 @@ async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:
     texts = ["a" * 18, "b" * 18]
     assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
     assert limits.max_tokens_per_batch is None
+
+
+async def test_one_long_input_does_not_make_the_calls_of_the_others_small() -> None:
+    upstream, limits = Upstream("max 1,000 tokens per request", tokens=1000, kind=InvalidRequest), Limits(2048)
+    texts = [f"text {i:05}" for i in range(200)]
+    texts[50] = "x" * 900
+    assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
+    assert [len(call) for call in upstream.calls] == [200, 50, 11, 100, 39]
+    assert limits.max_tokens_per_batch == 1000
+
+
+async def test_tokens_named_for_a_batch_are_not_taken_for_rows() -> None:
+    words = "batch is invalid, it should not be larger than 40 tokens"
+    upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), Limits(2048)
+    await Adapt(upstream, limits)(batch(*(str(i) for i in range(60))))
+    assert (limits.max_batch, limits.max_tokens_per_batch) == (2048, 40)
+
+
+async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_tokens() -> None:
+    upstream = Upstream("", kind=InvalidRequest)
+    await Adapt(upstream, Limits(10, 50))(batch("é" * 10, "x" * 20, "y" * 200, "z"))
+    assert upstream.calls == [["é" * 10, "x" * 20], ["y" * 200], ["z"]]

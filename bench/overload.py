@@ -1,7 +1,8 @@
 """`python -m bench.overload`: five times as many callers as there is room for, and what the others get meanwhile.
 
 Peak is what as many callers as `max_inflight` are answered. Then five times as many call; who is refused comes back
-after a fifth of a second, five times as soon as it is told to. Over an upstream that takes 50 ms.
+after a fifth of a second, five times as soon as it is told to. Over an upstream that takes 50 ms. At the end ten
+thousand connect and say nothing.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ ROOM = 64
 """`max_inflight`."""
 TIMES = 5
 SECONDS = 5.0
+IDLE = 10_000
+"""Connections that say nothing, at the end."""
 COME_BACK = 0.2
 """Seconds after which a refused caller comes back, about."""
 
@@ -104,6 +107,26 @@ async def _load(port: int, callers: int, seconds: float) -> Seen:
     return seen
 
 
+async def _idle(port: int, process: Process) -> str:
+    """What callers who connect and say nothing cost."""
+    process.reset_peak()
+    before = process.peak()
+    writers: list[asyncio.StreamWriter] = []
+    try:
+        while len(writers) < IDLE:
+            opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(100)))
+            writers += [writer for _, writer in opened]
+        seen = await _load(port, 1, 1.0)
+        after = process.peak()
+    finally:
+        for writer in writers:
+            writer.close()
+    return (
+        f"{IDLE:,} idle connections: {before:.0f} -> {after:.0f} MiB, {(after - before) * 1024 / IDLE:.1f} KiB each; "
+        f"a request meanwhile: p50 {_percentile(seen.answered, 0.5):.0f} ms."
+    )
+
+
 def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[int(len(values) * share)] if values else 0.0
 
@@ -148,11 +171,14 @@ def main() -> None:
         uvloop.run(_load(port, ROOM, 1.0))  # warm
         peak = uvloop.run(_load(port, ROOM, SECONDS))
         over = uvloop.run(_load(port, ROOM * TIMES, SECONDS))
+        assert gateway.process is not None
+        idle = uvloop.run(_idle(port, gateway.process))
     print("| callers | answered/s | p50 ms | p99 ms | refused/s | p50 ms | p99 ms | /healthz p99 ms |")
     print("| --- " * 8 + "|")
     print(_row(f"{ROOM}, all with room", peak))
     print(_row(f"{ROOM * TIMES}", over))
     print(f"\nGoodput at {TIMES} times the callers: {over.goodput / peak.goodput:.0%} of peak.")
+    print(idle)
 
 
 if __name__ == "__main__":

@@ -88,6 +88,20 @@ def test_a_changed_file_is_in_force_soon_and_memory_connections_and_limits_stay(
         assert gateway.metric("config_valid") == 1
 
 
+def test_a_token_limit_that_was_learned_stays_over_a_reload(tmp_path: Path) -> None:
+    with (
+        FakeOpenAI(api_key="sk-fake", max_tokens_per_request=50) as fake,
+        watched(tmp_path, config(fake, old={})) as up,
+    ):
+        up.post({"model": "old", "input": [f"old text {i}" for i in range(30)]})
+        write(tmp_path, config(fake, new={}))
+        until_reloads(up, "ok", 1)
+        before = len(fake.calls)
+        assert up.post({"model": "new", "input": [f"new text {i}" for i in range(30)]}).status_code == 200
+        assert [call.status for call in fake.calls[before:]] == [200] * (len(fake.calls) - before)
+        assert len(fake.calls) - before > 1
+
+
 def test_an_upstream_that_is_gone_leaves_the_metrics_and_one_that_changed_is_a_new_one(tmp_path: Path) -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         values = config(fake, docs={})

@@ -14,7 +14,7 @@ from typing import Literal, TypeAlias
 
 Role: TypeAlias = Literal["query", "document"]
 MediaKind: TypeAlias = Literal["image", "video"]
-TokenRule: TypeAlias = Literal["bytes", "han+words"]
+TokenRule: TypeAlias = Literal["bytes", "han+words", "cl100k_base"]
 ROLES: tuple[Role, ...] = ("query", "document")
 ANY: tuple[int, ...] = ()
 
@@ -35,7 +35,8 @@ class Model:
     max_characters_per_input: int | None = None
     max_tokens_per_batch: int | None = None
     counted_by: TokenRule = "bytes"
-    """How tokens are bounded: by bytes, as in any byte-level vocabulary, or as a vendor counts them."""
+    """How tokens are bounded: by bytes, as in any byte-level vocabulary, or as a vendor counts them; `cl100k_base` is
+    counted exactly."""
     cuts_silently: bool = False
     """Whether the upstream may cut a longer input without a word, so that its own refusal cannot be waited for."""
     roles: tuple[Role, ...] = ()
@@ -162,6 +163,7 @@ def _openai() -> Iterable[Model]:
             choices,
             max_batch=2048,
             max_tokens_per_input=8192,
+            counted_by="cl100k_base",
             max_tokens_per_batch=300_000,
             price_per_million_tokens=price,
             source=page,

@@ -64,7 +64,7 @@ class Gateway:
         that connections, tokens, health and limits learned stay. `cache` and `metrics` are then its own, too."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         server = settings.server
-        self.room = Room(server.max_inflight, max(server.max_inflight_size, server.max_body), metrics)
+        self.room = Room(server.max_inflight, max(server.max_inflight_size, 2 * server.max_body), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self.upstreams = {
             name: Upstream(name, each, kinds[each.type], clock, transport, self._tokens)

@@ -151,11 +151,12 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch_lag(self) -> None:
-        """Measures by how much the event loop comes late: what holds it up holds up everybody."""
+        """Measures by how much the event loop comes late: what holds it up holds up everybody. By the loop's own
+        clock, for it is the loop that is measured."""
         now = asyncio.get_running_loop().time
         while True:
             due = now() + LAG_EVERY
-            await self._clock.sleep(LAG_EVERY)
+            await asyncio.sleep(LAG_EVERY)
             self._metrics.loop_lag.observe(max(0.0, now() - due))
 
     # --- reload --------------------------------------------------------------------------------------

@@ -12,13 +12,14 @@ import re
 import sys
 import unicodedata
 from base64 import b64decode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
 
 import numpy as np
 from numpy.typing import NDArray
+from tiktoken import Encoding
 
 from app.catalog import TokenRule
 from app.types import Input
@@ -84,20 +85,47 @@ _SAFE = 36
 """Bytes that one character becomes at most, as it is or in the compatibility form some tokenizers bring it to."""
 
 
+LONGEST = 2**17
+"""Characters of a text that are counted exactly: some 15 tokens' worth for each of a model's 8,192. What is longer
+is not worth the time, for it will hardly fit."""
+_WORDS = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+    r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+)
+"""How cl100k_base splits a text before it looks anything up, as published with it."""
+
+
+@lru_cache(maxsize=1)
+def _encoding() -> Encoding:
+    """Loaded when a text is first to be counted: a tenth of a second. <|endoftext|> and its like are text here."""
+    ranks = {piece: rank for rank, piece in enumerate(_table())}
+    return Encoding("cl100k_base", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+
+
+def encode(text: str) -> list[int]:
+    """Text to cl100k_base ids, as OpenAI counts them."""
+    return _encoding().encode_ordinary(text)
+
+
 def at_most(text: str, rule: TokenRule = "bytes") -> int:
     """No count of `text`'s tokens by this rule is above this.
 
     `bytes`: every token has a byte of the text or of its compatibility form (NFKC). `han+words`: characters
-    written in Han, and 1.3 for each word; whatever else could pass for a word counts as one.
+    written in Han, and 1.3 for each word; whatever else could pass for a word counts as one. `cl100k_base`: a byte
+    each, which is quickly told.
     """
+    if rule == "cl100k_base":
+        return bound(text)
     if rule == "bytes" and text.isascii():
         return len(text) + _AROUND[rule] // 10
     return -(-(int(_costs(text, rule).sum()) + _AROUND[rule]) // 10)
 
 
 def at_least(text: str, rule: TokenRule = "bytes") -> int:
-    """No count of `text`'s tokens by this rule is below this: its words between spaces."""
-    if rule == "bytes":
+    """No count of `text`'s tokens by this rule is below this: its words between spaces, or the count itself."""
+    if rule == "cl100k_base" and len(text) <= LONGEST:
+        return len(encode(text))
+    if rule != "han+words":
         return len(_WORD.findall(text))
     spaced, han = _HAN.subn(" ", text)
     return (10 * han + 13 * len(_WORD.findall(spaced))) // 10
@@ -117,18 +145,28 @@ class Room:
     rule: TokenRule = "bytes"
 
     def surely_holds(self, text: str) -> bool:
-        """Whether the text fits, however its tokens are counted."""
+        """Whether the text fits, however its tokens are counted; told without counting any."""
         count, few = len(text), len(text) * _SAFE + 4
-        if self.rule == "bytes" and self.tokens is not None and count > self.tokens:
+        if self.rule != "han+words" and self.tokens is not None and count > self.tokens:
             return False  # a body's worth of text is not looked at for nothing
         return (self.characters is None or 2 * count <= self.characters or characters(text) <= self.characters) and (
             self.tokens is None or few <= self.tokens or at_most(text, self.rule) <= self.tokens
         )
 
+    def holds(self, text: str) -> bool:
+        """Whether a text that does not surely fit is known to, because its tokens can be counted."""
+        return (
+            self.rule == "cl100k_base"
+            and self.tokens is not None
+            and len(text) <= LONGEST
+            and (self.characters is None or characters(text) <= self.characters)
+            and len(encode(text)) <= self.tokens
+        )
+
     @property
     def most_characters(self) -> int:
         """No piece is cut longer than this. (Where only words are counted, spaces and letters could go on.)"""
-        by_tokens = sys.maxsize if self.tokens is None else self.tokens * (1 if self.rule == "bytes" else 8)
+        by_tokens = sys.maxsize if self.tokens is None else self.tokens * _LENGTHS[self.rule]
         return max(1, min(by_tokens, sys.maxsize if self.characters is None else self.characters))
 
     def without(self, before: str) -> Room:
@@ -151,6 +189,10 @@ class Room:
         return list(_Cutter(text, self))
 
 
+_LENGTHS: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
+"""Characters a token, in the longest piece."""
+
+
 class _Cutter:
     """Goes through a text and cuts it where a room ends."""
 
@@ -167,6 +209,8 @@ class _Cutter:
     def _end(self, start: int) -> int:
         room, window = self._room, self._text[start : start + self._window]
         fits = len(window)
+        if room.rule == "cl100k_base" and room.tokens is not None:
+            return self._counted_end(start, room.tokens)
         if room.tokens is not None:
             fits = min(fits, _reach(_costs(window, room.rule), 10 * room.tokens - _AROUND[room.rule]))
         if room.characters is not None:
@@ -175,6 +219,21 @@ class _Cutter:
             raise ValueError("there is no room for a single character")
         end = start + fits
         return end if end == len(self._text) else _border(self._text, start, end)
+
+    def _counted_end(self, start: int, most: int) -> int:
+        """As far as so many tokens go. What was cut off may have been part of a token: then a little less."""
+        window = self._text[start : start + self._window]
+        ids = encode(window)
+        if len(ids) <= most:
+            return start + len(window)
+        # A character that the last token holds the first bytes of only is not in it.
+        fits = len(_encoding().decode_bytes(ids[:most]).decode("utf-8", "ignore"))
+        while fits > 0:
+            end = _border(self._text, start, start + fits)
+            if len(encode(self._text[start:end])) <= most:
+                return end
+            fits = end - start - 1
+        raise ValueError("there is no room for a single character")
 
 
 def _reach(costs: _Numbers, most: int) -> int:

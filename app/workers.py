@@ -121,11 +121,14 @@ class Workers:
 
     def stop(self, number: signal.Signals) -> None:
         """In order the first time, unless it is Ctrl-C; after that the workers are told not to wait. One that is still
-        starting has nothing to wait for and cannot take a signal yet; it finds the order to stop when it can."""
+        starting cannot take a signal yet and has no request: it finds the order to stop, or is ended at once."""
+        again = self._stopping.is_set()
         for worker in self._live:
-            if self._stopping.is_set() or (number == signal.SIGINT and worker.was_up):
-                with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):
+                if worker.was_up and (again or number == signal.SIGINT):
                     worker.process.send_signal(number)
+                elif again:
+                    worker.process.kill()
         if number == signal.SIGINT:
             self._code = 130
         self._stop()

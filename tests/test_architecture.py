@@ -40,6 +40,7 @@ DOORS = {
     "yaml": {"config"},
     "sqlite3": {"cache"},
     "cryptography": {"upstreams"},
+    "tiktoken": {"tokens"},
 }
 
 

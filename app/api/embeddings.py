@@ -52,6 +52,9 @@ _NAMED = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embedding
 LINGER = 5.0
 """Seconds for which the rest of a refused body is taken in and thrown away."""
 
+INPUT = 1024
+"""Bytes an input takes while it waits, besides its text."""
+
 _JSON = (b"content-type", b"application/json")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _SPARED = {Source.UPSTREAM: "", Source.CACHE: "cached", Source.INFLIGHT: "deduplicated"}
@@ -159,6 +162,7 @@ class Embeddings:
                 exchange.reading = False
                 guard.watch(scope)
                 body = parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
+                place.hold(len(raw) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 rendered = await render.embeddings(result, body.model, body.encoding)
         except TimeoutError:

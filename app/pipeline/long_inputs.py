@@ -45,6 +45,8 @@ class LongInputs:
         # An instruction beside the text may count or not: nothing is refused for it, and room is left.
         room = self._room.without(before or params.instruct or "")
         long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
+        if long and room.rule == "cl100k_base":
+            long = await _over(room, request.inputs, long)
         if not long:
             return await self._inner(request)
         policy = request.on_long_input or self._usual
@@ -71,7 +73,8 @@ class LongInputs:
         if room.characters is not None and len(whole) > room.characters:
             size, limit = f"{len(whole)} characters", room.characters
         elif room.tokens is not None and (count := tokens.at_least(looked_at, room.rule)) > room.tokens:
-            size, limit = f"at least {count} tokens", room.tokens
+            exact = room.rule == "cl100k_base" and len(looked_at) == len(whole) <= tokens.LONGEST
+            size, limit = f"{count} tokens" if exact else f"at least {count} tokens", room.tokens
         else:
             return
         besides = " with its role or instruction" if before else ""
@@ -177,6 +180,17 @@ class _Plan:
             embeddings.append(_mean(i, [embedding for embedding, _ in parts], pieces))
             sources.append(source)
         return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
+
+
+async def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int]) -> list[int]:
+    """Those of them that do not fit when counted."""
+
+    def count() -> list[int]:
+        return [i for i in which if not room.holds(_text(inputs, i))]
+
+    if sum(len(_text(inputs, i)) for i in which) > _IN_A_THREAD:
+        return await asyncio.to_thread(count)
+    return count()
 
 
 def _text(inputs: Sequence[Input], i: int) -> str:

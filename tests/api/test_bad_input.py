@@ -160,7 +160,7 @@ FIELDS: list[Case] = [
     ({"input": [1, "a"]}, V, "input[1]", "a string among others of another kind"),
     ({"input": [1, [2]]}, V, "input[1]", "a list among others of another kind"),
     ({"input": [None, "a"]}, V, "input[0]", f"{NOT_AN_ITEM} null"),
-    ({"input": [{}, "a", "b"]}, V, "input[0]", f"{NOT_AN_ITEM} an object"),
+    ({"input": [{}, "a", "b"]}, V, "input[0]", "a content object has exactly one of"),
     ({"input": [1.5, 2]}, V, "input[0]", f"{NOT_AN_ITEM} 1.5"),
     ({"input": [1, 2, True]}, V, "input[2]", f"{NOT_AN_ITEM} a boolean"),
     ({"input": ["a", 1, None]}, V, "input[2]", f"{NOT_AN_ITEM} null"),

@@ -86,7 +86,7 @@ def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_b
     def ask(text: str) -> httpx.Response:
         return httpx.post(f"{gateway.base_url}/embeddings", content=sent(text), timeout=30)
 
-    server = {"max_body": 2000, "max_inflight_size": 5000}
+    server = {"max_body": 2000, "max_inflight_size": 9000}
     with running(config(fake, server=server)) as gateway, ThreadPoolExecutor() as pool:
         fake.hold()
         inside = [pool.submit(ask, f"{i}" * 1500) for i in range(3)]

@@ -9,11 +9,14 @@ import httpx
 import numpy as np
 import pytest
 
-from app.tokens import Room
+from app.tokens import Room, encode
 from tests.fakes import FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOpenAI, Vector, baidu_tokens, faults
 from tests.harness import running
 
-MODEL = "text-embedding-3-small"
+MODEL = "house-model"
+"""Nobody knows its tokenizer; how long its inputs may be, the operator says."""
+COUNTED = "text-embedding-3-small"
+"""Its tokens are counted exactly."""
 BAIDU = {"type": "baidu", "mode": "v2", "api_key": "bce-v3/ALTAK-canary/canary"}
 FITS = "words of four letters " * 900
 """More bytes than the limit has tokens, and by the fakes' count far fewer tokens."""
@@ -25,13 +28,14 @@ DENSE = "".join(chr(0x4E00 + i % 5000) for i in range(12_000))
 
 @pytest.fixture
 def fake() -> Iterator[FakeOpenAI]:
-    with FakeOpenAI(api_key="sk-fake") as fake:
+    models = {MODEL: 1536, COUNTED: 1536}
+    with FakeOpenAI(api_key="sk-fake", models=models, matryoshka=("house", "text-embedding-3")) as fake:
         yield fake
 
 
 def config(fake: FakeOpenAI, **model: Any) -> dict[str, Any]:
     upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
-    models = {"public": {"deployments": [{"upstream": "up", "model": MODEL}], **model}}
+    models = {"public": {"deployments": [{"upstream": "up", "model": MODEL}], "max_tokens_per_input": 8192, **model}}
     return {"upstreams": {"up": upstream}, "models": models, "cache": {"memory": None}}
 
 
@@ -280,3 +284,49 @@ def test_an_operators_limit_is_the_limit(fake: FakeOpenAI) -> None:
         error = gateway.post({"model": "public", "input": "one two three four"}).json()["error"]
         assert error["message"] == "input[0] has at least 4 tokens; this model takes at most 3"
         assert gateway.get("/v1/models/public").json()["max_input_tokens"] == 3
+
+
+# --- counted ------------------------------------------------------------------------------------------
+
+
+def counting(fake: FakeOpenAI, **model: Any) -> dict[str, Any]:
+    deployments = [{"upstream": "up", "model": COUNTED}]
+    return config(fake, deployments=deployments, max_tokens_per_input=20, **model)
+
+
+def test_what_has_as_many_tokens_as_allowed_is_sent_and_one_more_is_refused_with_the_count(fake: FakeOpenAI) -> None:
+    with running(counting(fake)) as gateway:
+        assert counted(gateway.post({"model": "public", "input": " internationalization" * 10})) == (0, 0)
+        assert len(encode(" internationalization" * 10)) == 20
+        response = gateway.post({"model": "public", "input": ["short", " internationalization" * 10 + " x"]})
+        error = response.json()["error"]
+        assert (response.status_code, error["param"]) == (400, "input[1]")
+        assert error["message"] == "input[1] has 21 tokens; this model takes at most 20"
+        assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "The quick brown fox jumps over the lazy dog. " * 40,
+        "敏捷的棕色狐狸跳过了懒狗。" * 30,
+        "👩‍👩‍👧‍👦🇨🇳" * 40,
+        "a" * 700,
+    ],
+    ids=["english", "chinese", "emoji", "letters"],
+)
+def test_a_cut_keeps_nearly_all_that_fits_and_pieces_are_the_whole(fake: FakeOpenAI, text: str) -> None:
+    with running(counting(fake, on_long_input="truncate")) as gateway:
+        assert counted(gateway.post({"model": "public", "input": text})) == (1, 0)
+        (kept,) = map(str, fake.calls[-1].texts)
+        assert text.startswith(kept)
+        assert 12 <= len(encode(kept)) <= 20
+        fake.calls.clear()
+        response = gateway.post({"model": "public", "input": text, "on_long_input": "split"})
+        assert counted(response) == (0, 1)
+        pieces = sorted({str(piece) for call in fake.calls for piece in call.texts}, key=text.find)
+        assert all(len(encode(piece)) <= 20 for piece in pieces)
+        assert set("".join(pieces)) == set(text)
+        whole = Room(20, None, "cl100k_base").pieces(text)
+        assert "".join(whole) == text
+        assert set(pieces) == set(whole)

@@ -58,18 +58,19 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
 
 def model_table() -> str:
     """What stands between the markers: the catalogue as Markdown."""
+    sources: list[str] = []
     lines = [
-        "| type | model | dimensions | inputs | tokens per input | roles | more |",
+        "| type/model, which is its vector space | dimensions | inputs | tokens per input | roles | more | source |",
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
-    sources: dict[str, list[str]] = {}
     for vendor, models in CATALOG.items():
         for model in models.values():
-            lines.append(f"| `{vendor}` | `{model.name}` | {' | '.join(_facts(model))} |")
-            where = sources.setdefault(vendor, [])
-            if model.source not in where:
-                where.append(model.source)
-    told = "; ".join(f"{vendor}: {', '.join(where)}" for vendor, where in sources.items())
+            if model.source not in sources:
+                sources.append(model.source)
+            revision = f"@{model.revision}" if model.revision else ""
+            space, number = f"{vendor}/{model.name}{revision}", sources.index(model.source) + 1
+            lines.append(f"| `{space}` | {' | '.join(_facts(model))} | {number} |")
+    told = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
     return "\n".join([*lines, "", f"Sources: {told}.", ""])
 
 

@@ -140,7 +140,7 @@ class UpstreamSettings(Section):
     api_keys: tuple[SecretStr, ...] = ()
     timeout: Duration = 30.0
     connect_timeout: Duration = 5.0
-    max_concurrency: int = Field(default=16, ge=1)
+    max_concurrency: int = Field(default=10, ge=1)
     requests_per_minute: int | None = Field(default=None, ge=1)
     tokens_per_minute: int | None = Field(default=None, ge=1)
     headers: dict[str, str] = Field(default={}, repr=False)

@@ -138,8 +138,9 @@ class Protocol(HttpToolsProtocol):
         cycle.waiting_for_100_continue = False
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
         self._outbox.put(self.transport, head + end, body, close=not cycle.keep_alive)
-        if len(self.tasks) == 1:
-            self._outbox.flush()  # there is nobody else to wait for
+        if len(self.tasks) == 1 or not cycle.keep_alive:
+            # There is nobody else to wait for; or nothing may begin behind this one.
+            self._outbox.flush()
         cycle.response_complete = True
         cycle.message_event.set()
         # A request behind this one begins in a turn of its own: its response cannot be written before this one's.

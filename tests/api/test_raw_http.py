@@ -415,6 +415,16 @@ def test_pipelined_requests_are_answered_in_their_order(fake: FakeOpenAI, gatewa
         assert answer["data"][0]["embedding"] == pytest.approx(fake.expected(MODEL, text, 8).tolist())
 
 
+def test_nothing_begins_behind_an_answer_that_is_the_last_on_its_connection(fake: FakeOpenAI, gateway: Running) -> None:
+    last = post({"model": MODEL, "input": "the last", "dimensions": 8}, AUTH, "Connection: close")
+    behind = post({"model": MODEL, "input": "behind it", "dimensions": 8}, AUTH)
+    with wire(gateway.url) as connection:
+        connection.send(last + behind)
+        assert connection.must_reply().status_code == 200
+        assert connection.reply() is None
+    assert [text for call in fake.calls for text in call.texts if text == "behind it"] == []
+
+
 @pytest.mark.parametrize(
     ("bad", "status"),
     [

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import httpx
@@ -34,6 +34,12 @@ from app.upstreams.connect import Upstream
 from app.upstreams.kind import Clock, UpstreamKind
 
 log = logging.getLogger(__name__)
+
+
+_FACTS = tuple(
+    sorted({each.name for each in fields(Model)} & set(ModelSettings.model_fields) - {"dimensions", "prefixes"})
+)
+"""What an operator may know better than the catalogue."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +250,7 @@ class Gateway:
     def _configured_deployment(self, wanted: DeploymentSettings, settings: ModelSettings) -> Deployment:
         upstream = self.upstreams[wanted.upstream]
         known = upstream.model(wanted.model)
-        overrides = {
-            field: value
-            for field in ("max_batch", "max_tokens_per_input", "max_tokens_per_batch", "price_per_million_tokens")
-            if (value := getattr(settings, field)) is not None
-        }
+        overrides = {field: value for field in _FACTS if (value := getattr(settings, field)) is not None}
         facts = replace(known, **overrides)
         if settings.prefixes is not None:
             facts = _told_by(facts, settings.prefixes)

@@ -153,12 +153,15 @@ class Room:
             self.tokens is None or few <= self.tokens or at_most(text, self.rule) <= self.tokens
         )
 
+    def counts(self, text: str) -> bool:
+        """Whether this text's tokens are counted, and not bounded."""
+        return self.rule == "cl100k_base" and self.tokens is not None and len(text) <= LONGEST
+
     def holds(self, text: str) -> bool:
         """Whether a text that does not surely fit is known to, because its tokens can be counted."""
         return (
-            self.rule == "cl100k_base"
+            self.counts(text)
             and self.tokens is not None
-            and len(text) <= LONGEST
             and (self.characters is None or characters(text) <= self.characters)
             and len(encode(text)) <= self.tokens
         )

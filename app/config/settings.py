@@ -205,7 +205,13 @@ class ModelSettings(Section):
     prefixes: PrefixSettings | None = None
     max_batch: int | None = Field(default=None, ge=1)
     max_tokens_per_input: int | None = Field(default=None, ge=1)
+    max_characters_per_input: int | None = Field(default=None, ge=1)
     max_tokens_per_batch: int | None = Field(default=None, ge=1)
+    dimension_choices: tuple[int, ...] | None = Field(default=None, min_length=1)
+    instruct: bool | None = None
+    sparse: bool | None = None
+    images: int | None = Field(default=None, ge=0)
+    videos: int | None = Field(default=None, ge=0)
     price_per_million_tokens: float | None = Field(default=None, ge=0)
 
 

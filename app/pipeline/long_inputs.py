@@ -46,7 +46,7 @@ class LongInputs:
         room = self._room.without(before or params.instruct or "")
         long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
         if long and room.rule == "cl100k_base":
-            long = await _over(room, request.inputs, long)
+            long = await _over(room, request.inputs, long, first=(request.on_long_input or self._usual) == "error")
         if not long:
             return await self._inner(request)
         policy = request.on_long_input or self._usual
@@ -126,6 +126,8 @@ class _Plan:
     def may_fit(self, i: int) -> bool:
         """Whether to try the input as it is: likely to fit, and refused if it does not."""
         text, room = _text(self._inputs, i), self._room
+        if room.counts(text):
+            return False  # that it does not fit is why it is here; counting again would hold up the event loop
         if not self._asks or (room.characters is not None and len(text) > room.characters):
             return False
         if room.tokens is None:
@@ -182,11 +184,17 @@ class _Plan:
         return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
 
 
-async def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int]) -> list[int]:
-    """Those of them that do not fit when counted."""
+async def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> list[int]:
+    """Those of them that do not fit when counted; `first`: none behind the first one that is known not to."""
 
     def count() -> list[int]:
-        return [i for i in which if not room.holds(_text(inputs, i))]
+        over: list[int] = []
+        for i in which:
+            if not room.holds(_text(inputs, i)):
+                over.append(i)
+                if first and room.counts(_text(inputs, i)):
+                    break
+        return over
 
     if sum(len(_text(inputs, i)) for i in which) > _IN_A_THREAD:
         return await asyncio.to_thread(count)

@@ -8,7 +8,9 @@ import os
 import re
 import select
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Literal
@@ -41,6 +43,8 @@ class RequestLog:
         self._waiting: list[bytes] = []
         self._size = 0
         self._dropped = 0
+        self.on_drop: Callable[[], None] = lambda: None
+        """Told of each line that is dropped."""
         self._flush_planned = False
         self._second, self._date = 0, ""
 
@@ -48,6 +52,7 @@ class RequestLog:
         """One request's line: names and numbers, never texts or keys. Must be called within the event loop."""
         if self._size > LONGEST_BACKLOG:
             self._dropped += 1
+            self.on_drop()
             return
         if self._dropped:
             fields["lines_dropped_before"], self._dropped = self._dropped, 0
@@ -62,11 +67,7 @@ class RequestLog:
         """Writes what waits, as far as `write` takes it; the rest soon."""
         self._flush_planned = False
         waiting = b"".join(self._waiting)
-        try:
-            taken = self._write(waiting)
-        except OSError:  # a full disk, a reader that is gone
-            taken = 0
-        left = waiting[taken:]
+        left = waiting[_taken(self._write, waiting) :]
         self._waiting, self._size = [left] if left else [], len(left)
         if left:
             self._flush_planned = True
@@ -103,9 +104,80 @@ class Output:
         return taken
 
 
+class Messages(logging.Handler):
+    """The program's own messages, from any thread, each written at once.
+
+    A log that is stuck or broken holds up nobody here either: messages wait, up to `LONGEST_BACKLOG`, and are tried
+    again until they are taken. What comes on top is dropped, and counted in the next message that is not.
+    """
+
+    def __init__(self, write: Callable[[bytes], int]) -> None:
+        super().__init__()
+        self._write = write
+        self._waiting: deque[bytes] = deque()
+        self._size = 0
+        self._dropped = 0
+        self._retry: threading.Timer | None = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """To be called with the handler's lock, as `handle` does."""
+        if self._size > LONGEST_BACKLOG:
+            self._dropped += 1
+            return
+        try:
+            line = (self.format(record) + "\n").encode(errors="backslashreplace")
+        except Exception:  # whatever is wrong with a message is not to fail what it tells of
+            self.handleError(record)
+            return
+        if self._dropped:
+            self._dropped, count = 0, self._dropped
+            self.handle(
+                logging.makeLogRecord(
+                    {
+                        "name": __name__,
+                        "levelno": logging.WARNING,
+                        "levelname": "WARNING",
+                        "msg": "%d messages dropped before this one",
+                        "args": (count,),
+                    }
+                )
+            )
+        self._waiting.append(line)
+        self._size += len(line)
+        self.flush()
+
+    def flush(self) -> None:
+        """Writes what waits, as far as `write` takes it; the rest soon."""
+        self.acquire()
+        try:
+            while self._waiting:
+                line = self._waiting.popleft()
+                taken = _taken(self._write, line)
+                self._size -= taken
+                if taken < len(line):
+                    self._waiting.appendleft(line[taken:])
+                    self._try_again()
+                    return
+        finally:
+            self.release()
+
+    def _try_again(self) -> None:
+        if self._retry is None or not self._retry.is_alive() or self._retry is threading.current_thread():
+            self._retry = threading.Timer(RETRY, self.flush)
+            self._retry.daemon = True  # or a log that stays stuck would keep the process from ending
+            self._retry.start()
+
+
 def request_log(form: Format, level: int = logging.INFO) -> RequestLog:
     """The request lines on standard error, or nowhere at a `level` above theirs."""
     return RequestLog(form, Output(sys.stderr.fileno()) if level <= logging.INFO else len)
+
+
+def _taken(write: Callable[[bytes], int], data: bytes) -> int:
+    try:
+        return write(data)
+    except OSError:  # a full disk, a reader that is gone
+        return 0
 
 
 def _json(timestamp: str, fields: Mapping[str, str | float | None]) -> bytes:
@@ -142,7 +214,7 @@ def configure(form: Format, level: str) -> None:
         renderer = structlog.processors.JSONRenderer(serializer=lambda data, **_: orjson.dumps(data).decode())
     else:
         renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Messages(Output(sys.stderr.fileno()))
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=chain,

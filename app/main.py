@@ -288,4 +288,6 @@ def create_app(
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:
         return Gateway(settings, kinds, cache, metrics, clock, transport, before)
 
-    return App(settings, build_gateway, request_log or logs.request_log("text"), clock, source)
+    request_log = request_log or logs.request_log("text")
+    request_log.on_drop = metrics.log_dropped.inc
+    return App(settings, build_gateway, request_log, clock, source)

@@ -154,6 +154,9 @@ class Metrics:
         self.loop_lag = histogram(
             "event_loop_lag_seconds", "How late the event loop came back to a timer: time nobody was served.", _LAG
         )
+        self.log_dropped = counter(
+            "log_lines_dropped_total", "Request lines dropped because the log took no more, stuck or on a full disk."
+        )
         self.config_valid = gauge(
             "config_valid", "1 while the configuration is the one in force, 0 after a bad one.", merge="livemin"
         )

@@ -46,10 +46,15 @@ class Program(subprocess.Popen[str]):
 def start(cwd: Path, *arguments: str, log: str = "log", **env: str) -> Program:
     """`serve` as a process, without a drain unless `env` says otherwise. Its log goes to `log` in `cwd`."""
     with (cwd / log).open("a") as file:
-        return Program(
-            [sys.executable, "-m", "app", "serve", *arguments],
-            env=environment(**{"EMBEDDING_GATEWAY__SERVER__DRAIN": "0s", **env}), cwd=cwd, stderr=file, text=True,
-        )  # fmt: skip
+        return start_into(file.fileno(), cwd, *arguments, **env)
+
+
+def start_into(stderr: int, cwd: Path, *arguments: str, **env: str) -> Program:
+    """The same with its log to a file descriptor."""
+    return Program(
+        [sys.executable, "-m", "app", "serve", *arguments],
+        env=environment(**{"EMBEDDING_GATEWAY__SERVER__DRAIN": "0s", **env}), cwd=cwd, stderr=stderr, text=True,
+    )  # fmt: skip
 
 
 @contextmanager

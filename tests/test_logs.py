@@ -1,7 +1,9 @@
 import asyncio
+import logging
 import os
 import select
 import shlex
+import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 
@@ -9,7 +11,7 @@ import orjson
 import pytest
 
 from app import logs
-from app.logs import Output, RequestLog
+from app.logs import Messages, Output, RequestLog
 
 
 class Taker:
@@ -101,6 +103,8 @@ async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
     taker = Taker()
     taker.room, taker.error = 0, error
     log = RequestLog("text", taker)
+    told: list[int] = []
+    log.on_drop = lambda: told.append(1)
     for number in range(100):
         log.line(number=number)
         log.flush()
@@ -111,6 +115,55 @@ async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
     kept = len(taker.lines) - 1
     assert 5 < kept < 50
     assert taker.lines[-1].endswith(b"number=100 lines_dropped_before=%d" % (100 - kept))
+    assert len(told) == 100 - kept
+
+
+def _message(text: str, *values: object) -> logging.LogRecord:
+    return logging.LogRecord("app", logging.WARNING, "", 0, text, values, None)
+
+
+def test_messages_that_a_log_does_not_take_wait_and_what_comes_on_top_is_counted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(logs, "LONGEST_BACKLOG", 1000)
+    taker = Taker()
+    taker.error = OSError(28, "No space left on device")
+    messages = Messages(taker)
+    for number in range(200):
+        messages.handle(_message("message %03d", number))
+    taker.error = None
+    messages.handle(_message("dropped, for it still looks stuck"))
+    messages.flush()
+    messages.handle(_message("the last"))
+    *kept, dropped, last = taker.lines
+    assert kept == [b"message %03d" % number for number in range(len(kept))]
+    assert 50 < len(kept) < 150
+    assert dropped == b"%d messages dropped before this one" % (201 - len(kept))
+    assert last == b"the last"
+
+
+def test_a_message_that_waits_is_written_without_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logs, "RETRY", 0.0)
+    written = threading.Event()
+    answers = iter([0, 3, 0])
+
+    def write(data: bytes) -> int:
+        taken = next(answers, len(data))
+        if taken == len(data):
+            written.set()
+        return taken
+
+    Messages(write).handle(_message("in the end"))
+    assert written.wait(10)
+
+
+def test_a_message_that_cannot_be_put_together_fails_nobody(capsys: pytest.CaptureFixture[str]) -> None:
+    taker = Taker()
+    messages = Messages(taker)
+    messages.handle(_message("%d", "no number"))
+    messages.handle(_message("the next"))
+    assert taker.lines == [b"the next"]
+    assert "no number" in capsys.readouterr().err
 
 
 async def test_a_full_pipe_is_never_waited_for(pipe: tuple[int, int]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -12,7 +15,7 @@ import pytest
 
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI, faults
-from tests.processes import address, free_port, metric, run, serving, start
+from tests.processes import address, answers, free_port, metric, run, serving, start, start_into, until
 
 
 def test_with_nothing_configured_the_built_in_model_serves(tmp_path: Path) -> None:
@@ -177,3 +180,38 @@ def test_help_names_every_variable_that_switches_an_upstream_on(tmp_path: Path) 
         assert kind.switched_on_by in shown
         environ = dict.fromkeys(kind.variables, "some-value")
         assert bool(environ) == (kind.environment(environ) is not None), kind.name
+
+
+@contextmanager
+def _taking_nothing(kind: str) -> Iterator[int]:
+    """Where a log may go and not arrive."""
+    if kind == "full disk":
+        with Path("/dev/full").open("w") as full:
+            yield full.fileno()
+        return
+    reader, writer = os.pipe()
+    if kind == "reader gone":
+        os.close(reader)
+    yield writer
+    os.close(writer)
+    if kind != "reader gone":
+        os.close(reader)
+
+
+@pytest.mark.parametrize("kind", ["pipe nobody reads", "reader gone", "full disk"])
+def test_a_log_that_takes_nothing_holds_up_neither_requests_nor_the_end(kind: str, tmp_path: Path) -> None:
+    file, port = tmp_path / "config.yaml", free_port()
+    file.write_text("upstreams: {built-in: {type: lexical}}")
+    url = f"http://127.0.0.1:{port}"
+    with _taking_nothing(kind) as log, start_into(log, tmp_path, "--port", str(port)) as process:
+        until(lambda: answers(f"{url}/healthz") or None, process.poll)
+        # Far more messages than a pipe takes: each mistake of a configuration is one.
+        file.write_text("\n".join(f"no_such_setting_{i}: {{}}" for i in range(3000)))
+        process.send_signal(signal.SIGHUP)
+        with httpx.Client(timeout=10) as client:
+            until(lambda: metric(client.get(f"{url}/metrics").text, "config_valid") == 0 or None, lambda: "no reload")
+            for i in range(20):
+                response = client.post(f"{url}/v1/embeddings", json={"model": "lexical", "input": f"{i}"})
+                assert response.status_code == 200
+        process.terminate()
+        assert process.wait(30) == 0

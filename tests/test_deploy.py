@@ -18,6 +18,10 @@ from typing import Any
 import kubernetes_validate  # type: ignore[import-untyped]
 import pytest
 import yaml
+from prometheus_client import Counter, Histogram
+from prometheus_client.metrics import MetricWrapperBase
+
+from app.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -35,31 +39,16 @@ PREFIX = "embedding_gateway_"
 
 def known_metrics() -> dict[str, set[str]]:
     """Every series name the gateway exposes -> its labels. Histograms by their three series."""
-    counters_and_gauges = {
-        "requests_total": {"model", "status", "client"},
-        "inputs_total": {"model", "source"},
-        "tokens_total": {"model", "upstream", "source"},
-        "upstream_requests_total": {"upstream", "model", "outcome"},
-        "upstream_retries_total": {"upstream", "reason"},
-        "upstream_available": {"upstream", "model"},
-        "cache_operations_total": {"tier", "operation", "result"},
-        "cache_bytes": {"tier"},
-        "inflight_requests": set[str](),
-        "queued_inputs": {"upstream", "lane"},
-        "rejected_requests_total": {"reason"},
-        "cost_total": {"model", "upstream", "currency"},
-        "config_valid": set[str](),
-        "config_reloads_total": {"result"},
-    }
-    histograms = {
-        "request_duration_seconds": {"model"},
-        "upstream_request_duration_seconds": {"upstream", "model"},
-        "upstream_batch_inputs": {"upstream", "model"},
-    }
-    series = {PREFIX + name: labels for name, labels in counters_and_gauges.items()}
-    for name, labels in histograms.items():
-        series |= {f"{PREFIX}{name}_bucket": labels | {"le"}}
-        series |= {f"{PREFIX}{name}_{part}": labels for part in ("sum", "count")}
+    series: dict[str, set[str]] = {}
+    for metric in vars(Metrics()).values():
+        if isinstance(metric, MetricWrapperBase):
+            [family] = metric.describe()
+            labels = set(metric._labelnames)
+            if isinstance(metric, Histogram):
+                series[f"{family.name}_bucket"] = labels | {"le"}
+                series |= {f"{family.name}_{part}": labels for part in ("sum", "count")}
+            else:
+                series[family.name + ("_total" if isinstance(metric, Counter) else "")] = labels
     return series
 
 

@@ -44,11 +44,12 @@ def decode(ids: Sequence[int]) -> str:
     A character cut in two by whoever tokenised becomes U+FFFD, as in tiktoken.
     """
     table = _table()
-    size = len(table)
-    for position, token in enumerate(ids):
-        if not 0 <= token < size:
-            raise IndexError(position)
-    return b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
+    try:
+        if min(ids, default=0) < 0:  # which would count from the end
+            raise IndexError
+        return b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
+    except IndexError:
+        raise IndexError(next(place for place, token in enumerate(ids) if not 0 <= token < len(table))) from None
 
 
 def bound(text: Input) -> int:

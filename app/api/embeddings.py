@@ -52,6 +52,10 @@ _NAMED = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embedding
 LINGER = 5.0
 """Seconds for which the rest of a refused body is taken in and thrown away."""
 
+AT_ONCE = 256 * 2**10
+"""Bytes of a body that are parsed between two turns of the event loop: 10 ms if they are token ids. A larger one is
+parsed in a thread, in which only the JSON itself holds up others."""
+
 INPUT = 1024
 """Bytes an input takes while it waits, besides its text."""
 
@@ -161,7 +165,10 @@ class Embeddings:
                 raw = await self._read(exchange.headers, receive, place)
                 exchange.reading = False
                 guard.watch(scope)
-                body = parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
+                if len(raw) <= AT_ONCE:
+                    body = self._parse(raw, path_model)
+                else:
+                    body = await asyncio.to_thread(self._parse, raw, path_model)
                 place.hold(len(raw) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 rendered = await render.embeddings(result, body.model, body.encoding)
@@ -195,6 +202,9 @@ class Embeddings:
             chunks.append(chunk)
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+
+    def _parse(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
+        return parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
 
     async def _embed(
         self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope

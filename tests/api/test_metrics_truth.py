@@ -20,7 +20,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from app import errors, main
+from app import errors
 from app.cache.counts import Counts
 from app.metrics import Metrics
 from app.types import Source
@@ -497,10 +497,3 @@ def test_a_reply_that_is_no_answer_is_billed_all_the_same() -> None:
         assert gateway.post({"model": MODEL, "input": ["paid for", "in vain"]}).status_code == 502
         assert fake.billed_tokens > 0
         assert gateway.metric("tokens_total", source="billed") == fake.billed_tokens
-
-
-def test_the_event_loops_lag_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "LAG_EVERY", 0.005)
-    with FakeOpenAI() as fake, running(config(fake)) as gateway:
-        settled(gateway, lambda: gateway.metric("event_loop_lag_seconds_count") > 3)
-        assert gateway.metric("event_loop_lag_seconds_bucket", le="+Inf") > 3

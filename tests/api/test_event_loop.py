@@ -1,0 +1,100 @@
+"""Nobody waits for somebody else's work: what takes long gives the event loop turns, and what does not is measured."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+
+from app import main
+from app.api import embeddings, render
+from app.clock import SystemClock
+from app.logs import RequestLog
+from app.main import create_app
+from app.types import Embedding, EmbedResult, Source
+from tests.api.support import MODEL, config, settled
+from tests.fakes import FakeOpenAI
+from tests.harness import running, settings_of
+
+
+class Turns:
+    """Counts the event loop's, as somebody else has them."""
+
+    count = 0
+
+
+@asynccontextmanager
+async def turns() -> AsyncIterator[Turns]:
+    seen = Turns()
+
+    async def look() -> None:
+        while True:
+            seen.count += 1
+            await asyncio.sleep(0)
+
+    task = asyncio.create_task(look())
+    await asyncio.sleep(0)
+    seen.count = 0
+    yield seen
+    task.cancel()
+
+
+async def asked(body: dict[str, Any]) -> tuple[int, int]:
+    """Status of a request whose body is there at once, and the turns others had until it was answered."""
+    app = create_app(
+        settings_of({"upstreams": {"built-in": {"type": "lexical"}}}), request_log=RequestLog("text", len),
+        clock=SystemClock(),
+    )  # fmt: skip
+    answered: list[tuple[int, int]] = []
+
+    async def receive() -> dict[str, Any]:
+        return {"type": "http.request", "body": json.dumps(body).encode()}
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.start":
+            answered.append((message["status"], others.count))
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": []}
+    async with turns() as others:
+        await app(scope, receive, send)
+    [answer] = answered
+    return answer
+
+
+async def test_a_big_body_is_not_parsed_while_others_wait() -> None:
+    """One whose last token id is none: nothing but its parsing takes any time."""
+    ids = [[100] * 8000 for _ in range(50)] + [[10**9]]
+    small, big = ({"model": "lexical", "input": some} for some in (ids[-1:], ids))
+    assert len(json.dumps(big)) > embeddings.AT_ONCE > len(json.dumps(small))
+    assert await asked(small) == (400, 0)
+    status, had = await asked(big)
+    assert status == 400
+    assert had > 0
+
+
+async def test_an_answer_of_many_vectors_is_written_in_slices() -> None:
+    count = 1000
+    vector = Embedding(np.ones(1024, "<f4").tobytes(), 1)
+    result = EmbedResult([vector] * count, [Source.UPSTREAM] * count)
+    async with turns() as others:
+        await render.embeddings(result, MODEL, "float")
+        assert others.count >= count // render.SLICE - 1
+
+
+def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(main, "LAG_EVERY", 0.005)
+    with FakeOpenAI() as fake, running(config(fake)) as gateway:
+        settled(gateway, lambda: gateway.metric("event_loop_lag_seconds_count") > 3)
+        late = gateway.metric("event_loop_lag_seconds_sum")
+
+        async def hold_up() -> None:
+            time.sleep(0.2)  # noqa: ASYNC251  # the fault itself
+
+        gateway.call(hold_up())
+        settled(gateway, lambda: gateway.metric("event_loop_lag_seconds_sum") >= late + 0.19)

@@ -21,9 +21,14 @@ class FastClock(SystemClock):
 
     def __init__(self) -> None:
         self.slept = 0.0
+        self.jumped = 0.0
+        """Seconds by which somebody has set the machine's clock."""
 
     def monotonic(self) -> float:
         return super().monotonic() + self.slept
+
+    def time(self) -> float:
+        return super().time() + self.jumped
 
     async def sleep(self, seconds: float) -> None:
         if seconds >= 60:
@@ -115,6 +120,23 @@ async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
             assert set(await ask(gateway, other, 20, tag="c", at_once=1)) == {200}
             assert len(one.calls) > asked
             assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 1
+
+
+async def test_a_clock_that_is_set_brings_nobody_back_and_forgets_nothing() -> None:
+    clock, years = FastClock(), 10 * 365 * 86400.0
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        with running(two(one.url, other.url, cache={}), clock=clock) as gateway:
+            one.fail(faults.vendor_error("internal"), times=None)
+            for second in range(7):
+                assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=2)) == {200}
+                clock.slept += 1.1
+            one.heal()
+            asked = len(one.calls)
+            for clock.jumped in (years, -years):
+                assert set(await ask(gateway, other, 20, tag=f"at {clock.jumped}", at_once=1)) == {200}
+                assert len(one.calls) == asked, "it is out for half a minute by the other clock"
+                again = gateway.post({"model": "m", "input": "a0 0"})
+                assert again.headers["x-embedding-cache"] == "hit"
 
 
 async def test_the_last_deployment_is_asked_however_often_it_fails() -> None:

@@ -271,9 +271,11 @@ def test_null_bytes_and_other_oddities_reach_the_upstream_intact(
 ) -> None:
     response = client.post("/v1/embeddings", json={"model": MODEL, "input": [text, "other"]})
     assert response.status_code == 200
-    assert [call.texts for call in fake.calls] == [[text, "other"]]
-    vector = np.array(response.json()["data"][0]["embedding"], "<f4")
-    assert np.array_equal(vector, fake.expected(MODEL, text))
+    alone = client.post("/v1/embeddings", json={"model": MODEL, "input": text})
+    assert [call.texts for call in fake.calls] == [[text, "other"], [text]]
+    for answer in (response, alone):
+        vector = np.array(answer.json()["data"][0]["embedding"], "<f4")
+        assert np.array_equal(vector, fake.expected(MODEL, text))
 
 
 def test_null_is_absence_and_unknown_fields_are_ignored(fake: FakeOpenAI, client: httpx.Client) -> None:

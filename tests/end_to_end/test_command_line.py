@@ -182,6 +182,18 @@ def test_help_names_every_variable_that_switches_an_upstream_on(tmp_path: Path) 
         assert bool(environ) == (kind.environment(environ) is not None), kind.name
 
 
+def test_a_proxy_of_the_environment_is_given_no_key_and_no_text(tmp_path: Path) -> None:
+    """Only one that the configuration names is used: the variables may be meant for anything else."""
+    with FakeOpenAI(api_key="sk-fake") as fake, FakeOpenAI() as proxy:
+        names = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
+        env = dict.fromkeys(names, proxy.url) | {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
+        with serving(tmp_path, **env) as (url, _):
+            response = httpx.post(f"{url}/v1/embeddings", json={"model": "text-embedding-3-small", "input": "x"})
+        assert response.status_code == 200
+        assert fake.calls
+        assert not proxy.requests
+
+
 @contextmanager
 def _taking_nothing(kind: str) -> Iterator[int]:
     """Where a log may go and not arrive."""

@@ -92,6 +92,21 @@ def test_a_redirect_is_never_followed(name: str) -> None:
 
 
 @every_upstream
+def test_a_page_instead_of_a_reply_is_told_of_in_few_words_and_without_our_key(name: str) -> None:
+    case = CASES[name]()
+    keys = [value for key, value in case.config.items() if key.endswith("_key")]
+    page = f"<html><script>evil()</script><p>Bad gateway for {' '.join(keys)}</p>{'<b>long</b> ' * 5000}</html>"
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.http_error(502, page.encode(), {"content-type": "text/html"}), times=None)
+        response = gateway.post({"model": case.model, "input": TEXTS})
+        message = response.json()["error"]["message"]
+        assert response.status_code == 502
+        assert "Bad gateway" in message
+        assert len(message) <= 400
+        assert not [word for word in (*keys, "<", "evil") if word in message + gateway.log.getvalue()]
+
+
+@every_upstream
 def test_an_upstream_that_refuses_our_key_is_a_502_and_never_the_callers_401(name: str) -> None:
     case = CASES[name]()
     with gateway_for(case) as gateway:

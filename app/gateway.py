@@ -21,7 +21,7 @@ from app.errors import ModelNotFound, UpstreamUnavailable
 from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import build, canary
-from app.pipeline.admit import Room
+from app.pipeline.admit import INPUT, Room
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
 from app.pipeline.deployment import Deployment, Limits, Slots
@@ -70,7 +70,8 @@ class Gateway:
         that connections, tokens, health and limits learned stay. `cache` and `metrics` are then its own, too."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         server = settings.server
-        self.room = Room(server.max_inflight, max(server.max_inflight_size, 2 * server.max_body), metrics)
+        largest = server.max_body + INPUT * server.max_inputs  # for which there must be room at least when it is alone
+        self.room = Room(server.max_inflight, max(server.max_inflight_size, largest), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self.upstreams = {
             name: Upstream(name, each, kinds[each.type], clock, transport, self._tokens)

@@ -36,7 +36,7 @@ from app.errors import (
 )
 from app.gateway import Gateway, PublicModel
 from app.logs import RequestLog
-from app.pipeline.admit import Place
+from app.pipeline.admit import INPUT, Place
 from app.pipeline.quota import Quota
 from app.types import EmbedRequest, EmbedResult, Source
 
@@ -55,9 +55,6 @@ LINGER = 5.0
 AT_ONCE = 256 * 2**10
 """Bytes of a body that are parsed between two turns of the event loop: 10 ms if they are token ids. A larger one is
 parsed in a thread, in which only the JSON itself holds up others."""
-
-INPUT = 1024
-"""Bytes an input takes while it waits, besides its text."""
 
 _JSON = (b"content-type", b"application/json")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")

@@ -6,6 +6,10 @@ from app.errors import Overloaded
 from app.metrics import Metrics
 
 
+INPUT = 1024
+"""Bytes an input takes while it waits, besides its text."""
+
+
 class Room:
     """How much is inside, over all models. What queues for an upstream is inside: this bounds the queues."""
 

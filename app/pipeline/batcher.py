@@ -2,7 +2,7 @@
 
 An input already on its way is awaited, not asked again. Inputs of different requests share calls. A slot
 comes first and the batch second: while no slot is free inputs queue, and the queue is what fills the next
-call. There are no timers: what arrives in one turn of the event loop goes together.
+call. There are no timers: what arrives in one turn of the event loop, or in a few that follow, goes together.
 
 Calls run in the batcher's own tasks, so a caller that hangs up fails nobody; inputs nobody waits for any
 more are dropped before they are sent.
@@ -44,7 +44,7 @@ _Group: TypeAlias = tuple[str, Params, bool]
 
 
 class Batcher:
-    """Embeds requests over a model's route. What may queue is bounded by who is let in (`Admit`)."""
+    """Embeds requests over a model's route. What may queue is bounded by who is let in (`app.pipeline.admit`)."""
 
     def __init__(self, route: Route, metrics: Metrics, clock: Clock) -> None:
         self._route, self._clock = route, clock

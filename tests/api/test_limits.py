@@ -86,7 +86,7 @@ def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_b
     def ask(text: str) -> httpx.Response:
         return httpx.post(f"{gateway.base_url}/embeddings", content=sent(text), timeout=30)
 
-    server = {"max_body": 2000, "max_inflight_size": 9000}
+    server = {"max_body": 2000, "max_inputs": 4, "max_inflight_size": 9000}
     with running(config(fake, server=server)) as gateway, ThreadPoolExecutor() as pool:
         fake.hold()
         inside = [pool.submit(ask, f"{i}" * 1500) for i in range(3)]
@@ -101,6 +101,11 @@ def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_b
         assert [each.result().status_code for each in (*inside, small)] == [200] * 4
         assert ask("x" * 1500).status_code == 200, "all of it is given back"
         assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
+
+
+def test_the_largest_request_that_is_allowed_always_has_room_when_it_is_alone(fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"max_body": 2000, "max_inputs": 100, "max_inflight_size": 1})) as gateway:
+        assert gateway.post(body(*(f"{i}" for i in range(100)))).status_code == 200
 
 
 def test_a_body_that_is_still_coming_takes_room_too(fake: FakeOpenAI) -> None:

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpx
@@ -36,10 +36,19 @@ from app.upstreams.kind import Clock, UpstreamKind
 log = logging.getLogger(__name__)
 
 
-_FACTS = tuple(
-    sorted({each.name for each in fields(Model)} & set(ModelSettings.model_fields) - {"dimensions", "prefixes"})
+_FACTS = (
+    "max_batch",
+    "max_tokens_per_input",
+    "max_characters_per_input",
+    "max_tokens_per_batch",
+    "dimension_choices",
+    "instruct",
+    "sparse",
+    "images",
+    "videos",
+    "price_per_million_tokens",
 )
-"""What an operator may know better than the catalogue."""
+"""What an operator may know better than the catalogue, by one name here and there."""
 
 
 @dataclass(frozen=True, slots=True)

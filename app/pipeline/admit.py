@@ -5,7 +5,6 @@ from __future__ import annotations
 from app.errors import Overloaded
 from app.metrics import Metrics
 
-
 INPUT = 1024
 """Bytes an input takes while it waits, besides its text."""
 

@@ -125,3 +125,9 @@ def mixed_texts(count: int, longest: int) -> list[str]:
 def vectors_of(answer: dict[str, Any]) -> list[Vector]:
     assert [each["index"] for each in answer["data"]] == list(range(len(answer["data"])))
     return [np.array(each["embedding"], "<f4") for each in answer["data"]]
+
+
+def dashscope_alone(fake: FakeDashScope, **more: Any) -> dict[str, Any]:
+    """A configuration with one upstream, DashScope's own API, and all its models under their own names."""
+    upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
+    return {"upstreams": {"up": upstream}, **more}

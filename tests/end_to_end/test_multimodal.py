@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.end_to_end.cases import dashscope_alone as config
 from tests.fakes import FakeDashScope, FakeOpenAI, faults
 from tests.fakes.wire import json_reply
 from tests.harness import Running, running
@@ -24,11 +25,6 @@ VIDEO = "https://images.example/cat.mp4"
 def fake() -> Iterator[FakeDashScope]:
     with FakeDashScope(api_key="sk-fake") as fake:
         yield fake
-
-
-def config(fake: FakeDashScope, **more: Any) -> dict[str, Any]:
-    upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
-    return {"upstreams": {"up": upstream}, **more}
 
 
 @pytest.fixture
@@ -186,3 +182,22 @@ def test_a_model_that_answers_hours_later_is_refused_with_one_that_does_not(gate
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (404, "model_not_found")
         assert "use text-embedding-v4" in error["message"]
+
+
+def test_an_operator_knows_better_what_a_model_takes(fake: FakeDashScope) -> None:
+    def served(model: str, **facts: Any) -> dict[str, Any]:
+        return config(fake, models={"own": {"deployments": [{"upstream": "up", "model": model}], **facts}})
+
+    images = [{"image": f"{ADDRESS}?{i}"} for i in range(4)]
+    with running(served(VL, images=2, videos=0, dimension_choices=[512])) as gateway:
+        right(fake, VL, gateway.post({"model": "own", "input": images}), *(each["image"] for each in images))
+        assert [len(call.texts) for call in fake.calls] == [2, 2]
+        refused(gateway.post({"model": "own", "input": [{"video": VIDEO}]}), "input[0]", "text and images only")
+        ask = {"model": "own", "input": "a text"}
+        right(fake, VL, gateway.post({**ask, "dimensions": 512}), "a text", dimensions=512)
+        refused(gateway.post({**ask, "dimensions": 768}), "dimensions")
+    with running(served("text-embedding-v3", sparse=False, instruct=True, max_characters_per_input=10)) as gateway:
+        refused(gateway.post({**ask, "output_type": "sparse"}), "output_type")
+        refused(gateway.post({**ask, "input": "eleven char"}), "input[0]", "11 characters", "10")
+        assert gateway.post({**ask, "instruct": "find it"}).status_code == 200
+        assert fake.calls[-1].json["parameters"]["instruct"] == "find it"

@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from tests.end_to_end.cases import dashscope_alone as config
 from tests.fakes import FakeDashScope, faults
 from tests.fakes.vectors import sparse_vector
 from tests.fakes.wire import json_reply
@@ -25,11 +26,6 @@ KINDS = ["sparse", "dense&sparse"]
 def fake() -> Iterator[FakeDashScope]:
     with FakeDashScope(api_key="sk-fake") as fake:
         yield fake
-
-
-def config(fake: FakeDashScope, **more: Any) -> dict[str, Any]:
-    upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
-    return {"upstreams": {"up": upstream}, **more}
 
 
 def ask(gateway: Running, texts: list[str], kind: str, **body: Any) -> httpx.Response:

@@ -253,6 +253,23 @@ async def test_a_reply_too_many_is_nobody_s() -> None:
             assert server.connections == 2
 
 
+async def test_a_connection_on_which_somebody_speaks_unasked_is_closed() -> None:
+    answered = asyncio.Event()
+
+    async def speaks_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _head: bytes) -> None:
+        writer.write(OK)
+        await writer.drain()
+        await answered.wait()
+        writer.write(OK.replace(b"[1,2]", b"[6,6]"))
+
+    async with serving(speaks_up) as server, connected() as network:
+        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        answered.set()
+        await until(lambda: server.closed == 1)
+        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        assert server.connections == 2
+
+
 async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
     release = asyncio.Event()
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import random
 import sys
@@ -21,9 +20,9 @@ from pathlib import Path
 import orjson
 import uvloop
 
-from bench import pool
-from bench.procs import ROOT, Cores, Failed, Process, exchange, free_port
-from bench.targets import KEY, Running, started
+from bench import pool, targets
+from bench.procs import Cores, Failed, Process, exchange, free_port
+from bench.targets import KEY
 
 ROOM = 64
 """`max_inflight`."""
@@ -146,34 +145,18 @@ def main() -> None:
     cores = Cores.of_this_machine()
     os.sched_setaffinity(0, {cores.load})
     with tempfile.TemporaryDirectory(prefix="eg-overload-") as work, contextlib.ExitStack() as stack:
-        mock_port, port = free_port(), free_port()
+        mock_port = free_port()
         mock = Process([sys.executable, "-m", "bench.mock", str(mock_port)], cores.mock, Path(work, "mock.log"))
         stack.callback(mock.stop)
         mock.wait_for(mock_port, "/stats", 20)
         exchange(mock_port, "POST", "/control", orjson.dumps({"kind": "A", "digits": "short", "latency": 0.05}))
-        upstream = {"type": "openai", "base_url": f"http://127.0.0.1:{mock_port}/v1", "api_key": "sk-bench"}
-        config = {
-            "server": {"max_inflight": ROOM},
-            "auth": {"keys": {"bench": {"key": KEY}}},
-            "upstreams": {"mock": upstream},
-            "models": {
-                pool.MODELS[0]: {
-                    "dimensions": pool.DIMENSIONS,
-                    "deployments": [{"upstream": "mock", "model": pool.MODELS[0]}],
-                }
-            },
-        }
-        file = Path(work, "gateway.yaml")
-        file.write_text(json.dumps(config))
-        command = [sys.executable, "-m", "app", "serve", "--config", str(file), "--port", str(port)]
-        gateway = Running(port, Process(command, cores.target, Path(work, "gateway.log"), cwd=ROOT))
-        started(gateway, "/healthz", 30)
+        gateway = targets.gateway(mock_port, Path(work), cores.target, {"server": {"max_inflight": ROOM}})
         stack.callback(gateway.stop)
-        uvloop.run(_load(port, ROOM, 1.0))  # warm
-        peak = uvloop.run(_load(port, ROOM, SECONDS))
-        over = uvloop.run(_load(port, ROOM * TIMES, SECONDS))
+        uvloop.run(_load(gateway.port, ROOM, 1.0))  # warm
+        peak = uvloop.run(_load(gateway.port, ROOM, SECONDS))
+        over = uvloop.run(_load(gateway.port, ROOM * TIMES, SECONDS))
         assert gateway.process is not None
-        idle = uvloop.run(_idle(port, gateway.process))
+        idle = uvloop.run(_idle(gateway.port, gateway.process))
     print("| callers | answered/s | p50 ms | p99 ms | refused/s | p50 ms | p99 ms | /healthz p99 ms |")
     print("| --- " * 8 + "|")
     print(_row(f"{ROOM}, all with room", peak))

@@ -14,6 +14,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 _TICK = os.sysconf("SC_CLK_TCK")
+_CORES = os.sched_getaffinity(0)
+"""All that are ours, before anything is pinned."""
 
 
 class Failed(Exception):
@@ -40,11 +42,17 @@ class Cores:
 
 
 class Process:
-    """A child pinned to a core, its output in a file. End it with `stop`."""
+    """A child pinned to a core (None: to none), its output in a file. End it with `stop`."""
 
     def __init__(
-        self, command: Sequence[str], core: int, log: Path, env: Mapping[str, str] | None = None, cwd: Path = ROOT
+        self,
+        command: Sequence[str],
+        core: int | None,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        cwd: Path = ROOT,
     ) -> None:
+        cores = _CORES if core is None else {core}
         self.log = log
         with log.open("wb") as out:
             self._child = subprocess.Popen(
@@ -55,7 +63,7 @@ class Process:
                 env={**_environment(), **(env or {})},
                 cwd=cwd,
                 start_new_session=True,
-                preexec_fn=lambda: os.sched_setaffinity(0, {core}),  # there are no threads here
+                preexec_fn=lambda: os.sched_setaffinity(0, cores),  # there are no threads here
             )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ class Setup:
 
     @property
     def upstream(self) -> str:
-        return f"http://127.0.0.1:{self.mock_port}/v1"
+        return _url(self.mock_port)
 
 
 @dataclass
@@ -71,23 +71,35 @@ def _bare(setup: Setup) -> Running:
 
 
 def _gateway(setup: Setup) -> Running:
-    """Default settings: a key, metrics, memory cache, one worker, a request log; the log goes to a file."""
-    config: dict[str, object] = {
+    more = {}
+    if setup.cache == "redis":
+        more["cache"] = {"memory": None, "redis": {"url": f"redis://127.0.0.1:{setup.redis_port}/0"}}
+    return gateway(setup.mock_port, setup.work, setup.cores.target, more)
+
+
+def gateway(mock_port: int, work: Path, core: int | None, more: Mapping[str, object]) -> Running:
+    """Default settings but for `more`: a key, metrics, memory cache, one worker, a request log; the log goes to a
+    file. Raises `Failed`."""
+    upstream = {"type": "openai", "base_url": _url(mock_port), "api_key": "sk-bench"}
+    config = {
         "auth": {"keys": {"bench": {"key": KEY}}},
-        "upstreams": {"mock": {"type": "openai", "base_url": setup.upstream, "api_key": "sk-bench"}},
+        "upstreams": {"mock": upstream},
         "models": {
             name: {"dimensions": pool.DIMENSIONS, "deployments": [{"upstream": "mock", "model": name}]}
             for name in pool.MODELS
         },
+        **more,
     }
-    if setup.cache == "redis":
-        config["cache"] = {"memory": None, "redis": {"url": f"redis://127.0.0.1:{setup.redis_port}/0"}}
-    file = setup.work / "gateway.yaml"
-    file.write_text(json.dumps(config))  # JSON is YAML
     port = free_port()
+    file = work / f"gateway-{port}.yaml"
+    file.write_text(json.dumps(config))  # JSON is YAML
     command = [sys.executable, "-m", "app", "serve", "--config", str(file), "--port", str(port)]
-    process = Process(command, setup.cores.target, setup.work / "gateway.log")
+    process = Process(command, core, work / f"gateway-{port}.log")
     return started(Running(port, process, headers=(("authorization", f"Bearer {KEY}"),)), "/healthz", 30)
+
+
+def _url(mock_port: int) -> str:
+    return f"http://127.0.0.1:{mock_port}/v1"
 
 
 def started(running: Running, path: str, seconds: float) -> Running:

@@ -1,0 +1,246 @@
+"""`python -m bench.growth`: what more of something costs. More inputs in a request, more workers, more gateways over
+one Redis, and with `--minutes` more time.
+
+Every answer of the first part and samples of all others are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import http.client
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+
+from bench import pool, targets
+from bench.load import Result, Spec
+from bench.measure import load
+from bench.procs import Cores, Failed, Process, exchange, free_port
+from bench.targets import Running
+from bench.traffic import Shape, wrong_vectors
+from tests.redis_server import RedisServer
+
+INPUTS = (1, 16, 128, 512, 1024, 2048)
+ROWS = 20
+"""Inputs an upstream call takes, in the first part."""
+REPEATS = 7
+REPLICAS = 4
+TEXTS = 4096
+"""Texts that each of the replicas is asked for."""
+
+
+class Growth:
+    """One mock upstream, and what is measured over it."""
+
+    def __init__(self, stack: contextlib.ExitStack, work: Path, cores: Cores) -> None:
+        self._work, self._cores = work, cores
+        self._mock_port = free_port()
+        mock = Process([sys.executable, "-m", "bench.mock", str(self._mock_port)], cores.mock, work / "mock.log")
+        stack.callback(mock.stop)
+        mock.wait_for(self._mock_port, "/stats", 20)
+        self._asked = 0
+
+    # --- more inputs ----------------------------------------------------------------------------------------
+
+    def inputs(self, encoding: str) -> None:
+        """One request at a time, of new texts, over an upstream of 20 rows a call. A process for each size: memory
+        that an earlier one left would hide what a later one takes."""
+        self._control()
+        _head(f"inputs, {encoding}", "ms", "µs an input", "upstream calls", "response, MiB", "peak above idle", "times")
+        for count in INPUTS:
+            gateway = self._gateway(self._cores.target, models=_models(max_batch=ROWS))
+            assert gateway.process is not None
+            try:
+                self._ask(gateway, ["warm"], encoding)
+                gateway.process.reset_peak()
+                idle = gateway.process.peak()
+                calls = self._calls()
+                size = len(self._ask(gateway, self._new(count), encoding)) / 2**20
+                calls, peak = self._calls() - calls, gateway.process.peak() - idle
+                times = []
+                for _ in range(REPEATS):
+                    texts = self._new(count)
+                    began = time.perf_counter()
+                    self._ask(gateway, texts, encoding)
+                    times.append(time.perf_counter() - began)
+            finally:
+                gateway.stop()
+            best = min(times)
+            many = f"{peak / size:.1f}" if size > 1 else ""
+            each = f"{best * 1e6 / count:.0f}"
+            _row(f"{count:,}", f"{best * 1000:.1f}", each, calls, f"{size:.2f}", f"{peak:.1f}", many)
+
+    def _ask(self, gateway: Running, texts: Sequence[str], encoding: str) -> bytes:
+        body = orjson.dumps({"model": pool.MODELS[0], "input": texts, "encoding_format": encoding})
+        connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
+        try:
+            connection.request("POST", "/v1/embeddings", body, dict(gateway.headers))
+            response = connection.getresponse()
+            answer = response.read()
+        finally:
+            connection.close()
+        start = pool.seed(pool.MODELS[0])
+        if response.status != 200 or wrong_vectors(answer, [pool.place(text, start) for text in texts]):
+            raise Failed(f"{response.status} {answer[:300]!r}")
+        return answer
+
+    def _new(self, count: int) -> list[str]:
+        self._asked += count
+        return [f"text {self._asked - i}" for i in range(count)]
+
+    # --- more workers ---------------------------------------------------------------------------------------
+
+    def workers(self, seconds: float) -> None:
+        """Hits of 16 texts, by as many load generators as there are cores, and what one scrape says of them."""
+        have = len(os.sched_getaffinity(0))
+        _head("workers", "answered/s", "vectors/s", "processor µs a request", "answered", "counted in one scrape")
+        for count in dict.fromkeys((1, 2, have)):
+            gateway = self._gateway(None, server={"workers": count})
+            assert gateway.process is not None
+            try:
+                shape = Shape("hot", 16, "float", headers=gateway.headers)
+                spec = Spec(gateway.port, 16, shape, seconds)
+                _right(load(replace(spec, limit=200, seconds=0, warmup=0)))
+                before, used = self._counted(gateway), gateway.process.cpu()
+                with ThreadPoolExecutor(have) as threads:
+                    results = [_right(each) for each in threads.map(load, [spec] * have)]
+                used = gateway.process.cpu() - used
+                answered = sum(each.total for each in results)
+                rate = sum(each.requests / each.seconds for each in results)
+                counted = self._counted(gateway) - before
+            finally:
+                gateway.stop()
+            each = f"{used / answered * 1e6:.0f}"
+            _row(count, f"{rate:,.0f}", f"{rate * 16:,.0f}", each, f"{answered:,}", f"{counted:,}")
+
+    def _counted(self, gateway: Running) -> int:
+        scraped = exchange(gateway.port, "GET", "/metrics").decode()
+        found = re.findall(r'^embedding_gateway_requests_total\{[^}]*status="200"[^}]*\} (\S+)$', scraped, re.MULTILINE)
+        return int(sum(map(float, found)))
+
+    # --- more gateways over one Redis -------------------------------------------------------------------------
+
+    def replicas(self) -> None:
+        """Each is asked for the same texts, 64 at a time, one replica after the other and then all at once."""
+        self._control()
+        _head("cache", "texts asked for", "rows paid", "upstream calls", "vectors/s, first", "others", "all at once")
+        with RedisServer(port=free_port()) as redis:
+            shared: Mapping[str, object] = {"redis": {"url": redis.url}}
+            for name, cache in (("memory", {}), ("memory and Redis", shared), ("Redis", {"memory": None, **shared})):
+                self._replicas(name, cache)
+
+    def _replicas(self, name: str, cache: Mapping[str, object]) -> None:
+        self._control()
+        with contextlib.ExitStack() as stack:
+            running = [self._gateway(self._cores.target, cache=cache) for _ in range(REPLICAS)]
+            for each in running:
+                stack.callback(each.stop)
+            self._asked += 10_000_000
+            count = TEXTS // 64
+            shapes = [Shape("fresh", 64, "base64", headers=each.headers, first=self._asked) for each in running]
+            specs = [
+                Spec(each.port, 8, shape, 0, 0, least=count, limit=count, every=5)
+                for each, shape in zip(running, shapes, strict=True)
+            ]
+            rates = []
+            for spec in specs:
+                result = _right(load(spec))
+                rates.append(result.requests * 64 / result.seconds)
+                time.sleep(0.5)  # writes to Redis hold nobody up, and come a moment later
+            paid = self._stats()
+            with ThreadPoolExecutor(REPLICAS) as threads:
+                results = [_right(each) for each in threads.map(load, specs)]
+            together = sum(each.total for each in results) * 64 / max(each.wall for each in results)
+        others = sum(rates[1:]) / len(rates[1:])
+        speeds = [f"{rate:,.0f}" for rate in (rates[0], others, together)]
+        _row(name, f"{TEXTS * REPLICAS:,}", f"{paid['rows']:,}", paid["calls"], *speeds)
+
+    # --- more time ----------------------------------------------------------------------------------------------
+
+    def minutes(self, minutes: float) -> None:
+        """128 new texts in each request, without a pause."""
+        self._control()
+        gateway = self._gateway(self._cores.target)
+        assert gateway.process is not None
+        _head("minute", "requests/s", "peak of this minute, MiB")
+        try:
+            for minute in range(1, int(minutes) + 1):
+                gateway.process.reset_peak()
+                self._asked += 10_000_000
+                shape = Shape("fresh", 128, "float", headers=gateway.headers, first=self._asked)
+                result = _right(load(Spec(gateway.port, 4, shape, 60, 0)))
+                _row(minute, f"{result.requests / result.seconds:,.0f}", f"{gateway.process.peak():.0f}")
+        finally:
+            gateway.stop()
+
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _gateway(self, core: int | None, **more: object) -> Running:
+        return targets.gateway(self._mock_port, self._work, core, more)
+
+    def _control(self) -> None:
+        wanted = {"kind": "A", "digits": "short", "latency": 0}
+        exchange(self._mock_port, "POST", "/control", orjson.dumps(wanted))
+
+    def _stats(self) -> dict[str, int]:
+        stats: dict[str, int] = orjson.loads(exchange(self._mock_port, "GET", "/stats"))
+        return stats
+
+    def _calls(self) -> int:
+        return self._stats()["calls"]
+
+
+def _head(*columns: object) -> None:
+    print()
+    _row(*columns)
+    _row(*["---"] * len(columns))
+
+
+def _row(*cells: object) -> None:
+    print("|", " | ".join(map(str, cells)), "|", flush=True)
+
+
+def _models(**settings: object) -> dict[str, object]:
+    deployments = [{"upstream": "mock", "model": pool.MODELS[0]}]
+    return {pool.MODELS[0]: {"dimensions": pool.DIMENSIONS, "deployments": deployments, **settings}}
+
+
+def _right(result: Result) -> Result:
+    """Raises `Failed` for a run in which anything was wrong."""
+    if result.errors or result.wrong or not result.total:
+        raise Failed(result.first_error or f"{result.wrong} of {result.compared} vectors are wrong")
+    return result
+
+
+def main() -> None:
+    """Prints tables. Raises `Failed` for any answer that is not right."""
+    parts = ("inputs", "workers", "replicas", "minutes")
+    parser = argparse.ArgumentParser("python -m bench.growth", description=__doc__)
+    parser.add_argument("parts", nargs="*", default=parts[:3], choices=parts, help="(default: all but minutes)")
+    parser.add_argument("--minutes", type=float, default=10, help="of the part of that name (default: 10)")
+    options = parser.parse_args()
+    cores = Cores.of_this_machine()
+    with tempfile.TemporaryDirectory(prefix="eg-growth-") as work, contextlib.ExitStack() as stack:
+        growth = Growth(stack, Path(work), cores)
+        if "inputs" in options.parts:
+            growth.inputs("float")
+            growth.inputs("base64")
+        if "workers" in options.parts:
+            growth.workers(3.0)
+        if "replicas" in options.parts:
+            growth.replicas()
+        if "minutes" in options.parts:
+            growth.minutes(options.minutes)
+
+
+if __name__ == "__main__":
+    main()

@@ -13,9 +13,10 @@ import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
+
+from msgspec import Struct
 
 from app import tokens
 from app.api import render
@@ -81,8 +82,7 @@ def request_id(headers: Mapping[bytes, bytes]) -> bytes:
     return b"req_%024x" % random.getrandbits(96)  # to tell requests apart; it opens nothing
 
 
-@dataclass(slots=True)
-class _Exchange:
+class _Exchange(Struct):
     """What is known of one exchange, for its metrics and its log line."""
 
     headers: Mapping[bytes, bytes]

@@ -8,10 +8,10 @@ request costs a microsecond.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import orjson
+from msgspec import Struct
 
 from app import tokens
 from app.api import content
@@ -31,8 +31,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 }
 
 
-@dataclass(slots=True)
-class EmbeddingsBody:
+class EmbeddingsBody(Struct):
     """A request body, checked. Token ids are text by now."""
 
     model: str

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import lru_cache
 
 import pybase64
@@ -61,7 +60,7 @@ def _field(value: object) -> bytes:
 
 
 # Taken from the class, so that a parameter added later is in the key from its first day.
-_PARAMS = tuple((each.name, _field(each.name)) for each in fields(Params))
+_PARAMS = tuple((name, _field(name)) for name in Params.__struct_fields__)
 
 
 def _common(space: str, params: Params, namespace: str) -> hashlib._Hash:
@@ -90,8 +89,7 @@ def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str =
         state = copy()
         if type(text) is str:
             raw = text.encode()
-            state.update(b"s" + len(raw).to_bytes(8, "big"))
-            state.update(raw)
+            state.update(b"s" + len(raw).to_bytes(8, "big") + raw)
         else:
             for part in _media(text):
                 state.update(_field(part))

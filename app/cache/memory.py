@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
+from msgspec import Struct
+
 from app import vectors
 from app.cache.counts import Counts
 from app.clock import Clock
@@ -22,19 +24,13 @@ TEXTS_AT_ONCE = 64
 """Texts made in one look-up, at most: others wait for their turn on the event loop."""
 
 
-class _Entry:
-    __slots__ = ("asked", "embedding", "expires")
-
-    def __init__(self, embedding: Embedding, expires: float) -> None:
-        self.embedding = embedding
-        self.expires = expires
-        self.asked = False
-        """Whether its numbers were asked for since it is here."""
-
-    @property
-    def size(self) -> int:
-        size, text = self.embedding.size, self.embedding.text
-        return size + OVERHEAD if text is None else size + len(text) + OVERHEAD
+class _Entry(Struct, gc=False):
+    embedding: Embedding
+    expires: float
+    size: int
+    """Bytes, overhead and text included."""
+    asked: bool = False
+    """Whether its numbers were asked for since it is here."""
 
 
 class MemoryStore:
@@ -101,6 +97,7 @@ class MemoryStore:
                 entry.asked = True
             elif entry.embedding.text is None and made < TEXTS_AT_ONCE and self._texts < self._max_size // 2:
                 text = entry.embedding.text = vectors.to_json(entry.embedding.vector)
+                entry.size += len(text)
                 self._texts += len(text)
                 self._size += len(text)
                 made += 1
@@ -110,17 +107,20 @@ class MemoryStore:
     def insert(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
         """As `put`, without waiting. What alone is larger than the whole store is not kept."""
         expires = self._now() + self._ttl
-        held = self._entries
+        held, most = self._entries, self._max_size
         kept = dropped = 0
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
-            entry = _Entry(embedding, expires)
-            size = entry.size
-            if size > self._max_size:
+            size = len(embedding.vector) + OVERHEAD
+            if embedding.sparse is not None:
+                size += len(embedding.sparse)
+            if embedding.text is not None:
+                size += len(embedding.text)
+            if size > most:
                 dropped += 1
                 continue
-            held[key] = entry
+            held[key] = _Entry(embedding, expires, size)
             self._size += size
             if embedding.text is not None:
                 self._texts += len(embedding.text)

@@ -68,18 +68,13 @@ class Batcher:
         reason = self._route.closed()
         if reason is not None:
             raise UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
-        jobs, sources = self._enlist(request)
-        distinct = dict.fromkeys(jobs)
-        waiter = Waiter(asyncio.get_running_loop().create_future(), len(distinct))
-        for job in distinct:
-            job.waiters.append(waiter)
-            if job.deadline < request.deadline:
-                job.deadline = request.deadline
+        waiter = Waiter(asyncio.get_running_loop().create_future())
+        jobs, sources = self._enlist(request, waiter)
         try:
             await waiter.future
         finally:
             if waiter.missing:
-                _leave(waiter, distinct)
+                _leave(waiter, jobs)
         return _collect(jobs, sources, request)
 
     async def aclose(self) -> None:
@@ -89,21 +84,27 @@ class Batcher:
         while self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _enlist(self, request: EmbedRequest) -> tuple[list[Job], list[Source]]:
-        """A job per input: the one already on its way where there is one, a new one in the queue otherwise."""
+    def _enlist(self, request: EmbedRequest, waiter: Waiter) -> tuple[list[Job], list[Source]]:
+        """A job per input: the one already on its way where there is one, a new one in the queue otherwise. The waiter
+        waits for all of them."""
         jobs: list[Job] = []
-        sources: list[Source] = []
         new: list[Job] = []
+        sources: list[Source] = []
         known, deadline = self._jobs, request.deadline
         for key, text in zip(request.keys, request.inputs, strict=True):
             job = known.get(key)
             if job is None:
-                job = known[key] = Job(key, text, deadline)
+                job = known[key] = Job(key, text, deadline, [waiter])
                 new.append(job)
                 sources.append(Source.UPSTREAM)
             else:
                 sources.append(Source.INFLIGHT)
+                if not job.waiters or job.waiters[-1] is not waiter:  # once, if the input is here twice
+                    job.waiters.append(waiter)
+                    waiter.missing += 1
+                    job.deadline = max(job.deadline, deadline)
             jobs.append(job)
+        waiter.missing += len(new)
         if new:
             self._arrived += 1
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
@@ -193,8 +194,9 @@ class Batcher:
                 continue
             jobs, dropped = queue.take(slot.deployment.limits)
             self._forget(dropped)
-            slot.charge([job.input for job in jobs])
-            self._launch(group, jobs, slot, lane)
+            batch = _batch(group, jobs)
+            slot.charge(batch.inputs)
+            self._launch(batch, jobs, slot, lane)
             self._queues[group] = self._queues.pop(group)
             return True
         return False
@@ -204,24 +206,15 @@ class Batcher:
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
 
-    def _launch(self, group: _Group, jobs: list[Job], slot: Slot, lane: Lane) -> None:
-        task = asyncio.get_running_loop().create_task(self._fly(group, jobs, slot, lane))
+    def _launch(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
+        task = asyncio.get_running_loop().create_task(self._fly(batch, jobs, slot, lane))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _fly(self, group: _Group, jobs: list[Job], slot: Slot, lane: Lane) -> None:
-        model, params, store = group
+    async def _fly(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         flight = Flight(slot.deployment)
         for job in jobs:
             job.flight = flight
-        batch = Batch(
-            model=model,
-            inputs=[job.input for job in jobs],
-            keys=[job.key for job in jobs],
-            params=params,
-            store=store,
-            deadline=max(job.deadline for job in jobs),
-        )
         result: BatchResult | None = None
         try:
             began = time.perf_counter()
@@ -247,7 +240,10 @@ class Batcher:
             if known.get(job.key) is job:
                 del known[job.key]
             hopeless = type(outcome) is not Embedding and _hopeless(outcome)
-            ready += [waiter for waiter in job.waiters if waiter.arrived(hopeless=hopeless)]
+            for waiter in job.waiters:
+                waiter.missing -= 1
+                if hopeless or not waiter.missing:
+                    ready.append(waiter)
         self._release(ready)
 
     def _release(self, ready: list[Waiter]) -> None:
@@ -259,6 +255,18 @@ class Batcher:
             asyncio.get_running_loop().call_soon(self._release, later)
 
 
+def _batch(group: _Group, jobs: list[Job]) -> Batch:
+    model, params, store = group
+    return Batch(
+        model=model,
+        inputs=[job.input for job in jobs],
+        keys=[job.key for job in jobs],
+        params=params,
+        store=store,
+        deadline=max([job.deadline for job in jobs]),
+    )
+
+
 def _hopeless(outcome: Embedding | GatewayError) -> bool:
     """Whether the request need not wait for its other inputs: they would meet the same refusal.
 
@@ -268,7 +276,7 @@ def _hopeless(outcome: Embedding | GatewayError) -> bool:
 
 
 def _leave(waiter: Waiter, jobs: Iterable[Job]) -> None:
-    for job in jobs:
+    for job in dict.fromkeys(jobs):
         if job.outcome is None:
             job.waiters.remove(waiter)
 

@@ -20,7 +20,7 @@ class CacheFill:
                 [
                     (key, outcome)
                     for key, outcome in zip(batch.keys, result.outcomes, strict=True)
-                    if isinstance(outcome, Embedding)
+                    if type(outcome) is Embedding
                 ]
             )
         return result

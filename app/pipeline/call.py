@@ -9,8 +9,7 @@ from app import tokens
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline import contract
-from app.pipeline.contract import Vectors
-from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target
+from app.types import Adapter, Auth, Batch, BatchResult, Parsed, Send, Target
 from app.upstreams.redact import Redactor
 
 
@@ -41,10 +40,10 @@ class Call:
         try:
             parsed = await self._exchange(batch)
             # Billed is what was answered, whether or not it can be used.
-            weights = [tokens.estimate(text) for text in batch.inputs]
-            total = self._charge(batch, parsed.tokens, weights)
+            weights = list(map(tokens.estimate, batch.inputs))
+            bills = tokens.share(self._charge(batch, parsed.tokens, weights), weights)
             asked = batch.params.dimensions or self._target.model.dimensions
-            checked = contract.in_order(parsed, len(batch.inputs), asked, batch.params.output_type)
+            checked = contract.in_order(parsed, bills, asked, batch.params.output_type)
         except GatewayError as error:
             error.message = self._redact(error.message)
             self._count(error.code)
@@ -56,7 +55,7 @@ class Call:
         finally:
             self._duration.observe(time.perf_counter() - started)
         self._succeeded.inc()
-        return BatchResult(_billed(checked, tokens.share(total, weights)))
+        return BatchResult(checked)
 
     def _count(self, outcome: str) -> None:
         self._metrics.upstream_requests.labels(self._upstream, self._target.model.name, outcome).inc()
@@ -84,11 +83,3 @@ class Call:
             cost = self._metrics.cost.labels(batch.model, self._upstream, model.currency)
             cost.inc(total * model.price_per_million_tokens / 1_000_000)
         return total
-
-
-def _billed(checked: list[Vectors | GatewayError], shares: list[int]) -> list[Embedding | GatewayError]:
-    """Each vector with its part of the bill."""
-    return [
-        Embedding(found[0], part, found[1]) if isinstance(found, tuple) else found
-        for found, part in zip(checked, shares, strict=True)
-    ]

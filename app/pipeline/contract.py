@@ -7,44 +7,54 @@ all zero; in a sparse vector each place once. A reply that breaks it is never ca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 from app import vectors
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector
-from app.types import OutputType, Parsed
-
-Vectors: TypeAlias = tuple[bytes, bytes | None]
-"""One input's: the dense one, empty where none was asked for, and the sparse one, None likewise."""
+from app.types import Embedding, OutputType, Parsed
 
 
 def in_order(
-    parsed: Parsed, count: int, dimensions: int | None, output_type: OutputType = "dense"
-) -> list[Vectors | GatewayError]:
-    """The vectors in the batch's order, each checked; a vector that is no vector is an error in its place.
+    parsed: Parsed, bills: Sequence[int], dimensions: int | None, output_type: OutputType = "dense"
+) -> list[Embedding | GatewayError]:
+    """The embeddings in the batch's order, each checked; a vector that is no vector is an error in its place.
 
-    `dimensions` is the length that was asked for, or that the model is known to give; None accepts any,
-    as long as all are equal. Raises `UpstreamInvalidResponse` where nothing in the reply can be trusted.
+    `bills`: tokens of each input. `dimensions` is the length that was asked for, or that the model is known to give;
+    None accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` where nothing in the reply can be
+    trusted.
     """
-    found = parsed.vectors
+    found, count = parsed.vectors, len(bills)
     if len(found) != count or len(parsed.indexes) != count:
         raise UpstreamInvalidResponse(f"the upstream returned {len(found)} vectors for {count} inputs")
-    places: list[int | None] = [None] * count
-    for place, index in enumerate(parsed.indexes):
-        # bool is an int to Python, and a negative index would quietly count from the end.
-        if type(index) is not int or not 0 <= index < count:
-            raise UpstreamInvalidResponse("the upstream returned an index outside the batch")
-        if places[index] is not None:
-            raise UpstreamInvalidResponse("the upstream returned one index twice")
-        places[index] = place
-    order = [place for place in places if place is not None]
+    order = _order(parsed.indexes)
     whole = [found[place] for place in order]
-    dense = [*whole] if output_type == "sparse" else _dense(whole, dimensions)
+    dense: Sequence[bytes | GatewayError] = whole if output_type == "sparse" else _dense(whole, dimensions)
     if output_type == "dense":
-        return [each if isinstance(each, GatewayError) else (each, None) for each in dense]
+        return [
+            Embedding(each, bill) if isinstance(each, bytes) else each for each, bill in zip(dense, bills, strict=True)
+        ]
     if parsed.sparse is None or len(parsed.sparse) != count:
         raise UpstreamInvalidResponse("the upstream returned no sparse vectors")
     sparse = [_sparse(parsed.sparse[place]) for place in order]
-    return [one if isinstance(one, GatewayError) else (one, other) for one, other in zip(dense, sparse, strict=True)]
+    return [
+        Embedding(one, bill, other) if isinstance(one, bytes) else one
+        for one, bill, other in zip(dense, bills, sparse, strict=True)
+    ]
+
+
+def _order(indexes: Sequence[int]) -> Sequence[int]:
+    """Where in the reply each input's vector is."""
+    places = list(range(len(indexes)))
+    whole = not set(map(type, indexes)) - {int}  # bool is an int to Python, and 1.0 equals 1
+    if whole and indexes == places:  # nearly always
+        return places
+    if not whole or min(indexes) < 0 or max(indexes) >= len(indexes):
+        raise UpstreamInvalidResponse("the upstream returned an index outside the batch")
+    if sorted(indexes) != places:
+        raise UpstreamInvalidResponse("the upstream returned one index twice")
+    order = [0] * len(indexes)
+    for place, index in enumerate(indexes):
+        order[index] = place
+    return order
 
 
 def _dense(whole: list[bytes], dimensions: int | None) -> Sequence[bytes | GatewayError]:

@@ -5,7 +5,7 @@ Below the cache and the batcher, which know the role and the caller's own words.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from msgspec.structs import replace
 
 from app.catalog import Model, Role
 from app.types import Batch, BatchEmbedder, BatchResult, Input, Params

@@ -7,7 +7,8 @@ not after an upstream call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from app.catalog import Model, Role
 from app.config import ModelSettings

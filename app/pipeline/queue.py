@@ -6,6 +6,8 @@ import asyncio
 from collections import deque
 from collections.abc import Mapping
 
+from msgspec import Struct
+
 from app import tokens
 from app.errors import GatewayError
 from app.metrics import Tally
@@ -31,33 +33,30 @@ class Waiter:
 
     __slots__ = ("future", "missing")
 
-    def __init__(self, future: asyncio.Future[None], missing: int) -> None:
+    def __init__(self, future: asyncio.Future[None]) -> None:
         self.future = future
-        self.missing = missing
-
-    def arrived(self, *, hopeless: bool) -> bool:
-        """Whether there is nothing more to wait for."""
-        self.missing -= 1
-        return self.missing == 0 or hopeless
+        self.missing = 0
+        """Inputs still to come."""
 
     def release(self) -> None:
         if not self.future.done():
             self.future.set_result(None)
 
 
-class Job:
+class Job(Struct, eq=False):
     """One input on its way, from the first request that wants it to its outcome."""
 
-    __slots__ = ("bound", "deadline", "flight", "input", "key", "outcome", "waiters")
+    key: bytes
+    input: Input
+    deadline: float
+    waiters: list[Waiter]
+    flight: Flight | None = None
+    outcome: Embedding | GatewayError | None = None
 
-    def __init__(self, key: bytes, text: Input, deadline: float) -> None:
-        self.key = key
-        self.input = text
-        self.bound = tokens.bound(text)
-        self.deadline = deadline
-        self.waiters: list[Waiter] = []
-        self.flight: Flight | None = None
-        self.outcome: Embedding | GatewayError | None = None
+    @property
+    def bound(self) -> int:
+        """Tokens it has at the most."""
+        return tokens.bound(self.input)
 
 
 class Queue:
@@ -120,14 +119,15 @@ class Queue:
                 if not job.waiters:
                     dropped.append(jobs.popleft())
                     continue
-                if isinstance(job.input, Media):
+                if type(job.input) is Media:
                     left[job.input.kind] -= 1
                     if left[job.input.kind] < 0:
                         break
                 if room is not None:
-                    if batch and job.bound > room:
+                    bound = job.bound
+                    if batch and bound > room:
                         break
-                    room -= job.bound
+                    room -= bound
                 batch.append(jobs.popleft())
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped

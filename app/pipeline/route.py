@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from app.clock import Clock
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamTimeout

@@ -7,7 +7,8 @@ mix with another.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+
+from msgspec.structs import replace
 
 from app import vectors
 from app.catalog import Model

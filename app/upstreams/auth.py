@@ -11,11 +11,12 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 
 import orjson
+from msgspec.structs import replace
 
 from app.config import UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse

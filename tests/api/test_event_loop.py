@@ -84,7 +84,7 @@ async def test_an_answer_of_many_vectors_is_written_in_slices() -> None:
     result = EmbedResult([vector] * count, [Source.UPSTREAM] * count)
     async with turns() as others:
         await render.embeddings(result, MODEL, "float")
-        assert others.count >= count // render.SLICE - 1
+        assert others.count >= count // render.SLICES["float"] - 1
 
 
 def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from app import vectors
 from app.pipeline import contract
-from app.types import Batch, Params, Target
+from app.types import Batch, Embedding, Params, Target
 from app.upstreams import lexical
 from app.upstreams.client import Client
 
@@ -124,7 +124,7 @@ async def test_it_is_asked_through_the_client_and_dialect_of_any_upstream(copies
     reply = await client.send(adapter.build_request(batch, TARGET))
     assert adapter.parse_error(reply) is None
     parsed = adapter.parse_response(reply, batch)
-    assert contract.in_order(parsed, 2, 256) == [(vector, None) for vector in lexical.embed_all(texts, 256)]
+    assert contract.in_order(parsed, [1, 1], 256) == [Embedding(vector, 1) for vector in lexical.embed_all(texts, 256)]
     assert parsed.tokens == 2 + 2 * copies
     await client.aclose()
 

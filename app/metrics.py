@@ -9,15 +9,16 @@ import asyncio
 import contextlib
 import math
 import os
-from collections.abc import Iterable
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
+import prometheus_client
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
@@ -36,7 +37,19 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 # A second series for each counter, saying since when it counts, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
-__all__ = ["CONTENT_TYPE", "Counter", "Gauge", "Histogram", "Metrics", "Tally", "forget_process", "share", "unshare"]
+__all__ = [
+    "CONTENT_TYPE",
+    "Counter",
+    "Gauge",
+    "Histogram",
+    "Level",
+    "Metrics",
+    "Spread",
+    "Tally",
+    "forget_process",
+    "share",
+    "unshare",
+]
 
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _Merge = Literal["livesum", "livemin", "livemax"]
@@ -57,26 +70,54 @@ def forget_process(pid: int) -> None:
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
 
 
-class Tally:
-    """A series counted in plain numbers, which Prometheus is told at the end of the event loop's turn, or when it
-    asks: counting costs a tenth, and what goes up and down again within a turn costs nothing. Not for threads."""
+class Histogram(prometheus_client.Histogram):
+    """One that can be told of many observations at once."""
 
-    __slots__ = ("_amount", "_child", "_due", "_waiting")
+    def add(self, counts: Sequence[int], total: float) -> None:
+        """`counts`: how many there were in each bucket; `total`: their sum."""
+        for bucket, count in zip(self._buckets, counts, strict=True):
+            if count:
+                bucket.inc(count)
+        self._sum.inc(total)
 
-    def __init__(self, child: Counter | Gauge, due: list[Tally]) -> None:
-        """`due`: where all tallies wait that are to be told."""
-        self._child, self._due = child, due
-        self._amount = 0.0
+    @property
+    def bounds(self) -> Sequence[float]:
+        """The upper end of each bucket."""
+        return self._upper_bounds
+
+
+class Told:
+    """A series that is counted in plain numbers and told to Prometheus later: counting costs a tenth, and what goes
+    up and down again meanwhile costs nothing. Not for threads."""
+
+    __slots__ = ("_due", "_waiting")
+
+    def __init__(self, due: Due) -> None:
+        self._due = due
         self._waiting = False
+
+    def tell(self) -> None:
+        """Everything counted since the last time."""
+        raise NotImplementedError
+
+    def _wait(self) -> None:
+        self._waiting = True
+        self._due.add(self)
+
+
+class Tally(Told):
+    """A counter, or a gauge that goes up and down."""
+
+    __slots__ = ("_amount", "_child")
+
+    def __init__(self, child: Counter | Gauge, due: Due) -> None:
+        super().__init__(due)
+        self._child, self._amount = child, 0.0
 
     def inc(self, amount: float = 1) -> None:
         self._amount += amount
         if not self._waiting:
-            self._waiting = True
-            if not self._due:
-                with contextlib.suppress(RuntimeError):  # no loop: told when asked
-                    asyncio.get_running_loop().call_soon(_tell, self._due)
-            self._due.append(self)
+            self._wait()
 
     def dec(self, amount: float = 1) -> None:
         self.inc(-amount)
@@ -87,19 +128,68 @@ class Tally:
             self._child.inc(amount)
 
 
-def _tell(due: list[Tally]) -> None:
-    while due:
-        due.pop().tell()
+class Level(Told):
+    """A gauge that is set."""
+
+    __slots__ = ("_child", "_value")
+
+    def __init__(self, child: Gauge, due: Due) -> None:
+        super().__init__(due)
+        self._child, self._value = child, 0.0
+
+    def set(self, value: float) -> None:
+        self._value = value
+        if not self._waiting:
+            self._wait()
+
+    def tell(self) -> None:
+        self._waiting = False
+        self._child.set(self._value)
 
 
-class _Told(Collector):
-    """Collected first, so that whoever asks for the metrics is told everything."""
+class Spread(Told):
+    """A histogram."""
 
-    def __init__(self, due: list[Tally]) -> None:
-        self._due = due
+    __slots__ = ("_bounds", "_child", "_counts", "_total")
+
+    def __init__(self, child: Histogram, due: Due) -> None:
+        super().__init__(due)
+        self._child, self._bounds = child, child.bounds
+        self._counts, self._total = [0] * len(self._bounds), 0.0
+
+    def observe(self, value: float) -> None:
+        self._counts[bisect_left(self._bounds, value)] += 1
+        self._total += value
+        if not self._waiting:
+            self._wait()
+
+    def tell(self) -> None:
+        self._waiting = False
+        self._child.add(self._counts, self._total)
+        self._counts, self._total = [0] * len(self._bounds), 0.0
+
+
+class Due(Collector):
+    """The series that Prometheus is to be told of. Whoever asks this process is told first. Where others ask for it
+    (several workers share their metrics), they are told at the end of the event loop's turn."""
+
+    def __init__(self, *, shared: bool) -> None:
+        self._shared = shared
+        self._waiting: list[Told] = []
+
+    def add(self, series: Told) -> None:
+        if self._shared and not self._waiting:
+            with contextlib.suppress(RuntimeError):  # no loop: told when asked
+                asyncio.get_running_loop().call_soon(self.tell)
+        self._waiting.append(series)
+
+    def tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for series in waiting:
+            series.tell()
 
     def collect(self) -> Iterable[Metric]:
-        _tell(self._due)
+        self.tell()
         return ()
 
 
@@ -108,8 +198,9 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         self.registry = registry = registry or CollectorRegistry()
-        self._due: list[Tally] = []
-        registry.register(_Told(self._due))
+        # Registered first, for collectors are asked in this order.
+        self._due = Due(shared=_DIRECTORY in os.environ)
+        registry.register(self._due)
         p = "embedding_gateway_"
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -170,6 +261,14 @@ class Metrics:
         """For what is counted with every request."""
         return Tally(child, self._due)
 
+    def level(self, child: Gauge) -> Level:
+        """For what is set with every request."""
+        return Level(child, self._due)
+
+    def spread(self, child: Histogram) -> Spread:
+        """For what is observed with every request."""
+        return Spread(child, self._due)
+
     def forget_deployment(self, upstream: str, model: str) -> None:
         """A deployment that is configured no more."""
         if _DIRECTORY in os.environ:  # where nothing can be removed
@@ -180,6 +279,7 @@ class Metrics:
     def exposition(self) -> bytes:
         """Prometheus text. With several workers, of all of them."""
         if _DIRECTORY in os.environ:
+            self._due.tell()
             merged = CollectorRegistry()
             MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
             return generate_latest(merged)

@@ -21,7 +21,7 @@ from msgspec import Struct
 from app import tokens
 from app.api import render
 from app.api.auth import ANONYMOUS, Keys, Tenant
-from app.api.guard import ClientGone, Guard
+from app.api.guard import ClientGone, Deadlines, Guard
 from app.api.schema import EmbeddingsBody, parse_body
 from app.config import ServerSettings
 from app.errors import (
@@ -109,9 +109,10 @@ class Embeddings:
     def __init__(self, gateway: Gateway, keys: Keys, server: ServerSettings, request_log: RequestLog) -> None:
         self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
         self._metrics = metrics = gateway.metrics
+        self._deadlines = Deadlines()
         # Label values bound to their series once: it costs more than counting.
         self._requests = _remembered(lambda *labels: metrics.tally(metrics.requests.labels(*labels)))
-        self._durations = _remembered(metrics.request_duration.labels)
+        self._durations = _remembered(lambda model: metrics.spread(metrics.request_duration.labels(model)))
         self._inputs = _remembered(lambda *labels: metrics.tally(metrics.inputs.labels(*labels)))
         self._tokens = _remembered(lambda *labels: metrics.tally(metrics.tokens.labels(*labels)))
 
@@ -158,7 +159,7 @@ class Embeddings:
             exchange.counted = False
         deadline = exchange.started + self._server.request_timeout
         try:
-            with Guard(deadline) as guard, self._gateway.room.place() as place:
+            with Guard(deadline, self._deadlines) as guard, self._gateway.room.place() as place:
                 raw = await self._read(exchange.headers, receive, place)
                 exchange.reading = False
                 guard.watch(scope)

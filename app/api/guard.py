@@ -11,19 +11,47 @@ class ClientGone(Exception):
     """The caller hung up; there is nobody to answer."""
 
 
+class Deadlines:
+    """Ends what takes longer than its time. One timer for all: they are given the same time, so that who came first is
+    due first."""
+
+    def __init__(self) -> None:
+        self._guards: dict[Guard, None] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def add(self, guard: Guard) -> None:
+        self._guards[guard] = None
+        if self._timer is None:
+            self._look_at(guard.deadline)
+
+    def discard(self, guard: Guard) -> None:
+        self._guards.pop(guard, None)
+
+    def _look_at(self, deadline: float) -> None:
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._look)
+
+    def _look(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for guard in list(self._guards):
+            if guard.deadline > now:
+                self._look_at(guard.deadline)
+                return
+            self.discard(guard)
+            guard.stop(TimeoutError)
+
+
 class Guard:
     """Cancels the block at the deadline, which then raises `TimeoutError`; or, once `watch` was called, when the
     caller hangs up, which then raises `ClientGone`.
 
-    The deadline is looked for from the next turn of the event loop on: an answer from memory does not pay for it.
     `deadline` is on the event loop's clock. To be entered within a task.
     """
 
-    __slots__ = ("_deadline", "_end", "_handle", "_listeners", "_loop", "_task")
+    __slots__ = ("_deadlines", "_end", "_listeners", "_task", "deadline")
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-        self._loop = asyncio.get_running_loop()
+    def __init__(self, deadline: float, deadlines: Deadlines) -> None:
+        self.deadline, self._deadlines = deadline, deadlines
         self._listeners: set[Callable[[], None]] | None = None
         self._end: type[Exception] | None = None
 
@@ -31,7 +59,7 @@ class Guard:
         task = asyncio.current_task()
         assert task is not None
         self._task = task
-        self._handle: asyncio.Handle = self._loop.call_soon(self._arm)
+        self._deadlines.add(self)
         return self
 
     def watch(self, scope: MutableMapping[str, Any]) -> None:
@@ -41,19 +69,17 @@ class Guard:
         if self._listeners is not None:
             self._listeners.add(self._gone)
 
-    def _arm(self) -> None:
-        self._handle = self._loop.call_at(self._deadline, self._stop, TimeoutError)
-
-    def _gone(self) -> None:
-        self._stop(ClientGone)
-
-    def _stop(self, end: type[Exception]) -> None:
+    def stop(self, end: type[Exception]) -> None:
+        """Has the block end with this, unless something else has ended it."""
         if self._end is None:
             self._end = end
             self._task.cancel()
 
+    def _gone(self) -> None:
+        self.stop(ClientGone)
+
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._handle.cancel()
+        self._deadlines.discard(self)
         if self._listeners is not None:
             self._listeners.discard(self._gone)
         if self._end is None or self._task.uncancel():

@@ -7,7 +7,7 @@ import time
 
 from app import tokens
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout
-from app.metrics import Metrics
+from app.metrics import Metrics, Tally
 from app.pipeline import contract
 from app.types import Adapter, Auth, Batch, BatchResult, Parsed, Send, Target
 from app.upstreams.redact import Redactor
@@ -30,9 +30,11 @@ class Call:
         self._auth, self._send, self._redact = auth, send, redact
         self._upstream, self._metrics = upstream, metrics
         name = target.model.name
-        self._duration = metrics.upstream_request_duration.labels(upstream, name)
-        self._batch_inputs = metrics.upstream_batch_inputs.labels(upstream, name)
-        self._succeeded = metrics.upstream_requests.labels(upstream, name, "ok")
+        self._duration = metrics.spread(metrics.upstream_request_duration.labels(upstream, name))
+        self._batch_inputs = metrics.spread(metrics.upstream_batch_inputs.labels(upstream, name))
+        self._succeeded = metrics.tally(metrics.upstream_requests.labels(upstream, name, "ok"))
+        self._billed: dict[str, Tally] = {}
+        """By the name callers know the model by; several may lead here."""
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
@@ -78,7 +80,11 @@ class Call:
         """The batch's bill in tokens, counted; where the upstream states none, our estimate."""
         total = sum(weights) if stated is None else stated
         model = self._target.model
-        self._metrics.tokens.labels(batch.model, self._upstream, "billed").inc(total)
+        billed = self._billed.get(batch.model)
+        if billed is None:
+            series = self._metrics.tokens.labels(batch.model, self._upstream, "billed")
+            billed = self._billed[batch.model] = self._metrics.tally(series)
+        billed.inc(total)
         if model.price_per_million_tokens:
             cost = self._metrics.cost.labels(batch.model, self._upstream, model.currency)
             cost.inc(total * model.price_per_million_tokens / 1_000_000)

@@ -71,10 +71,11 @@ class Health:
         """What the call came to. A refused input speaks for a deployment, not against it."""
         self._probing = False
         if error is None or isinstance(error, InvalidRequest):
+            if self._ejections and not self.out:
+                self._gauge.set(1)
             self._failures = self._ejections = 0
             self._suspect_until = 0.0
             self.used = True
-            self._gauge.set(0 if self.out else 1)
         elif isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
             wait = COOLING if error.retry_after is None else error.retry_after
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)

@@ -38,6 +38,9 @@ _SHORT, _LONG = _Rhythm(2, 16), _Rhythm(1, 4)
 groups, which stay out of each other's way."""
 LONG = 0.01
 """Seconds from which a call is long."""
+ALONE = 100
+"""Inputs from which a request that one call takes whole waits for no others: its reply is large enough, and the
+upstream is at work while the next ones are read."""
 
 _Group: TypeAlias = tuple[str, Params, bool]
 """What inputs must have in common to share a call: public model, parameters, whether to store."""
@@ -114,6 +117,8 @@ class Batcher:
                 queue = self._queues[group] = Queue(self._waiting)
             queue.extend(lane, new)
             self._schedule()
+            if ALONE <= len(new) <= self._route.deployments[0].limits.max_batch:
+                self._turns = 0
         return jobs, sources
 
     def _schedule(self) -> None:

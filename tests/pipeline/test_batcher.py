@@ -90,6 +90,23 @@ async def test_a_lone_request_is_sent_at_once_and_alone() -> None:
     assert result.deployments == ("up/m",)
 
 
+@pytest.mark.parametrize(
+    ("count", "rows", "sent"), [(50, 500, [2, 100]), (100, 500, [2, 100, 100]), (100, 99, [2, 99, 99, 2])]
+)
+async def test_a_large_request_that_one_call_takes_whole_waits_for_no_others(
+    count: int, rows: int, sent: list[int]
+) -> None:
+    calls = Calls()
+    embed = batcher(calls, rows=rows, slots=8)
+    await asyncio.gather(embed(request("one")), embed(request("two")))  # from now on others are expected
+    asked = []
+    for number in range(2):
+        asked.append(asyncio.create_task(embed(request(*(f"{number} {i}" for i in range(count))))))
+        await asyncio.sleep(0)
+    await asyncio.gather(*asked)
+    assert [len(batch) for batch in calls.batches] == sent
+
+
 async def test_what_queues_while_slots_are_busy_goes_in_the_fewest_calls() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=10, slots=1)

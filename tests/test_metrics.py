@@ -1,0 +1,64 @@
+"""What is counted in plain numbers reaches Prometheus whole, and as if it had been told each time."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import metrics
+from app.metrics import Metrics
+
+P = "embedding_gateway_"
+
+
+def sample(of: Metrics, name: str, **labels: str) -> float | None:
+    return of.registry.get_sample_value(P + name, labels)
+
+
+@given(st.lists(st.sampled_from([0.0, 0.001, 0.0010001, 0.9999, 1.0, 60.0, 61.0, 1e9]) | st.floats(0, 100)))
+def test_a_spread_is_what_a_histogram_would_be(values: list[float]) -> None:
+    told, plain = Metrics(), Metrics()
+    spread = told.spread(told.request_duration.labels("m"))
+    histogram = plain.request_duration.labels("m")
+    for value in values:
+        spread.observe(value)
+        histogram.observe(value)
+    ours, theirs = durations(told), durations(plain)
+    assert len(theirs) > 10
+    assert ours == pytest.approx(theirs)
+
+
+def durations(of: Metrics) -> dict[tuple[str, str], float]:
+    families = [family for family in of.registry.collect() if family.name == P + "request_duration_seconds"]
+    return {(each.name, str(each.labels.get("le"))): each.value for family in families for each in family.samples}
+
+
+def test_whoever_asks_is_told_everything_once() -> None:
+    told = Metrics()
+    tally, level = told.tally(told.requests.labels("m", "200", "c")), told.level(told.cache_bytes.labels("memory"))
+    for count in (3, 5):
+        tally.inc()
+        tally.inc(2)
+        tally.dec(3 - 1)
+        level.set(7)
+        level.set(count)
+        assert sample(told, "requests_total", model="m", status="200", client="c") == (count - 1) // 2
+        assert sample(told, "cache_bytes", tier="memory") == count
+    assert sample(told, "requests_total", model="m", status="200", client="c") == 2
+
+
+@pytest.mark.parametrize("shared", [False, True])
+async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(shared: bool) -> None:
+    plain = Metrics()
+    counter = plain.requests.labels("m", "200", "c")
+    due = metrics.Due(shared=shared)
+    tally = metrics.Tally(counter, due)
+    tally.inc()
+    assert sample(plain, "requests_total", model="m", status="200", client="c") == 0
+    await asyncio.sleep(0)
+    assert sample(plain, "requests_total", model="m", status="200", client="c") == int(shared)
+    due.tell()
+    assert sample(plain, "requests_total", model="m", status="200", client="c") == 1

@@ -176,14 +176,17 @@ class Due(Collector):
     def __init__(self, *, shared: bool) -> None:
         self._shared = shared
         self._waiting: list[Told] = []
+        self._planned = False
 
     def add(self, series: Told) -> None:
-        if self._shared and not self._waiting:
-            with contextlib.suppress(RuntimeError):  # no loop: told when asked
-                asyncio.get_running_loop().call_soon(self.tell)
         self._waiting.append(series)
+        if self._shared and not self._planned:
+            with contextlib.suppress(RuntimeError):  # no loop yet: told with the next, or when asked
+                asyncio.get_running_loop().call_soon(self.tell)
+                self._planned = True
 
     def tell(self) -> None:
+        self._planned = False
         waiting, self._waiting = self._waiting, []
         for series in waiting:
             series.tell()

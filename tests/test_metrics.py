@@ -62,3 +62,17 @@ async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(shared: boo
     assert sample(plain, "requests_total", model="m", status="200", client="c") == int(shared)
     due.tell()
     assert sample(plain, "requests_total", model="m", status="200", client="c") == 1
+
+
+def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> None:
+    plain = Metrics()
+    due = metrics.Due(shared=True)
+    early, late = (metrics.Tally(plain.requests.labels("m", status, "c"), due) for status in ("200", "400"))
+    early.inc()
+
+    async def later() -> None:
+        late.inc()
+        await asyncio.sleep(0)
+
+    asyncio.run(later())
+    assert [sample(plain, "requests_total", model="m", status=each, client="c") for each in ("200", "400")] == [1, 1]

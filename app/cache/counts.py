@@ -23,4 +23,4 @@ class Counts:
         self.set_timeout = bound("set", "timeout")
         self.set_skipped = bound("set", "skipped")
         self.set_dropped = bound("set", "dropped")
-        self.bytes = metrics.level(metrics.cache_bytes.labels(tier))
+        self.bytes = metrics.cache_bytes.labels(tier)

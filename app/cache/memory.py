@@ -44,6 +44,7 @@ class MemoryStore:
         self._ttl = ttl
         self._now = clock.monotonic
         self._counts = Counts(metrics, self.name)
+        self._bytes = metrics.level(self._counts.bytes)
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._size = 0
         self._texts = 0
@@ -81,7 +82,7 @@ class MemoryStore:
         if misses:
             self._counts.miss.inc(misses)
         if expired:
-            self._counts.bytes.set(self._size)
+            self._bytes.set(self._size)
         if misses < len(found):
             self._counts.hit.inc(len(found) - misses)
         if textless:
@@ -102,7 +103,7 @@ class MemoryStore:
                 self._size += len(text)
                 made += 1
         self._shrink()
-        self._counts.bytes.set(self._size)
+        self._bytes.set(self._size)
 
     def insert(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
         """As `put`, without waiting. What alone is larger than the whole store is not kept."""
@@ -112,9 +113,7 @@ class MemoryStore:
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
-            size = len(embedding.vector) + OVERHEAD
-            if embedding.sparse is not None:
-                size += len(embedding.sparse)
+            size = embedding.size + OVERHEAD
             if embedding.text is not None:
                 size += len(embedding.text)
             if size > most:
@@ -130,7 +129,7 @@ class MemoryStore:
             self._counts.ok.inc(kept)
         if dropped:
             self._counts.set_dropped.inc(dropped)
-        self._counts.bytes.set(self._size)
+        self._bytes.set(self._size)
 
     def _shrink(self) -> None:
         while self._size > self._max_size:
@@ -153,4 +152,4 @@ class MemoryStore:
     async def close(self) -> None:
         self._entries.clear()
         self._size = self._texts = 0
-        self._counts.bytes.set(0)
+        self._bytes.set(0)

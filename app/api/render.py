@@ -12,42 +12,34 @@ import orjson
 from app import vectors
 from app.errors import GatewayError, Overloaded, RateLimited
 from app.pipeline.quota import Standing
-from app.types import Embedding, EmbedResult, Source
+from app.types import EmbedResult, Source
 
 Header = tuple[bytes, bytes]
 
 SLICES = {"float": 64, "base64": 512}
 """Vectors rendered in one go; then others get a turn on the event loop. 64 as numbers, of 1,024 each, take 2 ms."""
 
-_BEGIN = [b'{"object":"embedding","index":%d,"embedding":' % i for i in range(2048)]
-
 
 async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
     """OpenAI's response body. `model` is the name that was asked for."""
-    size = SLICES[encoding]
-    parts: list[bytes] = []
-    for start in range(0, len(result.embeddings), size):
-        if start:
-            await asyncio.sleep(0)
-        _rows(parts, start, result.embeddings[start : start + size], encoding)
+    parts: list[bytes] = [b'{"object":"list","data":[']
+    for i, embedding in enumerate(result.embeddings):
+        if i:
+            parts.append(b",")
+            if i % SLICES[encoding] == 0:
+                await asyncio.sleep(0)
+        parts.append(b'{"object":"embedding","index":%d,"embedding":' % i)
+        if encoding == "base64":
+            parts += (b'"', vectors.to_base64(embedding.vector), b'"')
+        else:
+            parts.append(embedding.text or vectors.to_json(embedding.vector))
+        parts.append(b"}" if embedding.sparse is None else b',"sparse_embedding":%b}' % embedding.sparse)
     total = sum([embedding.tokens for embedding in result.embeddings])
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
         % (orjson.dumps(model), total, total, free_tokens(result))
     )
     return b"".join(parts)
-
-
-def _rows(parts: list[bytes], start: int, embeddings: Sequence[Embedding], encoding: str) -> None:
-    """Adds these rows, the first of which has the index `start`."""
-    for i, embedding in enumerate(embeddings, start):
-        begin = _BEGIN[i] if i < len(_BEGIN) else b'{"object":"embedding","index":%d,"embedding":' % i
-        end = b"}" if embedding.sparse is None else b',"sparse_embedding":%b}' % embedding.sparse
-        before = b"," if i else b'{"object":"list","data":['
-        if encoding == "base64":
-            parts += (before, begin, b'"', vectors.to_base64(embedding.vector), b'"', end)
-        else:
-            parts += (before, begin, embedding.text or vectors.to_json(embedding.vector), end)
 
 
 def free_tokens(result: EmbedResult) -> int:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from functools import lru_cache
 
 from app import tokens
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout
-from app.metrics import Metrics, Tally
+from app.metrics import Metrics
 from app.pipeline import contract
 from app.types import Adapter, Auth, Batch, BatchResult, Parsed, Send, Target
 from app.upstreams.redact import Redactor
@@ -33,8 +34,10 @@ class Call:
         self._duration = metrics.spread(metrics.upstream_request_duration.labels(upstream, name))
         self._batch_inputs = metrics.spread(metrics.upstream_batch_inputs.labels(upstream, name))
         self._succeeded = metrics.tally(metrics.upstream_requests.labels(upstream, name, "ok"))
-        self._billed: dict[str, Tally] = {}
-        """By the name callers know the model by; several may lead here."""
+        # By the name callers know the model by; several may lead here.
+        self._billed = lru_cache(maxsize=64)(
+            lambda model: metrics.tally(metrics.tokens.labels(model, upstream, "billed"))
+        )
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
@@ -80,11 +83,7 @@ class Call:
         """The batch's bill in tokens, counted; where the upstream states none, our estimate."""
         total = sum(weights) if stated is None else stated
         model = self._target.model
-        billed = self._billed.get(batch.model)
-        if billed is None:
-            series = self._metrics.tokens.labels(batch.model, self._upstream, "billed")
-            billed = self._billed[batch.model] = self._metrics.tally(series)
-        billed.inc(total)
+        self._billed(batch.model).inc(total)
         if model.price_per_million_tokens:
             cost = self._metrics.cost.labels(batch.model, self._upstream, model.currency)
             cost.inc(total * model.price_per_million_tokens / 1_000_000)

@@ -44,7 +44,7 @@ def in_order(
 def _order(indexes: Sequence[int]) -> Sequence[int]:
     """Where in the reply each input's vector is."""
     places = list(range(len(indexes)))
-    whole = not set(map(type, indexes)) - {int}  # bool is an int to Python, and 1.0 equals 1
+    whole = set(map(type, indexes)) <= {int}  # bool is an int to Python, and 1.0 equals 1
     if whole and indexes == places:  # nearly always
         return places
     if not whole or min(indexes) < 0 or max(indexes) >= len(indexes):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from functools import partial
 from typing import Any, cast
 
 import orjson
@@ -126,10 +125,13 @@ class Protocol(HttpToolsProtocol):
             raise ValueError("Host")
         scope = cast("dict[str, Any]", self.scope)
         super().on_headers_complete()
-        scope["extensions"] = {"hang_up": self._hang_up, "respond": partial(self._respond, self.cycle)}
+        # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
+        scope["extensions"] = {"hang_up": self._hang_up, "respond": self._respond}
 
-    async def _respond(self, cycle: RequestResponseCycle, head: bytes, body: bytes) -> None:
-        """What `cycle.send` does with a response that is all there and has a content-length."""
+    async def _respond(self, head: bytes, body: bytes) -> None:
+        """What `send` does with a response that is all there and has a content-length."""
+        cycle = self._running
+        assert cycle is not None
         if self.flow.write_paused and not cycle.disconnected:
             await self.flow.drain()
         if cycle.disconnected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import re
 import socket
@@ -85,6 +86,19 @@ def test_requests_one_after_the_other_each_get_their_answer(gateway: Running) ->
     assert [status for status, _ in answers] == [200, 200, 200]
     alone = [json.loads(talk(gateway, embed(text))[0][1])["data"] for text in ("one", "two", "three")]
     assert [json.loads(body)["data"] for _, body in answers] == alone
+
+
+@pytest.mark.parametrize("texts", [["the same"] * 100, [f"text {i}" for i in range(100)]], ids=["hits", "misses"])
+def test_requests_leave_no_cycles_behind_for_the_garbage_collector_to_find(gateway: Running, texts: list[str]) -> None:
+    requests = b"".join(map(embed, texts))
+    talk(gateway, embed("the same"))
+    gc.collect()
+    gc.disable()
+    try:
+        assert len(talk(gateway, requests)) == len(texts)
+        assert gc.collect() < len(texts)  # a connection may leave some
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize(

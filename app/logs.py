@@ -11,12 +11,14 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Literal
 
 import orjson
 import structlog
+from msgspec import Struct
+from msgspec.structs import asdict
 
 Format = Literal["text", "json"]
 
@@ -27,6 +29,20 @@ RETRY = 0.25
 
 _PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
 """What logfmt takes without quotes."""
+
+
+class RequestLine(Struct):
+    """What is told of a request, in this order: names and numbers, never texts or keys."""
+
+    request_id: str
+    client: str
+    model: str
+    status: int
+    error: str | None
+    inputs: int
+    cached: int
+    calls: int
+    ms: float
 
 
 class RequestLog:
@@ -48,15 +64,14 @@ class RequestLog:
         self._flush_planned = False
         self._second, self._date = 0, ""
 
-    def line(self, **fields: str | float | None) -> None:
-        """One request's line: names and numbers, never texts or keys. Must be called within the event loop."""
+    def line(self, told: RequestLine) -> None:
+        """Must be called within the event loop."""
         if self._size > LONGEST_BACKLOG:
             self._dropped += 1
             self.on_drop()
             return
-        if self._dropped:
-            fields["lines_dropped_before"], self._dropped = self._dropped, 0
-        line = self._line(self._now(), fields)
+        line = self._line(self._now(), told, self._dropped)
+        self._dropped = 0
         self._waiting.append(line)
         self._size += len(line)
         if not self._flush_planned:
@@ -180,23 +195,28 @@ def _taken(write: Callable[[bytes], int], data: bytes) -> int:
         return 0
 
 
-def _json(timestamp: str, fields: Mapping[str, str | float | None]) -> bytes:
-    whole = {"timestamp": timestamp, "level": "info", "event": "request", **fields}
+def _json(timestamp: str, told: RequestLine, dropped: int) -> bytes:
+    whole = {"timestamp": timestamp, "level": "info", "event": "request", **asdict(told)}
+    if dropped:
+        whole["lines_dropped_before"] = dropped
     return orjson.dumps(whole, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _logfmt(timestamp: str, fields: Mapping[str, str | float | None]) -> bytes:
-    values = [_shown(value) if isinstance(value, str) else "" if value is None else value for value in fields.values()]
-    return (f"timestamp={timestamp} level=info event=request" + _template(tuple(fields)) % tuple(values)).encode()
+def _logfmt(timestamp: str, told: RequestLine, dropped: int) -> bytes:
+    # Written out, for this is done with every request: by a template it takes five times as long.
+    return (
+        f"timestamp={timestamp} level=info event=request request_id={_shown(told.request_id)}"
+        f" client={_shown_name(told.client)} model={_shown_name(told.model)} status={told.status}"
+        f" error={told.error or ''} inputs={told.inputs} cached={told.cached} calls={told.calls} ms={told.ms}"
+        f"{f' lines_dropped_before={dropped}' if dropped else ''}\n"
+    ).encode()
 
 
 def _shown(text: str) -> str:
     return text if _PLAIN(text) else orjson.dumps(text).decode()
 
 
-@lru_cache(maxsize=16)
-def _template(names: tuple[str, ...]) -> str:
-    return "".join(f" {name}=%s" for name in names) + "\n"
+_shown_name = lru_cache(maxsize=1024)(_shown)
 
 
 def configure(form: Format, level: str) -> None:

@@ -18,7 +18,7 @@ import yaml
 
 from app.config import Settings
 from app.config.load import load
-from app.logs import RequestLog
+from app.logs import RequestLine, RequestLog
 from app.main import App, create_app
 from app.serve import config_of, listen
 from app.upstreams import UPSTREAMS
@@ -88,8 +88,8 @@ class _Server(uvicorn.Server):
 class _AtOnce(RequestLog):
     """A test that has its answer finds its line."""
 
-    def line(self, **fields: str | float | None) -> None:
-        super().line(**fields)
+    def line(self, told: RequestLine) -> None:
+        super().line(told)
         self.flush()
 
 

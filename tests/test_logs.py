@@ -11,7 +11,7 @@ import orjson
 import pytest
 
 from app import logs
-from app.logs import Messages, Output, RequestLog
+from app.logs import Messages, Output, RequestLine, RequestLog
 
 
 class Taker:
@@ -34,6 +34,10 @@ class Taker:
         return b"".join(self.written).splitlines()
 
 
+def told(inputs: int = 1, client: str = "me", error: str | None = None) -> RequestLine:
+    return RequestLine("req_1", client, "plain/name-1", 200, error, inputs, cached=0, calls=1, ms=1.5)
+
+
 @pytest.fixture
 def pipe() -> Iterator[tuple[int, int]]:
     reader, writer = os.pipe()
@@ -46,38 +50,41 @@ async def test_a_text_line_is_what_a_shell_and_a_reader_of_logfmt_take_it_for() 
     taker = Taker()
     log = RequestLog("text", taker)
     odd = 'a "b" = c\\ d\n\te ü'
-    log.line(client=odd, model="plain/name-1", error=None, empty="", status=200, ms=1.5)
+    log.line(told(client=odd))
     log.flush()
     [line] = taker.lines
     fields = dict(part.split("=", 1) for part in shlex.split(line.decode().replace("\\n", "\n").replace("\\t", "\t")))
     written = datetime.fromisoformat(fields.pop("timestamp"))
     assert abs((datetime.now(UTC) - written).total_seconds()) < 60
     assert fields == {
-        "level": "info", "event": "request", "client": odd, "model": "plain/name-1", "error": "", "empty": "",
-        "status": "200", "ms": "1.5",
+        "level": "info", "event": "request", "request_id": "req_1", "client": odd, "model": "plain/name-1",
+        "status": "200", "error": "", "inputs": "1", "cached": "0", "calls": "1", "ms": "1.5",
     }  # fmt: skip
 
 
 async def test_a_json_line_is_an_object() -> None:
     taker = Taker()
     log = RequestLog("json", taker)
-    log.line(client='a "b"\n', error=None, status=200, ms=1.5)
+    log.line(told(client='a "b"\n'))
     log.flush()
     [line] = taker.lines
     fields = orjson.loads(line)
     del fields["timestamp"]
-    assert fields == {"level": "info", "event": "request", "client": 'a "b"\n', "error": None, "status": 200, "ms": 1.5}
+    assert fields == {
+        "level": "info", "event": "request", "request_id": "req_1", "client": 'a "b"\n', "model": "plain/name-1",
+        "status": 200, "error": None, "inputs": 1, "cached": 0, "calls": 1, "ms": 1.5,
+    }  # fmt: skip
 
 
 async def test_the_lines_of_one_turn_are_written_together_at_its_end() -> None:
     taker = Taker()
     log = RequestLog("text", taker)
     for number in range(5):
-        log.line(number=number)
+        log.line(told(number))
     assert not taker.written
     await asyncio.sleep(0)
     assert len(taker.written) == 1
-    assert [line.split()[-1] for line in taker.lines] == [b"number=%d" % number for number in range(5)]
+    assert [line.split()[-4] for line in taker.lines] == [b"inputs=%d" % number for number in range(5)]
 
 
 async def test_a_stuck_log_holds_nobody_up_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,14 +92,14 @@ async def test_a_stuck_log_holds_nobody_up_and_goes_on_where_it_was(monkeypatch:
     taker = Taker()
     log = RequestLog("text", taker)
     taker.room = 10
-    log.line(number=1)
+    log.line(told(1))
     log.flush()
-    log.line(number=2)
+    log.line(told(2))
     taker.room = None
     async with asyncio.timeout(10):
         while len(taker.lines) < 2:
             await asyncio.sleep(0)
-    assert [line.split()[-1] for line in taker.lines] == [b"number=1", b"number=2"]
+    assert [line.split()[-4] for line in taker.lines] == [b"inputs=1", b"inputs=2"]
 
 
 @pytest.mark.parametrize("error", [None, OSError(28, "No space left on device"), BrokenPipeError()])
@@ -103,19 +110,21 @@ async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
     taker = Taker()
     taker.room, taker.error = 0, error
     log = RequestLog("text", taker)
-    told: list[int] = []
-    log.on_drop = lambda: told.append(1)
+    drops: list[int] = []
+    log.on_drop = lambda: drops.append(1)
     for number in range(100):
-        log.line(number=number)
+        log.line(told(number))
         log.flush()
     taker.room = taker.error = None
     log.flush()
-    log.line(number=100)
+    log.line(told(100))
     log.flush()
     kept = len(taker.lines) - 1
     assert 5 < kept < 50
-    assert taker.lines[-1].endswith(b"number=100 lines_dropped_before=%d" % (100 - kept))
-    assert len(told) == 100 - kept
+    last = taker.lines[-1].split()
+    assert b"inputs=100" in last
+    assert last[-1] == b"lines_dropped_before=%d" % (100 - kept)
+    assert len(drops) == 100 - kept
 
 
 def _message(text: str, *values: object) -> logging.LogRecord:

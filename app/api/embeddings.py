@@ -36,7 +36,7 @@ from app.errors import (
     UpstreamTimeout,
 )
 from app.gateway import Gateway, PublicModel
-from app.logs import RequestLog
+from app.logs import RequestLine, RequestLog
 from app.pipeline.admit import INPUT, Place
 from app.pipeline.quota import Quota
 from app.types import EmbedRequest, EmbedResult, Source
@@ -273,15 +273,17 @@ class Embeddings:
         if status == 499:
             metrics.rejected_requests.labels("client_gone").inc()
         self._request_log.line(
-            request_id=exchange.id.decode(),
-            client=exchange.tenant.caller.name,
-            model=model,
-            status=status,
-            error=error.code if error else None,
-            inputs=exchange.inputs,
-            cached=result.sources.count(Source.CACHE) if result else 0,
-            calls=result.calls if result else 0,
-            ms=round(elapsed * 1000, 1),
+            RequestLine(
+                request_id=exchange.id.decode(),
+                client=exchange.tenant.caller.name,
+                model=model,
+                status=status,
+                error=error.code if error else None,
+                inputs=exchange.inputs,
+                cached=result.sources.count(Source.CACHE) if result else 0,
+                calls=result.calls if result else 0,
+                ms=round(elapsed * 1000, 1),
+            )
         )
 
     def _count_inputs(self, model: str, result: EmbedResult) -> None:

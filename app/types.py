@@ -185,7 +185,8 @@ class WireReply(Struct):
 
     status: int
     headers: dict[str, str]
-    body: bytes
+    body: bytes | bytearray
+    """Nobody else's, and not to be changed: a long one is handed on as it was received, not copied."""
 
 
 Send: TypeAlias = Callable[[WireRequest], Awaitable[WireReply]]

@@ -31,7 +31,7 @@ def from_numbers(numbers: Sequence[float]) -> bytes:
     return packed.tobytes()
 
 
-def from_base64(text: str) -> bytes:
+def from_base64(text: str | memoryview) -> bytes:
     """OpenAI's base64 form, float32 little-endian, to bytes. Raises `ValueError`."""
     raw = pybase64.b64decode(text, validate=True)
     if len(raw) % 4:

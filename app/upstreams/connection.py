@@ -165,9 +165,9 @@ class Connection(asyncio.BufferedProtocol):
     def _finish_if_whole(self) -> None:
         body = self._body
         if body is not None and self._size == len(body):
-            self._succeed(bytes(body))
+            self._succeed(body)
 
-    def _succeed(self, body: bytes) -> None:
+    def _succeed(self, body: bytes | bytearray) -> None:
         if self._ends_with_connection or not (self._tunnel or self._parser.should_keep_alive()):
             self.closed = True
             self.transport.close()

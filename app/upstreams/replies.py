@@ -181,7 +181,7 @@ def _text(value: object) -> str:
     return ""
 
 
-def _plain(body: bytes) -> str:
+def _plain(body: bytes | bytearray) -> str:
     """What a page that is no JSON says, without its markup."""
     text = body[:4096].decode("utf-8", "replace")
     return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text)

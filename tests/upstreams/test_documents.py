@@ -1,3 +1,7 @@
+import base64
+import json
+from typing import Any
+
 import orjson
 import pytest
 from hypothesis import given, settings
@@ -57,3 +61,80 @@ def test_a_nest_is_no_vector_and_no_trouble() -> None:
     for depth in (20, 500, 5000):
         with pytest.raises((TypeError, ValueError)):
             read(reply("[" * depth + "1" + "]" * depth))
+
+
+# --- base64 ------------------------------------------------------------------------------------------------
+
+VECTORS = st.binary(min_size=4, max_size=40).map(lambda raw: base64.b64encode(raw[: len(raw) // 4 * 4]).decode())
+ODD = st.sampled_from(
+    ["", "\0", "\\u0000", "embedding", '"embedding":"AAAA"', "AAAA", "A AA", "é", 7, None, [], {}, [0.5]]
+)
+KEYS = st.sampled_from(["embedding", "index", "object", "data", "\0"])
+ROWS = st.one_of(
+    VECTORS.map(lambda text: {"object": "embedding", "index": 0, "embedding": text}),
+    VECTORS.map(lambda text: {"embedding": text}),
+    st.dictionaries(KEYS, VECTORS | ODD | st.dictionaries(KEYS, VECTORS | ODD, max_size=2), max_size=3),
+    ODD,
+)
+
+
+def whole(body: Any) -> Any:
+    """The document with each row's vector as a vector, or what reading it raises."""
+    if not isinstance(body, dict) or not isinstance(body.get("data"), list):
+        return body
+    rows = [row for row in body["data"] if isinstance(row, dict) and "embedding" in row]
+    for row in rows:
+        try:
+            row["embedding"] = vectors.parse(row["embedding"])
+        except (TypeError, ValueError) as error:
+            row["embedding"] = type(error)
+    return body
+
+
+@settings(max_examples=600, deadline=None)
+@given(st.lists(ROWS, max_size=4), st.sampled_from([(",", ":"), (", ", ": "), (",\n", "\t: ")]), VECTORS | ODD)
+def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
+    rows: list[Any], separators: tuple[str, str], beside: Any
+) -> None:
+    raw = json.dumps({"data": rows, "embedding": beside}, separators=separators).encode()
+    assert whole(documents.load(raw)) == whole(orjson.loads(raw))
+
+
+@pytest.mark.parametrize("raw", [
+    rb'{"data":[{"embedding":"AAAAAQ=="},{"embedding":"AAAAAg==","embedding":"AAAAAw=="}]}',
+    rb'{"data":[{"embedding":"AAAAAQ==","embedding":"AAAAAg=="},{"object":"embedding"}]}',
+    rb'{"data":[{"embedding":"AAAAAQ==","embedding": "AAAAAg=="},{"embedding":"AAAAAw=="}]}',
+    rb'{"data":[{"embedding": "AAAAAQ==","embedding":"AAAAAg=="},{"embedding": "AAAAAw=="}]}',
+    rb'{"data":[{"embedding":"AAAAAQ=="},{"embedding":"AAAAAg=="},{"embedding" :"AAAAAw=="}]}',
+    rb'{"embedding":"AAAAAQ==","data":[{"embedding":"AAAAAg=="}]}',
+    rb'{"data":[{"embedding":"\u0000"},{"embedding":"AAAAAg=="}]}',
+    rb'{"data":[{"embedding":"AAAAAg=="},{"embedding":"\u0000"}]}',
+    rb'{"data":[{"embedding":"AAAAAQ==","a":{"embedding":"AAAAAg=="}},{"embedding" :"\u0000"}]}',
+    rb'{"data":[{"a\"embedding":"AAAAAQ==","embedding" :"\u0000"},{"embedding":"AAAAAg=="}]}',
+])  # fmt: skip
+def test_rows_that_are_written_oddly_get_no_other_rows_vector(raw: bytes) -> None:
+    assert whole(documents.load(raw)) == whole(orjson.loads(raw))
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"data":[{"embedding":"AAAAAA==}]}',
+        b'{"data":[{"embedding":"AAAAAA=="}]',
+        b'{"data":[{"embedding":"AAAAAA=="}]}}',
+        b'{"data":[{"x"embedding":"AAAAAA=="}]}',
+        b'{"data":[{"embedding":"AAAAAA=="}]}"',
+        b'{"data":[{"embedding":"AAAAAA=="},]}',
+        b'{"data":[{"embedding":"AAAA\x00A=="}]}',
+        b'{"data":[{"embedding":"AAAA\xffA=="}]}',
+        b'{"data":[{"embedding":"AAAAAA=="}],"x":"\x01"}',
+    ],
+)
+def test_base64_in_what_is_no_json_is_refused(raw: bytes) -> None:
+    with pytest.raises(orjson.JSONDecodeError):
+        documents.load(raw)
+
+
+def test_a_reply_in_base64_is_vectors_from_the_start() -> None:
+    body = documents.load(b'{"data":[{"index":0,"embedding":"AACAPw=="},{"index":1,"embedding":"AAAAQA=="}]}')
+    assert [row["embedding"] for row in body["data"]] == [vectors.from_numbers([1]), vectors.from_numbers([2])]

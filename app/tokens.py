@@ -145,13 +145,20 @@ class Room:
     characters: int | None
     rule: TokenRule = "bytes"
 
+    @property
+    def any_text(self) -> int:
+        """A text of so many characters fits, whatever they are."""
+        by_tokens = sys.maxsize if self.tokens is None else (self.tokens - _AROUND["bytes"] // 10) // _SAFE
+        return min(by_tokens, sys.maxsize if self.characters is None else self.characters // 2)
+
     def surely_holds(self, text: str) -> bool:
         """Whether the text fits, however its tokens are counted; told without counting any."""
-        count, few = len(text), len(text) * _SAFE + 4
-        if self.rule != "han+words" and self.tokens is not None and count > self.tokens:
+        if len(text) <= self.any_text:
+            return True
+        if self.rule != "han+words" and self.tokens is not None and len(text) > self.tokens:
             return False  # a body's worth of text is not looked at for nothing
-        return (self.characters is None or 2 * count <= self.characters or characters(text) <= self.characters) and (
-            self.tokens is None or few <= self.tokens or at_most(text, self.rule) <= self.tokens
+        return (self.characters is None or characters(text) <= self.characters) and (
+            self.tokens is None or at_most(text, self.rule) <= self.tokens
         )
 
     def counts(self, text: str) -> bool:

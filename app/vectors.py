@@ -41,10 +41,10 @@ def from_base64(text: str | memoryview) -> bytes:
 
 def parse(value: object) -> bytes:
     """Either form an upstream may answer in, or a vector already. Raises `TypeError` or `ValueError`."""
-    if isinstance(value, str):
-        return from_base64(value)
     if isinstance(value, bytes):
         return value
+    if isinstance(value, str):
+        return from_base64(value)
     return from_numbers(value)  # type: ignore[arg-type]  # from_numbers refuses what is no list
 
 

@@ -8,16 +8,15 @@ request costs a microsecond.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import orjson
 from msgspec import Struct
 
 from app import tokens
 from app.api import content
-from app.catalog import Role
 from app.errors import InvalidJson, InvalidRequest
-from app.types import Input, Media, OnLongInput, OutputType, Params
+from app.types import Input, Media, OnLongInput, Params
 
 MAX_IDS = 2**18
 """Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
@@ -29,6 +28,9 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "output_type": ("dense", "sparse", "dense&sparse"),
     "on_long_input": ("error", "truncate", "split"),
 }
+
+_IN_PARAMS = frozenset(("dimensions", "input_type", "text_type", "output_type", "instruct"))
+_USUAL = Params()
 
 
 class EmbeddingsBody(Struct):
@@ -49,15 +51,12 @@ def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) ->
     model = path_model if path_model is not None else body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter: the name of a model, a string", param="model")
-    encoding = _choice(body, "encoding_format") or "float"
+    encoding = _choice(body, "encoding_format", "float")
     inputs, media = _inputs(body.get("input"), max_inputs)
     user = body.get("user")
     if user is not None and not isinstance(user, str):
         raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
-    on_long_input = cast("OnLongInput | None", _choice(body, "on_long_input"))
-    return EmbeddingsBody(
-        model, inputs, _params(body), cast("Literal['float', 'base64']", encoding), on_long_input, media
-    )
+    return EmbeddingsBody(model, inputs, _params(body), encoding, _choice(body, "on_long_input"), media)
 
 
 def _object(raw: bytes) -> dict[str, Any]:
@@ -73,6 +72,8 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 
 def _params(body: dict[str, Any]) -> Params:
+    if _IN_PARAMS.isdisjoint(body):
+        return _USUAL
     role = _choice(body, "input_type")
     synonym = _choice(body, "text_type")
     if role and synonym and role != synonym:
@@ -82,8 +83,8 @@ def _params(body: dict[str, Any]) -> Params:
         raise InvalidRequest(f"instruct must be a string, not {_kind(instruct)}", param="instruct")
     return Params(
         dimensions=_dimensions(body.get("dimensions")),
-        input_type=cast("Role | None", role or synonym),
-        output_type=cast("OutputType", _choice(body, "output_type") or "dense"),
+        input_type=role or synonym,
+        output_type=_choice(body, "output_type", "dense"),
         instruct=instruct,
     )
 
@@ -97,15 +98,16 @@ def _dimensions(value: Any) -> int | None:
     return value
 
 
-def _choice(body: dict[str, Any], field: str) -> str | None:
+def _choice(body: dict[str, Any], field: str, usual: str | None = None) -> Any:
+    """One of the words that may stand there."""
     value = body.get(field)
     if value is None:
-        return None
+        return usual
     choices = _CHOICES[field]
     if value not in choices:
         shown = value[:40] if isinstance(value, str) else _kind(value)
         raise InvalidRequest(f"Invalid value for '{field}' = {shown}. Supported values: {list(choices)}.", param=field)
-    return cast("str", value)
+    return value
 
 
 # --- input ----------------------------------------------------------------------------------------------
@@ -133,7 +135,7 @@ def _listed(value: list[Any], max_inputs: int) -> tuple[Sequence[Input], bool]:
     if kinds == {str}:
         if "" in value:
             _text("", f"input[{value.index('')}]")
-        return cast("list[str]", value), False
+        return value, False
     if kinds == {list}:
         return [_tokens(ids, f"input[{i}]") for i, ids in enumerate(value)], False
     if kinds <= {str, dict}:

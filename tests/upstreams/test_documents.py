@@ -66,7 +66,7 @@ def test_a_nest_is_no_vector_and_no_trouble() -> None:
 # --- base64 ------------------------------------------------------------------------------------------------
 
 VECTORS = st.binary(min_size=4, max_size=40).map(lambda raw: base64.b64encode(raw[: len(raw) // 4 * 4]).decode())
-ODD = st.sampled_from(
+ODD: st.SearchStrategy[Any] = st.sampled_from(
     ["", "\0", "\\u0000", "embedding", '"embedding":"AAAA"', "AAAA", "A AA", "é", 7, None, [], {}, [0.5]]
 )
 KEYS = st.sampled_from(["embedding", "index", "object", "data", "\0"])

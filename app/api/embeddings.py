@@ -19,10 +19,11 @@ from typing import Any
 from msgspec import Struct
 
 from app import tokens
-from app.api import render
+from app.api import render, usage
 from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Deadlines, Guard
 from app.api.schema import EmbeddingsBody, parse_body
+from app.api.usage import Usage
 from app.config import ServerSettings
 from app.errors import (
     BodyTooLarge,
@@ -59,8 +60,6 @@ parsed in a thread, in which only the JSON itself holds up others."""
 
 _JSON = (b"content-type", b"application/json")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_SPARED = {Source.UPSTREAM: "", Source.CACHE: "cached", Source.INFLIGHT: "deduplicated"}
-"""What tokens are called that a source spared."""
 _remembered = lru_cache(maxsize=4096)
 
 log = logging.getLogger(__name__)
@@ -98,6 +97,8 @@ class _Exchange(Struct):
     """Whether the quota needs to hear no more of this request."""
     public: PublicModel | None = None
     result: EmbedResult | None = None
+    usage: Usage | None = None
+    """Of the result."""
     inputs: int = 0
     reading: bool = True
     """Whether the caller's body is still to come: then a passed deadline is the caller's."""
@@ -169,12 +170,13 @@ class Embeddings:
                     body = await asyncio.to_thread(self._parse, raw, path_model)
                 place.hold(len(raw) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
-                rendered = await render.embeddings(result, body.model, body.encoding)
+                exchange.usage = totals = usage.of(result)
+                rendered = await render.embeddings(result, totals, body.model, body.encoding)
         except TimeoutError:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
-        return 200, render.result_headers(result, public.space), rendered
+        return 200, render.result_headers(result, totals, public.space), rendered
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, place: Place) -> bytes:
         limit = self._server.max_body
@@ -266,8 +268,8 @@ class Embeddings:
         self._requests(model, status, exchange.tenant.caller.name).inc()
         self._durations(model).observe(elapsed)
         result = exchange.result
-        if result is not None:
-            self._count_inputs(model, result)
+        if exchange.usage is not None:
+            self._count(model, exchange.usage)
         if isinstance(error, InvalidRequest | Overloaded) and result is None:
             metrics.rejected_requests.labels(error.code).inc()
         if status == 499:
@@ -280,24 +282,24 @@ class Embeddings:
                 status=status,
                 error=error.code if error else None,
                 inputs=exchange.inputs,
-                cached=result.sources.count(Source.CACHE) if result else 0,
+                cached=exchange.usage.cached if exchange.usage else 0,
                 calls=result.calls if result else 0,
                 ms=round(elapsed * 1000, 1),
             )
         )
 
-    def _count_inputs(self, model: str, result: EmbedResult) -> None:
-        """Where they came from, and the tokens nobody was billed for: of inputs found in the cache, or asked once
-        for several."""
-        for source, spared in _SPARED.items():
-            count = result.sources.count(source)
-            if count:
-                self._inputs(model, source).inc(count)
-            if count and spared:
-                pairs = zip(result.embeddings, result.sources, strict=True)
-                self._tokens(model, "", spared).inc(sum(each.tokens for each, its in pairs if its is source))
-        if result.free_tokens:
-            self._tokens(model, "", "cached").inc(result.free_tokens)
+    def _count(self, model: str, totals: Usage) -> None:
+        """Inputs, and the tokens nobody was billed for."""
+        if totals.upstream:
+            self._inputs(model, Source.UPSTREAM).inc(totals.upstream)
+        if totals.cached:
+            self._inputs(model, Source.CACHE).inc(totals.cached)
+        if totals.shared:
+            self._inputs(model, Source.INFLIGHT).inc(totals.shared)
+        if totals.cached_tokens:
+            self._tokens(model, "", "cached").inc(totals.cached_tokens)
+        if totals.shared_tokens:
+            self._tokens(model, "", "deduplicated").inc(totals.shared_tokens)
 
 
 async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:

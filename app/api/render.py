@@ -10,9 +10,10 @@ from urllib.parse import quote
 import orjson
 
 from app import vectors
+from app.api.usage import Usage
 from app.errors import GatewayError, Overloaded, RateLimited
 from app.pipeline.quota import Standing
-from app.types import EmbedResult, Source
+from app.types import EmbedResult
 
 Header = tuple[bytes, bytes]
 
@@ -20,7 +21,7 @@ SLICES = {"float": 64, "base64": 512}
 """Vectors rendered in one go; then others get a turn on the event loop. 64 as numbers, of 1,024 each, take 2 ms."""
 
 
-async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
+async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: str) -> bytes:
     """OpenAI's response body. `model` is the name that was asked for."""
     parts: list[bytes] = [b'{"object":"list","data":[']
     for i, embedding in enumerate(result.embeddings):
@@ -34,28 +35,16 @@ async def embeddings(result: EmbedResult, model: str, encoding: str) -> bytes:
         else:
             parts.append(embedding.text or vectors.to_json(embedding.vector))
         parts.append(b"}" if embedding.sparse is None else b',"sparse_embedding":%b}' % embedding.sparse)
-    total = sum([embedding.tokens for embedding in result.embeddings])
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
-        % (orjson.dumps(model), total, total, free_tokens(result))
+        % (orjson.dumps(model), usage.tokens, usage.tokens, usage.cached_tokens + usage.shared_tokens)
     )
     return b"".join(parts)
 
 
-def free_tokens(result: EmbedResult) -> int:
-    """The part of the bill that cost nothing: cached, or asked once for several."""
-    if result.sources.count(Source.UPSTREAM) == len(result.sources):
-        return result.free_tokens
-    return result.free_tokens + sum(
-        embedding.tokens
-        for embedding, source in zip(result.embeddings, result.sources, strict=True)
-        if source is not Source.UPSTREAM
-    )
-
-
-def result_headers(result: EmbedResult, space: str) -> list[Header]:
+def result_headers(result: EmbedResult, usage: Usage, space: str) -> list[Header]:
     """`x-embedding-*`: how the answer came about, and which vectors it may be compared with."""
-    cached = result.sources.count(Source.CACHE)
+    cached = usage.cached
     state = b"hit" if cached == len(result.sources) else b"partial" if cached else b"miss"
     # Sparse vectors have places in a vocabulary and no length.
     length = vectors.dimensions(result.embeddings[0].vector) or "sparse"

@@ -190,9 +190,10 @@ class Batcher:
         """One call for the first group that has inputs in this lane and can have a slot; then it is the last."""
         for group, queue in list(self._queues.items()):
             self._forget(queue.drop_abandoned())
-            if queue.lane() is None:
+            next_lane = queue.lane()
+            if next_lane is None:
                 del self._queues[group]
-            if queue.lane() != lane:
+            if next_lane != lane:
                 continue
             slot = self._route.take(lane, group[1])
             if slot is None:
@@ -298,12 +299,12 @@ def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> E
             if isinstance(job.outcome, ContextLengthExceeded):
                 too_long[i] = job.outcome.at_input(positions[i])
         embeddings = [job.outcome if isinstance(job.outcome, Embedding) else NOTHING for job in jobs]
-    flights = dict.fromkeys([job.flight for job in jobs])
+    flights = [flight for flight in dict.fromkeys([job.flight for job in jobs]) if flight]
     return EmbedResult(
         embeddings=embeddings,
         sources=sources,
-        calls=sum(flight.calls for flight in flights if flight),
-        deployments=tuple(dict.fromkeys(flight.deployment for flight in flights if flight)),
+        calls=sum([flight.calls for flight in flights]),
+        deployments=tuple(dict.fromkeys([flight.deployment for flight in flights])),
         too_long=too_long,
     )
 

@@ -78,7 +78,10 @@ class Queue:
 
     def lane(self) -> Lane | None:
         """The lane to serve next, or None when the queue is empty."""
-        return next((lane for lane, jobs in self._lanes.items() if jobs), None)
+        for lane, jobs in self._lanes.items():
+            if jobs:
+                return lane
+        return None
 
     def drop_abandoned(self) -> list[Job]:
         """Takes inputs nobody waits for off the front of each lane, and returns them."""

@@ -111,8 +111,12 @@ class Route:
 
     def closed(self) -> str | None:
         """Why nothing can be embedded here until further notice, if so."""
-        reasons = [each.health.out for each in self.deployments]
-        return reasons[0] if all(reasons) else None
+        reason = None
+        for each in reversed(self.deployments):  # a loop, for this is asked for every request
+            reason = each.health.out
+            if reason is None:
+                return None
+        return reason
 
     def cooling(self, params: Params) -> float:
         """Seconds until the first deployment may have a call, if all rest after a rate limit; else 0."""

@@ -24,7 +24,7 @@ KEEP_ALIVE = 30.0
 """Seconds a connection may lie idle. Servers close theirs after 5 s (uvicorn) to 75 s (nginx) and longer."""
 ADDRESS_DELAY = 0.25
 """Seconds after which the next address of a name is tried as well (RFC 8305, 8)."""
-SCRATCH = 64 * 2**10
+SCRATCH = 16 * 2**10
 """Bytes taken from the network at once."""
 URLS = 64
 """Addresses remembered in the form in which they are sent: parsing one costs more than sending to it."""

@@ -9,7 +9,8 @@ last word.
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 import numpy as np
 import orjson
@@ -20,9 +21,10 @@ from app import vectors
 DEEPEST = 8
 """Levels of a reply of embeddings, at the most; the deepest known has five."""
 
-
 _TEXT = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*"')
 """What stands before a vector in base64."""
+_LIST = re.compile(rb"\[[ \t\r\n]*[-0-9]")
+"""What a list of numbers begins with."""
 
 
 def load(raw: bytes | bytearray) -> Any:
@@ -34,8 +36,8 @@ def load(raw: bytes | bytearray) -> Any:
         if text is not None:
             return _around_base64(raw, text.group())
         if raw.count(b",", 0, 1024) > 32:
-            return _document(raw)
-    except (KeyError, RuntimeError, TypeError, ValueError):  # a RuntimeError for too deep a nest
+            return _around_numbers(raw)
+    except (KeyError, RuntimeError, TypeError, ValueError):  # a RuntimeError for a number of more than 64 bits
         pass
     return orjson.loads(raw)
 
@@ -68,26 +70,39 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
     return body
 
 
-def _document(raw: bytes | bytearray) -> Any:
-    """Raises `TypeError` or `ValueError` for what is not plain numbers in plain lists, or no JSON."""
-    lists = [0]
-    document = _value(simdjson.Parser().parse(raw), lists, DEEPEST)
-    # A list within a list of numbers would be read as part of it: then there are more lists than we have seen.
-    if raw.count(b"[") != lists[0]:
+def _around_numbers(raw: bytes | bytearray) -> Any:
+    """The document with a mark in place of each list of numbers, parsed; then with the vectors in place of the marks.
+
+    Each list is parsed alone, in memory that is at hand: a parse of the whole writes three times its size. A list ends
+    with the first bracket that closes one, or else it is none of numbers. A mark within a string would end it, and what
+    follows would be no JSON. Raises `TypeError` or `ValueError` for what is not plain numbers in plain lists.
+    """
+    if b"\\" in raw:
         raise ValueError("unusual")
-    return document
+    parse, search, find = simdjson.Parser().parse, _LIST.search, raw.find
+    found: list[bytes] = []
+    pieces: list[bytes | bytearray] = []
+    end = 0
+    with np.errstate(over="ignore"):  # becomes infinite, as in `vectors.from_numbers`
+        while (begins := search(raw, end)) is not None:
+            begin = begins.start()
+            pieces += (raw[end:begin], b'"\\u0000%d"' % len(found))
+            end = find(b"]", begin) + 1
+            if not end:
+                raise ValueError("no JSON")
+            numbers = cast("simdjson.Array", parse(raw[begin:end])).as_buffer(of_type="d")
+            found.append(np.frombuffer(numbers, "<f8").astype("<f4").tobytes())
+    pieces.append(raw[end:])
+    return _filled(orjson.loads(b"".join(pieces)), found, DEEPEST)
 
 
-def _value(value: object, lists: list[int], depth: int) -> object:
+def _filled(value: Any, found: Sequence[bytes], depth: int) -> Any:
     if not depth:
         raise ValueError("deep")
-    if isinstance(value, simdjson.Object):
-        # Not items(), which would make Python floats of all that is below.
-        return {name: _value(value[name], lists, depth - 1) for name in value}
-    if isinstance(value, simdjson.Array):
-        lists[0] += 1
-        if len(value) and isinstance(value[0], int | float):
-            with np.errstate(over="ignore"):  # becomes infinite, as in `vectors.from_numbers`
-                return np.frombuffer(value.as_buffer(of_type="d"), "<f8").astype("<f4").tobytes()
-        return [_value(inner, lists, depth - 1) for inner in value]
+    if isinstance(value, str):
+        return found[int(value[1:])] if value.startswith("\0") else value
+    if isinstance(value, dict):
+        return {name: _filled(inner, found, depth - 1) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_filled(inner, found, depth - 1) for inner in value]
     return value

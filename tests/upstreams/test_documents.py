@@ -53,6 +53,48 @@ def test_what_is_no_list_of_numbers_is_no_vector(row: str) -> None:
         read(reply(row))
 
 
+WORDS = st.sampled_from(["", "\0", "\0000", "a[1]", "[1", "1]", '","b":[1,2],"c":"', "[", "]", "embedding", "é"])
+LISTS = st.lists(st.integers(-9, 9) | st.floats(-1, 1), min_size=1, max_size=3)
+VALUES = st.recursive(
+    LISTS.map(json.dumps)
+    | WORDS.map(lambda word: json.dumps(word, ensure_ascii=False))
+    | st.sampled_from(
+        ["7", "null", "true", "[]", "{}", "[true]", "[1, null]", "[ -1\n]", "[1,[2]]", "[[1],2]", "[1 2]"]
+    ),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda items: f"[{','.join(items)}]")
+        | st.lists(st.tuples(st.sampled_from("ab"), inner), max_size=3).map(
+            lambda pairs: "{" + ", ".join(f'"{name}": {value}' for name, value in pairs) + "}"  # names may repeat
+        )
+    ),
+    max_leaves=6,
+)
+
+
+def packed(value: Any) -> Any:
+    """With every list of nothing but numbers as a vector."""
+    if isinstance(value, dict):
+        return {name: packed(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        if value and all(type(each) in (int, float) for each in value):
+            return vectors.from_numbers(value)
+        return [packed(inner) for inner in value]
+    return value
+
+
+@settings(max_examples=800, deadline=None)
+@given(VALUES)
+def test_numbers_are_read_as_by_way_of_python_whatever_stands_around_them(value: str) -> None:
+    raw = f'{{"first":[{",".join(["0.5"] * 64)}],"rest":{value}}}'.encode()
+    try:
+        expected = orjson.loads(raw)
+    except orjson.JSONDecodeError:
+        with pytest.raises(orjson.JSONDecodeError):
+            documents.load(raw)
+    else:
+        assert packed(documents.load(raw)) == packed(expected)
+
+
 def test_an_empty_list_is_an_empty_vector() -> None:
     assert read(reply("[]")).vectors == [b""]
 

@@ -17,6 +17,7 @@ import yaml
 
 from app.clock import SystemClock
 from app.config.source import Source
+from app.gateway import Gateway
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
@@ -170,6 +171,36 @@ def test_a_bad_file_changes_nothing_and_every_mistake_is_a_line_of_the_log(
         until_reloads(gateway, "ok", 1)
         assert gateway.metric("config_valid") == 1
         assert "more" in names(gateway)
+
+
+def test_a_gateway_that_cannot_start_is_closed_and_the_one_in_force_keeps_what_they_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Gateway] = []
+    closed: list[tuple[Gateway, Gateway | None]] = []
+    close = Gateway.aclose
+
+    async def start(self: Gateway) -> None:
+        started.append(self)
+        raise RuntimeError("cannot start")
+
+    async def aclose(self: Gateway, successor: Gateway | None = None) -> None:
+        closed.append((self, successor))
+        await close(self, successor)
+
+    with FakeOpenAI(api_key="sk-fake") as fake, watched(tmp_path, config(fake, docs={})) as gateway:
+        before = gateway.app.gateway
+        assert gateway.post({"model": "docs", "input": "x"}).status_code == 200
+        with monkeypatch.context() as patched:
+            patched.setattr(Gateway, "start", start)
+            patched.setattr(Gateway, "aclose", aclose)
+            write(tmp_path, config(fake, docs={}, more={}))
+            until_reloads(gateway, "failed", 1)
+        assert started
+        assert closed == [(each, before) for each in started]
+        assert gateway.app.gateway is before
+        assert gateway.metric("config_valid") == 0
+        assert gateway.post({"model": "docs", "input": "y"}).status_code == 200
 
 
 def test_a_file_that_is_gone_is_waited_for_and_not_taken_for_an_empty_one(tmp_path: Path) -> None:

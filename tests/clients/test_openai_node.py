@@ -31,7 +31,7 @@ def node() -> str:
     """Node, with the SDK installed from the lock file."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if not node or not npm:
-        extra.missing("node is not installed")
+        extra.missing("node is not installed", "javascript")
     if not (FOLDER / "node_modules" / "openai").is_dir():
         command = [npm, "ci", "--no-audit", "--no-fund"]
         ran = subprocess.run(command, cwd=FOLDER, capture_output=True, text=True, check=False, timeout=100)

@@ -66,6 +66,7 @@ class Protocol(HttpToolsProtocol):
     _head = b""
     _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
+    _idle_since = 0.0
 
     def __init__(self, *args: Any, outbox: Outbox, refused: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -111,6 +112,7 @@ class Protocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
+        super()._unset_keepalive_if_required()
         super().connection_lost(exc)
         # The server tells the request that came last; with others behind it that is not the one being answered.
         if self._running is not None and not self._running.response_complete:
@@ -147,6 +149,37 @@ class Protocol(HttpToolsProtocol):
         cycle.message_event.set()
         # A request behind this one begins in a turn of its own: its response cannot be written before this one's.
         cycle.on_response()
+
+    # --- keep-alive: a timer that looks how long it has been idle, in place of a new one for every request ------
+
+    def on_response_complete(self) -> None:
+        """As the server does it, but for the timer."""
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+            return
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._look_again_in(self.timeout_keep_alive)
+
+    def _look_again_in(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._head or not self.cycle.response_complete:
+            return  # not idle: the next response begins anew
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._look_again_in(left)
+        else:
+            super().timeout_keep_alive_handler()
+
+    def _unset_keepalive_if_required(self) -> None:
+        """Whatever arrives, the timer stays."""
 
     def shutdown(self) -> None:
         self._outbox.flush()

@@ -21,6 +21,8 @@ from app.workers import Orders, Workers
 
 log = logging.getLogger(__name__)
 
+KEEP_ALIVE = 75
+"""Seconds for which a connection may lie idle: longer than any load balancer in use takes it to."""
 STOPPING = 10.0
 """Seconds on top of a request's own time for the last of them to finish after the listener has closed."""
 
@@ -47,7 +49,7 @@ def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda
         proxy_headers=False,
         server_header=False,
         date_header=False,
-        timeout_keep_alive=75,
+        timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=_patience(settings),
         ws="none",
         **more,

@@ -7,11 +7,12 @@ import gc
 import json
 import re
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
 
-from app import protocol
+from app import protocol, serve
 from tests.harness import Running, running
 
 
@@ -133,3 +134,61 @@ def test_a_head_that_never_ends_is_refused_in_time(gateway: Running, monkeypatch
     ((status, body),) = talk(gateway, b"GET / HTTP/1.1\r\nHost: x\r\n", last=b"")
     assert status == 400
     assert b"in time" in body
+
+
+# --- keep-alive -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def impatient() -> Iterator[Running]:
+    """Closes connections that have been idle for a second."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(serve, "KEEP_ALIVE", 1)
+        with running({"upstreams": {"lexical": {"type": "lexical"}}}) as gateway:
+            yield gateway
+
+
+@contextlib.contextmanager
+def connected(gateway: Running) -> Iterator[socket.socket]:
+    host, port = gateway.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        yield connection
+
+
+def answered(connection: socket.socket, *pieces: bytes, pause: float = 0.0) -> bool:
+    """Whether there is an answer to what is sent in these pieces; there is none over a connection that was closed."""
+    try:
+        for i, piece in enumerate(pieces):
+            time.sleep(pause if i else 0)
+            connection.sendall(piece)
+        return connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+    except ConnectionError:
+        return False
+
+
+def test_an_idle_connection_is_closed_in_the_end(impatient: Running) -> None:
+    with connected(impatient) as connection:
+        assert answered(connection, embed("x"))
+        began = time.monotonic()
+        assert connection.recv(1) == b""
+        assert 0.9 < time.monotonic() - began < 10
+
+
+def test_a_connection_in_use_stays(impatient: Running) -> None:
+    with connected(impatient) as connection:
+        for i in range(6):
+            assert answered(connection, embed(f"x {i}")), i
+            time.sleep(0.4)
+        began = time.monotonic()
+        assert connection.recv(1) == b""  # 0.4 s of its second are over
+        assert 0.4 < time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("cut", [20, 110], ids=["head", "body"])
+def test_a_request_that_comes_slowly_is_not_cut_off_as_idle(impatient: Running, cut: int) -> None:
+    request = embed("x" * 100)
+    assert request.index(b"\r\n\r\n") < 110 < len(request)
+    with connected(impatient) as connection:
+        assert answered(connection, embed("before"))
+        assert answered(connection, request[:cut], request[cut:], pause=1.3)
+        assert answered(connection, embed("behind"))

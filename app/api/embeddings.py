@@ -21,10 +21,11 @@ from msgspec import Struct
 from app import tokens
 from app.api import render, usage
 from app.api.auth import ANONYMOUS, Keys, Tenant
-from app.api.guard import ClientGone, Deadlines, Guard
+from app.api.guard import ClientGone, Guard
 from app.api.schema import EmbeddingsBody, parse_body
 from app.api.usage import Usage
 from app.config import ServerSettings
+from app.deadlines import Deadlines
 from app.errors import (
     BodyTooLarge,
     GatewayError,
@@ -160,7 +161,8 @@ class Embeddings:
             exchange.counted = False
         deadline = exchange.started + self._server.request_timeout
         try:
-            with Guard(deadline, self._deadlines) as guard, self._gateway.room.place() as place:
+            guard = Guard(deadline, self._deadlines)
+            with guard, self._gateway.room.place() as place:
                 raw = await self._read(exchange.headers, receive, place)
                 exchange.reading = False
                 guard.watch(scope)

@@ -32,6 +32,7 @@ from app.cache.breaker import Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connections
 from app.cache.counts import Counts
 from app.clock import Clock
+from app.deadlines import Deadlines
 from app.metrics import Metrics
 from app.types import Embedding
 
@@ -86,6 +87,7 @@ class RedisStore:
         *,
         max_connections: int = 16,
     ) -> None:
+        self._deadlines = Deadlines()
         self._timeout = timeout
         self._px = b"%d" % max(1, round(ttl * 1000))
         self._counts = Counts(metrics, self.name)
@@ -170,7 +172,7 @@ class RedisStore:
         """
         limit = self._timeout if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
         try:
-            async with asyncio.timeout(limit):
+            with self._deadlines.within(limit):
                 replies = await self._connections.exchange(commands)
                 if any(isinstance(reply, _MOVED) for reply in replies):
                     await self._connections.drop_idle()

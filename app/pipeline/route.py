@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from msgspec.structs import replace
 
 from app.clock import Clock
+from app.deadlines import Deadline, Deadlines
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
@@ -81,6 +82,7 @@ class Route:
         self.deployments = sorted(deployments, key=lambda deployment: deployment.priority)
         self._metrics, self._clock, self._jitter = metrics, clock, jitter
         self._budget = Budget()
+        self._deadlines = Deadlines()
 
     def take(self, lane: Lane, params: Params, avoid: Deployment | None = None) -> Slot | None:
         """A slot on the best deployment that honours `params` and has one free for this lane, or None.
@@ -176,7 +178,7 @@ class Route:
         deployment = slot.deployment
         error: GatewayError | None = None
         try:
-            async with asyncio.timeout_at(batch.deadline):
+            with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
             slot.settle(result)
             return result

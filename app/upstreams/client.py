@@ -6,12 +6,12 @@ Knows no dialect, no retry and no credentials.
 
 from __future__ import annotations
 
-import asyncio
 from typing import Protocol
 
 import httpx
 
 from app import __version__
+from app.deadlines import Deadlines
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 
@@ -40,6 +40,7 @@ class Client:
     ) -> None:
         self._engine = OverHttpx(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
         self._timeout = timeout
+        self._deadlines = Deadlines()
         self._max_reply = max_reply
 
     async def send(self, request: WireRequest) -> WireReply:
@@ -51,7 +52,7 @@ class Client:
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
         complete = WireRequest(request.method, url, {**_HEADERS, **request.headers}, request.body)
         try:
-            async with asyncio.timeout(self._timeout):
+            with self._deadlines.within(self._timeout):
                 reply = await self._engine.exchange(complete, self._max_reply)
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None

@@ -1,0 +1,99 @@
+"""One timer ends everything that takes longer than its time, and nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from app.deadlines import Deadlines
+
+
+async def ended(deadlines: Deadlines, after: float, *, takes: float) -> str:
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    try:
+        with deadlines.within(after):
+            await asyncio.sleep(takes)
+    except TimeoutError:
+        assert after - 0.002 <= loop.time() - began < after + 5  # a timer may be early by its resolution
+        return "late"
+    return "done"
+
+
+async def test_each_has_its_time_and_what_is_done_in_time_is_left_alone() -> None:
+    deadlines = Deadlines()
+
+    async def soon(wait: float, takes: float) -> str:
+        await asyncio.sleep(wait)
+        return await ended(deadlines, 0.1, takes=takes)
+
+    asked = [soon(0, 0.01), soon(0, 30), soon(0.02, 0.01), soon(0.03, 30), soon(0.05, 30), soon(0.05, 0)]
+    assert await asyncio.gather(*asked) == ["done", "late", "done", "late", "late", "done"]
+    # The timer that is left over finds nobody, and the next one starts anew.
+    assert await soon(0.15, 30) == "late"
+
+
+async def test_who_comes_later_may_be_due_sooner() -> None:
+    deadlines = Deadlines()
+    order: list[float] = []
+
+    async def one(after: float) -> None:
+        assert await ended(deadlines, after, takes=30) == "late"
+        order.append(after)
+
+    await asyncio.gather(*(one(after) for after in (0.2, 0.05, 0.3, 0.1)))
+    assert order == [0.05, 0.1, 0.2, 0.3]
+
+
+async def test_one_that_has_passed_ends_at_once() -> None:
+    assert await ended(Deadlines(), -1, takes=30) == "late"
+
+
+async def test_of_two_within_each_other_the_one_that_is_due_ends() -> None:
+    outer, inner = Deadlines(), Deadlines()
+
+    async def nested(first: float, second: float) -> list[str]:
+        told = []
+        try:
+            with outer.within(first):
+                told.append(await ended(inner, second, takes=30))
+                await asyncio.sleep(30)
+        except TimeoutError:
+            told.append("outer late")
+        await asyncio.sleep(0)  # nothing is left of it
+        return told
+
+    assert await nested(0.1, 0.05) == ["late", "outer late"]
+    assert await nested(0.05, 0.1) == ["outer late"]
+    assert await nested(0.05, 0.05) in (["late", "outer late"], ["outer late"])
+
+
+async def test_who_is_cancelled_from_outside_is_cancelled() -> None:
+    task = asyncio.create_task(ended(Deadlines(), 30, takes=30))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_who_is_cancelled_while_it_is_due_is_cancelled() -> None:
+    deadlines = Deadlines()
+
+    async def both() -> str:
+        with deadlines.within(30):
+            await asyncio.sleep(30)
+        return "done"
+
+    task = asyncio.create_task(both())
+    await asyncio.sleep(0.01)
+    [deadline] = deadlines._running
+    deadline.stop(TimeoutError)
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+
+
+async def test_an_error_of_the_block_stays_what_it_is() -> None:
+    with pytest.raises(KeyError, match="own"), Deadlines().within(30):
+        raise KeyError("own")

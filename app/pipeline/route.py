@@ -90,10 +90,11 @@ class Route:
         With `avoid` it is for a retry, which goes ahead of the pace: it would find those who queue always there
         before it, and there are few.
         """
-        candidates = sorted(
-            self._usable(params),
-            key=lambda each: (each is avoid, each.health.suspect, each.priority, each.slots.busy / each.weight),
-        )
+        candidates = self._usable(params)
+        if len(candidates) > 1:
+            candidates.sort(
+                key=lambda each: (each is avoid, each.health.suspect, each.priority, each.slots.busy / each.weight)
+            )
         for deployment in candidates:
             if deployment.slots.take(lane, ahead=avoid is not None):
                 deployment.health.begin()

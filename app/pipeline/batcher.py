@@ -145,7 +145,7 @@ class Batcher:
         # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
         rests = {group: self._route.resting(group[1]) for group in self._queues}
         launched = False
-        while self._launch_one("query") or self._launch_one("bulk"):
+        while self._queues and (self._launch_one("query") or self._launch_one("bulk")):
             launched = True
         if launched and self._queues:
             # Once more: how long the rest must wait was asked before these calls were charged.
@@ -203,7 +203,9 @@ class Batcher:
             batch = _batch(group, jobs)
             slot.charge(batch.inputs)
             self._launch(batch, jobs, slot, lane)
-            self._queues[group] = self._queues.pop(group)
+            del self._queues[group]
+            if queue.lane() is not None:
+                self._queues[group] = queue
             return True
         return False
 

@@ -70,8 +70,9 @@ class Growth:
                 for _ in range(REPEATS):
                     texts = self._new(count)
                     began = time.perf_counter()
-                    self._ask(gateway, texts, encoding)
+                    answer = self._exchange(gateway, texts, encoding)
                     times.append(time.perf_counter() - began)
+                    self._compare(answer, texts)
             finally:
                 gateway.stop()
             best = min(times)
@@ -80,6 +81,11 @@ class Growth:
             _row(f"{count:,}", f"{best * 1000:.1f}", each, calls, f"{size:.2f}", f"{peak:.1f}", many)
 
     def _ask(self, gateway: Running, texts: Sequence[str], encoding: str) -> bytes:
+        answer = self._exchange(gateway, texts, encoding)
+        self._compare(answer, texts)
+        return answer
+
+    def _exchange(self, gateway: Running, texts: Sequence[str], encoding: str) -> bytes:
         body = orjson.dumps({"model": pool.MODELS[0], "input": texts, "encoding_format": encoding})
         connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
         try:
@@ -88,10 +94,14 @@ class Growth:
             answer = response.read()
         finally:
             connection.close()
-        start = pool.seed(pool.MODELS[0])
-        if response.status != 200 or wrong_vectors(answer, [pool.place(text, start) for text in texts]):
+        if response.status != 200:
             raise Failed(f"{response.status} {answer[:300]!r}")
         return answer
+
+    def _compare(self, answer: bytes, texts: Sequence[str]) -> None:
+        start = pool.seed(pool.MODELS[0])
+        if wrong_vectors(answer, [pool.place(text, start) for text in texts]):
+            raise Failed(f"wrong vectors: {answer[:300]!r}")
 
     def _new(self, count: int) -> list[str]:
         self._asked += count

@@ -4,6 +4,9 @@ As many numbers as a batch has cost more to make into Python floats than everyth
 simdjson reads them into memory directly. Base64 is decoded where it stands: as strings, which a parser makes of it, it
 would be written to memory once more, all over the heap. What is unusual in any way goes by orjson, which then has the
 last word.
+
+Either way vectors are cut out before the rest is parsed, and marks stand in their place. That takes a reply without
+escapes: then each quote begins or ends a string, and no string but a mark begins with a NUL, which takes an escape.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ _LIST = re.compile(rb"\[[ \t\r\n]*[-0-9]")
 def load(raw: bytes | bytearray) -> Any:
     """Like `orjson.loads`, but a list of numbers may be a vector (float32 bytes) already, and so may be the `embedding`
     of each of `data`. Raises `ValueError`."""
+    if b"\\" in raw:
+        return orjson.loads(raw)
     # Worth it where there are vectors, which shows at once: a reply in base64 has a dozen commas all in all.
     text = _TEXT.search(raw, 0, 1024)
     try:
@@ -43,14 +48,11 @@ def load(raw: bytes | bytearray) -> Any:
 
 
 def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
-    """The document with a mark in place of each vector, parsed; then with the vectors in place of the marks.
+    """The document with its rows' vectors in place. `before` is what stands before each: what follows, up to the next
+    quote, is all of its string.
 
-    Where no string has an escape in it, a quote begins or ends one, so that what follows a key up to the next quote is
-    all of its string. And no string but a mark is a NUL, which would take an escape. Raises `KeyError`, `TypeError` or
-    `ValueError` for what is not a list of rows with a vector each, written alike.
+    Raises `KeyError`, `TypeError` or `ValueError` for what is not a list of rows with a vector each, written alike.
     """
-    if b"\\" in raw:
-        raise ValueError("unusual")
     find, view, skip = raw.find, memoryview(raw), len(before)
     found: list[bytes] = []
     between: list[bytes | bytearray] = []
@@ -59,6 +61,8 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
         begin = at + skip
         between.append(raw[end:begin])
         end = find(b'"', begin)
+        if end < 0:
+            raise ValueError("no JSON")
         found.append(vectors.from_base64(view[begin:end]))
     between.append(raw[end:])
     body = orjson.loads(b"\\u0000".join(between))
@@ -71,14 +75,12 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
 
 
 def _around_numbers(raw: bytes | bytearray) -> Any:
-    """The document with a mark in place of each list of numbers, parsed; then with the vectors in place of the marks.
+    """The document with a vector in place of each list of numbers.
 
     Each list is parsed alone, in memory that is at hand: a parse of the whole writes three times its size. A list ends
     with the first bracket that closes one, or else it is none of numbers. A mark within a string would end it, and what
     follows would be no JSON. Raises `TypeError` or `ValueError` for what is not plain numbers in plain lists.
     """
-    if b"\\" in raw:
-        raise ValueError("unusual")
     parse, search, find = simdjson.Parser().parse, _LIST.search, raw.find
     found: list[bytes] = []
     pieces: list[bytes | bytearray] = []

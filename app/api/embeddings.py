@@ -19,7 +19,7 @@ from typing import Any
 from msgspec import Struct
 
 from app import tokens
-from app.api import render, usage
+from app.api import render
 from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Guard
 from app.api.schema import EmbeddingsBody, parse_body
@@ -172,13 +172,13 @@ class Embeddings:
                     body = await asyncio.to_thread(self._parse, raw, path_model)
                 place.hold(len(raw) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
-                exchange.usage = totals = usage.of(result)
-                rendered = await render.embeddings(result, totals, body.model, body.encoding)
+                exchange.usage = usage = Usage.of(result)
+                rendered = await render.embeddings(result, usage, body.model, body.encoding)
         except TimeoutError:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
-        return 200, render.result_headers(result, totals, public.space), rendered
+        return 200, render.result_headers(result, usage, public.space), rendered
 
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, place: Place) -> bytes:
         limit = self._server.max_body
@@ -290,18 +290,18 @@ class Embeddings:
             )
         )
 
-    def _count(self, model: str, totals: Usage) -> None:
+    def _count(self, model: str, usage: Usage) -> None:
         """Inputs, and the tokens nobody was billed for."""
-        if totals.upstream:
-            self._inputs(model, Source.UPSTREAM).inc(totals.upstream)
-        if totals.cached:
-            self._inputs(model, Source.CACHE).inc(totals.cached)
-        if totals.shared:
-            self._inputs(model, Source.INFLIGHT).inc(totals.shared)
-        if totals.cached_tokens:
-            self._tokens(model, "", "cached").inc(totals.cached_tokens)
-        if totals.shared_tokens:
-            self._tokens(model, "", "deduplicated").inc(totals.shared_tokens)
+        if usage.upstream:
+            self._inputs(model, Source.UPSTREAM).inc(usage.upstream)
+        if usage.cached:
+            self._inputs(model, Source.CACHE).inc(usage.cached)
+        if usage.shared:
+            self._inputs(model, Source.INFLIGHT).inc(usage.shared)
+        if usage.cached_tokens:
+            self._tokens(model, "", "cached").inc(usage.cached_tokens)
+        if usage.shared_tokens:
+            self._tokens(model, "", "deduplicated").inc(usage.shared_tokens)
 
 
 async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:

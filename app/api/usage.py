@@ -18,23 +18,23 @@ class Usage(Struct):
     cached_tokens: int = 0
     shared_tokens: int = 0
 
-
-def of(result: EmbedResult) -> Usage:
-    """The tokens of pieces found in the cache count as cached, whatever became of the rest of their input."""
-    sources, each = result.sources, [embedding.tokens for embedding in result.embeddings]
-    count, tokens, free = len(sources), sum(each), result.free_tokens
-    upstream = sources.count(Source.UPSTREAM)
-    if upstream == count:
-        return Usage(tokens, upstream=count, cached_tokens=free)
-    cached = sources.count(Source.CACHE)
-    if cached == count:
-        return Usage(tokens, cached=count, cached_tokens=tokens + free)
-    pairs = list(zip(each, sources, strict=True))
-    return Usage(
-        tokens,
-        upstream,
-        cached,
-        shared=count - upstream - cached,
-        cached_tokens=sum(its for its, source in pairs if source is Source.CACHE) + free,
-        shared_tokens=sum(its for its, source in pairs if source is Source.INFLIGHT),
-    )
+    @classmethod
+    def of(cls, result: EmbedResult) -> Usage:
+        """The tokens of pieces found in the cache count as cached, whatever became of the rest of their input."""
+        sources, each = result.sources, [embedding.tokens for embedding in result.embeddings]
+        count, tokens, free = len(sources), sum(each), result.free_tokens
+        upstream = sources.count(Source.UPSTREAM)
+        if upstream == count:
+            return cls(tokens, upstream=count, cached_tokens=free)
+        cached = sources.count(Source.CACHE)
+        if cached == count:
+            return cls(tokens, cached=count, cached_tokens=tokens + free)
+        pairs = list(zip(each, sources, strict=True))
+        return cls(
+            tokens,
+            upstream,
+            cached,
+            shared=count - upstream - cached,
+            cached_tokens=sum(its for its, source in pairs if source is Source.CACHE) + free,
+            shared_tokens=sum(its for its, source in pairs if source is Source.INFLIGHT),
+        )

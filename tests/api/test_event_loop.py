@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from app import main
-from app.api import embeddings, render, usage
+from app.api import embeddings, render
+from app.api.usage import Usage
 from app.clock import SystemClock
 from app.logs import RequestLog
 from app.main import create_app
@@ -83,7 +84,7 @@ async def test_an_answer_of_many_vectors_is_written_in_slices() -> None:
     vector = Embedding(np.ones(1024, "<f4").tobytes(), 1)
     result = EmbedResult([vector] * count, [Source.UPSTREAM] * count)
     async with turns() as others:
-        await render.embeddings(result, usage.of(result), MODEL, "float")
+        await render.embeddings(result, Usage.of(result), MODEL, "float")
         assert others.count >= count // render.SLICES["float"] - 1
 
 

@@ -14,7 +14,7 @@ import unicodedata
 from base64 import b64decode
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from importlib.resources import files
 
 import numpy as np
@@ -137,7 +137,7 @@ def characters(text: str) -> int:
     return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Room:
     """How much text may be in one input. None is no limit."""
 
@@ -145,7 +145,7 @@ class Room:
     characters: int | None
     rule: TokenRule = "bytes"
 
-    @property
+    @cached_property
     def any_text(self) -> int:
         """A text of so many characters fits, whatever they are."""
         by_tokens = sys.maxsize if self.tokens is None else (self.tokens - _AROUND["bytes"] // 10) // _SAFE

@@ -37,19 +37,16 @@ class LongInputs:
             _least(model.max_characters_per_input for model in models),
             models[0].counted_by,
         )
-        self._any_text = self._room.any_text
         self._asks = not any(model.cuts_silently for model in models)
         self._usual: OnLongInput = settings.on_long_input if settings else "error"
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         params = request.params
         before = prefix_of(self._model, params.input_type, params.instruct)
-        if (
-            not (before or params.instruct or request.media) and max(map(len, request.inputs)) <= self._any_text  # type: ignore[arg-type]  # all of them are text
-        ):
-            return await self._inner(request)
         # An instruction beside the text may count or not: nothing is refused for it, and room is left.
         room = self._room.without(before or params.instruct or "")
+        if not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
+            return await self._inner(request)
         long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
         if long and room.rule == "cl100k_base":
             long = await _over(room, request.inputs, long, first=(request.on_long_input or self._usual) == "error")

@@ -1,5 +1,5 @@
-"""What must not take longer than its time: like `asyncio.timeout`, whose timer costs more than a good part of what it
-is for. Here one timer looks after all of them.
+"""What must not take longer than its time. For what is done with every request or call, where `asyncio.timeout` would
+start and stop a timer each time, at 6 µs: here one timer looks after all of them.
 """
 
 from __future__ import annotations

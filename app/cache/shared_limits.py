@@ -19,6 +19,7 @@ from app.cache.breaker import Breaker
 from app.cache.connections import Command
 from app.cache.redis import connections
 from app.clock import Clock
+from app.deadlines import Deadlines
 from app.limits import Bucket, Limit
 from app.metrics import Metrics
 
@@ -110,6 +111,7 @@ class SharedLimits:
         workers: int = 1,
         max_connections: int = 16,
     ) -> None:
+        self._deadlines = Deadlines()
         self._timeout = timeout
         self._breaker = Breaker(clock.monotonic)
         self._connections = connections(url, max_connections)
@@ -138,7 +140,7 @@ class SharedLimits:
         for i, bucket in enumerate((limit.requests, limit.tokens)):
             arguments += _bucket(bucket, ask.owed[i], ask.need[i], ask.take[i])
         try:
-            async with asyncio.timeout(self._timeout):
+            with self._deadlines.within(self._timeout):
                 reply = await self._exchange(arguments)
             wait, requests, tokens, replicas = reply
             verdict = Verdict(float(wait), float(requests), float(tokens))

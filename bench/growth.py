@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import os
 import re
 import sys
@@ -87,16 +86,7 @@ class Growth:
 
     def _exchange(self, gateway: Running, texts: Sequence[str], encoding: str) -> bytes:
         body = orjson.dumps({"model": pool.MODELS[0], "input": texts, "encoding_format": encoding})
-        connection = http.client.HTTPConnection("127.0.0.1", gateway.port, timeout=60)
-        try:
-            connection.request("POST", "/v1/embeddings", body, dict(gateway.headers))
-            response = connection.getresponse()
-            answer = response.read()
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise Failed(f"{response.status} {answer[:300]!r}")
-        return answer
+        return exchange(gateway.port, "POST", "/v1/embeddings", body, dict(gateway.headers), seconds=60)
 
     def _compare(self, answer: bytes, texts: Sequence[str]) -> None:
         start = pool.seed(pool.MODELS[0])

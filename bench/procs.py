@@ -147,11 +147,13 @@ def busy(core: int) -> float:
     return 0.0
 
 
-def exchange(port: int, method: str, path: str, body: bytes = b"", seconds: float = 10.0) -> bytes:
+def exchange(
+    port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}, seconds: float = 10.0
+) -> bytes:
     """One request on loopback. Raises `OSError` or `http.client.HTTPException`."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
-        connection.request(method, path, body)
+        connection.request(method, path, body, headers)
         return connection.getresponse().read()
     finally:
         connection.close()

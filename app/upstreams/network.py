@@ -25,7 +25,7 @@ KEEP_ALIVE = 30.0
 ADDRESS_DELAY = 0.25
 """Seconds after which the next address of a name is tried as well (RFC 8305, 8)."""
 SCRATCH = 16 * 2**10
-"""Bytes taken from the network at once."""
+"""Bytes taken from the network at once, until a body has memory of its own: what comes with a head is copied twice."""
 URLS = 64
 """Addresses remembered in the form in which they are sent: parsing one costs more than sending to it."""
 

@@ -26,12 +26,9 @@ class Balancer:
         as in Kubernetes."""
         ready = sorted(self.ready)
         self._turn += 1
-        with contextlib.suppress(OSError):
+        async with _closing(writer):
             if ready:
                 await _join(reader, writer, ready[self._turn % len(ready)])
-        writer.close()
-        with contextlib.suppress(OSError):
-            await writer.wait_closed()
 
     async def watch(self, port: int) -> None:
         while True:
@@ -45,11 +42,25 @@ class Balancer:
 
 async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
     theirs, ours = await asyncio.open_connection("127.0.0.1", port)
-    there, back = asyncio.create_task(_pipe(reader, ours)), asyncio.create_task(_pipe(theirs, writer))
-    await back  # a backend that closes ends it; a client that has said all may still be waiting
-    there.cancel()
-    await asyncio.gather(there, return_exceptions=True)
-    ours.close()
+    async with _closing(ours):
+        there = asyncio.create_task(_pipe(reader, ours))
+        try:
+            await _pipe(theirs, writer)  # a backend that closes ends it; a client that has said all may still wait
+        finally:
+            there.cancel()
+            await asyncio.gather(there, return_exceptions=True)
+
+
+@contextlib.asynccontextmanager
+async def _closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
+    """The connection closed at the end, also of a cancelled one; one that broke meanwhile is no error."""
+    try:
+        with contextlib.suppress(OSError):
+            yield
+    finally:
+        writer.close()
+        with contextlib.suppress(OSError):
+            await writer.wait_closed()
 
 
 async def _pipe(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -65,14 +76,12 @@ async def _is_ready(port: int) -> bool:
     try:
         async with asyncio.timeout(2):
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
-            writer.write(b"GET /readyz HTTP/1.1\r\nhost: balancer\r\nconnection: close\r\n\r\n")
-            status = await reader.readline()
-            writer.close()
-            with contextlib.suppress(OSError):
-                await writer.wait_closed()
+            async with _closing(writer):
+                writer.write(b"GET /readyz HTTP/1.1\r\nhost: balancer\r\nconnection: close\r\n\r\n")
+                return b" 200 " in await reader.readline()
     except (OSError, TimeoutError):
-        return False
-    return b" 200 " in status
+        pass
+    return False
 
 
 @contextlib.asynccontextmanager

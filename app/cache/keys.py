@@ -34,7 +34,7 @@ NOT_IN_KEY = frozenset(
 """Fields of `EmbedRequest` that alter no vector. `model` is the public name: the vector space stands for it.
 A test compares this with the class, so that a new field cannot be forgotten."""
 
-_FORMAT = b"embedding-gateway key 1\n"
+_FORMAT = b"embedding-gateway key 2\n"
 """Stands first and alike in every key: a change of this module's format changes it."""
 
 
@@ -63,11 +63,11 @@ def _field(value: object) -> bytes:
 _PARAMS = tuple((name, _field(name)) for name in Params.__struct_fields__)
 
 
-def _common(space: str, params: Params, namespace: str) -> hashlib._Hash:
+def _common(space: str, params: Params, namespace: str) -> bytes:
     parts = [_FORMAT, _field(space), _field(namespace)]
     for name, tagged in _PARAMS:
         parts += tagged, _field(getattr(params, name))
-    return hashlib.sha256(b"".join(parts))
+    return hashlib.sha256(b"".join(parts)).digest()
 
 
 _remembered = lru_cache(maxsize=1024)(_common)
@@ -80,21 +80,14 @@ def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str =
     apart from everyone else's. Raises `TypeError` for a parameter of an unknown type and `UnicodeEncodeError`
     for a lone surrogate, which the door refuses.
     """
-    # The part all inputs share is hashed once; per input there is a copy of the state and one field. What clients
-    # choose freely is not remembered: it may be of any size.
-    common = _remembered if params.instruct is None else _common
-    copy = common(space, params, namespace).copy
-    keys = []
-    for text in inputs:
-        state = copy()
-        if type(text) is str:
-            raw = text.encode()
-            state.update(b"s" + len(raw).to_bytes(8, "big") + raw)
-        else:
-            for part in _media(text):
-                state.update(_field(part))
-        keys.append(state.digest())
-    return keys
+    # The part all inputs share is hashed once; its hash, which has one length, stands before each. What clients choose
+    # freely is not remembered: it may be of any size.
+    common = (_remembered if params.instruct is None else _common)(space, params, namespace)
+    text, media, sha256 = common + b"text", common + b"media", hashlib.sha256
+    return [
+        sha256(text + each.encode() if type(each) is str else media + b"".join(map(_field, _media(each)))).digest()
+        for each in inputs
+    ]
 
 
 def _media(media: Input) -> tuple[str | bytes, ...]:

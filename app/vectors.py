@@ -33,7 +33,7 @@ def from_numbers(numbers: Sequence[float]) -> bytes:
 
 def from_base64(text: str | memoryview) -> bytes:
     """OpenAI's base64 form, float32 little-endian, to bytes. Raises `ValueError`."""
-    raw = pybase64.b64decode(text, validate=True)
+    raw = pybase64.b64decode(text, None, True)  # validated; by position, for names take half as long again
     if len(raw) % 4:
         raise ValueError("not a whole number of float32")
     return raw
@@ -65,11 +65,10 @@ def fault(vector: bytes) -> str | None:
     if not vector:
         return "is empty"
     numbers = np.frombuffer(vector, "<f4")
-    with np.errstate(over="ignore"):
-        square = float(numbers @ numbers)
     # One dot product settles nearly every vector: any NaN or infinity makes it so, and only zeros make
     # zero. It also overflows for huge and underflows for tiny numbers, which the exact tests then clear.
-    if 0.0 < square < np.inf:
+    # `vdot`, for the others warn of an overflow, and not to be warned costs more than the product.
+    if 0.0 < np.vdot(numbers, numbers) < np.inf:
         return None
     if not np.isfinite(numbers).all():
         return "holds NaN or infinity"
@@ -78,12 +77,20 @@ def fault(vector: bytes) -> str | None:
     return None
 
 
+_TOGETHER = 32
+"""Vectors looked at in one go: copied side by side they stay in the processor's own cache."""
+
+
 def faultless(rows: Sequence[bytes]) -> bool:
     """Whether one look at vectors of one length finds no `fault` in any. If not, each may still be without one."""
-    numbers = np.frombuffer(b"".join(rows), "<f4").reshape(len(rows), -1 if rows[0] else 0)
     with np.errstate(over="ignore", invalid="ignore"):
-        squares = np.vecdot(numbers, numbers)
-    return bool(((squares > 0) & (squares < np.inf)).all())
+        for start in range(0, len(rows), _TOGETHER):
+            some = rows[start : start + _TOGETHER]
+            numbers = np.frombuffer(b"".join(some), "<f4").reshape(len(some), -1 if some[0] else 0)
+            squares = np.vecdot(numbers, numbers)
+            if not (squares.min() > 0 and squares.max() < np.inf):  # NaN is the least as well as the greatest
+                return False
+    return True
 
 
 def sparse(given: object) -> bytes:

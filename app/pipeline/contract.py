@@ -27,18 +27,17 @@ def in_order(
         raise UpstreamInvalidResponse(f"the upstream returned {len(found)} vectors for {count} inputs")
     order = _order(parsed.indexes)
     whole = [found[place] for place in order]
-    dense: Sequence[bytes | GatewayError] = whole if output_type == "sparse" else _dense(whole, dimensions)
+    faults = {} if output_type == "sparse" else _faults(whole, dimensions)
+    embeddings: list[Embedding | GatewayError]
     if output_type == "dense":
-        return [
-            Embedding(each, bill) if isinstance(each, bytes) else each for each, bill in zip(dense, bills, strict=True)
-        ]
-    if parsed.sparse is None or len(parsed.sparse) != count:
-        raise UpstreamInvalidResponse("the upstream returned no sparse vectors")
-    sparse = [_sparse(parsed.sparse[place]) for place in order]
-    return [
-        Embedding(one, bill, other) if isinstance(one, bytes) else one
-        for one, bill, other in zip(dense, bills, sparse, strict=True)
-    ]
+        embeddings = list(map(Embedding, whole, bills))
+    else:
+        if parsed.sparse is None or len(parsed.sparse) != count:
+            raise UpstreamInvalidResponse("the upstream returned no sparse vectors")
+        embeddings = list(map(Embedding, whole, bills, [_sparse(parsed.sparse[place]) for place in order]))
+    for i, fault in faults.items():
+        embeddings[i] = UpstreamInvalidVector(f"the upstream returned a vector that {fault}")
+    return embeddings
 
 
 def _order(indexes: Sequence[int]) -> Sequence[int]:
@@ -57,7 +56,8 @@ def _order(indexes: Sequence[int]) -> Sequence[int]:
     return order
 
 
-def _dense(whole: list[bytes], dimensions: int | None) -> Sequence[bytes | GatewayError]:
+def _faults(whole: list[bytes], dimensions: int | None) -> dict[int, str]:
+    """What is wrong with each vector that is none, by its place."""
     lengths = set(map(len, whole))
     if len(lengths) != 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
@@ -65,13 +65,8 @@ def _dense(whole: list[bytes], dimensions: int | None) -> Sequence[bytes | Gatew
     if dimensions is not None and length and length != dimensions:
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {dimensions}")
     if len(whole) > 1 and vectors.faultless(whole):  # nearly always, and a tenth of looking at each
-        return whole
-    return [_checked(vector) for vector in whole]
-
-
-def _checked(vector: bytes) -> bytes | GatewayError:
-    fault = vectors.fault(vector)
-    return vector if fault is None else UpstreamInvalidVector(f"the upstream returned a vector that {fault}")
+        return {}
+    return {i: fault for i, vector in enumerate(whole) if (fault := vectors.fault(vector)) is not None}
 
 
 def _sparse(given: object) -> bytes:

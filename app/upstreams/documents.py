@@ -56,13 +56,16 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
     find, view, skip = raw.find, memoryview(raw), len(before)
     found: list[bytes] = []
     between: list[bytes | bytearray] = []
-    end = 0
+    length = end = 0
     while (at := find(before, end)) >= 0:
         begin = at + skip
         between.append(raw[end:begin])
-        end = find(b'"', begin)
-        if end < 0:
-            raise ValueError("no JSON")
+        # Where the last one ended, this one will: were there a quote before, what is in between would be no base64.
+        if not raw.startswith(b'"', begin + length):
+            length = find(b'"', begin) - begin
+            if length < 0:
+                raise ValueError("no JSON")
+        end = begin + length
         found.append(vectors.from_base64(view[begin:end]))
     between.append(raw[end:])
     body = orjson.loads(b"\\u0000".join(between))

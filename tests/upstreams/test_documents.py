@@ -153,6 +153,9 @@ def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
     rb'{"data":[{"embedding":"AAAAAg=="},{"embedding":"\u0000"}]}',
     rb'{"data":[{"embedding":"AAAAAQ==","a":{"embedding":"AAAAAg=="}},{"embedding" :"\u0000"}]}',
     rb'{"data":[{"a\"embedding":"AAAAAQ==","embedding" :"\u0000"},{"embedding":"AAAAAg=="}]}',
+    # Vectors of different lengths: where the one before would end, there is a quote, or none.
+    rb'{"data":[{"embedding":"AAAAAQAAAAIAAAADAAAABAAAAAU="},{"embedding":"AAAABA==","x":"vvvvvvvvv...."}]}',
+    rb'{"data":[{"embedding":"AAAAAQ=="},{"embedding":""},{"embedding":"AAAABQAAAAYAAAAH"}]}',
 ])  # fmt: skip
 def test_rows_that_are_written_oddly_get_no_other_rows_vector(raw: bytes) -> None:
     assert whole(documents.load(raw)) == whole(orjson.loads(raw))

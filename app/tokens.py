@@ -60,6 +60,15 @@ def bound(text: Input) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
+def surely_within(most: int, inputs: Sequence[Input]) -> bool:
+    """Whether texts have no more than `most` tokens together, as far as that shows at a glance: a character has four
+    bytes at the most."""
+    try:
+        return 4 * sum(map(len, inputs)) <= most  # type: ignore[arg-type]  # what is no text has no length
+    except TypeError:
+        return False
+
+
 def estimate(text: Input) -> int:
     """About how many tokens `text` is: four bytes of ASCII each, one character of anything else. Nobody says what an
     image will come to: one."""

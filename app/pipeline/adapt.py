@@ -108,7 +108,7 @@ def _legal(inputs: Sequence[Input], limits: Limits) -> list[int]:
     """How many inputs go in each call, in order: the batcher's rule, for limits that have since been learned or are
     another deployment's. An input over the token limit goes alone."""
     most = limits.max_tokens_per_batch
-    if most is None and len(inputs) <= limits.max_batch:
+    if len(inputs) <= limits.max_batch and (most is None or tokens.surely_within(most, inputs)):
         return [len(inputs)]
     sizes: list[int] = []
     size = room = 0

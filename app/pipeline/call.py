@@ -38,6 +38,9 @@ class Call:
         self._billed = lru_cache(maxsize=64)(
             lambda model: metrics.tally(metrics.tokens.labels(model, upstream, "billed"))
         )
+        self._cost = lru_cache(maxsize=64)(
+            lambda model: metrics.tally(metrics.cost.labels(model, upstream, target.model.currency))
+        )
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
@@ -82,9 +85,8 @@ class Call:
     def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:
         """The batch's bill in tokens, counted; where the upstream states none, our estimate."""
         total = sum(weights) if stated is None else stated
-        model = self._target.model
+        price = self._target.model.price_per_million_tokens
         self._billed(batch.model).inc(total)
-        if model.price_per_million_tokens:
-            cost = self._metrics.cost.labels(batch.model, self._upstream, model.currency)
-            cost.inc(total * model.price_per_million_tokens / 1_000_000)
+        if price:
+            self._cost(batch.model).inc(total * price / 1_000_000)
         return total

@@ -53,11 +53,6 @@ class Job(Struct, eq=False):
     flight: Flight | None = None
     outcome: Embedding | GatewayError | None = None
 
-    @property
-    def bound(self) -> int:
-        """Tokens it has at the most."""
-        return tokens.bound(self.input)
-
 
 class Queue:
     """Inputs of one group that wait for a slot, query lane first. `waiting` counts them for the metrics."""
@@ -74,7 +69,8 @@ class Queue:
 
     def size(self) -> tuple[int, int]:
         """Inputs, and the bytes in them."""
-        return sum(map(len, self._lanes.values())), sum(job.bound for jobs in self._lanes.values() for job in jobs)
+        inputs = [job.input for jobs in self._lanes.values() for job in jobs]
+        return len(inputs), sum(map(tokens.bound, inputs))
 
     def lane(self) -> Lane | None:
         """The lane to serve next, or None when the queue is empty."""
@@ -127,7 +123,7 @@ class Queue:
                     if left[job.input.kind] < 0:
                         break
                 if room is not None:
-                    bound = job.bound
+                    bound = tokens.bound(job.input)
                     if batch and bound > room:
                         break
                     room -= bound

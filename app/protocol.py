@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import orjson
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -125,7 +125,7 @@ class Protocol(HttpToolsProtocol):
         hosts = [value for name, value in self.headers if name == b"host"]
         if self.parser.get_http_version() != "1.0" and (len(hosts) != 1 or not _HOST.fullmatch(hosts[0])):
             raise ValueError("Host")
-        scope = cast("dict[str, Any]", self.scope)
+        scope: Any = self.scope
         super().on_headers_complete()
         # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
         scope["extensions"] = {"hang_up": self._hang_up, "respond": self._respond}

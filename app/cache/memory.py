@@ -113,16 +113,15 @@ class MemoryStore:
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
-            size = embedding.size + OVERHEAD
-            if embedding.text is not None:
-                size += len(embedding.text)
+            text = embedding.text
+            size = OVERHEAD + len(embedding.vector) + len(embedding.sparse or b"") + len(text or b"")
             if size > most:
                 dropped += 1
                 continue
             held[key] = _Entry(embedding, expires, size)
             self._size += size
-            if embedding.text is not None:
-                self._texts += len(embedding.text)
+            if text is not None:
+                self._texts += len(text)
             kept += 1
         self._shrink()
         if kept:
@@ -132,8 +131,9 @@ class MemoryStore:
         self._bytes.set(self._size)
 
     def _shrink(self) -> None:
+        pop = self._entries.popitem
         while self._size > self._max_size:
-            self._forget(self._entries.popitem(last=False)[1])
+            self._forget(pop(last=False)[1])
 
     def _drop(self, key: bytes) -> None:
         self._forget(self._entries.pop(key))

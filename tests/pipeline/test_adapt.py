@@ -7,7 +7,7 @@ import pytest
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest
 from app.pipeline.adapt import Adapt
 from app.pipeline.deployment import Limits
-from app.types import Batch, BatchResult, Embedding, Params
+from app.types import Batch, BatchResult, Embedding, Media, Params
 
 ROWS = [
     "batch size is invalid, it should not be larger than 10.: input.contents",
@@ -129,3 +129,18 @@ async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_tokens() 
     upstream = Upstream("", kind=InvalidRequest)
     await Adapt(upstream, Limits(10, 50))(batch("é" * 10, "x" * 20, "y" * 200, "z"))
     assert upstream.calls == [["é" * 10, "x" * 20], ["y" * 200], ["z"]]
+
+
+@pytest.mark.parametrize(("text", "calls"), [("é" * 20, [2]), ("急" * 14, [1, 1]), ("𠀀" * 11, [1, 1])])
+async def test_bytes_are_what_a_calls_tokens_are_counted_by_not_characters(text: str, calls: list[int]) -> None:
+    upstream = Upstream("", kind=InvalidRequest)
+    await Adapt(upstream, Limits(10, 80))(batch(text, text))
+    assert [len(call) for call in upstream.calls] == calls
+
+
+async def test_images_are_no_tokens_and_go_with_texts() -> None:
+    upstream, image = Upstream("", kind=InvalidRequest), Media("image", "https://example.com/a.png")
+    mixed = batch("x" * 30, "y" * 10)
+    mixed.inputs = [image, *mixed.inputs, image]
+    await Adapt(upstream, Limits(10, 40))(mixed)
+    assert [len(call) for call in upstream.calls] == [4]

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from bench import report
-from bench.measure import Bench, Cell, Plan
+from bench.measure import Bench, Cell, Contender, Plan
 from bench.peers import PEERS
 from bench.procs import Cores, Failed, Process, free_port
 from bench.scenarios import QUICK, SCENARIOS, Scenario
@@ -68,45 +68,61 @@ class Session:
     def cells(
         self, scenarios: Sequence[Scenario], kinds: Sequence[str], peers: Sequence[str], versions: dict[str, str]
     ) -> Iterator[Cell]:
-        """Limits and gateway scenario by scenario, each fresh; then the peers, one after the other."""
-        for scenario in scenarios:
-            if scenario.own_cache != "redis":
-                yield from self._measure(DIRECT, "none", [scenario], "A")
-            if scenario.bare:
-                yield from self._measure(BARE, "none", [scenario], "A")
-            for kind in kinds:
-                if kind == "A" or scenario.numbers_only:
-                    yield from self._measure(GATEWAY, scenario.own_cache, [scenario], kind)
-        for name in peers:
-            peer = PEERS[name]
-            try:
-                say(f"{name}: installing, if it is not there")
-                versions[name] = peer.install()
-            except Failed as error:
-                versions[name] = f"failed: {error}"
-                yield from (Cell(each.name, name, "A", str(error)) for each in scenarios)
-                continue
-            for cache in peer.caches:
-                wanted = [each for each in scenarios if cache in each.caches]
-                yield from self._measure(peer, cache, wanted, "A")
+        """Scenario by scenario: limits and gateway, each fresh, and the peers, which live as long as the session."""
+        with contextlib.ExitStack() as stack:
+            started = [each for name in peers for each in self._peer(stack, name, scenarios, versions)]
+            for scenario in scenarios:
+                with contextlib.ExitStack() as fresh:
+                    own = [
+                        self._start(fresh, target, cache, scenario, kind)
+                        for target, cache, kind in _own(scenario, kinds)
+                    ]
+                    others = [contender for cache, contender in started if cache in scenario.caches]
+                    yield from self._bench.cells(scenario, [*own, *others])
 
-    def _measure(self, target: Target, cache: str, scenarios: Sequence[Scenario], kind: str) -> Iterator[Cell]:
-        """One process of the target for all these scenarios."""
-        if not scenarios:
+    def _peer(
+        self, stack: contextlib.ExitStack, name: str, scenarios: Sequence[Scenario], versions: dict[str, str]
+    ) -> Iterator[tuple[str, Contender]]:
+        """The peer with each cache that is asked for, in a process of its own."""
+        peer = PEERS[name]
+        try:
+            say(f"{name}: installing, if it is not there")
+            versions[name] = peer.install()
+        except Failed as error:
+            versions[name] = f"failed: {error}"
+            yield from ((cache, Contender(name, "A", None, str(error))) for cache in peer.caches)
             return
-        peer = target.name in PEERS
-        name = f"{target.name} + {cache} cache" if peer and cache != "none" else target.name
-        setup = Setup(scenarios[0], cache, self._mock_port, self._redis_port, self._work, self._cores)
+        for cache in peer.caches:
+            wanted = [each for each in scenarios if cache in each.caches]
+            if wanted:
+                yield cache, self._start(stack, peer, cache, wanted[0], "A")
+
+    def _start(
+        self, stack: contextlib.ExitStack, target: Target, cache: str, scenario: Scenario, kind: str
+    ) -> Contender:
+        """Started, and then waiting for its turn."""
+        named = target.name in PEERS and cache != "none"
+        name = f"{target.name} + {cache} cache" if named else target.name
+        setup = Setup(scenario, cache, self._mock_port, self._redis_port, self._work, self._cores)
         try:
             running = target.start(setup)
         except Failed as error:
-            yield from (Cell(each.name, name, kind, str(error)) for each in scenarios)
-            return
-        try:
-            for scenario in scenarios:
-                yield self._bench.cell(scenario, name, kind, running)
-        finally:
-            running.stop()
+            return Contender(name, kind, None, str(error))
+        stack.callback(running.stop)
+        if running.process:
+            running.process.pause()
+        return Contender(name, kind, running)
+
+
+def _own(scenario: Scenario, kinds: Sequence[str]) -> Iterator[tuple[Target, str, str]]:
+    """The limits and the gateway, with cache and kind of upstream."""
+    if scenario.own_cache != "redis":
+        yield DIRECT, "none", "A"
+    if scenario.bare:
+        yield BARE, "none", "A"
+    for kind in kinds:
+        if kind == "A" or scenario.numbers_only:
+            yield GATEWAY, scenario.own_cache, kind
 
 
 def _options() -> argparse.Namespace:

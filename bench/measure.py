@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -62,6 +63,18 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Contender:
+    """What a cell is about."""
+
+    name: str
+    kind: str
+    """Of upstream, A or B."""
+    running: Running | None
+    failed: str = ""
+    """Why it does not run, if it does not."""
+
+
+@dataclass(frozen=True)
 class Plan:
     """How long and how often."""
 
@@ -78,26 +91,38 @@ class Bench:
         self._plan, self._port, self._cores = plan, mock_port, cores
         self._first = 0
 
-    def cell(self, scenario: Scenario, target: str, kind: str, running: Running) -> Cell:
-        """Verifies, then measures. A target that cannot answer is a cell that says so."""
-        cell = Cell(scenario.name, target, kind)
+    def cells(self, scenario: Scenario, contenders: Sequence[Contender]) -> list[Cell]:
+        """Verifies each, then measures them by turns, so that a busy minute of the machine is everybody's. One that
+        cannot answer is a cell that says so."""
+        cells = [Cell(scenario.name, each.name, each.kind, each.failed) for each in contenders]
+        for number in range(-1, self._plan.runs):
+            for cell, each in zip(cells, contenders, strict=True):
+                if each.running is not None and not cell.failed:
+                    self._turn(cell, scenario, each.running, number)
+        return cells
+
+    def _turn(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
+        """A run of one; number -1 verifies."""
         try:
-            self._control(scenario, kind)
-            self._verify(cell, scenario, running)
-            if running.process:
-                running.process.reset_peak()
-            self._control(scenario, kind)
-            for number in range(self._plan.runs):
+            with running.awake():
+                self._control(scenario, cell.kind)
+                if number < 0:
+                    self._verify(cell, scenario, running)
+                    if running.process:
+                        running.process.reset_peak()
+                    return
                 self._one(cell, scenario, running, number)
-            if running.process:
-                cell.peak = running.process.peak()
-            stats = self._stats()
+                if running.process:
+                    cell.peak = running.process.peak()
+                stats = self._stats()
         except (Failed, OSError, http.client.HTTPException) as error:
             cell.failed = str(error) or type(error).__name__
-            return cell
-        cell.upstream = {name: stats[name] for name in ("calls", "rows", "tokens", "most_rows", "most_at_once")}
+            return
+        for name in ("calls", "rows", "tokens"):
+            cell.upstream[name] = cell.upstream.get(name, 0) + stats[name]
+        for name in ("most_rows", "most_at_once"):
+            cell.upstream[name] = max(cell.upstream.get(name, 0), stats[name])
         cell.vectors = 0.0 if scenario.kind == "trace" else cell.rate * scenario.texts
-        return cell
 
     def _control(self, scenario: Scenario, kind: str) -> None:
         wanted = {"kind": kind, "digits": self._plan.digits, "latency": scenario.latency}

@@ -100,7 +100,8 @@ class Session:
     def _start(
         self, stack: contextlib.ExitStack, target: Target, cache: str, scenario: Scenario, kind: str
     ) -> Contender:
-        """Started, and then waiting for its turn."""
+        """Started, and then idle until its turn comes. Nothing is stopped meanwhile: gunicorn, under which one peer
+        runs, would take its worker for dead."""
         named = target.name in PEERS and cache != "none"
         name = f"{target.name} + {cache} cache" if named else target.name
         setup = Setup(scenario, cache, self._mock_port, self._redis_port, self._work, self._cores)
@@ -109,8 +110,6 @@ class Session:
         except Failed as error:
             return Contender(name, kind, None, str(error))
         stack.callback(running.stop)
-        if running.process:
-            running.process.pause()
         return Contender(name, kind, running)
 
 

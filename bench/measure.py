@@ -104,17 +104,16 @@ class Bench:
     def _turn(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
         """A run of one; number -1 verifies."""
         try:
-            with running.awake():
-                self._control(scenario, cell.kind)
-                if number < 0:
-                    self._verify(cell, scenario, running)
-                    if running.process:
-                        running.process.reset_peak()
-                    return
-                self._one(cell, scenario, running, number)
+            self._control(scenario, cell.kind)
+            if number < 0:
+                self._verify(cell, scenario, running)
                 if running.process:
-                    cell.peak = running.process.peak()
-                stats = self._stats()
+                    running.process.reset_peak()
+                return
+            self._one(cell, scenario, running, number)
+            if running.process:
+                cell.peak = running.process.peak()
+            stats = self._stats()
         except (Failed, OSError, http.client.HTTPException) as error:
             cell.failed = str(error) or type(error).__name__
             return

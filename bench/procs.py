@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import http.client
 import os
 import signal
@@ -121,22 +120,14 @@ class Process:
             total += int(line.split()[1])
         return total / 1024
 
-    def pause(self) -> None:
-        """Takes it off its core, with all it has started, until `resume`."""
-        self._signal(signal.SIGSTOP)
-
-    def resume(self) -> None:
-        self._signal(signal.SIGCONT)
-
     def stop(self) -> None:
         """Ends it and all it has started, at once: nothing here has anything to save."""
-        self._signal(signal.SIGKILL)
-        self._child.wait(10)
-
-    def _signal(self, number: signal.Signals) -> None:
         for pid in self.tree():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        self._child.wait(10)
 
 
 def free_port() -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,17 +42,6 @@ class Running:
     path: str = "/v1/embeddings"
     headers: tuple[tuple[str, str], ...] = ()
     models: tuple[str, ...] = pool.MODELS
-
-    @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """It runs within the block and at no other time: what waits for its turn takes nothing from what has it."""
-        if self.process:
-            self.process.resume()
-        try:
-            yield
-        finally:
-            if self.process:
-                self.process.pause()
 
     def stop(self) -> None:
         if self.process:

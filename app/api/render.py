@@ -22,12 +22,12 @@ SLICES = {"float": 64, "base64": 512}
 """Vectors rendered in one go; then others get a turn on the event loop. 64 as numbers, of 1,024 each, take 2 ms."""
 
 
-def _head(index: int) -> bytes:
+def _before(index: int) -> bytes:
     """What stands before a vector."""
     return b'%b{"object":"embedding","index":%d,"embedding":' % (b"," if index else b"", index)
 
 
-_HEADS = tuple(map(_head, range(2048)))
+_BEFORE = tuple(map(_before, range(2048)))
 """To print a number takes longer than to look it up."""
 
 
@@ -38,12 +38,12 @@ async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: st
     for i, embedding in enumerate(result.embeddings):
         if i and i % at_once == 0:
             await asyncio.sleep(0)
-        head = _HEADS[i] if i < len(_HEADS) else _head(i)
+        begin = _BEFORE[i] if i < len(_BEFORE) else _before(i)
         end = b"}" if embedding.sparse is None else b',"sparse_embedding":%b}' % embedding.sparse
         if numbers:
-            parts += (head, embedding.text or vectors.to_json(embedding.vector), end)
+            parts += (begin, embedding.text or vectors.to_json(embedding.vector), end)
         else:
-            parts += (head, b'"', vectors.to_base64(embedding.vector), b'"', end)
+            parts += (begin, b'"', vectors.to_base64(embedding.vector), b'"', end)
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
         % (orjson.dumps(model), usage.tokens, usage.tokens, usage.cached_tokens + usage.shared_tokens)

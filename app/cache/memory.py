@@ -114,7 +114,7 @@ class MemoryStore:
             if key in held:
                 self._drop(key)
             text = embedding.text
-            size = OVERHEAD + len(embedding.vector) + len(embedding.sparse or b"") + len(text or b"")
+            size = OVERHEAD + embedding.size + len(text or b"")
             if size > most:
                 dropped += 1
                 continue
@@ -131,9 +131,8 @@ class MemoryStore:
         self._bytes.set(self._size)
 
     def _shrink(self) -> None:
-        pop = self._entries.popitem
         while self._size > self._max_size:
-            self._forget(pop(last=False)[1])
+            self._forget(self._entries.popitem(last=False)[1])
 
     def _drop(self, key: bytes) -> None:
         self._forget(self._entries.pop(key))

@@ -90,7 +90,7 @@ class Session:
             versions[name] = peer.install()
         except Failed as error:
             versions[name] = f"failed: {error}"
-            yield from ((cache, Contender(name, "A", None, str(error))) for cache in peer.caches)
+            yield from ((cache, Contender(_called(peer, cache), "A", None, str(error))) for cache in peer.caches)
             return
         for cache in peer.caches:
             wanted = [each for each in scenarios if cache in each.caches]
@@ -102,8 +102,7 @@ class Session:
     ) -> Contender:
         """Started, and then idle until its turn comes. Nothing is stopped meanwhile: gunicorn, under which one peer
         runs, would take its worker for dead."""
-        named = target.name in PEERS and cache != "none"
-        name = f"{target.name} + {cache} cache" if named else target.name
+        name = _called(target, cache)
         setup = Setup(scenario, cache, self._mock_port, self._redis_port, self._work, self._cores)
         try:
             running = target.start(setup)
@@ -111,6 +110,11 @@ class Session:
             return Contender(name, kind, None, str(error))
         stack.callback(running.stop)
         return Contender(name, kind, running)
+
+
+def _called(target: Target, cache: str) -> str:
+    """A peer's name says what cache it is measured with; the gateway always has one."""
+    return f"{target.name} + {cache} cache" if target.name in PEERS and cache != "none" else target.name
 
 
 def _own(scenario: Scenario, kinds: Sequence[str]) -> Iterator[tuple[Target, str, str]]:

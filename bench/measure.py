@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
@@ -95,28 +96,27 @@ class Bench:
         """Verifies each, then measures them by turns, so that a busy minute of the machine is everybody's. One that
         cannot answer is a cell that says so."""
         cells = [Cell(scenario.name, each.name, each.kind, each.failed) for each in contenders]
-        for number in range(-1, self._plan.runs):
-            for cell, each in zip(cells, contenders, strict=True):
-                if each.running is not None and not cell.failed:
-                    self._turn(cell, scenario, each.running, number)
-        return cells
-
-    def _turn(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
-        """A run of one; number -1 verifies."""
-        try:
-            self._control(scenario, cell.kind)
-            if number < 0:
+        pairs = [(cell, each.running) for cell, each in zip(cells, contenders, strict=True) if each.running]
+        for cell, running in pairs:
+            with _failing(cell):
+                self._control(scenario, cell.kind)
                 self._verify(cell, scenario, running)
                 if running.process:
                     running.process.reset_peak()
-                return
-            self._one(cell, scenario, running, number)
-            if running.process:
-                cell.peak = running.process.peak()
-            stats = self._stats()
-        except (Failed, OSError, http.client.HTTPException) as error:
-            cell.failed = str(error) or type(error).__name__
-            return
+        for number in range(self._plan.runs):
+            for cell, running in pairs:
+                if not cell.failed:
+                    with _failing(cell):
+                        self._turn(cell, scenario, running, number)
+        return cells
+
+    def _turn(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
+        """One run of one of them, and what it made the upstream do."""
+        self._control(scenario, cell.kind)
+        self._one(cell, scenario, running, number)
+        if running.process:
+            cell.peak = running.process.peak()
+        stats = self._stats()
         for name in ("calls", "rows", "tokens"):
             cell.upstream[name] = cell.upstream.get(name, 0) + stats[name]
         for name in ("most_rows", "most_at_once"):
@@ -175,6 +175,15 @@ class Bench:
         cell.foreign.append(max(0.0, core_busy - cpu) / result.wall)
         _add(cell, result, cpu)
         cell.mock_cpu += mock_cpu
+
+
+@contextlib.contextmanager
+def _failing(cell: Cell) -> Iterator[None]:
+    """What goes wrong is told in the cell."""
+    try:
+        yield
+    except (Failed, OSError, http.client.HTTPException) as error:
+        cell.failed = str(error) or type(error).__name__
 
 
 def _add(cell: Cell, result: Result, cpu: float) -> None:

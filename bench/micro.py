@@ -1,0 +1,142 @@
+"""The application alone, in this process, over an upstream that answers at once: `python -m bench.micro --texts 16`.
+
+No network, no other process and no parser of HTTP: what is left is the gateway's own work on a request. Where the
+machine is too noisy even for that, instructions can be counted: see README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import gc
+import time
+from collections.abc import Iterable
+from statistics import median
+from typing import Any, cast
+
+import httpx
+import uvloop
+
+from app import logs
+from app.main import App, create_app
+from app.types import WireReply, WireRequest
+from bench import pool
+from bench.mock import State
+from bench.targets import KEY
+from bench.traffic import Shape, traffic, wrong_vectors
+from tests.harness import settings_of
+
+HEADERS = (("authorization", f"Bearer {KEY}"),)
+
+
+class Engine:
+    """The mock upstream without a network (`app.upstreams.client.Engine`)."""
+
+    def __init__(self, kind: str) -> None:
+        self._state = State(kind)
+        self.seconds = 0.0
+        """Spent here, which is none of the gateway's."""
+
+    async def exchange(self, request: WireRequest, max_reply: int) -> WireReply:
+        del max_reply
+        if request.method == "GET":
+            return WireReply(200, {}, b'{"data":[]}')  # the models it has, which the configuration tells
+        began = time.perf_counter()
+        body = bytearray(b"".join(self._state.embed(request.body)))
+        self.seconds += time.perf_counter() - began
+        return WireReply(200, {"content-type": "application/json"}, body)
+
+    async def aclose(self) -> None:
+        """Holds nothing."""
+
+
+def application(engine: Engine) -> App:
+    """With its default settings, as `bench.targets` has them."""
+    models = {
+        name: {"dimensions": pool.DIMENSIONS, "deployments": [{"upstream": "mock", "model": name}]}
+        for name in pool.MODELS
+    }
+    settings = settings_of(
+        {
+            "auth": {"keys": {"bench": {"key": KEY}}},
+            "upstreams": {"mock": {"type": "openai", "base_url": "http://127.0.0.1/v1", "api_key": "sk-bench"}},
+            "models": models,
+        }
+    )
+    either = cast("httpx.AsyncBaseTransport", engine)  # handed on to the client, which takes one as well
+    return create_app(settings, transport=either, request_log=logs.RequestLog("text", len))
+
+
+class Caller:
+    """Sends its requests one after the other, as a connection does."""
+
+    def __init__(self, app: App, shape: Shape) -> None:
+        self._app, self._traffic = app, traffic(shape)
+        head, _ = self._traffic.request(0).split(b"\r\n\r\n")
+        self._begin = len(head) + 4
+        named = (line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+        self._headers = [(name.lower(), value) for name, value in named]
+        self.answers: list[tuple[int, bytes]] = []
+        """The last one, with its request's number."""
+
+    async def ask(self, numbers: Iterable[int]) -> None:
+        """Raises `RuntimeError` for an answer that is no success."""
+        for number in numbers:
+            body = self._traffic.request(number)[self._begin :]
+
+            async def receive(body: bytes = body) -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def respond(head: bytes, body: bytes, number: int = number) -> None:
+                del head
+                self.answers = [(number, body)]
+
+            extensions = {"hang_up": set(), "respond": respond}
+            scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": self._headers}
+            await self._app({**scope, "extensions": extensions}, receive, _refused)
+
+    def wrong(self) -> int:
+        """How many of the last answer's vectors are not what they must be."""
+        return sum(wrong_vectors(body, self._traffic.expected(number)) for number, body in self.answers)
+
+
+async def _refused(message: Any) -> None:
+    raise RuntimeError(f"not answered: {message}")
+
+
+async def measure(options: argparse.Namespace) -> None:
+    """Prints the best and the median of several rounds, in microseconds a request."""
+    engine = Engine(options.kind)
+    app = application(engine)
+    await app.gateway.start()
+    gc.collect()
+    gc.freeze()
+    shape = Shape("hot" if options.hot else "fresh", options.texts, options.encoding, headers=HEADERS)
+    callers = [Caller(app, shape) for _ in range(options.at_once)]
+    each, first, took = options.requests // options.at_once, 0, []
+    for _ in range(options.rounds):
+        began = time.perf_counter() - engine.seconds
+        async with asyncio.TaskGroup() as tasks:
+            for caller in callers:
+                tasks.create_task(caller.ask(range(first, first + each)))
+                first += each
+        took.append((time.perf_counter() - engine.seconds - began) / (each * len(callers)) * 1e6)
+    wrong = sum(caller.wrong() for caller in callers)
+    print(f"best {min(took):.1f} µs, median {median(took):.1f} µs a request; {wrong} wrong vectors in the last answers")
+    await app.gateway.aclose()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m bench.micro", description=__doc__)
+    parser.add_argument("--texts", type=int, default=1, help="in a request (default: 1)")
+    parser.add_argument("--encoding", choices=("base64", "float"), default="base64")
+    parser.add_argument("--at-once", type=int, default=16, help="requests (default: 16)")
+    parser.add_argument("--kind", choices=("A", "B"), default="A", help="of upstream (default: A)")
+    parser.add_argument("--hot", action="store_true", help="always the same texts")
+    parser.add_argument("--requests", type=int, default=2000, help="in a round (default: 2000)")
+    parser.add_argument("--rounds", type=int, default=7)
+    uvloop.run(measure(parser.parse_args()))
+
+
+if __name__ == "__main__":
+    main()

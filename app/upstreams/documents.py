@@ -33,8 +33,6 @@ _LIST = re.compile(rb"\[[ \t\r\n]*[-0-9]")
 def load(raw: bytes | bytearray) -> Any:
     """Like `orjson.loads`, but a list of numbers may be a vector (float32 bytes) already, and so may be the `embedding`
     of each of `data`. Raises `ValueError`."""
-    if b"\\" in raw:
-        return orjson.loads(raw)
     # Worth it where there are vectors, which shows at once: a reply in base64 has a dozen commas all in all.
     text = _TEXT.search(raw, 0, 1024)
     try:
@@ -68,7 +66,7 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
         end = begin + length
         found.append(vectors.from_base64(view[begin:end]))
     between.append(raw[end:])
-    body = orjson.loads(b"\\u0000".join(between))
+    body = _without_escapes(b"\\u0000".join(between), len(found))
     # One mark in each row, and as many rows as marks: then they are in the same order.
     for row, vector in zip(body["data"], found, strict=True):
         if row["embedding"] != "\0":
@@ -98,7 +96,14 @@ def _around_numbers(raw: bytes | bytearray) -> Any:
             numbers = cast("simdjson.Array", parse(raw[begin:end])).as_buffer(of_type="d")
             found.append(np.frombuffer(numbers, "<f8").astype("<f4").tobytes())
     pieces.append(raw[end:])
-    return _filled(orjson.loads(b"".join(pieces)), found, DEEPEST)
+    return _filled(_without_escapes(b"".join(pieces), len(found)), found, DEEPEST)
+
+
+def _without_escapes(text: bytes, marks: int) -> Any:
+    """The document that has these marks and no other escape: what was cut out had none, or it were no vector."""
+    if text.count(b"\\") != marks:
+        raise ValueError("unusual")
+    return orjson.loads(text)
 
 
 def _filled(value: Any, found: Sequence[bytes], depth: int) -> Any:

@@ -22,28 +22,34 @@ SLICES = {"float": 64, "base64": 512}
 """Vectors rendered in one go; then others get a turn on the event loop. 64 as numbers, of 1,024 each, take 2 ms."""
 
 
-def _before(index: int) -> bytes:
-    """What stands before a vector."""
-    return b'%b{"object":"embedding","index":%d,"embedding":' % (b"," if index else b"", index)
+_QUOTE = {"float": b"", "base64": b'"'}
+"""Around a vector."""
 
 
-_BEFORE = tuple(map(_before, range(2048)))
+def _before(index: int, encoding: str) -> bytes:
+    """What stands before a vector, its quote included."""
+    return b'%b{"object":"embedding","index":%d,"embedding":%b' % (b"," if index else b"", index, _QUOTE[encoding])
+
+
+_BEFORE = {encoding: tuple(_before(index, encoding) for index in range(2048)) for encoding in SLICES}
 """To print a number takes longer than to look it up."""
 
 
 async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: str) -> bytes:
     """OpenAI's response body. `model` is the name that was asked for."""
     parts: list[bytes] = [b'{"object":"list","data":[']
-    numbers, at_once = encoding == "float", SLICES[encoding]
+    numbers, at_once, known, quote = encoding == "float", SLICES[encoding], _BEFORE[encoding], _QUOTE[encoding]
+    end = quote + b"}"
     for i, embedding in enumerate(result.embeddings):
         if i and i % at_once == 0:
             await asyncio.sleep(0)
-        begin = _BEFORE[i] if i < len(_BEFORE) else _before(i)
-        end = b"}" if embedding.sparse is None else b',"sparse_embedding":%b}' % embedding.sparse
-        if numbers:
-            parts += (begin, embedding.text or vectors.to_json(embedding.vector), end)
+        begin = known[i] if i < len(known) else _before(i, encoding)
+        vector = embedding.vector
+        written = (embedding.text or vectors.to_json(vector)) if numbers else vectors.to_base64(vector)
+        if embedding.sparse is None:
+            parts += (begin, written, end)
         else:
-            parts += (begin, b'"', vectors.to_base64(embedding.vector), b'"', end)
+            parts += (begin, written, quote, b',"sparse_embedding":', embedding.sparse, b"}")
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
         % (orjson.dumps(model), usage.tokens, usage.tokens, usage.cached_tokens + usage.shared_tokens)

@@ -83,14 +83,13 @@ _TOGETHER = 32
 
 def faultless(rows: Sequence[bytes]) -> bool:
     """Whether one look at vectors of one length finds no `fault` in any. If not, each may still be without one."""
+    squares = np.empty(len(rows), "<f4")
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(rows), _TOGETHER):
             some = rows[start : start + _TOGETHER]
             numbers = np.frombuffer(b"".join(some), "<f4").reshape(len(some), -1 if some[0] else 0)
-            squares = np.vecdot(numbers, numbers)
-            if not (squares.min() > 0 and squares.max() < np.inf):  # NaN is the least as well as the greatest
-                return False
-    return True
+            np.vecdot(numbers, numbers, out=squares[start : start + len(some)])
+    return bool(squares.min() > 0 and squares.max() < np.inf)  # NaN is the least as well as the greatest
 
 
 def sparse(given: object) -> bytes:

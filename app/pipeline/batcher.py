@@ -93,17 +93,17 @@ class Batcher:
         jobs: list[Job] = []
         new: list[Job] = []
         sources: list[Source] = []
-        known, deadline = self._jobs, request.deadline
+        known, deadline, alone = self._jobs, request.deadline, (waiter,)
         for key, text in zip(request.keys, request.inputs, strict=True):
             job = known.get(key)
             if job is None:
-                job = known[key] = Job(key, text, deadline, [waiter])
+                job = known[key] = Job(key, text, deadline, alone)
                 new.append(job)
                 sources.append(Source.UPSTREAM)
             else:
                 sources.append(Source.INFLIGHT)
-                if not job.waiters or job.waiters[-1] is not waiter:  # once, if the input is here twice
-                    job.waiters.append(waiter)
+                if job.waiters[-1:] != alone:  # once, if the input is here twice
+                    job.waiters += alone
                     waiter.missing += 1
                     job.deadline = max(job.deadline, deadline)
             jobs.append(job)
@@ -221,8 +221,6 @@ class Batcher:
 
     async def _fly(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         flight = Flight(slot.deployment)
-        for job in jobs:
-            job.flight = flight
         result: BatchResult | None = None
         try:
             began = time.perf_counter()
@@ -244,7 +242,7 @@ class Batcher:
         known = self._jobs
         ready: list[Waiter] = []
         for job, outcome in zip(jobs, outcomes, strict=True):
-            job.outcome = outcome
+            job.outcome, job.flight = outcome, flight
             if known.get(job.key) is job:
                 del known[job.key]
             hopeless = type(outcome) is not Embedding and _hopeless(outcome)
@@ -286,7 +284,7 @@ def _hopeless(outcome: Embedding | GatewayError) -> bool:
 def _leave(waiter: Waiter, jobs: Iterable[Job]) -> None:
     for job in dict.fromkeys(jobs):
         if job.outcome is None:
-            job.waiters.remove(waiter)
+            job.waiters = tuple(each for each in job.waiters if each is not waiter)
 
 
 def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:

@@ -49,7 +49,8 @@ class Job(Struct, eq=False):
     key: bytes
     input: Input
     deadline: float
-    waiters: list[Waiter]
+    waiters: tuple[Waiter, ...]
+    """A tuple, because nearly all inputs of a request have the same one."""
     flight: Flight | None = None
     outcome: Embedding | GatewayError | None = None
 

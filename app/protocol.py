@@ -18,7 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 HEAD_TIMEOUT = 30.0
 """Seconds from a request's first byte to the end of its headers."""
 LONGEST_HEAD = 64 * 2**10
-"""Bytes of request line and headers; a head that goes on is refused."""
+"""Bytes of request line and headers, or of what is neither these nor a body (trailers); what goes on is refused."""
 
 _JOINED = 32 * 2**10
 """Bytes of a body up to which copying it behind its head is cheaper than handing over both."""
@@ -66,7 +66,11 @@ class Protocol(HttpToolsProtocol):
     _head = b""
     _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
+    _fed = 0
+    """Bytes the parser has had since it last had a whole head, or a piece of a body, to show for it."""
     _idle_since = 0.0
+    _untaken = (0, 0.0)
+    """Bytes of answers that the caller had not taken at the last look, and since when it was idle."""
 
     def __init__(self, *args: Any, outbox: Outbox, refused: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -85,7 +89,15 @@ class Protocol(HttpToolsProtocol):
             self._stop_timer()
             if b"\r\nupgrade:" in data[:end].lower():
                 data = _OFFER.sub(rb"\1ignored", data[: end + 2]) + data[end + 2 :]
+        self._fed += len(data)
         super().data_received(data)
+        if self._fed > LONGEST_HEAD and not self.transport.is_closing():
+            self.send_400_response("The request's headers are too large.")
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the server has it
+        super().connection_made(transport)
+        self._idle_since = self.loop.time()
+        self._look_again_in(self.timeout_keep_alive)
 
     def _keep(self, head: bytes) -> None:
         """Waits for the rest of a head: the parser gets it whole, or an offer could hide in its seams."""
@@ -127,6 +139,9 @@ class Protocol(HttpToolsProtocol):
             raise ValueError("Host")
         scope: Any = self.scope
         super().on_headers_complete()
+        # What comes behind the body are trailers, which are no headers of this request (RFC 9110 6.5.1).
+        self.headers = []
+        self._fed = 0
         # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
         scope["extensions"] = {"hang_up": self._hang_up, "respond": self._respond}
 
@@ -153,15 +168,16 @@ class Protocol(HttpToolsProtocol):
     # --- keep-alive: a timer that looks how long it has been idle, in place of a new one for every request ------
 
     def on_response_complete(self) -> None:
-        """As the server does it, but for the timer."""
+        """As the server does it, but for the timer; and nothing is read while requests wait, or they would pile up."""
         self.server_state.total_requests += 1
-        if self.transport.is_closing():
-            return
-        self.flow.resume_reading()
-        if self.pipeline:
-            self._start_asgi_task(*self.pipeline.pop())
-            return
         self._idle_since = self.loop.time()
+        if not self.transport.is_closing():
+            if self.pipeline:
+                self._start_asgi_task(*self.pipeline.pop())
+            if not self.pipeline:
+                self.flow.resume_reading()
+        elif not self.transport.get_write_buffer_size():
+            return
         if self.timeout_keep_alive_task is None:
             self._look_again_in(self.timeout_keep_alive)
 
@@ -169,8 +185,17 @@ class Protocol(HttpToolsProtocol):
         self.timeout_keep_alive_task = self.loop.call_later(seconds, self.timeout_keep_alive_handler)
 
     def timeout_keep_alive_handler(self) -> None:
+        """Ends a connection that is idle, and one whose caller takes nothing of what is written."""
         self.timeout_keep_alive_task = None
-        if self._head or not self.cycle.response_complete:
+        untaken = (self.transport.get_write_buffer_size(), self._idle_since)
+        if untaken[0]:
+            if untaken == self._untaken:
+                self.transport.abort()
+            else:
+                self._untaken = untaken
+                self._look_again_in(self.timeout_keep_alive)
+            return
+        if self._head or not (self.cycle is None or self.cycle.response_complete):
             return  # not idle: the next response begins anew
         left = self._idle_since + self.timeout_keep_alive - self.loop.time()
         if left > 0:
@@ -189,8 +214,13 @@ class Protocol(HttpToolsProtocol):
         self._between_requests = False
         super().on_message_begin()
 
+    def on_body(self, body: bytes) -> None:
+        self._fed = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         self._between_requests = True
+        self._fed = 0
         super().on_message_complete()
         if not self.pipeline:
             self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed

@@ -8,7 +8,7 @@ import json
 import re
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -136,6 +136,56 @@ def test_a_head_that_never_ends_is_refused_in_time(gateway: Running, monkeypatch
     assert b"in time" in body
 
 
+def chunked(*trailers: bytes) -> bytes:
+    body = json.dumps({"model": "lexical", "input": "x", "dimensions": 64}).encode()
+    head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Authorization: Bearer wrong", b"Transfer-Encoding: chunked"]
+    return b"\r\n".join([*head, b"", b"%x" % len(body), body, b"0", *trailers, b"", b""])
+
+
+def test_what_stands_behind_a_body_is_no_header() -> None:
+    config = {"upstreams": {"lexical": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "right-key-012345"}}}}
+    with running(config) as gateway:
+        ((status, _),) = talk(gateway, chunked(b"Authorization: Bearer right-key-012345"))
+    assert status == 401
+
+
+def test_trailers_and_heads_behind_a_request_have_an_end(gateway: Running) -> None:
+    for begin in (LAST.replace(b"close", b"keep-alive") + b"GET / HTTP/1.1\r\nx: ", chunked(b"x: ")[:-4]):
+        before = gateway.metric("rejected_requests_total", reason="invalid_http")
+        with connected(gateway) as connection:
+            connection.sendall(begin)
+            with contextlib.suppress(ConnectionError):  # or refused once it is all sent
+                for _ in range(64):
+                    connection.sendall(b"a" * 2**18)
+        assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
+
+
+def test_a_body_in_many_chunks_is_no_head_without_end(gateway: Running) -> None:
+    text = "x " * 50_000
+    body = json.dumps({"model": "lexical", "input": text, "dimensions": 64}).encode()
+    pieces = [b"%x\r\n%b\r\n" % (len(body[i : i + 7]), body[i : i + 7]) for i in range(0, len(body), 7)]
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    ((status, _),) = talk(gateway, head + b"".join(pieces) + b"0\r\n\r\n")
+    assert status == 200
+
+
+def test_requests_behind_one_another_do_not_pile_up(gateway: Running) -> None:
+    one = LAST.replace(b"close", b"keep-alive")
+    queued = 0
+    with connected(gateway) as connection:
+        connection.setblocking(False)
+        until = time.monotonic() + 1.5
+        while time.monotonic() < until:
+            with contextlib.suppress(BlockingIOError):
+                connection.send(one * 2000)
+            with contextlib.suppress(BlockingIOError):
+                while connection.recv(2**20):
+                    pass
+            waiting = [len(each.pipeline) for each in gc.get_objects() if isinstance(each, protocol.Protocol)]
+            queued = max(queued, *waiting)
+    assert queued * len(one) <= 2**18 + len(one), "one read of the socket at the most"
+
+
 # --- keep-alive -----------------------------------------------------------------------------------------
 
 
@@ -192,3 +242,38 @@ def test_a_request_that_comes_slowly_is_not_cut_off_as_idle(impatient: Running, 
         assert answered(connection, embed("before"))
         assert answered(connection, request[:cut], request[cut:], pause=1.3)
         assert answered(connection, embed("behind"))
+
+
+def test_a_connection_over_which_nothing_ever_comes_is_closed(impatient: Running) -> None:
+    with connected(impatient) as connection:
+        began = time.monotonic()
+        assert connection.recv(1) == b""
+        assert 0.9 < time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("behind", [b"", LAST.replace(b"close", b"keep-alive")], ids=["alone", "with one behind it"])
+@pytest.mark.parametrize("last", [b"Connection: keep-alive", b"Connection: close"])
+def test_an_answer_nobody_takes_is_dropped_in_the_end(impatient: Running, behind: bytes, last: bytes) -> None:
+    """Some of it is in the system's buffers; that the connection was reset tells that the rest never comes."""
+    body = json.dumps({"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}).encode()
+    head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), last]
+    host, port = impatient.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect((host, int(port)))
+        connection.sendall(b"\r\n".join([*head, b"", body]) + behind)
+        wait_for(lambda: any(each.transport.get_write_buffer_size() for each in open_connections(int(port))))
+        wait_for(lambda: not open_connections(int(port)))
+
+
+def open_connections(port: int) -> list[protocol.Protocol]:
+    found = [each for each in gc.get_objects() if isinstance(each, protocol.Protocol) and each.parser is not None]
+    return [each for each in found if each.server and each.server[1] == port]
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
+    until = time.monotonic() + 15
+    while not holds():
+        assert time.monotonic() < until
+        time.sleep(0.1)

@@ -183,10 +183,8 @@ class Embeddings:
     async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, place: Place) -> bytes:
         limit = self._server.max_body
         length = headers.get(b"content-length", b"")
-        if length.isdigit():
-            if int(length) > limit:
-                raise _too_large(limit)
-            place.hold(int(length))
+        if length.isdigit() and int(length) > limit:
+            raise _too_large(limit)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
         chunks: list[bytes] = []
@@ -200,7 +198,7 @@ class Embeddings:
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
-            place.hold(size)
+            place.hold(size)  # what has come, not what is announced: that takes no room, and would cost nothing to say
             chunks.append(chunk)
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)

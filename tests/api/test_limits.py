@@ -108,6 +108,16 @@ def test_the_largest_request_that_is_allowed_always_has_room_when_it_is_alone(fa
         assert gateway.post(body(*(f"{i}" for i in range(100)))).status_code == 200
 
 
+def test_a_body_that_is_only_announced_takes_no_bytes(fake: FakeOpenAI) -> None:
+    server = {"max_body": 2000, "max_inputs": 1, "max_inflight_size": 4000}
+    begun = head("POST", "/v1/embeddings", "Content-Length: 2000") + b"{"
+    with running(config(fake, server=server)) as gateway, ExitStack() as open_:
+        for _ in range(10):
+            open_.enter_context(wire(gateway.url)).send(begun)
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 10)
+        assert gateway.post(body("x")).status_code == 200
+
+
 def test_a_body_that_is_still_coming_takes_room_too(fake: FakeOpenAI) -> None:
     with running(config(fake, server={"max_inflight": 1})) as gateway:
         whole = post(body("slow"))

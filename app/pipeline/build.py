@@ -33,8 +33,9 @@ def pipeline(
 
 
 def chain(call: Call, *, cache: Tiers, limits: Limits, model: Model) -> BatchEmbedder:
-    """A deployment, from a slot to the wire: CacheFill, Adapt, Prefix, Call."""
+    """A deployment, from a slot to the wire: Adapt, CacheFill, Prefix, Call. What each call brings is filled in:
+    where a batch takes several, the first ones' embeddings stay whatever becomes of the rest."""
     embed: BatchEmbedder = call
     embed = Prefix(embed, model)
-    embed = Adapt(embed, limits)
-    return CacheFill(embed, cache)
+    embed = CacheFill(embed, cache)
+    return Adapt(embed, limits)

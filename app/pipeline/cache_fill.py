@@ -1,4 +1,4 @@
-"""Keeps what an upstream call brought, per batch, so that a sibling's failure costs only itself later."""
+"""Keeps what an upstream call brought, so that a sibling's failure costs only itself later."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from app.types import Batch, BatchEmbedder, BatchResult, Embedding
 
 
 class CacheFill:
-    """Hands every embedding of a finished batch to the cache; waits for no write."""
+    """Hands every embedding of a finished call to the cache; waits for no write."""
 
     def __init__(self, inner: BatchEmbedder, cache: Tiers) -> None:
         self._inner = inner

@@ -71,7 +71,7 @@ class GatewayError(Exception):
         """
         copy = type(self)(self.message, code=self.code, retry_after=self.retry_after)
         copy.param = f"input[{index}]" if isinstance(self, InvalidRequest) else self.param
-        copy.final = self.final
+        copy.retryable, copy.final = self.retryable, self.final
         copy.__cause__ = self
         return copy
 

@@ -103,5 +103,8 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
     while True:
         for canary in canaries():
             if canary.due(clock.monotonic()):
-                await canary.look(clock.monotonic())
+                try:
+                    await canary.look(clock.monotonic())
+                except Exception:  # a bug of ours must not end the watch over all the others
+                    log.exception("a canary could not be looked at")
         await clock.sleep(ROUND)

@@ -96,7 +96,12 @@ class Quota:
     async def _ask(self, shared: SharedLimits, tokens: int) -> float:
         requests_owed, tokens_owed = owed = (self._owed[0], self._owed[1])
         self._owed = [0.0, 0.0]
-        verdict = await shared.ask(self._key, self._limit, Ask(owed, (1, tokens), (1, tokens)))
+        try:
+            verdict = await shared.ask(self._key, self._limit, Ask(owed, (1, tokens), (1, tokens)))
+        except BaseException:  # a caller who hangs up takes nobody's debts along
+            self._owed[0] += requests_owed
+            self._owed[1] += tokens_owed
+            raise
         now = self._clock.monotonic()
         if verdict is not None:
             if self._limit.requests:

@@ -16,7 +16,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
-from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, RateLimited, UpstreamUnavailable
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    InvalidRequest,
+    RateLimited,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
 from app.metrics import Metrics
 from app.pipeline.queue import LANES, Flight, Job, Queue, Waiter
 from app.pipeline.route import Route, Slot
@@ -62,13 +69,15 @@ class Batcher:
         self._alarm_at = 0.0
         self._served = 0.0
         """When it last had a slot: among those who wait for one, longest ago is first."""
+        self._abandoned = 0
+        """Inputs that callers have left since they were last looked for."""
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
         self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        reason = self._route.closed()
+        reason = self._route.closed(request.params)
         if reason is not None:
             raise UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
         waiter = Waiter(asyncio.get_running_loop().create_future())
@@ -77,7 +86,7 @@ class Batcher:
             await waiter.future
         finally:
             if waiter.missing:
-                _leave(waiter, jobs)
+                self._leave(waiter, jobs)
         return _collect(jobs, sources, request)
 
     async def aclose(self) -> None:
@@ -111,15 +120,29 @@ class Batcher:
         if new:
             self._arrived += 1
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
-            group = (request.model, request.params, request.write_cache)
-            queue = self._queues.get(group)
-            if queue is None:
-                queue = self._queues[group] = Queue(self._waiting)
-            queue.extend(lane, new)
-            self._schedule()
+            self._put((request.model, request.params, request.write_cache), lane, new)
             if ALONE <= len(new) <= self._route.deployments[0].limits.max_batch:
                 self._turns = 0
         return jobs, sources
+
+    def _put(self, group: _Group, lane: Lane, jobs: list[Job]) -> None:
+        queue = self._queues.get(group)
+        if queue is None:
+            queue = self._queues[group] = Queue(self._waiting)
+        queue.extend(lane, jobs)
+        self._schedule()
+
+    def _leave(self, waiter: Waiter, jobs: Iterable[Job]) -> None:
+        """The request waits no longer. What nobody else waits for is dropped when it comes to the front, or once more
+        than half of what is here is of that kind: it takes no room of anybody's any more."""
+        for job in dict.fromkeys(jobs):
+            if job.outcome is None:
+                job.waiters = tuple(each for each in job.waiters if each is not waiter)
+                self._abandoned += not job.waiters
+        if 2 * self._abandoned > len(self._jobs):
+            self._abandoned = 0
+            for queue in self._queues.values():
+                self._forget(queue.drop_all_abandoned())
 
     def _schedule(self) -> None:
         """Fills slots at the end of this turn of the event loop; where the last call was shared, once a turn brings
@@ -147,9 +170,10 @@ class Batcher:
         launched = False
         while self._queues and (self._launch_one("query") or self._launch_one("bulk")):
             launched = True
+        if launched:
+            self._served = self._clock.monotonic()
         if launched and self._queues:
             # Once more: how long the rest must wait was asked before these calls were charged.
-            self._served = self._clock.monotonic()
             self._schedule()
         elif self._queues:
             self._route.when_free(self._schedule, self._served)
@@ -228,7 +252,27 @@ class Batcher:
             self._rhythm = _LONG if time.perf_counter() - began > LONG else _SHORT
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
+            if result is not None and asyncio.get_running_loop().time() >= batch.deadline:
+                jobs, result = self._put_again(batch, jobs, result, lane)
             self._land(jobs, flight, result)
+
+    def _put_again(
+        self, batch: Batch, jobs: list[Job], result: BatchResult, lane: Lane
+    ) -> tuple[list[Job], BatchResult]:
+        """Where the deadline of those who asked first has ended a call, its inputs for which others have come since,
+        who have more time, go into the queue again. Returns the rest."""
+        later: list[Job] = []
+        rest: list[Job] = []
+        outcomes: list[Embedding | GatewayError] = []
+        for job, outcome in zip(jobs, result.outcomes, strict=True):
+            if isinstance(outcome, UpstreamTimeout) and job.waiters and job.deadline > batch.deadline:
+                later.append(job)
+            else:
+                rest.append(job)
+                outcomes.append(outcome)
+        if later:
+            self._put((batch.model, batch.params, batch.store), lane, later)
+        return rest, BatchResult(outcomes, result.calls)
 
     def _land(self, jobs: list[Job], flight: Flight | None, result: BatchResult | None) -> None:
         """Tells all who wait; `flight` is None for inputs that were never sent."""
@@ -279,12 +323,6 @@ def _hopeless(outcome: Embedding | GatewayError) -> bool:
     Otherwise it waits, for what is embedded meanwhile is cached, and asking again then costs only the rest.
     """
     return not isinstance(outcome, Embedding) and not outcome.retryable and not outcome.blames_input
-
-
-def _leave(waiter: Waiter, jobs: Iterable[Job]) -> None:
-    for job in dict.fromkeys(jobs):
-        if job.outcome is None:
-            job.waiters = tuple(each for each in job.waiters if each is not waiter)
 
 
 def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:

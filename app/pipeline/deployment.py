@@ -129,11 +129,15 @@ class Deployment:
         return f"{self.upstream}/{self.model.name}"
 
     def can(self, params: Params) -> bool:
-        """Whether it honours these parameters, and does not just ignore them: one model may be reached in
-        a dialect that lacks a word for them."""
-        model = self.model
-        return (
-            (params.input_type is None or params.input_type in model.roles)
-            and (params.instruct is None or model.instruct)
-            and (params.output_type == "dense" or model.sparse)
-        )
+        """Whether it honours these parameters."""
+        return honours(self.model, params)
+
+
+def honours(model: Model, params: Params) -> bool:
+    """Whether a model honours these parameters, and does not just ignore them: one model may be reached in a dialect
+    that lacks a word for them."""
+    return (
+        (params.input_type is None or params.input_type in model.roles)
+        and (params.instruct is None or model.instruct)
+        and (params.output_type == "dense" or model.sparse)
+    )

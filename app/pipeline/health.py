@@ -16,6 +16,10 @@ LONGEST = 10
 """Times `EJECTION`, at most."""
 COOLING = 1.0
 """Seconds of rest after a rate limit that does not say how long."""
+LONGEST_REST = 300.0
+"""Seconds of rest at the most. What an upstream says may be a date that it took for a number of seconds."""
+USUAL = 0.2
+"""What the last call weighs in how long calls usually take."""
 
 
 class Health:
@@ -32,6 +36,9 @@ class Health:
         self._cooling_until = 0.0
         self._suspect_until = 0.0
         self._probing = False
+        self._era = 0
+        """Counts ejections: what began before one says nothing about the time after it."""
+        self._usual = 0.0
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
         self.used = False
@@ -63,12 +70,28 @@ class Health:
         """Seconds until a rate limit has passed; 0 when there is none."""
         return max(0.0, self._cooling_until - self._clock.monotonic())
 
-    def begin(self) -> None:
-        """A call goes there."""
+    def begin(self) -> int:
+        """A call goes there. Returns what `end` is to be told: in which era it began."""
         self._probing = self._ejections > 0
+        return self._era
 
-    def end(self, error: GatewayError | None) -> None:
-        """What the call came to. A refused input speaks for a deployment, not against it."""
+    def took(self, seconds: float) -> None:
+        """How long an answer took."""
+        self._usual = seconds if not self._usual else (1 - USUAL) * self._usual + USUAL * seconds
+
+    def had_time(self, seconds: float) -> bool:
+        """Whether a call should have been answered in so many seconds."""
+        return seconds >= 2 * self._usual
+
+    def drop(self, era: int) -> None:
+        """A call that began in this era came to nothing, which was not the deployment's fault."""
+        if era == self._era:
+            self._probing = False
+
+    def end(self, error: GatewayError | None, era: int) -> None:
+        """What a call that began in this era came to. A refused input speaks for a deployment, not against it."""
+        if era != self._era:
+            return
         self._probing = False
         if error is None or isinstance(error, InvalidRequest):
             if self._ejections and not self.out:
@@ -77,15 +100,17 @@ class Health:
             self._suspect_until = 0.0
             self.used = True
         elif isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
-            wait = COOLING if error.retry_after is None else error.retry_after
+            wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
         else:
             self._failures += 1
             self._suspect_until = self._clock.monotonic() + SUSPECT
-            if self._failures >= FAILURES:
+            # While it is ejected it is asked only where all are, and what is then found is nothing new.
+            if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
                 self._eject()
 
     def _eject(self) -> None:
+        self._era += 1
         self._ejections = min(self._ejections + 1, LONGEST)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self._gauge.set(0)

@@ -13,6 +13,7 @@ from msgspec.structs import replace
 from app.catalog import Model, Role
 from app.config import ModelSettings
 from app.errors import InvalidRequest, UnsupportedDimensions
+from app.pipeline.deployment import honours
 from app.types import DATA_URI, Embedder, EmbedRequest, EmbedResult, Input, Params
 
 
@@ -22,7 +23,7 @@ class Prepare:
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._model = models[0]
+        self._models, self._model = models, models[0]
         self._cuts = all(model.cuts is not None for model in models)
         self._roles = {role for model in models for role in model.roles}
         self._sparse = any(model.sparse for model in models)
@@ -47,9 +48,10 @@ class Prepare:
         for i, media in enumerate(inputs):
             if isinstance(media, str):
                 continue
-            taken = self._model.images if media.kind == "image" else self._model.videos
-            if not taken:
-                also = " and images" if self._model.images else ""
+            # By all deployments: any of them may be the one that is asked.
+            images = all(model.images for model in self._models)
+            if not (images if media.kind == "image" else all(model.videos for model in self._models)):
+                also = " and images" if images else ""
                 raise InvalidRequest(
                     f"input[{i}] is {'an' if media.kind == 'image' else 'a'} {media.kind}; "
                     f"model {self._model.name!r} takes text{also} only",
@@ -75,7 +77,14 @@ class Prepare:
             raise InvalidRequest(
                 f"model {model.name!r} takes an instruction for queries only; say input_type: query", param="instruct"
             )
-        return replace(params, dimensions=self._allowed(params.dimensions or self._dimensions), input_type=role)
+        prepared = replace(params, dimensions=self._allowed(params.dimensions or self._dimensions), input_type=role)
+        if not any(honours(each, prepared) for each in self._models):
+            raise InvalidRequest(
+                f"no deployment of model {model.name!r} takes input_type, instruct and output_type as they are here "
+                "together",
+                param="input_type" if role else "instruct",
+            )
+        return prepared
 
     def _prefix(self, role: Role | None) -> str:
         return self._model.prefixes[self._model.roles.index(role)] if role else ""

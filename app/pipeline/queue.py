@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from msgspec import Struct
 
@@ -91,17 +91,25 @@ class Queue:
                 self._waiting[lane].dec(before - len(jobs))
         return dropped
 
+    def drop_all_abandoned(self) -> list[Job]:
+        """Takes out all inputs nobody waits for, and returns them."""
+        return self._take_out(lambda job: not job.waiters)
+
     def take_due(self, before: float) -> list[Job]:
         """Takes out the inputs whose callers wait no longer than `before`."""
-        due: list[Job] = []
+        return self._take_out(lambda job: job.deadline <= before)
+
+    def _take_out(self, which: Callable[[Job], bool]) -> list[Job]:
+        out: list[Job] = []
         for lane, jobs in self._lanes.items():
-            stay = [job for job in jobs if job.deadline > before]
-            if len(stay) < len(jobs):
-                self._waiting[lane].dec(len(jobs) - len(stay))
-                due += (job for job in jobs if job.deadline <= before)
+            found = [job for job in jobs if which(job)]
+            if found:
+                stay = [job for job in jobs if not which(job)]
+                self._waiting[lane].dec(len(found))
+                out += found
                 jobs.clear()
                 jobs.extend(stay)
-        return due
+        return out
 
     def take(self, limits: Limits) -> tuple[list[Job], list[Job]]:
         """The fullest batch that is legal within `limits`, and abandoned inputs met on the way.

@@ -10,15 +10,13 @@ from msgspec.structs import replace
 
 from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
-from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamTimeout
+from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamError, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
 
-ATTEMPTS = 2
-"""Calls one batch may cause at the most, where each can help and the budget allows."""
 BACKOFF = 0.2
-"""Seconds; the upper end of the jitter before a second attempt, doubled before each further one."""
+"""Seconds; the upper end of the jitter before a second attempt, which is the last one."""
 SHARE = 0.2
 """Retries allowed per call: a dead upstream costs a fifth more, not three times as much."""
 FLOOR, CEILING = 3.0, 20.0
@@ -44,10 +42,11 @@ class Budget:
 class Slot:
     """The right to make one call to `deployment`. Give it back once."""
 
-    __slots__ = ("_charged", "deployment")
+    __slots__ = ("_charged", "deployment", "era")
 
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment
+    def __init__(self, deployment: Deployment, era: int) -> None:
+        """`era`: what the deployment's health said when the call began."""
+        self.deployment, self.era = deployment, era
         self._charged = 0
 
     def charge(self, inputs: Sequence[Input]) -> None:
@@ -84,21 +83,24 @@ class Route:
         self._budget = Budget()
         self._deadlines = Deadlines()
 
-    def take(self, lane: Lane, params: Params, avoid: Deployment | None = None) -> Slot | None:
+    def take(
+        self, lane: Lane, params: Params, avoid: Deployment | None = None, *, others_only: bool = False
+    ) -> Slot | None:
         """A slot on the best deployment that honours `params` and has one free for this lane, or None.
 
         With `avoid` it is for a retry, which goes ahead of the pace: it would find those who queue always there
-        before it, and there are few.
+        before it, and there are few. `others_only` does not take what is to be avoided even as the last.
         """
         candidates = self._usable(params)
+        if others_only:
+            candidates = [each for each in candidates if each is not avoid]
         if len(candidates) > 1:
             candidates.sort(
                 key=lambda each: (each is avoid, each.health.suspect, each.priority, each.slots.busy / each.weight)
             )
         for deployment in candidates:
             if deployment.slots.take(lane, ahead=avoid is not None):
-                deployment.health.begin()
-                return Slot(deployment)
+                return Slot(deployment, deployment.health.begin())
         return None
 
     def _usable(self, params: Params) -> list[Deployment]:
@@ -112,13 +114,14 @@ class Route:
     def _able(self, params: Params) -> list[Deployment]:
         return [each for each in self.deployments if each.can(params) and each.health.out is None]
 
-    def closed(self) -> str | None:
-        """Why nothing can be embedded here until further notice, if so."""
+    def closed(self, params: Params) -> str | None:
+        """Why nothing can be embedded here with these parameters until further notice, if so."""
         reason = None
         for each in reversed(self.deployments):  # a loop, for this is asked for every request
-            reason = each.health.out
-            if reason is None:
-                return None
+            if each.can(params):
+                reason = each.health.out
+                if reason is None:
+                    return None
         return reason
 
     def cooling(self, params: Params) -> float:
@@ -157,38 +160,49 @@ class Route:
         """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`:
         what failed is an outcome, so that a caller pays only for its own inputs' failures.
 
-        What a retry can help is asked again, of another deployment if there is one.
+        What a retry can help is asked once more, of another deployment if there is one; what is this one's own trouble
+        (its key, its quota, its configuration) only of another one.
         """
         self._budget.earn()
         result = await self._attempt(batch, slot)
-        for attempt in range(1, ATTEMPTS):
-            pending = _retryable(result)
-            again = await self._again(batch, result, pending, slot, lane, attempt) if pending else None
-            if again is None:
-                break
-            slot = again
-            part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
-            slot.charge(part.inputs)
-            retried = await self._attempt(part, slot)
-            for i, outcome in zip(pending, retried.outcomes, strict=True):
-                result.outcomes[i] = outcome
-            result.calls += retried.calls
+        if _whole(result):
+            return result
+        elsewhere = any(each is not slot.deployment for each in self._usable(batch.params))
+        pending = [i for i, outcome in enumerate(result.outcomes) if _worth_asking_again(outcome, elsewhere)]
+        again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere) if pending else None
+        if again is None:
+            return result
+        part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
+        again.charge(part.inputs)
+        retried = await self._attempt(part, again)
+        for i, outcome in zip(pending, retried.outcomes, strict=True):
+            result.outcomes[i] = outcome
+        result.calls += retried.calls
         return result
 
     async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:
-        deployment = slot.deployment
+        deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
+        judged = True
+        began = now()
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
+            health.took(now() - began)
             slot.settle(result)
+            error = _verdict(result)
             return result
         except GatewayError as failure:
             error = failure
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
+            # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
+            judged = health.had_time(batch.deadline - began)
         finally:
-            deployment.health.end(error)
+            if judged:
+                health.end(error, slot.era)
+            else:
+                health.drop(slot.era)
             if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
                 deployment.slots.shrink()
             elif error is None:
@@ -197,14 +211,13 @@ class Route:
         return BatchResult([error] * len(batch.inputs))
 
     async def _again(
-        self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, attempt: int
+        self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool
     ) -> Slot | None:
         """Waits, holding nothing, then for a slot. None when budget or deadline leave no room for a retry."""
         error = result.outcomes[pending[0]]
         assert isinstance(error, GatewayError)
-        elsewhere = any(each is not failed.deployment for each in self._usable(batch.params))
         # A Retry-After is about the deployment that sent it; another one can be asked soon.
-        pause = self._jitter() * BACKOFF * 2 ** (attempt - 1)
+        pause = self._jitter() * BACKOFF
         if not elsewhere:
             pause = max(pause, error.retry_after or 0.0, failed.deployment.health.cooling())
         if asyncio.get_running_loop().time() + pause >= batch.deadline:
@@ -213,12 +226,12 @@ class Route:
             _give_up(result, pending)
             return None
         await self._clock.sleep(pause)
-        slot = await self._slot(batch, lane, failed.deployment)
+        slot = await self._slot(batch, lane, failed.deployment, others_only=not error.retryable)
         if slot is not None:
             self._metrics.upstream_retries.labels(slot.deployment.upstream, error.code).inc()
         return slot
 
-    async def _slot(self, batch: Batch, lane: Lane, avoid: Deployment) -> Slot | None:
+    async def _slot(self, batch: Batch, lane: Lane, avoid: Deployment, *, others_only: bool) -> Slot | None:
         since = self._clock.monotonic()
         try:
             async with asyncio.timeout_at(batch.deadline):
@@ -227,7 +240,7 @@ class Route:
                     # looked for would be waited for without end.
                     while rest := self.cooling(batch.params):
                         await self._clock.sleep(rest)
-                    slot = self.take(lane, batch.params, avoid)
+                    slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None:
                         return slot
                     freed = asyncio.Event()
@@ -237,8 +250,25 @@ class Route:
             return None
 
 
-def _retryable(result: BatchResult) -> list[int]:
-    return [i for i, outcome in enumerate(result.outcomes) if not isinstance(outcome, Embedding) and outcome.retryable]
+def _whole(result: BatchResult) -> bool:
+    """Whether all of it is embedded, as nearly always."""
+    return set(map(type, result.outcomes)) == {Embedding}
+
+
+def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
+    """`elsewhere`: another deployment can be asked, for which trouble with this one's key, quota or names is none."""
+    if isinstance(outcome, Embedding):
+        return False
+    return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
+
+
+def _verdict(result: BatchResult) -> GatewayError | None:
+    """What a batch that was split tells of its deployment: a rate limit in any part of it, or that all of it failed."""
+    if _whole(result):
+        return None
+    errors = [each for each in result.outcomes if isinstance(each, GatewayError) and not each.blames_input]
+    limited = next((error for error in errors if isinstance(error, RateLimited)), None)
+    return limited or (errors[0] if len(errors) == len(result.outcomes) else None)
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:

@@ -25,8 +25,7 @@ def health(clock: HandClock) -> Health:
 
 
 def fails(health: Health) -> None:
-    health.begin()
-    health.end(UpstreamError("failed"))
+    health.end(UpstreamError("failed"), health.begin())
 
 
 async def out_for(health: Health, clock: HandClock) -> float:
@@ -51,9 +50,9 @@ async def test_each_time_it_fails_again_at_once_it_is_out_for_longer_up_to_a_bou
 async def test_it_comes_back_by_one_call_at_a_time(health: Health, clock: HandClock) -> None:
     await clock.advance(EJECTION)
     assert health.available()
-    health.begin()
+    era = health.begin()
     assert not health.available(), "the one under way decides"
-    health.end(None)
+    health.end(None, era)
     assert health.available()
 
 
@@ -62,8 +61,7 @@ async def test_an_answer_makes_all_forgotten(answer: InvalidRequest | None, heal
     await clock.advance(EJECTION)
     fails(health)
     await clock.advance(2 * EJECTION)
-    health.begin()
-    health.end(answer)
+    health.end(answer, health.begin())
     for _ in range(FAILURES):
         assert health.available()
         fails(health)

@@ -193,7 +193,7 @@ async def test_a_paced_deployment_is_waited_for_though_another_one_is_ejected(
     embed = batcher(upstream, paced(clock, requests=60), Slots(8))
     out = embed._route.deployments[1]
     for _ in range(5):
-        out.health.end(UpstreamError("down"))
+        out.health.end(UpstreamError("down"), out.health.begin())
     assert not out.health.available()
     asked = asyncio.create_task(embed(request("a", "b")))
     await run(clock, 1)

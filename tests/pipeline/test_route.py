@@ -1,0 +1,326 @@
+"""The route and what stands above and below it when things go wrong: deadlines, retries elsewhere, verdicts."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import cast
+
+import pytest
+from msgspec.structs import replace
+
+from app.cache.memory import MemoryStore
+from app.cache.tiers import Tiers
+from app.catalog import ROLES, Model
+from app.clock import SystemClock
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamMisconfigured,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+)
+from app.metrics import Metrics
+from app.pipeline import build
+from app.pipeline.adapt import Adapt
+from app.pipeline.batcher import Batcher
+from app.pipeline.call import Call
+from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
+from app.pipeline.prepare import Prepare
+from app.pipeline.queue import LANES
+from app.pipeline.route import Route
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params
+from tests.clock import HandClock, settle
+
+QUEUED = "embedding_gateway_queued_inputs"
+
+
+def deployment(
+    name: str,
+    embed: BatchEmbedder,
+    *,
+    model: Model | None = None,
+    slots: Slots | None = None,
+    limits: Limits | None = None,
+) -> Deployment:
+    health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m"))
+    model = model or Model("m", roles=ROLES)
+    return Deployment(name, model, "s", slots or Slots(4), limits or Limits(10), health, embed)
+
+
+def route(*deployments: Deployment) -> Route:
+    return Route(deployments, Metrics(), SystemClock(), jitter=lambda: 0.0)
+
+
+def batcher(*deployments: Deployment) -> Batcher:
+    return Batcher(route(*deployments), Metrics(), SystemClock())
+
+
+def request(*texts: str, seconds: float = 30.0, params: Params | None = None) -> EmbedRequest:
+    deadline = asyncio.get_running_loop().time() + seconds
+    return EmbedRequest("m", texts, params or Params(), deadline, keys=[text.encode() for text in texts])
+
+
+def batch(*texts: str, seconds: float = 30.0) -> Batch:
+    deadline = asyncio.get_running_loop().time() + seconds
+    return Batch("m", texts, [text.encode() for text in texts], Params(), True, deadline)
+
+
+async def run(route: Route, batch: Batch) -> BatchResult:
+    slot = route.take("query", batch.params)
+    assert slot is not None
+    return await route.run(batch, slot, "query")
+
+
+async def answers(batch: Batch) -> BatchResult:
+    return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+
+def failing(error: GatewayError) -> BatchEmbedder:
+    async def fails(batch: Batch) -> BatchResult:
+        assert batch.inputs
+        raise error
+
+    return fails
+
+
+def after(seconds: float) -> BatchEmbedder:
+    async def answers_late(batch: Batch) -> BatchResult:
+        await asyncio.sleep(seconds)
+        return await answers(batch)
+
+    return answers_late
+
+
+# --- elsewhere ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?")])
+async def test_trouble_of_one_deployment_alone_is_asked_of_another(error: GatewayError) -> None:
+    result = await run(route(deployment("bad", failing(error)), deployment("good", answers)), batch("x"))
+    assert [type(each) for each in result.outcomes] == [Embedding]
+    assert result.calls == 2
+
+
+@pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up")])
+async def test_and_not_again_of_itself(error: GatewayError) -> None:
+    only = await run(route(deployment("bad", failing(error))), batch("x"))
+    both = await run(route(deployment("bad", failing(error)), deployment("worse", failing(error))), batch("x"))
+    assert (only.calls, both.calls) == (1, 2)
+    assert [type(each) for each in (*only.outcomes, *both.outcomes)] == [type(error)] * 2
+
+
+async def test_a_refused_input_is_asked_nowhere_else() -> None:
+    result = await run(route(deployment("one", failing(InvalidRequest("no"))), deployment("two", answers)), batch("x"))
+    assert isinstance(result.outcomes[0], InvalidRequest)
+
+
+# --- what nobody here can do ------------------------------------------------------------------------------
+
+
+async def test_what_only_a_deployment_that_is_out_could_do_is_refused_at_once() -> None:
+    able, other = deployment("able", answers), deployment("other", answers, model=Model("m", roles=("document",)))
+    embed = batcher(able, other)
+    able.health.take_out("another model")
+    with pytest.raises(UpstreamUnavailable, match="another model"):
+        await embed(request("x", params=Params(input_type="query")))
+    assert (await embed(request("x"))).embeddings
+
+
+async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
+    models = [Model("m", roles=ROLES), Model("m", sparse=True)]
+    prepare = Prepare(_reached, models, None)
+    for params in (Params(input_type="query"), Params(output_type="sparse")):
+        assert await prepare(request("x", params=params))
+    with pytest.raises(InvalidRequest, match="together"):
+        await prepare(request("x", params=Params(input_type="query", output_type="sparse")))
+
+
+async def test_an_image_is_taken_where_every_deployment_takes_it() -> None:
+    image = [Media("image", "https://example.com/x.png")]
+    seeing, blind = Model("m", images=1), Model("m")
+    asked = replace(request("x"), inputs=image, media=True)
+    assert await Prepare(_reached, [seeing, seeing], None)(asked)
+    for models in ([seeing, blind], [blind, seeing]):
+        with pytest.raises(InvalidRequest, match="text only"):
+            await Prepare(_reached, models, None)(asked)
+
+
+async def _reached(request: EmbedRequest) -> EmbedResult:
+    return EmbedResult([Embedding(b"1234", 1)] * len(request.inputs), [])
+
+
+# --- deadlines --------------------------------------------------------------------------------------------
+
+
+async def test_what_a_split_batch_has_paid_for_is_kept_when_time_is_up() -> None:
+    memory = MemoryStore(2**20, 1000, SystemClock(), Metrics())
+    calls = 0
+
+    async def slower_and_slower(batch: Batch) -> BatchResult:
+        nonlocal calls
+        calls += 1
+        await asyncio.sleep(30 if calls == 4 else 0)
+        return await answers(batch)
+
+    limits = Limits(2)
+    tiers = Tiers([memory], Metrics(), SystemClock())
+    chain = build.chain(cast("Call", slower_and_slower), cache=tiers, limits=limits, model=Model("m"))
+    result = await run(route(deployment("up", chain, limits=limits)), batch(*"abcdefgh", seconds=0.2))
+    assert {type(each) for each in result.outcomes} == {UpstreamTimeout}
+    assert len(memory) == 6
+
+
+async def test_who_joins_a_call_has_time_of_his_own() -> None:
+    started = 0
+
+    async def first_hangs(batch: Batch) -> BatchResult:
+        nonlocal started
+        started += 1
+        await asyncio.sleep(30 if started == 1 else 0)
+        return await answers(batch)
+
+    embed = batcher(deployment("up", first_hangs))
+    first = asyncio.create_task(embed(request("x", "y", seconds=0.2)))
+    await settle()
+    second = asyncio.create_task(embed(request("x")))
+    with pytest.raises(UpstreamTimeout):
+        await first
+    assert [each.vector for each in (await asyncio.wait_for(second, 5)).embeddings] == [b"x"]
+    assert started == 2
+
+
+async def test_a_call_that_was_left_too_little_time_is_not_held_against_the_upstream() -> None:
+    up = deployment("up", after(0.1))
+    one = route(up)
+    assert isinstance((await run(one, batch("x"))).outcomes[0], Embedding)
+    for _ in range(FAILURES):
+        assert isinstance((await run(one, batch("x", seconds=0.02))).outcomes[0], UpstreamTimeout)
+    assert up.health.available()
+    assert not up.health.suspect
+
+
+async def test_one_that_has_time_enough_and_hangs_is() -> None:
+    up = deployment("up", after(30))
+    up.health.took(0.01)
+    one = route(up)
+    for _ in range(FAILURES):
+        await run(one, batch("x", seconds=0.05))
+    assert not up.health.available()
+
+
+# --- verdicts -----------------------------------------------------------------------------------------------
+
+
+async def test_a_rate_limit_within_a_split_batch_is_one() -> None:
+    limits = Limits(2)
+    up = deployment("up", Adapt(failing(RateLimited("slow", retry_after=20)), limits), limits=limits)
+    await run(route(up), batch(*"abcd", seconds=1))
+    assert up.health.cooling() > 10
+    assert not up.health.used
+
+
+async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
+    limits = Limits(2)
+    up = deployment("up", Adapt(failing(UpstreamAuth("no")), limits), limits=limits)
+    one = route(up)
+    for _ in range(FAILURES):
+        await run(one, batch(*"abcd"))
+    assert not up.health.available()
+
+
+def health(clock: HandClock) -> Health:
+    return Health(clock, Metrics().upstream_available.labels("up", "m"))
+
+
+async def test_calls_that_fail_together_are_one_ejection() -> None:
+    clock = HandClock()
+    one = health(clock)
+    eras = [one.begin() for _ in range(4 * FAILURES)]
+    for era in eras:
+        one.end(UpstreamError("down"), era)
+    await clock.advance(EJECTION)
+    assert one.available()
+
+
+async def test_a_call_from_before_an_ejection_says_nothing_after_it() -> None:
+    clock = HandClock()
+    one = health(clock)
+    old = [one.begin() for _ in range(3)]
+    for _ in range(FAILURES):
+        one.end(UpstreamError("down"), one.begin())
+    one.end(None, old[0])
+    assert not one.available(), "an old answer does not end it"
+    await clock.advance(EJECTION)
+    probe = one.begin()
+    one.end(UpstreamError("down"), old[1])
+    assert not one.available(), "one call at a time, and that is still under way"
+    one.end(None, probe)
+    assert one.available()
+
+
+async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
+    clock = HandClock()
+    one = health(clock)
+    one.end(RateLimited("slow", retry_after=1_764_243_333), one.begin())  # a date, taken for seconds
+    assert one.cooling() == LONGEST_REST
+
+
+# --- queues -------------------------------------------------------------------------------------------------
+
+
+async def test_two_models_of_one_upstream_take_turns() -> None:
+    """Each call of the first empties its queue, which fills again meanwhile."""
+    slots = Slots(1)
+    calls: list[str] = []
+
+    def counted(name: str) -> BatchEmbedder:
+        async def embed(batch: Batch) -> BatchResult:
+            calls.append(name)
+            await asyncio.sleep(0.01)
+            return await answers(batch)
+
+        return embed
+
+    busy, patient = (batcher(deployment("up", counted(name), slots=slots)) for name in ("busy", "patient"))
+
+    async def traffic(coming: asyncio.TaskGroup) -> None:
+        for number in range(400):  # of which there are always some when a slot comes free, and never too many for it
+            coming.create_task(busy(request(f"{number}")))
+            await asyncio.sleep(0.002)
+
+    async with asyncio.TaskGroup() as coming:
+        always = coming.create_task(traffic(coming))
+        await asyncio.sleep(0.05)
+        before = calls.count("busy")
+        await asyncio.wait_for(patient(request(*(f"b{i}" for i in range(30)))), 5)
+        assert calls.count("busy") - before < 12, "ten rows a call: three calls were needed"
+        always.cancel()
+
+
+async def test_inputs_nobody_waits_for_do_not_pile_up() -> None:
+    held = asyncio.Event()
+
+    async def waits(batch: Batch) -> BatchResult:
+        await held.wait()
+        return await answers(batch)
+
+    metrics = Metrics()
+    one = Batcher(Route([deployment("up", waits, slots=Slots(1))], metrics, SystemClock()), metrics, SystemClock())
+    live = [asyncio.create_task(one(request("first")))]
+    await settle()
+    live.append(asyncio.create_task(one(request("second"))))
+    await settle()
+    for number in range(50):
+        gone = asyncio.create_task(one(request(*(f"{number} {i}" for i in range(10)))))
+        await settle()
+        gone.cancel()
+    await settle()
+    waiting = [metrics.registry.get_sample_value(QUEUED, {"upstream": "up", "lane": lane}) for lane in LANES]
+    assert sum(each or 0 for each in waiting) < 30, "some may be left of those that were dropped last"
+    held.set()
+    assert [len((await each).embeddings) for each in live] == [1, 1]

@@ -233,6 +233,8 @@ class Adapter(Struct, frozen=True):
     build_request: Callable[[Batch, Target], WireRequest]
     parse_error: Callable[[WireReply], GatewayError | None]
     parse_response: Callable[[WireReply, Batch], Parsed]
+    media: bool = False
+    """Whether it has words for images and videos."""
 
 
 class TokenStore(Protocol):

@@ -181,7 +181,7 @@ def _billed(usage: object) -> int | None:
 
 
 _ADAPTERS = {
-    "native": Adapter(build_request, parse_error, parse_response),
+    "native": Adapter(build_request, parse_error, parse_response, media=True),
     # Its gateway answers numbers to long requests whatever they ask for, so numbers are asked for.
     "compatible": Adapter(openai.request_builder("/embeddings", {}, "float"), parse_error, openai.parse_response),
 }

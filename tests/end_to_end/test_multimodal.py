@@ -201,3 +201,20 @@ def test_an_operator_knows_better_what_a_model_takes(fake: FakeDashScope) -> Non
         refused(gateway.post({**ask, "input": "eleven char"}), "input[0]", "11 characters", "10")
         assert gateway.post({**ask, "instruct": "find it"}).status_code == 200
         assert fake.calls[-1].json["parameters"]["instruct"] == "find it"
+
+
+@pytest.mark.parametrize(
+    ("upstream", "model", "more"),
+    [
+        ({"type": "dashscope", "mode": "compatible", "api_key": "sk-canary-0123"}, "multimodal-embedding-v1", {}),
+        ({"type": "openai", "base_url": "http://127.0.0.1:9/v1"}, "some-model", {"images": 4}),
+    ],
+    ids=["compatible mode", "whatever the operator says"],
+)
+def test_a_dialect_without_words_for_images_is_sent_none(
+    upstream: dict[str, Any], model: str, more: dict[str, Any]
+) -> None:
+    models = {"m": {"deployments": [{"upstream": "up", "model": model}], **more}}
+    with running({"upstreams": {"up": upstream}, "models": models}) as gateway:
+        response = gateway.post({"model": "m", "input": [{"image": "https://example.com/x.png"}]})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "input[0]")

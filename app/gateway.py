@@ -100,6 +100,8 @@ class Gateway:
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
+        self._published: dict[str, Mapping[str, Model]] = {}
+        """Of each upstream, the models that `names` was made of."""
         self.started = int(clock.time())
         """Since when the models are there, as far as a caller is told: seconds since the epoch."""
         self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
@@ -165,8 +167,9 @@ class Gateway:
 
     async def refresh(self) -> None:
         """Asks upstreams that list their models, each at most every few seconds, what they have now."""
-        changed = await asyncio.gather(*(upstream.discover() for upstream in self.upstreams.values()))
-        if any(changed):
+        await asyncio.gather(*(upstream.discover() for upstream in self.upstreams.values()))
+        # By what is published and not by who asked: that may have been another gateway, or a caller who hung up.
+        if any(upstream.models is not self._published.get(name) for name, upstream in self.upstreams.items()):
             self._publish()
 
     def status(self) -> dict[str, Any]:
@@ -240,6 +243,7 @@ class Gateway:
                 alone = public if len(served) == 1 else self._public(deployment.name, (deployment,), None)
                 names.setdefault(deployment.name, alone)
         self.names = names
+        self._published = {name: upstream.models for name, upstream in self.upstreams.items()}
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
         served: dict[str, list[Deployment]] = {}
@@ -262,6 +266,8 @@ class Gateway:
         known = upstream.model(wanted.model)
         overrides = {field: value for field in _FACTS if (value := getattr(settings, field)) is not None}
         facts = replace(known, **overrides)
+        if not upstream.adapter.media:
+            facts = replace(facts, images=0, videos=0)
         if settings.prefixes is not None:
             facts = _told_by(facts, settings.prefixes)
         deployment = self._deployment(upstream, facts, wanted.space)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Iterator, Mapping
 
 import httpx
 from pydantic import BaseModel, SecretStr
 
-from app.catalog import CATALOG, Model
+from app.catalog import Model
 from app.config import UpstreamSettings
 from app.errors import GatewayError
 from app.types import Target, TokenStore, WireReply, WireRequest
@@ -46,10 +47,11 @@ class Upstream:
         self.trouble: str | None = None
         """Why its models could not be listed, if they could not."""
         self._discovered_at: float | None = None
+        self._asking: asyncio.Task[None] | None = None
 
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""
-        return self.models.get(name) or CATALOG.get(self.kind.name, {}).get(name) or self.kind.unlisted(name)
+        return self.models.get(name) or self.kind.unlisted(name)
 
     def target(self, model: Model) -> Target:
         return Target(self.settings.base_url.rstrip("/"), model, self.settings)
@@ -60,24 +62,40 @@ class Upstream:
             request.headers.update({name.lower(): value for name, value in self.settings.headers.items()})
         return await self.client.send(request)
 
-    async def discover(self) -> bool:
-        """Asks the upstream for its models, unless it was just asked. Returns whether that changed them."""
-        now = self._clock.monotonic()
-        if not self.discovers or (self._discovered_at is not None and now - self._discovered_at < FRESH):
-            return False
-        self._discovered_at = now
+    async def discover(self) -> None:
+        """Asks the upstream for its models, unless it was just asked. Who comes meanwhile waits for the same answer,
+        and who does not wait for it takes it from nobody. `models` is another mapping once it has changed."""
+        if not self.discovers:
+            return
+        if self._asking is None:
+            now = self._clock.monotonic()
+            if self._discovered_at is not None and now - self._discovered_at < FRESH:
+                return
+            self._discovered_at = now
+            self._asking = asyncio.create_task(self._ask())
+            self._asking.add_done_callback(self._asked)
+        await asyncio.shield(self._asking)
+
+    def _asked(self, _task: asyncio.Task[None]) -> None:
+        self._asking = None
+
+    async def _ask(self) -> None:
         assert self.kind.discover is not None
         try:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
             self.trouble = self.redact(error.message)
             log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
-            return False
+            return
         self.trouble = None
-        before, self.models = self.models, {model.name: model for model in found}
-        return before != self.models
+        models = {model.name: model for model in found}
+        if models != self.models:
+            self.models = models
 
     async def aclose(self) -> None:
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
         await self.client.aclose()
 
 

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+from collections.abc import AsyncIterator
 from typing import Any
 
 import orjson
 import pytest
 
 from app.catalog import ANY, CATALOG, Model
-from app.errors import UpstreamAuth, UpstreamInvalidResponse, UpstreamMisconfigured
+from app.errors import ModelNotFound, UpstreamAuth, UpstreamInvalidResponse, UpstreamMisconfigured
+from app.gateway import Gateway
+from app.main import create_app
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import ollama, openai
+from tests.clock import HandClock, settle
+from tests.harness import settings_of
 
 
 def answering(routes: dict[str, Any], seen: list[WireRequest] | None = None) -> Send:
@@ -155,3 +162,74 @@ async def test_a_server_that_is_no_ollama_is_an_error() -> None:
         await pulled({})
     with pytest.raises(UpstreamInvalidResponse):
         await pulled({"/api/tags": b"Ollama is running"})
+
+
+# --- who asks, and who else is told -----------------------------------------------------------------------
+
+
+class Listing:
+    """Stands in for an upstream's list of models, which comes when it is let."""
+
+    def __init__(self) -> None:
+        self.models: list[Model] = []
+        self.asked = 0
+        self.ready = asyncio.Event()
+        self.ready.set()
+
+    async def __call__(self, settings: Any, send: Send) -> list[Model]:
+        del settings, send
+        self.asked += 1
+        await self.ready.wait()
+        return self.models
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+async def two(clock: HandClock) -> AsyncIterator[tuple[Gateway, Listing, Listing]]:
+    """A gateway over two upstreams that list their models."""
+    server = {"type": "openai", "base_url": "http://127.0.0.1:9/v1"}
+    gateway = create_app(settings_of({"upstreams": {"one": server, "two": server}}), clock=clock).gateway
+    listings = Listing(), Listing()
+    for upstream, listing in zip(gateway.upstreams.values(), listings, strict=True):
+        upstream.kind = dataclasses.replace(upstream.kind, discover=listing)
+    yield gateway, *listings
+    for listing in listings:
+        listing.ready.set()
+    await gateway.aclose()
+
+
+async def test_all_who_ask_for_a_new_model_at_once_get_it(two: tuple[Gateway, Listing, Listing]) -> None:
+    gateway, one, _ = two
+    one.models = [Model("new")]
+    one.ready.clear()
+    asking = [asyncio.create_task(gateway.find("new")) for _ in range(5)]
+    await settle()
+    one.ready.set()
+    assert [(await each).name for each in asking] == ["new"] * 5
+    assert one.asked == 1
+
+
+async def test_a_new_model_is_there_although_who_asked_first_hung_up(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock
+) -> None:
+    gateway, one, other = two
+    one.models = [Model("new")]
+    other.ready.clear()
+    asking = asyncio.create_task(gateway.find("new"))
+    await settle()
+    asking.cancel()
+    await settle()
+    other.ready.set()
+    await settle()
+    assert (await gateway.find("new")).name == "new"
+    with pytest.raises(ModelNotFound):
+        await gateway.find("newer")
+    one.models = [Model("new"), Model("newer")]
+    with pytest.raises(ModelNotFound):  # it has only just been asked
+        await gateway.find("newer")
+    await clock.advance(20)
+    assert (await gateway.find("newer")).name == "newer"

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 
 from app.clock import SystemClock
+from app.pipeline import canary
 from app.pipeline.canary import EVERY
+from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector
 from tests.harness import Running, running
 
@@ -105,3 +107,28 @@ def test_a_deployment_that_does_not_answer_is_not_judged() -> None:
             right.wait_for_calls(1)
             assert gateway.post({"model": "m", "input": "x"}).status_code == 200
             assert "out" not in gateway.get("/readyz").json()["upstreams"]["up1"]
+
+
+async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
+    looked: list[str] = []
+
+    class Looks:
+        def __init__(self, name: str) -> None:
+            self._name = name
+
+        def due(self, now: float) -> bool:
+            return now > 0
+
+        async def look(self, now: float) -> None:
+            looked.append(f"{self._name} at {now:.0f}")
+            if self._name == "bad":
+                raise ZeroDivisionError
+
+    clock = HandClock()
+    canaries = [cast("canary.Canary", Looks(name)) for name in ("bad", "good")]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    await settle()
+    await clock.advance(canary.ROUND)
+    watching.cancel()
+    assert looked == ["bad at 1000", "good at 1000", "bad at 1060", "good at 1060"]
+    assert "ZeroDivisionError" in caplog.text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from typing import Any, cast
 
 import pytest
 
@@ -13,7 +14,7 @@ from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline.quota import Quota
 from tests.cache.support import LIMIT
-from tests.clock import HandClock
+from tests.clock import HandClock, settle
 from tests.redis_server import RedisServer
 
 
@@ -173,3 +174,26 @@ async def test_without_redis_each_process_lets_in_its_part_of_what_is_left_and_s
     assert one.quota.standings()[0].remaining == 5
     await one.shared.close()
     await other.shared.close()
+
+
+async def test_who_hangs_up_while_redis_is_asked_takes_no_debts_along(clock: HandClock) -> None:
+    asked: list[Any] = []
+
+    class Hanging:
+        replicas = 1
+
+        async def ask(self, key: str, limit: object, ask: Any) -> None:
+            asked.append(ask.owed)
+            await asyncio.sleep(3600 if len(asked) == 1 else 0)
+
+    shared = cast("SharedLimits", Hanging())
+    limited = Quota("team", Rates(None, 1000), clock, Metrics(), shared)
+    limited.owe(0, 900)
+    gone = asyncio.create_task(limited.take(1))
+    await settle()
+    gone.cancel()
+    await settle()
+    with pytest.raises(RateLimited):
+        await limited.take(500)
+    await limited.take(1)
+    assert asked == [(0, 900), (0, 900)]

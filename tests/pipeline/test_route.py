@@ -119,6 +119,12 @@ async def test_a_refused_input_is_asked_nowhere_else() -> None:
     assert isinstance(result.outcomes[0], InvalidRequest)
 
 
+def test_an_error_told_of_an_input_keeps_what_it_says_of_retries() -> None:
+    error = UpstreamError("the certificate was refused")
+    error.retryable = False
+    assert not error.at_input(3).retryable
+
+
 # --- what nobody here can do ------------------------------------------------------------------------------
 
 

@@ -234,14 +234,15 @@ class Gateway:
             for each in (name, *settings.aliases):
                 names[each] = public
         for name, served in self._by_plain_name().items():
-            public = self._public(name, tuple(served), None)
+            together = None
             if len({deployment.space for deployment in served}) == 1:
-                names.setdefault(name, public)
+                together = self._public(name, tuple(served), None)
+                names.setdefault(name, together)
             else:
                 self._warn_of_spaces(name, served)
             for deployment in served:
-                alone = public if len(served) == 1 else self._public(deployment.name, (deployment,), None)
-                names.setdefault(deployment.name, alone)
+                alone = together if together and len(served) == 1 else None
+                names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
         self.names = names
         self._published = {name: upstream.models for name, upstream in self.upstreams.items()}
 

@@ -18,7 +18,7 @@ from msgspec.structs import replace
 from app import tokens
 from app.errors import GatewayError, InvalidRequest
 from app.pipeline.deployment import Limits
-from app.types import Batch, BatchEmbedder, BatchResult, Input
+from app.types import Batch, BatchEmbedder, BatchResult, Input, Media
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32"
@@ -107,19 +107,23 @@ def _named(limit: re.Pattern[str], words: str) -> int:
 def _legal(inputs: Sequence[Input], limits: Limits) -> list[int]:
     """How many inputs go in each call, in order: the batcher's rule, for limits that have since been learned or are
     another deployment's. An input over the token limit goes alone."""
-    most = limits.max_tokens_per_batch
-    if len(inputs) <= limits.max_batch and (most is None or tokens.surely_within(most, inputs)):
+    most, media = limits.max_tokens_per_batch, Media in set(map(type, inputs))
+    if len(inputs) <= limits.max_batch and not media and (most is None or tokens.surely_within(most, inputs)):
         return [len(inputs)]
     sizes: list[int] = []
     size = room = 0
-    for text in inputs:
-        cost = 0 if most is None else tokens.bound(text)
-        if size and (size == limits.max_batch or cost > room):
+    left: dict[str, int] = {}
+    for each in inputs:
+        cost = 0 if most is None else tokens.bound(each)
+        kind = each.kind if isinstance(each, Media) else None
+        if size and (size == limits.max_batch or cost > room or (kind and left[kind] < 1)):
             sizes.append(size)
             size = 0
         if not size:
-            room = most or 0
+            room, left = most or 0, {"image": limits.images, "video": limits.videos}
         size, room = size + 1, room - cost
+        if kind:
+            left[kind] -= 1
     return [*sizes, size]
 
 

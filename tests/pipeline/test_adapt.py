@@ -142,5 +142,14 @@ async def test_images_are_no_tokens_and_go_with_texts() -> None:
     upstream, image = Upstream("", kind=InvalidRequest), Media("image", "https://example.com/a.png")
     mixed = batch("x" * 30, "y" * 10)
     mixed.inputs = [image, *mixed.inputs, image]
-    await Adapt(upstream, Limits(10, 40))(mixed)
+    await Adapt(upstream, Limits(10, 40, images=2))(mixed)
     assert [len(call) for call in upstream.calls] == [4]
+
+
+async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_images() -> None:
+    upstream = Upstream("", kind=InvalidRequest)
+    image, video = Media("image", "https://example.com/a.png"), Media("video", "https://example.com/a.mp4")
+    mixed = batch(*"abcdefg")
+    mixed.inputs = ["a", image, "b", image, video, "c", video]
+    await Adapt(upstream, Limits(10, images=1, videos=1))(mixed)
+    assert [len(call) for call in upstream.calls] == [3, 3, 1]

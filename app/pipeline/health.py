@@ -20,6 +20,8 @@ LONGEST_REST = 300.0
 """Seconds of rest at the most. What an upstream says may be a date that it took for a number of seconds."""
 USUAL = 0.2
 """What the last call weighs in how long calls usually take."""
+TIME_ENOUGH = 30.0
+"""Seconds in which a call should be answered, however long they usually take."""
 
 
 class Health:
@@ -81,7 +83,7 @@ class Health:
 
     def had_time(self, seconds: float) -> bool:
         """Whether a call should have been answered in so many seconds."""
-        return seconds >= 2 * self._usual
+        return seconds >= min(2 * self._usual, TIME_ENOUGH)
 
     def drop(self, era: int) -> None:
         """A call that began in this era came to nothing, which was not the deployment's fault."""

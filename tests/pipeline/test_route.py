@@ -219,6 +219,12 @@ async def test_one_that_has_time_enough_and_hangs_is() -> None:
     assert not up.health.available()
 
 
+def test_however_slow_it_is_there_is_a_time_in_which_it_should_have_answered() -> None:
+    slow = health(HandClock())
+    slow.took(50)
+    assert [slow.had_time(seconds) for seconds in (20, 40)] == [False, True]
+
+
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 

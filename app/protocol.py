@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from typing import Any
 
 import orjson
+from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_TIMEOUT = 30.0
@@ -20,11 +21,25 @@ HEAD_TIMEOUT = 30.0
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers, or of what is neither these nor a body (trailers); what goes on is refused."""
 
+FEW = 16
+"""Requests that wait for the one before them, up to which more is read."""
+
 _JOINED = 32 * 2**10
 """Bytes of a body up to which copying it behind its head is cheaper than handing over both."""
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
+
+
+class _Flow(FlowControl):
+    """Reads nothing while many requests wait: the server resumes whenever a body is asked for, and they would pile up.
+    While few do, it reads on, or a caller who hangs up would not be noticed."""
+
+    pipeline: Sized = ()
+
+    def resume_reading(self) -> None:
+        if len(self.pipeline) < FEW:
+            super().resume_reading()
 
 
 class Outbox:
@@ -96,6 +111,8 @@ class Protocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as the server has it
         super().connection_made(transport)
+        self.flow = _Flow(transport)
+        self.flow.pipeline = self.pipeline
         self._idle_since = self.loop.time()
         self._look_again_in(self.timeout_keep_alive)
 
@@ -168,14 +185,13 @@ class Protocol(HttpToolsProtocol):
     # --- keep-alive: a timer that looks how long it has been idle, in place of a new one for every request ------
 
     def on_response_complete(self) -> None:
-        """As the server does it, but for the timer; and nothing is read while requests wait, or they would pile up."""
+        """As the server does it, but for the timer."""
         self.server_state.total_requests += 1
         self._idle_since = self.loop.time()
         if not self.transport.is_closing():
             if self.pipeline:
                 self._start_asgi_task(*self.pipeline.pop())
-            if not self.pipeline:
-                self.flow.resume_reading()
+            self.flow.resume_reading()
         elif not self.transport.get_write_buffer_size():
             return
         if self.timeout_keep_alive_task is None:

@@ -169,21 +169,21 @@ def test_a_body_in_many_chunks_is_no_head_without_end(gateway: Running) -> None:
     assert status == 200
 
 
-def test_requests_behind_one_another_do_not_pile_up(gateway: Running) -> None:
-    one = LAST.replace(b"close", b"keep-alive")
-    queued = 0
+@pytest.mark.parametrize("one", [LAST.replace(b"close", b"keep-alive"), embed("x")], ids=["GET", "POST"])
+def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes) -> None:
+    queued = sent = 0
     with connected(gateway) as connection:
         connection.setblocking(False)
         until = time.monotonic() + 1.5
         while time.monotonic() < until:
             with contextlib.suppress(BlockingIOError):
-                connection.send(one * 2000)
+                sent += connection.send((one * 2000)[sent % len(one) :])
             with contextlib.suppress(BlockingIOError):
                 while connection.recv(2**20):
                     pass
             waiting = [len(each.pipeline) for each in gc.get_objects() if isinstance(each, protocol.Protocol)]
             queued = max(queued, *waiting)
-    assert queued * len(one) <= 2**18 + len(one), "one read of the socket at the most"
+    assert queued * len(one) <= 2 * 2**18, "a read of the socket or two"
 
 
 # --- keep-alive -----------------------------------------------------------------------------------------

@@ -58,6 +58,10 @@ class Health:
             return False
         return not self.cooling()
 
+    def in_reach(self) -> bool:
+        """Whether it may have a call now, or once a rate limit has passed."""
+        return self.available() or self.cooling() > 0
+
     def take_out(self, reason: str) -> None:
         """Out of the rotation, even as the last: what it would answer is worse than no answer."""
         self.out = reason
@@ -82,13 +86,16 @@ class Health:
         self._usual = seconds if not self._usual else (1 - USUAL) * self._usual + USUAL * seconds
 
     def had_time(self, seconds: float) -> bool:
-        """Whether a call should have been answered in so many seconds."""
-        return seconds >= min(2 * self._usual, TIME_ENOUGH)
+        """Whether a call should have been answered in so many seconds, or is judged in any case: after an ejection."""
+        return self._ejections > 0 or seconds >= min(2 * self._usual, TIME_ENOUGH)
 
     def drop(self, era: int) -> None:
-        """A call that began in this era came to nothing, which was not the deployment's fault."""
+        """A call that began in this era came to nothing, for which it may have had too little time. Others are asked
+        first for a moment; and with each that goes unanswered less counts as too little, or one that hangs would never
+        be found."""
         if era == self._era:
-            self._probing = False
+            self._suspect_until = self._clock.monotonic() + SUSPECT
+            self._usual *= 1 - USUAL
 
     def end(self, error: GatewayError | None, era: int) -> None:
         """What a call that began in this era came to. A refused input speaks for a deployment, not against it."""
@@ -99,7 +106,7 @@ class Health:
             if self._ejections and not self.out:
                 self._gauge.set(1)
             self._failures = self._ejections = 0
-            self._suspect_until = 0.0
+            self._suspect_until = self._ejected_until = 0.0
             self.used = True
         elif isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)

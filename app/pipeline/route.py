@@ -236,10 +236,16 @@ class Route:
         try:
             async with asyncio.timeout_at(batch.deadline):
                 while True:
+                    able = self._able(batch.params)
+                    if others_only:
+                        able = [each for each in able if each is not avoid and each.health.in_reach()]
+                        if not able:
+                            return None
                     # First, and until it is over (timers may be early): a rest that ends after a slot was
                     # looked for would be waited for without end.
-                    while rest := self.cooling(batch.params):
+                    if rest := min((each.health.cooling() for each in able), default=0.0):
                         await self._clock.sleep(rest)
+                        continue
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None:
                         return slot

@@ -207,7 +207,6 @@ async def test_a_call_that_was_left_too_little_time_is_not_held_against_the_upst
     for _ in range(FAILURES):
         assert isinstance((await run(one, batch("x", seconds=0.02))).outcomes[0], UpstreamTimeout)
     assert up.health.available()
-    assert not up.health.suspect
 
 
 async def test_one_that_has_time_enough_and_hangs_is() -> None:
@@ -223,6 +222,41 @@ def test_however_slow_it_is_there_is_a_time_in_which_it_should_have_answered() -
     slow = health(HandClock())
     slow.took(50)
     assert [slow.had_time(seconds) for seconds in (20, 40)] == [False, True]
+
+
+async def test_one_that_hangs_is_found_however_little_time_it_is_left() -> None:
+    dead, good = deployment("dead", after(30)), deployment("good", answers)
+    dead.health.took(0.1)
+    both = route(dead, good)
+    first = await run(both, batch("x", seconds=0.15))
+    assert isinstance(first.outcomes[0], UpstreamTimeout)
+    assert isinstance((await run(both, batch("x", seconds=0.15))).outcomes[0], Embedding), "the other is asked first"
+    alone = route(dead)
+    for _ in range(3 * FAILURES):
+        await run(alone, batch("x", seconds=0.05))
+    assert not dead.health.available()
+
+
+@pytest.mark.parametrize("gone", ["ejected", "out", "resting"])
+async def test_trouble_is_told_at_once_when_the_other_goes_away_meanwhile(gone: str) -> None:
+    other = deployment("other", answers)
+
+    async def refuses(batch: Batch) -> BatchResult:
+        assert batch.inputs
+        asyncio.get_running_loop().call_later(0.02, goes)
+        raise UpstreamAuth("no")
+
+    def goes() -> None:
+        if gone == "out":
+            other.health.take_out("another model")
+        for _ in range(FAILURES if gone == "ejected" else 0):
+            other.health.end(UpstreamError("down"), other.health.begin())
+        if gone == "resting":
+            other.health.end(RateLimited("slow", retry_after=0.2), other.health.begin())
+
+    both = Route([deployment("bad", refuses), other], Metrics(), SystemClock(), jitter=lambda: 0.5)
+    result = await asyncio.wait_for(run(both, batch("x", seconds=20)), 5)
+    assert isinstance(result.outcomes[0], Embedding if gone == "resting" else UpstreamAuth)
 
 
 # --- verdicts -----------------------------------------------------------------------------------------------
@@ -273,6 +307,17 @@ async def test_a_call_from_before_an_ejection_says_nothing_after_it() -> None:
     assert not one.available(), "one call at a time, and that is still under way"
     one.end(None, probe)
     assert one.available()
+
+
+async def test_one_that_came_back_and_fails_again_leaves_at_once() -> None:
+    clock = HandClock()
+    one = health(clock)
+    for _ in range(3):
+        for _ in range(FAILURES):
+            one.end(UpstreamError("down"), one.begin())
+        assert not one.available()
+        one.end(None, one.begin())  # asked all the same, for all were out
+        assert one.available()
 
 
 async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:

@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 
 FRESH = 10.0
 """Seconds for which a list of models is taken as it is: an unknown name asks the upstream at most this often."""
+PATIENCE = 3.0
+"""Seconds for which callers wait for a list of models; from then on they go on with what is known."""
 
 
 class Upstream:
@@ -64,20 +66,24 @@ class Upstream:
 
     async def discover(self) -> None:
         """Asks the upstream for its models, unless it was just asked. Who comes meanwhile waits for the same answer,
-        and who does not wait for it takes it from nobody. `models` is another mapping once it has changed."""
+        but nobody for one that hangs; who does not wait for it takes it from nobody. `models` is another mapping once
+        it has changed."""
         if not self.discovers:
             return
+        now = self._clock.monotonic()
         if self._asking is None:
-            now = self._clock.monotonic()
             if self._discovered_at is not None and now - self._discovered_at < FRESH:
                 return
             self._discovered_at = now
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
-        await asyncio.shield(self._asking)
+        assert self._discovered_at is not None
+        _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + PATIENCE - now))
+        if hanging and self.trouble is None:
+            self.trouble = "it does not answer"
 
     def _asked(self, _task: asyncio.Task[None]) -> None:
-        self._asking = None
+        self._asking, self._discovered_at = None, self._clock.monotonic()
 
     async def _ask(self) -> None:
         assert self.kind.discover is not None

@@ -11,11 +11,17 @@ import orjson
 import pytest
 
 from app.catalog import ANY, CATALOG, Model
-from app.errors import ModelNotFound, UpstreamAuth, UpstreamInvalidResponse, UpstreamMisconfigured
+from app.errors import (
+    ModelNotFound,
+    UpstreamAuth,
+    UpstreamInvalidResponse,
+    UpstreamMisconfigured,
+    UpstreamUnavailable,
+)
 from app.gateway import Gateway
 from app.main import create_app
 from app.types import Send, WireReply, WireRequest
-from app.upstreams import ollama, openai
+from app.upstreams import connect, ollama, openai
 from tests.clock import HandClock, settle
 from tests.harness import settings_of
 
@@ -233,3 +239,27 @@ async def test_a_new_model_is_there_although_who_asked_first_hung_up(
         await gateway.find("newer")
     await clock.advance(20)
     assert (await gateway.find("newer")).name == "newer"
+
+
+async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gateway, one, other = two
+    monkeypatch.setattr(connect, "PATIENCE", 0.05)
+    one.models = [Model("new")]
+    other.models = [Model("late")]
+    other.ready.clear()
+    assert (await asyncio.wait_for(gateway.find("new"), 5)).name == "new"
+    with pytest.raises(UpstreamUnavailable, match="two"):
+        await gateway.find("two/late")
+    assert gateway.status()["upstreams"]["two"]["reason"]
+    monkeypatch.setattr(connect, "PATIENCE", 30)
+    await clock.advance(31)
+    await asyncio.wait_for(gateway.refresh(), 5)  # who comes later does not wait at all
+    assert other.asked == 1
+    await clock.advance(20)
+    other.ready.set()
+    await settle()
+    assert (await gateway.find("two/late")).name == "late"
+    assert gateway.status()["upstreams"]["two"]["status"] == "up"
+    assert other.asked == 1, "it answered just now, however long that took"

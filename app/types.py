@@ -159,6 +159,8 @@ class BatchResult(Struct):
 
     outcomes: list[Embedding | GatewayError]
     calls: int = 1
+    late: bool = False
+    """Whether what failed might have been embedded before a later deadline."""
 
 
 class BatchEmbedder(Protocol):

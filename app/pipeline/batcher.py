@@ -21,7 +21,6 @@ from app.errors import (
     GatewayError,
     InvalidRequest,
     RateLimited,
-    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from app.metrics import Metrics
@@ -252,20 +251,21 @@ class Batcher:
             self._rhythm = _LONG if time.perf_counter() - began > LONG else _SHORT
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
-            if result is not None and asyncio.get_running_loop().time() >= batch.deadline:
+            if result is not None and result.late:
                 jobs, result = self._put_again(batch, jobs, result, lane)
             self._land(jobs, flight, result)
 
     def _put_again(
         self, batch: Batch, jobs: list[Job], result: BatchResult, lane: Lane
     ) -> tuple[list[Job], BatchResult]:
-        """Where the deadline of those who asked first has ended a call, its inputs for which others have come since,
-        who have more time, go into the queue again. Returns the rest."""
+        """Where the deadline of those who asked first has ended a call, or left no time to repeat it, its inputs for
+        which others have come since, who have more time, go into the queue again. Returns the rest."""
         later: list[Job] = []
         rest: list[Job] = []
         outcomes: list[Embedding | GatewayError] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
-            if isinstance(outcome, UpstreamTimeout) and job.waiters and job.deadline > batch.deadline:
+            failed = type(outcome) is not Embedding and outcome.retryable
+            if failed and job.waiters and job.deadline > batch.deadline:
                 later.append(job)
             else:
                 rest.append(job)

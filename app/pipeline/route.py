@@ -178,12 +178,13 @@ class Route:
         for i, outcome in zip(pending, retried.outcomes, strict=True):
             result.outcomes[i] = outcome
         result.calls += retried.calls
+        result.late = retried.late
         return result
 
     async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
-        judged = True
+        judged, late = True, False
         began = now()
         try:
             with Deadline(batch.deadline, self._deadlines):
@@ -197,7 +198,7 @@ class Route:
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
-            judged = health.had_time(batch.deadline - began)
+            judged, late = health.had_time(batch.deadline - began), True
         finally:
             if judged:
                 health.end(error, slot.era)
@@ -208,7 +209,7 @@ class Route:
             elif error is None:
                 deployment.slots.grow()
             deployment.slots.give_back()
-        return BatchResult([error] * len(batch.inputs))
+        return BatchResult([error] * len(batch.inputs), late=late)
 
     async def _again(
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool
@@ -221,6 +222,7 @@ class Route:
         if not elsewhere:
             pause = max(pause, error.retry_after or 0.0, failed.deployment.health.cooling())
         if asyncio.get_running_loop().time() + pause >= batch.deadline:
+            result.late = True
             return None
         if not self._budget.spend():
             _give_up(result, pending)
@@ -229,6 +231,8 @@ class Route:
         slot = await self._slot(batch, lane, failed.deployment, others_only=not error.retryable)
         if slot is not None:
             self._metrics.upstream_retries.labels(slot.deployment.upstream, error.code).inc()
+        elif asyncio.get_running_loop().time() >= batch.deadline:
+            result.late = True
         return slot
 
     async def _slot(self, batch: Batch, lane: Lane, avoid: Deployment, *, others_only: bool) -> Slot | None:

@@ -200,6 +200,31 @@ async def test_who_joins_a_call_has_time_of_his_own() -> None:
     assert started == 2
 
 
+@pytest.mark.parametrize("short", ["of time for a pause", "of slots"])
+async def test_and_a_second_attempt_of_his_own(short: str) -> None:
+    """For the first caller there is no time for one."""
+    calls: list[list[str]] = []
+
+    async def first_fails(batch: Batch) -> BatchResult:
+        calls.append([str(text) for text in batch.inputs])
+        if len(calls) == 1:
+            await asyncio.sleep(0.05)
+            raise UpstreamError("down")
+        await asyncio.sleep(0.5 if "other" in batch.inputs else 0)
+        return await answers(batch)
+
+    up = deployment("up", first_fails, slots=Slots(1))
+    pause = 1.0 if short == "of time for a pause" else 0.0  # of 0.2 s
+    embed = Batcher(Route([up], Metrics(), SystemClock(), jitter=lambda: pause), Metrics(), SystemClock())
+    asking = [asyncio.create_task(embed(request("x", "y", seconds=0.2)))]
+    await settle()
+    asking += [asyncio.create_task(embed(request(text))) for text in ("x", "other")[: 2 if not pause else 1]]
+    with pytest.raises(UpstreamError):
+        await asking[0]
+    await asyncio.wait_for(asyncio.gather(*asking[1:]), 5)
+    assert calls[-1] == ["x"]
+
+
 async def test_a_call_that_was_left_too_little_time_is_not_held_against_the_upstream() -> None:
     up = deployment("up", after(0.1))
     one = route(up)

@@ -18,10 +18,12 @@ COOLING = 1.0
 """Seconds of rest after a rate limit that does not say how long."""
 LONGEST_REST = 300.0
 """Seconds of rest at the most. What an upstream says may be a date that it took for a number of seconds."""
-USUAL = 0.2
-"""What the last call weighs in how long calls usually take."""
+FADES = 0.98
+"""What is left, after another call, of how long the longest took: short ones between long ones say little of these."""
+DOUBTED = 0.8
+"""What is left of it after a call that came to nothing."""
 TIME_ENOUGH = 30.0
-"""Seconds in which a call should be answered, however long they usually take."""
+"""Seconds in which a call should be answered, however long they may take."""
 
 
 class Health:
@@ -40,7 +42,7 @@ class Health:
         self._probing = False
         self._era = 0
         """Counts ejections: what began before one says nothing about the time after it."""
-        self._usual = 0.0
+        self._longest = 0.0
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
         self.used = False
@@ -83,11 +85,11 @@ class Health:
 
     def took(self, seconds: float) -> None:
         """How long an answer took."""
-        self._usual = seconds if not self._usual else (1 - USUAL) * self._usual + USUAL * seconds
+        self._longest = max(seconds, self._longest * FADES)
 
     def had_time(self, seconds: float) -> bool:
         """Whether a call should have been answered in so many seconds, or is judged in any case: after an ejection."""
-        return self._ejections > 0 or seconds >= min(2 * self._usual, TIME_ENOUGH)
+        return self._ejections > 0 or seconds >= min(2 * self._longest, TIME_ENOUGH)
 
     def drop(self, era: int) -> None:
         """A call that began in this era came to nothing, for which it may have had too little time. Others are asked
@@ -95,7 +97,7 @@ class Health:
         be found."""
         if era == self._era:
             self._suspect_until = self._clock.monotonic() + SUSPECT
-            self._usual *= 1 - USUAL
+            self._longest *= DOUBTED
 
     def end(self, error: GatewayError | None, era: int) -> None:
         """What a call that began in this era came to. A refused input speaks for a deployment, not against it."""

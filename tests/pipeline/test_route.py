@@ -249,6 +249,13 @@ def test_however_slow_it_is_there_is_a_time_in_which_it_should_have_answered() -
     assert [slow.had_time(seconds) for seconds in (20, 40)] == [False, True]
 
 
+def test_short_calls_say_little_of_long_ones() -> None:
+    up = health(HandClock())
+    for seconds in (2.0, *[0.05] * 20):
+        up.took(seconds)
+    assert [up.had_time(seconds) for seconds in (1.0, 5.0)] == [False, True]
+
+
 async def test_one_that_hangs_is_found_however_little_time_it_is_left() -> None:
     dead, good = deployment("dead", after(30)), deployment("good", answers)
     dead.health.took(0.1)

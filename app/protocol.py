@@ -8,7 +8,10 @@ next request (Kludex/uvicorn#2722), which is request smuggling. So the offer is 
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import re
+import sys
+import termios
 from collections.abc import Callable, Sized
 from typing import Any
 
@@ -70,6 +73,15 @@ class Outbox:
                 transport.close()
 
 
+def _unsent(transport: asyncio.Transport) -> int:
+    """Bytes in the system's buffer that the other side has not taken; 0 where the system does not say."""
+    try:
+        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+    except OSError:
+        return 0
+    return int.from_bytes(count, sys.byteorder)
+
+
 class Protocol(HttpToolsProtocol):
     """One connection. Errors below HTTP come in OpenAI's shape too.
 
@@ -84,8 +96,11 @@ class Protocol(HttpToolsProtocol):
     _fed = 0
     """Bytes the parser has had since it last had a whole head, or a piece of a body, to show for it."""
     _idle_since = 0.0
-    _untaken = (0, 0.0)
-    """Bytes of answers that the caller had not taken at the last look, and since when it was idle."""
+    _in_head = False
+    """Whether the parser has a piece of a head, which came behind the request before it."""
+    _untaken = (0, 0, 0.0)
+    """Bytes of answers that the caller had not taken at the last look, here and in the system's buffer, and since when
+    it was idle."""
 
     def __init__(self, *args: Any, outbox: Outbox, refused: Callable[[], None], **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,6 +121,8 @@ class Protocol(HttpToolsProtocol):
                 data = _OFFER.sub(rb"\1ignored", data[: end + 2]) + data[end + 2 :]
         self._fed += len(data)
         super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._start_timer()
         if self._fed > LONGEST_HEAD and not self.transport.is_closing():
             self.send_400_response("The request's headers are too large.")
 
@@ -120,15 +137,20 @@ class Protocol(HttpToolsProtocol):
         """Waits for the rest of a head: the parser gets it whole, or an offer could hide in its seams."""
         if len(head) > LONGEST_HEAD:
             self.send_400_response("The request's headers are too large.")
+        elif not head.strip(b"\r\n"):
+            self._head = b""  # an empty line behind a body (RFC 9112 2.2)
         elif not head.lstrip(b"\r\n")[:1].isalpha():
             self.send_400_response("This is not HTTP; if it is TLS, use http:// or put a TLS proxy in front.")
         elif b"\n\n" in head:
             self.send_400_response("The request's lines must end in CRLF.")
         else:
             self._head = head
-            if self._head_timer is None:
-                late = "The request's headers did not arrive in time."
-                self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self.send_400_response, late)
+            self._start_timer()
+
+    def _start_timer(self) -> None:
+        if self._head_timer is None:
+            late = "The request's headers did not arrive in time."
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self.send_400_response, late)
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:
@@ -159,6 +181,8 @@ class Protocol(HttpToolsProtocol):
         # What comes behind the body are trailers, which are no headers of this request (RFC 9110 6.5.1).
         self.headers = []
         self._fed = 0
+        self._in_head = False
+        self._stop_timer()
         # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
         scope["extensions"] = {"hang_up": self._hang_up, "respond": self._respond}
 
@@ -203,7 +227,7 @@ class Protocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Ends a connection that is idle, and one whose caller takes nothing of what is written."""
         self.timeout_keep_alive_task = None
-        untaken = (self.transport.get_write_buffer_size(), self._idle_since)
+        untaken = (self.transport.get_write_buffer_size(), _unsent(self.transport), self._idle_since)
         if untaken[0]:
             if untaken == self._untaken:
                 self.transport.abort()
@@ -228,6 +252,7 @@ class Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         self._between_requests = False
+        self._in_head = True
         super().on_message_begin()
 
     def on_body(self, body: bytes) -> None:

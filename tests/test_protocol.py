@@ -136,6 +136,23 @@ def test_a_head_that_never_ends_is_refused_in_time(gateway: Running, monkeypatch
     assert b"in time" in body
 
 
+def test_nor_does_one_that_began_behind_another_request(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.05)
+    answers = talk(gateway, embed("x") + b"GET / HTTP/1.1\r\nHost: x\r\n", last=b"")
+    assert [status for status, _ in answers] == [200, 400]
+    assert b"in time" in answers[1][1]
+
+
+@pytest.mark.parametrize("line", [b"\r\n", b"\r\n\r\n", b"\n"])
+def test_an_empty_line_behind_a_body_is_nothing(gateway: Running, line: bytes) -> None:
+    with connected(gateway) as connection:
+        assert answered(connection, embed("x"))
+        connection.sendall(line)
+        time.sleep(0.1)
+        assert answered(connection, embed("y"))
+    assert [status for status, _ in talk(gateway, embed("x") + line + embed("y") + line)] == [200, 200]
+
+
 def chunked(*trailers: bytes) -> bytes:
     body = json.dumps({"model": "lexical", "input": "x", "dimensions": 64}).encode()
     head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Authorization: Bearer wrong", b"Transfer-Encoding: chunked"]
@@ -265,6 +282,21 @@ def test_an_answer_nobody_takes_is_dropped_in_the_end(impatient: Running, behind
         connection.sendall(b"\r\n".join([*head, b"", body]) + behind)
         wait_for(lambda: any(each.transport.get_write_buffer_size() for each in open_connections(int(port))))
         wait_for(lambda: not open_connections(int(port)))
+
+
+def test_one_that_is_taken_slowly_is_not(impatient: Running) -> None:
+    """Seen from the connection's own buffer nothing moves: it is refilled once a good part of the system's is free."""
+    body = json.dumps({"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}).encode()
+    host, port = impatient.url.removeprefix("http://").split(":")
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.settimeout(20)
+        connection.connect((host, int(port)))
+        connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+        for _ in range(50):
+            assert connection.recv(4096)
+            time.sleep(0.1)
+        assert open_connections(int(port))
 
 
 def open_connections(port: int) -> list[protocol.Protocol]:

@@ -264,7 +264,7 @@ class Batcher:
         rest: list[Job] = []
         outcomes: list[Embedding | GatewayError] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
-            failed = type(outcome) is not Embedding and outcome.retryable
+            failed = not isinstance(outcome, Embedding) and outcome.retryable
             if failed and job.waiters and job.deadline > batch.deadline:
                 later.append(job)
             else:

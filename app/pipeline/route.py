@@ -215,12 +215,12 @@ class Route:
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool
     ) -> Slot | None:
         """Waits, holding nothing, then for a slot. None when budget or deadline leave no room for a retry."""
-        error = result.outcomes[pending[0]]
-        assert isinstance(error, GatewayError)
+        # Of a batch that was split the parts may have failed in different ways.
+        errors = [error for i in pending if isinstance(error := result.outcomes[i], GatewayError)]
         # A Retry-After is about the deployment that sent it; another one can be asked soon.
         pause = self._jitter() * BACKOFF
         if not elsewhere:
-            pause = max(pause, error.retry_after or 0.0, failed.deployment.health.cooling())
+            pause = max(pause, failed.deployment.health.cooling(), *(each.retry_after or 0.0 for each in errors))
         if asyncio.get_running_loop().time() + pause >= batch.deadline:
             result.late = True
             return None
@@ -228,9 +228,10 @@ class Route:
             _give_up(result, pending)
             return None
         await self._clock.sleep(pause)
-        slot = await self._slot(batch, lane, failed.deployment, others_only=not error.retryable)
+        others_only = not any(each.retryable for each in errors)
+        slot = await self._slot(batch, lane, failed.deployment, others_only=others_only)
         if slot is not None:
-            self._metrics.upstream_retries.labels(slot.deployment.upstream, error.code).inc()
+            self._metrics.upstream_retries.labels(slot.deployment.upstream, errors[0].code).inc()
         elif asyncio.get_running_loop().time() >= batch.deadline:
             result.late = True
         return slot

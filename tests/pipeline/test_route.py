@@ -114,6 +114,28 @@ async def test_and_not_again_of_itself(error: GatewayError) -> None:
     assert [type(each) for each in (*only.outcomes, *both.outcomes)] == [type(error)] * 2
 
 
+async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> None:
+    """Though the other one goes away meanwhile: what may pass here is asked here, too."""
+    other = deployment("other", answers)
+    calls = 0
+
+    async def fails_twice(batch: Batch) -> BatchResult:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            asyncio.get_running_loop().call_later(0.02, other.health.take_out, "another model")
+            raise UpstreamAuth("no")
+        if calls == 2:
+            raise UpstreamError("down")
+        return await answers(batch)
+
+    limits = Limits(1)
+    up = deployment("up", Adapt(fails_twice, limits), limits=limits)
+    both = Route([up, other], Metrics(), SystemClock(), jitter=lambda: 0.5)
+    result = await run(both, batch("x", "y"))
+    assert [type(each) for each in result.outcomes] == [Embedding] * 2
+
+
 async def test_a_refused_input_is_asked_nowhere_else() -> None:
     result = await run(route(deployment("one", failing(InvalidRequest("no"))), deployment("two", answers)), batch("x"))
     assert isinstance(result.outcomes[0], InvalidRequest)

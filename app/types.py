@@ -161,6 +161,8 @@ class BatchResult(Struct):
     calls: int = 1
     late: bool = False
     """Whether what failed might have been embedded before a later deadline."""
+    deployments: tuple[str, ...] = ()
+    """Names of those that embedded it, once a route has seen to it."""
 
 
 class BatchEmbedder(Protocol):

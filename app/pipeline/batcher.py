@@ -190,7 +190,7 @@ class Batcher:
                 inputs, size = queue.size()
                 wait = max(rest, self._route.drain(group[1], inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
-                self._land(due, None, BatchResult([told] * len(due)))
+                self._land(due, BatchResult([told] * len(due), calls=0))
         if rests:
             self._wake_in(min(rests.values()))
 
@@ -243,7 +243,6 @@ class Batcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _fly(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
-        flight = Flight(slot.deployment)
         result: BatchResult | None = None
         try:
             began = time.perf_counter()
@@ -253,7 +252,7 @@ class Batcher:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
             if result is not None and result.late:
                 jobs, result = self._put_again(batch, jobs, result, lane)
-            self._land(jobs, flight, result)
+            self._land(jobs, result)
 
     def _put_again(
         self, batch: Batch, jobs: list[Job], result: BatchResult, lane: Lane
@@ -272,20 +271,16 @@ class Batcher:
                 outcomes.append(outcome)
         if later:
             self._put((batch.model, batch.params, batch.store), lane, later)
-        return rest, BatchResult(outcomes, result.calls)
+        return rest, BatchResult(outcomes, result.calls, deployments=result.deployments)
 
-    def _land(self, jobs: list[Job], flight: Flight | None, result: BatchResult | None) -> None:
-        """Tells all who wait; `flight` is None for inputs that were never sent."""
-        outcomes: list[Embedding | GatewayError]
+    def _land(self, jobs: list[Job], result: BatchResult | None) -> None:
+        """Tells all who wait."""
         if result is None:
-            outcomes = [GatewayError("internal error while embedding")] * len(jobs)
-        else:
-            outcomes = result.outcomes
-            if flight is not None:
-                flight.calls = result.calls
+            result = BatchResult([GatewayError("internal error while embedding")] * len(jobs))
+        flight = Flight(result.calls, result.deployments)
         known = self._jobs
         ready: list[Waiter] = []
-        for job, outcome in zip(jobs, outcomes, strict=True):
+        for job, outcome in zip(jobs, result.outcomes, strict=True):
             job.outcome, job.flight = outcome, flight
             if known.get(job.key) is job:
                 del known[job.key]
@@ -342,7 +337,7 @@ def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> E
         embeddings=embeddings,
         sources=sources,
         calls=sum([flight.calls for flight in flights]),
-        deployments=tuple(dict.fromkeys([flight.deployment for flight in flights])),
+        deployments=tuple(dict.fromkeys([name for flight in flights for name in flight.deployments])),
         too_long=too_long,
     )
 

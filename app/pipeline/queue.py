@@ -11,21 +11,19 @@ from msgspec import Struct
 from app import tokens
 from app.errors import GatewayError
 from app.metrics import Tally
-from app.pipeline.deployment import Deployment, Limits
+from app.pipeline.deployment import Limits
 from app.types import Embedding, Input, Lane, Media
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
 
 
-class Flight:
-    """An upstream call, or what became of it: shared by all inputs in it."""
+class Flight(Struct, eq=False):
+    """What became of an upstream call: shared by all inputs in it."""
 
-    __slots__ = ("calls", "deployment")
-
-    def __init__(self, deployment: Deployment) -> None:
-        self.deployment = deployment.name
-        self.calls = 0
+    calls: int
+    deployments: tuple[str, ...]
+    """Names of those that embedded it."""
 
 
 class Waiter:

@@ -165,6 +165,7 @@ class Route:
         """
         self._budget.earn()
         result = await self._attempt(batch, slot)
+        result.deployments = (slot.deployment.name,)
         if _whole(result):
             return result
         elsewhere = any(each is not slot.deployment for each in self._usable(batch.params))
@@ -179,6 +180,9 @@ class Route:
             result.outcomes[i] = outcome
         result.calls += retried.calls
         result.late = retried.late
+        result.deployments = (again.deployment.name,)
+        if len(pending) < len(result.outcomes) and again.deployment is not slot.deployment:
+            result.deployments = (slot.deployment.name, again.deployment.name)
         return result
 
     async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:

@@ -147,6 +147,25 @@ def test_an_error_told_of_an_input_keeps_what_it_says_of_retries() -> None:
     assert not error.at_input(3).retryable
 
 
+async def test_it_is_told_who_embedded_it() -> None:
+    bad = deployment("bad", failing(UpstreamError("down")))
+    assert (await batcher(bad, deployment("good", answers))(request("x"))).deployments == ("good/m",)
+    calls = 0
+
+    async def fails_once(batch: Batch) -> BatchResult:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise UpstreamError("down")
+        return await answers(batch)
+
+    limits = Limits(1)
+    half = deployment("half", Adapt(fails_once, limits), limits=limits)
+    whole = deployment("whole", answers, limits=limits)
+    result = await run(route(half, whole), batch("x", "y"))
+    assert result.deployments == ("half/m", "whole/m")
+
+
 # --- what nobody here can do ------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from app.config.values import (
     check_url,
     header_fields,
     key_text,
+    redis_url_text,
 )
 
 __all__ = ["Duration", "Key", "ModelName", "Name", "Pause", "Size"]  # the words that settings are written in
@@ -119,7 +120,7 @@ class RedisSettings(Section):
     @field_validator("url")
     @classmethod
     def _is_redis(cls, value: SecretStr) -> SecretStr:
-        return SecretStr(check_url(value.get_secret_value(), ("redis", "rediss", "unix"), credentials=True))
+        return SecretStr(redis_url_text(value.get_secret_value()))
 
 
 class CacheSettings(Section):

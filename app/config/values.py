@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from typing import Annotated, Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
@@ -23,6 +23,9 @@ _SIZE = {
     "GB": 10**9,
     "TB": 10**12,
 }
+
+
+_ESCAPES = "in a password write %23 for #, %2F for / and %3F for ?"
 
 
 def parse_duration(value: Any) -> Any:
@@ -78,10 +81,43 @@ def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
     except ValueError:
         sound = False
     if not sound:
-        raise ValueError(f"must be a URL that begins with {written}")
+        escapes = f"; {_ESCAPES}" if credentials and "@" in text else ""
+        raise ValueError(f"must be a URL that begins with {written}{escapes}")
     if not credentials and "@" in url.netloc:
         raise ValueError("must not hold a user or password; use the keys meant for credentials")
     return text.strip().rstrip("/")
+
+
+_TRUTH = "(?i:0|f|false|n|no|1|t|true|y|yes)"
+_REDIS_OPTIONS = {
+    "db": r"\d{1,9}",
+    "username": ".+",
+    "password": ".+",
+    "client_name": r"[\x21-\x7e]+",
+    "ssl_ca_certs": ".+",
+    "ssl_certfile": ".+",
+    "ssl_keyfile": ".+",
+    "ssl_cert_reqs": "none|optional|required",
+    "ssl_check_hostname": _TRUTH,
+}
+"""What may stand behind the `?` of a Redis URL: of redis-py's options those that leave deadlines to us."""
+
+
+def redis_url_text(value: str) -> str:
+    """`redis://` or `rediss://` with a database's number for a path, or `unix://` with a socket's."""
+    checked = check_url(value, ("redis", "rediss", "unix"), credentials=True)
+    url = urlsplit(checked)
+    if url.fragment:
+        raise ValueError(f"must not hold a #; {_ESCAPES}")
+    if url.scheme != "unix" and not re.fullmatch(r"(/\d{0,9})?", url.path):
+        raise ValueError("the path of a Redis URL is the number of a database, such as /0")
+    known = [name for name in _REDIS_OPTIONS if url.scheme == "rediss" or not name.startswith("ssl_")]
+    for name, option in parse_qsl(url.query, keep_blank_values=True):
+        if name not in known:
+            raise ValueError(f"behind the ? of a {url.scheme}:// URL may stand {', '.join(known)}")
+        if not re.fullmatch(_REDIS_OPTIONS[name], option):
+            raise ValueError(f"{name}, behind the ?, has a value that it cannot have")
+    return checked
 
 
 def base_url_text(value: str) -> str:

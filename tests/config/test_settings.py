@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from app.config import KeySettings, ServerSettings, Settings, UpstreamSettings
-from app.config.values import check_url, parse_duration, parse_size
+from app.cache.redis import connections
+from app.config import KeySettings, RedisSettings, ServerSettings, Settings, UpstreamSettings
+from app.config.values import parse_duration, parse_size
 from app.upstreams import UPSTREAMS
 from tests.config.kinds import settings_from
 
@@ -78,9 +79,44 @@ def test_a_trailing_slash_is_not_part_of_a_base_url(tmp_path: Path) -> None:
     assert found.upstreams["a"].base_url == "HTTPS://Host:8443/v1"
 
 
-@pytest.mark.parametrize("url", ["redis://h", "redis://:pw@h:6379/0", "rediss://u:p@h/1", "unix:///run/redis.sock"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://h",
+        "redis://:pw@h:6379/0",
+        "redis://u:p%23%2F%3F@h?db=3&client_name=eg",
+        "rediss://u:p@h/1",
+        "rediss://h?ssl_ca_certs=/ca.pem&ssl_cert_reqs=none&ssl_check_hostname=no",
+        "unix:///run/redis.sock",
+        "unix:///run/redis.sock?db=1&password=pw",
+    ],
+)
 def test_redis_urls(url: str) -> None:
-    assert check_url(url, ("redis", "rediss", "unix"), credentials=True) == url
+    assert RedisSettings(url=SecretStr(url)).url.get_secret_value() == url
+    connections(url, 1)  # the library agrees
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://h?x=y", "may stand db, "),
+        ("redis://h?socket_timeout=5s", "may stand db, "),
+        ("redis://h?ssl_cert_reqs=none", "may stand db, "),
+        ("redis://h?db=q", "db, behind the ?"),
+        ("redis://h?db=", "db, behind the ?"),
+        ("rediss://h?ssl_cert_reqs=foo", "ssl_cert_reqs, behind the ?"),
+        ("redis://h/abc", "number of a database"),
+        ("redis://h:9/-1", "number of a database"),
+        ("redis://h/0#canary", "%23"),
+        ("redis://:canary?canary@h", "%3F for ?"),
+        ("redis://:6379", "begins with redis://"),
+    ],
+)
+def test_what_is_no_redis_url(url: str, told: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        RedisSettings(url=SecretStr(url))
+    assert told in str(refused.value)
+    assert "canary" not in str(refused.value)
 
 
 def test_a_key_and_its_digest_are_the_same_caller() -> None:

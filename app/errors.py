@@ -70,7 +70,8 @@ class GatewayError(Exception):
         Callers that share an upstream call share its error; each gets a copy with its own index.
         """
         copy = type(self)(self.message, code=self.code, retry_after=self.retry_after)
-        copy.param = f"input[{index}]" if isinstance(self, InvalidRequest) else self.param
+        blamed = self.blames_input and isinstance(self, InvalidRequest)
+        copy.param = f"input[{index}]" if blamed else self.param
         copy.retryable, copy.final = self.retryable, self.final
         copy.__cause__ = self
         return copy

@@ -79,7 +79,8 @@ def test_a_server_that_gives_another_length_than_the_model_card_says_is_believed
 def test_what_nobody_knows_is_passed_on_and_the_refusal_comes_back() -> None:
     with vllm() as (fake, gateway):
         response = gateway.post({"model": "somebody/own-model", "input": "text", "dimensions": 256})
-        assert (response.status_code, response.json()["error"]["code"]) == (400, "unsupported_dimensions")
+        error = response.json()["error"]
+        assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_dimensions", "dimensions")
         assert fake.calls[0].json["dimensions"] == 256
 
 

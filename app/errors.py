@@ -58,6 +58,8 @@ class GatewayError(Exception):
             self.code = code  # an instance may be more exact than its class
         self.retry_after = retry_after
         """Seconds after which asking again is sensible, if anybody knows."""
+        self.model: str | None = None
+        """The model that was asked for, if that could be read of a request that was refused for something else."""
         self.final = False
         """Whether the caller, too, had better not ask again at once."""
 

@@ -129,6 +129,8 @@ class Embeddings:
             return
         except GatewayError as failure:
             status, error = failure.status, failure
+            if failure.model is not None:
+                exchange.public = self._gateway.names.get(failure.model)
         except Exception:
             log.exception("request %s failed", exchange.id.decode())
             error = GatewayError("internal error")

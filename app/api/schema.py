@@ -51,12 +51,16 @@ def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) ->
     model = path_model if path_model is not None else body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter: the name of a model, a string", param="model")
-    encoding = _choice(body, "encoding_format", "float")
-    inputs, media = _inputs(body.get("input"), max_inputs)
-    user = body.get("user")
-    if user is not None and not isinstance(user, str):
-        raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
-    return EmbeddingsBody(model, inputs, _params(body), encoding, _choice(body, "on_long_input"), media)
+    try:
+        encoding = _choice(body, "encoding_format", "float")
+        inputs, media = _inputs(body.get("input"), max_inputs)
+        user = body.get("user")
+        if user is not None and not isinstance(user, str):
+            raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
+        return EmbeddingsBody(model, inputs, _params(body), encoding, _choice(body, "on_long_input"), media)
+    except InvalidRequest as error:
+        error.model = model
+        raise
 
 
 def _object(raw: bytes) -> dict[str, Any]:

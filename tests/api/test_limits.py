@@ -339,7 +339,7 @@ def test_every_request_leaves_one_line_of_names_and_numbers(fake: FakeOpenAI) ->
         ask(body("a", "b"), "200", inputs="2", cached="0", calls="1", **good)
         ask(body("a", "b", "c"), "200", inputs="3", cached="2", calls="1", **good)
         ask(body("a"), "200", inputs="1", cached="1", calls="0", **good)
-        ask(body(""), "400", client="team", model="other", error="invalid_value", inputs="0", calls="0")
+        ask(body(""), "400", client="team", model=MODEL, error="invalid_value", inputs="0", calls="0")
         ask(
             {"model": "unknown", "input": "x"}, "404", client="team", model="other", error="model_not_found", inputs="1"
         )

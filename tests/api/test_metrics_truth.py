@@ -170,7 +170,7 @@ def drive(scene: Scene) -> None:
     openai.fail(faults.null_vector)
     traffic.ask(MODEL, ["gets a vector that is none at first"])
 
-    traffic.ask(MODEL, [""], 400, label="other")
+    traffic.ask(MODEL, [""], 400)
     traffic.ask("no such model", ["x"], 404, label="other")
     share(scene)
     hang_up(scene)

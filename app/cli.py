@@ -231,7 +231,7 @@ def _check(options: argparse.Namespace) -> None:
 
 
 async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
-    """Prints the table of models; returns what a probe found wrong, a line each."""
+    """Prints the table of models; returns what is wrong with them, a line each."""
     await gateway.refresh()
     try:
         rows: list[tuple[str, ...]] = [
@@ -241,7 +241,7 @@ async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return await _probe(gateway) if probe else []
+        return gateway.unfit() + (await _probe(gateway) if probe else [])
     finally:
         await gateway.aclose()
 
@@ -266,7 +266,8 @@ def _row(name: str, public: PublicModel) -> tuple[str, ...]:
 
 async def _probe(gateway: Gateway) -> list[str]:
     deployments = {each.name: each for public in gateway.names.values() for each in public.deployments}
-    failed = []
+    upstreams = gateway.upstreams.items()
+    failed = [f"{name}: cannot list its models: {each.trouble}" for name, each in upstreams if each.trouble]
     for name, deployment in sorted(deployments.items()):
         trouble = await _try(deployment)
         print(f"probe {name}: {trouble or 'ok'}")

@@ -17,7 +17,7 @@ from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, UNSERVED, Model
 from app.config import DeploymentSettings, ModelSettings, PrefixSettings, Settings, UpstreamSettings
-from app.errors import ModelNotFound, UpstreamUnavailable
+from app.errors import InvalidRequest, ModelNotFound, UpstreamUnavailable
 from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import build, canary
@@ -27,9 +27,10 @@ from app.pipeline.call import Call
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
 from app.pipeline.pace import Pace
+from app.pipeline.prepare import Prepare
 from app.pipeline.quota import Quota
 from app.pipeline.route import Route
-from app.types import Embedder
+from app.types import Embedder, Params
 from app.upstreams.connect import Upstream
 from app.upstreams.kind import Clock, UpstreamKind
 
@@ -60,6 +61,8 @@ class PublicModel:
     model: Model
     space: str
     deployments: tuple[Deployment, ...]
+    unfit: str | None = None
+    """Why nothing but a request that says more than model and input can be served, if so."""
 
 
 class Gateway:
@@ -116,6 +119,8 @@ class Gateway:
         await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
         if self._shared and (self.quotas or any(slots.paced for slots in self._slots.values())):
             await self._shared.open()
+        for trouble in self.unfit():
+            log.warning("%s", trouble)
         self._watch = asyncio.create_task(canary.watch(lambda: list(self._canaries.values()), self._clock))
         self.draining = False
 
@@ -171,6 +176,11 @@ class Gateway:
         # By what is published and not by who asked: that may have been another gateway, or a caller who hung up.
         if any(upstream.models is not self._published.get(name) for name, upstream in self.upstreams.items()):
             self._publish()
+
+    def unfit(self) -> list[str]:
+        """A line for each model that is configured in a way in which it serves no plain request."""
+        models = {public.name: public for public in self.names.values()}
+        return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
 
     def status(self) -> dict[str, Any]:
         """Ready or draining, and a line per upstream and cache tier. Asks nobody: probes come often."""
@@ -305,7 +315,7 @@ class Gateway:
         )
         # Brought to unit length they compare differently from what the upstream gives, whoever else serves that.
         space = f"{first.space};normalized" if settings and settings.normalize else first.space
-        return PublicModel(name, embed, first.model, space, deployments)
+        return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
         """One batcher per set of deployments, so that names which lead to the same share calls."""
@@ -327,6 +337,14 @@ class Gateway:
             self._conflicts.add(name)
             listed = ", ".join(deployment.name for deployment in served)
             log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
+
+
+def _unfit(prepare: Prepare) -> str | None:
+    try:
+        prepare.prepared(Params())
+    except InvalidRequest as refusal:
+        return f"a request without parameters is refused: {refusal.message}"
+    return None
 
 
 def _told_by(model: Model, prefixes: PrefixSettings) -> Model:

@@ -22,7 +22,7 @@ from app.types import BatchEmbedder, Embedder
 
 def pipeline(
     batcher: Batcher, *, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
-) -> Embedder:
+) -> Prepare:
     """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Batcher (over its
     Route)."""
     embed: Embedder = batcher

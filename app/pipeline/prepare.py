@@ -35,7 +35,7 @@ class Prepare:
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         params = self._prepared.get(request.params)
         if params is None:
-            params = self._prepare(request.params)
+            params = self.prepared(request.params)
             # Clients send a handful of combinations; no client may fill memory, and an instruction is of any size.
             if len(self._prepared) < 256 and params.instruct is None:
                 self._prepared[request.params] = params
@@ -66,7 +66,8 @@ class Prepare:
                     param=f"input[{i}]",
                 )
 
-    def _prepare(self, params: Params) -> Params:
+    def prepared(self, params: Params) -> Params:
+        """`params` as the model knows them. Raises `InvalidRequest` for what it cannot do."""
         model = self._model
         if params.output_type != "dense" and not self._sparse:
             raise InvalidRequest(f"model {model.name!r} gives dense vectors only", param="output_type")

@@ -46,7 +46,7 @@ def keys(settings: UpstreamSettings) -> list[str]:
 def need_key(settings: UpstreamSettings, variable: str) -> None:
     """Raises `ValueError` for settings without a key, saying what to set."""
     if not keys(settings):
-        raise ValueError(f"api_key: needed; set it here, or {variable} in the environment")
+        raise ValueError(f'api_key: needed; set it here, for instance to "${{{variable}}}"')
 
 
 def bearer(keys: Sequence[str], judge: Judge, clock: Clock) -> Auth:

@@ -61,15 +61,15 @@ class BaiduSettings(UpstreamSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.mode == "v2":
-            auth.need_key(self, "a config file's ${VARIABLE}")
+            auth.need_key(self, "QIANFAN_API_KEY")
         elif self.auth == "iam":
             _need(self.access_key, "access_key", "auth: iam signs with access_key and secret_key")
             _need(self.secret_key, "secret_key", "auth: iam signs with access_key and secret_key")
         elif self.api_keys:
             raise ValueError("api_keys: an access token is made from one api_key and its secret_key")
         else:
-            _need(self.api_key, "api_key", "set it here, or BAIDU_API_KEY in the environment")
-            _need(self.secret_key, "secret_key", "set it here, or BAIDU_SECRET_KEY in the environment")
+            _need(self.api_key, "api_key", 'set it here, for instance to "${BAIDU_API_KEY}"')
+            _need(self.secret_key, "secret_key", 'set it here, for instance to "${BAIDU_SECRET_KEY}"')
         return self
 
 

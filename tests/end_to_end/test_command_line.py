@@ -128,6 +128,32 @@ def test_check_probe_embeds_on_every_deployment_and_tells_what_is_wrong(tmp_path
         assert "openai/text-embedding-3-small: upstream_auth: " in bad.stderr
 
 
+def test_check_probe_fails_where_an_upstream_cannot_be_reached(tmp_path: Path) -> None:
+    env = {"OLLAMA_HOST": "127.0.0.1:9"}
+    shown, probed = run("check", env=env, cwd=tmp_path), run("check", "--probe", env=env, cwd=tmp_path)
+    assert (shown.returncode, probed.returncode) == (0, 2)
+    assert "ollama: cannot list its models: " in probed.stderr
+
+
+def test_check_finds_models_that_serve_no_plain_request(tmp_path: Path) -> None:
+    config = """
+upstreams:
+  lexical: {type: lexical}
+  oai: {type: openai, api_key: k}
+  ds: {type: dashscope, mode: compatible, api_key: k}
+models:
+  short: {dimensions: 7, deployments: [{upstream: lexical, model: lexical}]}
+  ada: {aliases: [old], dimensions: 100, deployments: [{upstream: oai, model: text-embedding-ada-002}]}
+  query: {input_type: query, deployments: [{upstream: ds, model: text-embedding-v3}]}
+  fit: {dimensions: 256, deployments: [{upstream: oai, model: text-embedding-3-small}]}
+"""
+    (tmp_path / "config.yaml").write_text(config)
+    done = run("check", cwd=tmp_path)
+    assert done.returncode == 2
+    wrong = [line.split(":")[0] for line in done.stderr.splitlines()]
+    assert wrong == ["models.short", "models.ada", "models.query"]
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("check", "--help")])
 def test_help_fits_a_screen_and_names_what_matters(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run(*arguments, cwd=tmp_path)

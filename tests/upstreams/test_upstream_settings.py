@@ -45,12 +45,12 @@ def test_the_base_url_is_what_each_vendor_documents(given: dict[str, Any], base_
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"type": "dashscope"}, "api_key: needed; set it here, or DASHSCOPE_API_KEY in the environment"),
-        ({"type": "openai"}, "api_key: needed; set it here, or OPENAI_API_KEY in the environment"),
-        ({"type": "gemini"}, "api_key: needed; set it here, or GEMINI_API_KEY in the environment"),
+        ({"type": "dashscope"}, 'api_key: needed; set it here, for instance to "${DASHSCOPE_API_KEY}"'),
+        ({"type": "openai"}, 'api_key: needed; set it here, for instance to "${OPENAI_API_KEY}"'),
+        ({"type": "gemini"}, 'api_key: needed; set it here, for instance to "${GEMINI_API_KEY}"'),
         ({"type": "openai", "api_key": "k", "path": "embeddings"}, "path: must begin with /"),
-        ({"type": "baidu"}, "api_key: needed; set it here, or BAIDU_API_KEY in the environment"),
-        ({"type": "baidu", "api_key": "a"}, "secret_key: needed; set it here, or BAIDU_SECRET_KEY"),
+        ({"type": "baidu"}, 'api_key: needed; set it here, for instance to "${BAIDU_API_KEY}"'),
+        ({"type": "baidu", "api_key": "a"}, 'secret_key: needed; set it here, for instance to "${BAIDU_SECRET_KEY}"'),
         (
             {"type": "baidu", "api_keys": ["a", "b"], "secret_key": "s"},
             "api_keys: an access token is made from one",

@@ -190,8 +190,10 @@ class Gateway:
             for name, upstream in self.upstreams.items()
         }
         for deployment in self._deployments.values():
-            if deployment.health.out is not None:
-                upstreams[deployment.upstream].setdefault("out", {})[deployment.model.name] = deployment.health.out
+            health = deployment.health
+            for word, told in (("out", health.out), ("trouble", health.trouble)):
+                if told is not None:
+                    upstreams[deployment.upstream].setdefault(word, {})[deployment.model.name] = told
         state = "draining" if self.draining else "ready"
         return {"status": state, "upstreams": upstreams, "cache": self.cache.status()}
 
@@ -298,7 +300,7 @@ class Gateway:
         )  # fmt: skip
         chain = build.chain(call, cache=self.cache, limits=limits, model=model)
         available = self.metrics.upstream_available.labels(upstream.name, model.name)
-        health = Health(self._clock, available)
+        health = Health(self._clock, available, f"{upstream.name}/{model.name}")
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment
         return deployment

@@ -42,6 +42,11 @@ class Keys:
                 Caller(name, key.lane, namespace=name if key.cache == "own" else ""), models
             )
 
+    @property
+    def needed(self) -> bool:
+        """Whether a caller must have one."""
+        return bool(self._tenants)
+
     def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
         """Raises `InvalidApiKey`. `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty is none."""
         if not self._tenants:

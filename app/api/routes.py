@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import orjson
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
@@ -16,6 +17,18 @@ from app.api.auth import Keys
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway, PublicModel
 from app.metrics import CONTENT_TYPE
+
+
+class _HeadAsGet:
+    """HEAD is GET without the body (RFC 9110 9.3.2), which the server leaves out: it knows what was asked."""
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http" and scope["method"] == "HEAD":
+            scope = {**scope, "method": "GET"}
+        await self._app(scope, receive, send)
 
 
 class _Forward(Response):
@@ -39,8 +52,9 @@ def build(gateway: Gateway, keys: Keys, route: embeddings.Embeddings, *, admin: 
         redoc_url=None,
         redirect_slashes=False,  # to an address made of the caller's Host, and clients lose the body or the key
     )
+    api.add_middleware(_HeadAsGet)
     _add_errors(api)
-    _add_embeddings(api, route)
+    _add_embeddings(api, route, keys)
     _add_models(api, gateway, keys)
     _add_health(api, gateway)
     if admin:
@@ -50,7 +64,15 @@ def build(gateway: Gateway, keys: Keys, route: embeddings.Embeddings, *, admin: 
 
 def build_admin(gateway: Gateway, described: FastAPI) -> FastAPI:
     """/metrics and /docs for a port of their own; the description is the main application's."""
-    api = FastAPIOffline(title="embedding-gateway", version=__version__, redoc_url=None, redirect_slashes=False)
+    api = FastAPIOffline(
+        title="embedding-gateway",
+        version=__version__,
+        redoc_url=None,
+        redirect_slashes=False,
+        # Nothing to try from here: the routes are at another port, which browsers take for another site.
+        swagger_ui_parameters={"supportedSubmitMethods": []},
+    )
+    api.add_middleware(_HeadAsGet)
     api.openapi = described.openapi  # type: ignore[method-assign]  # FastAPI's documented way to replace it
     _add_errors(api)
     add_metrics(api, gateway)
@@ -87,8 +109,16 @@ def _add_errors(api: FastAPI) -> None:
         return response
 
 
-def _add_embeddings(api: FastAPI, route: embeddings.Embeddings) -> None:
-    @api.post("/v1/embeddings", openapi_extra=openapi.EMBEDDINGS, tags=["embeddings"], summary="Embed")
+def _described_key(keys: Keys) -> list[Any]:
+    """For the description alone: what a key opens is decided by `keys` in any case."""
+    return [Security(HTTPBearer(auto_error=False, description="one of auth.keys"))] if keys.needed else []
+
+
+def _add_embeddings(api: FastAPI, route: embeddings.Embeddings, keys: Keys) -> None:
+    @api.post(
+        "/v1/embeddings", openapi_extra=openapi.EMBEDDINGS, tags=["embeddings"], summary="Embed",
+        dependencies=_described_key(keys),
+    )  # fmt: skip
     async def embed() -> Response:
         """OpenAI's request and response. Also on `/embeddings`, `/openai/v1/embeddings`, with a trailing
         slash, on `/v1/engines/{model}/embeddings` and on `/openai/deployments/{model}/embeddings`."""
@@ -116,11 +146,12 @@ def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
         for path in (base, base + "/"):
             api.get(
                 path, include_in_schema=shown and path == base, tags=["models"], summary="List models",
-                responses=openapi.error_responses(401),
+                responses=openapi.error_responses(401), dependencies=_described_key(keys),
             )(list_models)  # fmt: skip
         api.get(
-            base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=errors
-        )(get_model)
+            base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=errors,
+            dependencies=_described_key(keys),
+        )(get_model)  # fmt: skip
 
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:

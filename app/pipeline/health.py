@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import logging
+
 from app.clock import Clock
-from app.errors import GatewayError, InvalidRequest, QuotaExhausted, RateLimited
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UpstreamAuth,
+    UpstreamInvalidResponse,
+    UpstreamMisconfigured,
+)
 from app.metrics import Gauge
+
+log = logging.getLogger(__name__)
 
 FAILURES = 5
 """In a row, after which a deployment leaves the rotation."""
@@ -24,6 +36,11 @@ DOUBTED = 0.8
 """What is left of it after a call that came to nothing."""
 TIME_ENOUGH = 30.0
 """Seconds in which a call should be answered, however long they may take."""
+QUIET = 60.0
+"""Seconds in which the log is told of trouble once, where it comes and goes."""
+
+_LASTING = (UpstreamAuth, QuotaExhausted, UpstreamMisconfigured, UpstreamInvalidResponse)
+"""What does not pass by itself: an operator must see to it, and is told."""
 
 
 class Health:
@@ -32,8 +49,9 @@ class Health:
     An ejected one comes back by a single call: it succeeds, or the ejection begins anew and lasts longer.
     """
 
-    def __init__(self, clock: Clock, gauge: Gauge) -> None:
-        self._clock, self._gauge = clock, gauge
+    def __init__(self, clock: Clock, gauge: Gauge, name: str) -> None:
+        """`name`: the deployment's, for the log."""
+        self._clock, self._gauge, self._name = clock, gauge, name
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
@@ -43,10 +61,13 @@ class Health:
         self._era = 0
         """Counts ejections: what began before one says nothing about the time after it."""
         self._longest = 0.0
+        self._quiet_until = 0.0
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
         self.used = False
         """Whether it has ever answered."""
+        self.trouble: str | None = None
+        """What somebody must see to, since it last answered: code and message."""
         gauge.set(1)
 
     @property
@@ -107,6 +128,9 @@ class Health:
         if error is None or isinstance(error, InvalidRequest):
             if self._ejections and not self.out:
                 self._gauge.set(1)
+            if self._ejections:
+                log.warning("%s answers again", self._name)
+            self.trouble = None
             self._failures = self._ejections = 0
             self._suspect_until = self._ejected_until = 0.0
             self.used = True
@@ -114,14 +138,23 @@ class Health:
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
         else:
+            if isinstance(error, _LASTING):
+                if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
+                    log.error("%s: %s: %s", self._name, error.code, error.message)
+                    self._quiet_until = self._clock.monotonic() + QUIET
+                self.trouble = f"{error.code}: {error.message}"
             self._failures += 1
             self._suspect_until = self._clock.monotonic() + SUSPECT
             # While it is ejected it is asked only where all are, and what is then found is nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
-                self._eject()
+                self._eject(error)
 
-    def _eject(self) -> None:
+    def _eject(self, error: GatewayError) -> None:
         self._era += 1
         self._ejections = min(self._ejections + 1, LONGEST)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self._gauge.set(0)
+        log.warning(
+            "%s is left out for %g s, after %d failures in a row; the last: %s: %s",
+            *(self._name, EJECTION * self._ejections, self._failures, error.code, error.message),
+        )

@@ -239,6 +239,28 @@ def test_the_description_tells_the_embeddings_route_whole(gateway: Running) -> N
     assert "422" not in str(described["paths"]["/v1/models/{model}"]["get"]["responses"].get("200"))
 
 
+def test_the_description_asks_for_a_key_where_one_is_needed(gateway: Running) -> None:
+    assert "securitySchemes" not in gateway.get("/openapi.json").text
+    config = {"upstreams": {"lexical": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "k" * 20}}}}
+    with running(config) as guarded:
+        described = guarded.get("/openapi.json").json()
+        paths = described["paths"]
+        asked = {path for path, methods in paths.items() for each in methods.values() if each.get("security")}
+        assert asked == {"/v1/embeddings", "/v1/models", "/v1/models/{model}"}
+        assert described["components"]["securitySchemes"]["HTTPBearer"]["scheme"] == "bearer"
+        assert guarded.get("/v1/models", api_key="k" * 20).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models", "/metrics", "/docs", "/nothing"])
+def test_head_is_get_without_the_body(path: str, gateway: Running) -> None:
+    with httpx.Client(base_url=gateway.url) as client:
+        asked, got = client.head(path), client.get(path)
+        assert (asked.status_code, asked.content) == (got.status_code, b"")
+        assert asked.headers["content-type"] == got.headers["content-type"]
+        assert int(asked.headers["content-length"]) > 0
+        assert client.get("/healthz").json() == {"status": "ok"}, "nothing was left on the connection"
+
+
 def test_the_docs_page_loads_from_our_own_host_only(gateway: Running) -> None:
     page = gateway.get("/docs")
     assert page.status_code == 200
@@ -278,6 +300,8 @@ async def test_with_a_metrics_port_the_main_port_has_neither_metrics_nor_docs() 
             assert docs.status_code == 200
             for asset in re.findall(r"""(?:src|href|url)\s*[=:]\s*["']([^"']+)["']""", docs.text):
                 assert (await client.get(asset)).status_code == 200
+            assert (await client.head("/metrics")).status_code == 200
+            assert '"supportedSubmitMethods": []' in (await client.get("/docs")).text
             described = (await client.get("/openapi.json")).json()
             assert "/v1/embeddings" in described["paths"]
             for path in ("/v1/embeddings", "/v1/models", "/nothing"):

@@ -118,6 +118,9 @@ def test_an_upstream_that_refuses_our_key_is_a_502_and_never_the_callers_401(nam
         else:
             assert (response.status_code, code) == (502, "upstream_auth")
             assert response.headers["x-should-retry"] == "false"
+            (shown,) = gateway.get("/readyz").json()["upstreams"].values()
+            assert shown["trouble"][case.model].startswith("upstream_auth: ")
+            assert f"{case.model}: upstream_auth: " in gateway.log.getvalue()
 
 
 @every_upstream

@@ -20,7 +20,7 @@ from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, Embed
 
 
 def healthy() -> Health:
-    return Health(SystemClock(), Metrics().upstream_available.labels("up", "m"))
+    return Health(SystemClock(), Metrics().upstream_available.labels("up", "m"), "up/m")
 
 
 def vector(text: str) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.errors import InvalidRequest, UpstreamError
+from app.errors import InvalidRequest, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
 from app.pipeline.health import EJECTION, FAILURES, LONGEST, Health
 from tests.clock import HandClock
@@ -17,7 +17,7 @@ def clock() -> HandClock:
 
 @pytest.fixture
 def health(clock: HandClock) -> Health:
-    health = Health(clock, Metrics().upstream_available.labels("up", "m"))
+    health = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
     for _ in range(FAILURES):
         assert health.available()
         fails(health)
@@ -66,3 +66,36 @@ async def test_an_answer_makes_all_forgotten(answer: InvalidRequest | None, heal
         assert health.available()
         fails(health)
     assert await out_for(health, clock) == EJECTION
+
+
+# --- what is told -------------------------------------------------------------------------------------------
+
+
+async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
+    clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    for seconds in (0, 1, 1, 60):  # it comes and goes
+        await clock.advance(seconds)
+        up.end(UpstreamAuth("wrong key"), up.begin())
+        assert up.trouble == "upstream_auth: wrong key"
+        up.end(None, up.begin())
+        assert up.trouble is None
+    assert [record.getMessage() for record in caplog.records] == ["up/m: upstream_auth: wrong key"] * 2
+    up.end(UpstreamError("passes"), up.begin())
+    assert up.trouble is None
+
+
+async def test_leaving_the_rotation_and_coming_back_are_told(
+    clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    for _ in range(FAILURES):
+        fails(up)
+    await clock.advance(EJECTION)
+    up.end(None, up.begin())
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [
+        "up/m is left out for 30 s, after 5 failures in a row; the last: upstream_error: failed",
+        "up/m answers again",
+    ]

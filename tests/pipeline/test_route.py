@@ -47,7 +47,7 @@ def deployment(
     slots: Slots | None = None,
     limits: Limits | None = None,
 ) -> Deployment:
-    health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m"))
+    health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m"), f"{name}/m")
     model = model or Model("m", roles=ROLES)
     return Deployment(name, model, "s", slots or Slots(4), limits or Limits(10), health, embed)
 
@@ -353,7 +353,7 @@ async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
 
 
 def health(clock: HandClock) -> Health:
-    return Health(clock, Metrics().upstream_available.labels("up", "m"))
+    return Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
 
 
 async def test_calls_that_fail_together_are_one_ejection() -> None:

@@ -241,7 +241,9 @@ async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
             print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        return gateway.unfit() + (await _probe(gateway) if probe else [])
+        complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
+        wrong = gateway.unfit() + (gateway.unserved() if complete else [])
+        return wrong + (await _probe(gateway) if probe else [])
     finally:
         await gateway.aclose()
 

@@ -119,7 +119,7 @@ class Gateway:
         await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
         if self._shared and (self.quotas or any(slots.paced for slots in self._slots.values())):
             await self._shared.open()
-        for trouble in self.unfit():
+        for trouble in (*self.unfit(), *self.unserved()):
             log.warning("%s", trouble)
         self._watch = asyncio.create_task(canary.watch(lambda: list(self._canaries.values()), self._clock))
         self.draining = False
@@ -181,6 +181,12 @@ class Gateway:
         """A line for each model that is configured in a way in which it serves no plain request."""
         models = {public.name: public for public in self.names.values()}
         return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
+
+    def unserved(self) -> list[str]:
+        """A line for each model that a key names and nobody serves now: likely misspelt, but it may come back."""
+        keys = self.settings.auth.keys.items() if self.settings.auth else ()
+        named = [(name, model) for name, key in keys for model in key.models or ()]
+        return [f"auth.keys.{name}.models: there is no model {m} now" for name, m in named if m not in self.names]
 
     def status(self) -> dict[str, Any]:
         """Ready or draining, and a line per upstream and cache tier. Asks nobody: probes come often."""

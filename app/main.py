@@ -136,7 +136,6 @@ class App:
         # What lives from here on lives long: collections need not look at it again (p99, bench/README.md).
         gc.collect()
         gc.freeze()
-        _warn_of_unserved(self._now)
         background = [
             asyncio.create_task(each) for each in (self._reload_when_asked(), self._watch_file(), self._watch_lag())
         ]
@@ -219,7 +218,6 @@ class App:
         gateway.draining = self.draining
         self._now = after
         log.info("configuration changed")
-        _warn_of_unserved(after)
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -233,14 +231,6 @@ class App:
                 await self._clock.sleep(0.1)
                 left -= 0.1
             await old.gateway.aclose(successor)
-
-
-def _warn_of_unserved(now: _Generation) -> None:
-    """A key that names a model nobody serves is likely misspelt, and a model that is away may come back."""
-    for name, key in now.settings.auth.keys.items() if now.settings.auth else ():
-        for model in key.models or ():
-            if model not in now.gateway.names:
-                log.warning("auth.keys.%s.models: there is no model %s now", name, model)
 
 
 def _last(send: embeddings.Sender) -> embeddings.Sender:

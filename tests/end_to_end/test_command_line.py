@@ -154,6 +154,19 @@ models:
     assert wrong == ["models.short", "models.ada", "models.query"]
 
 
+def test_check_finds_models_that_a_key_names_and_nobody_serves(tmp_path: Path) -> None:
+    config = """
+upstreams: {up: {type: ollama, base_url: "http://127.0.0.1:9"}, lexical: {type: lexical}}
+auth: {keys: {team: {key: k, models: [lexicle, lexical]}}}
+"""
+    (tmp_path / "config.yaml").write_text(config)
+    away = run("check", cwd=tmp_path)
+    assert away.returncode == 0, "it may be one of an upstream that is away"
+    (tmp_path / "config.yaml").write_text(config.replace('up: {type: ollama, base_url: "http://127.0.0.1:9"}, ', ""))
+    done = run("check", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "auth.keys.team.models: there is no model lexicle now\n")
+
+
 @pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("check", "--help")])
 def test_help_fits_a_screen_and_names_what_matters(arguments: tuple[str, ...], tmp_path: Path) -> None:
     done = run(*arguments, cwd=tmp_path)

@@ -316,6 +316,7 @@ class Gateway:
         batcher = self._batcher(deployments, configured=settings is not None)
         embed = build.pipeline(
             batcher,
+            name=name,
             cache=self.cache,
             space=first.space,
             models=[deployment.model for deployment in deployments],

@@ -67,12 +67,21 @@ def _object(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        # orjson speaks of surrogates for an escape that is half a pair, and for any byte that is not UTF-8.
-        code = "invalid_unicode" if "surrogate in string" in str(error) else None
-        raise InvalidJson(f"the request body is not valid JSON: {error}", code=code) from None
+        raise _no_json(raw, error) from None
     if not isinstance(body, dict):
         raise InvalidRequest(f"the request body must be a JSON object, not {_kind(body)}")
     return body
+
+
+def _no_json(raw: bytes, error: orjson.JSONDecodeError) -> InvalidJson:
+    told = str(error)
+    if "surrogates not allowed" in told:  # what orjson says of any byte that is not UTF-8
+        try:
+            raw.decode()
+        except UnicodeDecodeError as fault:
+            told = f"it is not UTF-8 at byte {fault.start}"
+    code = "invalid_unicode" if "surrogate in string" in told else None
+    return InvalidJson(f"the request body is not valid JSON: {told}", code=code)
 
 
 def _params(body: dict[str, Any]) -> Params:

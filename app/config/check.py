@@ -105,6 +105,8 @@ def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, Kind]) -> Iterato
 def _callers_differ(settings: Settings) -> Iterator[Mistake]:
     seen: dict[bytes, str] = {}
     for name, key in settings.auth.keys.items() if settings.auth else ():
+        if name == "anonymous":
+            yield Mistake(("auth", "keys", name), "is what callers without a key are counted as; choose another name")
         first = seen.setdefault(key.digest(), name)
         if first != name:
             yield Mistake(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")

@@ -154,5 +154,5 @@ class _Filler:
 def _unset(names: list[str]) -> str:
     listed = list(dict.fromkeys(names))
     if len(listed) == 1:
-        return f"the environment variable {listed[0]} is not set"
-    return f"the environment variables {', '.join(listed)} are not set"
+        return f"the environment variable {listed[0]} is not set or empty"
+    return f"the environment variables {', '.join(listed)} are not set or empty"

@@ -21,7 +21,7 @@ from app.types import BatchEmbedder, Embedder
 
 
 def pipeline(
-    batcher: Batcher, *, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
+    batcher: Batcher, *, name: str, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
 ) -> Prepare:
     """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Batcher (over its
     Route)."""
@@ -29,7 +29,7 @@ def pipeline(
     embed = CacheRead(embed, cache, space)
     embed = Shape(embed, models, settings)
     embed = LongInputs(embed, models, settings)
-    return Prepare(embed, models, settings)
+    return Prepare(embed, name, models, settings)
 
 
 def chain(call: Call, *, cache: Tiers, limits: Limits, model: Model) -> BatchEmbedder:

@@ -19,10 +19,10 @@ from app.types import DATA_URI, Embedder, EmbedRequest, EmbedResult, Input, Para
 
 class Prepare:
     """Checks and completes a request's parameters. `models` are the facts of each deployment, the first
-    standing for all; `settings` are the operator's defaults."""
+    standing for all; `settings` are the operator's defaults; `name` is what callers know the model by."""
 
-    def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
-        self._inner = inner
+    def __init__(self, inner: Embedder, name: str, models: Sequence[Model], settings: ModelSettings | None) -> None:
+        self._inner, self._name = inner, name
         self._models, self._model = models, models[0]
         self._cuts = all(model.cuts is not None for model in models)
         self._roles = {role for model in models for role in model.roles}
@@ -54,7 +54,7 @@ class Prepare:
                 also = " and images" if images else ""
                 raise InvalidRequest(
                     f"input[{i}] is {'an' if media.kind == 'image' else 'a'} {media.kind}; "
-                    f"model {self._model.name!r} takes text{also} only",
+                    f"model {self._name!r} takes text{also} only",
                     param=f"input[{i}]",
                 )
             # Four characters of base64 are three bytes; what stands before them is short.
@@ -62,7 +62,7 @@ class Prepare:
             if limit is not None and DATA_URI.match(media.source) and len(media.source) * 3 // 4 > limit + 128:
                 raise InvalidRequest(
                     f"input[{i}] is an image of about {len(media.source) * 3 // 4} bytes; "
-                    f"model {self._model.name!r} takes at most {limit}",
+                    f"model {self._name!r} takes at most {limit}",
                     param=f"input[{i}]",
                 )
 
@@ -70,18 +70,18 @@ class Prepare:
         """`params` as the model knows them. Raises `InvalidRequest` for what it cannot do."""
         model = self._model
         if params.output_type != "dense" and not self._sparse:
-            raise InvalidRequest(f"model {model.name!r} gives dense vectors only", param="output_type")
+            raise InvalidRequest(f"model {self._name!r} gives dense vectors only", param="output_type")
         if params.instruct is not None and not self._instruct:
-            raise InvalidRequest(f"model {model.name!r} takes no instruction", param="instruct")
+            raise InvalidRequest(f"model {self._name!r} takes no instruction", param="instruct")
         role = self._role(params.input_type or self._input_type)
         if params.instruct is not None and model.prefixes and "{instruct}" not in self._prefix(role):
             raise InvalidRequest(
-                f"model {model.name!r} takes an instruction for queries only; say input_type: query", param="instruct"
+                f"model {self._name!r} takes an instruction for queries only; say input_type: query", param="instruct"
             )
         prepared = replace(params, dimensions=self._allowed(params.dimensions or self._dimensions), input_type=role)
         if not any(honours(each, prepared) for each in self._models):
             raise InvalidRequest(
-                f"no deployment of model {model.name!r} takes input_type, instruct and output_type as they are here "
+                f"no deployment of model {self._name!r} takes input_type, instruct and output_type as they are here "
                 "together",
                 param="input_type" if role else "instruct",
             )
@@ -96,7 +96,7 @@ class Prepare:
             return None
         if asked not in self._roles:
             raise InvalidRequest(
-                f"model {self._model.name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
+                f"model {self._name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
             )
         # A role that is told by no word at all is no other text.
         return asked if not self._model.prefixes or self._prefix(asked) else None
@@ -109,15 +109,15 @@ class Prepare:
         choices = model.cuts if self._cuts else model.dimension_choices
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
-            raise UnsupportedDimensions(f"model {model.name!r} gives {only}, not {asked}", param="dimensions")
+            raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {asked}", param="dimensions")
         if choices and asked not in choices:
             listed = ", ".join(map(str, sorted(choices)))
             raise UnsupportedDimensions(
-                f"model {model.name!r} gives {listed} dimensions, not {asked}", param="dimensions"
+                f"model {self._name!r} gives {listed} dimensions, not {asked}", param="dimensions"
             )
         if not choices and model.dimensions is not None and asked > model.dimensions:
             raise UnsupportedDimensions(
-                f"model {model.name!r} gives at most {model.dimensions} dimensions, not {asked}",
+                f"model {self._name!r} gives at most {model.dimensions} dimensions, not {asked}",
                 param="dimensions",
             )
         return asked

@@ -64,7 +64,7 @@ DEEP = 100_000
 BODIES: dict[str, tuple[bytes, str, str]] = {
     "nothing": (b"", "invalid_json", "not valid JSON"),
     "invalid UTF-8": (b"\xff\xfe\xfd", "invalid_json", "UTF-8"),
-    "invalid UTF-8 in a text": (b'{"model":"m","input":"\xff"}', "invalid_json", "UTF-8"),
+    "invalid UTF-8 in a text": (b'{"model":"m","input":"\xff"}', "invalid_json", "not UTF-8 at byte 22"),
     "a surrogate encoded as UTF-8": (b'{"model":"m","input":"\xed\xa0\x80"}', "invalid_json", "UTF-8"),
     "UTF-16": ('{"model":"m","input":"hi"}'.encode("utf-16"), "invalid_json", "UTF-8"),
     "a byte order mark": (b'\xef\xbb\xbf{"model":"m","input":"hi"}', "invalid_json", "not valid JSON"),

@@ -180,7 +180,7 @@ async def test_what_only_a_deployment_that_is_out_could_do_is_refused_at_once() 
 
 async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
     models = [Model("m", roles=ROLES), Model("m", sparse=True)]
-    prepare = Prepare(_reached, models, None)
+    prepare = Prepare(_reached, "m", models, None)
     for params in (Params(input_type="query"), Params(output_type="sparse")):
         assert await prepare(request("x", params=params))
     with pytest.raises(InvalidRequest, match="together"):
@@ -191,10 +191,10 @@ async def test_an_image_is_taken_where_every_deployment_takes_it() -> None:
     image = [Media("image", "https://example.com/x.png")]
     seeing, blind = Model("m", images=1), Model("m")
     asked = replace(request("x"), inputs=image, media=True)
-    assert await Prepare(_reached, [seeing, seeing], None)(asked)
+    assert await Prepare(_reached, "m", [seeing, seeing], None)(asked)
     for models in ([seeing, blind], [blind, seeing]):
         with pytest.raises(InvalidRequest, match="text only"):
-            await Prepare(_reached, models, None)(asked)
+            await Prepare(_reached, "m", models, None)(asked)
 
 
 async def _reached(request: EmbedRequest) -> EmbedResult:

@@ -28,7 +28,8 @@ FEW = 16
 """Requests that wait for the one before them, up to which more is read."""
 
 _JOINED = 32 * 2**10
-"""Bytes of a body up to which copying it behind its head is cheaper than handing over both."""
+"""Bytes of a body up to which copying it behind its head is cheaper than handing over both, and waiting for others
+cheaper than a write of its own."""
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
@@ -48,7 +49,8 @@ class _Flow(FlowControl):
 class Outbox:
     """Responses that become ready in one turn of the event loop, written together at its end.
 
-    A write wakes its reader, which costs more than the write; readers that wait for one another's turn are awake.
+    A write wakes its reader, which costs more than the write; readers that wait for one another's turn are awake. A
+    long one goes at once, while the processor still has it at hand, and is read while the next is made.
     """
 
     def __init__(self) -> None:
@@ -59,6 +61,8 @@ class Outbox:
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
         self._waiting.append((transport, head, body, close))
+        if len(body) >= _JOINED:
+            self.flush()
 
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, []

@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 FRESH = 10.0
 """Seconds for which a list of models is taken as it is: an unknown name asks the upstream at most this often."""
-PATIENCE = 3.0
+PATIENCE = 5.0
 """Seconds for which callers wait for a list of models; from then on they go on with what is known."""
 
 

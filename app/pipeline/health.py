@@ -67,7 +67,7 @@ class Health:
         self.used = False
         """Whether it has ever answered."""
         self.trouble: str | None = None
-        """What somebody must see to, since it last answered: code and message."""
+        """What somebody must see to, or why it was left out, since it last answered: code and message."""
         gauge.set(1)
 
     @property
@@ -154,6 +154,7 @@ class Health:
         self._ejections = min(self._ejections + 1, LONGEST)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self._gauge.set(0)
+        self.trouble = f"{error.code}: {error.message}"
         log.warning(
             "%s is left out for %g s, after %d failures in a row; the last: %s: %s",
             *(self._name, EJECTION * self._ejections, self._failures, error.code, error.message),

@@ -140,7 +140,7 @@ class Health:
         else:
             if isinstance(error, _LASTING):
                 if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
-                    log.error("%s: %s: %s", self._name, error.code, error.message)
+                    log.warning("%s: %s: %s", self._name, error.code, error.message)
                     self._quiet_until = self._clock.monotonic() + QUIET
                 self.trouble = f"{error.code}: {error.message}"
             self._failures += 1

@@ -156,11 +156,21 @@ class Gateway:
             await self.refresh()
             public = self.names.get(name)
         if public is None:
-            upstream = self.upstreams.get(name.partition("/")[0])
-            if upstream is not None and upstream.trouble:
-                raise UpstreamUnavailable(f"upstream {upstream.name} cannot say what models it has")
+            self._cannot_say(name)
             raise ModelNotFound(self._instead(name) or f"The model '{name[:200]}' does not exist", param="model")
         return public
+
+    def _cannot_say(self, name: str) -> None:
+        """Raises `UpstreamUnavailable` if an upstream that might have the model is not there to be asked: "no such
+        model" would be a guess, which callers take for the last word."""
+        own = self.upstreams.get(name.partition("/")[0])
+        if own is not None:
+            mute = [own.name] if own.trouble else []
+        else:
+            mute = [each.name for each in self.upstreams.values() if each.away and not each.models]
+        if mute:
+            told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are"
+            raise UpstreamUnavailable(told)
 
     def _instead(self, name: str) -> str | None:
         """What to use for a model that an upstream has and nobody here serves."""

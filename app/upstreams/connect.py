@@ -11,7 +11,7 @@ from pydantic import BaseModel, SecretStr
 
 from app.catalog import Model
 from app.config import UpstreamSettings
-from app.errors import GatewayError
+from app.errors import GatewayError, UpstreamTimeout, UpstreamUnavailable, UpstreamUnreachable
 from app.types import Target, TokenStore, WireReply, WireRequest
 from app.upstreams.client import Client
 from app.upstreams.kind import Clock, UpstreamKind
@@ -48,6 +48,8 @@ class Upstream:
         self.discovers = kind.discover is not None and not self.models
         self.trouble: str | None = None
         """Why its models could not be listed, if they could not."""
+        self.away = False
+        """Whether that is because it is not there: some servers just have no list."""
         self._discovered_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
 
@@ -80,7 +82,7 @@ class Upstream:
         assert self._discovered_at is not None
         _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + PATIENCE - now))
         if hanging and self.trouble is None:
-            self.trouble = "it does not answer"
+            self.trouble, self.away = "it does not answer", True
 
     def _asked(self, _task: asyncio.Task[None]) -> None:
         self._asking, self._discovered_at = None, self._clock.monotonic()
@@ -91,9 +93,10 @@ class Upstream:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
             self.trouble = self.redact(error.message)
+            self.away = isinstance(error, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
             log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
             return
-        self.trouble = None
+        self.trouble, self.away = None, False
         models = {model.name: model for model in found}
         if models != self.models:
             self.models = models

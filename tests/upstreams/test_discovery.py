@@ -250,8 +250,11 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     other.models = [Model("late")]
     other.ready.clear()
     assert (await asyncio.wait_for(gateway.find("new"), 5)).name == "new"
-    with pytest.raises(UpstreamUnavailable, match="two"):
-        await gateway.find("two/late")
+    for name in ("two/late", "late"):
+        with pytest.raises(UpstreamUnavailable, match="two cannot say"):
+            await gateway.find(name)
+    with pytest.raises(ModelNotFound):
+        await gateway.find("one/late")
     assert gateway.status()["upstreams"]["two"]["reason"]
     monkeypatch.setattr(connect, "PATIENCE", 30)
     await clock.advance(31)
@@ -263,3 +266,16 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     assert (await gateway.find("two/late")).name == "late"
     assert gateway.status()["upstreams"]["two"]["status"] == "up"
     assert other.asked == 1, "it answered just now, however long that took"
+
+
+async def test_a_server_without_a_list_makes_nobody_wait_for_one(two: tuple[Gateway, Listing, Listing]) -> None:
+    """Its models are those that are configured: another name is no model of anybody's."""
+    gateway, _, _ = two
+
+    async def has_none(settings: Any, send: Send) -> list[Model]:
+        del settings, send
+        raise UpstreamMisconfigured("there is no such route")
+
+    gateway.upstreams["one"].kind = dataclasses.replace(gateway.upstreams["one"].kind, discover=has_none)
+    with pytest.raises(ModelNotFound):
+        await gateway.find("new")

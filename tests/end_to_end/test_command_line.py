@@ -152,6 +152,7 @@ models:
     assert done.returncode == 2
     wrong = [line.split(":")[0] for line in done.stderr.splitlines()]
     assert wrong == ["models.short", "models.ada", "models.query"]
+    assert "model 'ada' gives only 1536, not 100" in done.stderr, "by the name it is asked for"
 
 
 def test_check_finds_models_that_a_key_names_and_nobody_serves(tmp_path: Path) -> None:

@@ -126,10 +126,10 @@ class Health:
             return
         self._probing = False
         if error is None or isinstance(error, InvalidRequest):
-            if self._ejections and not self.out:
-                self._gauge.set(1)
             if self._ejections:
                 log.warning("%s answers again", self._name)
+                if not self.out:
+                    self._gauge.set(1)
             self.trouble = None
             self._failures = self._ejections = 0
             self._suspect_until = self._ejected_until = 0.0
@@ -138,24 +138,25 @@ class Health:
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
         else:
+            told = f"{error.code}: {error.message}"
             if isinstance(error, _LASTING):
                 if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
-                    log.warning("%s: %s: %s", self._name, error.code, error.message)
+                    log.warning("%s: %s", self._name, told)
                     self._quiet_until = self._clock.monotonic() + QUIET
-                self.trouble = f"{error.code}: {error.message}"
+                self.trouble = told
             self._failures += 1
             self._suspect_until = self._clock.monotonic() + SUSPECT
             # While it is ejected it is asked only where all are, and what is then found is nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
-                self._eject(error)
+                self._eject(told)
 
-    def _eject(self, error: GatewayError) -> None:
+    def _eject(self, told: str) -> None:
         self._era += 1
         self._ejections = min(self._ejections + 1, LONGEST)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self._gauge.set(0)
-        self.trouble = f"{error.code}: {error.message}"
+        self.trouble = told
         log.warning(
-            "%s is left out for %g s, after %d failures in a row; the last: %s: %s",
-            *(self._name, EJECTION * self._ejections, self._failures, error.code, error.message),
+            "%s is left out for %g s, after %d failures in a row; the last: %s",
+            *(self._name, EJECTION * self._ejections, self._failures, told),
         )

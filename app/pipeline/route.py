@@ -180,9 +180,8 @@ class Route:
             result.outcomes[i] = outcome
         result.calls += retried.calls
         result.late = retried.late
-        result.deployments = (again.deployment.name,)
-        if len(pending) < len(result.outcomes) and again.deployment is not slot.deployment:
-            result.deployments = (slot.deployment.name, again.deployment.name)
+        others = result.deployments if len(pending) < len(result.outcomes) else ()
+        result.deployments = (*others, again.deployment.name)
         return result
 
     async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:

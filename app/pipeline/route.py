@@ -10,7 +10,7 @@ from msgspec.structs import replace
 
 from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
-from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamError, UpstreamTimeout
+from app.errors import GatewayError, InvalidRequest, QuotaExhausted, RateLimited, UpstreamError, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
@@ -277,10 +277,11 @@ def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> b
 
 
 def _verdict(result: BatchResult) -> GatewayError | None:
-    """What a batch that was split tells of its deployment: a rate limit in any part of it, or that all of it failed."""
+    """What a batch tells of its deployment: a rate limit in any part of it, or that all of it failed and was not
+    refused. Where every vector is none, that is no input's doing."""
     if _whole(result):
         return None
-    errors = [each for each in result.outcomes if isinstance(each, GatewayError) and not each.blames_input]
+    errors = [each for each in result.outcomes if not isinstance(each, Embedding | InvalidRequest)]
     limited = next((error for error in errors if isinstance(error, RateLimited)), None)
     return limited or (errors[0] if len(errors) == len(result.outcomes) else None)
 

@@ -19,6 +19,7 @@ from app.errors import (
     RateLimited,
     UpstreamAuth,
     UpstreamError,
+    UpstreamInvalidVector,
     UpstreamMisconfigured,
     UpstreamTimeout,
     UpstreamUnavailable,
@@ -350,6 +351,34 @@ async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
     for _ in range(FAILURES):
         await run(one, batch(*"abcd"))
     assert not up.health.available()
+
+
+def giving_none_for(*none: str) -> BatchEmbedder:
+    """An upstream that computes no vector for these."""
+
+    async def embed(batch: Batch) -> BatchResult:
+        result = await answers(batch)
+        for i, text in enumerate(batch.inputs):
+            if text in none:
+                result.outcomes[i] = UpstreamInvalidVector("the upstream returned a vector that holds NaN")
+        return result
+
+    return embed
+
+
+@pytest.mark.parametrize("texts", ["a", "ab"])
+async def test_one_of_which_every_vector_is_none_is_left_out(texts: str) -> None:
+    up = deployment("up", giving_none_for(*"ab"))
+    for _ in range(FAILURES):
+        await run(route(up), batch(*texts))
+    assert not up.health.available()
+
+
+async def test_one_for_which_a_text_alone_is_too_much_is_not() -> None:
+    up = deployment("up", giving_none_for("a"))
+    for _ in range(FAILURES):
+        await run(route(up), batch(*"ab"))
+    assert up.health.available()
 
 
 def health(clock: HandClock) -> Health:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from app.types import Auth, Send, WireReply, WireRequest
 from app.upstreams import replies
 from app.upstreams.kind import Clock
 from app.upstreams.sealed import SealedTokens, SharedToken
+
+log = logging.getLogger(__name__)
 
 Judge: TypeAlias = Callable[[WireReply], GatewayError | None]
 
@@ -86,9 +89,23 @@ class HeaderKey:
             error = self._judge(reply)
             if not isinstance(error, UpstreamAuth | RateLimited):
                 return reply
-            self._out_until[key] = self._clock.monotonic() + _rest(error)
+            self._rest(key, error, request)
             if len(tried) == len(self._values) or not self._fresh(tried):
                 return reply
+
+    def _rest(self, key: int, error: UpstreamAuth | RateLimited, request: WireRequest) -> None:
+        """A rate passes soon; a refusal or a used-up quota does not, and as long as others serve nobody else tells."""
+        now = self._clock.monotonic()
+        passing = isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted)
+        # An upstream's word may be a date that was taken for a number of seconds.
+        told = 1.0 if error.retry_after is None else error.retry_after
+        seconds = min(told, KEY_REFUSED_FOR) if passing else KEY_REFUSED_FOR
+        if not passing and self._out_until[key] <= now:
+            log.warning(
+                "%s: key %d of %d is not used for %g s: %s",
+                *(urlsplit(request.url).hostname, key + 1, len(self._values), seconds, error.code),
+            )
+        self._out_until[key] = now + seconds
 
     def _with(self, request: WireRequest, key: int) -> WireRequest:
         return replace(request, headers={**request.headers, self._header: self._values[key]})
@@ -108,13 +125,6 @@ class HeaderKey:
             key = min(left, key=lambda each: self._out_until[each])
         self._turn = key + 1
         return key
-
-
-def _rest(error: GatewayError) -> float:
-    """Seconds for which a key stays out: a rate passes soon, a refusal or a used-up quota does not."""
-    if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
-        return 1.0 if error.retry_after is None else error.retry_after
-    return KEY_REFUSED_FOR
 
 
 # --- access tokens ----------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from urllib.parse import urlsplit
 
 import orjson
 import pytest
@@ -367,6 +368,37 @@ async def test_a_key_comes_back_after_its_rate_limit_and_a_refused_one_much_late
     for _ in range(3):
         await flow(embedding(), service.send)
     assert "two" in service.asked
+
+
+async def test_a_key_that_is_refused_while_others_serve_is_told_to_the_operator(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    service = Keyed(
+        one=refusal(429, "rate_limit_exceeded"),
+        two=refusal(401, "invalid_api_key"),
+        three=refusal(429, "insufficient_quota"),
+    )
+    flow = auth.bearer(["one", "two", "three", "four"], openai.parse_error, HandClock())
+    for _ in range(8):
+        await flow(embedding(), service.send)
+    host = urlsplit(embedding().url).hostname
+    assert caplog.messages == [
+        f"{host}: key 2 of 4 is not used for 600 s: upstream_auth",
+        f"{host}: key 3 of 4 is not used for 600 s: insufficient_quota",
+    ]
+
+
+async def test_a_rest_that_is_told_as_a_date_has_an_end() -> None:
+    clock = HandClock()
+    service = Keyed(one=refusal(429, "rate_limit_exceeded", **{"retry-after": "1732000000"}))
+    flow = auth.bearer(["one", "two"], openai.parse_error, clock)
+    await flow(embedding(), service.send)
+    service.against.clear()
+    service.asked.clear()
+    clock.now += 601
+    for _ in range(2):
+        await flow(embedding(), service.send)
+    assert sorted(service.asked) == ["one", "two"]
 
 
 async def test_when_no_key_is_any_good_the_refusal_is_told_and_each_was_asked_once() -> None:

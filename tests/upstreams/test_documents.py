@@ -39,6 +39,15 @@ def test_a_reply_of_numbers_is_vectors_from_the_start() -> None:
     assert body["data"][0]["embedding"] == vectors.from_numbers([1, 2.5])
 
 
+def test_and_the_same_where_there_is_no_simdjson(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = ("[1, 2.5]", "[1e-3, -7, 0.1]", f"[{2**70}, 3.4028236e38]")
+    with_it = read(reply(*rows)).vectors
+    monkeypatch.setattr(documents, "simdjson", None)
+    assert read(reply(*rows)).vectors == with_it
+    with pytest.raises(orjson.JSONDecodeError):
+        documents.load(reply("[NaN]"))
+
+
 @pytest.mark.parametrize(
     "row", ["[NaN]", "[Infinity]", "[1,]", "[01]", "[0x1]", "[.5]", "[1e999]", "[1", '["\\ud800"]']
 )

@@ -94,6 +94,7 @@ class Connections:
         for task in self._opening:
             task.cancel()
         await asyncio.gather(*self._opening, return_exceptions=True)
+        await asyncio.sleep(0)  # one that had just been opened is put back in the next turn of the event loop
         await self.drop_idle()
 
     async def _take(self) -> Connection:
@@ -101,11 +102,16 @@ class Connections:
             connection = await self._slots.get()
             if connection is None:
                 return await self._open()
-            # Anything to read, if only the end, means it is out of step or dead. Does not wait.
-            with suppress(Exception):
-                if connection.is_connected and not await connection.can_read():
-                    return connection
-            await self._discard(connection)
+            # Anything to read, if only the end, means it is out of step or dead.
+            usable = False
+            try:
+                with suppress(Exception):
+                    usable = connection.is_connected and not await connection.can_read()
+            finally:
+                if not usable:
+                    await self._discard(connection)
+            if usable:
+                return connection
 
     async def _open(self) -> Connection:
         task = asyncio.create_task(self._connect())

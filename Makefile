@@ -61,7 +61,7 @@ wheel: $(VENV)/.dev  ## Build dist/*.whl
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
 clean:  ## Remove everything that was installed or built here
-	@rm -rf .venv .venv-* dist bench/.peers bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis \
+	@rm -rf $(VENV) .venv-* dist bench/.peers bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		$(CLIENTS)/.venv-extra $(CLIENTS)/node/node_modules $(CLIENTS)/node-extra/node_modules
 
 $(VENV)/bin/python:

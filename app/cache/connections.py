@@ -94,7 +94,9 @@ class Connections:
         for task in self._opening:
             task.cancel()
         await asyncio.gather(*self._opening, return_exceptions=True)
-        await asyncio.sleep(0)  # one that had just been opened is put back in the next turn of the event loop
+        # One that was just opened is put back in the next turn of the event loop; from Python 3.12 on gather gives none
+        # where all is done.
+        await asyncio.sleep(0)
         await self.drop_idle()
 
     async def _take(self) -> Connection:

@@ -89,18 +89,17 @@ class HeaderKey:
             error = self._judge(reply)
             if not isinstance(error, UpstreamAuth | RateLimited):
                 return reply
-            self._rest(key, error, request)
+            self._leave_out(key, error, request)
             if len(tried) == len(self._values) or not self._fresh(tried):
                 return reply
 
-    def _rest(self, key: int, error: UpstreamAuth | RateLimited, request: WireRequest) -> None:
-        """A rate passes soon; a refusal or a used-up quota does not, and as long as others serve nobody else tells."""
-        now = self._clock.monotonic()
-        passing = isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted)
-        # An upstream's word may be a date that was taken for a number of seconds.
-        told = 1.0 if error.retry_after is None else error.retry_after
-        seconds = min(told, KEY_REFUSED_FOR) if passing else KEY_REFUSED_FOR
-        if not passing and self._out_until[key] <= now:
+    def _leave_out(self, key: int, error: UpstreamAuth | RateLimited, request: WireRequest) -> None:
+        """A rate passes soon. A refusal or a used-up quota does not, and while other keys serve nobody else tells."""
+        now, seconds = self._clock.monotonic(), KEY_REFUSED_FOR
+        if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
+            # An upstream's word may be a date that was taken for a number of seconds.
+            seconds = min(seconds, 1.0 if error.retry_after is None else error.retry_after)
+        elif self._out_until[key] <= now:
             log.warning(
                 "%s: key %d of %d is not used for %g s: %s",
                 *(urlsplit(request.url).hostname, key + 1, len(self._values), seconds, error.code),

@@ -306,7 +306,7 @@ class Embeddings:
 
 async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
     """Embeds what the quota has room for. It is asked for an estimate, and told in the end what it was."""
-    estimated = sum(map(tokens.estimate, request.inputs))
+    estimated = sum(tokens.estimates(request.inputs))
     try:
         await quota.take(estimated)
     except RateLimited:

@@ -39,17 +39,18 @@ async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: st
     """OpenAI's response body. `model` is the name that was asked for."""
     parts: list[bytes] = [b'{"object":"list","data":[']
     numbers, at_once, known, quote = encoding == "float", SLICES[encoding], _BEFORE[encoding], _QUOTE[encoding]
-    end = quote + b"}"
+    end, count = quote + b"}", len(result.embeddings)
+    if count > len(known):
+        known = tuple([_before(index, encoding) for index in range(count)])
     for i, embedding in enumerate(result.embeddings):
-        if i and i % at_once == 0:
+        if i % at_once == 0 and i:
             await asyncio.sleep(0)
-        begin = known[i] if i < len(known) else _before(i, encoding)
         vector = embedding.vector
         written = (embedding.text or vectors.to_json(vector)) if numbers else vectors.to_base64(vector)
         if embedding.sparse is None:
-            parts += (begin, written, end)
+            parts += (known[i], written, end)
         else:
-            parts += (begin, written, quote, b',"sparse_embedding":', embedding.sparse, b"}")
+            parts += (known[i], written, quote, b',"sparse_embedding":', embedding.sparse, b"}")
     parts.append(
         b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
         % (orjson.dumps(model), usage.tokens, usage.tokens, usage.cached_tokens + usage.shared_tokens)

@@ -64,27 +64,28 @@ class MemoryStore:
         now = self._now()
         found: list[Embedding | None] = []
         add = found.append
-        misses = expired = 0
+        hits = expired = 0
         textless: list[_Entry] = []
         for key in keys:
             entry = find(key)
-            if entry is not None and entry.expires > now:
+            if entry is None:
+                add(None)
+            elif entry.expires > now:
+                hits += 1
                 touch(key)
                 add(entry.embedding)
                 if numbers and entry.embedding.text is None:
                     textless.append(entry)
             else:
-                if entry is not None:
-                    self._drop(key)
-                    expired += 1
-                misses += 1
+                self._drop(key)
+                expired += 1
                 add(None)
-        if misses:
-            self._counts.miss.inc(misses)
+        if hits < len(found):
+            self._counts.miss.inc(len(found) - hits)
         if expired:
             self._bytes.set(self._size)
-        if misses < len(found):
-            self._counts.hit.inc(len(found) - misses)
+        if hits:
+            self._counts.hit.inc(hits)
         if textless:
             self._keep_texts(textless)
         return found
@@ -109,20 +110,24 @@ class MemoryStore:
         """As `put`, without waiting. What alone is larger than the whole store is not kept."""
         expires = self._now() + self._ttl
         held, most = self._entries, self._max_size
-        kept = dropped = 0
+        kept = dropped = added = 0
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
-            text = embedding.text
-            size = OVERHEAD + embedding.size + len(text or b"")
+            size, text = OVERHEAD + len(embedding.vector), embedding.text
+            if embedding.sparse is not None:
+                size += len(embedding.sparse)
+            if text is not None:
+                size += len(text)
             if size > most:
                 dropped += 1
                 continue
             held[key] = _Entry(embedding, expires, size)
-            self._size += size
+            added += size
+            kept += 1
             if text is not None:
                 self._texts += len(text)
-            kept += 1
+        self._size += added
         self._shrink()
         if kept:
             self._counts.ok.inc(kept)

@@ -107,9 +107,9 @@ def _named(limit: re.Pattern[str], words: str) -> int:
 def _legal(inputs: Sequence[Input], limits: Limits) -> list[int]:
     """How many inputs go in each call, in order: the batcher's rule, for limits that have since been learned or are
     another deployment's. An input over the token limit goes alone."""
-    most, media = limits.max_tokens_per_batch, Media in set(map(type, inputs))
-    if len(inputs) <= limits.max_batch and not media and (most is None or tokens.surely_within(most, inputs)):
+    if limits.surely_allow(inputs):
         return [len(inputs)]
+    most = limits.max_tokens_per_batch
     sizes: list[int] = []
     size = room = 0
     left: dict[str, int] = {}

@@ -282,8 +282,7 @@ class Batcher:
         ready: list[Waiter] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
             job.outcome, job.flight = outcome, flight
-            if known.get(job.key) is job:
-                del known[job.key]
+            known.pop(job.key, None)
             hopeless = type(outcome) is not Embedding and _hopeless(outcome)
             for waiter in job.waiters:
                 waiter.missing -= 1
@@ -321,9 +320,11 @@ def _hopeless(outcome: Embedding | GatewayError) -> bool:
 
 
 def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
-    embeddings = [job.outcome for job in jobs if type(job.outcome) is Embedding]
+    outcomes = [job.outcome for job in jobs]
     too_long: dict[int, GatewayError] = {}
-    if len(embeddings) < len(jobs):
+    if set(map(type, outcomes)) <= {Embedding}:  # nearly always
+        embeddings: list[Embedding] = outcomes  # type: ignore[assignment]
+    else:
         positions = request.positions or range(len(jobs))
         others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
         if others or not request.spares_long:
@@ -331,7 +332,7 @@ def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> E
         for i, job in enumerate(jobs):
             if isinstance(job.outcome, ContextLengthExceeded):
                 too_long[i] = job.outcome.at_input(positions[i])
-        embeddings = [job.outcome if isinstance(job.outcome, Embedding) else NOTHING for job in jobs]
+        embeddings = [outcome if isinstance(outcome, Embedding) else NOTHING for outcome in outcomes]
     flights = [flight for flight in dict.fromkeys([job.flight for job in jobs]) if flight]
     return EmbedResult(
         embeddings=embeddings,

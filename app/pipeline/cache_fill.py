@@ -16,11 +16,6 @@ class CacheFill:
     async def __call__(self, batch: Batch) -> BatchResult:
         result = await self._inner(batch)
         if batch.store:
-            self._cache.put(
-                [
-                    (key, outcome)
-                    for key, outcome in zip(batch.keys, result.outcomes, strict=True)
-                    if type(outcome) is Embedding
-                ]
-            )
+            pairs = zip(batch.keys, result.outcomes, strict=True)
+            self._cache.put([pair for pair in pairs if type(pair[1]) is Embedding])  # type: ignore[misc]
         return result

@@ -28,17 +28,15 @@ class CacheRead:
             found = await self._cache.get(derived, numbers=request.numbers)
         else:
             found = [None] * len(derived)
-        missing = [i for i, embedding in enumerate(found) if embedding is None]
-        if not missing:
-            return EmbedResult([each for each in found if each is not None], [Source.CACHE] * len(found))
-        if len(missing) == len(found):
+        if all(found):  # an embedding is always true
+            return EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
+        if not any(found):
             return await self._inner(replace(request, keys=derived))
-        return await self._merge(request, derived, found, missing)
+        return await self._merge(request, derived, found)
 
-    async def _merge(
-        self, request: EmbedRequest, derived: list[bytes], found: list[Embedding | None], missing: list[int]
-    ) -> EmbedResult:
+    async def _merge(self, request: EmbedRequest, derived: list[bytes], found: list[Embedding | None]) -> EmbedResult:
         """The hits, and between them what the misses became."""
+        missing = [i for i, embedding in enumerate(found) if embedding is None]
         rest = replace(
             request,
             inputs=[request.inputs[i] for i in missing],

@@ -48,7 +48,7 @@ class Call:
         try:
             parsed = await self._exchange(batch)
             # Billed is what was answered, whether or not it can be used.
-            weights = list(map(tokens.estimate, batch.inputs))
+            weights = tokens.estimates(batch.inputs)
             bills = tokens.share(self._charge(batch, parsed.tokens, weights), weights)
             asked = batch.params.dimensions or self._target.model.dimensions
             checked = contract.in_order(parsed, bills, asked, batch.params.output_type)

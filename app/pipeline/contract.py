@@ -26,7 +26,7 @@ def in_order(
     if len(found) != count or len(parsed.indexes) != count:
         raise UpstreamInvalidResponse(f"the upstream returned {len(found)} vectors for {count} inputs")
     order = _order(parsed.indexes)
-    whole = [found[place] for place in order]
+    whole = found if order is None else [found[place] for place in order]
     faults = {} if output_type == "sparse" else _faults(whole, dimensions)
     embeddings: list[Embedding | GatewayError]
     if output_type == "dense":
@@ -34,18 +34,20 @@ def in_order(
     else:
         if parsed.sparse is None or len(parsed.sparse) != count:
             raise UpstreamInvalidResponse("the upstream returned no sparse vectors")
-        embeddings = list(map(Embedding, whole, bills, [_sparse(parsed.sparse[place]) for place in order]))
+        embeddings = list(
+            map(Embedding, whole, bills, [_sparse(parsed.sparse[place]) for place in order or range(count)])
+        )
     for i, fault in faults.items():
         embeddings[i] = UpstreamInvalidVector(f"the upstream returned a vector that {fault}")
     return embeddings
 
 
-def _order(indexes: Sequence[int]) -> Sequence[int]:
-    """Where in the reply each input's vector is."""
+def _order(indexes: Sequence[int]) -> Sequence[int] | None:
+    """Where in the reply each input's vector is; None where each is in its own place."""
     places = list(range(len(indexes)))
     whole = set(map(type, indexes)) <= {int}  # bool is an int to Python, and 1.0 equals 1
     if whole and indexes == places:  # nearly always
-        return places
+        return None
     if not whole or min(indexes) < 0 or max(indexes) >= len(indexes):
         raise UpstreamInvalidResponse("the upstream returned an index outside the batch")
     if sorted(indexes) != places:
@@ -56,7 +58,7 @@ def _order(indexes: Sequence[int]) -> Sequence[int]:
     return order
 
 
-def _faults(whole: list[bytes], dimensions: int | None) -> dict[int, str]:
+def _faults(whole: Sequence[bytes], dimensions: int | None) -> dict[int, str]:
     """What is wrong with each vector that is none, by its place."""
     lengths = set(map(len, whole))
     if len(lengths) != 1:

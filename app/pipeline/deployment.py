@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from app import tokens
 from app.catalog import Model
 from app.pipeline.health import Health
 from app.pipeline.pace import Pace
-from app.types import BatchEmbedder, Input, Lane, Params
+from app.types import BatchEmbedder, Input, Lane, Media, Params
 
 
 @dataclass(slots=True)
@@ -20,6 +20,15 @@ class Limits:
     max_tokens_per_batch: int | None = None
     images: int = 0
     videos: int = 0
+
+    def surely_allow(self, inputs: Sequence[Input]) -> bool:
+        """Whether one call may carry these, as far as that shows at a glance, which for texts it nearly always does."""
+        most = self.max_tokens_per_batch
+        return (
+            len(inputs) <= self.max_batch
+            and Media not in set(map(type, inputs))
+            and (most is None or tokens.surely_within(most, inputs))
+        )
 
 
 class Slots:
@@ -82,11 +91,11 @@ class Slots:
         """Seconds that so much would take at this pace."""
         return self._pace.drain(calls, tokens) if self._pace else 0.0
 
-    def charge(self, inputs: Iterable[Input]) -> int:
+    def charge(self, inputs: Sequence[Input]) -> int:
         """What a call that has a slot will carry, in tokens by estimate; counted only where there is a pace."""
         if not self._pace:
             return 0
-        estimated = sum(map(tokens.estimate, inputs))
+        estimated = sum(tokens.estimates(inputs))
         self._pace.charge(0, estimated)
         return estimated
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import chain, islice
 
 from msgspec import Struct
 
@@ -16,6 +17,8 @@ from app.types import Embedding, Input, Lane, Media
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
+FEW = 3
+"""Inputs that are looked at one by one sooner than together."""
 
 
 class Flight(Struct, eq=False):
@@ -114,6 +117,27 @@ class Queue:
 
         Bulk inputs fill up a batch of queries. One input over the token limit goes alone.
         """
+        lanes = self._lanes.values()
+        if sum(map(len, lanes)) > FEW:
+            first = list(islice(chain.from_iterable(lanes), limits.max_batch))
+            waited_for = [job.waiters for job in first]
+            if all(waited_for) and limits.surely_allow([job.input for job in first]):
+                self._drop(len(first))
+                return first, []
+        return self._pick(limits)
+
+    def _drop(self, count: int) -> None:
+        """Takes so many off the front."""
+        for lane, jobs in self._lanes.items():
+            some = min(count, len(jobs))
+            if some:
+                for _ in range(some):
+                    jobs.popleft()
+                self._waiting[lane].dec(some)
+                count -= some
+
+    def _pick(self, limits: Limits) -> tuple[list[Job], list[Job]]:
+        """`take`, looking at each."""
         batch: list[Job] = []
         dropped: list[Job] = []
         room = limits.max_tokens_per_batch

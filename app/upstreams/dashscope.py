@@ -167,7 +167,7 @@ def parse_response(reply: WireReply, batch: Batch) -> Parsed:
     output_type = batch.params.output_type
     return Parsed(
         [row["text_index"] if "text_index" in row else row["index"] for row in rows],
-        [b"" if output_type == "sparse" else vectors.parse(row["embedding"]) for row in rows],
+        [b""] * len(rows) if output_type == "sparse" else vectors.parse([row["embedding"] for row in rows]),
         _billed(body.get("usage")),
         None if output_type == "dense" else [row["sparse_embedding"] for row in rows],
     )

@@ -56,7 +56,7 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
     Raises `KeyError`, `TypeError` or `ValueError` for what is not a list of rows with a vector each, written alike.
     """
     find, view, skip = raw.find, memoryview(raw), len(before)
-    found: list[bytes] = []
+    texts: list[memoryview] = []
     between: list[bytes | bytearray] = []
     length = end = 0
     while (at := find(before, end)) >= 0:
@@ -68,11 +68,11 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
             if length < 0:
                 raise ValueError("no JSON")
         end = begin + length
-        found.append(vectors.from_base64(view[begin:end]))
+        texts.append(view[begin:end])
     between.append(raw[end:])
-    body = _without_escapes(b"\\u0000".join(between), len(found))
+    body = _without_escapes(b"\\u0000".join(between), len(texts))
     # One mark in each row, and as many rows as marks: then they are in the same order.
-    for row, vector in zip(body["data"], found, strict=True):
+    for row, vector in zip(body["data"], vectors.from_base64(texts), strict=True):
         if row["embedding"] != "\0":
             raise ValueError("unusual")
         row["embedding"] = vector

@@ -71,7 +71,7 @@ def parse_error(reply: WireReply) -> GatewayError | None:
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """No index: vectors come in the order of the inputs. Those below full length are not of unit length."""
     body = documents.load(reply.body)
-    found = [_unit(vectors.parse(row["values"])) for row in body["embeddings"]]
+    found = [_unit(vector) for vector in vectors.parse([row["values"] for row in body["embeddings"]])]
     return Parsed(range(len(found)), found, replies.billed(body.get("usageMetadata"), "promptTokenCount"))
 
 

@@ -82,9 +82,8 @@ def parse_error(reply: WireReply) -> GatewayError | None:
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """No index: vectors come in the order of the inputs. A count of 0 is left out by the server."""
     body = documents.load(reply.body)
-    rows = body["embeddings"]
-    parsed = [vectors.parse(row) for row in rows]
-    return Parsed(range(len(parsed)), parsed, replies.billed(body, "prompt_eval_count"))
+    found = vectors.parse(body["embeddings"])
+    return Parsed(range(len(found)), found, replies.billed(body, "prompt_eval_count"))
 
 
 def adapter(_settings: OllamaSettings) -> Adapter:

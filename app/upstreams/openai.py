@@ -116,7 +116,7 @@ def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     rows = body["data"]
     return Parsed(
         [row["index"] for row in rows],
-        [vectors.parse(row["embedding"]) for row in rows],
+        vectors.parse([row["embedding"] for row in rows]),
         replies.billed(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens"),
     )
 

@@ -24,7 +24,7 @@ def reply(*rows: str) -> bytes:
 def read(raw: bytes) -> Parsed:
     body = documents.load(raw)
     assert body["usage"] == {"total_tokens": 7}
-    return Parsed([row["index"] for row in body["data"]], [vectors.parse(row["embedding"]) for row in body["data"]])
+    return Parsed([row["index"] for row in body["data"]], vectors.parse([row["embedding"] for row in body["data"]]))
 
 
 @settings(max_examples=150, deadline=None)
@@ -137,7 +137,7 @@ def whole(body: Any) -> Any:
     rows = [row for row in body["data"] if isinstance(row, dict) and "embedding" in row]
     for row in rows:
         try:
-            row["embedding"] = vectors.parse(row["embedding"])
+            (row["embedding"],) = vectors.parse([row["embedding"]])
         except (TypeError, ValueError) as error:
             row["embedding"] = type(error)
     return body

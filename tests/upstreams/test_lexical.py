@@ -134,7 +134,7 @@ async def test_unasked_it_gives_the_dimensions_of_the_catalogue() -> None:
     request = httpx.Request("POST", "http://lexical.invalid/embeddings", content=body)
     response = await lexical.LexicalTransport().handle_async_request(request)
     [row] = orjson.loads(await response.aread())["data"]
-    assert vectors.dimensions(vectors.parse(row["embedding"])) == MODEL.dimensions
+    assert vectors.dimensions(vectors.parse([row["embedding"]])[0]) == MODEL.dimensions
 
 
 @pytest.mark.parametrize("body", [b"", b"[]", b'{"model":"other","input":["a"]}', b'{"model":"lexical"}'])

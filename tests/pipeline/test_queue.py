@@ -1,0 +1,81 @@
+"""What a batch takes off the queue."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from itertools import count
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from app.metrics import Metrics, Tally
+from app.pipeline.deployment import Limits
+from app.pipeline.queue import LANES, Job, Queue, Waiter
+from app.types import Input, Lane, Media
+
+INPUTS: st.SearchStrategy[Input] = st.one_of(
+    st.text(alphabet="aé한", min_size=1, max_size=12),
+    st.sampled_from([Media("image", "https://example.com/1"), Media("video", "https://example.com/2")]),
+)
+JOBS = st.lists(st.tuples(INPUTS | st.text(alphabet="a", min_size=1, max_size=9), st.integers(0, 9)), max_size=12)
+LIMITS = st.builds(Limits, st.integers(1, 8), st.none() | st.integers(1, 200), st.integers(0, 2), st.integers(0, 2))
+
+
+class Case:
+    """A queue of such inputs; of those with a 0, nobody waits any more."""
+
+    def __init__(self, lanes: Sequence[Sequence[tuple[Input, int]]]) -> None:
+        metrics = Metrics()
+        self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels("up", lane)) for lane in LANES}
+        self.queue = Queue(self._waiting)
+        loop, number = asyncio.new_event_loop(), count()
+        self._waiter = Waiter(loop.create_future())
+        loop.close()
+        for lane, jobs in zip(LANES, lanes, strict=True):
+            self.queue.extend(lane, [self._job(next(number), given, waited) for given, waited in jobs])
+
+    def _job(self, number: int, given: Input, waited: int) -> Job:
+        return Job(b"%d" % number, given, 0.0, (self._waiter,) if waited else ())
+
+    def state(self) -> dict[Lane, tuple[list[bytes], float]]:
+        """What is left in each lane, and how many the metrics have it."""
+        return {lane: ([job.key for job in self.queue._lanes[lane]], amount(self._waiting[lane])) for lane in LANES}
+
+
+def amount(tally: Tally) -> float:
+    return tally._amount
+
+
+def keys(jobs: Sequence[Job]) -> list[bytes]:
+    return [job.key for job in jobs]
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.tuples(JOBS, JOBS), LIMITS)
+def test_a_batch_is_what_looking_at_each_input_finds(
+    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
+) -> None:
+    quick, careful = Case(lanes), Case(lanes)
+    taken, dropped = quick.queue.take(limits)
+    expected, abandoned = careful.queue._pick(limits)
+    assert (keys(taken), keys(dropped)) == (keys(expected), keys(abandoned))
+    assert quick.state() == careful.state()
+    assert all(left == len(waiting) for waiting, left in quick.state().values())
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.tuples(JOBS, JOBS), LIMITS)
+def test_a_batch_is_legal_and_in_order(
+    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
+) -> None:
+    taken, _ = Case(lanes).queue.take(limits)
+    assert keys(taken) == sorted(keys(taken), key=int)
+    assert all(job.waiters for job in taken)
+    assert len(taken) <= limits.max_batch
+    texts = [job.input for job in taken if isinstance(job.input, str)]
+    if limits.max_tokens_per_batch is not None and len(taken) > 1:
+        assert sum(len(text.encode()) for text in texts) <= limits.max_tokens_per_batch or len(texts) == 1
+    media = [job.input.kind for job in taken if isinstance(job.input, Media)]
+    assert media.count("image") <= limits.images
+    assert media.count("video") <= limits.videos

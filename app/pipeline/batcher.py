@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
@@ -50,6 +50,7 @@ upstream is at work while the next ones are read."""
 
 _Group: TypeAlias = tuple[str, Params, bool]
 """What inputs must have in common to share a call: public model, parameters, whether to store."""
+_Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
 
 
 class Batcher:
@@ -149,34 +150,50 @@ class Batcher:
         if not self._scheduled:
             self._scheduled = True
             self._turns, self._gathered = self._rhythm.turns if self._crowded else 0, 0
-            asyncio.get_running_loop().call_soon(self._gather)
+            self._start(self._serve())
 
-    def _gather(self) -> None:
+    def _start(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _serve(self) -> None:
+        """Makes one of the calls itself: in a task of its own it would begin a turn later."""
+        while self._more():  # noqa: ASYNC110  # a few turns, at the most
+            await asyncio.sleep(0)
+        calls = self._pump()
+        for each in calls[1:]:
+            self._start(self._fly(*each))
+        if calls:
+            await self._fly(*calls[0])
+
+    def _more(self) -> bool:
+        """Whether to wait a turn for what it may bring."""
         arrived, self._arrived = self._arrived, 0
         self._gathered += arrived
         if arrived and self._turns:
             self._turns -= 1
-            asyncio.get_running_loop().call_soon(self._gather)
-        else:
-            self._crowded = self._gathered > 1
-            self._pump()
+            return True
+        self._crowded = self._gathered > 1
+        return False
 
-    def _pump(self) -> None:
+    def _pump(self) -> list[_Call]:
         """While there is an input that can have a slot: the fullest legal batch goes, queries first."""
         self._scheduled = False
         # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
         rests = {group: self._route.resting(group[1]) for group in self._queues}
-        launched = False
-        while self._queues and (self._launch_one("query") or self._launch_one("bulk")):
-            launched = True
-        if launched:
+        calls: list[_Call] = []
+        while self._queues and (call := self._call("query") or self._call("bulk")):
+            calls.append(call)
+        if calls:
             self._served = self._clock.monotonic()
-        if launched and self._queues:
+        if calls and self._queues:
             # Once more: how long the rest must wait was asked before these calls were charged.
             self._schedule()
         elif self._queues:
             self._route.when_free(self._schedule, self._served)
             self._wait_out({group: rest for group, rest in rests.items() if rest and group in self._queues})
+        return calls
 
     def _wait_out(self, rests: Mapping[_Group, float]) -> None:
         """Where every deployment rests, after a rate limit or for its pace: until the first is back, for those who
@@ -209,8 +226,8 @@ class Batcher:
         self._route.wake()
         self._schedule()
 
-    def _launch_one(self, lane: Lane) -> bool:
-        """One call for the first group that has inputs in this lane and can have a slot; then it is the last."""
+    def _call(self, lane: Lane) -> _Call | None:
+        """One for the first group that has inputs in this lane and can have a slot; then it is the last."""
         for group, queue in list(self._queues.items()):
             self._forget(queue.drop_abandoned())
             next_lane = queue.lane()
@@ -225,22 +242,16 @@ class Batcher:
             self._forget(dropped)
             batch = _batch(group, jobs)
             slot.charge(batch.inputs)
-            self._launch(batch, jobs, slot, lane)
             del self._queues[group]
             if queue.lane() is not None:
                 self._queues[group] = queue
-            return True
-        return False
+            return batch, jobs, slot, lane
+        return None
 
     def _forget(self, dropped: Iterable[Job]) -> None:
         for job in dropped:
             if self._jobs.get(job.key) is job:
                 del self._jobs[job.key]
-
-    def _launch(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
-        task = asyncio.get_running_loop().create_task(self._fly(batch, jobs, slot, lane))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _fly(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         result: BatchResult | None = None

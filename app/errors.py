@@ -14,7 +14,7 @@
     │   ├── BodyTooLarge              413
     │   └── UnsupportedEncoding       415
     ├── RateLimited                   429   a rate; passes by itself
-    │   └── QuotaExhausted            429   a quota; does not
+    ├── QuotaExhausted                429   a quota; does not
     ├── UpstreamError                 502   the upstream failed in a way that may pass
     │   ├── UpstreamAuth              502   it refused our key: never the caller's 401
     │   ├── UpstreamUnreachable       502   no connection, or one that broke
@@ -146,9 +146,10 @@ class RateLimited(GatewayError):
     retryable = True
 
 
-class QuotaExhausted(RateLimited):
+class QuotaExhausted(GatewayError):
+    status = 429
+    type = "rate_limit_error"
     code = "insufficient_quota"
-    retryable = False
 
 
 class UpstreamError(GatewayError):

@@ -125,7 +125,7 @@ def error_headers(error: GatewayError) -> list[Header]:
     Waits are clamped to 1–60 s: beyond that one SDK does not retry at all and another sleeps it out.
     """
     headers: list[Header] = []
-    if isinstance(error, Overloaded | RateLimited) and error.code != "insufficient_quota":
+    if isinstance(error, Overloaded | RateLimited):
         wait = min(60.0, max(1.0, error.retry_after or 1.0))
         headers += [(b"retry-after", b"%d" % math.ceil(wait)), (b"retry-after-ms", b"%d" % round(wait * 1000))]
     elif error.status >= 429 and (error.final or not error.retryable):

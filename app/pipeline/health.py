@@ -134,7 +134,7 @@ class Health:
             self._failures = self._ejections = 0
             self._suspect_until = self._ejected_until = 0.0
             self.used = True
-        elif isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
+        elif isinstance(error, RateLimited):
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
         else:

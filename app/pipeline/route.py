@@ -207,7 +207,7 @@ class Route:
                 health.end(error, slot.era)
             else:
                 health.drop(slot.era)
-            if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
+            if isinstance(error, RateLimited):
                 deployment.slots.shrink()
             elif error is None:
                 deployment.slots.grow()
@@ -277,12 +277,12 @@ def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> b
 
 
 def _verdict(result: BatchResult) -> GatewayError | None:
-    """What a batch tells of its deployment: a rate limit in any part of it, or that all of it failed and was not
+    """What a batch tells of its deployment: a limit reached in any part of it, or that all of it failed and was not
     refused. Where every vector is none, that is no input's doing."""
     if _whole(result):
         return None
     errors = [each for each in result.outcomes if not isinstance(each, Embedding | InvalidRequest)]
-    limited = next((error for error in errors if isinstance(error, RateLimited)), None)
+    limited = next((error for error in errors if isinstance(error, RateLimited | QuotaExhausted)), None)
     return limited or (errors[0] if len(errors) == len(result.outcomes) else None)
 
 

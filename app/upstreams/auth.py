@@ -87,16 +87,17 @@ class HeaderKey:
             reply = await send(self._with(request, key))
             tried.add(key)
             error = self._judge(reply)
-            if not isinstance(error, UpstreamAuth | RateLimited):
+            if not isinstance(error, UpstreamAuth | RateLimited | QuotaExhausted):
                 return reply
             self._leave_out(key, error, request)
             if len(tried) == len(self._values) or not self._fresh(tried):
                 return reply
 
-    def _leave_out(self, key: int, error: UpstreamAuth | RateLimited, request: WireRequest) -> None:
-        """A rate passes soon. A refusal or a used-up quota does not, and while other keys serve nobody else tells."""
+    def _leave_out(self, key: int, error: GatewayError, request: WireRequest) -> None:
+        """A rate passes soon. A refusal or a quota that is used up does not, and while other keys serve nobody else
+        tells."""
         now, seconds = self._clock.monotonic(), KEY_REFUSED_FOR
-        if isinstance(error, RateLimited) and not isinstance(error, QuotaExhausted):
+        if isinstance(error, RateLimited):
             # An upstream's word may be a date that was taken for a number of seconds.
             seconds = min(seconds, 1.0 if error.retry_after is None else error.retry_after)
         elif self._out_until[key] <= now:

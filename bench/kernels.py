@@ -65,7 +65,7 @@ def kernels(count: int) -> dict[str, Callable[[], object]]:
         "request: parse and check": lambda: parse_body(raw, max_inputs=2048),
         "cache keys": lambda: keys.derive("openai/text-embedding-3-small", params, texts),
         "memory: look up, all hits": lambda: store.lookup(derived),
-        "memory: insert": lambda: store.insert(zip(derived, embeddings, strict=True)),
+        "memory: insert": lambda: store.insert(list(zip(derived, embeddings, strict=True))),
         "redis value: encode": lambda: [
             values.encode(key, each) for key, each in zip(derived, embeddings, strict=True)
         ],

@@ -106,11 +106,11 @@ class MemoryStore:
         self._shrink()
         self._bytes.set(self._size)
 
-    def insert(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
+    def insert(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """As `put`, without waiting. What alone is larger than the whole store is not kept."""
         expires = self._now() + self._ttl
         held, most = self._entries, self._max_size
-        kept = dropped = added = 0
+        dropped = added = 0
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
@@ -124,13 +124,12 @@ class MemoryStore:
                 continue
             held[key] = _Entry(embedding, expires, size)
             added += size
-            kept += 1
             if text is not None:
                 self._texts += len(text)
         self._size += added
         self._shrink()
-        if kept:
-            self._counts.ok.inc(kept)
+        if dropped < len(entries):
+            self._counts.ok.inc(len(entries) - dropped)
         if dropped:
             self._counts.set_dropped.inc(dropped)
         self._bytes.set(self._size)

@@ -90,6 +90,16 @@ async def test_a_lone_request_is_sent_at_once_and_alone() -> None:
     assert result.deployments == ("up/m",)
 
 
+async def test_a_call_begins_in_the_turn_of_the_event_loop_after_its_inputs_came() -> None:
+    calls = Calls()
+    asked = asyncio.create_task(batcher(calls)(request("alone")))
+    await asyncio.sleep(0)
+    assert not calls.batches
+    await asyncio.sleep(0)
+    assert calls.batches == [["alone"]]
+    await asked
+
+
 @pytest.mark.parametrize(
     ("count", "rows", "sent"), [(50, 500, [2, 100]), (100, 500, [2, 100, 100]), (100, 99, [2, 99, 99, 2])]
 )

@@ -158,7 +158,8 @@ class Batcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self) -> None:
-        """Makes one of the calls itself: in a task of its own it would begin a turn later."""
+        """Gathers what arrives together and makes the calls there are slots for, the first of them itself: in a task of
+        its own it would begin a turn later."""
         while self._more():  # noqa: ASYNC110  # a few turns, at the most
             await asyncio.sleep(0)
         calls = self._pump()

@@ -18,7 +18,7 @@ from app.types import Embedding, Input, Lane, Media
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
 FEW = 3
-"""Inputs that are looked at one by one sooner than together."""
+"""Up to so many inputs are looked at one by one, which is sooner done than all at once."""
 
 
 class Flight(Struct, eq=False):

@@ -39,9 +39,9 @@ async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: st
     """OpenAI's response body. `model` is the name that was asked for."""
     parts: list[bytes] = [b'{"object":"list","data":[']
     numbers, at_once, known, quote = encoding == "float", SLICES[encoding], _BEFORE[encoding], _QUOTE[encoding]
-    end, count = quote + b"}", len(result.embeddings)
-    if count > len(known):
-        known = tuple([_before(index, encoding) for index in range(count)])
+    end = quote + b"}"
+    if len(result.embeddings) > len(known):
+        known = tuple([_before(index, encoding) for index in range(len(result.embeddings))])
     for i, embedding in enumerate(result.embeddings):
         if i % at_once == 0 and i:
             await asyncio.sleep(0)

@@ -114,11 +114,8 @@ class MemoryStore:
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
-            size, text = OVERHEAD + len(embedding.vector), embedding.text
-            if embedding.sparse is not None:
-                size += len(embedding.sparse)
-            if text is not None:
-                size += len(text)
+            text = embedding.text
+            size = OVERHEAD + embedding.size + len(text or b"")
             if size > most:
                 dropped += 1
                 continue

@@ -51,6 +51,7 @@ upstream is at work while the next ones are read."""
 _Group: TypeAlias = tuple[str, Params, bool]
 """What inputs must have in common to share a call: public model, parameters, whether to store."""
 _Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
+"""What an upstream call carries, and the slot it has."""
 
 
 class Batcher:
@@ -294,7 +295,8 @@ class Batcher:
         ready: list[Waiter] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
             job.outcome, job.flight = outcome, flight
-            known.pop(job.key, None)
+            if known.get(job.key) is job:
+                del known[job.key]
             hopeless = type(outcome) is not Embedding and _hopeless(outcome)
             for waiter in job.waiters:
                 waiter.missing -= 1

@@ -75,7 +75,7 @@ def test_a_batch_is_legal_and_in_order(
     assert len(taken) <= limits.max_batch
     texts = [job.input for job in taken if isinstance(job.input, str)]
     if limits.max_tokens_per_batch is not None and len(taken) > 1:
-        assert sum(len(text.encode()) for text in texts) <= limits.max_tokens_per_batch or len(texts) == 1
+        assert sum(len(text.encode()) for text in texts) <= limits.max_tokens_per_batch
     media = [job.input.kind for job in taken if isinstance(job.input, Media)]
     assert media.count("image") <= limits.images
     assert media.count("video") <= limits.videos

@@ -24,7 +24,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.metrics import Metrics
-from app.pipeline.queue import LANES, Flight, Job, Queue, Waiter
+from app.pipeline.queue import ENOUGH, LANES, Flight, Job, Queue, Waiter
 from app.pipeline.route import Route, Slot
 from app.types import NOTHING, Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 
@@ -44,9 +44,6 @@ _SHORT, _LONG = _Rhythm(2, 16), _Rhythm(1, 4)
 groups, which stay out of each other's way."""
 LONG = 0.01
 """Seconds from which a call is long."""
-ALONE = 100
-"""Inputs from which a request that one call takes whole waits for no others: its reply is large enough, and the
-upstream is at work while the next ones are read."""
 
 _Group: TypeAlias = tuple[str, Params, bool]
 """What inputs must have in common to share a call: public model, parameters, whether to store."""
@@ -122,8 +119,8 @@ class Batcher:
             self._arrived += 1
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
             self._put((request.model, request.params, request.write_cache), lane, new)
-            if ALONE <= len(new) <= self._route.deployments[0].limits.max_batch:
-                self._turns = 0
+            if ENOUGH <= len(new) <= self._route.deployments[0].limits.max_batch:
+                self._turns = 0  # it waits for no others: the upstream is at work while the next ones are read
         return jobs, sources
 
     def _put(self, group: _Group, lane: Lane, jobs: list[Job]) -> None:
@@ -240,7 +237,8 @@ class Batcher:
             slot = self._route.take(lane, group[1])
             if slot is None:
                 continue
-            jobs, dropped = queue.take(slot.deployment.limits)
+            deployment = slot.deployment
+            jobs, dropped = queue.take(deployment.limits, scarce=not deployment.slots.spare(lane))
             self._forget(dropped)
             batch = _batch(group, jobs)
             slot.charge(batch.inputs)

@@ -58,8 +58,7 @@ class Slots:
     def take(self, lane: Lane, *, ahead: bool = False) -> bool:
         """Takes a slot if one is free for this lane and the pace allows a call. `ahead` does not wait for the
         pace, which is paid back by those who come later."""
-        allowed = int(self._allowed)
-        if self._busy >= allowed - (allowed // 4 if lane == "bulk" else 0):
+        if not self._free(lane):
             return False
         if self._pace:
             if not ahead and self._pace.wait():
@@ -67,6 +66,14 @@ class Slots:
             self._pace.charge(1, 0)
         self._busy += 1
         return True
+
+    def spare(self, lane: Lane) -> bool:
+        """Whether calls cost nothing here: another one could start at once, and no pace counts them."""
+        return self._pace is None and self._free(lane)
+
+    def _free(self, lane: Lane) -> bool:
+        allowed = int(self._allowed)
+        return self._busy < allowed - (allowed // 4 if lane == "bulk" else 0)
 
     def give_back(self) -> None:
         """Frees a slot and tells those who wait."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
 
 from msgspec import Struct
@@ -19,6 +19,9 @@ LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
 FEW = 3
 """Up to so many inputs are looked at one by one, which is sooner done than all at once."""
+ENOUGH = 128
+"""Inputs that make a call worth its while. Beyond that, requests share one only where calls are scarce, for all of
+them wait for the whole of its reply."""
 
 
 class Flight(Struct, eq=False):
@@ -112,19 +115,23 @@ class Queue:
                 jobs.extend(stay)
         return out
 
-    def take(self, limits: Limits) -> tuple[list[Job], list[Job]]:
-        """The fullest batch that is legal within `limits`, and abandoned inputs met on the way.
+    def take(self, limits: Limits, *, scarce: bool = True) -> tuple[list[Job], list[Job]]:
+        """The fullest batch that is legal within `limits`, and abandoned inputs met on the way. Where calls are not
+        `scarce`, no request's inputs are added to others' beyond what is `ENOUGH`.
 
         Bulk inputs fill up a batch of queries. One input over the token limit goes alone.
         """
-        lanes = self._lanes.values()
+        lanes, most = self._lanes.values(), limits.max_batch
         if sum(map(len, lanes)) > FEW:
-            first = list(islice(chain.from_iterable(lanes), limits.max_batch))
+            first = list(islice(chain.from_iterable(lanes), most))
             waited_for = [job.waiters for job in first]
+            if len(first) > ENOUGH and not scarce:
+                most = _enough(waited_for)
+                del first[most:], waited_for[most:]
             if all(waited_for) and limits.surely_allow([job.input for job in first]):
                 self._drop(len(first))
                 return first, []
-        return self._pick(limits)
+        return self._pick(limits, most)
 
     def _drop(self, count: int) -> None:
         """Takes so many off the front."""
@@ -136,15 +143,15 @@ class Queue:
                 self._waiting[lane].dec(some)
                 count -= some
 
-    def _pick(self, limits: Limits) -> tuple[list[Job], list[Job]]:
-        """`take`, looking at each."""
+    def _pick(self, limits: Limits, most: int) -> tuple[list[Job], list[Job]]:
+        """`most` inputs, or as many as are legal, looking at each."""
         batch: list[Job] = []
         dropped: list[Job] = []
         room = limits.max_tokens_per_batch
         left = {"image": limits.images, "video": limits.videos}
         for lane, jobs in self._lanes.items():
             before = len(jobs)
-            while jobs and len(batch) < limits.max_batch:
+            while jobs and len(batch) < most:
                 job = jobs[0]
                 if not job.waiters:
                     dropped.append(jobs.popleft())
@@ -161,3 +168,14 @@ class Queue:
                 batch.append(jobs.popleft())
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped
+
+
+def _enough(waiters: Sequence[tuple[Waiter, ...]]) -> int:
+    """How many of these inputs, told by who waits for each, are enough for a call: those of one request at least, and
+    of whole ones. There are more than `ENOUGH`."""
+
+    def begins(place: int) -> bool:
+        return waiters[place][:1] != waiters[place - 1][:1]
+
+    several = next(filter(begins, range(ENOUGH, 0, -1)), None)
+    return several or next(filter(begins, range(ENOUGH + 1, len(waiters))), len(waiters))

@@ -101,7 +101,7 @@ async def test_a_call_begins_in_the_turn_of_the_event_loop_after_its_inputs_came
 
 
 @pytest.mark.parametrize(
-    ("count", "rows", "sent"), [(50, 500, [2, 100]), (100, 500, [2, 100, 100]), (100, 99, [2, 99, 99, 2])]
+    ("count", "rows", "sent"), [(50, 500, [2, 100]), (128, 500, [2, 128, 128]), (128, 127, [2, 127, 127, 2])]
 )
 async def test_a_large_request_that_one_call_takes_whole_waits_for_no_others(
     count: int, rows: int, sent: list[int]
@@ -115,6 +115,44 @@ async def test_a_large_request_that_one_call_takes_whole_waits_for_no_others(
         await asyncio.sleep(0)
     await asyncio.gather(*asked)
     assert [len(batch) for batch in calls.batches] == sent
+
+
+@pytest.mark.parametrize(
+    ("sizes", "sent"),
+    [
+        ([128, 128, 128], [128, 128, 128]),
+        ([16] * 16, [128, 128]),
+        ([100, 28, 1, 128], [101, 28, 128]),  # the one is a query, and goes first
+        ([100, 29, 29], [100, 58]),
+        ([300, 5], [5, 300]),
+        ([129], [129]),
+        ([600], [500, 100]),
+    ],
+)
+async def test_while_there_are_slots_requests_share_calls_up_to_what_is_enough_and_none_is_split(
+    sizes: list[int], sent: list[int]
+) -> None:
+    calls = Calls()
+    embed = batcher(calls, rows=500, slots=8)
+    asked = [request(*(f"{number} {i}" for i in range(size))) for number, size in enumerate(sizes)]
+    results = await asyncio.gather(*map(embed, asked))
+    assert [texts_of(result) for result in results] == [list(each.inputs) for each in asked]
+    assert [len(batch) for batch in calls.batches] == sent
+
+
+async def test_an_input_that_others_want_too_splits_no_request() -> None:
+    calls = Calls()
+    embed = batcher(calls, rows=500, slots=8)
+    large, small = [str(i) for i in range(200)], ["100", "0"]
+    await asyncio.gather(embed(request(*large)), embed(request(*small)))
+    assert [len(batch) for batch in calls.batches] == [200]
+
+
+async def test_the_last_slot_takes_all_that_fits() -> None:
+    calls = Calls()
+    embed = batcher(calls, rows=500, slots=2)
+    await asyncio.gather(*(embed(request(*(f"{n} {i}" for i in range(128)), lane="query")) for n in range(4)))
+    assert [len(batch) for batch in calls.batches] == [128, 384]
 
 
 async def test_what_queues_while_slots_are_busy_goes_in_the_fewest_calls() -> None:

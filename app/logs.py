@@ -196,7 +196,7 @@ def _taken(write: Callable[[bytes], int], data: bytes) -> int:
 
 
 def _json(timestamp: str, told: RequestLine, dropped: int) -> bytes:
-    whole = {"timestamp": timestamp, "level": "info", "event": "request", **asdict(told)}
+    whole = {"timestamp": timestamp, "level": "info", "event": "request", **asdict(told), "ms": round(told.ms, 1)}
     if dropped:
         whole["lines_dropped_before"] = dropped
     return orjson.dumps(whole, option=orjson.OPT_APPEND_NEWLINE)
@@ -207,7 +207,7 @@ def _logfmt(timestamp: str, told: RequestLine, dropped: int) -> bytes:
     return (
         f"timestamp={timestamp} level=info event=request request_id={_shown(told.request_id)}"
         f" client={_shown_name(told.client)} model={_shown_name(told.model)} status={told.status}"
-        f" error={told.error or ''} inputs={told.inputs} cached={told.cached} calls={told.calls} ms={told.ms}"
+        f" error={told.error or ''} inputs={told.inputs} cached={told.cached} calls={told.calls} ms={told.ms:.1f}"
         f"{f' lines_dropped_before={dropped}' if dropped else ''}\n"
     ).encode()
 

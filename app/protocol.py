@@ -42,7 +42,7 @@ class _Flow(FlowControl):
     pipeline: Sized = ()
 
     def resume_reading(self) -> None:
-        if len(self.pipeline) < FEW:
+        if self.read_paused and len(self.pipeline) < FEW:
             super().resume_reading()
 
 

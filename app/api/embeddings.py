@@ -164,7 +164,7 @@ class Embeddings:
         deadline = exchange.started + self._server.request_timeout
         try:
             guard = Guard(deadline, self._deadlines)
-            with guard, self._gateway.room.place() as place:
+            with guard, Place(self._gateway.room) as place:
                 raw = await self._read(exchange.headers, receive, place)
                 exchange.reading = False
                 guard.watch(scope)
@@ -191,8 +191,7 @@ class Embeddings:
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
         chunks: list[bytes] = []
         size = 0
-        more = True
-        while more:
+        while True:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
@@ -200,10 +199,10 @@ class Embeddings:
             size += len(chunk)
             if size > limit:
                 raise _too_large(limit)
-            place.hold(size)  # what has come, not what is announced: that takes no room, and would cost nothing to say
             chunks.append(chunk)
-            more = message.get("more_body", False)
-        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+            if not message.get("more_body", False):
+                return chunk if len(chunks) == 1 else b"".join(chunks)
+            place.hold(size)  # what has come, not what is announced: that takes no room, and would cost nothing to say
 
     def _parse(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         return parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
@@ -272,7 +271,7 @@ class Embeddings:
         result = exchange.result
         if exchange.usage is not None:
             self._count(model, exchange.usage)
-        if isinstance(error, InvalidRequest | Overloaded) and result is None:
+        if error is not None and result is None and isinstance(error, InvalidRequest | Overloaded):
             metrics.rejected_requests.labels(error.code).inc()
         if status == 499:
             metrics.rejected_requests.labels("client_gone").inc()
@@ -286,7 +285,7 @@ class Embeddings:
                 inputs=exchange.inputs,
                 cached=exchange.usage.cached if exchange.usage else 0,
                 calls=result.calls if result else 0,
-                ms=round(elapsed * 1000, 1),
+                ms=elapsed * 1000,
             )
         )
 

@@ -70,9 +70,10 @@ def result_headers(result: EmbedResult, usage: Usage, space: str) -> list[Header
         (b"x-embedding-upstream-calls", b"%d" % result.calls),
         (b"x-embedding-space", _field(f"{space};{length}")),
     ]
-    for name, count in ((b"truncated", result.truncated), (b"split", result.split)):
-        if count:
-            headers.append((b"x-embedding-%b-inputs" % name, b"%d" % count))
+    if result.truncated:
+        headers.append((b"x-embedding-truncated-inputs", b"%d" % result.truncated))
+    if result.split:
+        headers.append((b"x-embedding-split-inputs", b"%d" % result.split))
     if result.deployments:
         headers.append((b"x-embedding-upstream", _field(", ".join(result.deployments))))
     return headers

@@ -333,9 +333,12 @@ def _hopeless(outcome: Embedding | GatewayError) -> bool:
 
 def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
     outcomes = [job.outcome for job in jobs]
+    flights = [flight for flight in dict.fromkeys([job.flight for job in jobs]) if flight]
     too_long: dict[int, GatewayError] = {}
     if set(map(type, outcomes)) <= {Embedding}:  # nearly always
         embeddings: list[Embedding] = outcomes  # type: ignore[assignment]
+        if len(flights) == 1:
+            return EmbedResult(embeddings, sources, flights[0].calls, flights[0].deployments)
     else:
         positions = request.positions or range(len(jobs))
         others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
@@ -345,7 +348,6 @@ def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> E
             if isinstance(job.outcome, ContextLengthExceeded):
                 too_long[i] = job.outcome.at_input(positions[i])
         embeddings = [outcome if isinstance(outcome, Embedding) else NOTHING for outcome in outcomes]
-    flights = [flight for flight in dict.fromkeys([job.flight for job in jobs]) if flight]
     return EmbedResult(
         embeddings=embeddings,
         sources=sources,

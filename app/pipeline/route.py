@@ -116,13 +116,13 @@ class Route:
 
     def closed(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice, if so."""
-        reason = None
-        for each in reversed(self.deployments):  # a loop, for this is asked for every request
-            if each.can(params):
-                reason = each.health.out
-                if reason is None:
-                    return None
-        return reason
+        for each in self.deployments:  # asked for every request
+            if each.health.out is not None:
+                break
+        else:
+            return None
+        reasons = [each.health.out for each in self.deployments if each.can(params)]
+        return reasons[0] if reasons and all(reasons) else None
 
     def cooling(self, params: Params) -> float:
         """Seconds until the first deployment may have a call, if all rest after a rate limit; else 0."""

@@ -11,7 +11,7 @@ import asyncio
 import socket
 import ssl
 from base64 import b64encode
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import aiohappyeyeballs
 import httpx
@@ -30,8 +30,7 @@ URLS = 64
 """Addresses remembered in the form in which they are sent: parsing one costs more than sending to it."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Origin:
+class _Origin(NamedTuple):
     """Where a connection leads."""
 
     tls: bool

@@ -12,7 +12,7 @@ import fcntl
 import re
 import sys
 import termios
-from collections.abc import Callable, Sized
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import orjson
@@ -89,9 +89,11 @@ def _unsent(transport: asyncio.Transport) -> int:
 class Protocol(HttpToolsProtocol):
     """One connection. Errors below HTTP come in OpenAI's shape too.
 
-    Two extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
-    lost. `scope["extensions"]["respond"]` sends a whole response, head (without the empty line that ends it) and
-    body, in one piece; `send` takes two system calls for it and looks at each header for what ours do not hold.
+    Three extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
+    lost. `scope["extensions"]["body"]` gives the whole body, or None where it has not come yet and `receive` is to be
+    asked, which takes coroutines and an event. `scope["extensions"]["respond"]` sends a whole response, head (without
+    the empty line that ends it) and body, in one piece; `send` takes two system calls for it and looks at each header
+    for what ours do not hold.
     """
 
     _head = b""
@@ -99,6 +101,8 @@ class Protocol(HttpToolsProtocol):
     _between_requests = True
     _fed = 0
     """Bytes the parser has had since it last had a whole head, or a piece of a body, to show for it."""
+    _hosts: Sequence[bytes] = ()
+    """A Host that was found to be one."""
     _idle_since = 0.0
     _in_head = False
     """Whether the parser has a piece of a head, which came behind the request before it."""
@@ -178,8 +182,11 @@ class Protocol(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """Exactly one sane Host with HTTP/1.1 (RFC 9112 3.2); raising makes the parser refuse the request."""
         hosts = [value for name, value in self.headers if name == b"host"]
-        if self.parser.get_http_version() != "1.0" and (len(hosts) != 1 or not _HOST.fullmatch(hosts[0])):
-            raise ValueError("Host")
+        if hosts != self._hosts:
+            if len(hosts) == 1 and _HOST.fullmatch(hosts[0]):
+                self._hosts = hosts
+            elif self.parser.get_http_version() != "1.0":
+                raise ValueError("Host")
         scope: Any = self.scope
         super().on_headers_complete()
         # What comes behind the body are trailers, which are no headers of this request (RFC 9110 6.5.1).
@@ -188,7 +195,17 @@ class Protocol(HttpToolsProtocol):
         self._in_head = False
         self._stop_timer()
         # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
-        scope["extensions"] = {"hang_up": self._hang_up, "respond": self._respond}
+        scope["extensions"] = {"hang_up": self._hang_up, "body": self._body, "respond": self._respond}
+
+    def _body(self) -> bytes | None:
+        """What `receive` gives where it need not wait."""
+        cycle = self._running
+        assert cycle is not None
+        if cycle.more_body or cycle.disconnected:
+            return None
+        self.flow.resume_reading()
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
 
     async def _respond(self, head: bytes, body: bytes) -> None:
         """What `send` does with a response that is all there and has a content-length."""
@@ -267,7 +284,7 @@ class Protocol(HttpToolsProtocol):
         self._between_requests = True
         self._fed = 0
         super().on_message_complete()
-        if not self.pipeline:
+        if self.flow.read_paused and not self.pipeline:
             self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed
 
     def _unsupported_upgrade_warning(self) -> None:

@@ -34,8 +34,8 @@ class Taker:
         return b"".join(self.written).splitlines()
 
 
-def told(inputs: int = 1, client: str = "me", error: str | None = None) -> RequestLine:
-    return RequestLine("req_1", client, "plain/name-1", 200, error, inputs, cached=0, calls=1, ms=1.5)
+def told(inputs: int = 1, client: str = "me", error: str | None = None, request_id: bytes = b"req_1") -> RequestLine:
+    return RequestLine(request_id, client, "plain/name-1", 200, error, inputs, cached=0, calls=1, ms=1.5)
 
 
 @pytest.fixture
@@ -50,14 +50,14 @@ async def test_a_text_line_is_what_a_shell_and_a_reader_of_logfmt_take_it_for() 
     taker = Taker()
     log = RequestLog("text", taker)
     odd = 'a "b" = c\\ d\n\te ü'
-    log.line(told(client=odd))
+    log.line(told(client=odd, request_id=b'a="b"'))
     log.flush()
     [line] = taker.lines
     fields = dict(part.split("=", 1) for part in shlex.split(line.decode().replace("\\n", "\n").replace("\\t", "\t")))
     written = datetime.fromisoformat(fields.pop("timestamp"))
     assert abs((datetime.now(UTC) - written).total_seconds()) < 60
     assert fields == {
-        "level": "info", "event": "request", "request_id": "req_1", "client": odd, "model": "plain/name-1",
+        "level": "info", "event": "request", "request_id": 'a="b"', "client": odd, "model": "plain/name-1",
         "status": "200", "error": "", "inputs": "1", "cached": "0", "calls": "1", "ms": "1.5",
     }  # fmt: skip
 

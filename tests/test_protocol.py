@@ -124,9 +124,21 @@ def test_what_is_no_request_is_refused_in_openais_shape_and_the_connection_close
 )
 def test_a_request_without_exactly_one_sane_host_is_refused(gateway: Running, lines: bytes) -> None:
     before = gateway.metric("rejected_requests_total", reason="invalid_http")
-    ((status, _),) = talk(gateway, b"GET /v1/models HTTP/1.1\r\n" + lines + b"\r\n", last=b"")
+    bad = b"GET /v1/models HTTP/1.1\r\n" + lines + b"\r\n"
+    ((status, _),) = talk(gateway, bad, last=b"")
     assert status == 400
-    assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
+    with connected(gateway) as connection:  # nor is one behind others that have one
+        assert answered(connection, embed("x"))
+        connection.sendall(bad)
+        assert connection.recv(12) == b"HTTP/1.1 400"
+    assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 2
+
+
+def test_http_1_0_needs_no_host(gateway: Running) -> None:
+    old = b"GET /v1/models HTTP/1.0\r\n\r\n"
+    assert [status for status, _ in talk(gateway, old, last=b"")] == [200]
+    ((status, _),) = talk(gateway, b"GET /v1/models HTTP/1.0\r\nHost: a/b\r\n\r\n", last=b"")
+    assert status == 200
 
 
 def test_a_head_that_never_ends_is_refused_in_time(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -165,7 +165,10 @@ class Embeddings:
         try:
             guard = Guard(deadline, self._deadlines)
             with guard, Place(self._gateway.room) as place:
-                raw = await self._read(exchange.headers, receive, place)
+                self._check_head(exchange.headers)
+                raw = _at_hand(scope) or await self._read(receive, place)
+                if len(raw) > self._server.max_body:
+                    raise _too_large(self._server.max_body)
                 exchange.reading = False
                 guard.watch(scope)
                 if len(raw) <= AT_ONCE:
@@ -182,27 +185,26 @@ class Embeddings:
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
         return 200, render.result_headers(result, usage, public.space), rendered
 
-    async def _read(self, headers: Mapping[bytes, bytes], receive: Receive, place: Place) -> bytes:
-        limit = self._server.max_body
+    def _check_head(self, headers: Mapping[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > limit:
-            raise _too_large(limit)
+        if length.isdigit() and int(length) > self._server.max_body:
+            raise _too_large(self._server.max_body)
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
+
+    async def _read(self, receive: Receive, place: Place) -> bytes:
         chunks: list[bytes] = []
         size = 0
-        while True:
+        while size <= self._server.max_body:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > limit:
-                raise _too_large(limit)
-            chunks.append(chunk)
+            chunks.append(message.get("body", b""))
             if not message.get("more_body", False):
-                return chunk if len(chunks) == 1 else b"".join(chunks)
+                break
+            size += len(chunks[-1])
             place.hold(size)  # what has come, not what is announced: that takes no room, and would cost nothing to say
+        return b"".join(chunks)
 
     def _parse(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         return parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
@@ -277,7 +279,7 @@ class Embeddings:
             metrics.rejected_requests.labels("client_gone").inc()
         self._request_log.line(
             RequestLine(
-                request_id=exchange.id.decode(),
+                request_id=exchange.id,
                 client=exchange.tenant.caller.name,
                 model=model,
                 status=status,
@@ -315,6 +317,12 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
     result = await public.embed(request)
     quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result
+
+
+def _at_hand(scope: Scope) -> bytes | None:
+    """The whole body, where the server says that it is here (`app.protocol`)."""
+    body = scope.get("extensions", {}).get("body")
+    return body() if body else None
 
 
 def _too_large(limit: int) -> BodyTooLarge:

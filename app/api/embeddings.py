@@ -167,8 +167,7 @@ class Embeddings:
             with guard, Place(self._gateway.room) as place:
                 self._check_head(exchange.headers)
                 raw = _at_hand(scope) or await self._read(receive, place)
-                if len(raw) > self._server.max_body:
-                    raise _too_large(self._server.max_body)
+                self._check_size(len(raw))
                 exchange.reading = False
                 guard.watch(scope)
                 if len(raw) <= AT_ONCE:
@@ -187,24 +186,29 @@ class Embeddings:
 
     def _check_head(self, headers: Mapping[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self._server.max_body:
-            raise _too_large(self._server.max_body)
+        if length.isdigit():
+            self._check_size(int(length))
         if headers.get(b"content-encoding", b"identity").lower() != b"identity":
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
 
+    def _check_size(self, size: int) -> None:
+        if size > self._server.max_body:
+            raise BodyTooLarge(f"the request body is larger than {self._server.max_body} bytes")
+
     async def _read(self, receive: Receive, place: Place) -> bytes:
         chunks: list[bytes] = []
-        size = 0
-        while size <= self._server.max_body:
+        size, more = 0, True
+        while more:
             message = await receive()
             if message["type"] == "http.disconnect":
                 raise ClientGone
-            chunks.append(message.get("body", b""))
-            if not message.get("more_body", False):
-                break
-            size += len(chunks[-1])
+            chunk = message.get("body", b"")
+            size += len(chunk)
+            self._check_size(size)
             place.hold(size)  # what has come, not what is announced: that takes no room, and would cost nothing to say
-        return b"".join(chunks)
+            chunks.append(chunk)
+            more = message.get("more_body", False)
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _parse(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         return parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
@@ -323,10 +327,6 @@ def _at_hand(scope: Scope) -> bytes | None:
     """The whole body, where the server says that it is here (`app.protocol`)."""
     body = scope.get("extensions", {}).get("body")
     return body() if body else None
-
-
-def _too_large(limit: int) -> BodyTooLarge:
-    return BodyTooLarge(f"the request body is larger than {limit} bytes")
 
 
 def _cache_control(scope: Scope) -> tuple[bool, bool]:

@@ -12,21 +12,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
-from app.errors import (
-    ContextLengthExceeded,
-    GatewayError,
-    InvalidRequest,
-    RateLimited,
-    UpstreamUnavailable,
-)
+from app.errors import GatewayError, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
+from app.pipeline.outcome import collect, hopeless
 from app.pipeline.queue import ENOUGH, LANES, Flight, Job, Queue, Waiter
 from app.pipeline.route import Route, Slot
-from app.types import NOTHING, Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
+from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 
 BULK = 16
 """A request with more inputs than this is bulk work unless its key says otherwise."""
@@ -85,7 +80,7 @@ class Batcher:
         finally:
             if waiter.missing:
                 self._leave(waiter, jobs)
-        return _collect(jobs, sources, request)
+        return collect(jobs, sources, request)
 
     async def aclose(self) -> None:
         """Waits for the calls under way: they are paid for, and their results go to the cache."""
@@ -295,10 +290,10 @@ class Batcher:
             job.outcome, job.flight = outcome, flight
             if known.get(job.key) is job:
                 del known[job.key]
-            hopeless = type(outcome) is not Embedding and _hopeless(outcome)
+            ends = type(outcome) is not Embedding and hopeless(outcome)
             for waiter in job.waiters:
                 waiter.missing -= 1
-                if hopeless or not waiter.missing:
+                if ends or not waiter.missing:
                     ready.append(waiter)
         self._release(ready)
 
@@ -321,55 +316,3 @@ def _batch(group: _Group, jobs: list[Job]) -> Batch:
         store=store,
         deadline=max([job.deadline for job in jobs]),
     )
-
-
-def _hopeless(outcome: Embedding | GatewayError) -> bool:
-    """Whether the request need not wait for its other inputs: they would meet the same refusal.
-
-    Otherwise it waits, for what is embedded meanwhile is cached, and asking again then costs only the rest.
-    """
-    return not isinstance(outcome, Embedding) and not outcome.retryable and not outcome.blames_input
-
-
-def _collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
-    outcomes = [job.outcome for job in jobs]
-    flights = [flight for flight in dict.fromkeys([job.flight for job in jobs]) if flight]
-    too_long: dict[int, GatewayError] = {}
-    if set(map(type, outcomes)) <= {Embedding}:  # nearly always
-        embeddings: list[Embedding] = outcomes  # type: ignore[assignment]
-        if len(flights) == 1:
-            return EmbedResult(embeddings, sources, flights[0].calls, flights[0].deployments)
-    else:
-        positions = request.positions or range(len(jobs))
-        others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
-        if others or not request.spares_long:
-            raise _error(jobs, positions)
-        for i, job in enumerate(jobs):
-            if isinstance(job.outcome, ContextLengthExceeded):
-                too_long[i] = job.outcome.at_input(positions[i])
-        embeddings = [outcome if isinstance(outcome, Embedding) else NOTHING for outcome in outcomes]
-    return EmbedResult(
-        embeddings=embeddings,
-        sources=sources,
-        calls=sum([flight.calls for flight in flights]),
-        deployments=tuple(dict.fromkeys([name for flight in flights for name in flight.deployments])),
-        too_long=too_long,
-    )
-
-
-def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:
-    """The request's one error: a refusal of its inputs, naming each by the caller's own index, or else
-    the first trouble in input order. A refusal tells the caller more than trouble that may pass."""
-    errors = [
-        (position, job.outcome)
-        for position, job in zip(positions, jobs, strict=True)
-        if isinstance(job.outcome, GatewayError)
-    ]
-    refused = [(position, error) for position, error in errors if isinstance(error, InvalidRequest)]
-    position, error = (refused or errors)[0]
-    told = error.at_input(position)
-    places = list(dict.fromkeys(position for position, _ in refused))
-    if error.blames_input and len(places) > 1:
-        names = ", ".join(map(str, places[:20]))
-        told.message += f" (inputs {names}{' …' if len(places) > 20 else ''})"
-    return told

@@ -1,7 +1,7 @@
 """Baidu's embeddings: V1 (Wenxin Workshop: a path per model, errors with HTTP 200) and V2 (Qianfan).
 
-Must not know how a token is kept or a signature made: `app.upstreams.auth` does; only which replies mean that
-a token is stale. Facts: cloud.baidu.com/doc (WENXINWORKSHOP, qianfan-api) and the qianfan SDK 0.4.12.3.
+Must not know how a token is kept or a signature made: `access_token` and `signature` do; only which replies mean that a
+token is stale. Facts: cloud.baidu.com/doc (WENXINWORKSHOP, qianfan-api) and the qianfan SDK 0.4.12.3.
 """
 
 from __future__ import annotations
@@ -28,8 +28,10 @@ from app.errors import (
 )
 from app.types import Adapter, Auth, Batch, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, openai, replies
+from app.upstreams.access_token import AccessToken
 from app.upstreams.kind import Clock, UpstreamKind
 from app.upstreams.sealed import SealedTokens
+from app.upstreams.signature import BceSignature
 
 _BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
@@ -191,7 +193,7 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
         return auth.bearer(auth.keys(settings), parse_error_v2, clock)
     secret = settings.secret_key.get_secret_value() if settings.secret_key else ""
     if settings.auth == "iam":
-        return auth.BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
+        return BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
     key, server = auth.keys(settings)[0], settings.base_url.rstrip("/") + _TOKEN_PATH
     # Its parameters travel in the query although it is a POST; they are never part of a URL we hold.
     ask = WireRequest(
@@ -205,7 +207,7 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
         },
     )
     shared = SealedTokens(tokens, server, key, secret) if tokens else None
-    return auth.AccessToken(ask, is_stale, clock, shared)
+    return AccessToken(ask, is_stale, clock, shared)
 
 
 def models(_settings: BaiduSettings) -> Mapping[str, Model]:

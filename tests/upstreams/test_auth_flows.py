@@ -11,7 +11,9 @@ import pytest
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, WireReply, WireRequest
 from app.upstreams import auth, baidu, openai
+from app.upstreams.access_token import AccessToken
 from app.upstreams.kind import Clock
+from app.upstreams.signature import BceSignature, bce_authorization
 
 
 class HandClock:
@@ -77,12 +79,12 @@ def json_reply(body: object, status: int = 200) -> WireReply:
     return WireReply(status, {"content-type": "application/json"}, orjson.dumps(body))
 
 
-def flow(clock: Clock) -> auth.AccessToken:
+def flow(clock: Clock) -> AccessToken:
     settings = baidu.BaiduSettings.model_validate(
         {"type": "baidu", "api_key": "the-api-key", "secret_key": "the-secret-key"}
     )
     made = baidu.KIND.auth(settings, clock, None)
-    assert isinstance(made, auth.AccessToken)
+    assert isinstance(made, AccessToken)
     return made
 
 
@@ -436,7 +438,7 @@ def test_the_signature_of_baidus_upload_part_example() -> None:
     }
     query = {"partNumber": "9", "uploadId": "a44cc9bab11cbd156984767aad637851"}
     path = "/v1/test/myfolder/readme.txt"
-    value = auth.bce_authorization(
+    value = bce_authorization(
         "a" * 32, "b" * 32, "PUT", path, query, headers, timestamp="2015-04-27T08:23:49Z", expires_in=1800
     )
     assert value.endswith("/d74a04362e6a848f5b39b15421cb449427f419c95a480fd6b8cf9fc783e2999e")
@@ -444,7 +446,7 @@ def test_the_signature_of_baidus_upload_part_example() -> None:
 
 async def test_an_embedding_request_is_signed_as_baidus_sdk_signs_it() -> None:
     request = WireRequest("POST", "https://aip.baidubce.com" + PATH, {"content-type": "application/json"})
-    [sent] = await headers_sent(auth.BceSignature(AK, SK, HandClock()), 1, request)
+    [sent] = await headers_sent(BceSignature(AK, SK, HandClock()), 1, request)
     assert sent == {
         "content-type": "application/json",
         "host": "aip.baidubce.com",
@@ -463,14 +465,14 @@ def test_the_signature_of_the_qianfan_sdks_own_headers() -> None:
         "x-bce-date": DATE,
     }
     names = ("x-bce-date", "request_id", "host", "content-type")
-    value = auth.bce_authorization(AK, SK, "POST", PATH, {}, headers, timestamp=DATE, expires_in=300, signed=names)
+    value = bce_authorization(AK, SK, "POST", PATH, {}, headers, timestamp=DATE, expires_in=300, signed=names)
     assert value.endswith(
         "/content-type;host;request_id;x-bce-date/0d5cbd51c605325563bda2ccfa72753fabd61c75b337b3623c3f5a5352b21648"
     )
 
 
 def test_the_signature_of_a_get_with_a_query() -> None:
-    value = auth.bce_authorization(
+    value = bce_authorization(
         AK,
         SK,
         "GET",
@@ -485,5 +487,5 @@ def test_the_signature_of_a_get_with_a_query() -> None:
 
 async def test_a_port_is_part_of_the_signed_host() -> None:
     request = WireRequest("POST", "http://127.0.0.1:8099/rpc/x")
-    [sent] = await headers_sent(auth.BceSignature(AK, SK, HandClock()), 1, request)
+    [sent] = await headers_sent(BceSignature(AK, SK, HandClock()), 1, request)
     assert sent["host"] == "127.0.0.1:8099"

@@ -10,8 +10,10 @@ from pydantic import ValidationError
 
 from app.types import Batch, Params, Target, WireRequest
 from app.upstreams import UPSTREAMS
-from app.upstreams.auth import AccessToken, BceSignature, HeaderKey, NoAuth
+from app.upstreams.access_token import AccessToken
+from app.upstreams.auth import HeaderKey, NoAuth
 from app.upstreams.kind import Clock
+from app.upstreams.signature import BceSignature
 
 
 def settings_of(**given: Any) -> Any:

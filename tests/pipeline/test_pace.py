@@ -119,6 +119,19 @@ async def test_what_waits_for_the_pace_goes_in_full_calls(clock: HandClock, upst
     await embed.aclose()
 
 
+@pytest.mark.parametrize(("requests", "sent"), [(6000, [256, 128]), (None, [128, 128, 128])])
+async def test_where_calls_are_counted_they_are_full_though_slots_are_free(
+    clock: HandClock, upstream: Upstream, requests: int | None, sent: list[int]
+) -> None:
+    slots = paced(clock, requests=requests) if requests else Slots(8)
+    embed = batcher(upstream, slots, rows=256)
+    asked = [asyncio.create_task(embed(request(*(f"{n} {i}" for i in range(128))))) for n in range(3)]
+    await run(clock, 0.1)
+    await asyncio.gather(*asked)
+    assert [len(texts) for _, texts in upstream.calls] == sent
+    await embed.aclose()
+
+
 async def test_tokens_are_kept_too_by_what_a_call_carried(clock: HandClock, upstream: Upstream) -> None:
     """600 a minute are 10 a second."""
     upstream.billed = 30

@@ -46,7 +46,7 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
     """Where in the reply each input's vector is; None where each is in its own place."""
     places = list(range(len(indexes)))
     whole = set(map(type, indexes)) <= {int}  # bool is an int to Python, and 1.0 equals 1
-    if whole and indexes == places:  # nearly always
+    if whole and [*indexes] == places:  # nearly always
         return None
     if not whole or min(indexes) < 0 or max(indexes) >= len(indexes):
         raise UpstreamInvalidResponse("the upstream returned an index outside the batch")

@@ -1,0 +1,46 @@
+"""The contract check by itself: whatever order a reply has, each input gets its own vector, or there is no answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app import vectors
+from app.errors import UpstreamInvalidResponse
+from app.pipeline import contract
+from app.types import Embedding, Parsed
+
+BATCHES = st.integers(1, 40).flatmap(lambda count: st.tuples(st.just(count), st.permutations(range(count))))
+
+
+def vector(place: int) -> bytes:
+    return vectors.from_numbers([place + 1.0, 0.5])
+
+
+def checked(indexes: Sequence[Any], given: Sequence[bytes] | None = None) -> list[Any]:
+    found = [vector(index) for index in indexes] if given is None else given
+    return contract.in_order(Parsed(indexes, found), range(10, 10 + len(found)), 2)
+
+
+@given(BATCHES)
+def test_each_input_gets_its_own_vector_and_bill_in_whatever_order_they_came(batch: tuple[int, list[int]]) -> None:
+    count, indexes = batch
+    assert checked(indexes) == [Embedding(vector(place), 10 + place) for place in range(count)]
+
+
+@pytest.mark.parametrize("indexes", [[0, 1, 2], range(3), [2, 1, 0], (1, 2, 0)])
+def test_as_a_list_a_range_or_a_tuple(indexes: Sequence[int]) -> None:
+    assert [each.vector for each in checked(indexes)] == [vector(0), vector(1), vector(2)]
+
+
+@pytest.mark.parametrize(
+    "indexes",
+    [[0, 0, 2], [1, 2, 3], [-1, 0, 1], [0, 1], [0, 1, 2, 3], [0, True, 2], [0.0, 1, 2], ["0", "1", "2"], [0, None, 2]],
+)
+def test_indexes_that_are_no_permutation_are_no_answer(indexes: list[Any]) -> None:
+    with pytest.raises(UpstreamInvalidResponse):
+        checked(indexes, [vector(0), vector(1), vector(2)])

@@ -207,8 +207,7 @@ def _json(timestamp: bytes, told: RequestLine, dropped: int) -> bytes:
 
 
 def _logfmt(timestamp: bytes, told: RequestLine, dropped: int) -> bytes:
-    # In bytes and whole numbers, as the response is written: with every request, what is done in one way only costs
-    # least (bench/README.md).
+    # In bytes and whole numbers, as the response is: code that a request needs anyway is at hand (bench/README.md).
     request_id, tenths = told.request_id, round(told.ms * 10)
     if b'"' in request_id or b"=" in request_id:
         request_id = orjson.dumps(request_id.decode())

@@ -102,7 +102,7 @@ class Protocol(HttpToolsProtocol):
     _fed = 0
     """Bytes the parser has had since it last had a whole head, or a piece of a body, to show for it."""
     _hosts: Sequence[bytes] = ()
-    """A Host that was found to be one."""
+    """The Host lines, one of them, that were last found sane."""
     _idle_since = 0.0
     _in_head = False
     """Whether the parser has a piece of a head, which came behind the request before it."""
@@ -284,7 +284,7 @@ class Protocol(HttpToolsProtocol):
         self._between_requests = True
         self._fed = 0
         super().on_message_complete()
-        if self.flow.read_paused and not self.pipeline:
+        if not self.pipeline:
             self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed
 
     def _unsupported_upgrade_warning(self) -> None:

@@ -166,8 +166,7 @@ class Embeddings:
             guard = Guard(deadline, self._deadlines)
             with guard, Place(self._gateway.room) as place:
                 self._check_head(exchange.headers)
-                raw = _at_hand(scope) or await self._read(receive, place)
-                self._check_size(len(raw))
+                raw = self._at_hand(scope, place) or await self._read(receive, place)
                 exchange.reading = False
                 guard.watch(scope)
                 if len(raw) <= AT_ONCE:
@@ -195,6 +194,19 @@ class Embeddings:
         if size > self._server.max_body:
             raise BodyTooLarge(f"the request body is larger than {self._server.max_body} bytes")
 
+    def _take_in(self, size: int, place: Place) -> None:
+        """So much of the body has come: that counts, not what is announced, which takes no room and costs nothing."""
+        self._check_size(size)
+        place.hold(size)
+
+    def _at_hand(self, scope: Scope, place: Place) -> bytes | None:
+        """The whole body, where the server says that it is here (`app.protocol`)."""
+        body = scope.get("extensions", {}).get("body")
+        raw: bytes | None = body() if body else None
+        if raw:
+            self._take_in(len(raw), place)
+        return raw
+
     async def _read(self, receive: Receive, place: Place) -> bytes:
         chunks: list[bytes] = []
         size, more = 0, True
@@ -204,8 +216,7 @@ class Embeddings:
                 raise ClientGone
             chunk = message.get("body", b"")
             size += len(chunk)
-            self._check_size(size)
-            place.hold(size)  # what has come, not what is announced: that takes no room, and would cost nothing to say
+            self._take_in(size, place)
             chunks.append(chunk)
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -321,12 +332,6 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
     result = await public.embed(request)
     quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result
-
-
-def _at_hand(scope: Scope) -> bytes | None:
-    """The whole body, where the server says that it is here (`app.protocol`)."""
-    body = scope.get("extensions", {}).get("body")
-    return body() if body else None
 
 
 def _cache_control(scope: Scope) -> tuple[bool, bool]:

@@ -115,7 +115,7 @@ class Queue:
                 jobs.extend(stay)
         return out
 
-    def take(self, limits: Limits, *, scarce: bool = True) -> tuple[list[Job], list[Job]]:
+    def take(self, limits: Limits, *, scarce: bool) -> tuple[list[Job], list[Job]]:
         """The fullest batch that is legal within `limits`, and abandoned inputs met on the way. Where calls are not
         `scarce`, no request's inputs are added to others' beyond what is `ENOUGH`.
 

@@ -116,10 +116,8 @@ class Route:
 
     def closed(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice, if so."""
-        for each in self.deployments:  # asked for every request
-            if each.health.out is not None:
-                break
-        else:
+        out = [each.health.out for each in self.deployments]
+        if not any(out):  # nearly always, and asked for every request
             return None
         reasons = [each.health.out for each in self.deployments if each.can(params)]
         return reasons[0] if reasons and all(reasons) else None

@@ -57,7 +57,7 @@ def test_a_batch_is_what_looking_at_each_input_finds(
     lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
 ) -> None:
     quick, careful = Case(lanes), Case(lanes)
-    taken, dropped = quick.queue.take(limits)
+    taken, dropped = quick.queue.take(limits, scarce=True)
     expected, abandoned = careful.queue._pick(limits, limits.max_batch)
     assert (keys(taken), keys(dropped)) == (keys(expected), keys(abandoned))
     assert quick.state() == careful.state()
@@ -69,7 +69,7 @@ def test_a_batch_is_what_looking_at_each_input_finds(
 def test_a_batch_is_legal_and_in_order(
     lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
 ) -> None:
-    taken, _ = Case(lanes).queue.take(limits)
+    taken, _ = Case(lanes).queue.take(limits, scarce=True)
     assert keys(taken) == sorted(keys(taken), key=int)
     assert all(job.waiters for job in taken)
     assert len(taken) <= limits.max_batch

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app.metrics import Metrics, Tally
 from app.pipeline.deployment import Limits
-from app.pipeline.queue import LANES, Job, Queue, Waiter
+from app.pipeline.queue import ENOUGH, LANES, Job, Queue, Waiter
 from app.types import Input, Lane, Media
 
 INPUTS: st.SearchStrategy[Input] = st.one_of(
@@ -79,3 +79,33 @@ def test_a_batch_is_legal_and_in_order(
     media = [job.input.kind for job in taken if isinstance(job.input, Media)]
     assert media.count("image") <= limits.images
     assert media.count("video") <= limits.videos
+
+
+SIZES = st.lists(st.sampled_from([1, 2, 63, 64, 65, 126, 127, 128, 129]) | st.integers(1, 300), max_size=6)
+
+
+@settings(max_examples=300, deadline=None)
+@given(SIZES, SIZES, st.integers(1, 400))
+def test_where_calls_are_not_scarce_whole_requests_share_one_up_to_what_is_enough(
+    queries: list[int], bulk: list[int], most: int
+) -> None:
+    taken, _ = requests(queries, bulk).take(Limits(most), scarce=False)
+    fits = 0
+    for size in queries + bulk:
+        if fits and fits + size > ENOUGH:
+            break
+        fits += size
+    assert len(taken) == min(most, fits if most > ENOUGH else sum(queries + bulk))
+
+
+def requests(*lanes: Sequence[int]) -> Queue:
+    """Requests of so many inputs each, all waited for."""
+    metrics = Metrics()
+    queue = Queue({lane: metrics.tally(metrics.queued_inputs.labels("up", lane)) for lane in LANES})
+    loop = asyncio.new_event_loop()
+    for lane, sizes in zip(LANES, lanes, strict=True):
+        for size in sizes:
+            alone = (Waiter(loop.create_future()),)
+            queue.extend(lane, [Job(b"", "a", 0.0, alone) for _ in range(size)])
+    loop.close()
+    return queue

@@ -18,9 +18,10 @@ from app.config import Settings
 from app.config.load import ConfigError, load
 from app.config.source import Source
 from app.errors import GatewayError
-from app.gateway import Gateway, PublicModel
+from app.gateway import Gateway
 from app.main import App, create_app
 from app.pipeline.deployment import Deployment
+from app.registry import PublicModel
 from app.serve import listen, serve, serve_workers
 from app.types import Batch, Embedding, Params
 from app.upstreams import UPSTREAMS

@@ -18,6 +18,7 @@ RANKS = [
     {"vectors", "tokens", "limits", "config", "metrics", "logs"},
     {"upstreams", "cache"},
     {"pipeline"},
+    {"registry"},
     {"gateway"},
     {"api"},
     {"main", "protocol", "workers"},

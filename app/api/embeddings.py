@@ -37,10 +37,11 @@ from app.errors import (
     UnsupportedEncoding,
     UpstreamTimeout,
 )
-from app.gateway import Gateway, PublicModel
+from app.gateway import Gateway
 from app.logs import RequestLine, RequestLog
 from app.pipeline.admit import INPUT, Place
 from app.pipeline.quota import Quota
+from app.registry import PublicModel
 from app.types import EmbedRequest, EmbedResult, Source
 
 Scope = MutableMapping[str, Any]

@@ -15,8 +15,9 @@ from app import __version__
 from app.api import embeddings, openapi, render
 from app.api.auth import Keys
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
-from app.gateway import Gateway, PublicModel
+from app.gateway import Gateway
 from app.metrics import CONTENT_TYPE
+from app.registry import PublicModel
 
 
 class _HeadAsGet:

@@ -1,0 +1,241 @@
+"""What callers can ask for: public model names, built into pipelines over deployments."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
+
+from app.cache.tiers import Tiers
+from app.catalog import ROLES, Model
+from app.config import DeploymentSettings, ModelSettings, PrefixSettings, Settings
+from app.errors import InvalidRequest
+from app.metrics import Metrics
+from app.pipeline import build
+from app.pipeline.batcher import Batcher
+from app.pipeline.call import Call
+from app.pipeline.canary import Canary
+from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import Health
+from app.pipeline.prepare import Prepare
+from app.pipeline.route import Route
+from app.types import Embedder, Params
+from app.upstreams.connect import Upstream
+from app.upstreams.kind import Clock
+
+log = logging.getLogger(__name__)
+
+_FACTS = (
+    "max_batch",
+    "max_tokens_per_input",
+    "max_characters_per_input",
+    "max_tokens_per_batch",
+    "dimension_choices",
+    "instruct",
+    "sparse",
+    "images",
+    "videos",
+    "price_per_million_tokens",
+)
+"""What an operator may know better than the catalogue, by one name here and there."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublicModel:
+    """A model as callers know it: its own name, its pipeline, and what can be said about it."""
+
+    name: str
+    embed: Embedder
+    model: Model
+    space: str
+    deployments: tuple[Deployment, ...]
+    unfit: str | None = None
+    """Why nothing but a request that says more than model and input can be served, if so."""
+
+
+class Registry:
+    """Every name there is, with what it takes to serve it: one deployment per upstream and set of facts, one batcher
+    per set of deployments, one canary per batcher that has something to compare with."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        upstreams: Mapping[str, Upstream],
+        slots: Mapping[str, Slots],
+        cache: Tiers,
+        metrics: Metrics,
+        clock: Clock,
+    ) -> None:
+        """`slots`: each upstream's own."""
+        self._settings, self._upstreams, self._slots = settings, upstreams, slots
+        self._cache, self._metrics, self._clock = cache, metrics, clock
+        self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
+        self._deployments: dict[tuple[str, Model, str], Deployment] = {}
+        self._batchers: dict[tuple[tuple[int, float, int], ...], Batcher] = {}
+        self._canaries: dict[tuple[tuple[int, float, int], ...], Canary] = {}
+        self._conflicts: set[str] = set()
+        self.names: dict[str, PublicModel] = {}
+        """Every name that can be asked for, aliases included."""
+        self._listed: dict[str, Mapping[str, Model]] = {}
+        """Of each upstream, the models that `names` was made of."""
+
+    @property
+    def deployments(self) -> Iterable[Deployment]:
+        return self._deployments.values()
+
+    @property
+    def canaries(self) -> list[Canary]:
+        return list(self._canaries.values())
+
+    def take_over(self, before: Registry, same: Set[str]) -> None:
+        """Takes what belongs to the upstreams named in `same`, whose settings have not changed, and is in use."""
+        used = {id(each.limits) for public in before.names.values() for each in public.deployments}
+        self._deployments = {
+            key: each for key, each in before._deployments.items() if each.upstream in same and id(each.limits) in used
+        }
+        known = {id(each.limits) for each in self._deployments.values()}
+        for key, batcher in before._batchers.items():
+            if all(limits in known for limits, _, _ in key):
+                self._batchers[key] = batcher
+                if key in before._canaries:
+                    self._canaries[key] = before._canaries[key]
+
+    def outdated(self) -> bool:
+        """Whether an upstream lists other models now."""
+        return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
+
+    def publish(self) -> None:
+        """Every name anew: configured models and aliases, then upstreams' own names, then `upstream/model`."""
+        names: dict[str, PublicModel] = {}
+        for name, settings in self._settings.models.items():
+            public = self._configured(name, settings)
+            for each in (name, *settings.aliases):
+                names[each] = public
+        for name, served in self._by_plain_name().items():
+            together = None
+            if len({deployment.space for deployment in served}) == 1:
+                together = self._public(name, tuple(served), None)
+                names.setdefault(name, together)
+            else:
+                self._warn_of_spaces(name, served)
+            for deployment in served:
+                alone = together if together and len(served) == 1 else None
+                names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
+        self.names = names
+        self._listed = {name: upstream.models for name, upstream in self._upstreams.items()}
+
+    def unfit(self) -> list[str]:
+        """A line for each model that is configured in a way in which it serves no plain request."""
+        models = {public.name: public for public in self.names.values()}
+        return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
+
+    async def aclose(self, successor: Registry | None = None) -> None:
+        """Waits for the calls under way but those of batchers that a `successor` shares; deployments it does not have
+        leave the metrics."""
+        shared = successor._batchers.values() if successor else ()
+        await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values() if batcher not in shared))
+        if successor is not None:
+            kept = {(each.upstream, each.model.name) for each in successor.deployments}
+            for each in self.deployments:
+                if (each.upstream, each.model.name) not in kept:
+                    self._metrics.forget_deployment(each.upstream, each.model.name)
+
+    def _by_plain_name(self) -> dict[str, list[Deployment]]:
+        served: dict[str, list[Deployment]] = {}
+        for upstream in self._upstreams.values():
+            for model in upstream.models.values():
+                served.setdefault(model.name, []).append(self._deployment(upstream, model))
+        return served
+
+    def _configured(self, name: str, settings: ModelSettings) -> PublicModel:
+        deployments = [self._configured_deployment(each, settings) for each in settings.deployments]
+        space = deployments[0].space
+        # What the configuration alone could tell was refused at start; a revision may differ all the same.
+        same = tuple(deployment for deployment in deployments if deployment.space == space)
+        if len(same) < len(deployments):
+            self._warn_of_spaces(name, deployments)
+        return self._public(name, same, settings)
+
+    def _configured_deployment(self, wanted: DeploymentSettings, settings: ModelSettings) -> Deployment:
+        upstream = self._upstreams[wanted.upstream]
+        known = upstream.model(wanted.model)
+        overrides = {field: value for field in _FACTS if (value := getattr(settings, field)) is not None}
+        facts = replace(known, **overrides)
+        if not upstream.adapter.media:
+            facts = replace(facts, images=0, videos=0)
+        if settings.prefixes is not None:
+            facts = _told_by(facts, settings.prefixes)
+        deployment = self._deployment(upstream, facts, wanted.space)
+        return replace(deployment, weight=wanted.weight, priority=wanted.priority)
+
+    def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
+        """One deployment per upstream and set of facts, shared by all names that lead to it."""
+        revision = f"@{model.revision}" if model.revision else ""
+        identity = space or f"{upstream.kind.name}/{model.name}{revision}"
+        known = self._deployments.get((upstream.name, model, identity))
+        if known is not None:
+            return known
+        limits = Limits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
+        call = Call(
+            upstream.target(model), upstream.adapter, upstream.auth, upstream.send, upstream.redact,
+            self._metrics, upstream.name,
+        )  # fmt: skip
+        chain = build.chain(call, cache=self._cache, limits=limits, model=model)
+        available = self._metrics.upstream_available.labels(upstream.name, model.name)
+        health = Health(self._clock, available, f"{upstream.name}/{model.name}")
+        deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
+        self._deployments[(upstream.name, model, identity)] = deployment
+        return deployment
+
+    def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
+        first = deployments[0]
+        batcher = self._batcher(deployments, configured=settings is not None)
+        embed = build.pipeline(
+            batcher,
+            name=name,
+            cache=self._cache,
+            space=first.space,
+            models=[deployment.model for deployment in deployments],
+            settings=settings,
+        )
+        # Brought to unit length they compare differently from what the upstream gives, whoever else serves that.
+        space = f"{first.space};normalized" if settings and settings.normalize else first.space
+        return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
+
+    def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
+        """One batcher per set of deployments, so that names which lead to the same share calls."""
+        key = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
+        batcher = self._batchers.get(key)
+        if batcher is None:
+            route = Route(deployments, self._metrics, self._clock)
+            batcher = self._batchers[key] = Batcher(route, self._metrics, self._clock)
+            # Without another deployment, or a memory that outlives us, there is nothing to compare with.
+            if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
+                memory = self._cache if self._remembers else None
+                self._canaries[key] = Canary(route.deployments, memory, from_start=configured and len(deployments) > 1)
+        return batcher
+
+    def _warn_of_spaces(self, name: str, served: list[Deployment]) -> None:
+        if name not in self._conflicts:
+            self._conflicts.add(name)
+            listed = ", ".join(deployment.name for deployment in served)
+            log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
+
+
+def _unfit(prepare: Prepare) -> str | None:
+    try:
+        prepare.prepared(Params())
+    except InvalidRequest as refusal:
+        return f"a request without parameters is refused: {refusal.message}"
+    return None
+
+
+def _told_by(model: Model, prefixes: PrefixSettings) -> Model:
+    """The model with the operator's prefixes. They alter vectors, so that vectors made with others are in another
+    space: what is cached from before they were changed is not found any more."""
+    texts = tuple(getattr(prefixes, role) for role in ROLES)
+    mark = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
+    revision = f"{model.revision}+{mark}" if model.revision else f"prefixes-{mark}"
+    return replace(model, roles=ROLES, default_role=None, prefixes=texts, instruct=False, revision=revision)

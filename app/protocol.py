@@ -27,9 +27,9 @@ LONGEST_HEAD = 64 * 2**10
 FEW = 16
 """Requests that wait for the one before them, up to which more is read."""
 
-_JOINED = 32 * 2**10
-"""Bytes of a body up to which copying it behind its head is cheaper than handing over both, and waiting for others
-cheaper than a write of its own."""
+_LONG = 32 * 2**10
+"""Bytes of a body from which handing its pieces over is cheaper than joining them, and a write of its own cheaper than
+waiting for others."""
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
@@ -54,25 +54,24 @@ class Outbox:
     """
 
     def __init__(self) -> None:
-        self._waiting: list[tuple[asyncio.Transport, bytes, bytes, bool]] = []
+        self._waiting: list[tuple[asyncio.Transport, Sequence[bytes], bool]] = []
 
-    def put(self, transport: asyncio.Transport, head: bytes, body: bytes, *, close: bool) -> None:
-        """To be written soon; `close` ends the connection after it."""
+    def put(self, transport: asyncio.Transport, head: bytes, body: list[bytes], size: int, *, close: bool) -> None:
+        """To be written soon; `close` ends the connection after it. The body comes in pieces of `size` together."""
         if not self._waiting:
             asyncio.get_running_loop().call_soon(self.flush)
-        self._waiting.append((transport, head, body, close))
-        if len(body) >= _JOINED:
+        if size < _LONG:
+            self._waiting.append((transport, (b"".join((head, *body)),), close))
+        else:
+            self._waiting.append((transport, (head, *body), close))
             self.flush()
 
     def flush(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for transport, head, body, close in waiting:
+        for transport, pieces, close in waiting:
             if transport.is_closing():
                 continue
-            if len(body) < _JOINED:
-                transport.write(head + body)
-            else:
-                transport.writelines((head, body))
+            transport.writelines(pieces)
             if close:
                 transport.close()
 
@@ -92,8 +91,8 @@ class Protocol(HttpToolsProtocol):
     Three extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
     lost. `scope["extensions"]["body"]` gives the whole body, or None where it has not come yet and `receive` is to be
     asked, which takes coroutines and an event. `scope["extensions"]["respond"]` sends a whole response, head (without
-    the empty line that ends it) and body, in one piece; `send` takes two system calls for it and looks at each header
-    for what ours do not hold.
+    the empty line that ends it) and body in pieces, at once; `send` takes two system calls for it and looks at each
+    header for what ours do not hold.
     """
 
     _head = b""
@@ -207,8 +206,8 @@ class Protocol(HttpToolsProtocol):
         body, cycle.body = bytes(cycle.body), bytearray()
         return body
 
-    async def _respond(self, head: bytes, body: bytes) -> None:
-        """What `send` does with a response that is all there and has a content-length."""
+    async def _respond(self, head: bytes, body: list[bytes], size: int) -> None:
+        """What `send` does with a response that is all there and has a content-length, which is `size`."""
         cycle = self._running
         assert cycle is not None
         if self.flow.write_paused and not cycle.disconnected:
@@ -218,7 +217,7 @@ class Protocol(HttpToolsProtocol):
         cycle.response_started = True
         cycle.waiting_for_100_continue = False
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
-        self._outbox.put(self.transport, head + end, body, close=not cycle.keep_alive)
+        self._outbox.put(self.transport, head + end, body, size, close=not cycle.keep_alive)
         if len(self.tasks) == 1 or not cycle.keep_alive:
             # There is nobody else to wait for; or nothing may begin behind this one.
             self._outbox.flush()

@@ -87,9 +87,9 @@ class Caller:
             def at_hand(body: bytes = body) -> bytes:
                 return body
 
-            async def respond(head: bytes, body: bytes, number: int = number) -> None:
-                del head
-                self.answers = [(number, body)]
+            async def respond(head: bytes, body: list[bytes], size: int, number: int = number) -> None:
+                del head, size
+                self.answers = [(number, b"".join(body))]
 
             extensions = {"hang_up": set(), "body": at_hand, "respond": respond}
             scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": self._headers}

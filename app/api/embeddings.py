@@ -137,7 +137,7 @@ class Embeddings:
             error = GatewayError("internal error")
             status = error.status
         if error is not None:
-            headers, body = render.error_headers(error), render.error_body(error)
+            headers, body = render.error_headers(error), [render.error_body(error)]
             if isinstance(error, MethodNotAllowed):
                 headers.append((b"allow", b"POST"))
             if exchange.reading:
@@ -152,7 +152,8 @@ class Embeddings:
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
-    ) -> tuple[int, list[render.Header], bytes]:
+    ) -> tuple[int, list[render.Header], list[bytes]]:
+        """Status, headers, and the body in pieces."""
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
@@ -259,25 +260,27 @@ class Embeddings:
         send: Sender,
         status: int,
         headers: list[render.Header],
-        body: bytes,
+        body: list[bytes],
     ) -> None:
         elapsed = time.perf_counter() - exchange.began
+        size = sum(map(len, body))
         headers += (
             _JSON,
-            (b"content-length", b"%d" % len(body)),
+            (b"content-length", b"%d" % size),
             (b"x-request-id", exchange.id),
             (b"openai-processing-ms", b"%d" % (elapsed * 1000)),
         )
         respond = scope.get("extensions", {}).get("respond") if status == 200 else None
         if respond is not None:
-            await respond(render.head(headers), body)
+            await respond(render.head(headers), body, size)
             return
+        whole = b"".join(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})
         if exchange.reading:
-            await send({"type": "http.response.body", "body": body, "more_body": True})
+            await send({"type": "http.response.body", "body": whole, "more_body": True})
             await _linger(receive, 2 * self._server.max_body)
-            body = b""
-        await send({"type": "http.response.body", "body": body})
+            whole = b""
+        await send({"type": "http.response.body", "body": whole})
 
     def _record(self, exchange: _Exchange, status: int, error: GatewayError | None) -> None:
         """Counts the exchange and writes its one log line: names and numbers, never texts or keys."""

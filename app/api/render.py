@@ -26,36 +26,41 @@ _QUOTE = {"float": b"", "base64": b'"'}
 """Around a vector."""
 
 
-def _before(index: int, encoding: str) -> bytes:
-    """What stands before a vector, its quote included."""
-    return b'%b{"object":"embedding","index":%d,"embedding":%b' % (b"," if index else b"", index, _QUOTE[encoding])
+def _before(index: int, encoding: str, more: bytes = b"") -> bytes:
+    """What stands between the vector before this one and this one, their quotes included. `more`: members of its own,
+    each with a comma behind it."""
+    end = _QUOTE[encoding] + b"}," if index else b""
+    return b'%b{"object":"embedding","index":%d,%b"embedding":%b' % (end, index, more, _QUOTE[encoding])
 
 
 _BEFORE = {encoding: tuple(_before(index, encoding) for index in range(2048)) for encoding in SLICES}
 """To print a number takes longer than to look it up."""
 
 
-async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: str) -> bytes:
-    """OpenAI's response body. `model` is the name that was asked for."""
-    parts: list[bytes] = [b'{"object":"list","data":[']
-    numbers, at_once, known, quote = encoding == "float", SLICES[encoding], _BEFORE[encoding], _QUOTE[encoding]
-    end = quote + b"}"
+async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: str) -> list[bytes]:
+    """OpenAI's response body, in pieces. `model` is the name that was asked for."""
+    pieces: list[bytes] = [b'{"object":"list","data":[']
+    numbers, at_once, known = encoding == "float", SLICES[encoding], _BEFORE[encoding]
     if len(result.embeddings) > len(known):
         known = tuple([_before(index, encoding) for index in range(len(result.embeddings))])
     for i, embedding in enumerate(result.embeddings):
         if i % at_once == 0 and i:
             await asyncio.sleep(0)
-        vector = embedding.vector
-        written = (embedding.text or vectors.to_json(vector)) if numbers else vectors.to_base64(vector)
-        if embedding.sparse is None:
-            parts += (known[i], written, end)
-        else:
-            parts += (known[i], written, quote, b',"sparse_embedding":', embedding.sparse, b"}")
-    parts.append(
-        b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
-        % (orjson.dumps(model), usage.tokens, usage.tokens, usage.cached_tokens + usage.shared_tokens)
+        before, vector = known[i], embedding.vector
+        if embedding.sparse is not None:
+            before = _before(i, encoding, b'"sparse_embedding":%b,' % embedding.sparse)
+        pieces += (before, (embedding.text or vectors.to_json(vector)) if numbers else vectors.to_base64(vector))
+    pieces.append(
+        b'%b}],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
+        % (
+            _QUOTE[encoding],
+            orjson.dumps(model),
+            usage.tokens,
+            usage.tokens,
+            usage.cached_tokens + usage.shared_tokens,
+        )
     )
-    return b"".join(parts)
+    return pieces
 
 
 def result_headers(result: EmbedResult, usage: Usage, space: str) -> list[Header]:

@@ -21,7 +21,7 @@ COUNT = 2_050
 async def test_every_row_has_its_own_index_and_vector(encoding: str, sparse: bytes | None) -> None:
     rows = [np.array([i, 0.5], "<f4").tobytes() for i in range(COUNT)]
     result = EmbedResult([Embedding(row, 1, sparse) for row in rows], [Source.UPSTREAM] * COUNT)
-    body = json.loads(await render.embeddings(result, Usage.of(result), "some model", encoding))
+    body = json.loads(b"".join(await render.embeddings(result, Usage.of(result), "some model", encoding)))
     given = [row["embedding"] for row in body["data"]]
     vectors = [base64.b64decode(each) if encoding == "base64" else np.array(each, "<f4").tobytes() for each in given]
     assert vectors == rows

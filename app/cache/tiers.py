@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 
 from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
+from app.cache.reader import Reader
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
@@ -18,15 +20,12 @@ from app.types import Embedding, Store
 
 log = logging.getLogger(__name__)
 
-_LOG_EVERY = 60.0
-"""Seconds between two reports of a tier that raises although it must not."""
-
 
 class Tiers:
     """`stores` in the order they are asked. `write_buffer`: bytes that may wait for each slow tier.
 
-    A memory tier, if there is one, stands first and is used without waiting; every other one is written to by a
-    task of its own, so that one that stalls does not hold up the next.
+    A memory tier, if there is one, stands first and is used without waiting; every other one is asked for all requests
+    of a turn at once, and written to by a task of its own, so that one that stalls does not hold up the next.
     """
 
     def __init__(
@@ -35,12 +34,12 @@ class Tiers:
         self._memory = stores[0] if stores and isinstance(stores[0], MemoryStore) else None
         self._slow = tuple(stores if self._memory is None else stores[1:])
         self._stores = tuple(stores)
-        self._counts = [Counts(metrics, store.name) for store in self._slow]
-        self._writers = [
-            Writer(store, counts, write_buffer) for store, counts in zip(self._slow, self._counts, strict=True)
-        ]
-        self._now = clock.monotonic
-        self._logged: dict[str, float] = {}
+        self._readers: list[Reader] = []
+        self._writers: list[Writer] = []
+        for place, store in enumerate(self._slow):
+            counts = Counts(metrics, store.name)
+            self._readers.append(Reader(store, counts, partial(self._promote, place), clock.monotonic))
+            self._writers.append(Writer(store, counts, write_buffer))
 
     async def open(self) -> None:
         """Lets the tiers that can do so get ready, at once; one that cannot is down, which `status` says."""
@@ -63,16 +62,8 @@ class Tiers:
             return found
         missing = list(dict.fromkeys(key for key, value in zip(keys, found, strict=True) if value is None))
         fetched: dict[bytes, Embedding] = {}
-        for place in range(len(self._slow)):
-            answers = await self._ask(place, missing)
-            hits = [(key, value) for key, value in zip(missing, answers, strict=True) if value is not None]
-            if not hits:
-                continue
-            fetched.update(hits)
-            if self._memory is not None:
-                self._memory.insert(hits)
-            for writer in self._writers[:place]:
-                writer.offer(hits)
+        for reader in self._readers:
+            fetched.update(await reader.get(missing))
             missing = [key for key in missing if key not in fetched]
             if not missing:
                 break
@@ -89,6 +80,7 @@ class Tiers:
 
     async def close(self, timeout: float = 5.0) -> None:
         """Writes what waits, for at most `timeout` seconds, then closes every tier."""
+        await asyncio.gather(*(reader.close() for reader in self._readers))
         await asyncio.gather(*(writer.close(timeout) for writer in self._writers))
         for store in self._stores:
             try:
@@ -100,17 +92,9 @@ class Tiers:
         """Per tier "up", or what is wrong with it."""
         return {store.name: getattr(store, "status", "up") for store in self._stores}
 
-    async def _ask(self, place: int, keys: Sequence[bytes]) -> Sequence[Embedding | None]:
-        store = self._slow[place]
-        try:
-            answers = await store.get(keys)
-            if len(answers) == len(keys):
-                return answers
-            raise ValueError(f"{len(answers)} answers to {len(keys)} keys")
-        except Exception:
-            self._counts[place].get_error.inc(len(keys))
-            now = self._now()
-            if now - self._logged.get(store.name, -_LOG_EVERY) >= _LOG_EVERY:
-                self._logged[store.name] = now
-                log.exception("cache tier %s raised while reading", store.name)
-            return [None] * len(keys)
+    def _promote(self, place: int, entries: list[tuple[bytes, Embedding]]) -> None:
+        """What the slow tier at this place has found is put into those above it."""
+        if self._memory is not None:
+            self._memory.insert(entries)
+        for writer in self._writers[:place]:
+            writer.offer(entries)

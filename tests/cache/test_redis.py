@@ -11,6 +11,7 @@ import redis.asyncio
 from pydantic import SecretStr
 
 from app.cache.redis import PREFIX, RedisStore
+from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
 from tests.redis_server import RedisServer
@@ -65,6 +66,18 @@ async def test_a_look_up_is_one_mget(store: RedisStore, admin: redis.asyncio.Red
 async def test_no_keys_are_no_look_up(store: RedisStore, admin: redis.asyncio.Redis) -> None:
     assert await store.get([]) == []
     assert await calls(admin, "mget") == 0
+
+
+async def test_look_ups_of_many_requests_at_once_are_one_mget(
+    store: RedisStore, admin: redis.asyncio.Redis, clock: Clock, metrics: Metrics
+) -> None:
+    await store.put(entries(range(48)))
+    tiers = Tiers([store], metrics, clock)
+    found = await asyncio.gather(*(tiers.get([key(number), key(number // 2)]) for number in range(50)))
+    expected = [[embedding(number) if number < 48 else None, embedding(number // 2)] for number in range(50)]
+    assert found == expected
+    assert await calls(admin, "mget") == 1
+    assert (count(metrics, "redis", "get", "hit"), count(metrics, "redis", "get", "miss")) == (48, 2)
 
 
 async def test_every_value_is_written_with_its_time_to_live(store: RedisStore, admin: redis.asyncio.Redis) -> None:

@@ -10,7 +10,7 @@ from app.cache.tiers import Tiers
 from app.config import CacheSettings
 from app.metrics import Metrics
 from app.types import Embedding, Store
-from tests.cache.support import Clock, count, embedding, entries, key, until
+from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 
 
 class Slow:
@@ -98,6 +98,72 @@ async def test_a_key_asked_for_twice_is_looked_up_once_and_answered_twice(clock:
     assert await tiers.get(keys(1, 2, 1, 2)) == [embedding(1), None, embedding(1), None]
     assert slow.asked == [keys(1, 2)]
     await tiers.close()
+
+
+async def test_requests_of_one_turn_share_a_look_up_and_each_gets_its_own(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.values.update(entries(range(0, 40, 2)))
+    tiers = Tiers([slow], metrics, clock)
+    wanted = [keys(n, n + 1, n) for n in range(39)]
+    answers = await asyncio.gather(*(tiers.get(each) for each in wanted))
+    even_first = [[embedding(n), None, embedding(n)] for n in range(39)]
+    odd_first = [[None, embedding(n + 1), None] if n < 38 else [] for n in range(39)]
+    assert answers == [odd_first[n] if n % 2 else even_first[n] for n in range(39)]
+    assert slow.asked == [keys(*range(40))]
+    await tiers.close()
+
+
+async def test_a_look_up_is_shared_up_to_64_keys_and_what_is_larger_has_its_own(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    tiers = Tiers([slow], metrics, clock)
+    await asyncio.gather(
+        *(tiers.get(keys(*each)) for each in (range(40), range(100, 124), [200], range(500, 700), [1]))
+    )
+    assert [len(each) for each in slow.asked] == [64, 1, 200, 1]
+    await tiers.close()
+
+
+async def test_what_many_ask_for_is_put_into_the_tiers_above_once(clock: Clock, metrics: Metrics) -> None:
+    disk, redis = Slow("disk"), Slow("redis")
+    redis.values.update(entries([1]))
+    tiers = Tiers([memory(clock, metrics), disk, redis], metrics, clock)
+    assert await asyncio.gather(*(tiers.get(keys(1)) for _ in range(16))) == [[embedding(1)]] * 16
+    await tiers.close()
+    assert disk.batches == [1]
+
+
+async def test_who_hangs_up_takes_nobodys_answer_along(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.values.update(entries(range(8)))
+    tiers = Tiers([slow], metrics, clock)
+    for turns in range(4):
+        asking = [asyncio.create_task(tiers.get(keys(number))) for number in range(8)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for each in asking[:4]:
+            each.cancel()
+        async with asyncio.timeout(LIMIT):
+            assert await asyncio.gather(*asking[4:]) == [[embedding(number)] for number in range(4, 8)]
+        answers = await asyncio.gather(*asking[:4], return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in answers)
+    await tiers.close()
+
+
+async def test_closing_leaves_nobody_waiting(clock: Clock, metrics: Metrics) -> None:
+    class Frozen(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            self.asked.append(list(keys))
+            await asyncio.Event().wait()
+            raise AssertionError
+
+    slow = Frozen()
+    tiers = Tiers([slow], metrics, clock)
+    asking = asyncio.create_task(tiers.get(keys(1)))
+    while not slow.asked:
+        await asyncio.sleep(0)
+    async with asyncio.timeout(LIMIT):
+        await tiers.close()
+        assert await asking == [None]
 
 
 async def test_it_works_without_memory_and_without_any_tier(clock: Clock, metrics: Metrics) -> None:

@@ -52,6 +52,9 @@ SCENARIOS: dict[str, Scenario] = {
             "Rb16", "the same 16 texts, in Redis only", "hot", 16, "float", 16, 0.0, ("redis",), "redis", bare=True
         ),
         Scenario(
+            "R5", "one new text, base64, Redis asked and told", "fresh", 1, "base64", 16, 0.0, ("redis",), "redis"
+        ),
+        Scenario(
             "M",
             "mixed trace: 70 % one text, 30 % bulk of 64, two models, texts by Zipf's law, base64, upstream of 50 ms",
             "trace",

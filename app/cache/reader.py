@@ -62,6 +62,7 @@ class Reader:
 
     async def close(self) -> None:
         """Gives up what is under way: misses."""
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun would tell nobody
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

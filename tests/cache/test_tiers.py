@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import pytest
 
 from app.cache.build import stores
+from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
+from app.cache.reader import Reader
 from app.cache.tiers import Tiers
 from app.config import CacheSettings
 from app.metrics import Metrics
@@ -149,21 +151,22 @@ async def test_who_hangs_up_takes_nobodys_answer_along(clock: Clock, metrics: Me
     await tiers.close()
 
 
-async def test_closing_leaves_nobody_waiting(clock: Clock, metrics: Metrics) -> None:
+@pytest.mark.parametrize("turns", [1, 2, 3])
+async def test_closing_leaves_nobody_waiting(clock: Clock, metrics: Metrics, turns: int) -> None:
     class Frozen(Slow):
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-            self.asked.append(list(keys))
             await asyncio.Event().wait()
             raise AssertionError
 
-    slow = Frozen()
-    tiers = Tiers([slow], metrics, clock)
-    asking = asyncio.create_task(tiers.get(keys(1)))
-    while not slow.asked:
+    found: list[object] = []
+    reader = Reader(Frozen(), Counts(metrics, "redis"), found.append, clock.monotonic)
+    asking = asyncio.create_task(reader.get(keys(1)))
+    for _ in range(turns):
         await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT):
-        await tiers.close()
-        assert await asking == [None]
+        await reader.close()
+        assert await asking == {}
+    assert found == []
 
 
 async def test_it_works_without_memory_and_without_any_tier(clock: Clock, metrics: Metrics) -> None:

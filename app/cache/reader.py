@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 
 from app.cache.counts import Counts
+from app.cache.together import Together
 from app.types import Embedding, Store
 
 log = logging.getLogger(__name__)
@@ -19,21 +20,8 @@ _LOG_EVERY = 60.0
 Found = Mapping[bytes, Embedding]
 
 
-class _LookUp:
-    """Keys, each once, and who waits to hear which of them were found."""
-
-    __slots__ = ("keys", "waiting")
-
-    def __init__(self) -> None:
-        self.keys: dict[bytes, None] = {}
-        self.waiting: list[asyncio.Future[Found]] = []
-
-
 class Reader:
-    """Asks `store` in tasks of its own: a caller who hangs up takes nobody's answer along.
-
-    `on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds.
-    """
+    """`on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds."""
 
     def __init__(
         self,
@@ -43,43 +31,21 @@ class Reader:
         now: Callable[[], float],
     ) -> None:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
-        self._next: _LookUp | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._together: Together[Sequence[bytes], Found] = Together(self._answer, {}, _TOGETHER, len)
         self._logged = -_LOG_EVERY
 
     async def get(self, keys: Sequence[bytes]) -> Found:
         """What there is of these, perhaps among what others have asked for. Never raises."""
-        look_up = self._next
-        if look_up is None or len(look_up.keys) + len(keys) > _TOGETHER:
-            look_up = self._next = _LookUp()
-            task = asyncio.get_running_loop().create_task(self._answer(look_up))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        look_up.keys.update(dict.fromkeys(keys))
-        future: asyncio.Future[Found] = asyncio.get_running_loop().create_future()
-        look_up.waiting.append(future)
-        return await future
+        return await self._together.ask(keys)
 
     async def close(self) -> None:
         """Gives up what is under way: misses."""
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun would tell nobody
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._together.close()
 
-    async def _answer(self, look_up: _LookUp) -> None:
-        if self._next is look_up:
-            self._next = None
-        found: Found = {}
-        try:
-            found = await self._ask(list(look_up.keys))
-        finally:
-            # Whatever happened: nobody may be left waiting.
-            for future in look_up.waiting:
-                if not future.done():
-                    future.set_result(found)
+    async def _answer(self, asked: list[Sequence[bytes]]) -> list[Found]:
+        return [await self._look_up(list(dict.fromkeys(chain.from_iterable(asked))))] * len(asked)
 
-    async def _ask(self, keys: list[bytes]) -> Found:
+    async def _look_up(self, keys: list[bytes]) -> Found:
         try:
             answers = await self._store.get(keys)
             hits = [(key, answer) for key, answer in zip(keys, answers, strict=True) if answer is not None]

@@ -1,4 +1,5 @@
-"""Limits that all replicas keep together: one script per question, on the Redis server and by its clock.
+"""Limits that all replicas keep together: one script per question, on the Redis server and by its clock. Questions of
+one turn of the event loop are one round trip.
 
 Fails open and says so: where the server does not answer in time there is no verdict, and whoever asked keeps its
 share of the limit by itself (`replicas` says how many share).
@@ -10,6 +11,7 @@ import asyncio
 import hashlib
 import logging
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import SecretStr
@@ -18,6 +20,7 @@ from redis.exceptions import NoScriptError, ResponseError
 from app.cache.breaker import Breaker
 from app.cache.connections import Command
 from app.cache.redis import connections
+from app.cache.together import Together
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.limits import Bucket, Limit
@@ -30,6 +33,9 @@ PREFIX = b"{eg:limits}:1:"
 
 SEEN = 60
 """Seconds for which a replica that asked counts as one of those that share the limits."""
+
+_TOGETHER = 64
+"""Questions in one round trip."""
 
 _SCRIPT = b"""
 local time = redis.call('TIME')
@@ -119,8 +125,10 @@ class SharedLimits:
         self._trouble: str | None = None
         self._workers = self.replicas = workers
 
-        def count(result: str) -> None:
-            metrics.cache_operations.labels("redis", "limit", result).inc()
+        self._together: Together[list[bytes], Verdict | None] = Together(self._answer, None, _TOGETHER)
+
+        def count(result: str, number: int = 1) -> None:
+            metrics.cache_operations.labels("redis", "limit", result).inc(number)
 
         self._count = count
 
@@ -129,56 +137,67 @@ class SharedLimits:
         await self.ask(b"none", Limit(None, None), Ask((0, 0), (0, 0), (0, 0)))
 
     async def close(self) -> None:
+        await self._together.close()
         await self._connections.close()
 
     async def ask(self, name: bytes, limit: Limit, ask: Ask) -> Verdict | None:
-        """One round trip. None where there is no answer: then nobody has counted anything."""
-        if not self._breaker.allow():
-            self._count("skipped")
-            return None
+        """None where there is no answer: then nobody has counted anything."""
         arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._me, b"%d" % SEEN]
         for i, bucket in enumerate((limit.requests, limit.tokens)):
             arguments += _bucket(bucket, ask.owed[i], ask.need[i], ask.take[i])
+        return await self._together.ask(arguments)
+
+    async def _answer(self, questions: list[list[bytes]]) -> Sequence[Verdict | None]:
+        """One round trip."""
+        none = [None] * len(questions)
+        if not self._breaker.allow():
+            self._count("skipped", len(questions))
+            return none
         try:
             with self._deadlines.within(self._timeout):
-                reply = await self._exchange(arguments)
-            wait, requests, tokens, replicas = reply
-            verdict = Verdict(float(wait), float(requests), float(tokens))
-            self.replicas = max(int(replicas), self._workers)
+                verdicts = [self._verdict(reply) for reply in await self._exchange(questions)]
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
         except TimeoutError:
-            self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms")
+            self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms", len(questions))
         except Exception as error:  # outermost door: a limit that cannot be asked is kept alone
-            self._failed("error", f"{type(error).__name__}: {error}")
+            self._failed("error", f"{type(error).__name__}: {error}", len(questions))
         else:
-            self._succeeded()
-            return verdict
-        return None
+            self._succeeded(len(questions))
+            return verdicts
+        return none
 
-    async def _exchange(self, arguments: list[bytes]) -> list[bytes]:
-        reply = (await self._connections.exchange([(b"EVALSHA", _SHA, *arguments)]))[0]
-        if isinstance(reply, NoScriptError):
-            whole: Command = (b"EVAL", _SCRIPT, *arguments)
-            reply = (await self._connections.exchange([whole]))[0]
+    async def _exchange(self, questions: list[list[bytes]]) -> list[object]:
+        replies = await self._connections.exchange([(b"EVALSHA", _SHA, *question) for question in questions])
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:
+            whole: list[Command] = [(b"EVAL", _SCRIPT, *questions[i]) for i in unknown]
+            for i, reply in zip(unknown, await self._connections.exchange(whole), strict=True):
+                replies[i] = reply
+        return replies
+
+    def _verdict(self, reply: object) -> Verdict:
+        """Raises what is wrong with a reply that is none."""
         if isinstance(reply, ResponseError):
             raise reply
         if not isinstance(reply, list):
             raise TypeError("not a script's reply")
-        return reply
+        wait, requests, tokens, replicas = reply
+        self.replicas = max(int(replicas), self._workers)
+        return Verdict(float(wait), float(requests), float(tokens))
 
-    def _succeeded(self) -> None:
+    def _succeeded(self, count: int) -> None:
         self._breaker.succeeded()
-        self._count("ok")
+        self._count("ok", count)
         if self._trouble is not None:
             self._trouble = None
             log.warning("redis limits: shared by the replicas again")
 
-    def _failed(self, result: str, why: str) -> None:
+    def _failed(self, result: str, why: str, count: int) -> None:
         """Counts it, and logs a change of state, and only a change."""
         self._breaker.failed()
-        self._count(result)
+        self._count(result, count)
         if self._trouble is None:
             log.warning("redis limits: each of %d replicas keeps its own part of them: %s", self.replicas, why)
         self._trouble = why

@@ -65,6 +65,34 @@ async def test_replicas_that_ask_at_once_get_the_limit_and_not_one_more(replica:
     assert all(0 < verdict.wait <= 60 for verdict in verdicts if verdict.wait)
 
 
+async def test_questions_of_one_turn_are_one_round_trip(replica: Replica, client: redis.asyncio.Redis) -> None:
+    shared = replica()
+    before = (await client.info("stats"))["total_connections_received"]
+    verdicts = await asyncio.gather(*(must(shared, b"%d" % (i % 3), limit(requests=5)) for i in range(20)))
+    assert (await client.info("stats"))["total_connections_received"] - before == 1
+    let_in = [[verdict.wait == 0 for verdict in verdicts[name::3]] for name in range(3)]
+    assert let_in == [[True] * 5 + [False] * 2, [True] * 5 + [False] * 2, [True] * 5 + [False]]
+    await client.script_flush()
+    again = await asyncio.gather(*(must(shared, b"%d" % i, limit(requests=5)) for i in range(4)))
+    assert [verdict.wait == 0 for verdict in again] == [False, False, False, True]
+
+
+async def test_who_hangs_up_at_once_has_taken_nothing_and_nobody_elses_answer(replica: Replica) -> None:
+    shared = replica()
+    for turns, left in ((1, 7), (2, 4)):
+        asking = [asyncio.create_task(shared.ask(b"%d" % turns, limit(requests=10), ONE)) for _ in range(5)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        for each in asking[:3]:
+            each.cancel()
+        async with asyncio.timeout(LIMIT):
+            verdicts = await asyncio.gather(*asking[3:])
+            assert all(verdict is not None and verdict.wait == 0 for verdict in verdicts)
+            last = await must(shared, b"%d" % turns, limit(requests=10))
+        # Where the question was on its way it counts: what the server has heard cannot be taken back.
+        assert last.requests == pytest.approx(left, abs=0.1)
+
+
 async def test_two_names_are_two_limits(replica: Replica) -> None:
     shared = replica()
     assert (await must(shared, b"a", limit(requests=1))).wait == 0

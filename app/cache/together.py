@@ -1,0 +1,62 @@
+"""Questions to a server or a file: those of one turn of the event loop are asked together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Generic, TypeVar
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+class Together(Generic[Q, A]):
+    """`answer` gives one answer per question; it is called in a task of its own, so that a caller who hangs up takes
+    nobody's answer along. Should it fail, all are told `nothing`.
+
+    Of what `weigh` says of questions, so much as `most` goes together; a question that is heavier goes alone.
+    """
+
+    def __init__(
+        self,
+        answer: Callable[[list[Q]], Awaitable[Sequence[A]]],
+        nothing: A,
+        most: int,
+        weigh: Callable[[Q], int] = lambda _: 1,
+    ) -> None:
+        self._answer, self._nothing, self._most, self._weigh = answer, nothing, most, weigh
+        self._next: list[tuple[Q, asyncio.Future[A]]] | None = None
+        self._weight = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def ask(self, question: Q) -> A:
+        weight = self._weigh(question)
+        if self._next is None or self._weight + weight > self._most:
+            self._next, self._weight = [], 0
+            task = asyncio.get_running_loop().create_task(self._run(self._next))
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+        future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
+        self._next.append((question, future))
+        self._weight += weight
+        return await future
+
+    async def close(self) -> None:
+        """Gives up what is under way."""
+        await asyncio.sleep(0)  # a task that is cancelled before it has begun would tell nobody
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _run(self, asked: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        if self._next is asked:
+            self._next = None
+        asked = [each for each in asked if not each[1].done()]  # of those who hung up at once, nothing is asked
+        answers: Sequence[A] = [self._nothing] * len(asked)
+        try:
+            if asked:
+                answers = await self._answer([question for question, _ in asked])
+        finally:
+            for (_, future), answer in zip(asked, answers, strict=True):
+                if not future.done():
+                    future.set_result(answer)

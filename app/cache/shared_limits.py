@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import SecretStr
-from redis.exceptions import NoScriptError, ResponseError
+from redis.exceptions import NoScriptError
 
 from app.cache.breaker import Breaker
 from app.cache.connections import Command
@@ -124,7 +124,6 @@ class SharedLimits:
         self._me = os.urandom(8).hex().encode()
         self._trouble: str | None = None
         self._workers = self.replicas = workers
-
         self._together: Together[list[bytes], Verdict | None] = Together(self._answer, None, _TOGETHER)
 
         def count(result: str, number: int = 1) -> None:
@@ -149,24 +148,28 @@ class SharedLimits:
 
     async def _answer(self, questions: list[list[bytes]]) -> Sequence[Verdict | None]:
         """One round trip."""
-        none = [None] * len(questions)
+        verdicts: list[Verdict | None] = [None] * len(questions)
         if not self._breaker.allow():
             self._count("skipped", len(questions))
-            return none
+            return verdicts
         try:
             with self._deadlines.within(self._timeout):
-                verdicts = [self._verdict(reply) for reply in await self._exchange(questions)]
+                replies = await self._exchange(questions)
+            verdicts = [self._verdict(reply) for reply in replies]
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
         except TimeoutError:
             self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms", len(questions))
         except Exception as error:  # outermost door: a limit that cannot be asked is kept alone
-            self._failed("error", f"{type(error).__name__}: {error}", len(questions))
+            self._failed("error", _told(error), len(questions))
         else:
-            self._succeeded(len(questions))
-            return verdicts
-        return none
+            refused = [reply for reply in replies if not isinstance(reply, list)]
+            if len(refused) < len(questions):
+                self._succeeded(len(questions) - len(refused))
+            if refused:
+                self._failed("error", _told(refused[0]), len(refused))
+        return verdicts
 
     async def _exchange(self, questions: list[list[bytes]]) -> list[object]:
         replies = await self._connections.exchange([(b"EVALSHA", _SHA, *question) for question in questions])
@@ -177,12 +180,10 @@ class SharedLimits:
                 replies[i] = reply
         return replies
 
-    def _verdict(self, reply: object) -> Verdict:
-        """Raises what is wrong with a reply that is none."""
-        if isinstance(reply, ResponseError):
-            raise reply
+    def _verdict(self, reply: object) -> Verdict | None:
+        """None for what is no verdict; that of another name may be one."""
         if not isinstance(reply, list):
-            raise TypeError("not a script's reply")
+            return None
         wait, requests, tokens, replicas = reply
         self.replicas = max(int(replicas), self._workers)
         return Verdict(float(wait), float(requests), float(tokens))
@@ -201,6 +202,10 @@ class SharedLimits:
         if self._trouble is None:
             log.warning("redis limits: each of %d replicas keeps its own part of them: %s", self.replicas, why)
         self._trouble = why
+
+
+def _told(fault: object) -> str:
+    return f"{type(fault).__name__}: {fault}" if isinstance(fault, Exception) else "not a script's reply"
 
 
 def _bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:

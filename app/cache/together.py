@@ -14,7 +14,7 @@ class Together(Generic[Q, A]):
     """`answer` gives one answer per question; it is called in a task of its own, so that a caller who hangs up takes
     nobody's answer along. Should it fail, all are told `nothing`.
 
-    Of what `weigh` says of questions, so much as `most` goes together; a question that is heavier goes alone.
+    Those that go together weigh `most` at most, by what `weigh` says of each; a heavier one goes alone.
     """
 
     def __init__(

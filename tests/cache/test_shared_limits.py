@@ -77,6 +77,21 @@ async def test_questions_of_one_turn_are_one_round_trip(replica: Replica, client
     assert [verdict.wait == 0 for verdict in again] == [False, False, False, True]
 
 
+async def test_a_name_that_cannot_be_asked_for_spoils_no_others_verdict(
+    replica: Replica, client: redis.asyncio.Redis, metrics: Metrics
+) -> None:
+    shared = replica()
+    await client.set(PREFIX + b"bad", "of another type")
+    verdicts = await asyncio.gather(*(shared.ask(name, limit(), ONE) for name in (b"a", b"bad", b"c")))
+    assert [verdict and verdict.wait for verdict in verdicts] == [0, None, 0]
+    labels = {"tier": "redis", "operation": "limit"}
+    counted = [
+        metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels | {"result": result})
+        for result in ("ok", "error")
+    ]
+    assert counted == [2, 1]
+
+
 async def test_who_hangs_up_at_once_has_taken_nothing_and_nobody_elses_answer(replica: Replica) -> None:
     shared = replica()
     for turns, left in ((1, 7), (2, 4)):

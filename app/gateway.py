@@ -66,11 +66,11 @@ class Gateway:
         """Since when the models are there, as far as a caller is told: seconds since the epoch."""
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
-        same = self._take_over(before) if before else set()
-        self._registry = Registry(settings, self.upstreams, self._slots, cache, metrics, clock)
         if before is not None:
-            self._registry.take_over(before._registry, same)
-        self._registry.publish()
+            self._take_over(before)
+        self._registry: Registry = Registry(
+            settings, self.upstreams, self._slots, cache, metrics, clock, before._registry if before else None
+        )
 
     @property
     def names(self) -> Mapping[str, PublicModel]:
@@ -169,17 +169,12 @@ class Gateway:
         state = "draining" if self.draining else "ready"
         return {"status": state, "upstreams": upstreams, "cache": self.cache.status()}
 
-    def _take_over(self, before: Gateway) -> set[str]:
-        """Takes the upstreams whose settings are the same, with what they have learned; returns their names."""
+    def _take_over(self, before: Gateway) -> None:
+        """Takes the upstreams whose settings are the same, with what they have learned."""
         self.started = before.started
-        same = {
-            name
-            for name, each in self.upstreams.items()
-            if name in before.upstreams and before.upstreams[name].settings == each.settings
-        }
-        for name in same:
-            self.upstreams[name], self._slots[name] = before.upstreams[name], before._slots[name]
-        return same
+        for name, each in before.upstreams.items():
+            if name in self.upstreams and self.upstreams[name].settings == each.settings:
+                self.upstreams[name], self._slots[name] = each, before._slots[name]
 
     # --- limits ----------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from app.cache.tiers import Tiers
@@ -67,8 +67,9 @@ class Registry:
         cache: Tiers,
         metrics: Metrics,
         clock: Clock,
+        before: Registry | None = None,
     ) -> None:
-        """`slots`: each upstream's own."""
+        """`slots`: each upstream's own. With `before` it shares what that one uses of the upstreams they share."""
         self._settings, self._upstreams, self._slots = settings, upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
         self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
@@ -80,6 +81,9 @@ class Registry:
         """Every name that can be asked for, aliases included."""
         self._listed: dict[str, Mapping[str, Model]] = {}
         """Of each upstream, the models that `names` was made of."""
+        if before is not None:
+            self._take_over(before)
+        self.publish()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -88,19 +92,6 @@ class Registry:
     @property
     def canaries(self) -> list[Canary]:
         return list(self._canaries.values())
-
-    def take_over(self, before: Registry, same: Set[str]) -> None:
-        """Takes what belongs to the upstreams named in `same`, whose settings have not changed, and is in use."""
-        used = {id(each.limits) for public in before.names.values() for each in public.deployments}
-        self._deployments = {
-            key: each for key, each in before._deployments.items() if each.upstream in same and id(each.limits) in used
-        }
-        known = {id(each.limits) for each in self._deployments.values()}
-        for key, batcher in before._batchers.items():
-            if all(limits in known for limits, _, _ in key):
-                self._batchers[key] = batcher
-                if key in before._canaries:
-                    self._canaries[key] = before._canaries[key]
 
     def outdated(self) -> bool:
         """Whether an upstream lists other models now."""
@@ -141,6 +132,19 @@ class Registry:
             for each in self.deployments:
                 if (each.upstream, each.model.name) not in kept:
                     self._metrics.forget_deployment(each.upstream, each.model.name)
+
+    def _take_over(self, before: Registry) -> None:
+        same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
+        used = {id(each.limits) for public in before.names.values() for each in public.deployments}
+        self._deployments = {
+            key: each for key, each in before._deployments.items() if each.upstream in same and id(each.limits) in used
+        }
+        known = {id(each.limits) for each in self._deployments.values()}
+        for key, batcher in before._batchers.items():
+            if all(limits in known for limits, _, _ in key):
+                self._batchers[key] = batcher
+                if key in before._canaries:
+                    self._canaries[key] = before._canaries[key]
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
         served: dict[str, list[Deployment]] = {}

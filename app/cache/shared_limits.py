@@ -164,11 +164,11 @@ class SharedLimits:
         except Exception as error:  # outermost door: a limit that cannot be asked is kept alone
             self._failed("error", _told(error), len(questions))
         else:
-            refused = [reply for reply in replies if not isinstance(reply, list)]
-            if len(refused) < len(questions):
-                self._succeeded(len(questions) - len(refused))
+            refused = verdicts.count(None)
+            if refused < len(verdicts):
+                self._succeeded(len(verdicts) - refused)
             if refused:
-                self._failed("error", _told(refused[0]), len(refused))
+                self._failed("error", _told(replies[verdicts.index(None)]), refused)
         return verdicts
 
     async def _exchange(self, questions: list[list[bytes]]) -> list[object]:

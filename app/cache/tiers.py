@@ -38,7 +38,7 @@ class Tiers:
         self._writers: list[Writer] = []
         for place, store in enumerate(self._slow):
             counts = Counts(metrics, store.name)
-            self._readers.append(Reader(store, counts, partial(self._promote, place), clock.monotonic))
+            self._readers.append(Reader(store, counts, partial(self._put_above, place), clock.monotonic))
             self._writers.append(Writer(store, counts, write_buffer))
 
     async def open(self) -> None:
@@ -73,10 +73,7 @@ class Tiers:
 
     def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Keeps these: in memory at once, elsewhere soon. Must be called within the event loop."""
-        if self._memory is not None:
-            self._memory.insert(entries)
-        for writer in self._writers:
-            writer.offer(entries)
+        self._put_above(len(self._writers), entries)
 
     async def close(self, timeout: float = 5.0) -> None:
         """Writes what waits, for at most `timeout` seconds, then closes every tier."""
@@ -92,8 +89,8 @@ class Tiers:
         """Per tier "up", or what is wrong with it."""
         return {store.name: getattr(store, "status", "up") for store in self._stores}
 
-    def _promote(self, place: int, entries: list[tuple[bytes, Embedding]]) -> None:
-        """What the slow tier at this place has found is put into those above it."""
+    def _put_above(self, place: int, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+        """Into the tiers above this place among the slow ones."""
         if self._memory is not None:
             self._memory.insert(entries)
         for writer in self._writers[:place]:

@@ -78,12 +78,13 @@ async def test_questions_of_one_turn_are_one_round_trip(replica: Replica, client
 
 
 async def test_a_name_that_cannot_be_asked_for_spoils_no_others_verdict(
-    replica: Replica, client: redis.asyncio.Redis, metrics: Metrics
+    replica: Replica, client: redis.asyncio.Redis, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
     shared = replica()
     await client.set(PREFIX + b"bad", "of another type")
     verdicts = await asyncio.gather(*(shared.ask(name, limit(), ONE) for name in (b"a", b"bad", b"c")))
     assert [verdict and verdict.wait for verdict in verdicts] == [0, None, 0]
+    assert "WRONGTYPE" in caplog.text
     labels = {"tier": "redis", "operation": "limit"}
     counted = [
         metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels | {"result": result})

@@ -9,9 +9,9 @@ Structs, because these are made, narrowed and compared with every request: each 
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
-from typing import Any, Literal, Protocol, TypeAlias
+from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct, field
 
@@ -82,6 +82,8 @@ class EmbedRequest(Struct):
     write_cache: bool = True
     keys: Sequence[bytes] = ()
     """Cache keys, one per input, once the cache stage has derived them."""
+    held: Collection[bytes] = ()
+    """Those of inputs that another replica is embedding."""
     positions: Sequence[int] | None = None
     """Where each input stood in the caller's request, once a stage has left some out or cut some in pieces."""
     on_long_input: OnLongInput | None = None
@@ -270,3 +272,25 @@ class Store(Protocol):
         ...
 
     async def close(self) -> None: ...
+
+
+LookUp: TypeAlias = tuple[list[Embedding | None], Collection[bytes]]
+"""One answer per key; and the keys of what is missing and another replica has claimed."""
+
+
+@runtime_checkable
+class SharedStore(Store, Protocol):
+    """A tier of all replicas, who tell each other there what they are embedding. Never raises either."""
+
+    async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
+        """As `get`; what is missing and nobody's is then claimed for this replica, for `CLAIM` seconds at most, unless
+        nobody can tell."""
+        ...
+
+    async def let_go(self, keys: Sequence[bytes]) -> None:
+        """Ends this replica's claims on them: for what will not come."""
+        ...
+
+
+CLAIM = 5.0
+"""Seconds a claim lasts: longer than a call takes, and no longer than others can wait for one who has died."""

@@ -24,6 +24,7 @@ NOT_IN_KEY = frozenset(
         "read_cache",
         "write_cache",
         "keys",
+        "held",
         "positions",
         "media",
         "numbers",

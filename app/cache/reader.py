@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from app.cache.counts import Counts
 from app.cache.together import Together
-from app.types import Embedding, Store
+from app.types import Embedding, SharedStore, Store
 
 log = logging.getLogger(__name__)
 
@@ -17,11 +18,20 @@ _TOGETHER = 64
 _LOG_EVERY = 60.0
 """Seconds between two reports of a tier that raises although it must not."""
 
-Found = Mapping[bytes, Embedding]
+
+class Found(NamedTuple):
+    """What a look-up brought. `held`: keys of what another replica is embedding; all that is in neither is missing."""
+
+    embeddings: Mapping[bytes, Embedding]
+    held: Collection[bytes] = ()
+
+
+NOTHING = Found({})
 
 
 class Reader:
-    """`on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds."""
+    """`on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds. Of a shared tier it
+    claims what is missing, if it `claims`."""
 
     def __init__(
         self,
@@ -29,9 +39,12 @@ class Reader:
         counts: Counts,
         on_found: Callable[[list[tuple[bytes, Embedding]]], None],
         now: Callable[[], float],
+        *,
+        claims: bool = False,
     ) -> None:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
-        self._together: Together[Sequence[bytes], Found] = Together(self._answer, {}, _TOGETHER, len)
+        self._shared = store if claims and isinstance(store, SharedStore) else None
+        self._together: Together[Sequence[bytes], Found] = Together(self._answer, NOTHING, _TOGETHER, len)
         self._logged = -_LOG_EVERY
 
     async def get(self, keys: Sequence[bytes]) -> Found:
@@ -46,8 +59,12 @@ class Reader:
         return [await self._look_up(list(dict.fromkeys(chain.from_iterable(asked))))] * len(asked)
 
     async def _look_up(self, keys: list[bytes]) -> Found:
+        held: Collection[bytes] = ()
         try:
-            answers = await self._store.get(keys)
+            if self._shared is None:
+                answers = await self._store.get(keys)
+            else:
+                answers, held = await self._shared.get_or_claim(keys)
             hits = [(key, answer) for key, answer in zip(keys, answers, strict=True) if answer is not None]
         except Exception:
             self._counts.get_error.inc(len(keys))
@@ -55,7 +72,7 @@ class Reader:
             if now - self._logged >= _LOG_EVERY:
                 self._logged = now
                 log.exception("cache tier %s raised while reading", self._store.name)
-            return {}
+            return NOTHING
         if hits:
             self._on_found(hits)
-        return dict(hits)
+        return Found(dict(hits), held)

@@ -1,7 +1,8 @@
-"""The tier all replicas share; with `shared_limits`, which borrows its connections, the only import of redis.
+"""The tier all replicas share. Its connections are borrowed by `shared_limits` and `shared_tokens`.
 
-One MGET per look-up, one pipeline of SETs per write, both within a time limit whatever the server does; one that does
-not answer costs a few look-ups and is then left alone for a while. What is read is verified, never trusted.
+One MGET per look-up, behind a script that claims what is missing; one pipeline of SETs per write; each a round trip
+and within a time limit whatever the server does. One that does not answer costs a few look-ups and is then left alone
+for a while. What is read is verified, never trusted.
 
 Of redis-py we take the connections (URL, TLS, AUTH, RESP). Its client and pool are left out: they retry, take several
 locks per command and a task per write, and lose a handshake that outlasts the caller who began it.
@@ -11,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from functools import partial
 
 from pydantic import SecretStr
 from redis.asyncio import ConnectionPool
@@ -31,20 +34,48 @@ from app.cache import values
 from app.cache.breaker import Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connections
 from app.cache.counts import Counts
+from app.cache.script import Script
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
-from app.types import Embedding
+from app.types import CLAIM, Embedding, LookUp
 
 log = logging.getLogger(__name__)
 
 PREFIX = b"eg:1:"
 """Before the raw hash in every key of ours: `SCAN MATCH eg:1:*` finds them."""
 
+CLAIM_PREFIX = b"eg:claim:1:"
+"""Before the same hash, in the key that says which replica is embedding the text."""
+
+_CLAIM = Script(b"""
+local held = {}
+for i = 1, #KEYS, 2 do
+  local claim = KEYS[i + 1]
+  if redis.call('EXISTS', KEYS[i]) == 0
+    and not redis.call('SET', claim, ARGV[1], 'NX', 'PX', ARGV[2])
+    and redis.call('GET', claim) ~= ARGV[1]
+  then
+    held[#held + 1] = (i - 1) / 2
+  end
+end
+return held
+""")
+"""Pairs of keys, a value's and its claim's; who claims; milliseconds. Gives the places of those that are neither there
+nor for the asker to make."""
+
+_LET_GO = Script(b"""
+for i = 1, #KEYS do
+  if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
+end
+""")
+
 _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 """The server is not, or no longer, the one to ask: a name may by now lead to another."""
 _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
+_REST = 30.0
+"""Seconds without claims after one that was refused."""
 _WRITE_BATCH = 64
 """Values in one pipeline: 64 of 1,024 dimensions are 256 KiB."""
 _WRITE_TIMEOUT = 1.0
@@ -91,57 +122,85 @@ class RedisStore:
         self._timeout = timeout
         self._px = b"%d" % max(1, round(ttl * 1000))
         self._counts = Counts(metrics, self.name)
+        self._now = clock.monotonic
         self._breaker = Breaker(clock.monotonic)
         self._connections = connections(url, max_connections)
+        self._me = os.urandom(8).hex().encode()
+        self._claims_from = 0.0
+        """No claims before that: a server that refuses them, a read-only one for example, is still good to read."""
+        self._held = metrics.cache_operations.labels(self.name, "get", "held")
+        self._refused = metrics.cache_operations.labels(self.name, "claim", "error")
         self._trouble: dict[str, str] = {}
-        """What was last wrong with reading and with writing, where something is."""
+        """What was last wrong with reading, claiming and writing, where something is."""
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.status}>"
 
     @property
     def status(self) -> str:
-        """ "up", or "down: " and why look-ups fail, or "up; writes fail: " and why."""
+        """ "up", or "down: " and why look-ups fail, or "up; writes fail: " (or claims) and why."""
         if "get" in self._trouble:
             return f"down: {self._trouble['get']}"
-        if "set" in self._trouble:
-            return f"up; writes fail: {self._trouble['set']}"
+        for operation, told in (("set", "writes"), ("claim", "claims")):
+            if operation in self._trouble:
+                return f"up; {told} fail: {self._trouble[operation]}"
         return "up"
 
     async def open(self) -> None:
         """Connects ahead of the first request, so that `status` is true from the start. Never fails."""
         if self._breaker.allow():
-            await self._ask("get", [(b"PING",)], 0)
+            await self._ask("get", partial(self._connections.exchange, [(b"PING",)]), 0)
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         """One MGET. What was not found in time, or is not what was written, is None."""
-        found: list[Embedding | None] = [None] * len(keys)
+        return (await self._look_up(keys, claim=False))[0]
+
+    async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
+        return await self._look_up(keys, claim=self._now() >= self._claims_from)
+
+    async def _look_up(self, keys: Sequence[bytes], *, claim: bool) -> LookUp:
+        counts, nothing = self._counts, [None] * len(keys)
         if not keys:
-            return found
-        counts = self._counts
+            return [], ()
         if not self._breaker.allow():
             counts.get_skipped.inc(len(keys))
-            return found
-        replies = await self._ask("get", [(b"MGET", *(PREFIX + key for key in keys))], len(keys))
+            return [*nothing], ()
+        names = [PREFIX + key for key in keys]
+        calls = [self._claim(keys, names)] if claim else []
+        # Claimed first: what comes in between is found.
+        replies = await self._ask("get", partial(_CLAIM.run, self._connections, calls, [(b"MGET", *names)]), len(keys))
         if replies is None:
-            return found
-        hits = corrupt = 0
-        raws = replies[0] if isinstance(replies[0], list) and len(replies[0]) == len(keys) else [b""] * len(keys)
-        for index, raw in enumerate(raws):
-            if raw is None:
-                continue
-            embedding = found[index] = values.decode(keys[index], raw)
-            if embedding is None:
-                corrupt += 1
-            else:
-                hits += 1
-        if hits:
-            counts.hit.inc(hits)
-        if corrupt:
-            counts.get_corrupt.inc(corrupt)
-        if misses := len(keys) - hits - corrupt:
-            counts.miss.inc(misses)
+            return [*nothing], ()
+        found = self._decoded(keys, replies[-1])
+        held = self._held_of(keys, found, replies[0]) if claim else ()
+        missing = found.count(None)
+        if missing < len(keys):
+            counts.hit.inc(len(keys) - missing)
+        if held:
+            self._held.inc(len(held))
+        if missing > len(held):
+            counts.miss.inc(missing - len(held))
+        return found, held
+
+    def _decoded(self, keys: Sequence[bytes], reply: object) -> list[Embedding | None]:
+        raws = reply if isinstance(reply, list) and len(reply) == len(keys) else [b""] * len(keys)
+        found = [None if raw is None else values.decode(key, raw) for key, raw in zip(keys, raws, strict=True)]
+        if corrupt := found.count(None) - raws.count(None):
+            self._counts.get_corrupt.inc(corrupt)
         return found
+
+    def _claim(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[bytes]:
+        pairs = [each for key, name in zip(keys, names, strict=True) for each in (name, CLAIM_PREFIX + key)]
+        return [b"%d" % len(pairs), *pairs, self._me, b"%d" % round(CLAIM * 1000)]
+
+    def _held_of(self, keys: Sequence[bytes], found: Sequence[Embedding | None], reply: object) -> Collection[bytes]:
+        if not isinstance(reply, list):
+            self._claims_from = self._now() + _REST
+            self._refused.inc(len(keys))
+            self._note("claim", reply if isinstance(reply, Exception) else ValueError("not a script's reply"))
+            return ()
+        self._note("claim", None)
+        return {keys[i] for i in reply if found[i] is None}
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """SETs with a time to live, pipelined. What the server does not take is dropped and counted."""
@@ -153,7 +212,7 @@ class RedisStore:
             commands: list[Command] = [
                 (b"SET", PREFIX + key, values.encode(key, embedding), b"PX", self._px) for key, embedding in part
             ]
-            replies = await self._ask("set", commands, len(part))
+            replies = await self._ask("set", partial(self._connections.exchange, commands), len(part))
             if replies is None:
                 continue
             errors = [reply for reply in replies if isinstance(reply, Exception)]
@@ -162,21 +221,29 @@ class RedisStore:
             self._counts.set_error.inc(len(errors) - full)
             self._counts.ok.inc(len(replies) - len(errors))
 
+    async def let_go(self, keys: Sequence[bytes]) -> None:
+        if self._now() >= self._claims_from and self._breaker.allow():
+            names = [CLAIM_PREFIX + key for key in keys]
+            call = [b"%d" % len(names), *names, self._me]
+            await self._ask("set", partial(_LET_GO.run, self._connections, [call]), len(keys))
+
     async def close(self) -> None:
         await self._connections.close()
 
-    async def _ask(self, operation: str, commands: Sequence[Command], count: int) -> list[object] | None:
-        """The replies, one per command, or None, counted for `count` values, where there are none.
+    async def _ask(
+        self, operation: str, exchange: Callable[[], Awaitable[list[object]]], count: int
+    ) -> list[object] | None:
+        """What `exchange` gives, or None, counted for `count` values, where that is nothing.
 
         The breaker has let this through and is told how it went.
         """
         limit = self._timeout if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
         try:
             with self._deadlines.within(limit):
-                replies = await self._connections.exchange(commands)
+                replies = await exchange()
                 if any(isinstance(reply, _MOVED) for reply in replies):
                     await self._connections.drop_idle()
-                    replies = await self._connections.exchange(commands)
+                    replies = await exchange()
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
@@ -184,7 +251,8 @@ class RedisStore:
             return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
         except Exception as error:  # this tier's outermost door
             return self._failed(operation, count, error)
-        refusals = [reply for reply in replies if isinstance(reply, ResponseError)]
+        # A look-up is its last command.
+        refusals = [reply for reply in replies[-1 if operation == "get" else 0 :] if isinstance(reply, ResponseError)]
         if refusals and operation == "get":
             return self._failed(operation, count, refusals[0])
         # A server that refuses a write is up, and asked again: reads go on.

@@ -8,18 +8,16 @@ share of the limit by itself (`replicas` says how many share).
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import logging
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pydantic import SecretStr
-from redis.exceptions import NoScriptError
 
 from app.cache.breaker import Breaker
-from app.cache.connections import Command
 from app.cache.redis import connections
+from app.cache.script import Script
 from app.cache.together import Together
 from app.clock import Clock
 from app.deadlines import Deadlines
@@ -37,7 +35,7 @@ SEEN = 60
 _TOGETHER = 64
 """Questions in one round trip."""
 
-_SCRIPT = b"""
+_SCRIPT = Script(b"""
 local time = redis.call('TIME')
 local now = tonumber(time[1]) + tonumber(time[2]) / 1000000
 redis.call('ZADD', KEYS[2], time[1], ARGV[1])
@@ -76,12 +74,10 @@ if next(buckets) then
   redis.call('EXPIRE', KEYS[1], math.ceil(rest) + 1)
 end
 return {exact(wait), levels[1], levels[2], replicas}
-"""
+""")
 """Takes requests and tokens together or not at all. Per bucket: rate a minute (0: no such limit), burst, what is
 owed in any case, what must be there, what is then taken. A bucket nobody touches is gone once it is full again,
 which is what its absence means. The server's own clock decides; one that jumps back stands still meanwhile."""
-
-_SHA = hashlib.sha1(_SCRIPT, usedforsecurity=False).hexdigest().encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +150,7 @@ class SharedLimits:
             return verdicts
         try:
             with self._deadlines.within(self._timeout):
-                replies = await self._exchange(questions)
+                replies = await _SCRIPT.run(self._connections, questions)
             verdicts = [self._verdict(reply) for reply in replies]
         except asyncio.CancelledError:
             self._breaker.abandoned()
@@ -170,15 +166,6 @@ class SharedLimits:
             if refused:
                 self._failed("error", _told(replies[verdicts.index(None)]), refused)
         return verdicts
-
-    async def _exchange(self, questions: list[list[bytes]]) -> list[object]:
-        replies = await self._connections.exchange([(b"EVALSHA", _SHA, *question) for question in questions])
-        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
-        if unknown:
-            whole: list[Command] = [(b"EVAL", _SCRIPT, *questions[i]) for i in unknown]
-            for i, reply in zip(unknown, await self._connections.exchange(whole), strict=True):
-                replies[i] = reply
-        return replies
 
     def _verdict(self, reply: object) -> Verdict | None:
         """None for what is no verdict; that of another name may be one."""

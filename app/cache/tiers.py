@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 
 from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
-from app.cache.reader import Reader
+from app.cache.reader import Found, Reader
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
-from app.types import Embedding, Store
+from app.types import Embedding, LookUp, SharedStore, Store
 
 log = logging.getLogger(__name__)
 
@@ -35,41 +35,78 @@ class Tiers:
         self._slow = tuple(stores if self._memory is None else stores[1:])
         self._stores = tuple(stores)
         self._readers: list[Reader] = []
+        self._claimers: list[Reader] = []
+        """Readers, too, of which that of the shared tier claims what is missing."""
         self._writers: list[Writer] = []
+        self._shared: SharedStore | None = None
         for place, store in enumerate(self._slow):
-            counts = Counts(metrics, store.name)
-            self._readers.append(Reader(store, counts, partial(self._put_above, place), clock.monotonic))
+            counts, on_found = Counts(metrics, store.name), partial(self._put_above, place)
+            reader = claimer = Reader(store, counts, on_found, clock.monotonic)
+            if isinstance(store, SharedStore):
+                self._shared = store
+                claimer = self._claimer = Reader(store, counts, on_found, clock.monotonic, claims=True)
+                self._expired = metrics.cache_operations.labels(store.name, "claim", "expired")
+            self._readers.append(reader)
+            self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer))
+        self._letting_go: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
         """Lets the tiers that can do so get ready, at once; one that cannot is down, which `status` says."""
         opened = [opener() for store in self._slow if (opener := getattr(store, "open", None))]
         await asyncio.gather(*opened)
 
+    @property
+    def shared(self) -> bool:
+        """Whether replicas tell each other what they are embedding."""
+        return self._shared is not None
+
     async def get(self, keys: Sequence[bytes], *, numbers: bool = False) -> list[Embedding | None]:
         """One answer per key, in their order; keys may repeat. When memory has all, nothing is waited for.
 
         `numbers`: the caller wants numbers, whose text memory keeps where it is asked for again and again.
         """
+        return (await self._get(keys, numbers, self._readers))[0]
+
+    async def get_or_claim(self, keys: Sequence[bytes], *, numbers: bool = False) -> LookUp:
+        """As `get`; what is missing and held by nobody is then the caller's to embed, or to let go."""
+        return await self._get(keys, numbers, self._claimers)
+
+    async def look_again(self, keys: Sequence[bytes]) -> Found:
+        """As `get_or_claim`, for what another replica was embedding."""
+        found = await self._claimer.get(keys)
+        self._expired.inc(sum(key not in found.embeddings and key not in found.held for key in keys))
+        return found
+
+    def let_go(self, keys: Sequence[bytes]) -> None:
+        """What was claimed will not come: another replica that waits for it may embed it. Waits for nothing."""
+        if self._shared is not None:
+            task = asyncio.get_running_loop().create_task(self._shared.let_go(keys))
+            self._letting_go.add(task)
+            task.add_done_callback(self._letting_go.discard)
+
+    async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookUp:
         found: list[Embedding | None]
         if self._memory is None:
             found = [None] * len(keys)
         else:
             found = self._memory.lookup(keys, numbers=numbers)
             if all(found):  # an embedding is always true; `None in` would compare each
-                return found
-        if not self._slow:
-            return found
+                return found, ()
+        held: Collection[bytes] = ()
+        if not readers:
+            return found, held
         missing = list(dict.fromkeys(key for key, value in zip(keys, found, strict=True) if value is None))
         fetched: dict[bytes, Embedding] = {}
-        for reader in self._readers:
-            fetched.update(await reader.get(missing))
+        for reader in readers:
+            embeddings, held = await reader.get(missing)
+            fetched.update(embeddings)
             missing = [key for key in missing if key not in fetched]
             if not missing:
                 break
-        if not fetched:
-            return found
-        return [fetched.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
+        if fetched:
+            found = [fetched.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
+        return found, held and {key for key in missing if key in held}  # and not those of others who asked with us
 
     def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Keeps these: in memory at once, elsewhere soon. Must be called within the event loop."""
@@ -77,7 +114,7 @@ class Tiers:
 
     async def close(self, timeout: float = 5.0) -> None:
         """Writes what waits, for at most `timeout` seconds, then closes every tier."""
-        await asyncio.gather(*(reader.close() for reader in self._readers))
+        await asyncio.gather(*(reader.close() for reader in {*self._readers, *self._claimers}), *self._letting_go)
         await asyncio.gather(*(writer.close(timeout) for writer in self._writers))
         for store in self._stores:
             try:

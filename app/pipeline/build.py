@@ -12,6 +12,7 @@ from app.pipeline.batcher import Batcher
 from app.pipeline.cache_fill import CacheFill
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.call import Call
+from app.pipeline.claim import Claim
 from app.pipeline.deployment import Limits
 from app.pipeline.long_inputs import LongInputs
 from app.pipeline.prefix import Prefix
@@ -23,9 +24,11 @@ from app.types import BatchEmbedder, Embedder
 def pipeline(
     batcher: Batcher, *, name: str, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
 ) -> Prepare:
-    """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Batcher (over its
-    Route)."""
+    """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Claim (where there are
+    replicas to share with), Batcher (over its Route)."""
     embed: Embedder = batcher
+    if cache.shared:
+        embed = Claim(embed, cache)
     embed = CacheRead(embed, cache, space)
     embed = Shape(embed, models, settings)
     embed = LongInputs(embed, models, settings)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from msgspec.structs import replace
 
 from app.cache import keys
 from app.cache.tiers import Tiers
-from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Source
+from app.pipeline.parts import part, put
+from app.types import NOTHING, Embedder, Embedding, EmbedRequest, EmbedResult, Source
 
 
 class CacheRead:
@@ -23,32 +26,18 @@ class CacheRead:
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         derived = keys.derive(self._space, request.params, request.inputs, request.caller.namespace)
-        found: list[Embedding | None]
-        if request.read_cache:
+        found: list[Embedding | None] = [None] * len(derived)
+        held: Collection[bytes] = ()
+        if request.read_cache and request.write_cache:
+            found, held = await self._cache.get_or_claim(derived, numbers=request.numbers)
+        elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
-        else:
-            found = [None] * len(derived)
         if all(found):  # an embedding is always true
             return EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
+        request = replace(request, keys=derived, held=held)
         if not any(found):
-            return await self._inner(replace(request, keys=derived))
-        return await self._merge(request, derived, found)
-
-    async def _merge(self, request: EmbedRequest, derived: list[bytes], found: list[Embedding | None]) -> EmbedResult:
-        """The hits, and between them what the misses became."""
+            return await self._inner(request)
+        whole = EmbedResult([each or NOTHING for each in found], [Source.CACHE] * len(found))
         missing = [i for i, embedding in enumerate(found) if embedding is None]
-        rest = replace(
-            request,
-            inputs=[request.inputs[i] for i in missing],
-            keys=[derived[i] for i in missing],
-            positions=missing if request.positions is None else [request.positions[i] for i in missing],
-        )
-        result = await self._inner(rest)
-        sources = [Source.CACHE] * len(found)
-        for i, embedding, source in zip(missing, result.embeddings, result.sources, strict=True):
-            found[i] = embedding
-            sources[i] = source
-        result.embeddings = [each for each in found if each is not None]
-        result.sources = sources
-        result.too_long = {missing[i]: error for i, error in result.too_long.items()}
-        return result
+        put(whole, missing, await self._inner(part(request, missing)))
+        return whole

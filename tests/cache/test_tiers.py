@@ -7,7 +7,7 @@ import pytest
 from app.cache.build import stores
 from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
-from app.cache.reader import Reader
+from app.cache.reader import Found, Reader
 from app.cache.tiers import Tiers
 from app.config import CacheSettings
 from app.metrics import Metrics
@@ -164,7 +164,7 @@ async def test_closing_leaves_nobody_waiting(clock: Clock, metrics: Metrics, tur
         await asyncio.sleep(0)
     async with asyncio.timeout(LIMIT):
         await reader.close()
-        assert await asking == {}
+        assert await asking == Found({})
     assert found == []
 
 

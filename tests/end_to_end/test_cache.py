@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
+import yaml
 
+from app.types import CLAIM
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
+from tests.processes import address, start
 from tests.redis_server import RedisServer
 
 MODEL = "text-embedding-3-small"
@@ -51,6 +56,48 @@ def test_two_gateways_over_one_redis_share_what_either_paid_for() -> None:
             assert ask(other, fake) == "hit"
             assert ask(other, fake, [*TEXTS, "one more"]) == "partial"
         assert fake.rows == len(TEXTS) + 1
+
+
+def test_what_two_gateways_over_one_redis_are_asked_at_once_is_paid_for_once() -> None:
+    with RedisServer() as redis, FakeOpenAI(api_key="sk-fake", delay=0.2) as fake:
+        cache = {"redis": {"url": redis.url, "timeout": "1s"}}
+        with (
+            running(config(fake, cache)) as one,
+            running(config(fake, cache)) as other,
+            ThreadPoolExecutor() as callers,
+        ):
+            asking = [
+                callers.submit(ask, gateway, fake, [f"text {i}" for i in range(first, first + 20)])
+                for first in range(0, 60, 10)
+                for gateway in (one, other)
+            ]
+            for each in asking:
+                each.result()
+        assert fake.rows == 70
+
+
+def test_what_a_gateway_takes_to_its_grave_another_embeds_once_its_claim_has_ended(tmp_path: Path) -> None:
+    with RedisServer() as redis, FakeOpenAI(api_key="sk-fake") as fake, ThreadPoolExecutor() as callers:
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config(fake, {"redis": {"url": redis.url}})))
+        fake.hold()
+        with start(tmp_path, "--port", "0") as program:
+            dying = address(tmp_path / "log", program)
+            lost = callers.submit(httpx.post, dying + "/v1/embeddings", json={"model": MODEL, "input": TEXTS})
+            fake.wait_for_calls(1)
+            program.kill()
+            assert isinstance(lost.exception(), httpx.TransportError)
+        with (
+            running(config(fake, {"redis": {"url": redis.url, "timeout": "1s"}})) as one,
+            running(config(fake, {"redis": {"url": redis.url, "timeout": "1s"}})) as other,
+        ):
+            asking = [callers.submit(ask, gateway, fake) for gateway in (one, other)]
+            fake.wait_for_calls(2, timeout=2 * CLAIM)
+            fake.release()
+            for each in asking:
+                each.result()
+            expired = [gateway.metric("cache_operations_total", result="expired") for gateway in (one, other)]
+            assert sum(expired) == len(TEXTS), "one of them has taken the dead one's place"
+        assert len(fake.calls) == 2
 
 
 def test_a_redis_that_is_down_at_start_dies_or_freezes_costs_no_answer() -> None:

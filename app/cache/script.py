@@ -1,0 +1,31 @@
+"""Scripts on the Redis server: sent by their hash, and whole where the server does not know them yet."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from redis.exceptions import NoScriptError
+
+from app.cache.connections import Command, Connections
+
+
+class Script:
+    """One script. Raises what `Connections.exchange` raises."""
+
+    def __init__(self, source: bytes) -> None:
+        self._source = source
+        self._sha = hashlib.sha1(source, usedforsecurity=False).hexdigest().encode()
+
+    async def run(
+        self, connections: Connections, calls: Sequence[Sequence[bytes]], then: Sequence[Command] = ()
+    ) -> list[object]:
+        """A reply for each call and for each command that follows, in one round trip. A call is the number of its keys,
+        these, and its arguments."""
+        replies = await connections.exchange([*[(b"EVALSHA", self._sha, *call) for call in calls], *then])
+        unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
+        if unknown:
+            whole: list[Command] = [(b"EVAL", self._source, *calls[i]) for i in unknown]
+            for i, reply in zip(unknown, await connections.exchange(whole), strict=True):
+                replies[i] = reply
+        return replies

@@ -1,0 +1,60 @@
+"""Of texts that several replicas miss at once, one pays; the others wait for what it brings."""
+
+from __future__ import annotations
+
+import asyncio
+
+from app.cache.reader import NOTHING as NOT_ASKED
+from app.cache.tiers import Tiers
+from app.pipeline.parts import part, put
+from app.types import CLAIM, NOTHING, Embedder, EmbedRequest, EmbedResult, Source
+
+_LOOK = 0.02
+"""Seconds between two looks for what another embeds."""
+
+
+class Claim:
+    """Embeds what no other replica is embedding, and then what others have not brought: they have failed or died, or
+    take longer than a claim lasts. Waiting leaves half of the request's time for that.
+
+    Who reads no cache waits for nobody, and for who writes none nobody could wait.
+    """
+
+    def __init__(self, inner: Embedder, cache: Tiers) -> None:
+        self._inner, self._cache = inner, cache
+
+    async def __call__(self, request: EmbedRequest) -> EmbedResult:
+        if not request.held:
+            return await self._embed(request)
+        keys, count, now = request.keys, len(request.keys), asyncio.get_running_loop().time()
+        until = now + min(CLAIM, (request.deadline - now) / 2)
+        whole = EmbedResult([NOTHING] * count, [Source.CACHE] * count)
+        ours = [i for i in range(count) if keys[i] not in request.held]
+        theirs = [i for i in range(count) if keys[i] in request.held]
+        while True:
+            if ours:
+                put(whole, ours, await self._embed(part(request, ours)))
+            if not theirs:
+                return whole
+            # All who wait look in one turn of the event loop, and so together.
+            now = asyncio.get_running_loop().time()
+            await asyncio.sleep(_LOOK - now % _LOOK)
+            asked = list(dict.fromkeys(keys[i] for i in theirs))
+            found, held = await self._cache.look_again(asked) if now < until else NOT_ASKED
+            for i in theirs:
+                whole.embeddings[i] = found.get(keys[i], NOTHING)
+            ours = [i for i in theirs if keys[i] not in found and keys[i] not in held]
+            theirs = [i for i in theirs if keys[i] in held]
+
+    async def _embed(self, request: EmbedRequest) -> EmbedResult:
+        claimed = request.read_cache and request.write_cache
+        try:
+            result = await self._inner(request)
+        except Exception:
+            if claimed:
+                self._cache.let_go(request.keys)
+            raise
+        # Who hangs up lets go of nothing: the call goes on, and what it brings is cached.
+        if claimed and result.too_long:
+            self._cache.let_go([request.keys[i] for i in result.too_long])
+        return result

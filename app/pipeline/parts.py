@@ -1,0 +1,29 @@
+"""Some of a request's inputs as a request of their own, and what becomes of them in the whole's result."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from app.types import EmbedRequest, EmbedResult
+
+
+def part(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
+    """The inputs in these places, which know where the caller has them."""
+    positions = request.positions
+    return replace(
+        request,
+        inputs=[request.inputs[i] for i in places],
+        keys=[request.keys[i] for i in places],
+        positions=places if positions is None else [positions[i] for i in places],
+    )
+
+
+def put(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
+    """Puts what a part came to into its places of the whole."""
+    for i, embedding, source in zip(places, result.embeddings, result.sources, strict=True):
+        whole.embeddings[i], whole.sources[i] = embedding, source
+    whole.calls += result.calls
+    whole.deployments = tuple(dict.fromkeys((*whole.deployments, *result.deployments)))
+    whole.too_long |= {places[i]: error for i, error in result.too_long.items()}

@@ -1,0 +1,175 @@
+"""What replicas tell each other over a real Redis of what they are embedding."""
+
+import asyncio
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from app.cache.redis import CLAIM_PREFIX, RedisStore
+from app.metrics import Metrics
+from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
+from tests.redis_server import RedisServer
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as redis:
+        yield redis
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key(number) for number in numbers]
+
+
+def store(server: RedisServer, clock: Clock, metrics: Metrics | None = None) -> RedisStore:
+    """A replica's."""
+    return RedisStore(server.url, LIMIT, 60, clock, metrics or Metrics())
+
+
+async def close(*stores: RedisStore) -> None:
+    await asyncio.gather(*(each.close() for each in stores))
+
+
+async def test_what_one_misses_is_held_for_the_others_until_it_is_there(server: RedisServer, clock: Clock) -> None:
+    metrics = Metrics()
+    one, other = store(server, clock), store(server, clock, metrics)
+    assert await one.get_or_claim(keys(1, 2)) == ([None, None], set())
+    assert await other.get_or_claim(keys(2, 3)) == ([None, None], {key(2)})
+    assert count(metrics, "redis", "get", "held") == 1
+    assert count(metrics, "redis", "get", "miss") == 1
+    await one.put(entries([2]))
+    assert await other.get_or_claim(keys(2, 1)) == ([embedding(2), None], {key(1)})
+    await close(one, other)
+
+
+async def test_nobodys_own_claim_holds_it_up(server: RedisServer, clock: Clock) -> None:
+    one = store(server, clock)
+    for _ in range(2):
+        assert await one.get_or_claim(keys(1)) == ([None], set())
+    await close(one)
+
+
+async def test_a_plain_look_up_claims_nothing_and_sees_no_claim(server: RedisServer, clock: Clock) -> None:
+    one, other = store(server, clock), store(server, clock)
+    assert await one.get(keys(1)) == [None]
+    assert await other.get_or_claim(keys(1)) == ([None], set())
+    assert await one.get(keys(1)) == [None]
+    await close(one, other)
+
+
+async def test_what_is_let_go_is_the_next_ones(server: RedisServer, clock: Clock) -> None:
+    one, other, third = (store(server, clock) for _ in range(3))
+    await one.get_or_claim(keys(1, 2))
+    await one.let_go(keys(1))
+    assert await other.get_or_claim(keys(1, 2)) == ([None, None], {key(2)})
+    await one.let_go(keys(1))  # which is not its own any more
+    assert await third.get_or_claim(keys(1)) == ([None], {key(1)})
+    await close(one, other, third)
+
+
+async def test_a_claim_ends_by_itself(server: RedisServer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = store(server, clock), store(server, clock)
+    monkeypatch.setattr("app.cache.redis.CLAIM", 0.2)
+    await one.get_or_claim(keys(1))
+    assert await other.get_or_claim(keys(1)) == ([None], {key(1)})
+
+    async def free() -> bool:
+        return await other.get_or_claim(keys(1)) == ([None], set())
+
+    await until(free)
+    await close(one, other)
+
+
+async def test_of_many_who_miss_at_once_each_key_is_one_replicas(server: RedisServer, clock: Clock) -> None:
+    replicas = [store(server, clock) for _ in range(4)]
+    wanted = keys(*range(50))
+    rounds = [(replica, wanted[i % 7 :: 1 + i % 3]) for replica in replicas for i in range(8)]
+
+    async def claimed(replica: RedisStore, asked: list[bytes]) -> set[tuple[bytes, int]]:
+        _, held = await replica.get_or_claim(asked)
+        return {(each, id(replica)) for each in asked if each not in held}
+
+    owners = set().union(*await asyncio.gather(*(claimed(*each) for each in rounds)))
+    assert len(owners) == len(wanted)
+    assert {each for each, _ in owners} == set(wanted)
+    await close(*replicas)
+
+
+async def test_a_server_that_has_forgotten_the_script_is_told_again(server: RedisServer, clock: Clock) -> None:
+    one, other = store(server, clock), store(server, clock)
+    await one.get_or_claim(keys(1))
+    await one._connections.exchange([(b"SCRIPT", b"FLUSH")])
+    await one.put(entries([3]))
+    assert await other.get_or_claim(keys(1, 3)) == ([None, embedding(3)], {key(1)})
+    await close(one, other)
+
+
+async def test_what_is_no_value_of_ours_is_nobodys_to_wait_for(server: RedisServer, clock: Clock) -> None:
+    one, other = store(server, clock), store(server, clock)
+    await one._connections.exchange([(b"SET", b"eg:1:" + key(1), b"garbage")])
+    for replica in (one, other):
+        assert await replica.get_or_claim(keys(1)) == ([None], set())
+    await close(one, other)
+
+
+async def test_a_claim_names_no_text_and_is_of_no_size(server: RedisServer, clock: Clock) -> None:
+    one = store(server, clock)
+    await one.get_or_claim(keys(1))
+    (names, value) = await one._connections.exchange([(b"KEYS", b"*"), (b"GET", CLAIM_PREFIX + key(1))])
+    assert names == [CLAIM_PREFIX + key(1)]
+    assert isinstance(value, bytes)
+    assert len(value) == 16
+    await close(one)
+
+
+@pytest.mark.parametrize(
+    "options", [("--rename-command", "EVALSHA", ""), ("--maxmemory", "1", "--maxmemory-policy", "noeviction")]
+)
+async def test_where_claims_are_refused_everybody_embeds_and_it_is_said_once(
+    clock: Clock, caplog: pytest.LogCaptureFixture, options: tuple[str, ...]
+) -> None:
+    metrics = Metrics()
+    with RedisServer(*options) as server, caplog.at_level(logging.WARNING):
+        one, other = store(server, clock, metrics), store(server, clock)
+        for _ in range(3):
+            assert await one.get_or_claim(keys(1)) == ([None], ())
+        assert await other.get_or_claim(keys(1)) == ([None], ())
+        assert one.status.startswith("up; claims fail: ")
+        assert count(metrics, "redis", "claim", "error") == 1, "then it is left alone for a while"
+        assert count(metrics, "redis", "get", "miss") == 3
+        assert sum("claim fails" in record.message for record in caplog.records) == 2, "each says it once"
+        clock.advance(31)
+        await one.get_or_claim(keys(1))
+        assert count(metrics, "redis", "claim", "error") == 2
+        await close(one, other)
+
+
+async def test_claims_work_again_once_the_server_takes_them(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        RedisServer("--maxmemory", "1", "--maxmemory-policy", "noeviction") as server,
+        caplog.at_level(logging.WARNING),
+    ):
+        one, other = store(server, clock), store(server, clock)
+        await one.get_or_claim(keys(1))
+        await one._connections.exchange([(b"CONFIG", b"SET", b"maxmemory", b"0")])
+        clock.advance(31)
+        await one.get_or_claim(keys(1))
+        assert one.status == "up"
+        assert "claim works again" in caplog.text
+        assert await other.get_or_claim(keys(1)) == ([None], {key(1)})
+        await close(one, other)
+
+
+async def test_a_server_that_is_away_holds_nothing(clock: Clock, metrics: Metrics) -> None:
+    with RedisServer() as server:
+        one, other = store(server, clock), store(server, clock, metrics)
+        await one.get_or_claim(keys(1))
+        await one.close()
+        server.kill()
+        answers: list[Any] = [await other.get_or_claim(keys(1)) for _ in range(4)]
+        assert answers == [([None], ())] * 4
+        await other.let_go(keys(1))
+        assert other.status.startswith("down: ")
+        await other.close()

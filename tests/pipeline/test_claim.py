@@ -1,0 +1,227 @@
+"""Replicas over a real Redis, whose upstream calls the test ends when it likes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterator
+
+import pytest
+import pytest_asyncio
+from msgspec.structs import replace
+
+from app.cache import keys
+from app.cache.redis import RedisStore
+from app.cache.tiers import Tiers
+from app.clock import SystemClock
+from app.errors import ContextLengthExceeded, GatewayError, UpstreamError
+from app.metrics import Metrics
+from app.pipeline.cache_read import CacheRead
+from app.pipeline.claim import Claim
+from app.types import CLAIM, NOTHING, Embedding, EmbedRequest, EmbedResult, Params, Source
+from tests.redis_server import RedisServer
+
+LIMIT = 20.0
+
+
+class Replica:
+    """The cache stages over calls that are recorded, held until `go` is set, and fail where `errors` says so."""
+
+    def __init__(self, url: str) -> None:
+        self.metrics = Metrics()
+        self.cache = Tiers([RedisStore(url, LIMIT, 60, SystemClock(), self.metrics)], self.metrics, SystemClock())
+        self.embed = CacheRead(Claim(self._embed, self.cache), self.cache, "space")
+        self.asked: list[list[str]] = []
+        self.go = asyncio.Event()
+        self.go.set()
+        self.errors: dict[str, GatewayError] = {}
+
+    async def _embed(self, request: EmbedRequest) -> EmbedResult:
+        texts = list(map(str, request.inputs))
+        self.asked.append(texts)
+        await self.go.wait()
+        errors = {i: self.errors[text] for i, text in enumerate(texts) if text in self.errors}
+        if errors and not request.spares_long:
+            raise errors[0]
+        embeddings = [NOTHING if i in errors else vector(text) for i, text in enumerate(texts)]
+        if request.write_cache:
+            pairs = zip(request.keys, embeddings, strict=True)
+            self.cache.put([pair for pair in pairs if pair[1] is not NOTHING])
+        return EmbedResult(embeddings, [Source.UPSTREAM] * len(texts), 1, ("up/m",), errors)
+
+    async def waits(self) -> None:
+        """Returns once a request of this one has been told that another replica is at it."""
+        while not self.count("get", "held"):
+            await asyncio.sleep(0.001)
+
+    def count(self, operation: str, result: str) -> float:
+        labels = {"tier": "redis", "operation": operation, "result": result}
+        return self.metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels) or 0.0
+
+
+def vector(text: str) -> Embedding:
+    return Embedding(text.encode().ljust(8), 1)
+
+
+def request(*texts: str, seconds: float = 60.0) -> EmbedRequest:
+    return EmbedRequest("m", texts, Params(), asyncio.get_running_loop().time() + seconds)
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    with RedisServer() as redis:
+        yield redis
+
+
+@pytest_asyncio.fixture
+async def replica(server: RedisServer) -> AsyncIterator[Callable[[], Replica]]:
+    built: list[Replica] = []
+
+    def build() -> Replica:
+        built.append(Replica(server.url))
+        return built[-1]
+
+    yield build
+    for each in built:
+        await each.cache.close()
+
+
+async def test_what_one_embeds_the_others_wait_for(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a", "b")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    second = asyncio.create_task(other.embed(request("b", "c", "b", "a", "d")))
+    await other.waits()
+    while not other.asked:
+        await asyncio.sleep(0.001)
+    assert other.asked == [["c", "d"]], "what nobody else embeds does not wait"
+    assert not second.done()
+    one.go.set()
+    result = await second
+    assert result.embeddings == [vector(text) for text in ("b", "c", "b", "a", "d")]
+    assert result.sources == [Source.CACHE, Source.UPSTREAM, Source.CACHE, Source.CACHE, Source.UPSTREAM]
+    assert (result.calls, result.deployments) == (1, ("up/m",))
+    assert (await first).embeddings == [vector("a"), vector("b")]
+    assert other.asked == [["c", "d"]]
+    assert other.count("claim", "expired") == 0
+
+
+async def test_requests_of_one_replica_do_not_wait_for_each_other_here(replica: Callable[[], Replica]) -> None:
+    one = replica()
+    one.go.clear()
+    both = [asyncio.create_task(one.embed(request("a"))) for _ in range(2)]
+    async with asyncio.timeout(LIMIT):
+        while len(one.asked) < 2:  # the stage below joins them
+            await asyncio.sleep(0.001)
+    one.go.set()
+    await asyncio.gather(*both)
+    assert one.count("get", "held") == 0
+
+
+async def test_what_one_fails_to_embed_the_next_one_tries_at_once(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.errors["a"] = UpstreamError("no")
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    second = asyncio.create_task(other.embed(request("a")))
+    await other.waits()
+    one.go.set()
+    async with asyncio.timeout(CLAIM - 1):
+        assert (await second).embeddings == [vector("a")]
+    assert other.asked == [["a"]]
+    assert other.count("claim", "expired") == 1
+    with pytest.raises(UpstreamError):
+        await first
+
+
+async def test_of_what_is_too_long_the_claim_is_let_go(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.errors["long"] = ContextLengthExceeded("too long")
+    result = await one.embed(replace(request("a", "long", "b"), spares_long=True))
+    assert set(result.too_long) == {1}
+    async with asyncio.timeout(CLAIM - 1):
+        again = await other.embed(request("a", "long", "b"))
+    assert again.embeddings == [vector(text) for text in ("a", "long", "b")]
+    assert other.asked == [["long"]]
+
+
+async def test_places_of_what_is_too_long_are_the_whole_requests(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    other.errors["long"] = ContextLengthExceeded("too long")
+    second = asyncio.create_task(other.embed(replace(request("a", "b", "long"), spares_long=True)))
+    await other.waits()
+    one.go.set()
+    result = await second
+    assert set(result.too_long) == {2}
+    assert result.embeddings == [vector("a"), vector("b"), NOTHING]
+    await first
+
+
+async def test_a_claim_holds_for_who_hung_up(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    first.cancel()
+    second = asyncio.create_task(other.embed(request("a")))
+    await other.waits()
+    one.cache.put([(keys.derive("space", Params(), ["a"])[0], vector("a"))])  # the call has come to its end
+    assert (await second).embeddings == [vector("a")]
+    assert other.asked == []
+
+
+async def test_waiting_leaves_half_of_the_time(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    began = asyncio.get_running_loop().time()
+    result = await other.embed(request("a", seconds=1.0))
+    assert result.sources == [Source.UPSTREAM]
+    assert 0.4 < asyncio.get_running_loop().time() - began < CLAIM - 1
+    one.go.set()
+    await first
+
+
+async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
+    replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = replica(), replica()
+    monkeypatch.setattr("app.pipeline.claim.CLAIM", 0.2)  # one that its owner renews for ever could be no worse
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    async with asyncio.timeout(CLAIM - 1):
+        assert (await other.embed(request("a"))).sources == [Source.UPSTREAM]
+    one.go.set()
+    await first
+
+
+@pytest.mark.parametrize("without", ["read_cache", "write_cache"])
+async def test_who_reads_or_writes_no_cache_neither_waits_nor_holds_up(
+    replica: Callable[[], Replica], without: str
+) -> None:
+    one, other = replica(), replica()
+    one.go.clear()
+    plain = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    odd = await other.embed(replace(request("a", "b"), **{without: False}))
+    assert odd.sources == [Source.UPSTREAM] * 2
+    other.errors["c"] = UpstreamError("no")
+    with pytest.raises(UpstreamError):
+        await other.embed(replace(request("c"), **{without: False}))
+    one.go.set()
+    await plain
+    assert (await one.embed(request("c"))).sources == [Source.UPSTREAM]
+    assert one.count("get", "held") == other.count("get", "held") == 0

@@ -130,9 +130,13 @@ class Growth:
     # --- more gateways over one Redis -------------------------------------------------------------------------
 
     def replicas(self) -> None:
-        """Each is asked for the same texts, 64 at a time, one replica after the other and then all at once."""
+        """Each is asked for the same texts, 64 at a time, one replica after the other and then all at once; and all at
+        once for as many that are new."""
         self._control()
-        _head("cache", "texts asked for", "rows paid", "upstream calls", "vectors/s, first", "others", "all at once")
+        _head(
+            "cache", "texts asked for", "rows paid", "upstream calls", "vectors/s, first", "others", "all at once",
+            "new ones, all at once", "rows paid",
+        )  # fmt: skip
         with RedisServer(port=free_port()) as redis:
             shared: Mapping[str, object] = {"redis": {"url": redis.url}}
             for name, cache in (("memory", {}), ("memory and Redis", shared), ("Redis", {"memory": None, **shared})):
@@ -144,25 +148,29 @@ class Growth:
             running = [self._gateway(self._cores.target, cache=cache) for _ in range(REPLICAS)]
             for each in running:
                 stack.callback(each.stop)
-            self._asked += 10_000_000
-            count = TEXTS // 64
-            shapes = [Shape("fresh", 64, "base64", headers=each.headers, first=self._asked) for each in running]
-            specs = [
-                Spec(each.port, 8, shape, 0, 0, least=count, limit=count, every=5)
-                for each, shape in zip(running, shapes, strict=True)
-            ]
             rates = []
+            specs = self._same_texts(running)
             for spec in specs:
                 result = _right(load(spec))
                 rates.append(result.requests * 64 / result.seconds)
                 time.sleep(0.5)  # writes to Redis hold nobody up, and come a moment later
             paid = self._stats()
-            with ThreadPoolExecutor(REPLICAS) as threads:
-                results = [_right(each) for each in threads.map(load, specs)]
-            together = sum(each.total for each in results) * 64 / max(each.wall for each in results)
+            together = _at_once(specs)
+            new = _at_once(self._same_texts(running))
+            paid_for_new = self._stats()["rows"] - paid["rows"]
         others = sum(rates[1:]) / len(rates[1:])
-        speeds = [f"{rate:,.0f}" for rate in (rates[0], others, together)]
-        _row(name, f"{TEXTS * REPLICAS:,}", f"{paid['rows']:,}", paid["calls"], *speeds)
+        speeds = [f"{rate:,.0f}" for rate in (rates[0], others, together, new)]
+        _row(name, f"{TEXTS * REPLICAS:,}", f"{paid['rows']:,}", paid["calls"], *speeds, f"{paid_for_new:,}")
+
+    def _same_texts(self, replicas: Sequence[Running]) -> list[Spec]:
+        """Each is to be asked for the same new texts."""
+        self._asked += 10_000_000
+        shapes = [Shape("fresh", 64, "base64", headers=each.headers, first=self._asked) for each in replicas]
+        count = TEXTS // 64
+        return [
+            Spec(each.port, 8, shape, 0, 0, least=count, limit=count, every=5)
+            for each, shape in zip(replicas, shapes, strict=True)
+        ]
 
     # --- more time ----------------------------------------------------------------------------------------------
 
@@ -219,6 +227,13 @@ def _right(result: Result) -> Result:
     if result.errors or result.wrong or not result.total:
         raise Failed(result.first_error or f"{result.wrong} of {result.compared} vectors are wrong")
     return result
+
+
+def _at_once(specs: Sequence[Spec]) -> float:
+    """Vectors a second of all of them together."""
+    with ThreadPoolExecutor(len(specs)) as threads:
+        results = [_right(each) for each in threads.map(load, specs)]
+    return sum(each.total for each in results) * 64 / max(each.wall for each in results)
 
 
 def main() -> None:

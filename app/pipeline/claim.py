@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 
-from app.cache.reader import NOTHING as NOT_ASKED
 from app.cache.tiers import Tiers
 from app.pipeline.parts import part, put
 from app.types import CLAIM, NOTHING, Embedder, EmbedRequest, EmbedResult, Source
@@ -36,15 +35,15 @@ class Claim:
                 put(whole, ours, await self._embed(part(request, ours)))
             if not theirs:
                 return whole
-            # All who wait look in one turn of the event loop, and so together.
-            now = asyncio.get_running_loop().time()
-            await asyncio.sleep(_LOOK - now % _LOOK)
-            asked = list(dict.fromkeys(keys[i] for i in theirs))
-            found, held = await self._cache.look_again(asked) if now < until else NOT_ASKED
+            if not ours:
+                # All who wait look in one turn of the event loop, and so together.
+                await asyncio.sleep(_LOOK - asyncio.get_running_loop().time() % _LOOK)
+            late = asyncio.get_running_loop().time() >= until
+            found, held = await self._cache.look_again(list(dict.fromkeys(keys[i] for i in theirs)))
             for i in theirs:
                 whole.embeddings[i] = found.get(keys[i], NOTHING)
-            ours = [i for i in theirs if keys[i] not in found and keys[i] not in held]
-            theirs = [i for i in theirs if keys[i] in held]
+            ours = [i for i in theirs if keys[i] not in found and (late or keys[i] not in held)]
+            theirs = [i for i in theirs if keys[i] in held and not late]
 
     async def _embed(self, request: EmbedRequest) -> EmbedResult:
         claimed = request.read_cache and request.write_cache

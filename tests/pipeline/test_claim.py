@@ -192,6 +192,23 @@ async def test_waiting_leaves_half_of_the_time(replica: Callable[[], Replica]) -
     await first
 
 
+async def test_what_has_come_while_the_rest_took_its_time_is_not_asked_again(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while not one.asked:
+        await asyncio.sleep(0.001)
+    other.go.clear()
+    second = asyncio.create_task(other.embed(request("a", "b", seconds=0.2)))
+    await other.waits()
+    one.go.set()
+    await first
+    await asyncio.sleep(0.15)  # more than half of its time
+    other.go.set()
+    assert (await second).sources == [Source.CACHE, Source.UPSTREAM]
+    assert other.asked == [["b"]]
+
+
 async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
     replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:

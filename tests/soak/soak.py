@@ -1,4 +1,5 @@
-"""A soak: the program under mixed traffic while everything around it fails, and what must hold in the end.
+"""A soak: two replicas over one Redis under mixed traffic while everything around them fails, and what must hold in
+the end.
 
 No vector is wrong, no error is without a trouble that explains it, memory and descriptors are flat.
 """
@@ -26,13 +27,14 @@ from tests.soak.traffic import Caller, Tally
 from tests.soak.vendors import Target, configuration, targets, vendors
 from tests.soak.weather import GRACE, Weather
 
+REPLICAS = 2
 CALLERS = 24
 WARM_UP = 0.25
 """Share of the time after which memory and descriptors must grow no more."""
 MEMORY = 32 * 2**20
-"""Bytes by which the program may grow all the same: what allocators keep, and the cache filling up."""
+"""Bytes by which a replica may grow all the same: what allocators keep, and the cache filling up."""
 DESCRIPTORS = 32
-"""Connections that may be kept open besides: the pools to upstreams and Redis are not always equally full."""
+"""Connections that it may keep open besides: the pools to upstreams and Redis are not always equally full."""
 _TROUBLE = re.compile(r"Traceback|Exception in|never retrieved|level=(error|critical)")
 
 
@@ -60,35 +62,40 @@ class Report:
     seconds: float
     tally: Tally
     faults: Counter[str]
-    before: Footprint
-    after: Footprint
-    exit_code: int | None
+    before: list[Footprint]
+    after: list[Footprint]
+    """Of each replica."""
+    exit_codes: list[int]
     logged: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
         """All that must not be; empty after a good soak."""
         tally = self.tally
         found = [*tally.wrong, *tally.unexplained, *self.logged]
-        if self.after.memory - self.before.memory > MEMORY:
-            found.append(f"memory grew from {self.before.memory >> 20} to {self.after.memory >> 20} MiB")
-        if self.after.descriptors - self.before.descriptors > DESCRIPTORS:
-            found.append(f"descriptors grew from {self.before.descriptors} to {self.after.descriptors}")
-        if self.exit_code != 0:
-            found.append(f"the program ended with {self.exit_code}")
+        for before, after in zip(self.before, self.after, strict=True):
+            if after.memory - before.memory > MEMORY:
+                found.append(f"memory grew from {before.memory >> 20} to {after.memory >> 20} MiB")
+            if after.descriptors - before.descriptors > DESCRIPTORS:
+                found.append(f"descriptors grew from {before.descriptors} to {after.descriptors}")
+        if any(self.exit_codes):
+            found.append(f"the replicas ended with {self.exit_codes}")
         if not (tally.vectors and self.faults and tally.hung_up):
             found.append("nothing was tried")
         return found
 
     def summary(self) -> str:
-        tally, before, after = self.tally, self.before, self.after
+        tally = self.tally
+        prints = [
+            f"memory {before.memory >> 20} -> {after.memory >> 20} MiB, "
+            f"descriptors {before.descriptors} -> {after.descriptors}"
+            for before, after in zip(self.before, self.after, strict=True)
+        ]
         return (
             f"soak {self.seconds:.0f} s, seed {self.seed}: {tally.requests} requests, "
             f"{tally.vectors} vectors verified, {tally.bad['wrong']} wrong; "
             f"{sum(self.faults.values())} faults of {len(self.faults)} kinds, "
             f"{sum(tally.errors.values())} errors explained by them, {tally.bad['unexplained']} unexplained, "
-            f"{tally.bad['lost']} lost; {tally.hung_up} hang-ups; "
-            f"memory {before.memory >> 20} -> {after.memory >> 20} MiB, "
-            f"descriptors {before.descriptors} -> {after.descriptors}"
+            f"{tally.bad['lost']} lost; {tally.hung_up} hang-ups; {'; '.join(prints)}"
         )
 
 
@@ -101,25 +108,34 @@ async def _soak(directory: Path, seconds: float, seed: int, redis: RedisServer, 
         await stack.enter_async_context(proxy)
         config = configuration(served, proxy.port)
         (directory / "gateway.yaml").write_text(yaml.safe_dump(config))
-        process = start(directory, "--port", "0", "--config", "gateway.yaml", "--log-format", "text")
-        stack.push_async_callback(_end, process)
-        url = await asyncio.to_thread(address, directory / "log", process)
+        logs = [f"log-{number}" for number in range(REPLICAS)]
+        processes = [
+            start(directory, "--port", "0", "--config", "gateway.yaml", "--log-format", "text", log=log) for log in logs
+        ]
+        for process in processes:
+            stack.push_async_callback(_end, process)
+        urls = [
+            await asyncio.to_thread(address, directory / log, process)
+            for log, process in zip(logs, processes, strict=True)
+        ]
         weather = Weather(served.values(), redis, proxy, seed)
         tally = Tally()
-        run = _Run(f"{url}/v1/embeddings", targets(served), weather, tally, seed)
+        run = _Run([f"{url}/v1/embeddings" for url in urls], targets(served), weather, tally, seed)
         await run.storm(seconds * WARM_UP, "warm-up")
-        before = Footprint.of(process.pid)
+        before = [Footprint.of(process.pid) for process in processes]
         await run.storm(seconds * (1 - WARM_UP), "main", then_all_is_well=True)
-        after = Footprint.of(process.pid)
-        process.send_signal(signal.SIGTERM)
-        code = await asyncio.to_thread(process.wait, PATIENCE)
-        logged = [line for line in (directory / "log").read_text().splitlines() if _TROUBLE.search(line)]
-    return Report(seed, time.monotonic() - began, tally, weather.faults, before, after, code, logged[:20])
+        after = [Footprint.of(process.pid) for process in processes]
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+        codes = [await asyncio.to_thread(process.wait, PATIENCE) for process in processes]
+        lines = [line for log in logs for line in (directory / log).read_text().splitlines()]
+        logged = [line for line in lines if _TROUBLE.search(line)]
+    return Report(seed, time.monotonic() - began, tally, weather.faults, before, after, codes, logged[:20])
 
 
 @dataclass
 class _Run:
-    url: str
+    urls: list[str]
     targets: list[Target]
     weather: Weather
     tally: Tally
@@ -138,7 +154,7 @@ class _Run:
         await asyncio.sleep(0.2)  # for the connections to be closed on the other side as well
 
     def _caller(self, seed: str, targets: list[Target] | None = None) -> Caller:
-        return Caller(self.url, targets or self.targets, self.weather, self.tally, seed)
+        return Caller(self.urls, targets or self.targets, self.weather, self.tally, seed)
 
 
 async def _end(process: subprocess.Popen[str]) -> None:

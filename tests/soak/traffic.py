@@ -59,10 +59,10 @@ class Ask:
 
 
 class Caller:
-    """One caller among many, seeded."""
+    """One caller among many, seeded. Asks one replica or another."""
 
-    def __init__(self, url: str, targets: list[Target], weather: Weather, tally: Tally, seed: str) -> None:
-        self._url, self._targets, self._weather, self._tally = url, targets, weather, tally
+    def __init__(self, urls: list[str], targets: list[Target], weather: Weather, tally: Tally, seed: str) -> None:
+        self._urls, self._targets, self._weather, self._tally = urls, targets, weather, tally
         self._rng = random.Random(seed)
         self._seed, self._count = seed, 0
 
@@ -86,7 +86,7 @@ class Caller:
         start = time.monotonic()
         try:
             async with asyncio.timeout(patience):
-                async with session.post(self._url, data=orjson.dumps(ask.body)) as response:
+                async with session.post(self._rng.choice(self._urls), data=orjson.dumps(ask.body)) as response:
                     status, content = response.status, await response.read()
         except TimeoutError:
             if hangs_up:

@@ -159,48 +159,48 @@ class RedisStore:
         return await self._look_up(keys, claim=self._now() >= self._claims_from)
 
     async def _look_up(self, keys: Sequence[bytes], *, claim: bool) -> LookUp:
-        counts, nothing = self._counts, [None] * len(keys)
+        found: list[Embedding | None] = [None] * len(keys)
         if not keys:
-            return [], ()
+            return found, ()
         if not self._breaker.allow():
-            counts.get_skipped.inc(len(keys))
-            return [*nothing], ()
+            self._counts.get_skipped.inc(len(keys))
+            return found, ()
         names = [PREFIX + key for key in keys]
         calls = [self._claim(keys, names)] if claim else []
         # Claimed first: what comes in between is found.
         replies = await self._ask("get", partial(_CLAIM.run, self._connections, calls, [(b"MGET", *names)]), len(keys))
         if replies is None:
-            return [*nothing], ()
-        found = self._decoded(keys, replies[-1])
-        held = self._held_of(keys, found, replies[0]) if claim else ()
-        missing = found.count(None)
-        if missing < len(keys):
-            counts.hit.inc(len(keys) - missing)
-        if held:
-            self._held.inc(len(held))
-        if missing > len(held):
-            counts.miss.inc(missing - len(held))
+            return found, ()
+        raws = replies[-1] if isinstance(replies[-1], list) and len(replies[-1]) == len(keys) else [b""] * len(keys)
+        found = [None if raw is None else values.decode(key, raw) for key, raw in zip(keys, raws, strict=True)]
+        held = self._held_of(keys, raws, replies[0]) if claim else ()
+        self._tell(found, raws.count(None), len(held))
         return found, held
 
-    def _decoded(self, keys: Sequence[bytes], reply: object) -> list[Embedding | None]:
-        raws = reply if isinstance(reply, list) and len(reply) == len(keys) else [b""] * len(keys)
-        found = [None if raw is None else values.decode(key, raw) for key, raw in zip(keys, raws, strict=True)]
-        if corrupt := found.count(None) - raws.count(None):
-            self._counts.get_corrupt.inc(corrupt)
-        return found
+    def _tell(self, found: Sequence[Embedding | None], absent: int, held: int) -> None:
+        """Counts a look-up: values that are not there, and of these the ones that another replica is embedding."""
+        counts, none = self._counts, found.count(None)
+        for counter, number in (
+            (counts.hit, len(found) - none),
+            (counts.get_corrupt, none - absent),
+            (self._held, held),
+            (counts.miss, absent - held),
+        ):
+            if number:
+                counter.inc(number)
 
     def _claim(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[bytes]:
         pairs = [each for key, name in zip(keys, names, strict=True) for each in (name, CLAIM_PREFIX + key)]
         return [b"%d" % len(pairs), *pairs, self._me, b"%d" % round(CLAIM * 1000)]
 
-    def _held_of(self, keys: Sequence[bytes], found: Sequence[Embedding | None], reply: object) -> Collection[bytes]:
+    def _held_of(self, keys: Sequence[bytes], raws: Sequence[object], reply: object) -> Collection[bytes]:
         if not isinstance(reply, list):
             self._claims_from = self._now() + _REST
             self._refused.inc(len(keys))
             self._note("claim", reply if isinstance(reply, Exception) else ValueError("not a script's reply"))
             return ()
         self._note("claim", None)
-        return {keys[i] for i in reply if found[i] is None}
+        return {keys[i] for i in reply if raws[i] is None}
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """SETs with a time to live, pipelined. What the server does not take is dropped and counted."""

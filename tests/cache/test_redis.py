@@ -120,6 +120,7 @@ async def test_a_value_that_is_none_of_ours_is_a_miss_and_is_overwritten(
     await admin.set(PREFIX + key(1), value)
     assert await store.get([key(1), key(2)]) == [None, embedding(2)]
     assert count(metrics, "redis", "get", "corrupt") == 1
+    assert count(metrics, "redis", "get", "miss") == 0
     assert store.status == "up"
     await store.put(entries([1]))
     assert await store.get([key(1)]) == [embedding(1)]
@@ -130,6 +131,7 @@ async def test_another_keys_value_is_a_miss(store: RedisStore, admin: redis.asyn
     await admin.set(PREFIX + key(2), await admin.get(PREFIX + key(1)) or b"")
     assert await store.get([key(2)]) == [None]
     assert count(metrics, "redis", "get", "corrupt") == 1
+    assert count(metrics, "redis", "get", "miss") == 0
 
 
 async def test_a_key_of_another_type_is_a_miss(store: RedisStore, admin: redis.asyncio.Redis) -> None:

@@ -113,7 +113,8 @@ def minute(rates: Rates, now: float) -> Limit:
 
 
 TICK = 0.1
-"""Seconds' worth that may go at once to an upstream: vendors that state a minute's rate enforce it by the second."""
+"""Seconds' worth that may go at once to an upstream: vendors that state a minute's rate enforce it by the second. And
+seconds after which what other replicas have used of a limit is asked for again."""
 
 
 def smooth(rates: Rates, now: float) -> Limit:

@@ -1,7 +1,9 @@
 """What a caller's key allows per minute: asked at the door, before anything is spent. Knows no HTTP.
 
-With Redis every admission is one round trip; what is surely over the limit is refused without one. Without it, or
-while it is away, each process keeps its part of the limit.
+With Redis all processes keep one limit. It is asked again after a tenth of a second, or once this process has let in
+its part of a hundredth of the limit: of small limits, and of what is left near the end, each admission is one round
+trip. What is surely over the limit is refused without one. Without Redis, or while it is away, each process keeps its
+part.
 """
 
 from __future__ import annotations
@@ -12,8 +14,11 @@ from app import limits
 from app.cache.shared_limits import Ask, SharedLimits
 from app.clock import Clock
 from app.errors import InvalidRequest, RateLimited
-from app.limits import Bucket, Rates
+from app.limits import TICK, Bucket, Rates
 from app.metrics import Metrics
+
+SLACK = 0.01
+"""Of a limit: what all processes together may let in before Redis hears of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Quota:
             self._limit.divide(processes, now)
         self._owed = [0.0, 0.0]
         """Requests and tokens counted here that Redis has yet to hear of."""
+        self._known_until = 0.0
+        """Until when what Redis has said last may be relied on, but for the slack."""
 
     def check(self) -> None:
         """Raises `RateLimited` where not even the smallest request fits. Asks nobody."""
@@ -70,12 +77,10 @@ class Quota:
         wait = self._limit.wait(now, 1, tokens)
         if wait:
             raise self._over(wait, now, tokens)
-        if self._shared is not None:
-            wait = await self._ask(self._shared, tokens)
-            if wait:
-                raise self._over(wait, self._clock.monotonic(), tokens)
-        else:
-            self._limit.take(now, 1, tokens)
+        if self._shared is None or self._covers(self._shared.replicas, tokens, now):
+            self.owe(1, tokens)
+        elif wait := await self._ask(self._shared, tokens):
+            raise self._over(wait, self._clock.monotonic(), tokens)
 
     def owe(self, requests: int, tokens: int) -> None:
         """Counts what was not known, or not right, when it was taken. Negative gives back."""
@@ -93,6 +98,20 @@ class Quota:
             if bucket
         ]
 
+    def _covers(self, replicas: int, tokens: int, now: float) -> bool:
+        """Whether this fits into what Redis is known to have, and it need not hear of it at once."""
+        if now >= self._known_until:
+            return False
+        for bucket, owed, amount in (
+            (self._limit.requests, self._owed[0], 1),
+            (self._limit.tokens, self._owed[1], tokens),
+        ):
+            if bucket is not None:
+                slack = SLACK * bucket.burst
+                if (owed + amount) * replicas > slack or bucket.level(now) - amount < slack:
+                    return False
+        return True
+
     async def _ask(self, shared: SharedLimits, tokens: int) -> float:
         requests_owed, tokens_owed = owed = (self._owed[0], self._owed[1])
         self._owed = [0.0, 0.0]
@@ -108,7 +127,9 @@ class Quota:
                 self._limit.requests.set(now, verdict.requests - self._owed[0])
             if self._limit.tokens:
                 self._limit.tokens.set(now, verdict.tokens - self._owed[1])
+            self._known_until = now + TICK
             return verdict.wait
+        self._known_until = 0.0
         # Fail open, by the part that is ours; Redis hears of it when it is back, but never of more than that part.
         self._limit.divide(shared.replicas, now)
         wait = self._limit.wait(now, 1, tokens)

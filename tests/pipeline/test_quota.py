@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -131,6 +132,45 @@ async def test_processes_keep_one_limit_together(server: RedisServer, clock: Han
     processes = [Process(server, clock, requests=3) for _ in range(3)]
     admitted = await asyncio.gather(*(each.admitted() for each in processes for _ in range(3)))
     assert sum(admitted) == 3
+    for each in processes:
+        await each.shared.close()
+
+
+async def test_of_a_large_limit_redis_hears_now_and_then(server: RedisServer, clock: HandClock) -> None:
+    one, other = (Process(server, clock, requests=10_000, tokens=1_000_000) for _ in range(2))
+    await other.shared.open()
+    assert all([await one.admitted(10) for _ in range(51)])
+    assert one.asked() == 1, "its part of a hundredth are 50"
+    assert one.quota.standings()[0].remaining == 10_000 - 51
+    assert await one.admitted(10)
+    assert one.asked() == 2
+    assert all([await one.admitted(10) for _ in range(20)])
+    await clock.advance(0.11)
+    assert await one.admitted(10)
+    assert one.asked() == 3, "what the others have used in a tenth of a second is asked for"
+    assert await other.admitted(10)
+    assert other.quota.standings()[0].remaining == pytest.approx(10_000 - 74, abs=20), "it has heard of all"
+    assert await one.admitted(5_100)
+    assert one.asked() == 4, "more tokens than its part"
+    await one.shared.close()
+    await other.shared.close()
+
+
+async def test_all_processes_together_let_in_a_hundredth_too_much_at_most(
+    server: RedisServer, clock: HandClock
+) -> None:
+    began = time.monotonic()
+    processes = [Process(server, clock, requests=3_000) for _ in range(3)]
+    for each in processes:
+        await each.shared.open()
+
+    async def flood(process: Process) -> int:
+        return sum([await process.admitted() for _ in range(3_000)])
+
+    admitted = sum(await asyncio.gather(*(flood(each) for each in processes)))
+    back = 3_000 / 60 * (time.monotonic() - began) + 1
+    assert 3_000 <= admitted <= 3_030 + back
+    assert sum(each.asked() for each in processes) < 1_000
     for each in processes:
         await each.shared.close()
 

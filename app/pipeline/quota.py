@@ -129,7 +129,6 @@ class Quota:
                 self._limit.tokens.set(now, verdict.tokens - self._owed[1])
             self._known_until = now + TICK
             return verdict.wait
-        self._known_until = 0.0
         # Fail open, by the part that is ours; Redis hears of it when it is back, but never of more than that part.
         self._limit.divide(shared.replicas, now)
         wait = self._limit.wait(now, 1, tokens)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from app.cache.redis import CLAIM_PREFIX, RedisStore
+from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 from tests.redis_server import RedisServer
@@ -173,3 +174,23 @@ async def test_a_server_that_is_away_holds_nothing(clock: Clock, metrics: Metric
         await other.let_go(keys(1))
         assert other.status.startswith("down: ")
         await other.close()
+
+
+async def test_what_is_there_is_not_claimed(server: RedisServer, clock: Clock) -> None:
+    one = store(server, clock)
+    await one.put(entries([1]))
+    assert await one.get_or_claim(keys(1)) == ([embedding(1)], set())
+    assert await one._connections.exchange([(b"EXISTS", CLAIM_PREFIX + key(1))]) == [0]
+    await close(one)
+
+
+async def test_nobody_is_told_of_what_others_wait_for_who_asked_in_the_same_turn(
+    server: RedisServer, clock: Clock
+) -> None:
+    one, metrics = store(server, clock), Metrics()
+    await one.get_or_claim(keys(1))
+    tiers = Tiers([store(server, clock, metrics)], metrics, clock)
+    answers = await asyncio.gather(*(tiers.get_or_claim(keys(number)) for number in (1, 2)))
+    assert [held for _, held in answers] == [{key(1)}, set()]
+    await tiers.close()
+    await close(one)

@@ -156,6 +156,17 @@ async def test_of_a_large_limit_redis_hears_now_and_then(server: RedisServer, cl
     await other.shared.close()
 
 
+async def test_of_the_end_of_a_large_limit_redis_hears_each_time(server: RedisServer, clock: HandClock) -> None:
+    one = Process(server, clock, requests=1_000)
+    while one.quota.standings()[0].remaining > 8:  # less than a hundredth
+        assert await one.admitted()
+    asked = one.asked()
+    assert asked < 200
+    assert all([await one.admitted() for _ in range(3)])
+    assert one.asked() == asked + 3
+    await one.shared.close()
+
+
 async def test_all_processes_together_let_in_a_hundredth_too_much_at_most(
     server: RedisServer, clock: HandClock
 ) -> None:

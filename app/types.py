@@ -292,5 +292,6 @@ class SharedStore(Store, Protocol):
         ...
 
 
-CLAIM = 5.0
-"""Seconds a claim lasts: longer than a call takes, and no longer than others can wait for one who has died."""
+CLAIM = 3.0
+"""Seconds a claim lasts: longer than most calls take, and short of the 5 that httpx waits by default, for its owner may
+have died."""

@@ -74,6 +74,8 @@ _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 """The server is not, or no longer, the one to ask: a name may by now lead to another."""
 _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
+_CLAIM_BATCH = 128
+"""Keys that one script claims, for which the server lets everybody else wait: 0.4 ms."""
 _REST = 30.0
 """Seconds without claims after one that was refused."""
 _WRITE_BATCH = 64
@@ -166,14 +168,14 @@ class RedisStore:
             self._counts.get_skipped.inc(len(keys))
             return found, ()
         names = [PREFIX + key for key in keys]
-        calls = [self._claim(keys, names)] if claim else []
+        calls = self._claims(keys, names) if claim else []
         # Claimed first: what comes in between is found.
         replies = await self._ask("get", partial(_CLAIM.run, self._connections, calls, [(b"MGET", *names)]), len(keys))
         if replies is None:
             return found, ()
         raws = replies[-1] if isinstance(replies[-1], list) and len(replies[-1]) == len(keys) else [b""] * len(keys)
         found = [None if raw is None else values.decode(key, raw) for key, raw in zip(keys, raws, strict=True)]
-        held = self._held_of(keys, raws, replies[0]) if claim else ()
+        held = self._held_of(keys, raws, replies[:-1])
         self._tell(found, raws.count(None), len(held))
         return found, held
 
@@ -189,18 +191,24 @@ class RedisStore:
             if number:
                 counter.inc(number)
 
-    def _claim(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[bytes]:
+    def _claims(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[list[bytes]]:
         pairs = [each for key, name in zip(keys, names, strict=True) for each in (name, CLAIM_PREFIX + key)]
-        return [b"%d" % len(pairs), *pairs, self._me, b"%d" % round(CLAIM * 1000)]
+        parts = [pairs[i : i + 2 * _CLAIM_BATCH] for i in range(0, len(pairs), 2 * _CLAIM_BATCH)]
+        return [[b"%d" % len(part), *part, self._me, b"%d" % round(CLAIM * 1000)] for part in parts]
 
-    def _held_of(self, keys: Sequence[bytes], raws: Sequence[object], reply: object) -> Collection[bytes]:
-        if not isinstance(reply, list):
-            self._claims_from = self._now() + _REST
-            self._refused.inc(len(keys))
-            self._note("claim", reply if isinstance(reply, Exception) else ValueError("not a script's reply"))
-            return ()
-        self._note("claim", None)
-        return {keys[i] for i in reply if raws[i] is None}
+    def _held_of(self, keys: Sequence[bytes], raws: Sequence[object], replies: Sequence[object]) -> Collection[bytes]:
+        """Replies to claims, in order; none where nothing was claimed."""
+        held: set[bytes] = set()
+        for start, reply in zip(range(0, len(keys), _CLAIM_BATCH), replies, strict=False):
+            if not isinstance(reply, list):
+                self._claims_from = self._now() + _REST
+                self._refused.inc(len(keys))
+                self._note("claim", reply if isinstance(reply, Exception) else ValueError("not a script's reply"))
+                return set()
+            held.update(keys[start + i] for i in reply if raws[start + i] is None)
+        if replies:
+            self._note("claim", None)
+        return held
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """SETs with a time to live, pipelined. What the server does not take is dropped and counted."""

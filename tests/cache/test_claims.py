@@ -135,8 +135,8 @@ async def test_where_claims_are_refused_everybody_embeds_and_it_is_said_once(
     with RedisServer(*options) as server, caplog.at_level(logging.WARNING):
         one, other = store(server, clock, metrics), store(server, clock)
         for _ in range(3):
-            assert await one.get_or_claim(keys(1)) == ([None], ())
-        assert await other.get_or_claim(keys(1)) == ([None], ())
+            assert await one.get_or_claim(keys(1)) == ([None], set())
+        assert await other.get_or_claim(keys(1)) == ([None], set())
         assert one.status.startswith("up; claims fail: ")
         assert count(metrics, "redis", "claim", "error") == 1, "then it is left alone for a while"
         assert count(metrics, "redis", "get", "miss") == 3

@@ -75,7 +75,7 @@ _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
 
 _CLAIM_BATCH = 128
-"""Keys that one script claims, for which the server lets everybody else wait: 0.4 ms."""
+"""Keys that one script claims, for which the server lets everybody else wait: about half a millisecond."""
 _REST = 30.0
 """Seconds without claims after one that was refused."""
 _WRITE_BATCH = 64

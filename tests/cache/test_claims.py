@@ -45,6 +45,16 @@ async def test_what_one_misses_is_held_for_the_others_until_it_is_there(server: 
     await close(one, other)
 
 
+async def test_of_many_keys_the_right_ones_are_held(server: RedisServer, clock: Clock) -> None:
+    one, other = store(server, clock), store(server, clock)
+    await one.put(entries([290]))
+    await one.get_or_claim(keys(*range(5, 300, 7)))
+    found, held = await other.get_or_claim(keys(*range(300)))
+    assert held == set(keys(*range(5, 300, 7)))
+    assert [i for i, each in enumerate(found) if each] == [290]
+    await close(one, other)
+
+
 async def test_nobodys_own_claim_holds_it_up(server: RedisServer, clock: Clock) -> None:
     one = store(server, clock)
     for _ in range(2):

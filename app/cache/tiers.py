@@ -73,10 +73,15 @@ class Tiers:
         return await self._get(keys, numbers, self._claimers)
 
     async def look_again(self, keys: Sequence[bytes]) -> Found:
-        """As `get_or_claim`, for what another replica was embedding."""
-        found = await self._claimer.get(keys)
-        self._expired.inc(sum(key not in found.embeddings and key not in found.held for key in keys))
-        return found
+        """As `get_or_claim`, for what another replica was embedding. Memory is asked only for what is neither there nor
+        held, or cannot be asked after: a request of this replica may have brought it meanwhile."""
+        embeddings, held = await self._claimer.get(keys)
+        missing = [key for key in keys if key not in embeddings and key not in held]
+        if missing and self._memory is not None:
+            brought = zip(missing, self._memory.lookup(missing), strict=True)
+            embeddings = {**embeddings, **{key: embedding for key, embedding in brought if embedding is not None}}
+        self._expired.inc(sum(key not in embeddings for key in missing))
+        return Found(embeddings, held)
 
     def let_go(self, keys: Sequence[bytes]) -> None:
         """What was claimed will not come: another replica that waits for it may embed it. Waits for nothing."""

@@ -10,6 +10,7 @@ import pytest_asyncio
 from msgspec.structs import replace
 
 from app.cache import keys
+from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
 from app.clock import SystemClock
@@ -17,7 +18,7 @@ from app.errors import ContextLengthExceeded, GatewayError, UpstreamError
 from app.metrics import Metrics
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.claim import Claim
-from app.types import CLAIM, NOTHING, Embedding, EmbedRequest, EmbedResult, Params, Source
+from app.types import CLAIM, NOTHING, Embedding, EmbedRequest, EmbedResult, Params, Source, Store
 from tests.redis_server import RedisServer
 
 LIMIT = 20.0
@@ -26,9 +27,10 @@ LIMIT = 20.0
 class Replica:
     """The cache stages over calls that are recorded, held until `go` is set, and fail where `errors` says so."""
 
-    def __init__(self, url: str) -> None:
-        self.metrics = Metrics()
-        self.cache = Tiers([RedisStore(url, LIMIT, 60, SystemClock(), self.metrics)], self.metrics, SystemClock())
+    def __init__(self, url: str, *, memory: bool = False) -> None:
+        self.metrics, clock = Metrics(), SystemClock()
+        stores: list[Store] = [MemoryStore(2**20, 60, clock, self.metrics)] if memory else []
+        self.cache = Tiers([*stores, RedisStore(url, LIMIT, 60, clock, self.metrics)], self.metrics, clock)
         self.embed = CacheRead(Claim(self._embed, self.cache), self.cache, "space")
         self.asked: list[list[str]] = []
         self.positions: list[Sequence[int] | None] = []
@@ -209,6 +211,26 @@ async def test_what_has_come_while_the_rest_took_its_time_is_not_asked_again(rep
     other.go.set()
     assert (await second).sources == [Source.CACHE, Source.UPSTREAM]
     assert other.asked == [["b"]]
+
+
+async def test_what_a_request_of_this_replica_has_brought_is_not_asked_again_though_redis_is_gone(
+    server: RedisServer, replica: Callable[[], Replica]
+) -> None:
+    one, other = replica(), Replica(server.url, memory=True)
+    await one.embed(request("warm"))
+    one.go.clear()
+    first = asyncio.create_task(one.embed(request("a")))
+    while len(one.asked) < 2:
+        await asyncio.sleep(0.001)
+    second = asyncio.create_task(other.embed(request("a")))
+    await other.waits()
+    await other.embed(replace(request("a"), read_cache=False))
+    server.kill()
+    assert (await second).embeddings == [vector("a")]
+    assert other.asked == [["a"]], "for the other request"
+    one.go.set()
+    await first
+    await other.cache.close()
 
 
 async def test_nobody_waits_for_a_claim_longer_than_it_lasts(

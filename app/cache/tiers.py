@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import partial
 
 from app.cache.counts import Counts
@@ -73,14 +73,10 @@ class Tiers:
         return await self._get(keys, numbers, self._claimers)
 
     async def look_again(self, keys: Sequence[bytes]) -> Found:
-        """As `get_or_claim`, for what another replica was embedding. Memory is asked only for what is neither there nor
-        held, or cannot be asked after: a request of this replica may have brought it meanwhile."""
+        """As `get_or_claim`, for what another replica was embedding."""
         embeddings, held = await self._claimer.get(keys)
-        missing = [key for key in keys if key not in embeddings and key not in held]
-        if missing and self._memory is not None:
-            brought = zip(missing, self._memory.lookup(missing), strict=True)
-            embeddings = {**embeddings, **{key: embedding for key, embedding in brought if embedding is not None}}
-        self._expired.inc(sum(key not in embeddings for key in missing))
+        embeddings = {**embeddings, **self._brought(key for key in keys if key not in embeddings)}
+        self._expired.inc(sum(key not in embeddings and key not in held for key in keys))
         return Found(embeddings, held)
 
     def let_go(self, keys: Sequence[bytes]) -> None:
@@ -109,9 +105,19 @@ class Tiers:
             missing = [key for key in missing if key not in fetched]
             if not missing:
                 break
+        if brought := self._brought(missing):
+            fetched.update(brought)
+            missing = [key for key in missing if key not in brought]
         if fetched:
             found = [fetched.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
         return found, held and {key for key in missing if key in held}  # and not those of others who asked with us
+
+    def _brought(self, keys: Iterable[bytes]) -> dict[bytes, Embedding]:
+        """What has come into memory while slower tiers were asked: a call of this replica may have ended meanwhile, of
+        which they do not know yet."""
+        if self._memory is None:
+            return {}
+        return {key: embedding for key in keys if (embedding := self._memory.peek(key)) is not None}
 
     def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Keeps these: in memory at once, elsewhere soon. Must be called within the event loop."""

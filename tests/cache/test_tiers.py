@@ -67,6 +67,21 @@ async def test_when_memory_has_all_nothing_is_awaited_and_nobody_else_is_asked(c
     await tiers.close()
 
 
+async def test_what_comes_into_memory_while_a_slower_tier_is_asked_is_found(clock: Clock, metrics: Metrics) -> None:
+    class Gated(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            tiers.put(entries([1]))  # a call has ended, and the tier has not been told yet
+            return await super().get(keys)
+
+    slow = Gated()
+    slow.open_for_writes.clear()
+    tiers = Tiers([memory(clock, metrics), slow], metrics, clock)
+    assert await tiers.get(keys(2, 1)) == [None, embedding(1)]
+    assert count(metrics, "memory", "get", "miss") == 2, "each is counted once"
+    slow.open_for_writes.set()
+    await tiers.close()
+
+
 async def test_only_what_a_tier_lacks_goes_to_the_next(clock: Clock, metrics: Metrics) -> None:
     disk, redis = Slow("disk"), Slow("redis")
     tiers = Tiers([memory(clock, metrics), disk, redis], metrics, clock)

@@ -92,6 +92,12 @@ class EmbedRequest(Struct):
     """Whether an input that turns out too long is left for the stage that asked (`EmbedResult.too_long`), and
     not an error of the whole request."""
 
+    @property
+    def shares(self) -> bool:
+        """Whether replicas pay once for it: who reads no cache waits for nobody, and for who writes none nobody could
+        wait."""
+        return self.read_cache and self.write_cache
+
 
 class Embedding(Struct, gc=False):
     """A vector and what its input cost.

@@ -28,7 +28,7 @@ class CacheRead:
         derived = keys.derive(self._space, request.params, request.inputs, request.caller.namespace)
         found: list[Embedding | None] = [None] * len(derived)
         held: Collection[bytes] = ()
-        if request.read_cache and request.write_cache:
+        if request.shares:
             found, held = await self._cache.get_or_claim(derived, numbers=request.numbers)
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)

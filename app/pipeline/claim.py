@@ -14,10 +14,7 @@ _LOOK = 0.02
 
 class Claim:
     """Embeds what no other replica is embedding, and then what others have not brought: they have failed or died, or
-    take longer than a claim lasts. Waiting leaves half of the request's time for that.
-
-    Who reads no cache waits for nobody, and for who writes none nobody could wait.
-    """
+    take longer than a claim lasts. Waiting leaves half of the request's time for that."""
 
     def __init__(self, inner: Embedder, cache: Tiers) -> None:
         self._inner, self._cache = inner, cache
@@ -46,14 +43,13 @@ class Claim:
             theirs = [i for i in theirs if keys[i] in held and not late]
 
     async def _embed(self, request: EmbedRequest) -> EmbedResult:
-        claimed = request.read_cache and request.write_cache
         try:
             result = await self._inner(request)
         except Exception:
-            if claimed:
+            if request.shares:
                 self._cache.let_go(request.keys)
             raise
         # Who hangs up lets go of nothing: the call goes on, and what it brings is cached.
-        if claimed and result.too_long:
+        if request.shares and result.too_long:
             self._cache.let_go([request.keys[i] for i in result.too_long])
         return result

@@ -52,6 +52,15 @@ class Replica:
             self.cache.put([pair for pair in pairs if pair[1] is not NOTHING])
         return EmbedResult(embeddings, [Source.UPSTREAM] * len(texts), 1, ("up/m",), errors)
 
+    async def begins(self, *texts: str) -> asyncio.Task[EmbedResult]:
+        """A request whose call has begun, and is held until `go` is set."""
+        self.go.clear()
+        asked = len(self.asked)
+        task = asyncio.create_task(self.embed(request(*texts)))
+        while len(self.asked) == asked:
+            await asyncio.sleep(0.001)
+        return task
+
     async def waits(self) -> None:
         """Returns once a request of this one has been told that another replica is at it."""
         while not self.count("get", "held"):
@@ -91,10 +100,7 @@ async def replica(server: RedisServer) -> AsyncIterator[Callable[[], Replica]]:
 
 async def test_what_one_embeds_the_others_wait_for(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a", "b")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a", "b")
     second = asyncio.create_task(other.embed(request("b", "c", "b", "a", "d")))
     await other.waits()
     while not other.asked:
@@ -126,10 +132,7 @@ async def test_requests_of_one_replica_do_not_wait_for_each_other_here(replica: 
 async def test_what_one_fails_to_embed_the_next_one_tries_at_once(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
     one.errors["a"] = UpstreamError("no")
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     second = asyncio.create_task(other.embed(request("a")))
     await other.waits()
     one.go.set()
@@ -154,10 +157,7 @@ async def test_of_what_is_too_long_the_claim_is_let_go(replica: Callable[[], Rep
 
 async def test_places_of_what_is_too_long_are_the_whole_requests(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     other.errors["long"] = ContextLengthExceeded("too long")
     second = asyncio.create_task(other.embed(replace(request("a", "b", "long"), spares_long=True)))
     await other.waits()
@@ -170,10 +170,7 @@ async def test_places_of_what_is_too_long_are_the_whole_requests(replica: Callab
 
 async def test_a_claim_holds_for_who_hung_up(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     first.cancel()
     second = asyncio.create_task(other.embed(request("a")))
     await other.waits()
@@ -184,10 +181,7 @@ async def test_a_claim_holds_for_who_hung_up(replica: Callable[[], Replica]) -> 
 
 async def test_waiting_leaves_half_of_the_time(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     began = asyncio.get_running_loop().time()
     result = await other.embed(request("a", seconds=1.0))
     assert result.sources == [Source.UPSTREAM]
@@ -198,10 +192,7 @@ async def test_waiting_leaves_half_of_the_time(replica: Callable[[], Replica]) -
 
 async def test_what_has_come_while_the_rest_took_its_time_is_not_asked_again(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     other.go.clear()
     second = asyncio.create_task(other.embed(request("a", "b", seconds=0.2)))
     await other.waits()
@@ -218,10 +209,7 @@ async def test_what_a_request_of_this_replica_has_brought_is_not_asked_again_tho
 ) -> None:
     one, other = replica(), Replica(server.url, memory=True)
     await one.embed(request("warm"))
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while len(one.asked) < 2:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     second = asyncio.create_task(other.embed(request("a")))
     await other.waits()
     await other.embed(replace(request("a"), read_cache=False))
@@ -238,10 +226,7 @@ async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
 ) -> None:
     one, other = replica(), replica()
     monkeypatch.setattr("app.pipeline.claim.CLAIM", 0.2)  # one that its owner renews for ever could be no worse
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    first = await one.begins("a")
     async with asyncio.timeout(CLAIM - 1):
         assert (await other.embed(request("a"))).sources == [Source.UPSTREAM]
     one.go.set()
@@ -253,10 +238,7 @@ async def test_who_reads_or_writes_no_cache_neither_waits_nor_holds_up(
     replica: Callable[[], Replica], without: str
 ) -> None:
     one, other = replica(), replica()
-    one.go.clear()
-    plain = asyncio.create_task(one.embed(request("a")))
-    while not one.asked:
-        await asyncio.sleep(0.001)
+    plain = await one.begins("a")
     odd = await other.embed(replace(request("a", "b"), **{without: False}))
     assert odd.sources == [Source.UPSTREAM] * 2
     other.errors["c"] = UpstreamError("no")
@@ -282,10 +264,7 @@ async def test_who_claims_nothing_lets_go_of_nothing(replica: Callable[[], Repli
 async def test_a_part_of_a_part_knows_where_the_caller_has_its_inputs(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
     await one.embed(request("b"))
-    one.go.clear()
-    first = asyncio.create_task(one.embed(request("d")))
-    while len(one.asked) < 2:
-        await asyncio.sleep(0.001)
+    first = await one.begins("d")
     asked = replace(request("a", "b", "c", "d"), positions=[7, 7, 8, 9])
     second = asyncio.create_task(other.embed(asked))
     await other.waits()

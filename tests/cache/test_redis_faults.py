@@ -108,6 +108,16 @@ async def test_frozen_it_costs_three_time_limits_and_is_then_skipped(
     await store.close()
 
 
+async def test_a_large_look_up_has_more_time(server: RedisServer, clock: Clock, metrics: Metrics) -> None:
+    store = build(server.start(), clock, metrics, timeout=0.05)
+    server.pause()
+    for size, limit in ((256, 50), (1024, 200)):
+        assert await store.get([key(number) for number in range(size)]) == [None] * size
+        assert store.status == f"down: TimeoutError: no answer within {limit} ms"
+    server.resume()
+    await store.close()
+
+
 async def test_frozen_many_at_once_all_come_back_within_the_limit(
     server: RedisServer, clock: Clock, metrics: Metrics
 ) -> None:
@@ -213,10 +223,22 @@ async def test_a_replica_that_takes_no_writes_is_asked_again_on_a_new_connection
     await store.close()
 
 
+async def test_a_node_of_a_cluster_is_said_to_be_one(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer("--cluster-enabled", "yes") as node, caplog.at_level(logging.WARNING):
+        store = build(node, clock, metrics)
+        await store._connections.exchange([(b"CLUSTER", b"ADDSLOTSRANGE", b"0", b"16383")])
+        assert await store.get([key(1), key(2)]) == [None, None]
+        assert store.status.startswith("down: the server is a node of a Redis Cluster")
+        assert len(caplog.records) == 1
+        await store.close()
+
+
 @pytest.mark.parametrize(
     ("reply", "error"),
     [
-        (b"-MOVED 1 10.0.0.1:6379\r\n", "MovedError"),
+        (b"-MOVED 1 10.0.0.1:6379\r\n", "the server is a node of a Redis Cluster"),
         (b"-LOADING Redis is loading the dataset in memory\r\n", "BusyLoadingError"),
         (b"-MASTERDOWN Link with MASTER is down\r\n", "MasterDownError"),
         (b"-ERR max number of clients reached\r\n", "ConnectionError"),

@@ -169,9 +169,12 @@ class Registry:
         facts = replace(known, **overrides)
         if not upstream.adapter.media:
             facts = replace(facts, images=0, videos=0)
+        space = wanted.space
         if settings.prefixes is not None:
-            facts = _told_by(facts, settings.prefixes)
-        deployment = self._deployment(upstream, facts, wanted.space)
+            mark = _mark(settings.prefixes)
+            facts = _told_by(facts, settings.prefixes, mark)
+            space = f"{space}+{mark}" if space else None
+        deployment = self._deployment(upstream, facts, space)
         return replace(deployment, weight=wanted.weight, priority=wanted.priority)
 
     def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
@@ -236,10 +239,14 @@ def _unfit(prepare: Prepare) -> str | None:
     return None
 
 
-def _told_by(model: Model, prefixes: PrefixSettings) -> Model:
-    """The model with the operator's prefixes. They alter vectors, so that vectors made with others are in another
-    space: what is cached from before they were changed is not found any more."""
+def _mark(prefixes: PrefixSettings) -> str:
+    """Of these prefixes. They alter vectors, so that vectors made with others are in another space, whatever that is
+    called: what is cached from before they were changed is not found any more."""
+    return hashlib.sha256("\0".join(getattr(prefixes, role) for role in ROLES).encode()).hexdigest()[:8]
+
+
+def _told_by(model: Model, prefixes: PrefixSettings, mark: str) -> Model:
+    """The model with the operator's prefixes."""
     texts = tuple(getattr(prefixes, role) for role in ROLES)
-    mark = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:8]
     revision = f"{model.revision}+{mark}" if model.revision else f"prefixes-{mark}"
     return replace(model, roles=ROLES, default_role=None, prefixes=texts, instruct=False, revision=revision)

@@ -144,6 +144,21 @@ def test_an_operators_own_prefixes_tell_roles_and_others_are_another_space() -> 
     assert spaces[0] == spaces[1] != spaces[2] == spaces[3]
 
 
+def test_a_named_space_is_another_one_for_other_prefixes() -> None:
+    prefixes = {"one": {"query": "ask: "}, "other": {"query": "q: "}}
+    deployments = [{"upstream": "up", "model": "house", "space": "ours"}]
+    models = {name: {"deployments": deployments, "prefixes": each} for name, each in prefixes.items()}
+    with FakeOpenAI(api_key="sk-fake", models={"house": 64}) as fake:
+        upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"up": upstream}, "models": models}) as gateway:
+            bodies = {name: {"model": name, "input": "a text", "input_type": "query"} for name in models}
+            responses = {name: gateway.post(body) for name, body in bodies.items()}
+            for name, response in responses.items():
+                expected = fake.expected("house", prefixes[name]["query"] + "a text")
+                assert np.array_equal(vector_of(response), expected)
+            assert len({response.headers["x-embedding-space"] for response in responses.values()}) == 2
+
+
 def test_a_prefix_counts_for_the_limit() -> None:
     model = "intfloat/e5-large-v2"
     with serving() as (fake, gateway):

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 
 import httpx
-from pydantic import BaseModel, SecretStr
+from pydantic import SecretStr
 
 from app.catalog import Model
 from app.config import UpstreamSettings
@@ -15,7 +15,7 @@ from app.errors import GatewayError, UpstreamTimeout, UpstreamUnavailable, Upstr
 from app.types import Target, TokenStore, WireReply, WireRequest
 from app.upstreams.client import Client
 from app.upstreams.kind import Clock, UpstreamKind
-from app.upstreams.network import Network
+from app.upstreams.network import Network, basic
 from app.upstreams.redact import Redactor
 
 log = logging.getLogger(__name__)
@@ -113,10 +113,14 @@ def _network(settings: UpstreamSettings) -> Network:
     return Network(connect_timeout=settings.connect_timeout, proxy=proxy)
 
 
-def _secrets(settings: BaseModel) -> Iterator[str]:
-    """Every secret in an upstream's settings, wherever its type put it."""
+def _secrets(settings: UpstreamSettings) -> Iterator[str]:
+    """Every secret in an upstream's settings, wherever its type put it, and as it is sent."""
     for name in type(settings).model_fields:
         yield from _secrets_in(getattr(settings, name))
+    if settings.proxy is not None:
+        url = settings.proxy.get_secret_value()
+        yield basic(url)
+        yield httpx.URL(url).password
 
 
 def _secrets_in(value: object) -> Iterator[str]:

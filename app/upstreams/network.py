@@ -202,12 +202,16 @@ class Network:
 
 class _Proxy:
     def __init__(self, url: str) -> None:
-        parsed = httpx.URL(url)
-        self.origin = _origin(parsed)
+        self.origin = _origin(httpx.URL(url))
         self.headers: dict[str, str] = {}
-        if parsed.userinfo:
-            given = b64encode(f"{parsed.username}:{parsed.password}".encode()).decode()
+        if given := basic(url):
             self.headers["proxy-authorization"] = f"Basic {given}"
+
+
+def basic(url: str) -> str:
+    """User and password of a URL as they are sent (RFC 7617), or nothing where it has none."""
+    parsed = httpx.URL(url)
+    return b64encode(f"{parsed.username}:{parsed.password}".encode()).decode() if parsed.userinfo else ""
 
 
 def _origin(url: httpx.URL) -> _Origin:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 
 _SHAPES = re.compile(
-    r"(?i)\b(bearer\s+)[^\s\"',;]+"
+    r"(?i)\b(bearer\s+|authorization[\"']?\s*[=:]\s*[\"']?basic\s+)[^\s\"',;]+"
     r"|((?:access_token|refresh_token|client_id|client_secret|api[-_]?key|secret[-_]?key|token|password)"
     r"[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
     r"|\bsk-[\w*-]{6,}"

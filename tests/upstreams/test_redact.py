@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import SecretStr
 
+from app.upstreams import UPSTREAMS
+from app.upstreams.connect import Upstream
+from app.upstreams.ollama import OllamaSettings
 from app.upstreams.redact import LONGEST, Redactor
+from tests.clock import HandClock
 
 
 @pytest.mark.parametrize(
@@ -16,6 +21,8 @@ from app.upstreams.redact import LONGEST, Redactor
         ("Incorrect API key provided: sk-pr****-9xYZ.", "Incorrect API key provided: ***."),
         ("token 24.0123456789abcdef0123456789abcdef.2592000.1700000000.282335-1 expired", "token *** expired"),
         ("see https://host.example/v1?key=abc for help", "see https://*** for help"),
+        ("proxy-authorization: Basic dXNlcjpwYXNz<br>", "proxy-authorization: Basic ***"),
+        ("the basic plan is used up", "the basic plan is used up"),
         ("max 8192 tokens, at most 10 texts", "max 8192 tokens, at most 10 texts"),
     ],
 )
@@ -34,3 +41,10 @@ def test_half_a_secret_is_not_left_where_a_message_is_cut() -> None:
         shown = Redactor([secret])("x" * before + secret + "y" * LONGEST)
         assert len(shown) == LONGEST
         assert "c" not in shown
+
+
+def test_a_proxys_password_is_not_shown_in_any_form() -> None:
+    settings = OllamaSettings(proxy=SecretStr("http://corp:pass%40word@proxy.example"))
+    redact = Upstream("up", settings, UPSTREAMS["ollama"], HandClock()).redact
+    for form in ("http://corp:pass%40word@proxy.example", "pass@word", "Y29ycDpwYXNzQHdvcmQ="):
+        assert redact(f"you sent {form}!") == "you sent ***!"

@@ -11,8 +11,9 @@ more are dropped before they are sent.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
@@ -70,9 +71,9 @@ class Batcher:
         self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        reason = self._route.closed(request.params)
-        if reason is not None:
-            raise UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
+        closed = self._closed(request.params)
+        if closed is not None:
+            raise closed
         waiter = Waiter(asyncio.get_running_loop().create_future())
         jobs, sources = self._enlist(request, waiter)
         try:
@@ -81,6 +82,13 @@ class Batcher:
             if waiter.missing:
                 self._leave(waiter, jobs)
         return collect(jobs, sources, request)
+
+    def _closed(self, params: Params) -> UpstreamUnavailable | None:
+        """What to say where nothing will be embedded until further notice."""
+        reason = self._route.closed(params)
+        if reason is None:
+            return None
+        return UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
 
     async def aclose(self) -> None:
         """Waits for the calls under way: they are paid for, and their results go to the cache."""
@@ -175,7 +183,7 @@ class Batcher:
         """While there is an input that can have a slot: the fullest legal batch goes, queries first."""
         self._scheduled = False
         # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
-        rests = {group: self._route.resting(group[1]) for group in self._queues}
+        rests = {group: self._route.rests(group[1]) for group in self._queues}
         calls: list[_Call] = []
         while self._queues and (call := self._call("query") or self._call("bulk")):
             calls.append(call)
@@ -185,25 +193,33 @@ class Batcher:
             # Once more: how long the rest must wait was asked before these calls were charged.
             self._schedule()
         elif self._queues:
+            self._tell_if_closed()
             self._route.when_free(self._schedule, self._served)
-            self._wait_out({group: rest for group, rest in rests.items() if rest and group in self._queues})
+            self._wait_out({group: rest for group, rest in rests.items() if group in self._queues})
         return calls
 
-    def _wait_out(self, rests: Mapping[_Group, float]) -> None:
-        """Where every deployment rests, after a rate limit or for its pace: until the first is back, for those who
-        can wait so long; the others are told now."""
+    def _tell_if_closed(self) -> None:
+        """Who has queued for deployments that were taken out since is told at once, as those who come now are."""
+        for (_, params, _), queue in self._queues.items():
+            if closed := self._closed(params):
+                jobs = queue.take_due(before=math.inf)
+                self._land(jobs, BatchResult([closed] * len(jobs), calls=0))
+
+    def _wait_out(self, rests: Mapping[_Group, Sequence[float]]) -> None:
+        """For a deployment that rests, after a rate limit or for its pace: until the first is back, though another one
+        may be free before. Where all rest, those who cannot wait so long are told now."""
         now = asyncio.get_running_loop().time()
-        for group, rest in rests.items():
-            queue = self._queues[group]
-            due = queue.take_due(before=now + rest)
+        for group, each in rests.items():
+            queue, rest = self._queues[group], min(each, default=0.0)
+            due = queue.take_due(before=now + rest) if rest else []
             if due:
                 # Those who stay go first, and each byte is a quarter of a token or a little more.
                 inputs, size = queue.size()
                 wait = max(rest, self._route.drain(group[1], inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
                 self._land(due, BatchResult([told] * len(due), calls=0))
-        if rests:
-            self._wake_in(min(rests.values()))
+        if ends := [rest for each in rests.values() for rest in each if rest]:
+            self._wake_in(min(ends))
 
     def _wake_in(self, seconds: float) -> None:
         at = self._clock.monotonic() + seconds

@@ -90,6 +90,10 @@ class Slots:
         """Calls back once, when a slot may have come free; before those who wait `since` later."""
         self._waiting[callback] = since
 
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Does not call back any more."""
+        self._waiting.pop(callback, None)
+
     def wait(self) -> float:
         """Seconds until the pace allows a call, whether a slot is free or not."""
         return self._pace.wait() if self._pace else 0.0

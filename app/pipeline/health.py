@@ -120,6 +120,11 @@ class Health:
             self._suspect_until = self._clock.monotonic() + SUSPECT
             self._longest *= DOUBTED
 
+    def forget(self, era: int) -> None:
+        """A call that began in this era says nothing of the deployment; if it was to tell, the next one is."""
+        if era == self._era:
+            self._probing = False
+
     def end(self, error: GatewayError | None, era: int) -> None:
         """What a call that began in this era came to. A refused input speaks for a deployment, not against it."""
         if era != self._era:

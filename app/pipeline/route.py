@@ -122,22 +122,17 @@ class Route:
         reasons = [each.health.out for each in self.deployments if each.can(params)]
         return reasons[0] if reasons and all(reasons) else None
 
-    def cooling(self, params: Params) -> float:
-        """Seconds until the first deployment may have a call, if all rest after a rate limit; else 0."""
-        return min((each.health.cooling() for each in self._able(params)), default=0.0)
-
-    def resting(self, params: Params) -> float:
-        """Seconds until the first deployment may have a call, if all rest after a rate limit or for their pace;
-        else 0. Those that are ejected while others are not come back by themselves."""
+    def rests(self, params: Params) -> list[float]:
+        """Seconds until each deployment may have a call after a rate limit or for its pace, 0 where neither is in the
+        way; empty if none rests. Those that are ejected while others are not come back by themselves."""
         if not any(each.slots.paced or each.health.cooling() for each in self.deployments):
-            return 0.0
+            return []
         usable = self._usable(params)
-        rests = [
+        return [
             max(cooling, each.slots.wait())
             for each in self._able(params)
             if (cooling := each.health.cooling()) or each in usable
         ]
-        return min(rests, default=0.0)
 
     def drain(self, params: Params, inputs: int, tokens: float) -> float:
         """Seconds until the first deployment would have embedded so much, as far as its pace decides."""
@@ -153,6 +148,11 @@ class Route:
         """Calls back when any deployment may have a slot free (perhaps more than once)."""
         for deployment in self.deployments:
             deployment.slots.when_free(callback, since)
+
+    def forget(self, callback: Callable[[], None]) -> None:
+        """Does not call back any more."""
+        for deployment in self.deployments:
+            deployment.slots.forget(callback)
 
     async def run(self, batch: Batch, slot: Slot, lane: Lane) -> BatchResult:
         """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`:
@@ -185,17 +185,19 @@ class Route:
     async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
-        judged, late = True, False
+        judged: bool | None = None
+        """None where nothing that was answered ended the call, but a bug of ours or the end of everything."""
+        late = False
         began = now()
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
             health.took(now() - began)
             slot.settle(result)
-            error = _verdict(result)
+            error, judged = _verdict(result), True
             return result
         except GatewayError as failure:
-            error = failure
+            error, judged = failure, True
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
@@ -203,11 +205,13 @@ class Route:
         finally:
             if judged:
                 health.end(error, slot.era)
+            elif judged is None:
+                health.forget(slot.era)
             else:
                 health.drop(slot.era)
             if isinstance(error, RateLimited):
                 deployment.slots.shrink()
-            elif error is None:
+            elif judged and error is None:
                 deployment.slots.grow()
             deployment.slots.give_back()
         return BatchResult([error] * len(batch.inputs), late=late)
@@ -249,17 +253,28 @@ class Route:
                             return None
                     # First, and until it is over (timers may be early): a rest that ends after a slot was
                     # looked for would be waited for without end.
-                    if rest := min((each.health.cooling() for each in able), default=0.0):
+                    rests = [each.health.cooling() for each in able]
+                    if rest := min(rests, default=0.0):
                         await self._clock.sleep(rest)
                         continue
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None:
                         return slot
-                    freed = asyncio.Event()
-                    self.when_free(freed.set, since)
-                    await freed.wait()
+                    await self._freed(since, min(filter(None, rests), default=None))
         except TimeoutError:
             return None
+
+    async def _freed(self, since: float, rest: float | None) -> None:
+        """Until a slot may have come free, or the first deployment that rests, for so many seconds, is back."""
+        freed = asyncio.Event()
+        back = asyncio.get_running_loop().call_later(rest, freed.set) if rest else None
+        self.when_free(freed.set, since)
+        try:
+            await freed.wait()
+        finally:
+            self.forget(freed.set)
+            if back is not None:
+                back.cancel()
 
 
 def _whole(result: BatchResult) -> bool:

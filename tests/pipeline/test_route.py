@@ -24,6 +24,7 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
+from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import build
 from app.pipeline.adapt import Adapt
@@ -31,6 +32,7 @@ from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
+from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
 from app.pipeline.queue import LANES
 from app.pipeline.route import Route
@@ -87,6 +89,15 @@ def failing(error: GatewayError) -> BatchEmbedder:
         raise error
 
     return fails
+
+
+def held(begun: asyncio.Event, end: asyncio.Event) -> BatchEmbedder:
+    async def answers_at_the_end(batch: Batch) -> BatchResult:
+        begun.set()
+        await end.wait()
+        return await answers(batch)
+
+    return answers_at_the_end
 
 
 def after(seconds: float) -> BatchEmbedder:
@@ -177,6 +188,21 @@ async def test_what_only_a_deployment_that_is_out_could_do_is_refused_at_once() 
     with pytest.raises(UpstreamUnavailable, match="another model"):
         await embed(request("x", params=Params(input_type="query")))
     assert (await embed(request("x"))).embeddings
+
+
+async def test_and_so_is_what_waits_when_the_last_one_is_taken_out() -> None:
+    begun, end = asyncio.Event(), asyncio.Event()
+    only = deployment("only", held(begun, end), slots=Slots(1))
+    embed = batcher(only)
+    under_way = asyncio.create_task(embed(request("x")))
+    await begun.wait()
+    waiting = asyncio.create_task(embed(request("y")))
+    await settle()
+    only.health.take_out("another model")
+    end.set()
+    assert (await under_way).embeddings
+    with pytest.raises(UpstreamUnavailable, match="another model"):
+        await asyncio.wait_for(waiting, 5)
 
 
 async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
@@ -430,6 +456,72 @@ async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
 
 
 # --- queues -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("why", ["rate limit", "pace"])
+async def test_one_that_has_rested_is_asked_while_another_is_busy(why: str) -> None:
+    begun, end = asyncio.Event(), asyncio.Event()
+    busy = deployment("busy", held(begun, end), slots=Slots(1))
+    pace = Pace("rests", Rates(requests=1200), SystemClock()) if why == "pace" else None
+    rests = deployment("rests", answers, slots=Slots(1, pace))
+    busy.priority, rests.priority = 0, 1
+    if why == "rate limit":
+        rests.health.end(RateLimited("slowly", retry_after=0.05), 0)
+    embed = batcher(busy, rests)
+    under_way = asyncio.create_task(embed(request("first")))
+    await begun.wait()
+    for number in range(6):  # more than the pace lets through at once
+        assert (await asyncio.wait_for(embed(request(f"{number}")), 5)).deployments == ("rests/m",)
+    end.set()
+    await under_way
+
+
+async def test_a_retry_does_not_wait_for_the_busy_one_either() -> None:
+    begun, end = asyncio.Event(), asyncio.Event()
+    busy, rests = deployment("busy", held(begun, end), slots=Slots(1)), deployment("rests", answers)
+    both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, rests)
+    slot = both.take("query", Params())
+    assert slot is not None
+    assert slot.deployment.name == "bad/m"
+    under_way = asyncio.create_task(both.run(batch("x"), both.take("query", Params()) or slot, "query"))
+    await begun.wait()
+    rests.health.end(RateLimited("slowly", retry_after=0.05), 0)
+    result = await asyncio.wait_for(both.run(batch("y"), slot, "query"), 5)
+    assert result.deployments == ("rests/m",)
+    end.set()
+    await under_way
+
+
+async def test_a_retry_that_waited_leaves_nothing_behind() -> None:
+    begun, end = asyncio.Event(), asyncio.Event()
+    busy, out = deployment("busy", held(begun, end), slots=Slots(1)), deployment("out", answers)
+    out.health.take_out("another model")
+    both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, out)
+    first, second = both.take("query", Params()), both.take("query", Params())
+    assert first is not None
+    assert second is not None
+    under_way = asyncio.create_task(both.run(batch("x"), second, "query"))
+    await begun.wait()
+    retried = asyncio.create_task(both.run(batch("y"), first, "query"))
+    while not out.slots._waiting:  # told by nobody
+        await asyncio.sleep(0.01)
+    end.set()
+    assert (await retried).deployments == ("busy/m",)
+    assert not out.slots._waiting
+    await under_way
+
+
+async def test_a_bug_of_ours_says_nothing_of_a_deployment() -> None:
+    async def fails(batch: Batch) -> BatchResult:
+        raise AttributeError(batch)
+
+    only = deployment("only", fails)
+    for _ in range(FAILURES):
+        only.health.end(UpstreamError("down"), 0)
+    with pytest.raises(AttributeError):
+        await run(route(only), batch("x"))
+    assert (only.health.used, only.health.trouble) == (False, "upstream_error: down")
+    assert not only.health.available()
 
 
 async def test_two_models_of_one_upstream_take_turns() -> None:

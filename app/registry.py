@@ -217,7 +217,7 @@ class Registry:
         batcher = self._batchers.get(key)
         if batcher is None:
             route = Route(deployments, self._metrics, self._clock)
-            batcher = self._batchers[key] = Batcher(route, self._metrics, self._clock)
+            batcher = self._batchers[key] = Batcher(route, self._metrics, self._clock, self._cache.let_go)
             # Without another deployment, or a memory that outlives us, there is nothing to compare with.
             if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
                 memory = self._cache if self._remembers else None

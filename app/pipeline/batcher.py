@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
@@ -48,10 +48,14 @@ _Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
 
 
 class Batcher:
-    """Embeds requests over a model's route. What may queue is bounded by who is let in (`app.pipeline.admit`)."""
+    """Embeds requests over a model's route. What may queue is bounded by who is let in (`app.pipeline.admit`).
 
-    def __init__(self, route: Route, metrics: Metrics, clock: Clock) -> None:
-        self._route, self._clock = route, clock
+    `on_drop` is told the keys of inputs that nobody waited for any more and that will not be embedded."""
+
+    def __init__(
+        self, route: Route, metrics: Metrics, clock: Clock, on_drop: Callable[[Sequence[bytes]], None] = lambda _: None
+    ) -> None:
+        self._route, self._clock, self._on_drop = route, clock, on_drop
         self._jobs: dict[bytes, Job] = {}
         self._queues: dict[_Group, Queue] = {}
         self._scheduled = False
@@ -98,16 +102,16 @@ class Batcher:
             await asyncio.wait(self._tasks)
 
     def _enlist(self, request: EmbedRequest, waiter: Waiter) -> tuple[list[Job], list[Source]]:
-        """A job per input: the one already on its way where there is one, a new one in the queue otherwise. The waiter
-        waits for all of them."""
+        """A job per input: the one already on its way where there is one, a new one in the queue otherwise; what may
+        be cached does not join what may not. The waiter waits for all of them."""
         jobs: list[Job] = []
         new: list[Job] = []
         sources: list[Source] = []
-        known, deadline, alone = self._jobs, request.deadline, (waiter,)
+        known, deadline, alone, store = self._jobs, request.deadline, (waiter,), request.write_cache
         for key, text in zip(request.keys, request.inputs, strict=True):
             job = known.get(key)
-            if job is None:
-                job = known[key] = Job(key, text, deadline, alone)
+            if job is None or (store and not job.store):
+                job = known[key] = Job(key, text, deadline, alone, store)
                 new.append(job)
                 sources.append(Source.UPSTREAM)
             else:
@@ -260,9 +264,11 @@ class Batcher:
         return None
 
     def _forget(self, dropped: Iterable[Job]) -> None:
-        for job in dropped:
-            if self._jobs.get(job.key) is job:
-                del self._jobs[job.key]
+        gone = [job.key for job in dropped if self._jobs.get(job.key) is job]
+        for key in gone:
+            del self._jobs[key]
+        if gone:
+            self._on_drop(gone)
 
     async def _fly(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         result: BatchResult | None = None

@@ -49,7 +49,8 @@ class Claim:
             if request.shares:
                 self._cache.let_go(request.keys)
             raise
-        # Who hangs up lets go of nothing: the call goes on, and what it brings is cached.
+        # Who hangs up lets go of nothing here: a call that is under way goes on, and what it brings is cached. What was
+        # still queued the batcher drops.
         if request.shares and result.too_long:
             self._cache.let_go([request.keys[i] for i in result.too_long])
         return result

@@ -55,6 +55,8 @@ class Job(Struct, eq=False):
     deadline: float
     waiters: tuple[Waiter, ...]
     """A tuple, because nearly all inputs of a request have the same one."""
+    store: bool
+    """Whether what comes may be cached."""
     flight: Flight | None = None
     outcome: Embedding | GatewayError | None = None
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import pytest
+from msgspec.structs import replace
 
 from app.catalog import ROLES, Model
 from app.clock import SystemClock
@@ -352,3 +353,38 @@ async def test_the_queue_gauge_is_true_and_ends_at_zero() -> None:
     calls.held.set()
     await asyncio.gather(first, bulk, query)
     assert (queued("query"), queued("bulk")) == (0, 0)
+
+
+async def test_what_may_be_cached_does_not_join_what_may_not() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls)
+    private = asyncio.create_task(embed(replace(request("x"), write_cache=False)))
+    await settle()
+    storing = [asyncio.create_task(embed(request("x"))) for _ in range(2)]
+    await settle()
+    joins = asyncio.create_task(embed(replace(request("x"), write_cache=False)))
+    await settle()
+    assert calls.held is not None
+    calls.held.set()
+    results = await asyncio.gather(private, *storing, joins)
+    assert calls.batches == [["x"], ["x"]]
+    assert [result.sources[0] for result in results] == ["upstream", "upstream", "inflight", "inflight"]
+
+
+async def test_what_is_dropped_is_told() -> None:
+    calls = Calls(held=asyncio.Event())
+    dropped: list[bytes] = []
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), healthy(), calls)
+    embed = Batcher(Route([deployment], Metrics(), SystemClock()), Metrics(), SystemClock(), dropped.extend)
+    under_way = asyncio.create_task(embed(request("x")))
+    await settle()
+    queued = asyncio.create_task(embed(request("x", "y", "z")))
+    await settle()
+    under_way.cancel()
+    queued.cancel()
+    await asyncio.gather(under_way, queued, return_exceptions=True)
+    assert calls.held is not None
+    calls.held.set()
+    await embed.aclose()
+    assert sorted(dropped) == [b"y", b"z"], "and not what was sent"
+    assert calls.batches == [["x"]]

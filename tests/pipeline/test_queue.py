@@ -36,7 +36,7 @@ class Case:
             self.queue.extend(lane, [self._job(next(number), given, waited) for given, waited in jobs])
 
     def _job(self, number: int, given: Input, waited: int) -> Job:
-        return Job(b"%d" % number, given, 0.0, (self._waiter,) if waited else ())
+        return Job(b"%d" % number, given, 0.0, (self._waiter,) if waited else (), True)
 
     def state(self) -> dict[Lane, tuple[list[bytes], float]]:
         """What is left in each lane, and how many the metrics have it."""
@@ -106,6 +106,6 @@ def requests(*lanes: Sequence[int]) -> Queue:
     for lane, sizes in zip(LANES, lanes, strict=True):
         for size in sizes:
             alone = (Waiter(loop.create_future()),)
-            queue.extend(lane, [Job(b"", "a", 0.0, alone) for _ in range(size)])
+            queue.extend(lane, [Job(b"", "a", 0.0, alone, True) for _ in range(size)])
     loop.close()
     return queue

@@ -136,7 +136,7 @@ class SharedLimits:
         await self._connections.close()
 
     async def ask(self, name: bytes, limit: Limit, ask: Ask) -> Verdict | None:
-        """None where there is no answer: then nobody has counted anything."""
+        """None where there is no answer: it may have been counted all the same, if only the answer was late."""
         arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._me, b"%d" % SEEN]
         for i, bucket in enumerate((limit.requests, limit.tokens)):
             arguments += _bucket(bucket, ask.owed[i], ask.need[i], ask.take[i])

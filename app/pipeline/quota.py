@@ -8,6 +8,7 @@ part.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
 
 from app import limits
@@ -54,6 +55,7 @@ class Quota:
             self._limit.divide(processes, now)
         self._owed = [0.0, 0.0]
         """Requests and tokens counted here that Redis has yet to hear of."""
+        self._asking: set[asyncio.Task[float]] = set()
         self._known_until = 0.0
         """Until when what Redis has said last may be relied on, but for the slack."""
 
@@ -79,8 +81,13 @@ class Quota:
             raise self._over(wait, now, tokens)
         if self._shared is None or self._covers(self._shared.replicas, tokens, now):
             self.owe(1, tokens)
-        elif wait := await self._ask(self._shared, tokens):
-            raise self._over(wait, self._clock.monotonic(), tokens)
+        else:
+            # Seen to its end though the caller hangs up: what Redis has counted is not told it again.
+            asking = asyncio.get_running_loop().create_task(self._ask(self._shared, tokens))
+            self._asking.add(asking)
+            asking.add_done_callback(self._asking.discard)
+            if wait := await asyncio.shield(asking):
+                raise self._over(wait, self._clock.monotonic(), tokens)
 
     def owe(self, requests: int, tokens: int) -> None:
         """Counts what was not known, or not right, when it was taken. Negative gives back."""
@@ -115,12 +122,7 @@ class Quota:
     async def _ask(self, shared: SharedLimits, tokens: int) -> float:
         requests_owed, tokens_owed = owed = (self._owed[0], self._owed[1])
         self._owed = [0.0, 0.0]
-        try:
-            verdict = await shared.ask(self._key, self._limit, Ask(owed, (1, tokens), (1, tokens)))
-        except BaseException:  # a caller who hangs up takes nobody's debts along
-            self._owed[0] += requests_owed
-            self._owed[1] += tokens_owed
-            raise
+        verdict = await shared.ask(self._key, self._limit, Ask(owed, (1, tokens), (1, tokens)))
         now = self._clock.monotonic()
         if verdict is not None:
             if self._limit.requests:
@@ -129,13 +131,14 @@ class Quota:
                 self._limit.tokens.set(now, verdict.tokens - self._owed[1])
             self._known_until = now + TICK
             return verdict.wait
-        # Fail open, by the part that is ours; Redis hears of it when it is back, but never of more than that part.
+        # Fail open, by the part that is ours; Redis hears of it when it is back, but never of more than that part. It
+        # may have counted all the same, and only its answer was late: so what was to be given back is not.
         self._limit.divide(shared.replicas, now)
         wait = self._limit.wait(now, 1, tokens)
         taken = (0, 0) if wait else (1, tokens)
         self._limit.take(now, *taken)
-        self._owed[0] = _at_most(self._owed[0] + requests_owed + taken[0], self._limit.requests)
-        self._owed[1] = _at_most(self._owed[1] + tokens_owed + taken[1], self._limit.tokens)
+        self._owed[0] = _at_most(self._owed[0] + max(0.0, requests_owed) + taken[0], self._limit.requests)
+        self._owed[1] = _at_most(self._owed[1] + max(0.0, tokens_owed) + taken[1], self._limit.tokens)
         return wait
 
     def _over(self, wait: float, now: float, tokens: int) -> RateLimited:

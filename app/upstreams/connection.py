@@ -57,12 +57,12 @@ class Connection(asyncio.BufferedProtocol):
         self._reset()
         self._max_reply, self._tunnel = max_reply, tunnel
         self._parser = httptools.HttpResponseParser(self)
-        self._done = asyncio.get_running_loop().create_future()
+        self._done = done = asyncio.get_running_loop().create_future()
         if self.closed:
             self._fail(Stale("the connection to the upstream broke"))
         else:
             self.transport.write(request)
-        return self._done
+        return done
 
     def close(self) -> None:
         """At once: what is still to be sent or received is of no use to anyone."""

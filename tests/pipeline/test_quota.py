@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from app.cache.shared_limits import SharedLimits
+from app.cache.shared_limits import SharedLimits, Verdict
 from app.errors import GatewayError, InvalidRequest, RateLimited
 from app.limits import Rates
 from app.metrics import Metrics
@@ -227,24 +227,46 @@ async def test_without_redis_each_process_lets_in_its_part_of_what_is_left_and_s
     await other.shared.close()
 
 
-async def test_who_hangs_up_while_redis_is_asked_takes_no_debts_along(clock: HandClock) -> None:
-    asked: list[Any] = []
+class Slow:
+    """In place of `SharedLimits`: answers when it is let, and what it is told to."""
 
-    class Hanging:
-        replicas = 1
+    replicas = 1
 
-        async def ask(self, key: str, limit: object, ask: Any) -> None:
-            asked.append(ask.owed)
-            await asyncio.sleep(3600 if len(asked) == 1 else 0)
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+        self.go = asyncio.Event()
+        self.answer: Verdict | None = None
 
-    shared = cast("SharedLimits", Hanging())
-    limited = Quota("team", Rates(None, 1000), clock, Metrics(), shared)
+    async def ask(self, key: str, limit: object, ask: Any) -> Verdict | None:
+        self.asked.append(ask.owed)
+        await self.go.wait()
+        return self.answer
+
+
+async def test_of_who_hangs_up_while_redis_is_asked_it_hears_once(clock: HandClock) -> None:
+    slow = Slow()
+    slow.answer = Verdict(0, 0, 99)
+    limited = Quota("team", Rates(None, 1000), clock, Metrics(), cast("SharedLimits", slow))
     limited.owe(0, 900)
     gone = asyncio.create_task(limited.take(1))
     await settle()
     gone.cancel()
     await settle()
-    with pytest.raises(RateLimited):
-        await limited.take(500)
+    slow.go.set()
+    await settle()
+    assert limited.standings()[0].remaining == 99, "the answer is taken in all the same"
+    await clock.advance(1)
     await limited.take(1)
-    assert asked == [(0, 900), (0, 900)]
+    assert slow.asked == [(0, 900), (0, 0)]
+
+
+async def test_what_redis_may_have_heard_is_not_given_back_again(clock: HandClock) -> None:
+    slow = Slow()
+    slow.go.set()
+    limited = Quota("team", Rates(None, 1000), clock, Metrics(), cast("SharedLimits", slow))
+    for owed, heard in ((-500, -500), (100, 101)):  # the last question is counted here, for nobody has answered it
+        limited.owe(0, owed)
+        await limited.take(1)
+        assert slow.asked.pop() == (0, heard)
+    await limited.take(1)
+    assert slow.asked.pop() == (0, 102), "and a debt is told again: rather too strict than too lax"

@@ -217,7 +217,7 @@ class Metrics:
 
         self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
         self.request_duration = histogram(
-            "request_duration_seconds", "From first byte in to last byte out.", _LATENCY, "model"
+            "request_duration_seconds", "From first byte in to answer.", _LATENCY, "model"
         )
         self.inputs = counter("inputs_total", "Inputs answered, by where the vector came from.", "model", "source")
         self.tokens = counter(

@@ -119,7 +119,7 @@ class Protocol(HttpToolsProtocol):
         if self._between_requests:
             data = self._head + data
             end = data.find(_END)
-            if end < 0:
+            if end < 0 or end > LONGEST_HEAD:
                 self._keep(data)
                 return
             self._head = b""
@@ -141,7 +141,8 @@ class Protocol(HttpToolsProtocol):
         self._look_again_in(self.timeout_keep_alive)
 
     def _keep(self, head: bytes) -> None:
-        """Waits for the rest of a head: the parser gets it whole, or an offer could hide in its seams."""
+        """Waits for the rest of a head, unless it is too long: the parser gets it whole, or an offer could hide in its
+        seams."""
         if len(head) > LONGEST_HEAD:
             self.send_400_response("The request's headers are too large.")
         elif not head.strip(b"\r\n"):
@@ -292,6 +293,12 @@ class Protocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._outbox.flush()
+        running = self._running
+        if running is not None and not (running.response_complete or running.more_body or running.disconnected):
+            # What is wrong came behind a request that is being answered, whose caller would take this for the answer.
+            running.keep_alive = False
+            self.pipeline.clear()
+            return
         self._refused()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = orjson.dumps({"error": error})

@@ -38,9 +38,12 @@ class Orders:
         loop = asyncio.get_running_loop()
 
         def told() -> None:
-            said = b""
-            with contextlib.suppress(OSError):
+            try:
                 said = self._socket.recv(64)
+            except BlockingIOError:
+                return
+            except OSError:
+                said = b""
             if RELOAD in said:
                 reload()
             if not said:

@@ -190,6 +190,25 @@ def test_trailers_and_heads_behind_a_request_have_an_end(gateway: Running) -> No
         assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
 
 
+def test_a_head_that_is_too_long_is_refused_however_it_arrives(gateway: Running) -> None:
+    for size in (60, 70, 100):
+        head = b"GET /healthz HTTP/1.1\r\nHost: x\r\nX: " + b"a" * (size * 1024) + b"\r\n\r\n"
+        before = gateway.metric("rejected_requests_total", reason="invalid_http")
+        with connected(gateway) as connection:
+            assert answered(connection, head) == (size < 64)
+        assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + (size > 64)
+
+
+def test_what_is_wrong_behind_a_request_is_not_taken_for_its_answer(gateway: Running) -> None:
+    for wrong in (b"GET / HTTP/1.1\r\n\r\n", b"what?\r\n\r\n", embed("next", *OFFER) + b"CONNECT x:1 HTTP/1.1\r\n\r\n"):
+        with connected(gateway) as connection:
+            connection.sendall(embed("long " * 20_000) + wrong)
+            answer = b"".join(iter(lambda c=connection: c.recv(65536), b""))  # type: ignore[misc]
+        assert answer.startswith(b"HTTP/1.1 200 ")
+        assert b"400 Bad Request" not in answer
+        assert b"connection: close" in answer
+
+
 def test_a_body_in_many_chunks_is_no_head_without_end(gateway: Running) -> None:
     text = "x " * 50_000
     body = json.dumps({"model": "lexical", "input": text, "dimensions": 64}).encode()

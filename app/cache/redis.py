@@ -65,11 +65,12 @@ return held
 """Pairs of keys, a value's and its claim's; who claims; milliseconds. Gives the places of those that are neither there
 nor for the asker to make."""
 
-_LET_GO = Script(b"""
+LET_GO = Script(b"""
 for i = 1, #KEYS do
   if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
 end
 """)
+"""Claims; who made them. Those of others stay."""
 
 _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 """The server is not, or no longer, the one to ask: a name may by now lead to another."""
@@ -238,7 +239,7 @@ class RedisStore:
         if self._now() >= self._claims_from and self._breaker.allow():
             names = [CLAIM_PREFIX + key for key in keys]
             call = [b"%d" % len(names), *names, self._me]
-            await self._ask("set", partial(_LET_GO.run, self._connections, [call]), len(keys))
+            await self._ask("set", partial(LET_GO.run, self._connections, [call]), len(keys))
 
     async def close(self) -> None:
         await self._connections.close()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 from pydantic import SecretStr
 
 from app.cache.connections import Command
-from app.cache.redis import connections
+from app.cache.redis import LET_GO, connections
 from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -25,6 +28,7 @@ class SharedTokens:
     def __init__(self, url: SecretStr | str, timeout: float, metrics: Metrics) -> None:
         self._timeout = timeout
         self._connections = connections(url, 2)
+        self._me = os.urandom(8).hex().encode()
 
         def count(result: str) -> None:
             metrics.cache_operations.labels("redis", "token", result).inc()
@@ -40,20 +44,25 @@ class SharedTokens:
 
     async def claim(self, name: bytes, seconds: float) -> bool:
         milliseconds = b"%d" % max(1, round(seconds * 1000))
-        command = (b"SET", PREFIX + name + b":claim", b"1", b"NX", b"PX", milliseconds)
+        command = (b"SET", PREFIX + name + b":claim", self._me, b"NX", b"PX", milliseconds)
         return await self._ask(command, otherwise=b"OK") is not None
 
     async def release(self, name: bytes) -> None:
-        await self._ask((b"DEL", PREFIX + name + b":claim"))
+        """Ends this replica's claim: one that came too late may be another's by now."""
+        call = [b"1", PREFIX + name + b":claim", self._me]
+        await self._run(partial(LET_GO.run, self._connections, [call]))
 
     async def close(self) -> None:
         await self._connections.close()
 
     async def _ask(self, command: Command, otherwise: bytes | None = None) -> object:
-        """The reply, or `otherwise` where there is none."""
+        return await self._run(partial(self._connections.exchange, [command]), otherwise)
+
+    async def _run(self, exchange: Callable[[], Awaitable[list[object]]], otherwise: bytes | None = None) -> object:
+        """The one reply, or `otherwise` where there is none."""
         try:
             async with asyncio.timeout(self._timeout):
-                (reply,) = await self._connections.exchange([command])
+                (reply,) = await exchange()
             if isinstance(reply, Exception):
                 raise reply
         except Exception as error:  # outermost door: a token that cannot be shared is fetched

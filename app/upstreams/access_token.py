@@ -20,7 +20,7 @@ from app.upstreams.kind import Clock
 from app.upstreams.sealed import SealedTokens, SharedToken
 
 REFUSED_FOR = 60.0
-"""Seconds for which a refused key, or a token server that fails, is not asked again."""
+"""Seconds for which a refused key, or a token server that fails while the old token serves, is not asked again."""
 CLAIM = 5.0
 """Seconds for which one replica has the fetching of a token to itself. One that dies holds the others up no longer."""
 LOOK = 0.1

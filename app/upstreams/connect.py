@@ -96,6 +96,10 @@ class Upstream:
             self.away = isinstance(error, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
             log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
             return
+        except Exception as bug:  # of ours: nobody else would hear of it
+            self.trouble, self.away = f"its list of models could not be read ({type(bug).__name__})", False
+            log.exception("upstream %s: cannot list its models", self.name)
+            return
         self.trouble, self.away = None, False
         models = {model.name: model for model in found}
         if models != self.models:

@@ -8,10 +8,13 @@ TLS is the standard library's, framing llhttp's. No cookies, no redirects, no co
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import ssl
+import threading
 from base64 import b64encode
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, TypeAlias
 
 import aiohappyeyeballs
 import httpx
@@ -28,6 +31,10 @@ SCRATCH = 16 * 2**10
 """Bytes taken from the network at once, until a body has memory of its own: what comes with a head is copied twice."""
 URLS = 64
 """Addresses remembered in the form in which they are sent: parsing one costs more than sending to it."""
+
+
+_Addresses: TypeAlias = list[tuple[Any, ...]]
+"""As `socket.getaddrinfo` gives them."""
 
 
 class _Origin(NamedTuple):
@@ -54,6 +61,7 @@ class Network:
         self._sweeping: asyncio.TimerHandle | None = None
         self._urls: dict[str, tuple[_Origin, str]] = {}
         self._tls: ssl.SSLContext | None = None
+        self._looking: dict[_Origin, asyncio.Future[_Addresses]] = {}
 
     async def exchange(self, request: WireRequest, max_reply: int) -> WireReply:
         """Sends; and once more, unasked, where a kept-alive connection turns out to have been closed."""
@@ -158,7 +166,7 @@ class Network:
 
     async def _dial(self, origin: _Origin) -> Connection:
         loop = asyncio.get_running_loop()
-        addresses = await loop.getaddrinfo(origin.host, origin.port, type=socket.SOCK_STREAM)
+        addresses = await self._addresses(origin)
         link = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1)
         try:
             _, connection = await loop.create_connection(
@@ -171,6 +179,20 @@ class Network:
             link.close()
             raise
         return connection
+
+    async def _addresses(self, origin: _Origin) -> _Addresses:
+        """Where its name leads. One look-up of it at a time, which outlasts those who wait for it: a name server that
+        does not answer is not asked once for each of them."""
+        looking = self._looking.get(origin)
+        if looking is None:
+            looking = self._looking[origin] = _look_up(origin.host, origin.port)
+            looking.add_done_callback(partial(self._looked, origin))
+        return await asyncio.shield(looking)
+
+    def _looked(self, origin: _Origin, looking: asyncio.Future[_Addresses]) -> None:
+        del self._looking[origin]
+        if not looking.cancelled():
+            looking.exception()  # all who waited have gone, perhaps
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
         """TLS with the origin, by a proxy that sees only where it leads (RFC 9110, 9.3.6)."""
@@ -198,6 +220,33 @@ class Network:
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
         return self._tls
+
+
+def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
+    """In a thread of its own: those of the event loop are few, and all upstreams would wait for one dead name."""
+    loop = asyncio.get_running_loop()
+    found: asyncio.Future[_Addresses] = loop.create_future()
+
+    def tell(addresses: _Addresses, error: Exception | None) -> None:
+        if found.done():
+            return
+        if error is None:
+            found.set_result(addresses)
+        else:
+            found.set_exception(error)
+
+    def look() -> None:
+        addresses: _Addresses = []
+        failed: Exception | None = None
+        try:
+            addresses = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
+        except Exception as error:
+            failed = error
+        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, addresses, failed)
+
+    threading.Thread(target=look, name="look-up", daemon=True).start()
+    return found
 
 
 class _Proxy:

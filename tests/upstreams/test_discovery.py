@@ -279,3 +279,18 @@ async def test_a_server_without_a_list_makes_nobody_wait_for_one(two: tuple[Gate
     gateway.upstreams["one"].kind = dataclasses.replace(gateway.upstreams["one"].kind, discover=has_none)
     with pytest.raises(ModelNotFound):
         await gateway.find("new")
+
+
+async def test_a_bug_in_reading_a_list_is_told(
+    two: tuple[Gateway, Listing, Listing], caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway, _, other = two
+    other.models = [Model("new")]
+
+    async def fails(settings: Any, send: Send) -> list[Model]:
+        raise KeyError(settings, send)
+
+    gateway.upstreams["one"].kind = dataclasses.replace(gateway.upstreams["one"].kind, discover=fails)
+    assert (await gateway.find("new")).name == "new"
+    assert gateway.status()["upstreams"]["one"]["reason"] == "its list of models could not be read (KeyError)"
+    assert [record.exc_info is not None for record in caplog.records if "upstream one" in record.message] == [True]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import ssl
+import threading
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -11,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import pytest
 from cryptography import x509
@@ -21,6 +24,7 @@ from cryptography.x509.oid import NameOID
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams import network as networks
+from app.upstreams.connection import Connection, Stale
 from app.upstreams.network import Network
 
 MOST = 100_000
@@ -453,3 +457,38 @@ async def test_a_proxy_that_refuses_is_told_from_the_upstream() -> None:
     async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
         with pytest.raises(UpstreamUnreachable, match=r"proxy.*407"):
             await network.exchange(post("https://upstream.example/"), MOST)
+
+
+async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name server that does not answer keeps a look-up waiting far longer than a connection may take."""
+    looked: list[str] = []
+    answer, real = threading.Event(), socket.getaddrinfo
+
+    def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+        name = host.decode() if isinstance(host, bytes) else host
+        looked.append(name)
+        if name == "dead.invalid":
+            answer.wait(20)
+            raise socket.gaierror("no answer")
+        return real(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    async with serving(says(OK)) as server, connected(connect_timeout=0.2) as dead, connected() as other:
+        failed = await asyncio.gather(
+            *(dead.exchange(post("http://dead.invalid/v1"), MOST) for _ in range(50)), return_exceptions=True
+        )
+        assert {type(each) for each in failed} == {UpstreamUnreachable}
+        assert looked == ["dead.invalid"]
+        assert (await other.exchange(post(server.url(host="localhost")), MOST)).body == b"[1,2]"
+        answer.set()
+        await until(lambda: not dead._looking)
+        with pytest.raises(UpstreamUnreachable):
+            await dead.exchange(post("http://dead.invalid/v1"), MOST)
+        assert looked.count("dead.invalid") == 2
+
+
+async def test_a_connection_that_has_ended_says_so() -> None:
+    connection = Connection(memoryview(bytearray(1024)))
+    connection.closed = True
+    with pytest.raises(Stale):
+        await connection.exchange(b"", MOST)

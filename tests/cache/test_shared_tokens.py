@@ -1,0 +1,23 @@
+"""Access tokens over a real Redis: whose it is to fetch a new one."""
+
+from __future__ import annotations
+
+from app.cache.shared_tokens import PREFIX, SharedTokens
+from app.metrics import Metrics
+from tests.cache.support import LIMIT
+from tests.redis_server import RedisServer
+
+
+async def test_one_replica_claims_and_lets_go_of_no_other_ones_claim() -> None:
+    with RedisServer() as server:
+        one, other = (SharedTokens(server.url, LIMIT, Metrics()) for _ in range(2))
+        assert await one.claim(b"name", 60)
+        assert not await other.claim(b"name", 60)
+        await one.release(b"name")
+        assert await one.claim(b"name", 60)
+        await other._ask((b"DEL", PREFIX + b"name:claim"))  # its time is over
+        assert await other.claim(b"name", 60)
+        await one.release(b"name")  # too late: it is the other one's by now
+        assert not await one.claim(b"name", 60)
+        await one.close()
+        await other.close()

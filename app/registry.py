@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, Model
-from app.config import DeploymentSettings, ModelSettings, PrefixSettings, Settings
+from app.config import WORDS, DeploymentSettings, ModelSettings, PrefixSettings, Settings
 from app.errors import InvalidRequest
 from app.metrics import Metrics
 from app.pipeline import build
@@ -165,10 +165,12 @@ class Registry:
     def _configured_deployment(self, wanted: DeploymentSettings, settings: ModelSettings) -> Deployment:
         upstream = self._upstreams[wanted.upstream]
         known = upstream.model(wanted.model)
-        overrides = {field: value for field in _FACTS if (value := getattr(settings, field)) is not None}
+        # What a dialect has no word for would be left out of a call, and the caller given a vector of something else.
+        mute = {field for field in WORDS if field not in upstream.adapter.words and getattr(settings, field)}
+        overrides = {
+            field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
+        }
         facts = replace(known, **overrides)
-        if not upstream.adapter.media:
-            facts = replace(facts, images=0, videos=0)
         space = wanted.space
         if settings.prefixes is not None:
             mark = _mark(settings.prefixes)

@@ -245,8 +245,8 @@ class Adapter(Struct, frozen=True):
     build_request: Callable[[Batch, Target], WireRequest]
     parse_error: Callable[[WireReply], GatewayError | None]
     parse_response: Callable[[WireReply, Batch], Parsed]
-    media: bool = False
-    """Whether it has words for images and videos."""
+    words: frozenset[str] = frozenset()
+    """Which of `app.config.settings.WORDS` it can tell a model, or ask of it."""
 
 
 class TokenStore(Protocol):

@@ -1,6 +1,7 @@
 """The configuration: what may be said (`settings`), and how it is read and held to that (`load`)."""
 
 from app.config.settings import (
+    WORDS,
     AuthSettings,
     CacheSettings,
     DeploymentSettings,
@@ -25,6 +26,7 @@ from app.config.settings import (
 )
 
 __all__ = [
+    "WORDS",
     "AuthSettings",
     "CacheSettings",
     "DeploymentSettings",

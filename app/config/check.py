@@ -11,7 +11,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from app.config.explain import did_you_mean, explain, unknown_key
-from app.config.settings import Kind, ModelSettings, Settings, UpstreamSettings, vector_space
+from app.config.settings import WORDS, Kind, ModelSettings, Settings, UpstreamSettings, vector_space
 from app.config.tree import Mistake, Path, Tree, dotted
 
 _MAPPING = "must be a mapping (key: value)"
@@ -100,6 +100,7 @@ def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, Kind]) -> Iterato
     for name, model in settings.models.items():
         yield from _deployments_exist(("models", name, "deployments"), model, tree)
         yield from _one_space(("models", name, "deployments"), settings, model, tree, kinds)
+        yield from _can_be_told(("models", name), settings, model, kinds)
 
 
 def _callers_differ(settings: Settings) -> Iterator[Mistake]:
@@ -183,3 +184,22 @@ def _one_space(
     if len(spaces) > 1:
         listed = ", ".join(spaces.values())
         yield Mistake(path, f"different vector spaces ({listed}); deployments of one model must share one")
+
+
+def _can_be_told(path: Path, settings: Settings, model: ModelSettings, kinds: Mapping[str, Kind]) -> Iterator[Mistake]:
+    """What an operator says that a model takes, an upstream of it has words for; a model inside this process is one
+    that it has."""
+    told: set[str] = set()
+    for index, deployment in enumerate(model.deployments):
+        upstream = settings.upstreams.get(deployment.upstream)
+        if upstream is None:
+            return
+        kind = kinds[upstream.type]
+        listed = kind.models(upstream)
+        known = listed.get(deployment.model) or kind.unlisted(deployment.model)
+        told |= kind.adapter(upstream).words | {fact for fact in WORDS if getattr(known, fact)}
+        if kind.built_in and deployment.model not in listed:
+            yield Mistake((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
+    for fact in WORDS:
+        if getattr(model, fact) and fact not in told:
+            yield Mistake((*path, fact), "no upstream of this model has a word for it; leave it out")

@@ -241,6 +241,17 @@ class Settings(Section, BaseSettings):
         return (init_settings,)
 
 
+WORDS = ("instruct", "sparse", "images", "videos")
+"""What a model may take or give that not every dialect can tell it, or ask of it."""
+
+
+class Dialect(Protocol):
+    """What loading needs of an upstream's adapter."""
+
+    @property
+    def words(self) -> frozenset[str]: ...
+
+
 class Kind(Protocol):
     """What loading needs of an upstream type; `app.upstreams.kind.UpstreamKind` is one."""
 
@@ -249,7 +260,11 @@ class Kind(Protocol):
     @property
     def settings(self) -> type[UpstreamSettings]: ...
     @property
+    def adapter(self) -> Callable[[Any], Dialect]: ...
+    @property
     def models(self) -> Callable[[Any], Mapping[str, Model]]: ...
+    @property
+    def unlisted(self) -> Callable[[str], Model]: ...
     @property
     def environment(self) -> Callable[[Mapping[str, str]], dict[str, Any] | None]: ...
     @property

@@ -15,7 +15,7 @@ from pydantic import model_validator
 
 from app import vectors
 from app.catalog import CATALOG, Model
-from app.config import UpstreamSettings
+from app.config import WORDS, UpstreamSettings
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -181,7 +181,7 @@ def _billed(usage: object) -> int | None:
 
 
 _ADAPTERS = {
-    "native": Adapter(build_request, parse_error, parse_response, media=True),
+    "native": Adapter(build_request, parse_error, parse_response, words=frozenset(WORDS)),
     # Its gateway answers numbers to long requests whatever they ask for, so numbers are asked for.
     "compatible": Adapter(openai.request_builder("/embeddings", {}, "float"), parse_error, openai.parse_response),
 }

@@ -47,6 +47,11 @@ def _nothing(_environ: Mapping[str, str]) -> dict[str, Any] | None:
 
 
 @dataclass(frozen=True)
+class StubDialect:
+    words: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class StubKind:
     name: str
     settings: type[UpstreamSettings]
@@ -54,6 +59,8 @@ class StubKind:
     environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = _nothing
     default_address: tuple[str, int] | None = None
     built_in: bool = False
+    adapter: Callable[[Any], StubDialect] = lambda _: StubDialect()
+    unlisted: Callable[[str], Model] = Model
 
 
 def _alpha(environ: Mapping[str, str]) -> dict[str, Any] | None:

@@ -9,10 +9,12 @@ import httpx
 import numpy as np
 import pytest
 
+from app.config.load import ConfigError
+from app.pipeline import canary
 from tests.end_to_end.cases import dashscope_alone as config
 from tests.fakes import FakeDashScope, FakeOpenAI, faults
 from tests.fakes.wire import json_reply
-from tests.harness import Running, running
+from tests.harness import Running, running, settings_of
 from tests.redis_server import RedisServer
 
 V1, VL, FUSING = "multimodal-embedding-v1", "qwen3-vl-embedding", "qwen2.5-vl-embedding"
@@ -203,18 +205,25 @@ def test_an_operator_knows_better_what_a_model_takes(fake: FakeDashScope) -> Non
         assert fake.calls[-1].json["parameters"]["instruct"] == "find it"
 
 
-@pytest.mark.parametrize(
-    ("upstream", "model", "more"),
-    [
-        ({"type": "dashscope", "mode": "compatible", "api_key": "sk-canary-0123"}, "multimodal-embedding-v1", {}),
-        ({"type": "openai", "base_url": "http://127.0.0.1:9/v1"}, "some-model", {"images": 4}),
-    ],
-    ids=["compatible mode", "whatever the operator says"],
-)
-def test_a_dialect_without_words_for_images_is_sent_none(
-    upstream: dict[str, Any], model: str, more: dict[str, Any]
-) -> None:
-    models = {"m": {"deployments": [{"upstream": "up", "model": model}], **more}}
+def test_an_instruction_goes_where_there_is_a_word_for_it(fake: FakeDashScope) -> None:
+    compatible = {**config(fake)["upstreams"]["up"], "mode": "compatible", "base_url": fake.url + "/compatible-mode/v1"}
+    deployments = [{"upstream": name, "model": "text-embedding-v3"} for name in ("compatible", "up")]
+    settings = config(fake, models={"own": {"deployments": deployments, "instruct": True}})
+    settings["upstreams"]["compatible"] = compatible
+    with running(settings) as gateway:
+        for number in range(5):
+            assert gateway.post({"model": "own", "input": f"{number}", "instruct": "find it"}).status_code == 200
+    calls = [call.json for call in fake.calls if call.texts[0] != canary.TEXT]
+    assert [call["parameters"]["instruct"] for call in calls] == ["find it"] * 5
+
+
+def test_a_dialect_without_words_for_images_is_sent_none() -> None:
+    upstream = {"type": "dashscope", "mode": "compatible", "api_key": "sk-canary-0123"}
+    models: dict[str, Any] = {"m": {"deployments": [{"upstream": "up", "model": "multimodal-embedding-v1"}]}}
+    models["m"]["images"] = 4
+    with pytest.raises(ConfigError, match=r"models\.m\.images: no upstream of this model has a word for it"):
+        settings_of({"upstreams": {"up": upstream}, "models": models})
+    models["m"]["images"] = 0
     with running({"upstreams": {"up": upstream}, "models": models}) as gateway:
         response = gateway.post({"model": "m", "input": [{"image": "https://example.com/x.png"}]})
     assert (response.status_code, response.json()["error"]["param"]) == (400, "input[0]")

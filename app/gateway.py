@@ -20,6 +20,7 @@ from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.admit import INPUT, Room
+from app.pipeline.canary import ROUND
 from app.pipeline.deployment import Slots
 from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
@@ -60,7 +61,7 @@ class Gateway:
         self._slots = {
             name: Slots(each.max_concurrency, self._pace(name, each)) for name, each in settings.upstreams.items()
         }
-        self._watch: asyncio.Task[None] | None = None
+        self._watching: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started = int(clock.time())
         """Since when the models are there, as far as a caller is told: seconds since the epoch."""
@@ -84,16 +85,22 @@ class Gateway:
             await self._shared.open()
         for trouble in (*self.unfit(), *self.unserved()):
             log.warning("%s", trouble)
-        self._watch = asyncio.create_task(canary.watch(lambda: self._registry.canaries, self._clock))
+        self._watching.append(asyncio.create_task(canary.watch(lambda: self._registry.canaries, self._clock)))
+        if any(upstream.discovers for upstream in self.upstreams.values()):
+            self._watching.append(asyncio.create_task(self._keep_fresh()))
         self.draining = False
+
+    def give_way(self, successor: Gateway) -> None:
+        """Another one serves from now on."""
+        self._registry.give_way(successor._registry)
 
     async def aclose(self, successor: Gateway | None = None) -> None:
         """Waits for the calls under way, writes the cache out, closes connections.
 
-        What a `successor` shares stays as it is; deployments it does not have leave the metrics.
+        What a `successor` shares stays as it is.
         """
-        if self._watch is not None:
-            self._watch.cancel()
+        for task in self._watching:
+            task.cancel()
         await self._registry.aclose(successor._registry if successor else None)
         kept_slots = successor._slots.values() if successor else ()
         await asyncio.gather(*(slots.aclose() for slots in self._slots.values() if slots not in kept_slots))
@@ -143,6 +150,15 @@ class Gateway:
         # By what is published and not by who asked: that may have been another gateway, or a caller who hung up.
         if self._registry.outdated():
             self._registry.publish()
+
+    async def _keep_fresh(self) -> None:
+        """Asks now and then: a model that was pulled anew is another one, of a vector space of its own."""
+        while True:
+            await self._clock.sleep(ROUND)
+            try:
+                await self.refresh()
+            except Exception:  # a bug of ours must not end this for good
+                log.exception("upstreams could not be asked for their models")
 
     def unfit(self) -> list[str]:
         """A line for each model that is configured in a way in which it serves no plain request."""

@@ -217,6 +217,7 @@ class App:
             raise
         gateway.draining = self.draining
         self._now = after
+        before.gateway.give_way(gateway)
         log.info("configuration changed")
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)

@@ -76,6 +76,8 @@ class Registry:
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._batchers: dict[tuple[tuple[int, float, int], ...], Batcher] = {}
         self._canaries: dict[tuple[tuple[int, float, int], ...], Canary] = {}
+        self._replaced: list[Batcher] = []
+        """Those that no name leads to any more, and that have calls under way."""
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
@@ -83,7 +85,7 @@ class Registry:
         """Of each upstream, the models that `names` was made of."""
         if before is not None:
             self._take_over(before)
-        self.publish()
+        self._name_all()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -98,7 +100,12 @@ class Registry:
         return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
 
     def publish(self) -> None:
-        """Every name anew: configured models and aliases, then upstreams' own names, then `upstream/model`."""
+        """Every name anew, and what none leads to any more is let go: a model that its upstream replaced or dropped."""
+        self._leave(self._name_all(), self.deployments)
+
+    def _name_all(self) -> list[Deployment]:
+        """Configured models and aliases, then upstreams' own names, then `upstream/model`. Returns the deployments that
+        none of them leads to any more."""
         names: dict[str, PublicModel] = {}
         for name, settings in self._settings.models.items():
             public = self._configured(name, settings)
@@ -116,6 +123,12 @@ class Registry:
                 names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
         self.names = names
         self._listed = {name: upstream.models for name, upstream in self._upstreams.items()}
+        return self._keep_to_names()
+
+    def give_way(self, successor: Registry) -> None:
+        """Another one is in force from now on; deployments it does not have leave the metrics."""
+        kept = {each.health for each in successor.deployments}
+        self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
 
     def unfit(self) -> list[str]:
         """A line for each model that is configured in a way in which it serves no plain request."""
@@ -123,28 +136,41 @@ class Registry:
         return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
 
     async def aclose(self, successor: Registry | None = None) -> None:
-        """Waits for the calls under way but those of batchers that a `successor` shares; deployments it does not have
-        leave the metrics."""
+        """Waits for the calls under way but those of batchers that a `successor` shares."""
         shared = successor._batchers.values() if successor else ()
-        await asyncio.gather(*(batcher.aclose() for batcher in self._batchers.values() if batcher not in shared))
-        if successor is not None:
-            kept = {(each.upstream, each.model.name) for each in successor.deployments}
-            for each in self.deployments:
-                if (each.upstream, each.model.name) not in kept:
-                    self._metrics.forget_deployment(each.upstream, each.model.name)
+        own = [batcher for batcher in self._batchers.values() if batcher not in shared]
+        await asyncio.gather(*(batcher.aclose() for batcher in (*own, *self._replaced)))
 
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
-        used = {id(each.limits) for public in before.names.values() for each in public.deployments}
-        self._deployments = {
-            key: each for key, each in before._deployments.items() if each.upstream in same and id(each.limits) in used
-        }
+        self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         known = {id(each.limits) for each in self._deployments.values()}
         for key, batcher in before._batchers.items():
             if all(limits in known for limits, _, _ in key):
                 self._batchers[key] = batcher
                 if key in before._canaries:
                     self._canaries[key] = before._canaries[key]
+
+    def _keep_to_names(self) -> list[Deployment]:
+        used = {id(each.limits) for public in self.names.values() for each in public.deployments}
+        gone = {key: each for key, each in self._deployments.items() if id(each.limits) not in used}
+        for key in gone:
+            del self._deployments[key]
+        for several in [key for key in self._batchers if not all(limits in used for limits, _, _ in key)]:
+            self._replaced.append(self._batchers.pop(several))
+            self._canaries.pop(several, None)
+        self._replaced = [batcher for batcher in self._replaced if batcher.busy]
+        return list(gone.values())
+
+    def _leave(self, gone: Iterable[Deployment], kept: Iterable[Deployment]) -> None:
+        """Tells the metrics of deployments that get no more calls: their names are others' now, or nobody's."""
+        for each in gone:
+            each.health.retire()
+        names = {(each.upstream, each.model.name) for each in kept}
+        for upstream, model in {(each.upstream, each.model.name) for each in gone} - names:
+            self._metrics.forget_deployment(upstream, model)
+        for each in kept:
+            each.health.show()
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
         served: dict[str, list[Deployment]] = {}

@@ -94,6 +94,11 @@ class Batcher:
             return None
         return UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
 
+    @property
+    def busy(self) -> bool:
+        """Whether anything queues or is under way."""
+        return bool(self._tasks or self._jobs)
+
     async def aclose(self) -> None:
         """Waits for the calls under way: they are paid for, and their results go to the cache."""
         if self._alarm is not None:

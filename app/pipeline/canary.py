@@ -53,8 +53,12 @@ class Canary:
 
     async def look(self, now: float) -> None:
         """Asks each deployment once; one whose vector is another is taken out, or let in again."""
-        self._looked_at = now
-        found = await asyncio.gather(*(_ask(deployment) for deployment in self._deployments))
+        before, self._looked_at = self._looked_at, now
+        try:
+            found = await asyncio.gather(*(_ask(deployment) for deployment in self._deployments))
+        except asyncio.CancelledError:  # by a change of configuration, whose gateway has the same canary
+            self._looked_at = before
+            raise
         answered = [(each, vector) for each, vector in zip(self._deployments, found, strict=True) if vector]
         if not answered:
             return

@@ -68,7 +68,17 @@ class Health:
         """Whether it has ever answered."""
         self.trouble: str | None = None
         """What somebody must see to, or why it was left out, since it last answered: code and message."""
-        gauge.set(1)
+        self._retired = False
+        self.show()
+
+    def show(self) -> None:
+        """Whether it takes traffic, for the metrics."""
+        if not self._retired:
+            self._gauge.set(0 if self.out is not None or self._ejections else 1)
+
+    def retire(self) -> None:
+        """It gets no more calls; what those under way come to is shown nowhere: its name may be another's by now."""
+        self._retired = True
 
     @property
     def suspect(self) -> bool:
@@ -88,12 +98,12 @@ class Health:
     def take_out(self, reason: str) -> None:
         """Out of the rotation, even as the last: what it would answer is worse than no answer."""
         self.out = reason
-        self._gauge.set(0)
+        self.show()
 
     def let_in(self) -> None:
         if self.out is not None:
             self.out = None
-            self._gauge.set(0 if self._ejections else 1)
+            self.show()
 
     def cooling(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""
@@ -133,10 +143,10 @@ class Health:
         if error is None or isinstance(error, InvalidRequest):
             if self._ejections:
                 log.warning("%s answers again", self._name)
-                if not self.out:
-                    self._gauge.set(1)
+                self._ejections = 0
+                self.show()
             self.trouble = None
-            self._failures = self._ejections = 0
+            self._failures = 0
             self._suspect_until = self._ejected_until = 0.0
             self.used = True
         elif isinstance(error, RateLimited):
@@ -159,7 +169,7 @@ class Health:
         self._era += 1
         self._ejections = min(self._ejections + 1, LONGEST)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
-        self._gauge.set(0)
+        self.show()
         self.trouble = told
         log.warning(
             "%s is left out for %g s, after %d failures in a row; the last: %s",

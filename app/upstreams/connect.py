@@ -92,13 +92,16 @@ class Upstream:
         try:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
-            self.trouble = self.redact(error.message)
+            before, self.trouble = self.trouble, self.redact(error.message)
             self.away = isinstance(error, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
-            log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
+            if self.trouble != before:
+                log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
             return
         except Exception as bug:  # of ours: nobody else would hear of it
-            self.trouble, self.away = f"its list of models could not be read ({type(bug).__name__})", False
-            log.exception("upstream %s: cannot list its models", self.name)
+            before, self.trouble = self.trouble, f"its list of models could not be read ({type(bug).__name__})"
+            self.away = False
+            if self.trouble != before:
+                log.exception("upstream %s: cannot list its models", self.name)
             return
         self.trouble, self.away = None, False
         models = {model.name: model for model in found}

@@ -9,9 +9,14 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from app.catalog import Model
 from app.clock import SystemClock
+from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.canary import EVERY
+from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import Health
+from app.types import Batch, BatchResult
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector
 from tests.harness import Running, running
@@ -43,6 +48,11 @@ class RoundClock(SystemClock):
         before = self.woken
         while self.woken == before:
             await asyncio.sleep(0.001)
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
 
 
 def config(*fakes: FakeOpenAI, **more: Any) -> dict[str, Any]:
@@ -132,3 +142,21 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
     watching.cancel()
     assert looked == ["bad at 1000", "good at 1000", "bad at 1060", "good at 1060"]
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
+    async def hangs(batch: Batch) -> BatchResult:
+        del batch
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    health = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), health, hangs)
+    looks = canary.Canary([deployment], None, from_start=True)
+    for _ in range(2):
+        assert looks.due(clock.monotonic())
+        looking = asyncio.create_task(looks.look(clock.monotonic()))
+        await settle()
+        assert not looks.due(clock.monotonic()), "one look at a time"
+        looking.cancel()
+        await asyncio.gather(looking, return_exceptions=True)

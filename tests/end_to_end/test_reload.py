@@ -16,11 +16,15 @@ import pytest
 import yaml
 
 from app.clock import SystemClock
+from app.config import Settings
 from app.config.source import Source
+from app.errors import UpstreamError
 from app.gateway import Gateway
+from app.main import create_app
+from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI
-from tests.harness import Running, running
+from tests.harness import Running, running, settings_of
 from tests.processes import metric, serving, until
 
 MODEL = "text-embedding-3-small"
@@ -295,3 +299,34 @@ def test_every_worker_loads_the_file_anew_and_loses_no_request(tmp_path: Path) -
             write(tmp_path, "servers: {}\n")
             process.send_signal(signal.SIGHUP)
             until(lambda: metric(httpx.get(f"{url}/metrics").text, "config_valid") == 0, (tmp_path / "log").read_text)
+
+
+async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> None:
+    upstreams = {name: {"type": "lexical"} for name in ("one", "two")}
+
+    def settings(max_batch: int, *names: str) -> Settings:
+        models = {"m": {"max_batch": max_batch, "deployments": [{"upstream": "two", "model": "lexical"}]}}
+        return settings_of({"upstreams": {name: upstreams[name] for name in names}, "models": models})
+
+    def shown(upstream: str) -> float | None:
+        labels = {"upstream": upstream, "model": "lexical"}
+        return app.gateway.metrics.registry.get_sample_value("embedding_gateway_upstream_available", labels)
+
+    app = create_app(settings(8, "one", "two"))
+    await app.gateway.start()
+    first = app._now
+    first.inside += 1  # a request that takes its time
+    old = (await app.gateway.find("m")).deployments[0].health
+    for _ in range(FAILURES):
+        old.end(UpstreamError("down"), 0)
+    assert shown("two") == 0
+    await app._change_to(settings(9, "two"))
+    assert (shown("one"), shown("two")) == (None, 1), "what was left out for failures has gone, too"
+    await app._change_to(settings(9, "one", "two"))
+    old.take_out("too late")
+    first.inside -= 1
+    await asyncio.gather(*app._tasks)
+    assert (shown("one"), shown("two")) == (1, 1)
+    (await app.gateway.find("one/lexical")).deployments[0].health.take_out("another model")
+    assert (shown("one"), shown("two")) == (0, 1)
+    await app.gateway.aclose()

@@ -17,9 +17,11 @@ from app.errors import (
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
     UpstreamUnavailable,
+    UpstreamUnreachable,
 )
 from app.gateway import Gateway
 from app.main import create_app
+from app.pipeline.canary import ROUND
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import connect, ollama, openai
 from tests.clock import HandClock, settle
@@ -294,3 +296,54 @@ async def test_a_bug_in_reading_a_list_is_told(
     assert (await gateway.find("new")).name == "new"
     assert gateway.status()["upstreams"]["one"]["reason"] == "its list of models could not be read (KeyError)"
     assert [record.exc_info is not None for record in caplog.records if "upstream one" in record.message] == [True]
+
+
+def available(gateway: Gateway, upstream: str, model: str) -> float | None:
+    labels = {"upstream": upstream, "model": model}
+    return gateway.metrics.registry.get_sample_value("embedding_gateway_upstream_available", labels)
+
+
+async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock
+) -> None:
+    gateway, one, _ = two
+    one.models = [Model("m", revision="a")]
+    await gateway.start()
+    await settle()
+    before = gateway.names["one/m"]
+    before.deployments[0].health.end(UpstreamMisconfigured("who?"), 0)
+    assert gateway.status()["upstreams"]["one"]["trouble"]
+    one.models = [Model("m", revision="b")]
+    await clock.advance(ROUND)
+    await settle()
+    after = gateway.names["one/m"]
+    assert (before.space, after.space) == ("openai/m@a", "openai/m@b")
+    assert gateway.status()["upstreams"]["one"] == {"status": "up", "models": 1}
+    before.deployments[0].health.take_out("what is under way there is nobody's business")
+    assert available(gateway, "one", "m") == 1
+    one.models = []
+    await clock.advance(ROUND)
+    await settle()
+    assert "one/m" not in gateway.names
+    assert available(gateway, "one", "m") is None
+
+
+async def test_what_cannot_be_asked_is_said_once(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway, one, _ = two
+
+    async def away(settings: Any, send: Send) -> list[Model]:
+        await one(settings, send)
+        raise UpstreamUnreachable("no connection to the upstream")
+
+    gateway.upstreams["one"].kind = dataclasses.replace(gateway.upstreams["one"].kind, discover=away)
+    await gateway.start()
+    await settle()
+    for _ in range(3):
+        await clock.advance(ROUND)
+        await settle()
+    assert one.asked == 4
+    assert [record.message for record in caplog.records if "upstream one" in record.message] == [
+        "upstream one: cannot list its models: no connection to the upstream"
+    ]

@@ -68,7 +68,7 @@ class Route:
     """A model's deployments, all in one vector space: those that have not just failed first, of these the
     lowest priority number, of these the least busy.
 
-    `jitter` gives numbers from 0 to 1.
+    `jitter` gives random numbers from 0 to 1.
     """
 
     def __init__(
@@ -95,13 +95,16 @@ class Route:
         if others_only:
             candidates = [each for each in candidates if each is not avoid]
         if len(candidates) > 1:
-            candidates.sort(
-                key=lambda each: (each is avoid, each.health.suspect, each.priority, each.slots.busy / each.weight)
-            )
+            candidates.sort(key=lambda each: (each is avoid, each.health.suspect, each.priority, *self._load(each)))
         for deployment in candidates:
             if deployment.slots.take(lane, ahead=avoid is not None):
                 return Slot(deployment, deployment.health.begin())
         return None
+
+    def _load(self, deployment: Deployment) -> tuple[float, float]:
+        """How busy it is for its weight. Of equals, as nearly always where one call follows another, each is the first
+        as often as its weight has it (Efraimidis and Spirakis 2006)."""
+        return deployment.slots.busy / deployment.weight, -(self._jitter() ** (1 / deployment.weight))
 
     def _usable(self, params: Params) -> list[Deployment]:
         """Those in rotation; when all that are not resting have been ejected, these: a call that may fail

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import random
+from collections import Counter
 from typing import cast
 
 import pytest
@@ -575,3 +577,12 @@ async def test_inputs_nobody_waits_for_do_not_pile_up() -> None:
     assert sum(each or 0 for each in waiting) < 30, "some may be left of those that were dropped last"
     held.set()
     assert [len((await each).embeddings) for each in live] == [1, 1]
+
+
+async def test_one_call_after_another_goes_where_the_weights_say() -> None:
+    light, heavy = deployment("light", answers), deployment("heavy", answers)
+    heavy.weight = 3
+    both = Route([light, heavy], Metrics(), SystemClock(), jitter=random.Random(1).random)
+    served = Counter([(await run(both, batch("x"))).deployments[0] for _ in range(1000)])
+    assert 680 < served["heavy/m"] < 820
+    assert served["light/m"] == 1000 - served["heavy/m"]

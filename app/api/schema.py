@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from app import tokens
 from app.api import content
-from app.errors import InvalidJson, InvalidRequest
+from app.errors import InvalidJson, InvalidRequest, UnsupportedDimensions
 from app.types import Input, Media, OnLongInput, Params
 
 MAX_IDS = 2**18
@@ -29,6 +29,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "on_long_input": ("error", "truncate", "split"),
 }
 
+MOST_DIMENSIONS = 65536
+"""More of them make a vector of no model there is; 2**53 and beyond come from JSON as well and mean nothing."""
 _IN_PARAMS = frozenset(("dimensions", "input_type", "text_type", "output_type", "instruct"))
 _USUAL = Params()
 
@@ -105,9 +107,10 @@ def _params(body: dict[str, Any]) -> Params:
 def _dimensions(value: Any) -> int | None:
     if value is None:
         return None
-    # bool is an int to Python; 2**53 and beyond come from JSON as well and mean nothing.
-    if type(value) is not int or not 1 <= value <= 65536:
+    if type(value) is not int or value < 1:  # bool is an int to Python
         raise InvalidRequest(f"dimensions must be a whole number of at least 1, not {_kind(value)}", param="dimensions")
+    if value > MOST_DIMENSIONS:
+        raise UnsupportedDimensions(f"no model gives more than {MOST_DIMENSIONS} dimensions", param="dimensions")
     return value
 
 

@@ -156,12 +156,13 @@ class DiskStore:
         except sqlite3.DatabaseError as error:
             if not table.is_corrupt(error):
                 raise
-            log.error("disk cache: %s is broken (%s); moved to %s.corrupt", self._path, error, self._path)
             if self._table is None:
-                table.set_aside(self._path)
+                place = table.set_aside(self._path)
             else:
                 broken, self._table = self._table, None
-                broken.set_aside()
+                place = broken.set_aside()
+            now = f"moved to {place}" if place else "another process has replaced it"
+            log.error("disk cache: %s is broken (%s); %s", self._path, error, now)
             return work()
 
     def _opened(self) -> Table:

@@ -20,6 +20,8 @@ _TOUCH = 3600.0
 _TOUCHED = 10_000
 _ROW = 640
 """Bytes a row takes besides its value, at most: key twice, indexes, and what its last page leaves empty on average."""
+_ASIDE = 9
+"""Broken files that are kept."""
 _EVICT = 16
 """Rows to let go at a time."""
 
@@ -131,11 +133,11 @@ class Table:
             self._transaction(self._touch)
         self._db.close()
 
-    def set_aside(self) -> None:
-        """Closes, and moves a broken file to `….corrupt`, unless another process has already put a new one there."""
+    def set_aside(self) -> Path | None:
+        """Closes, and moves a broken file aside, unless another process has already put a new one there."""
         with suppress(sqlite3.Error):
             self._db.close()
-        set_aside(self._path, self._inode)
+        return set_aside(self._path, self._inode)
 
     def _insert(self, rows: Sequence[tuple[bytes, bytes]], needed: int) -> None:
         self._touch()
@@ -186,10 +188,16 @@ class Table:
             raise
 
 
-def set_aside(path: str, inode: int | None = None) -> None:
-    """Moves the file to `….corrupt` and removes its log; with `inode`, only if it is still that file."""
+def set_aside(path: str, inode: int | None = None) -> Path | None:
+    """Moves the file to `….corrupt` and removes its log; with `inode`, only if it is still that file. Returns where it
+    is now, if it was moved. What lies there already may be somebody's document, named by a slip: it stays, unless it
+    was set aside many times."""
     with suppress(FileNotFoundError):
         if inode is None or Path(path).stat().st_ino == inode:
-            Path(path).replace(path + ".corrupt")
+            places = [Path(f"{path}.corrupt{number}") for number in ("", *range(2, _ASIDE + 1))]
+            place = next((each for each in places if not each.exists()), places[-1])
+            Path(path).replace(place)
             for suffix in ("-wal", "-shm"):
                 Path(path + suffix).unlink(missing_ok=True)
+            return place
+    return None

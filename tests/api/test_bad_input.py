@@ -182,9 +182,12 @@ FIELDS: list[Case] = [
     # dimensions
     *wrong(
         "dimensions",
-        (0, -1, "256", 1.5, 256.0, True, False, 10**30, 2**63, [], {}, "", 65537),
+        (0, -1, "256", 1.5, 256.0, True, False, 10**30, [], {}, ""),
         "dimensions must be a whole number of at least 1",
     ),
+    ({"dimensions": 65536}, "unsupported_dimensions", "dimensions", "at most 1536"),
+    ({"dimensions": 65537}, "unsupported_dimensions", "dimensions", "more than 65536"),
+    ({"dimensions": 2**63}, "unsupported_dimensions", "dimensions", "more than 65536"),
     ({"dimensions": 1537}, "unsupported_dimensions", "dimensions", "at most 1536"),
     ({"dimensions": 256, "model": FIXED_LENGTH}, "unsupported_dimensions", "dimensions", "only 1536"),
     # choices

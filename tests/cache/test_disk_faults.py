@@ -43,6 +43,21 @@ async def test_a_broken_file_is_moved_aside_and_replaced(
     assert store.status == "up"
 
 
+async def test_what_was_moved_aside_stays(opened: OpenDisk, path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    documents = [b"somebody's document, by a slip %d" % number * 100 for number in range(12)]
+    for content in documents:
+        path.write_bytes(content)
+        store = opened()
+        await store.put(entries([1]))
+        await store.close()
+    kept = [Path(f"{path}.corrupt{number}").read_bytes() for number in ("", *range(2, 10))]
+    assert kept == [*documents[:8], documents[-1]], "nine, and the last one then takes the place of the one before"
+    assert [record.message.rsplit(None, 1)[1] for record in caplog.records][:2] == [
+        f"{path}.corrupt",
+        f"{path}.corrupt2",
+    ]
+
+
 async def test_a_file_that_breaks_while_it_is_used_is_replaced(opened: OpenDisk, path: Path) -> None:
     first = opened()
     await first.put(entries(range(200), dimensions=1024))

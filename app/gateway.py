@@ -91,7 +91,9 @@ class Gateway:
         self.draining = False
 
     def give_way(self, successor: Gateway) -> None:
-        """Another one serves from now on."""
+        """Another one serves from now on, with who is inside."""
+        self.room.alter(successor.room)
+        successor.room = self.room
         self._registry.give_way(successor._registry)
 
     async def aclose(self, successor: Gateway | None = None) -> None:

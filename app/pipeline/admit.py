@@ -15,7 +15,14 @@ class Room:
     def __init__(self, requests: int, size: int, metrics: Metrics) -> None:
         """`size`: bytes of request bodies."""
         self.requests, self.size = requests, size
+        self._whole = requests, size
         self.inside = metrics.tally(metrics.inflight_requests)
+
+    def alter(self, other: Room) -> None:
+        """Becomes as large as the other is while it is empty; who is inside stays."""
+        self.requests += other._whole[0] - self._whole[0]
+        self.size += other._whole[1] - self._whole[1]
+        self._whole = other._whole
 
 
 class Place:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import socket
 import threading
@@ -18,9 +19,10 @@ import yaml
 from app.clock import SystemClock
 from app.config import Settings
 from app.config.source import Source
-from app.errors import UpstreamError
+from app.errors import Overloaded, UpstreamError
 from app.gateway import Gateway
 from app.main import create_app
+from app.pipeline.admit import Place
 from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI
@@ -329,4 +331,24 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     assert (shown("one"), shown("two")) == (1, 1)
     (await app.gateway.find("one/lexical")).deployments[0].health.take_out("another model")
     assert (shown("one"), shown("two")) == (0, 1)
+    await app.gateway.aclose()
+
+
+async def test_who_is_inside_counts_on() -> None:
+    def settings(most: int) -> Settings:
+        return settings_of({"server": {"max_inflight": most}, "upstreams": {"up": {"type": "lexical"}}})
+
+    app = create_app(settings(2))
+    await app.gateway.start()
+    with Place(app.gateway.room), Place(app.gateway.room):
+        for most, fits in ((1, False), (2, False), (3, True)):
+            await app._change_to(settings(most))
+            with contextlib.suppress(Overloaded), Place(app.gateway.room):
+                assert fits
+                continue
+            assert not fits
+    await app._change_to(settings(1))
+    with Place(app.gateway.room), pytest.raises(Overloaded), Place(app.gateway.room):
+        pass
+    await asyncio.gather(*app._tasks)
     await app.gateway.aclose()

@@ -62,6 +62,8 @@ class Model:
     """Of an image that is sent along; what is told by its address is the vendor's to weigh."""
     revision: str = ""
     """Told apart in the vector space: the same name with another revision is another space."""
+    same_as: str = ""
+    """Its other name, by which its vector space is called, where an upstream knows it by several."""
     price_per_million_tokens: float | None = None
     currency: str = "USD"
     source: str = ""

@@ -277,6 +277,6 @@ def vector_space(kind: Kind, settings: UpstreamSettings, deployment: DeploymentS
     """Two deployments give comparable vectors if and only if this is equal."""
     if deployment.space is not None:
         return deployment.space
-    known = kind.models(settings).get(deployment.model)
-    revision = f"@{known.revision}" if known and known.revision else ""
-    return f"{kind.name}/{deployment.model}{revision}"
+    known = kind.models(settings).get(deployment.model) or kind.unlisted(deployment.model)
+    revision = f"@{known.revision}" if known.revision else ""
+    return f"{kind.name}/{known.same_as or deployment.model}{revision}"

@@ -102,8 +102,16 @@ def models(_settings: OllamaSettings) -> Mapping[str, Model]:
 
 def unlisted(name: str) -> Model:
     known = family(name) or Model(name)
-    # How long an input may be is the server's to say, and shorter vectors it makes itself, of any model.
-    return replace(known, name=name, dimension_choices=ANY, cuts=None, max_batch=MAX_BATCH, max_tokens_per_input=None)
+    return replace(
+        known,
+        name=name,
+        same_as=name.removesuffix(":latest"),  # what no tag means
+        # How long an input may be is the server's to say, and shorter vectors it makes itself, of any model.
+        dimension_choices=ANY,
+        cuts=None,
+        max_batch=MAX_BATCH,
+        max_tokens_per_input=None,
+    )
 
 
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:

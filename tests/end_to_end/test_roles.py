@@ -75,10 +75,14 @@ def test_a_role_stands_before_the_text_and_nothing_does_without_one(model: str, 
 
 
 def test_ollama_gets_prefixes_too() -> None:
+    spaces = []
     with FakeOllama() as fake, running({"upstreams": {"up": {"type": "ollama", "base_url": fake.url}}}) as gateway:
         for name in ("nomic-embed-text", "nomic-embed-text:latest"):
             response = gateway.post({"model": name, "input": "q", "text_type": "query"})
             assert np.array_equal(vector_of(response), fake.expected("nomic-embed-text", "search_query: q"))
+            spaces.append(response.headers["x-embedding-space"])
+        assert len(set(spaces)) == 1, "one model by two names"
+        assert fake.rows == 1
         row = gateway.get("/v1/models/nomic-embed-text").json()
         assert row["prefixes"] == {"query": "search_query: ", "document": "search_document: "}
         assert row["source"] == "the server's list, huggingface.co/nomic-ai/nomic-embed-text-v1.5"

@@ -347,3 +347,9 @@ async def test_what_cannot_be_asked_is_said_once(
     assert [record.message for record in caplog.records if "upstream one" in record.message] == [
         "upstream one: cannot list its models: no connection to the upstream"
     ]
+
+
+def test_a_tag_of_latest_makes_no_other_model() -> None:
+    deployments = [{"upstream": "one", "model": "bge-m3"}, {"upstream": "two", "model": "bge-m3:latest"}]
+    upstreams = {"one": {"type": "ollama"}, "two": {"type": "ollama", "base_url": "http://127.0.0.1:9"}}
+    assert settings_of({"upstreams": upstreams, "models": {"m": {"deployments": deployments}}}).models["m"].deployments

@@ -123,6 +123,9 @@ class RedisSettings(Section):
         return SecretStr(redis_url_text(value.get_secret_value()))
 
 
+_LONGEST_TTL = 36500 * 86400.0
+
+
 class CacheSettings(Section):
     """The tiers, asked in this order. None switches one off; all may be off."""
 
@@ -130,6 +133,13 @@ class CacheSettings(Section):
     memory: MemorySettings | None = MemorySettings()
     disk: DiskSettings | None = None
     redis: RedisSettings | None = None
+
+    @field_validator("ttl")
+    @classmethod
+    def _is_a_date(cls, value: float) -> float:
+        if value > _LONGEST_TTL:
+            raise ValueError("must be at most 36500d")  # Redis takes none that ends beyond its calendar
+        return value
 
 
 class UpstreamSettings(Section):

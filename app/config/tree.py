@@ -22,9 +22,10 @@ class Mistake(NamedTuple):
 
 
 def dotted(path: Path) -> str:
-    """`models.docs.deployments[0].upstream`."""
+    """`models.docs.deployments[0].upstream`, on one line whatever names there are."""
     parts = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    return "".join(parts).removeprefix(".")
+    told = "".join(parts).removeprefix(".")
+    return told if told.isprintable() else told.encode("unicode_escape").decode()
 
 
 @dataclass(slots=True)

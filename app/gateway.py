@@ -95,6 +95,8 @@ class Gateway:
         self.room.alter(successor.room)
         successor.room = self.room
         self._registry.give_way(successor._registry)
+        for task in self._watching:
+            task.cancel()
 
     async def aclose(self, successor: Gateway | None = None) -> None:
         """Waits for the calls under way, writes the cache out, closes connections.

@@ -78,6 +78,8 @@ class Registry:
         self._canaries: dict[tuple[tuple[int, float, int], ...], Canary] = {}
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
+        self._in_force = before is None
+        """Whether the metrics are told of what it has: of two, of one."""
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
@@ -101,7 +103,9 @@ class Registry:
 
     def publish(self) -> None:
         """Every name anew, and what none leads to any more is let go: a model that its upstream replaced or dropped."""
-        self._leave(self._name_all(), self.deployments)
+        gone = self._name_all()
+        if self._in_force:
+            self._leave(gone, self.deployments)
 
     def _name_all(self) -> list[Deployment]:
         """Configured models and aliases, then upstreams' own names, then `upstream/model`. Returns the deployments that
@@ -127,6 +131,7 @@ class Registry:
 
     def give_way(self, successor: Registry) -> None:
         """Another one is in force from now on; deployments it does not have leave the metrics."""
+        self._in_force, successor._in_force = False, True
         kept = {each.health for each in successor.deployments}
         self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
 

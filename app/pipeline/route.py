@@ -102,9 +102,11 @@ class Route:
         return None
 
     def _load(self, deployment: Deployment) -> tuple[float, float]:
-        """How busy it is for its weight. Of equals, as nearly always where one call follows another, each is the first
-        as often as its weight has it (Efraimidis and Spirakis 2006)."""
-        return deployment.slots.busy / deployment.weight, -(self._jitter() ** (1 / deployment.weight))
+        """How busy it is for its weight. Of equals in rotation, as nearly always where one call follows another, each
+        is the first as often as its weight has it (Efraimidis, Spirakis 2006); where none is, chance helps nobody."""
+        weight = deployment.weight
+        turn = self._jitter() ** (1 / weight) if deployment.health.available() else 0.0
+        return deployment.slots.busy / weight, -turn
 
     def _usable(self, params: Params) -> list[Deployment]:
         """Those in rotation; when all that are not resting have been ejected, these: a call that may fail

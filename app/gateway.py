@@ -14,6 +14,7 @@ from app.cache.shared_limits import SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
 from app.catalog import UNSERVED
+from app.clock import Clock
 from app.config import Settings, UpstreamSettings
 from app.errors import ModelNotFound, UpstreamUnavailable
 from app.limits import Rates
@@ -26,7 +27,7 @@ from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
 from app.registry import PublicModel, Registry
 from app.upstreams.connect import Upstream
-from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 

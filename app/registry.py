@@ -7,9 +7,11 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, Model
+from app.clock import Clock
 from app.config import WORDS, DeploymentSettings, ModelSettings, PrefixSettings, Settings
 from app.errors import InvalidRequest
 from app.metrics import Metrics
@@ -23,7 +25,6 @@ from app.pipeline.prepare import Prepare
 from app.pipeline.route import Route
 from app.types import Embedder, Params
 from app.upstreams.connect import Upstream
-from app.upstreams.kind import Clock
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +41,10 @@ _FACTS = (
     "price_per_million_tokens",
 )
 """What an operator may know better than the catalogue, by one name here and there."""
+
+
+_Set: TypeAlias = tuple[tuple[int, float, int], ...]
+"""Of deployments: for each, which limits it keeps to (by identity), its weight and its priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +79,8 @@ class Registry:
         self._cache, self._metrics, self._clock = cache, metrics, clock
         self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
-        self._batchers: dict[tuple[tuple[int, float, int], ...], Batcher] = {}
-        self._canaries: dict[tuple[tuple[int, float, int], ...], Canary] = {}
+        self._batchers: dict[_Set, tuple[Batcher, Canary | None]] = {}
+        """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
         self._in_force = before is None
@@ -95,7 +100,7 @@ class Registry:
 
     @property
     def canaries(self) -> list[Canary]:
-        return list(self._canaries.values())
+        return [canary for _, canary in self._batchers.values() if canary is not None]
 
     def outdated(self) -> bool:
         """Whether an upstream lists other models now."""
@@ -142,19 +147,17 @@ class Registry:
 
     async def aclose(self, successor: Registry | None = None) -> None:
         """Waits for the calls under way but those of batchers that a `successor` shares."""
-        shared = successor._batchers.values() if successor else ()
-        own = [batcher for batcher in self._batchers.values() if batcher not in shared]
+        shared = successor._batchers if successor else {}
+        own = [batcher for several, (batcher, _) in self._batchers.items() if several not in shared]
         await asyncio.gather(*(batcher.aclose() for batcher in (*own, *self._replaced)))
 
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         known = {id(each.limits) for each in self._deployments.values()}
-        for key, batcher in before._batchers.items():
-            if all(limits in known for limits, _, _ in key):
-                self._batchers[key] = batcher
-                if key in before._canaries:
-                    self._canaries[key] = before._canaries[key]
+        for several, served in before._batchers.items():
+            if all(limits in known for limits, _, _ in several):
+                self._batchers[several] = served
 
     def _keep_to_names(self) -> list[Deployment]:
         used = {id(each.limits) for public in self.names.values() for each in public.deployments}
@@ -162,8 +165,7 @@ class Registry:
         for key in gone:
             del self._deployments[key]
         for several in [key for key in self._batchers if not all(limits in used for limits, _, _ in key)]:
-            self._replaced.append(self._batchers.pop(several))
-            self._canaries.pop(several, None)
+            self._replaced.append(self._batchers.pop(several)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
         return list(gone.values())
 
@@ -245,17 +247,16 @@ class Registry:
         return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        """One batcher per set of deployments, so that names which lead to the same share calls."""
-        key = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
-        batcher = self._batchers.get(key)
-        if batcher is None:
-            route = Route(deployments, self._metrics, self._clock)
-            batcher = self._batchers[key] = Batcher(route, self._metrics, self._clock, self._cache.let_go)
+        several = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
+        if several not in self._batchers:
+            route, canary = Route(deployments, self._metrics, self._clock), None
             # Without another deployment, or a memory that outlives us, there is nothing to compare with.
             if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
                 memory = self._cache if self._remembers else None
-                self._canaries[key] = Canary(route.deployments, memory, from_start=configured and len(deployments) > 1)
-        return batcher
+                canary = Canary(route.deployments, memory, from_start=configured and len(deployments) > 1)
+            batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
+            self._batchers[several] = batcher, canary
+        return self._batchers[several][0]
 
     def _warn_of_spaces(self, name: str, served: list[Deployment]) -> None:
         if name not in self._conflicts:

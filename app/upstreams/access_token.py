@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import orjson
 from msgspec.structs import replace
 
+from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import replies
-from app.upstreams.kind import Clock
 from app.upstreams.sealed import SealedTokens, SharedToken
 
 REFUSED_FOR = 60.0

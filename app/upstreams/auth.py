@@ -13,10 +13,10 @@ from urllib.parse import urlsplit
 
 from msgspec.structs import replace
 
+from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamAuth
 from app.types import Auth, Send, WireReply, WireRequest
-from app.upstreams.kind import Clock
 
 log = logging.getLogger(__name__)
 

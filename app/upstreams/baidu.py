@@ -14,6 +14,7 @@ import orjson
 from pydantic import SecretStr, model_validator
 
 from app.catalog import CATALOG, Model
+from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
@@ -29,7 +30,7 @@ from app.errors import (
 from app.types import Adapter, Auth, Batch, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, openai, replies
 from app.upstreams.access_token import AccessToken
-from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.kind import UpstreamKind
 from app.upstreams.sealed import SealedTokens
 from app.upstreams.signature import BceSignature
 

@@ -14,6 +14,7 @@ from app import __version__
 from app.deadlines import Deadlines
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
+from app.upstreams.connection import too_large
 
 MAX_REPLY = 256 * 2**20
 """Bytes. 2,048 vectors of 3,072 numbers are 160 MB as text."""
@@ -90,10 +91,6 @@ class OverHttpx:
 
     async def aclose(self) -> None:
         await self._transport.aclose()
-
-
-def too_large(limit: int) -> UpstreamInvalidResponse:
-    return UpstreamInvalidResponse(f"the upstream's reply is larger than {limit} bytes")
 
 
 def _translate(error: httpx.TransportError) -> GatewayError:

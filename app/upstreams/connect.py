@@ -10,11 +10,12 @@ import httpx
 from pydantic import SecretStr
 
 from app.catalog import Model
+from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import GatewayError, UpstreamTimeout, UpstreamUnavailable, UpstreamUnreachable
 from app.types import Target, TokenStore, WireReply, WireRequest
 from app.upstreams.client import Client
-from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.kind import UpstreamKind
 from app.upstreams.network import Network, basic
 from app.upstreams.redact import Redactor
 

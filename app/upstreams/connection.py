@@ -25,6 +25,10 @@ class Stale(UpstreamUnreachable):
     """The connection ended before the first byte of a reply: kept alive, it may have been closed long before."""
 
 
+def too_large(limit: int) -> UpstreamInvalidResponse:
+    return UpstreamInvalidResponse(f"the upstream's reply is larger than {limit} bytes")
+
+
 class Connection(asyncio.BufferedProtocol):
     """One exchange at a time. `scratch` is what heads are received into; connections of one event loop may share it,
     for it is read from at once."""
@@ -175,13 +179,16 @@ class Connection(asyncio.BufferedProtocol):
         self._end(lambda done: done.set_result(reply))
 
     def _refuse(self, why: str) -> None:
-        if self._done is None:
-            return
-        self._fail(UpstreamInvalidResponse(why))
-        self.close()
+        self._refuse_for(UpstreamInvalidResponse(why))
 
     def _refuse_size(self) -> None:
-        self._refuse(f"the upstream's reply is larger than {self._max_reply} bytes")
+        self._refuse_for(too_large(self._max_reply))
+
+    def _refuse_for(self, error: UpstreamInvalidResponse) -> None:
+        if self._done is None:
+            return
+        self._fail(error)
+        self.close()
 
     def _fail(self, error: GatewayError) -> None:
         self._end(lambda done: done.set_exception(error))

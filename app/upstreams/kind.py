@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from app.catalog import ANY, Model
-from app.clock import Clock as Clock
+from app.clock import Clock
 from app.config import UpstreamSettings
 from app.types import Adapter, Auth, Send, TokenStore
 

@@ -17,6 +17,7 @@ from pydantic import Field
 
 from app import vectors
 from app.catalog import ANY, Model, family
+from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
@@ -28,7 +29,7 @@ from app.errors import (
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
-from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.kind import UpstreamKind
 
 PORT = 11434
 MAX_BATCH = 16

@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 
 from app import vectors
 from app.catalog import ANY, CATALOG, Model, family
+from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
@@ -27,7 +28,7 @@ from app.errors import (
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, replies
-from app.upstreams.kind import Clock, UpstreamKind
+from app.upstreams.kind import UpstreamKind
 
 BASE_URL = "https://api.openai.com/v1"
 

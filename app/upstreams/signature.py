@@ -10,8 +10,8 @@ from urllib.parse import quote, unquote, urlsplit
 
 from msgspec.structs import replace
 
+from app.clock import Clock
 from app.types import Send, WireReply, WireRequest
-from app.upstreams.kind import Clock
 
 _SIGNED_BY_DEFAULT = frozenset({"host", "content-length", "content-type", "content-md5"})
 

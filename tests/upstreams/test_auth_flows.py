@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 import orjson
 import pytest
 
+from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, WireReply, WireRequest
 from app.upstreams import auth, baidu, openai
 from app.upstreams.access_token import AccessToken
-from app.upstreams.kind import Clock
 from app.upstreams.signature import BceSignature, bce_authorization
 
 

@@ -8,11 +8,11 @@ import orjson
 import pytest
 from pydantic import ValidationError
 
+from app.clock import Clock
 from app.types import Batch, Params, Target, WireRequest
 from app.upstreams import UPSTREAMS
 from app.upstreams.access_token import AccessToken
 from app.upstreams.auth import HeaderKey, NoAuth
-from app.upstreams.kind import Clock
 from app.upstreams.signature import BceSignature
 
 

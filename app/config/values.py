@@ -75,14 +75,22 @@ def key_text(value: SecretStr) -> SecretStr:
 def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
     """An absolute URL without a trailing slash, or ValueError. Messages never hold the URL: it may hold a password."""
     written = " or ".join(f"{scheme}://" for scheme in schemes)
+    escapes = f"; {_ESCAPES}" if credentials and "@" in text else ""
     try:
         url = urlsplit(text.strip())
-        sound = url.scheme in schemes and (url.hostname or url.scheme == "unix") and url.port != 0
+        sound = url.scheme in schemes and (url.hostname or url.scheme == "unix")
     except ValueError:
         sound = False
     if not sound:
-        escapes = f"; {_ESCAPES}" if credentials and "@" in text else ""
         raise ValueError(f"must be a URL that begins with {written}{escapes}")
+    if re.search(r"\s", text.strip()):
+        raise ValueError("must not hold spaces")
+    try:
+        sound = url.port != 0
+    except ValueError:
+        sound = False
+    if not sound:
+        raise ValueError(f"must be a URL whose port is a number from 1 to 65535{escapes}")
     if not credentials and "@" in url.netloc:
         raise ValueError("must not hold a user or password; use the keys meant for credentials")
     return text.strip().rstrip("/")
@@ -109,6 +117,8 @@ def redis_url_text(value: str) -> str:
     url = urlsplit(checked)
     if url.fragment:
         raise ValueError(f"must not hold a #; {_ESCAPES}")
+    if url.scheme == "unix" and not url.path:
+        raise ValueError("must name a socket, such as unix:///run/redis.sock")
     if url.scheme != "unix" and not re.fullmatch(r"(/\d{0,9})?", url.path):
         raise ValueError("the path of a Redis URL is the number of a database, such as /0")
     known = [name for name in _REDIS_OPTIONS if url.scheme == "rediss" or not name.startswith("ssl_")]

@@ -99,6 +99,9 @@ def test_redis_urls(url: str) -> None:
 @pytest.mark.parametrize(
     ("url", "told"),
     [
+        ("unix://", "must name a socket"),
+        ("redis://h:x", "a number from 1 to 65535"),
+        ("redis://h/1 ?db=2", "must not hold spaces"),
         ("redis://h?x=y", "may stand db, "),
         ("redis://h?socket_timeout=5s", "may stand db, "),
         ("redis://h?ssl_cert_reqs=none", "may stand db, "),

@@ -26,7 +26,7 @@ class Found(NamedTuple):
     held: Collection[bytes] = ()
 
 
-NOTHING = Found({})
+_NONE = Found({})
 
 
 class Reader:
@@ -44,7 +44,7 @@ class Reader:
     ) -> None:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
         self._shared = store if claims and isinstance(store, SharedStore) else None
-        self._together: Together[Sequence[bytes], Found] = Together(self._answer, NOTHING, _TOGETHER, len)
+        self._together: Together[Sequence[bytes], Found] = Together(self._answer, _NONE, _TOGETHER, len)
         self._logged = -_LOG_EVERY
 
     async def get(self, keys: Sequence[bytes]) -> Found:
@@ -72,7 +72,7 @@ class Reader:
             if now - self._logged >= _LOG_EVERY:
                 self._logged = now
                 log.exception("cache tier %s raised while reading", self._store.name)
-            return NOTHING
+            return _NONE
         if hits:
             self._on_found(hits)
         return Found(dict(hits), held)

@@ -21,7 +21,7 @@ from app.upstreams.sealed import SealedTokens, SharedToken
 
 REFUSED_FOR = 60.0
 """Seconds for which a refused key, or a token server that fails while the old token serves, is not asked again."""
-CLAIM = 5.0
+FETCHING = 5.0
 """Seconds for which one replica has the fetching of a token to itself. One that dies holds the others up no longer."""
 LOOK = 0.1
 """Seconds between looks at whether it has come."""
@@ -111,8 +111,8 @@ class AccessToken:
         shared = self._shared
         if shared is None:
             return await self._fetch_anew(send)
-        patience = self._clock.monotonic() + CLAIM
-        while (known := await self._known(shared)) is None and not await shared.claim(CLAIM):
+        patience = self._clock.monotonic() + FETCHING
+        while (known := await self._known(shared)) is None and not await shared.claim(FETCHING):
             if self._clock.monotonic() > patience:
                 break
             await self._clock.sleep(LOOK)  # another replica is fetching one

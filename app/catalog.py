@@ -69,6 +69,10 @@ class Model:
     source: str = ""
     """Where these facts are from."""
 
+    def space(self, kind: str) -> str:
+        """What its vector space is called behind an upstream of this type."""
+        return f"{kind}/{self.same_as or self.name}{f'@{self.revision}' if self.revision else ''}"
+
 
 def _rows(*models: Model) -> Mapping[str, Model]:
     return MappingProxyType({model.name: model for model in models})

@@ -21,7 +21,6 @@ from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.admit import INPUT, Room
-from app.pipeline.canary import ROUND
 from app.pipeline.deployment import Slots
 from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
@@ -159,7 +158,7 @@ class Gateway:
     async def _keep_fresh(self) -> None:
         """Asks now and then: a model that was pulled anew is another one, of a vector space of its own."""
         while True:
-            await self._clock.sleep(ROUND)
+            await self._clock.sleep(canary.ROUND)
             try:
                 await self.refresh()
             except Exception:  # a bug of ours must not end this for good

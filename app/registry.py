@@ -214,8 +214,7 @@ class Registry:
 
     def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
         """One deployment per upstream and set of facts, shared by all names that lead to it."""
-        revision = f"@{model.revision}" if model.revision else ""
-        identity = space or f"{upstream.kind.name}/{model.same_as or model.name}{revision}"
+        identity = space or model.space(upstream.kind.name)
         known = self._deployments.get((upstream.name, model, identity))
         if known is not None:
             return known

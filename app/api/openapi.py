@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from app.api.schema import MOST_DIMENSIONS
+
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {
     "type": "array",
@@ -48,7 +50,7 @@ REQUEST: dict[str, Any] = {
             "enum": ["float", "base64", None],
             "description": "numbers (also when absent), or base64 of little-endian float32",
         },
-        "dimensions": {"type": ["integer", "null"], "minimum": 1, "maximum": 65536},
+        "dimensions": {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_DIMENSIONS},
         "user": {"type": ["string", "null"]},
         "input_type": {
             "type": ["string", "null"],

@@ -11,7 +11,7 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from app.config.explain import did_you_mean, explain, unknown_key
-from app.config.settings import WORDS, Kind, ModelSettings, Settings, UpstreamSettings, vector_space
+from app.config.settings import WORDS, Kind, ModelSettings, Settings, UpstreamSettings, facts, vector_space
 from app.config.tree import Mistake, Path, Tree, dotted
 
 _MAPPING = "must be a mapping (key: value)"
@@ -195,8 +195,7 @@ def _can_be_told(path: Path, settings: Settings, model: ModelSettings, kinds: Ma
         if upstream is None:
             return
         kind = kinds[upstream.type]
-        listed = kind.models(upstream)
-        known = listed.get(deployment.model) or kind.unlisted(deployment.model)
+        listed, known = kind.models(upstream), facts(kind, upstream, deployment)
         told |= kind.adapter(upstream).words | {fact for fact in WORDS if getattr(known, fact)}
         if kind.built_in and deployment.model not in listed:
             yield Mistake((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")

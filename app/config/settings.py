@@ -287,6 +287,9 @@ def vector_space(kind: Kind, settings: UpstreamSettings, deployment: DeploymentS
     """Two deployments give comparable vectors if and only if this is equal."""
     if deployment.space is not None:
         return deployment.space
-    known = kind.models(settings).get(deployment.model) or kind.unlisted(deployment.model)
-    revision = f"@{known.revision}" if known.revision else ""
-    return f"{kind.name}/{known.same_as or deployment.model}{revision}"
+    return facts(kind, settings, deployment).space(kind.name)
+
+
+def facts(kind: Kind, settings: UpstreamSettings, deployment: DeploymentSettings) -> Model:
+    """What is known beforehand of the model that a deployment names."""
+    return kind.models(settings).get(deployment.model) or kind.unlisted(deployment.model)

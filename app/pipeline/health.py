@@ -130,7 +130,7 @@ class Health:
             self._suspect_until = self._clock.monotonic() + SUSPECT
             self._longest *= DOUBTED
 
-    def forget(self, era: int) -> None:
+    def abandon(self, era: int) -> None:
         """A call that began in this era says nothing of the deployment; if it was to tell, the next one is."""
         if era == self._era:
             self._probing = False

@@ -211,7 +211,7 @@ class Route:
             if judged:
                 health.end(error, slot.era)
             elif judged is None:
-                health.forget(slot.era)
+                health.abandon(slot.era)
             else:
                 health.drop(slot.era)
             if isinstance(error, RateLimited):

@@ -16,7 +16,7 @@ from app.errors import GatewayError, UpstreamTimeout, UpstreamUnavailable, Upstr
 from app.types import Target, TokenStore, WireReply, WireRequest
 from app.upstreams.client import Client
 from app.upstreams.kind import UpstreamKind
-from app.upstreams.network import Network, basic
+from app.upstreams.network import Network, basic_credentials
 from app.upstreams.redact import Redactor
 
 log = logging.getLogger(__name__)
@@ -93,21 +93,23 @@ class Upstream:
         try:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
-            before, self.trouble = self.trouble, self.redact(error.message)
-            self.away = isinstance(error, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
-            if self.trouble != before:
-                log.warning("upstream %s: cannot list its models: %s", self.name, self.trouble)
+            away = isinstance(error, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
+            self._cannot_list(self.redact(error.message), away=away)
             return
         except Exception as bug:  # of ours: nobody else would hear of it
-            before, self.trouble = self.trouble, f"its list of models could not be read ({type(bug).__name__})"
-            self.away = False
-            if self.trouble != before:
-                log.exception("upstream %s: cannot list its models", self.name)
+            self._cannot_list(f"its list of models could not be read ({type(bug).__name__})", away=False, bug=bug)
             return
         self.trouble, self.away = None, False
         models = {model.name: model for model in found}
         if models != self.models:
             self.models = models
+
+    def _cannot_list(self, why: str, *, away: bool, bug: Exception | None = None) -> None:
+        """Remembers why, and logs it once: lists are asked for every minute."""
+        if why != self.trouble:
+            level = logging.ERROR if bug else logging.WARNING
+            log.log(level, "upstream %s: cannot list its models: %s", self.name, why, exc_info=bug)
+        self.trouble, self.away = why, away
 
     async def aclose(self) -> None:
         if self._asking is not None:
@@ -127,7 +129,7 @@ def _secrets(settings: UpstreamSettings) -> Iterator[str]:
         yield from _secrets_in(getattr(settings, name))
     if settings.proxy is not None:
         url = settings.proxy.get_secret_value()
-        yield basic(url)
+        yield basic_credentials(url)
         yield httpx.URL(url).password
 
 

@@ -253,11 +253,11 @@ class _Proxy:
     def __init__(self, url: str) -> None:
         self.origin = _origin(httpx.URL(url))
         self.headers: dict[str, str] = {}
-        if given := basic(url):
+        if given := basic_credentials(url):
             self.headers["proxy-authorization"] = f"Basic {given}"
 
 
-def basic(url: str) -> str:
+def basic_credentials(url: str) -> str:
     """User and password of a URL as they are sent (RFC 7617), or nothing where it has none."""
     parsed = httpx.URL(url)
     return b64encode(f"{parsed.username}:{parsed.password}".encode()).decode() if parsed.userinfo else ""

@@ -153,7 +153,10 @@ class _Plan:
             try:
                 pieces = self._room.pieces(text) if self._all else [self._room.first(text)]
             except ValueError:
-                raise InvalidRequest("what goes before the text leaves no room for it", param=f"input[{i}]") from None
+                raise InvalidRequest(
+                    f"not even the beginning of input[{i}] surely fits this model, with what goes before it",
+                    param=f"input[{i}]",
+                ) from None
             # Space alone means nothing, and some upstreams refuse it.
             self._pieces[i] = [piece for piece in pieces if not piece.isspace()] or pieces[:1]
             self._left -= len(self._pieces[i]) - 1

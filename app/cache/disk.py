@@ -17,6 +17,7 @@ from app.cache import table, values
 from app.cache.breaker import Breaker
 from app.cache.counts import Counts
 from app.cache.table import Table
+from app.cache.troubles import Troubles
 from app.clock import Clock
 from app.metrics import Metrics
 from app.types import Embedding
@@ -50,16 +51,11 @@ class DiskStore:
         """Touched by the thread alone."""
         self._write_size = 2**16
         self._closed = False
-        self._trouble: dict[str, str] = {}
+        self._troubles = Troubles(self.name)
 
     @property
     def status(self) -> str:
-        """ "up", or "down: " and why look-ups fail, or "up; writes fail: " and why."""
-        if "get" in self._trouble:
-            return f"down: {self._trouble['get']}"
-        if "set" in self._trouble:
-            return f"up; writes fail: {self._trouble['set']}"
-        return "up"
+        return self._troubles.status
 
     async def open(self) -> None:
         """Opens the file ahead of the first request, so that `status` is true from the start. Never fails."""
@@ -133,8 +129,7 @@ class DiskStore:
             self._failed(operation, f"{type(error).__name__}: {error}")
             return None
         self._breaker.succeeded()
-        if self._trouble.pop(operation, None) is not None:
-            log.warning("disk cache: %s works again", operation)
+        self._troubles.end(operation)
         return result
 
     def _failed(self, operation: str, why: str) -> None:
@@ -143,9 +138,7 @@ class DiskStore:
             self._breaker.failed()
         else:
             self._breaker.abandoned()
-        if self._trouble.get(operation) != why:
-            log.warning("disk cache: %s fails, requests are served without it: %s", operation, why)
-        self._trouble[operation] = why
+        self._troubles.begin(operation, why)
 
     # --- in the thread ------------------------------------------------------------------------------
 

@@ -36,12 +36,11 @@ from app.cache.breaker import Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connections
 from app.cache.counts import Counts
 from app.cache.script import Script
+from app.cache.troubles import Troubles
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
 from app.types import CLAIM, Embedding, LookUp
-
-log = logging.getLogger(__name__)
 
 PREFIX = b"eg:1:"
 """Before the raw hash in every key of ours: `SCAN MATCH eg:1:*` finds them."""
@@ -138,21 +137,14 @@ class RedisStore:
         """No claims before that: a server that refuses them, a read-only one for example, is still good to read."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
         self._refused = metrics.cache_operations.labels(self.name, "claim", "error")
-        self._trouble: dict[str, str] = {}
-        """What was last wrong with reading, claiming and writing, where something is."""
+        self._troubles = Troubles(self.name)
 
     def __repr__(self) -> str:
         return f"<RedisStore {self.status}>"
 
     @property
     def status(self) -> str:
-        """ "up", or "down: " and why look-ups fail, or "up; writes fail: " (or claims) and why."""
-        if "get" in self._trouble:
-            return f"down: {self._trouble['get']}"
-        for operation, told in (("set", "writes"), ("claim", "claims")):
-            if operation in self._trouble:
-                return f"up; {told} fail: {self._trouble[operation]}"
-        return "up"
+        return self._troubles.status
 
     async def open(self) -> None:
         """Connects ahead of the first request, so that `status` is true from the start. Never fails."""
@@ -286,21 +278,13 @@ class RedisStore:
         return None
 
     def _note(self, operation: str, error: Exception | None) -> None:
-        """Remembers and logs a change of state, and only a change."""
-        before = self._trouble.get(operation)
+        """What an operation came to, for the log and `status`."""
         if error is None:
-            if before is not None:
-                del self._trouble[operation]
-                log.warning("redis cache: %s works again", operation)
-            return
-        refused = isinstance(error, _REFUSED) or isinstance(error.__cause__, _REFUSED)
-        now = f"{type(error).__name__}: {error}"
-        if refused:
-            now = "the server refuses our credentials"
+            self._troubles.end(operation)
+        elif isinstance(error, _REFUSED) or isinstance(error.__cause__, _REFUSED):
+            self._troubles.begin(operation, "the server refuses our credentials", logging.ERROR)
         elif isinstance(error, _CLUSTER):
-            now = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
-        self._trouble[operation] = now
-        if before == now:
-            return
-        level = logging.ERROR if refused else logging.WARNING
-        log.log(level, "redis cache: %s fails, requests are served without it: %s", operation, now)
+            told = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
+            self._troubles.begin(operation, told)
+        else:
+            self._troubles.begin(operation, f"{type(error).__name__}: {error}")

@@ -41,31 +41,47 @@ class Canary:
         self._cache = cache
         self._from_start = from_start
         self._expected: bytes | None = None
-        self._looked_at: float | None = None
+        self._looked_at: dict[Deployment, float] = {}
+        """When each was last looked at; those that did not answer are not among them."""
         (self._key,) = keys.derive(f"canary/{deployments[0].space}", Params(), [TEXT])
 
     def due(self, now: float) -> bool:
         """Those that were configured to stand in for each other are compared from the start; all else once it is
         used, for to ask for a model may mean to load it."""
-        if self._looked_at is not None and now - self._looked_at < EVERY:
+        if not self._due(now):
             return False
         return self._from_start or any(deployment.health.used for deployment in self._deployments)
 
+    def _due(self, now: float) -> list[Deployment]:
+        """Who did not answer is, in every round, until it does."""
+        looked_at = self._looked_at
+        return [each for each in self._deployments if each not in looked_at or now - looked_at[each] >= EVERY]
+
     async def look(self, now: float) -> None:
-        """Asks each deployment once; one whose vector is another is taken out, or let in again."""
-        before, self._looked_at = self._looked_at, now
+        """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
+        has never answered is left to be asked after the others: it may have been away and have come back another."""
+        asked, before = self._due(now), dict(self._looked_at)
+        self._looked_at.update(dict.fromkeys(asked, now))
+        answered: list[tuple[Deployment, bytes]] = []
         try:
-            found = await asyncio.gather(*(_ask(deployment) for deployment in self._deployments))
-        except asyncio.CancelledError:  # by a change of configuration, whose gateway has the same canary
+            found = await asyncio.gather(*(_ask(deployment) for deployment in asked))
+            answered = [(each, vector) for each, vector in zip(asked, found, strict=True) if vector]
+            if answered and self._expected is None:
+                self._expected = await self._recall(answered[0][1])
+        finally:  # or by a change of configuration, whose gateway has the same canary
             self._looked_at = before
-            raise
-        answered = [(each, vector) for each, vector in zip(self._deployments, found, strict=True) if vector]
-        if not answered:
-            return
-        if self._expected is None:
-            self._expected = await self._recall(answered[0][1])
         for deployment, vector in answered:
-            self._judge(deployment, vectors.cosine(vector, self._expected))
+            self._looked_at[deployment] = now
+            deployment.health.unproved = False
+            self._judge(deployment, vectors.cosine(vector, self._expected or vector))
+        for deployment in asked if len(self._deployments) > 1 else ():
+            if deployment not in self._looked_at and not deployment.health.unproved:
+                deployment.health.unproved = True
+                log.warning(
+                    "deployment %s has not shown yet that its vectors are those of %s: others are asked first",
+                    deployment.name,
+                    deployment.space,
+                )
 
     async def _recall(self, now: bytes) -> bytes:
         """The vector of before, from a cache that outlives us; where there is none, the one of now from here on."""

@@ -142,7 +142,7 @@ class Deployment:
     health: Health
     embed: BatchEmbedder
     weight: float = 1
-    priority: int = 0
+    priority: int = 1
 
     @property
     def name(self) -> str:

@@ -64,6 +64,8 @@ class Health:
         self._quiet_until = 0.0
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
+        self.unproved = False
+        """Whether it is not known to be in its vector space, where others are."""
         self.used = False
         """Whether it has ever answered."""
         self.trouble: str | None = None

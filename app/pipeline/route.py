@@ -109,12 +109,13 @@ class Route:
         return deployment.slots.busy / weight, -turn
 
     def _usable(self, params: Params) -> list[Deployment]:
-        """Those in rotation; when all that are not resting have been ejected, these: a call that may fail
-        is better than none."""
+        """Those in rotation, of these the ones that are known to be in their vector space, if any; when all that are
+        not resting have been ejected, these: a call that may fail is better than none."""
         able = self._able(params)
-        return [each for each in able if each.health.available()] or [
-            each for each in able if not each.health.cooling()
-        ]
+        available = [each for each in able if each.health.available()]
+        if len(available) > 1:
+            return [each for each in available if not each.health.unproved] or available
+        return available or [each for each in able if not each.health.cooling()]
 
     def _able(self, params: Params) -> list[Deployment]:
         return [each for each in self.deployments if each.can(params) and each.health.out is None]

@@ -18,7 +18,7 @@ from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
 from app.types import Batch, BatchResult
 from tests.clock import HandClock, settle
-from tests.fakes import FakeOpenAI, Vector
+from tests.fakes import FakeOpenAI, Vector, faults
 from tests.harness import Running, running
 
 MODEL = "text-embedding-3-small"
@@ -117,6 +117,36 @@ def test_a_deployment_that_does_not_answer_is_not_judged() -> None:
             right.wait_for_calls(1)
             assert gateway.post({"model": "m", "input": "x"}).status_code == 200
             assert "out" not in gateway.get("/readyz").json()["upstreams"]["up1"]
+
+
+def test_one_that_was_away_when_it_was_looked_at_answers_nobody_before_it_is_judged() -> None:
+    with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
+        wrong.fail(faults.vendor_error("unavailable"), times=None)
+        clock = RoundClock()
+        with running(config(right, wrong), clock=clock) as gateway:
+            wrong.wait_for_calls(1)
+            right.wait_for_calls(1)
+            wrong.heal()
+            for i in range(12):
+                response = gateway.post({"model": "m", "input": f"text {i}"})
+                assert response.headers["x-embedding-upstream"] == f"up0/{MODEL}"
+            clock.woken += 1
+            assert "cosine" in until_out(gateway, "up1")[MODEL]
+            assert [c.texts[0] for c in right.calls].count(canary.TEXT) == 1, [c.texts for c in right.calls]
+
+
+def test_one_that_has_shown_nothing_serves_where_no_other_can() -> None:
+    with FakeOpenAI(api_key="sk-fake") as failing, FakeOpenAI(api_key="sk-fake") as late:
+        late.fail(faults.vendor_error("unavailable"), times=None)
+        with running(config(failing, late)) as gateway:
+            late.wait_for_calls(1)
+            failing.wait_for_calls(1)
+            late.heal()
+            failing.fail(faults.vendor_error("unavailable"), times=None)
+            for i in range(12):
+                gateway.post({"model": "m", "input": f"text {i}"})
+            response = gateway.post({"model": "m", "input": "served"})
+            assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
 
 
 async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:

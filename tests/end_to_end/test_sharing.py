@@ -54,6 +54,19 @@ async def test_the_same_text_in_100_concurrent_requests_is_paid_for_once() -> No
         assert fake.rows == 1
 
 
+async def test_a_configured_name_and_the_models_own_share_what_is_under_way() -> None:
+    models = {"mine": {"deployments": [{"upstream": "up", "model": MODEL}]}}
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, models=models)) as gateway:
+        fake.hold()
+        names = ("mine", MODEL, f"up/{MODEL}")
+        asked = [asyncio.create_task(post_all(gateway, ["the one text"], model=name)) for name in names]
+        await fake.calls_arrived(1)
+        fake.release()
+        responses = [response for each in asked for response in await each]
+        assert {response.status_code for response in responses} == {200}
+        assert fake.rows == 1
+
+
 async def test_one_callers_refused_input_is_not_its_neighbours_error() -> None:
     with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
         refusal = faults.vendor_error("bad_input")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import httpx
@@ -123,6 +123,9 @@ class Gateway:
         if public is None:
             await self.refresh()
             public = self.names.get(name)
+        elif upstreams := self._registry.unlisted(public):
+            await self.refresh(upstreams)
+            public = self.names.get(name)
         if public is None:
             self._cannot_say(name)
             raise ModelNotFound(self._instead(name) or f"The model '{name[:200]}' does not exist", param="model")
@@ -148,9 +151,10 @@ class Gateway:
                 return told
         return None
 
-    async def refresh(self) -> None:
-        """Asks upstreams that list their models, each at most every few seconds, what they have now."""
-        await asyncio.gather(*(upstream.discover() for upstream in self.upstreams.values()))
+    async def refresh(self, upstreams: Iterable[Upstream] | None = None) -> None:
+        """Asks these, or all upstreams that list their models, each at most every few seconds, what they have now."""
+        asked = self.upstreams.values() if upstreams is None else upstreams
+        await asyncio.gather(*(upstream.discover() for upstream in asked))
         # By what is published and not by who asked: that may have been another gateway, or a caller who hung up.
         if self._registry.outdated():
             self._registry.publish()

@@ -106,6 +106,15 @@ class Registry:
         """Whether an upstream lists other models now."""
         return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
 
+    def unlisted(self, public: PublicModel) -> list[Upstream]:
+        """A model's upstreams, if all of them list what they have and none has been there to do so: what they then say
+        of it, a revision for example, may make it another vector space."""
+        upstreams = [self._upstreams[each.upstream] for each in public.deployments]
+        for upstream, deployment in zip(upstreams, public.deployments, strict=True):
+            if not upstream.away or deployment.model.name in upstream.models:
+                return []
+        return upstreams
+
     def publish(self) -> None:
         """Every name anew, and what none leads to any more is let go: a model that its upstream replaced or dropped."""
         gone = self._name_all()

@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 FRESH = 10.0
 """Seconds for which a list of models is taken as it is: an unknown name asks the upstream at most this often."""
+AWAY = 1.0
+"""The same, where the upstream was not there to be asked."""
 PATIENCE = 5.0
 """Seconds for which callers wait for a list of models; from then on they go on with what is known."""
 
@@ -75,7 +77,7 @@ class Upstream:
             return
         now = self._clock.monotonic()
         if self._asking is None:
-            if self._discovered_at is not None and now - self._discovered_at < FRESH:
+            if self._discovered_at is not None and now - self._discovered_at < (AWAY if self.away else FRESH):
                 return
             self._discovered_at = now
             self._asking = asyncio.create_task(self._ask())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -25,7 +26,8 @@ from app.pipeline.canary import ROUND
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import connect, ollama, openai
 from tests.clock import HandClock, settle
-from tests.harness import settings_of
+from tests.fakes import FakeOllama, faults
+from tests.harness import running, settings_of
 
 
 def answering(routes: dict[str, Any], seen: list[WireRequest] | None = None) -> Send:
@@ -353,3 +355,33 @@ def test_a_tag_of_latest_makes_no_other_model() -> None:
     deployments = [{"upstream": "one", "model": "bge-m3"}, {"upstream": "two", "model": "bge-m3:latest"}]
     upstreams = {"one": {"type": "ollama"}, "two": {"type": "ollama", "base_url": "http://127.0.0.1:9"}}
     assert settings_of({"upstreams": upstreams, "models": {"m": {"deployments": deployments}}}).models["m"].deployments
+
+
+def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before_it_embeds() -> None:
+    models = {"docs": {"deployments": [{"upstream": "up", "model": "nomic-embed-text"}]}}
+    with FakeOllama() as fake:
+        fake.fail(faults.http_error(503, b"starting"), times=1, path="/api/tags")
+        upstreams = {"up": {"type": "ollama", "base_url": fake.url}}
+        with running({"upstreams": upstreams, "models": models}) as gateway:
+            assert gateway.get("/readyz").json()["upstreams"]["up"]["reason"]
+            time.sleep(connect.AWAY)
+            response = gateway.post({"model": "docs", "input": "a text"})
+            assert "@" in response.headers["x-embedding-space"], "the revision is part of the space"
+            listed = [call.path for call in fake.requests].index("/api/embed")
+            assert [call.path for call in fake.requests][:listed].count("/api/tags") == 2
+
+
+def test_whom_a_server_that_is_away_does_not_concern_nobody_asks_it_for() -> None:
+    there = {"upstream": "there", "model": "nomic-embed-text", "space": "mine"}
+    models = {"docs": {"deployments": [there, {**there, "upstream": "away"}]}}
+    with FakeOllama() as fake, FakeOllama() as away:
+        away.fail(faults.http_error(503, b"starting"), times=None)
+        upstreams = {
+            "there": {"type": "ollama", "base_url": fake.url},
+            "away": {"type": "ollama", "base_url": away.url},
+        }
+        with running({"upstreams": upstreams, "models": models}) as gateway:
+            time.sleep(connect.AWAY)
+            asked = len(away.requests)
+            assert gateway.post({"model": "docs", "input": "a text"}).status_code == 200
+            assert [call.path for call in away.requests][asked:].count("/api/tags") == 0

@@ -42,7 +42,8 @@ def from_base64(texts: Iterable[str | memoryview]) -> list[bytes]:
 
 
 def parse(values: Sequence[object]) -> list[bytes]:
-    """Vectors in either form an upstream may answer in, or vectors already. Raises `TypeError` or `ValueError`."""
+    """Vectors in either form an upstream may answer in, or vectors already; an empty one for each that holds null,
+    which is how NaN is often written, or is null itself. Raises `TypeError` or `ValueError`."""
     for value in values:
         if type(value) is not bytes:
             return [_parse(each) for each in values]
@@ -52,6 +53,8 @@ def parse(values: Sequence[object]) -> list[bytes]:
 def _parse(value: object) -> bytes:
     if isinstance(value, bytes):
         return value
+    if value is None or (isinstance(value, list) and None in value):
+        return b""
     if isinstance(value, str):
         return from_base64([value])[0]
     return from_numbers(value)  # type: ignore[arg-type]  # from_numbers refuses what is no list
@@ -69,9 +72,9 @@ def to_json(vector: bytes) -> bytes:
 
 
 def fault(vector: bytes) -> str | None:
-    """Why this cannot be an embedding ("is empty", "is all zero", "holds NaN or infinity"), or None."""
+    """Why this cannot be an embedding ("is empty or null", "is all zero", "holds NaN or infinity"), or None."""
     if not vector:
-        return "is empty"
+        return "is empty or null"
     numbers = np.frombuffer(vector, "<f4")
     # One dot product settles nearly every vector: any NaN or infinity makes it so, and only zeros make
     # zero. It also overflows for huge and underflows for tiny numbers, which the exact tests then clear.

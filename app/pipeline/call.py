@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from functools import lru_cache
 
 from app import tokens
-from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout
+from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline import contract
 from app.types import Adapter, Auth, Batch, BatchResult, Parsed, Send, Target
 from app.upstreams.redact import Redactor
+
+_NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
+"""What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
 
 
 class Call:
@@ -77,6 +81,8 @@ class Call:
         try:
             return self._adapter.parse_response(reply, batch)
         except (KeyError, TypeError, ValueError, IndexError) as fault:
+            if _NAN.search(reply.body):
+                raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from fault
             kind = reply.headers.get("content-type", "no content type")
             raise UpstreamInvalidResponse(
                 f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply"

@@ -61,12 +61,13 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
 def _faults(whole: Sequence[bytes], dimensions: int | None) -> dict[int, str]:
     """What is wrong with each vector that is none, by its place."""
     lengths = set(map(len, whole))
-    if len(lengths) != 1:
+    if len(lengths) > 1 and len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
-    length = lengths.pop() // 4
+    length = max(lengths) // 4
     if dimensions is not None and length and length != dimensions:
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {dimensions}")
-    if len(whole) > 1 and vectors.faultless(whole):  # nearly always, and a tenth of looking at each
+    # Nearly always, and a tenth of looking at each.
+    if len(whole) > 1 and len(lengths) == 1 and vectors.faultless(whole):
         return {}
     return {i: fault for i, vector in enumerate(whole) if (fault := vectors.fault(vector)) is not None}
 

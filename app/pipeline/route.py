@@ -10,7 +10,15 @@ from msgspec.structs import replace
 
 from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
-from app.errors import GatewayError, InvalidRequest, QuotaExhausted, RateLimited, UpstreamError, UpstreamTimeout
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UpstreamError,
+    UpstreamInvalidVector,
+    UpstreamTimeout,
+)
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
@@ -179,7 +187,8 @@ class Route:
             return result
         part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
         again.charge(part.inputs)
-        retried = await self._attempt(part, again)
+        known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
+        retried = await self._attempt(part, again, known_bad=known_bad)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
             result.outcomes[i] = outcome
         result.calls += retried.calls
@@ -188,11 +197,12 @@ class Route:
         result.deployments = (*others, again.deployment.name)
         return result
 
-    async def _attempt(self, batch: Batch, slot: Slot) -> BatchResult:
+    async def _attempt(self, batch: Batch, slot: Slot, *, known_bad: bool = False) -> BatchResult:
+        """`known_bad`: these inputs have had no vector before, so that to get none again speaks against nobody."""
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
         judged: bool | None = None
-        """None where nothing that was answered ended the call, but a bug of ours or the end of everything."""
+        """None where nothing that speaks for or against the deployment ended the call: a bug of ours for example."""
         late = False
         began = now()
         try:
@@ -209,6 +219,8 @@ class Route:
             # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
             judged, late = health.had_time(batch.deadline - began), True
         finally:
+            if known_bad and isinstance(error, UpstreamInvalidVector):
+                judged = None
             if judged:
                 health.end(error, slot.era)
             elif judged is None:

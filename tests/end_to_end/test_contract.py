@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from tests.end_to_end.cases import CASES, Case, gateway_for, vectors_of
-from tests.fakes import faults
-from tests.harness import Running
+from tests.fakes import FakeOpenAI, faults
+from tests.harness import Running, running
 
 UPSTREAMS = [
     "dashscope native text-embedding-v3",
@@ -166,3 +166,24 @@ def test_one_refused_input_among_many_is_named_and_costs_the_others_nothing(name
         asked = len(case.fake.calls)
         assert_right(case, gateway, [text for text in texts if text != "guilty"])
         assert len(case.fake.calls) == asked, "the innocent inputs were cached"
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [faults.nan_as_null, faults.nan_literal, faults.null_vector, faults.empty_vector, faults.zero_vector],
+    ids=lambda each: each.name,
+)
+def test_a_text_without_a_vector_costs_the_others_in_its_call_nothing(fault: faults.Payload) -> None:
+    with FakeOpenAI(api_key="sk-fake", base64=False) as fake:
+        fake.fail(fault.on("bad"), times=None, when=lambda texts: "bad" in texts)
+        upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"up": upstream}}) as gateway:
+            body = {"model": "text-embedding-3-small"}
+            response = gateway.post({**body, "input": ["a", "b", "bad", "c"]})
+            assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_invalid_response")
+            asked = len(fake.calls)
+            again = gateway.post({**body, "input": ["a", "b", "c"]})
+            assert again.headers["x-embedding-cache"] == "hit"
+            assert len(fake.calls) == asked
+            for text, row in zip("abc", again.json()["data"], strict=True):
+                assert np.array_equal(np.array(row["embedding"], "<f4"), fake.expected("text-embedding-3-small", text))

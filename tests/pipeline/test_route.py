@@ -37,7 +37,7 @@ from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
 from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
 from app.pipeline.queue import LANES
-from app.pipeline.route import Route
+from app.pipeline.route import Route, Slot
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params
 from tests.clock import HandClock, settle
 
@@ -407,6 +407,17 @@ async def test_one_for_which_a_text_alone_is_too_much_is_not() -> None:
     for _ in range(FAILURES):
         await run(route(up), batch(*"ab"))
     assert up.health.available()
+
+
+async def test_a_text_of_which_one_made_no_vector_speaks_against_no_other_that_makes_none_either() -> None:
+    first, other = deployment("first", giving_none_for("a")), deployment("other", giving_none_for("a"))
+    for _ in range(3 * FAILURES):
+        slot = Slot(first, first.health.begin())
+        assert first.slots.take("bulk")
+        result = await route(first, other).run(batch(*"ab"), slot, "bulk")
+        assert [type(each) for each in result.outcomes] == [UpstreamInvalidVector, Embedding]
+        assert result.deployments == (first.name, other.name)
+    assert other.health.available()
 
 
 def health(clock: HandClock) -> Health:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from app import tokens
-from app.errors import GatewayError, InvalidRequest
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable
 from app.pipeline.deployment import Limits
-from app.types import Batch, BatchEmbedder, BatchResult, Input, Media
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input, Media
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32"
@@ -41,17 +41,23 @@ _TOKENS = re.compile(
 
 
 class Adapt:
-    """Keeps a deployment's batches legal as it learns what is, and isolates inputs it refuses."""
+    """Keeps a deployment's batches legal as it learns what is, and isolates inputs it refuses.
 
-    def __init__(self, inner: BatchEmbedder, limits: Limits) -> None:
+    `longest`: tokens that one input may have, if that is known.
+    """
+
+    def __init__(self, inner: BatchEmbedder, limits: Limits, longest: int | None = None) -> None:
         self._inner = inner
-        self._limits = limits
+        self._limits, self._longest = limits, longest
 
     async def __call__(self, batch: Batch) -> BatchResult:
         # A single culprit among n is found in 2·log2(n) calls. What takes more is not one input's fault,
         # and halving on would make a hopeless batch of n cost 2n calls.
         budget = _Budget(4 * len(batch.inputs).bit_length() + 4)
-        return await self._embed(batch, budget)
+        result = await self._embed(batch, budget)
+        if budget.undecided:
+            _decide(batch.inputs, result.outcomes, budget.undecided)
+        return result
 
     async def _embed(self, batch: Batch, budget: _Budget) -> BatchResult:
         sizes = _legal(batch.inputs, self._limits)
@@ -60,14 +66,30 @@ class Adapt:
         try:
             return await self._inner(batch)
         except GatewayError as error:
-            if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
-                return _counted(await self._embed(batch, budget))
-            if not error.blames_input or len(batch.inputs) == 1:
-                raise
-            if not budget.take(2):
-                raise
-            half = (len(batch.inputs) + 1) // 2
-            return _counted(await self._embed_parts(batch, [half, len(batch.inputs) - half], budget))
+            refusal = error
+        result = await self._after(refusal, batch, budget)
+        result.calls += 1
+        return result
+
+    async def _after(self, error: GatewayError, batch: Batch, budget: _Budget) -> BatchResult:
+        """What becomes of a batch of which a call came to this."""
+        if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
+            return await self._embed(batch, budget)
+        if error.blames_input and len(batch.inputs) > 1:
+            if budget.take(2):
+                return await self._embed_halves(batch, budget, by_length=isinstance(error, ContextLengthExceeded))
+            budget.undecided.append(error)
+        return BatchResult([error] * len(batch.inputs), calls=0)
+
+    async def _embed_halves(self, batch: Batch, budget: _Budget, *, by_length: bool) -> BatchResult:
+        """`by_length`: the shorter ones first, of which all may be good however many are not."""
+        count, inputs = len(batch.inputs), batch.inputs
+        order = sorted(range(count), key=lambda i: tokens.estimate(inputs[i])) if by_length else range(count)
+        ordered = replace(batch, inputs=[inputs[i] for i in order], keys=[batch.keys[i] for i in order])
+        result = await self._embed_parts(ordered, [(count + 1) // 2, count // 2], budget)
+        found = dict(zip(order, result.outcomes, strict=True))
+        result.outcomes = [found[i] for i in range(count)]
+        return result
 
     async def _embed_parts(self, batch: Batch, sizes: Sequence[int], budget: _Budget) -> BatchResult:
         """One after the other: the batch holds one slot. A part that fails is that part's own failure."""
@@ -76,10 +98,7 @@ class Adapt:
             end = start + size
             part = replace(batch, inputs=batch.inputs[start:end], keys=batch.keys[start:end])
             start = end
-            try:
-                result = await self._embed(part, budget)
-            except GatewayError as error:
-                result = BatchResult([error] * len(part.inputs))
+            result = await self._embed(part, budget)
             whole.outcomes += result.outcomes
             whole.calls += result.calls
         return whole
@@ -88,7 +107,7 @@ class Adapt:
         """Takes the rows or tokens a call may have from the upstream's own words; True if that was news."""
         limits = self._limits
         most = _named(_TOKENS, error.message)
-        if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)):
+        if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)) and not self._is_about_one(most, sent):
             limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)
             return True
         rows = _named(_ROWS, error.message)
@@ -96,6 +115,32 @@ class Adapt:
             limits.max_batch = min(rows, limits.max_batch)
             return True
         return False
+
+    def _is_about_one(self, most: int, sent: Sequence[Input]) -> bool:
+        """Whether a limit of so many tokens may be one input's, whatever the words: it is no more than one may have,
+        and one of these may have more."""
+        return self._longest is not None and most <= self._longest and any(tokens.bound(each) > most for each in sent)
+
+
+def _decide(
+    inputs: Sequence[Input], outcomes: list[Embedding | GatewayError], undecided: Sequence[GatewayError]
+) -> None:
+    """Of inputs that were refused together and not looked at one by one: they are told so where others of the batch
+    were embedded, for they may be good, and asking again helps. What is as long as one that alone was too long is too
+    long as well."""
+    if not any(isinstance(each, Embedding) for each in outcomes):
+        return
+    told = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
+    too_long = [
+        tokens.estimate(each)
+        for each, outcome in zip(inputs, outcomes, strict=True)
+        if isinstance(outcome, ContextLengthExceeded) and outcome not in undecided
+    ]
+    for i, outcome in enumerate(outcomes):
+        if isinstance(outcome, InvalidRequest) and outcome in undecided:
+            as_long = isinstance(outcome, ContextLengthExceeded) and too_long
+            if not as_long or tokens.estimate(inputs[i]) < min(too_long):
+                outcomes[i] = told
 
 
 def _named(limit: re.Pattern[str], words: str) -> int:
@@ -128,17 +173,12 @@ def _legal(inputs: Sequence[Input], limits: Limits) -> list[int]:
 
 
 class _Budget:
-    """Extra calls one batch may still cause."""
+    """Extra calls one batch may still cause, and the refusals for which there were none left."""
 
     def __init__(self, calls: int) -> None:
         self._calls = calls
+        self.undecided: list[GatewayError] = []
 
     def take(self, calls: int) -> bool:
         self._calls -= calls
         return self._calls >= 0
-
-
-def _counted(result: BatchResult) -> BatchResult:
-    """With the call that was refused."""
-    result.calls += 1
-    return result

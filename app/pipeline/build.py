@@ -41,4 +41,4 @@ def chain(call: Call, *, cache: Tiers, limits: Limits, model: Model) -> BatchEmb
     embed: BatchEmbedder = call
     embed = Prefix(embed, model)
     embed = CacheFill(embed, cache)
-    return Adapt(embed, limits)
+    return Adapt(embed, limits, model.max_tokens_per_input)

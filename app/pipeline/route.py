@@ -208,9 +208,10 @@ class Route:
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
-            health.took(now() - began)
-            slot.settle(result)
             error, judged = _verdict(result), True
+            if error is None:
+                health.took(now() - began)
+            slot.settle(result)
             return result
         except GatewayError as failure:
             error, judged = failure, True

@@ -76,7 +76,8 @@ _DIMENSIONS = re.compile(r"\bdimensions?\b|matryoshka", re.IGNORECASE)
 # Not "array too long": that is too many inputs.
 _TOO_LONG = re.compile(
     r"context.?length|context window|input length|(?<!array )\btoo long|too large to process"
-    r"|maximum.{0,30}\btokens|less than \d+ tokens|at most \d+ characters|max input (characters|tokens)",
+    r"|maximum.{0,30}\btokens|less than \d+ tokens|at most \d+ characters|max input (characters|tokens)"
+    r"|\bmax tokens\b",
     re.IGNORECASE,
 )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable
 from app.pipeline.adapt import Adapt
 from app.pipeline.deployment import Limits
 from app.types import Batch, BatchResult, Embedding, Media, Params
@@ -153,3 +153,60 @@ async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_images() 
     mixed.inputs = ["a", image, "b", image, video, "c", video]
     await Adapt(upstream, Limits(10, images=1, videos=1))(mixed)
     assert [len(call) for call in upstream.calls] == [3, 3, 1]
+
+
+class Choosy:
+    """Refuses calls that hold any text of those named `bad`."""
+
+    def __init__(self, kind: type[InvalidRequest], *, longer_than: int | None = None) -> None:
+        self.kind, self.longer_than = kind, longer_than
+        self.calls = 0
+
+    def bad(self, text: str) -> bool:
+        return "bad" in text if self.longer_than is None else len(text) > self.longer_than
+
+    async def __call__(self, batch: Batch) -> BatchResult:
+        self.calls += 1
+        if any(self.bad(str(text)) for text in batch.inputs):
+            raise self.kind("no")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+
+async def test_however_many_are_too_long_the_short_ones_beside_them_are_embedded() -> None:
+    upstream = Choosy(ContextLengthExceeded, longer_than=100)
+    texts = [f"{i} {'x' * 200}" if i % 2 else f"{i}" for i in range(64)]
+    result = await Adapt(upstream, Limits(64))(batch(*texts))
+    for text, outcome in zip(texts, result.outcomes, strict=True):
+        if upstream.bad(text):
+            assert isinstance(outcome, ContextLengthExceeded)
+        else:
+            assert isinstance(outcome, Embedding)
+            assert outcome.vector.decode() == text
+    assert result.calls == upstream.calls <= 33
+
+
+async def test_what_was_refused_among_others_and_not_alone_is_not_told_that_it_is_at_fault() -> None:
+    upstream = Choosy(InvalidRequest)
+    texts = [f"bad {i}" if i % 2 else f"good {i}" for i in range(64)]
+    result = await Adapt(upstream, Limits(64))(batch(*texts))
+    refused = {i for i, each in enumerate(result.outcomes) if isinstance(each, InvalidRequest)}
+    embedded = {i for i, each in enumerate(result.outcomes) if isinstance(each, Embedding)}
+    left = set(range(64)) - refused - embedded
+    assert min(len(refused), len(embedded), len(left)) > 0
+    assert all(i % 2 for i in refused)
+    assert all(isinstance(each := result.outcomes[i], UpstreamUnavailable) and each.retryable for i in left)
+
+
+async def test_a_batch_that_is_hopeless_is_refused_as_a_whole_after_a_few_calls() -> None:
+    upstream = Choosy(InvalidRequest)
+    result = await Adapt(upstream, Limits(64))(batch(*(f"bad {i}" for i in range(64))))
+    assert all(isinstance(each, InvalidRequest) for each in result.outcomes)
+    assert result.calls == upstream.calls <= 33
+
+
+@pytest.mark.parametrize("longest", [None, 39, 40, 41])
+async def test_what_one_input_may_have_is_not_learned_as_what_a_call_may(longest: int | None) -> None:
+    words = "embeddings max tokens per batch size is 40"
+    upstream, limits = Upstream(words, tokens=100, kind=InvalidRequest), Limits(16)
+    await Adapt(upstream, limits, longest)(batch("x" * 101, "y", "z"))
+    assert limits.max_tokens_per_batch == (None if longest in (40, 41) else 40)

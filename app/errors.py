@@ -62,6 +62,8 @@ class GatewayError(Exception):
         """The model that was asked for, if that could be read of a request that was refused for something else."""
         self.final = False
         """Whether the caller, too, had better not ask again at once."""
+        self.calls = 0
+        """Upstream calls that the request took part in."""
 
     def __str__(self) -> str:
         return self.message

@@ -305,7 +305,7 @@ class Embeddings:
                 error=error.code if error else None,
                 inputs=exchange.inputs,
                 cached=exchange.usage.cached if exchange.usage else 0,
-                calls=result.calls if result else 0,
+                calls=result.calls if result else error.calls if error else 0,
                 ms=elapsed * 1000,
             )
         )

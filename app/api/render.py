@@ -136,4 +136,6 @@ def error_headers(error: GatewayError) -> list[Header]:
         headers += [(b"retry-after", b"%d" % math.ceil(wait)), (b"retry-after-ms", b"%d" % round(wait * 1000))]
     elif error.status >= 429 and (error.final or not error.retryable):
         headers.append((b"x-should-retry", b"false"))
+    if error.calls:
+        headers.append((b"x-embedding-upstream-calls", b"%d" % error.calls))
     return headers

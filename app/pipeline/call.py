@@ -11,7 +11,7 @@ from app import tokens
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector, UpstreamTimeout
 from app.metrics import Metrics
 from app.pipeline import contract
-from app.types import Adapter, Auth, Batch, BatchResult, Parsed, Send, Target
+from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target
 from app.upstreams.redact import Redactor
 
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
@@ -66,7 +66,11 @@ class Call:
             raise
         finally:
             self._duration.observe(time.perf_counter() - started)
-        self._succeeded.inc()
+        first = checked[0]
+        if isinstance(first, Embedding) or any(isinstance(each, Embedding) for each in checked):
+            self._succeeded.inc()
+        else:
+            self._count(first.code)
         return BatchResult(checked)
 
     def _count(self, outcome: str) -> None:

@@ -33,7 +33,9 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
         positions = request.positions or range(len(jobs))
         others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
         if others or not request.spares_long:
-            raise _error(jobs, positions)
+            error = _error(jobs, positions)
+            error.calls = sum([flight.calls for flight in flights])
+            raise error
         for i, job in enumerate(jobs):
             if isinstance(job.outcome, ContextLengthExceeded):
                 too_long[i] = job.outcome.at_input(positions[i])

@@ -69,6 +69,8 @@ def test_a_reply_that_stays_broken_is_one_error_after_one_retry(name: str) -> No
         response = gateway.post({"model": case.model, "input": TEXTS})
         assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_unreachable")
         assert len(case.fake.calls) == 2
+        assert response.headers["x-embedding-upstream-calls"] == "2"
+        assert " calls=2 " in gateway.log.getvalue()
 
 
 @every_upstream

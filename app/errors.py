@@ -4,6 +4,7 @@
     ├── InvalidRequest                400   invalid_value: the caller's input; `param` names the field
     │   ├── InvalidJson               400
     │   ├── ContextLengthExceeded     400   an input longer than the model takes
+    │   ├── UnreadableMedia           400   an image or video that could not be fetched or read, when asked twice
     │   ├── UnsupportedDimensions     400
     │   ├── InvalidApiKey             401   the caller's key
     │   ├── ModelNotAllowed           403   the caller's key, for this model
@@ -94,6 +95,10 @@ class InvalidJson(InvalidRequest):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class UnreadableMedia(InvalidRequest):
+    retryable = True
 
 
 class UnsupportedDimensions(InvalidRequest):

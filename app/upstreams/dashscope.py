@@ -22,6 +22,7 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
+    UnreadableMedia,
     UpstreamAuth,
     UpstreamError,
     UpstreamMisconfigured,
@@ -85,7 +86,7 @@ def _content(each: Input) -> dict[str, str]:
 # Codes in lower case, of both modes, whole or up to their first dot.
 _CODES: Mapping[str, type[GatewayError]] = {
     "invalidparameter": InvalidRequest,
-    "invalidparameter.datainspection": UpstreamError,  # media that could not be looked at, this time
+    "invalidparameter.datainspection": UnreadableMedia,
     "invalid_parameter_error": InvalidRequest,
     "invalid_request_error": InvalidRequest,
     "badrequest": InvalidRequest,

@@ -20,6 +20,7 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
+    UnreadableMedia,
     UnsupportedDimensions,
     UpstreamAuth,
     UpstreamError,
@@ -36,6 +37,7 @@ LONGEST = 8192
 _WORDS: Mapping[type[GatewayError], str] = {
     InvalidRequest: "the upstream refused the input",
     ContextLengthExceeded: "an input is longer than the model takes",
+    UnreadableMedia: "the upstream could not fetch or read an image or video",
     UnsupportedDimensions: "the model cannot give this many dimensions",
     RateLimited: "the upstream's rate limit is reached",
     QuotaExhausted: "the quota with the upstream is used up",

@@ -159,6 +159,26 @@ def test_an_image_that_is_refused_is_named_and_the_others_are_kept(fake: FakeDas
     assert len(fake.calls) == asked
 
 
+def test_an_image_that_cannot_be_fetched_is_asked_for_twice_and_then_its_callers_fault(
+    fake: FakeDashScope, gateway: Running
+) -> None:
+    lost = f"{ADDRESS}?lost"
+    fake.fail(
+        faults.vendor_error("InvalidParameter.DataInspection", "Unable to download the media resource", status=400),
+        times=None,
+        when=lambda it: any("lost" in t for t in it),
+    )
+    texts = [f"text {i}" for i in range(6)]
+    refused(gateway.post({"model": VL, "input": [*texts, {"image": lost}]}), "input[6]", "could not fetch or read")
+    assert [call.rows for call in fake.calls].count(1) == 2
+    asked = len(fake.calls)
+    right(fake, VL, gateway.post({"model": VL, "input": texts}), *texts)
+    assert len(fake.calls) == asked, "the others are kept"
+    for i in range(8):
+        refused(gateway.post({"model": VL, "input": [{"image": f"{lost}{i}"}]}), "input[0]")
+    assert gateway.metric("upstream_available", upstream="up", model=VL) == 1
+
+
 def test_shorter_vectors_of_images_are_the_vendors(fake: FakeDashScope, gateway: Running) -> None:
     response = gateway.post({"model": VL, "input": [{"image": ADDRESS}], "dimensions": 512})
     right(fake, VL, response, ADDRESS, dimensions=512)

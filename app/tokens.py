@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from tiktoken import Encoding
 
 from app.catalog import TokenRule
-from app.types import Input
+from app.types import Input, Media
 
 TABLE_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 
@@ -328,6 +328,18 @@ def _word_cost(character: str) -> int:
 
 def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+
+
+def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
+    """What each of a call's inputs has of its `total`. `weights` are their estimates; nobody can tell what an image or
+    a video comes to, so these share what the texts beside them leave."""
+    if Media not in set(map(type, inputs)):
+        return share(total, weights)
+    of_texts = [0 if isinstance(each, Media) else weight for each, weight in zip(inputs, weights, strict=True)]
+    of_media = [int(isinstance(each, Media)) for each in inputs]
+    texts = min(total, sum(of_texts))
+    parts = zip(share(texts, of_texts), share(total - texts, of_media), strict=True)
+    return [text + media for text, media in parts]
 
 
 def share(total: int, weights: Sequence[int]) -> list[int]:

@@ -53,7 +53,7 @@ class Call:
             parsed = await self._exchange(batch)
             # Billed is what was answered, whether or not it can be used.
             weights = tokens.estimates(batch.inputs)
-            bills = tokens.share(self._charge(batch, parsed.tokens, weights), weights)
+            bills = tokens.bills(self._charge(batch, parsed.tokens, weights), batch.inputs, weights)
             asked = batch.params.dimensions or self._target.model.dimensions
             checked = contract.in_order(parsed, bills, asked, batch.params.output_type)
         except GatewayError as error:

@@ -117,6 +117,20 @@ def test_usage_counts_images_as_the_vendor_does(fake: FakeDashScope, gateway: Ru
     assert response.json()["usage"]["prompt_tokens"] == 247
 
 
+def test_a_text_is_not_billed_the_image_beside_it(fake: FakeDashScope, gateway: Running) -> None:
+    rows = [{"index": i, "embedding": [1.0] * 1024, "type": "text"} for i in range(2)]
+    answer = {"output": {"embeddings": rows}, "usage": {"input_tokens": 9, "image_tokens": 1000, "image_count": 1}}
+    fake.fail(faults.Answer("images counted", json_reply(answer)), times=1)
+    text = "some eight words, or so"
+    mixed = gateway.post({"model": V1, "input": [{"image": ADDRESS}, text]})
+    assert mixed.json()["usage"]["prompt_tokens"] == 1009
+    cached = [gateway.post({"model": V1, "input": [each]}) for each in (text, {"image": ADDRESS})]
+    told = [response.json()["usage"]["prompt_tokens"] for response in cached]
+    assert [response.headers["x-embedding-cache"] for response in cached] == ["hit", "hit"]
+    assert 5 <= told[0] <= 9
+    assert told[1] >= 1000
+
+
 @pytest.mark.parametrize(
     ("item", "words"),
     [

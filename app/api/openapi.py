@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.api.schema import MOST_DIMENSIONS
+from app.api.schema import LONGEST_INSTRUCT, MOST_DIMENSIONS
 
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {
@@ -62,7 +62,7 @@ REQUEST: dict[str, Any] = {
             "enum": ["dense", "sparse", "dense&sparse", None],
             "description": "sparse vectors, from models that give them, stand beside the dense one or alone",
         },
-        "instruct": {"type": ["string", "null"]},
+        "instruct": {"type": ["string", "null"], "maxLength": LONGEST_INSTRUCT},
         "on_long_input": {
             "type": ["string", "null"],
             "enum": ["error", "truncate", "split", None],

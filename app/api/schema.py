@@ -31,6 +31,8 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 
 MOST_DIMENSIONS = 65536
 """More of them make a vector of no model there is; 2**53 and beyond come from JSON as well and mean nothing."""
+LONGEST_INSTRUCT = 4096
+"""Characters. An instruction is a sentence or a few, and goes with every call, or every text."""
 _IN_PARAMS = frozenset(("dimensions", "input_type", "text_type", "output_type", "instruct"))
 _USUAL = Params()
 
@@ -96,6 +98,9 @@ def _params(body: dict[str, Any]) -> Params:
     instruct = body.get("instruct")
     if instruct is not None and not isinstance(instruct, str):
         raise InvalidRequest(f"instruct must be a string, not {_kind(instruct)}", param="instruct")
+    if instruct is not None and len(instruct) > LONGEST_INSTRUCT:
+        told = f"instruct has {len(instruct)} characters; it may have {LONGEST_INSTRUCT}"
+        raise InvalidRequest(told, param="instruct")
     return Params(
         dimensions=_dimensions(body.get("dimensions")),
         input_type=role or synonym,

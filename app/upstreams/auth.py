@@ -7,7 +7,7 @@ send it again. Access tokens and signatures are `access_token` and `signature`.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
@@ -67,17 +67,21 @@ class HeaderKey:
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
         if len(self._values) == 1:
             return await send(self._with(request, 0))
-        tried: set[int] = set()
+        refused: dict[int, GatewayError] = {}
         while True:
-            key = self._next(tried)
+            key = self._next(refused)
             reply = await send(self._with(request, key))
-            tried.add(key)
             error = self._judge(reply)
             if not isinstance(error, UpstreamAuth | RateLimited | QuotaExhausted):
-                return reply
-            self._leave_out(key, error, request)
-            if len(tried) == len(self._values) or not self._fresh(tried):
-                return reply
+                break
+            refused[key] = error
+            if len(refused) == len(self._values) or not self._fresh(refused):
+                break
+        # What every key is refused for, a model that the account may not use for example, is not about the keys.
+        if len(refused) < len(self._values) or not all(isinstance(each, UpstreamAuth) for each in refused.values()):
+            for key, error in refused.items():
+                self._leave_out(key, error, request)
+        return reply
 
     def _leave_out(self, key: int, error: GatewayError, request: WireRequest) -> None:
         """A rate passes soon. A refusal or a quota that is used up does not, and while other keys serve nobody else
@@ -96,12 +100,12 @@ class HeaderKey:
     def _with(self, request: WireRequest, key: int) -> WireRequest:
         return replace(request, headers={**request.headers, self._header: self._values[key]})
 
-    def _fresh(self, tried: set[int]) -> bool:
+    def _fresh(self, tried: Collection[int]) -> bool:
         """Whether a key is left that is neither tried nor out."""
         now = self._clock.monotonic()
         return any(until <= now and key not in tried for key, until in enumerate(self._out_until))
 
-    def _next(self, tried: set[int]) -> int:
+    def _next(self, tried: Collection[int]) -> int:
         """The next in turn that is in; if all are out, the one that comes back first."""
         now, count = self._clock.monotonic(), len(self._values)
         turns = [(self._turn + step) % count for step in range(count)]

@@ -141,5 +141,6 @@ def _secrets_in(value: object) -> Iterator[str]:
     elif isinstance(value, tuple | list):
         for each in value:
             yield from _secrets_in(each)
-    elif isinstance(value, Mapping):
-        yield from (each for each in value.values() if isinstance(each, str) and len(each) >= 8)
+    elif isinstance(value, Mapping):  # headers: `Bearer …`, `Token …`, or a key alone
+        words = (word for each in value.values() if isinstance(each, str) for word in (each, *each.split()))
+        yield from (word for word in words if len(word) >= 8)

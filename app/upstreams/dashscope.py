@@ -72,11 +72,17 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
     if params.instruct is not None:
         parameters["instruct"] = params.instruct
     body: dict[str, object] = {"model": target.model.name, "parameters": parameters}
-    if target.model.images:
+    if _takes_contents(target.model):
         body["input"] = {"contents": [_content(each) for each in batch.inputs]}
         return openai.post(target.base_url + _MULTIMODAL_PATH, body)
     body["input"] = {"texts": batch.inputs}
     return openai.post(target.base_url + _PATH, body)
+
+
+def _takes_contents(model: Model) -> bool:
+    """Whether the model is reached where images are, however many of them an operator lets it have."""
+    known = CATALOG["dashscope"].get(model.name, model)
+    return known.images > 0 or known.videos > 0
 
 
 def _content(each: Input) -> dict[str, str]:

@@ -204,6 +204,7 @@ FIELDS: list[Case] = [
     *wrong("user", (1, True, [], {}, 1.5, 10**30), "user must be a string"),
     *wrong("instruct", (1, True, [], {}, 1.5), "instruct must be a string"),
     ({"instruct": "find"}, V, "instruct", "takes no instruction"),
+    ({"instruct": "x" * 4097}, V, "instruct", "has 4097 characters"),
     # model
     *wrong("model", (None, "", 1, True, [], {}, ["m"], 1.5), NO_MODEL),
 ]

@@ -199,6 +199,14 @@ def test_shorter_vectors_of_images_are_the_vendors(fake: FakeDashScope, gateway:
     assert gateway.post({"model": V1, "input": [{"image": ADDRESS}], "dimensions": 512}).status_code == 400
 
 
+def test_a_model_that_may_have_no_images_is_asked_for_texts_where_it_is(fake: FakeDashScope) -> None:
+    models = {"texts": {"deployments": [{"upstream": "up", "model": VL}], "images": 0, "videos": 0}}
+    with running({**config(fake), "models": models}) as gateway:
+        right(fake, VL, gateway.post({"model": "texts", "input": "a text"}), "a text")
+        refused(gateway.post({"model": "texts", "input": [{"image": ADDRESS}]}), "input[0]", "takes text only")
+        refused(gateway.post({"model": "texts", "input": [{"video": VIDEO}]}), "input[0]", "takes text only")
+
+
 def test_compatible_mode_has_no_such_models(fake: FakeDashScope) -> None:
     upstream = {"type": "dashscope", "mode": "compatible", "api_key": "sk-fake", "base_url": fake.url}
     with running({"upstreams": {"up": upstream}}) as gateway:

@@ -183,7 +183,7 @@ def test_an_instruction_that_leaves_no_room_for_the_text_is_refused() -> None:
     with FakeDashScope(api_key="sk-fake") as fake:
         upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
         with running({"upstreams": {"up": upstream}}) as gateway:
-            body = {"model": "text-embedding-v4", "input": "x" * 50, "instruct": "y " * 5000}
+            body = {"model": "text-embedding-v4", "input": "x" * 50, "instruct": "指" * 4000}
             error = gateway.post({**body, "on_long_input": "truncate"}).json()["error"]
             assert (error["param"], error["message"]) == (
                 "input[0]", "not even the beginning of input[0] surely fits this model, with what goes before it",

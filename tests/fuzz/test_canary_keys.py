@@ -91,7 +91,8 @@ def place(redis: str) -> Iterator[Place]:
             },
             "v2": {"type": "baidu", "mode": "v2", "api_key": KEYS["v2"], "base_url": f"{baidu.url}/v2"},
             "ollama": {
-                "type": "ollama", "base_url": fakes["ollama"].url, "headers": {"x-internal-token": KEYS["header"]},
+                "type": "ollama", "base_url": fakes["ollama"].url,
+                "headers": {"x-internal-token": f"Token {KEYS['header']}"},
             },
             "proxied": {
                 "type": "openai", "api_key": KEYS["openai"], "base_url": f"{openai}/v1",

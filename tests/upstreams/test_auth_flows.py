@@ -353,6 +353,19 @@ async def test_a_key_that_is_no_good_leaves_the_rotation_alone_and_nobody_notice
     assert service.asked.count("two") == 1
 
 
+async def test_what_every_key_is_refused_for_leaves_none_of_them_out() -> None:
+    """A model that the account may not use, among those that it may."""
+    service = Keyed(one=refusal(403, "no_such_right"), two=refusal(403, "no_such_right"))
+    flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
+    assert (await flow(embedding(), service.send)).status == 403
+    assert sorted(service.asked) == ["one", "two"]
+    service.against.clear()
+    service.asked.clear()
+    for _ in range(6):
+        await flow(embedding(), service.send)
+    assert service.asked.count("one") == service.asked.count("two") == 3
+
+
 async def test_a_key_comes_back_after_its_rate_limit_and_a_refused_one_much_later() -> None:
     clock = HandClock()
     service = Keyed(

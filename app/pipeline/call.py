@@ -54,8 +54,8 @@ class Call:
             # Billed is what was answered, whether or not it can be used.
             weights = tokens.estimates(batch.inputs)
             bills = tokens.bills(self._charge(batch, parsed.tokens, weights), batch.inputs, weights)
-            asked = batch.params.dimensions or self._target.model.dimensions
-            checked = contract.in_order(parsed, bills, asked, batch.params.output_type)
+            params, native = batch.params, self._target.model.dimensions
+            checked = contract.in_order(parsed, bills, params.dimensions, params.output_type, native=native)
         except GatewayError as error:
             error.message = self._redact(error.message)
             self._count(error.code)

@@ -9,25 +9,31 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app import vectors
-from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector
+from app.errors import GatewayError, UnsupportedDimensions, UpstreamInvalidResponse, UpstreamInvalidVector
 from app.types import Embedding, OutputType, Parsed
 
 
 def in_order(
-    parsed: Parsed, bills: Sequence[int], dimensions: int | None, output_type: OutputType = "dense"
+    parsed: Parsed,
+    bills: Sequence[int],
+    dimensions: int | None,
+    output_type: OutputType = "dense",
+    *,
+    native: int | None = None,
 ) -> list[Embedding | GatewayError]:
     """The embeddings in the batch's order, each checked; a vector that is no vector is an error in its place.
 
-    `bills`: tokens of each input. `dimensions` is the length that was asked for, or that the model is known to give;
-    None accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` where nothing in the reply can be
-    trusted.
+    `bills`: tokens of each input. `dimensions` is the length that was asked for, `native` the one that the model is
+    known to give unasked; None accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` where nothing
+    in the reply can be trusted, and `UnsupportedDimensions` where the model has not been told or not heard what length
+    was asked for.
     """
     found, count = parsed.vectors, len(bills)
     if len(found) != count or len(parsed.indexes) != count:
         raise UpstreamInvalidResponse(f"the upstream returned {len(found)} vectors for {count} inputs")
     order = _order(parsed.indexes)
     whole = found if order is None else [found[place] for place in order]
-    faults = {} if output_type == "sparse" else _faults(whole, dimensions)
+    faults = {} if output_type == "sparse" else _faults(whole, dimensions, native)
     embeddings: list[Embedding | GatewayError]
     if output_type == "dense":
         embeddings = list(map(Embedding, whole, bills))
@@ -58,14 +64,16 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
     return order
 
 
-def _faults(whole: Sequence[bytes], dimensions: int | None) -> dict[int, str]:
+def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) -> dict[int, str]:
     """What is wrong with each vector that is none, by its place."""
     lengths = set(map(len, whole))
     if len(lengths) > 1 and len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
-    length = max(lengths) // 4
-    if dimensions is not None and length and length != dimensions:
-        raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {dimensions}")
+    length, wanted = max(lengths) // 4, dimensions or native
+    if wanted is not None and length and length != wanted:
+        if dimensions is not None and native in (None, length):
+            raise UnsupportedDimensions(f"the upstream gives {length} dimensions, not {dimensions}", param="dimensions")
+        raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {wanted}")
     # Nearly always, and a tenth of looking at each.
     if len(whole) > 1 and len(lengths) == 1 and vectors.faultless(whole):
         return {}

@@ -11,6 +11,7 @@ _SHAPES = re.compile(
     r"[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
     r"|\bsk-[\w*-]{6,}"
     r"|\b2[45]\.[0-9a-f]{32}\.[\w.-]+"  # an OAuth token, as its server writes it
+    r"|\bbce-auth-v1/[^\s\"',]+"  # a signature, good for half an hour
     r"|\b(https?://)[^\s\"']+"
 )
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import vectors
-from app.errors import UpstreamInvalidResponse
+from app.errors import UnsupportedDimensions, UpstreamInvalidResponse
 from app.pipeline import contract
 from app.types import Embedding, Parsed
 
@@ -44,3 +44,26 @@ def test_as_a_list_a_range_or_a_tuple(indexes: Sequence[int]) -> None:
 def test_indexes_that_are_no_permutation_are_no_answer(indexes: list[Any]) -> None:
     with pytest.raises(UpstreamInvalidResponse):
         checked(indexes, [vector(0), vector(1), vector(2)])
+
+
+@pytest.mark.parametrize(
+    ("asked", "native", "given", "error"),
+    [
+        (None, 2, 2, None),
+        (2, 4, 2, None),
+        (None, 4, 2, UpstreamInvalidResponse),
+        (1, 2, 2, UnsupportedDimensions),  # it gives its own whatever is asked
+        (1, None, 2, UnsupportedDimensions),
+        (1, 4, 2, UpstreamInvalidResponse),  # neither
+    ],
+)
+def test_a_length_that_was_not_asked_for_is_no_answer(
+    asked: int | None, native: int | None, given: int, error: type[Exception] | None
+) -> None:
+    parsed = Parsed([0, 1], [vectors.from_numbers([1.0] * given)] * 2)
+    if error is None:
+        assert len(contract.in_order(parsed, [1, 1], asked, native=native)) == 2
+    else:
+        with pytest.raises(error) as raised:
+            contract.in_order(parsed, [1, 1], asked, native=native)
+        assert type(raised.value) is error

@@ -22,6 +22,7 @@ from tests.clock import HandClock
         ("token 24.0123456789abcdef0123456789abcdef.2592000.1700000000.282335-1 expired", "token *** expired"),
         ("see https://host.example/v1?key=abc for help", "see https://*** for help"),
         ("proxy-authorization: Basic dXNlcjpwYXNz<br>", "proxy-authorization: Basic ***"),
+        ("bad bce-auth-v1/ak/2026-01-01T00:00:00Z/1800/host;x-bce-date/0a1b2c, sorry", "bad ***, sorry"),
         ("the basic plan is used up", "the basic plan is used up"),
         ("max 8192 tokens, at most 10 texts", "max 8192 tokens, at most 10 texts"),
     ],

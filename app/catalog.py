@@ -128,7 +128,7 @@ def _dashscope_multimodal() -> Iterable[Model]:
     """Where sources differ, the smaller limit. Images are JPG, PNG or BMP; videos go by their address only."""
     page = "help.aliyun.com/zh/model-studio/multimodal-embedding-api-reference"
     small, large = 3 * 2**20, 5 * 2**20
-    # It cuts a longer text in silence, which the gateway does not let it.
+    # It cuts a longer text in silence.
     yield Model(
         "multimodal-embedding-v1", 1024, None, 20, 512,
         cuts_silently=True, images=1, videos=1, max_image_bytes=small, source=page,

@@ -22,6 +22,8 @@ PIECES = 2048
 """The most that one request's inputs may be cut into, besides one each."""
 _LOOK = 100
 """Characters a token that are looked at to tell that a text is too long."""
+_FAR = 2
+"""How many times the limit an input has by estimate that is not left to an upstream that cuts without a word."""
 _IN_A_THREAD = 100_000
 """Characters beyond which looking for borders would hold up the event loop for more than some milliseconds."""
 
@@ -69,7 +71,8 @@ class LongInputs:
         return result
 
     def _refuse(self, i: int, before: str, text: str) -> None:
-        """Raises `ContextLengthExceeded` for an input that no way of counting could let pass."""
+        """Raises `ContextLengthExceeded` for an input that no way of counting could let pass, and for one that by far
+        will not where nobody would say that it did not."""
         room, whole = self._room, before + text
         # Enough to tell, however long it is.
         looked_at = whole[: _LOOK * room.tokens] if room.tokens is not None else ""
@@ -78,6 +81,8 @@ class LongInputs:
         elif room.tokens is not None and (count := tokens.at_least(looked_at, room.rule)) > room.tokens:
             exact = room.rule == "cl100k_base" and len(looked_at) == len(whole) <= tokens.LONGEST
             size, limit = f"{count} tokens" if exact else f"at least {count} tokens", room.tokens
+        elif room.tokens is not None and not self._asks and (about := tokens.estimate(whole)) > _FAR * room.tokens:
+            size, limit = f"about {about} tokens", room.tokens
         else:
             return
         besides = " with its role or instruction" if before else ""

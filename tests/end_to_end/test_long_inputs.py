@@ -158,6 +158,19 @@ def test_a_vendor_that_may_cut_in_silence_never_gets_the_chance() -> None:
             assert counted(response) == (1, 0)
 
 
+@pytest.mark.parametrize("text", ["海" * 5000, "QUJDRA" * 4000], ids=["Han", "base64"])
+def test_what_is_far_too_long_is_not_left_to_a_vendor_that_cuts_in_silence(text: str) -> None:
+    with FakeGemini(api_key="AIza-fake") as fake:
+        upstream = {"type": "gemini", "api_key": "AIza-fake", "base_url": fake.url + "/v1beta"}
+        with running({"upstreams": {"up": upstream}}) as gateway:
+            response = gateway.post({"model": "gemini-embedding-001", "input": ["short", text]})
+            error = response.json()["error"]
+            assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "input[1]")
+            assert "about" in error["message"]
+            assert not fake.calls
+            assert gateway.post({"model": "gemini-embedding-001", "input": text[:3000]}).status_code == 200
+
+
 def test_ollama_is_cut_to_the_context_its_server_tells() -> None:
     with FakeOllama() as fake:
         with running({"upstreams": {"up": {"type": "ollama", "base_url": fake.url}}}) as gateway:

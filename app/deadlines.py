@@ -5,6 +5,11 @@ start and stop a timer each time, at 6 µs: here one timer looks after all of th
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
+
+_MOMENTS, _MOMENT = 4, 0.002
+"""So many times so many seconds are for what came while the event loop was late to be read."""
 
 
 class Deadlines:
@@ -19,6 +24,12 @@ class Deadlines:
     def within(self, seconds: float) -> Deadline:
         """A block that ends in so many seconds from now."""
         return Deadline(asyncio.get_running_loop().time() + seconds, self)
+
+    def waiting(self, seconds: float, progress: Callable[[], object] | None = None) -> Deadline:
+        """A block that ends when it has waited so many seconds for another: those in which this thread was itself at
+        work, as it may be for other requests, do not count. It has them anew whenever `progress` gives something
+        else."""
+        return Waiting(asyncio.get_running_loop().time(), seconds, self, progress)
 
     def add(self, deadline: Deadline) -> None:
         self._running[deadline] = None
@@ -39,8 +50,11 @@ class Deadlines:
         self._timer = None
         now = asyncio.get_running_loop().time()
         for deadline in [each for each in self._running if each.when <= now]:
-            self.discard(deadline)
-            deadline.stop(TimeoutError)
+            if more := deadline.more():
+                deadline.when = now + more
+            else:
+                self.discard(deadline)
+                deadline.stop(TimeoutError)
         if self._running:
             self._look_at(min(each.when for each in self._running))
 
@@ -61,6 +75,10 @@ class Deadline:
         self._task = task
         self._deadlines.add(self)
 
+    def more(self) -> float:
+        """Seconds it has yet, now that it is due."""
+        return 0.0
+
     def stop(self, end: type[Exception]) -> None:
         """Has the block raise this, unless something else has ended it."""
         if self._end is None:
@@ -74,3 +92,26 @@ class Deadline:
         # Whether the block had just finished or not, the cancellation was ours alone and ends here.
         if kind is None or issubclass(kind, asyncio.CancelledError):
             raise self._end
+
+
+class Waiting(Deadline):
+    """One for what another does."""
+
+    __slots__ = ("_began", "_busy", "_moments", "_progress", "_seconds", "_seen")
+
+    def __init__(self, now: float, seconds: float, deadlines: Deadlines, progress: Callable[[], object] | None) -> None:
+        super().__init__(now + seconds, deadlines)
+        self._began, self._busy, self._seconds = now, time.thread_time(), seconds
+        self._progress, self._seen = progress, progress and progress()
+        self._moments = _MOMENTS
+
+    def more(self) -> float:
+        now, busy = asyncio.get_running_loop().time(), time.thread_time()
+        if self._progress is not None and (seen := self._progress()) != self._seen:
+            self._began, self._busy, self._seen, self._moments = now, busy, seen, _MOMENTS
+        left = self._seconds - (now - self._began) + (busy - self._busy)
+        if left > 0:
+            return max(left, _MOMENT)
+        # Where not this thread was at work but the machine had no turn for it, the answer may be here, unread.
+        self._moments -= 1
+        return _MOMENT if self._moments >= 0 else 0.0

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
 from app.deadlines import Deadlines
+
+LIMIT = 20.0
 
 
 async def ended(deadlines: Deadlines, after: float, *, takes: float) -> str:
@@ -97,3 +100,58 @@ async def test_who_is_cancelled_while_it_is_due_is_cancelled() -> None:
 async def test_an_error_of_the_block_stays_what_it_is() -> None:
     with pytest.raises(KeyError, match="own"), Deadlines().within(30):
         raise KeyError("own")
+
+
+def work(seconds: float) -> None:
+    """Keeps this thread, and so its event loop, at work."""
+    end = time.thread_time() + seconds
+    while time.thread_time() < end:
+        pass
+
+
+async def test_who_waits_for_another_does_not_wait_while_its_own_thread_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    at_work = [time.thread_time()]
+    monkeypatch.setattr("app.deadlines.time.thread_time", lambda: at_work[0])
+    with Deadlines().waiting(0.1):
+        at_work[0] += LIMIT
+        await asyncio.sleep(0.3)
+
+
+async def test_what_came_while_the_event_loop_stood_still_is_read_before_a_wait_is_over() -> None:
+    with Deadlines().waiting(0.1):
+        await asyncio.sleep(0)
+        time.sleep(0.3)  # noqa: ASYNC251  # as a machine does that has no turn for this process
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+
+async def test_who_waits_for_what_does_not_come_is_late_after_its_time() -> None:
+    async def wait() -> None:
+        with Deadlines().waiting(0.1):
+            await asyncio.sleep(0)
+            work(0.05)
+            await asyncio.sleep(30)
+
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    with pytest.raises(TimeoutError):
+        await wait()
+    assert 0.148 <= loop.time() - began < 5
+
+
+async def test_who_waits_has_its_time_anew_as_long_as_there_is_progress() -> None:
+    steps = [0]
+
+    async def steadily() -> None:
+        for _ in range(5):
+            await asyncio.sleep(0.05)
+            steps[0] += 1
+
+    deadlines, loop = Deadlines(), asyncio.get_running_loop()
+    going, began = asyncio.create_task(steadily()), loop.time()
+    with pytest.raises(TimeoutError), deadlines.waiting(0.1, lambda: steps[0]):
+        await asyncio.sleep(30)
+    assert going.done()
+    assert loop.time() - began < 5

@@ -11,6 +11,7 @@ import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TypeVar
 
 from app.cache import table, values
@@ -19,6 +20,7 @@ from app.cache.counts import Counts
 from app.cache.table import Table
 from app.cache.troubles import Troubles
 from app.clock import Clock
+from app.deadlines import Deadlines
 from app.metrics import Metrics
 from app.types import Embedding
 
@@ -26,6 +28,8 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+_KEYS_AT_ONCE = 128
+"""Keys read in one go: others get their turn after a few milliseconds."""
 _CLOSE = 5.0
 """Seconds closing may take before the file is left to SQLite's recovery."""
 
@@ -33,7 +37,8 @@ _CLOSE = 5.0
 class DiskStore:
     """Values in the file `path`, `max_size` bytes with its log, gone after `ttl` seconds by the wall clock.
 
-    `timeout`: seconds a look-up may wait for the disk. Nothing is ever raised.
+    `timeout`: seconds a look-up waits while the disk gets nothing done: one read or write, this one's or another's.
+    Nothing is ever raised.
     """
 
     name = "disk"
@@ -43,12 +48,17 @@ class DiskStore:
     ) -> None:
         self._path = path
         self._open_table: Callable[[], Table] = lambda: Table(path, max_size, ttl, clock.time)
+        self._deadlines = Deadlines()
         self._timeout = timeout
         self._counts = Counts(metrics, self.name)
         self._breaker = Breaker(clock.monotonic)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache-disk")
         self._table: Table | None = None
         """Touched by the thread alone."""
+        self._done = 0
+        """Pieces of work that the thread has come to the end of."""
+        self._stuck = -1
+        """How many it had done when a look-up was given up: until there is one more, others do not wait for it too."""
         self._write_size = 2**16
         self._closed = False
         self._troubles = Troubles(self.name)
@@ -63,12 +73,24 @@ class DiskStore:
             await self._run("get", 0, self._measure)
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        if not self._breaker.allow():
-            self._counts.get_skipped.inc(len(keys))
-            return [None] * len(keys)
-        answer = await self._run("get", len(keys), lambda: self._read(keys))
+        """In pieces, as `put`. One that fails ends it: what it would have found is not there."""
+        found: list[Embedding | None] = []
+        for start in range(0, len(keys), _KEYS_AT_ONCE):
+            left = keys[start:]
+            piece = await self._get(left[:_KEYS_AT_ONCE], len(left))
+            if piece is None:
+                return found + [None] * len(left)
+            found += piece
+        return found
+
+    async def _get(self, keys: Sequence[bytes], count: int) -> list[Embedding | None] | None:
+        """None, counted for `count` values, where it fails."""
+        if self._done == self._stuck or not self._breaker.allow():
+            self._counts.get_skipped.inc(count)
+            return None
+        answer = await self._run("get", count, lambda: self._read(keys))
         if answer is None:
-            return [None] * len(keys)
+            return None
         found, corrupt = answer
         misses = sum(value is None for value in found) - corrupt
         self._counts.hit.inc(len(keys) - misses - corrupt)
@@ -114,14 +136,16 @@ class DiskStore:
         The breaker has let this through and is told how it went. A write is not limited in time: nobody waits for it.
         """
         get = operation == "get"
+        limit = self._deadlines.waiting(self._timeout, lambda: self._done) if get else nullcontext()
         try:
-            async with asyncio.timeout(self._timeout if get else None):
+            with limit:  # what is given up before its turn has come is not done
                 result = await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
         except TimeoutError:
-            (self._counts.get_timeout if get else self._counts.set_timeout).inc(count)
+            self._stuck = self._done
+            self._counts.get_timeout.inc(count)
             self._failed(operation, f"no answer within {self._timeout:g} s")
             return None
         except Exception as error:  # this tier's outermost door
@@ -157,6 +181,8 @@ class DiskStore:
             now = f"moved to {place}" if place else "another process has replaced it"
             log.error("disk cache: %s is broken (%s); %s", self._path, error, now)
             return work()
+        finally:
+            self._done += 1
 
     def _opened(self) -> Table:
         if self._table is None:

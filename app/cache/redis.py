@@ -108,7 +108,8 @@ def connections(url: SecretStr | str, limit: int) -> Connections:
 
 class RedisStore:
     """Values at `url` (redis://, rediss://, unix://), gone after `ttl` seconds. `timeout`: seconds a look-up of up to
-    `_KEYS_IN_TIME` keys may take in all, waiting for a connection and opening it included.
+    `_KEYS_IN_TIME` keys may wait for the server, opening a connection included. Waiting until one of ours is free is
+    not, and proves nothing about the server.
 
     Raises `ValueError` for a URL that is none; nothing else is ever raised.
     """
@@ -132,9 +133,13 @@ class RedisStore:
         self._now = clock.monotonic
         self._breaker = Breaker(clock.monotonic)
         self._connections = connections(url, max_connections)
+        self._places = asyncio.Semaphore(max_connections)
         self._me = os.urandom(8).hex().encode()
         self._claims_from = 0.0
         """No claims before that: a server that refuses them, a read-only one for example, is still good to read."""
+        self._large_from = 0.0
+        """No look-ups before that which have more time than others: one has waited in vain, and for as long those who
+        stood in line behind it do not wait as well."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
         self._refused = metrics.cache_operations.labels(self.name, "claim", "error")
         self._troubles = Troubles(self.name)
@@ -148,8 +153,7 @@ class RedisStore:
 
     async def open(self) -> None:
         """Connects ahead of the first request, so that `status` is true from the start. Never fails."""
-        if self._breaker.allow():
-            await self._ask("get", partial(self._connections.exchange, [(b"PING",)]), 0)
+        await self._ask("get", partial(self._connections.exchange, [(b"PING",)]), 0)
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         """One MGET. What was not found in time, or is not what was written, is None."""
@@ -162,13 +166,7 @@ class RedisStore:
         found: list[Embedding | None] = [None] * len(keys)
         if not keys:
             return found, ()
-        if not self._breaker.allow():
-            self._counts.get_skipped.inc(len(keys))
-            return found, ()
-        names = [PREFIX + key for key in keys]
-        calls = self._claims(keys, names) if claim else []
-        # Claimed first: what comes in between is found.
-        replies = await self._ask("get", partial(_CLAIM.run, self._connections, calls, [(b"MGET", *names)]), len(keys))
+        replies = await self._ask("get", partial(self._question, keys, claim), len(keys))
         if replies is None:
             return found, ()
         raws = replies[-1] if isinstance(replies[-1], list) and len(replies[-1]) == len(keys) else [b""] * len(keys)
@@ -176,6 +174,12 @@ class RedisStore:
         held = self._held_of(keys, raws, replies[:-1])
         self._tell(found, raws.count(None), len(held))
         return found, held
+
+    async def _question(self, keys: Sequence[bytes], claim: bool) -> list[object]:
+        names = [PREFIX + key for key in keys]
+        calls = self._claims(keys, names) if claim else []
+        # Claimed first: what comes in between is found.
+        return await _CLAIM.run(self._connections, calls, [(b"MGET", *names)])
 
     def _tell(self, found: Sequence[Embedding | None], absent: int, held: int) -> None:
         """Counts a look-up: values that are not there, and of these the ones that another replica is embedding."""
@@ -212,13 +216,7 @@ class RedisStore:
         """SETs with a time to live, pipelined. What the server does not take is dropped and counted."""
         for start in range(0, len(entries), _WRITE_BATCH):
             part = entries[start : start + _WRITE_BATCH]
-            if not self._breaker.allow():
-                self._counts.set_skipped.inc(len(part))
-                continue
-            commands: list[Command] = [
-                (b"SET", PREFIX + key, values.encode(key, embedding), b"PX", self._px) for key, embedding in part
-            ]
-            replies = await self._ask("set", partial(self._connections.exchange, commands), len(part))
+            replies = await self._ask("set", partial(self._write, part), len(part))
             if replies is None:
                 continue
             errors = [reply for reply in replies if isinstance(reply, Exception)]
@@ -227,8 +225,14 @@ class RedisStore:
             self._counts.set_error.inc(len(errors) - full)
             self._counts.ok.inc(len(replies) - len(errors))
 
+    async def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[object]:
+        commands: list[Command] = [
+            (b"SET", PREFIX + key, values.encode(key, embedding), b"PX", self._px) for key, embedding in entries
+        ]
+        return await self._connections.exchange(commands)
+
     async def let_go(self, keys: Sequence[bytes]) -> None:
-        if self._now() >= self._claims_from and self._breaker.allow():
+        if self._now() >= self._claims_from:
             names = [CLAIM_PREFIX + key for key in keys]
             call = [b"%d" % len(names), *names, self._me]
             await self._ask("set", partial(LET_GO.run, self._connections, [call]), len(keys))
@@ -239,25 +243,29 @@ class RedisStore:
     async def _ask(
         self, operation: str, exchange: Callable[[], Awaitable[list[object]]], count: int
     ) -> list[object] | None:
-        """What `exchange` gives, or None, counted for `count` values, where that is nothing.
-
-        The breaker has let this through and is told how it went.
-        """
-        size = max(1.0, count / _KEYS_IN_TIME)
+        """What `exchange` gives, or None, counted for `count` values, where that is nothing."""
+        size = max(1.0, count / _KEYS_IN_TIME) if operation == "get" else 1.0
         limit = self._timeout * size if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
-        try:
-            with self._deadlines.within(limit):
-                replies = await exchange()
-                if any(isinstance(reply, _MOVED) for reply in replies):
-                    await self._connections.drop_idle()
+        async with self._places:
+            # Asked last: those who wait for a place learn here that the ones before them were not answered.
+            if (size > 1 and self._now() < self._large_from) or not self._breaker.allow():
+                (self._counts.get_skipped if operation == "get" else self._counts.set_skipped).inc(count)
+                return None
+            try:
+                with self._deadlines.waiting(limit):
                     replies = await exchange()
-        except asyncio.CancelledError:
-            self._breaker.abandoned()
-            raise
-        except TimeoutError:
-            return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
-        except Exception as error:  # this tier's outermost door
-            return self._failed(operation, count, error)
+                    if any(isinstance(reply, _MOVED) for reply in replies):
+                        await self._connections.drop_idle()
+                        replies = await exchange()
+            except asyncio.CancelledError:
+                self._breaker.abandoned()
+                raise
+            except TimeoutError:
+                if size > 1:
+                    self._large_from = self._now() + limit
+                return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
+            except Exception as error:  # this tier's outermost door
+                return self._failed(operation, count, error)
         # A look-up is its last command.
         refusals = [reply for reply in replies[-1 if operation == "get" else 0 :] if isinstance(reply, ResponseError)]
         if refusals and operation == "get":

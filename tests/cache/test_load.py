@@ -1,0 +1,236 @@
+"""A tier that is well stays in use however much is asked of it at once: what waits for our own turn proves nothing."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from app.cache.disk import DiskStore
+from app.cache.redis import RedisStore
+from app.cache.tiers import Tiers
+from app.cache.together import Together
+from app.metrics import Metrics
+from app.types import Embedding
+from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
+from tests.redis_server import RedisServer
+
+
+def keys(*numbers: int) -> list[bytes]:
+    return [key(number) for number in numbers]
+
+
+async def test_what_redis_has_answered_while_this_process_was_at_other_work_is_found(
+    clock: Clock, metrics: Metrics
+) -> None:
+    with RedisServer() as server:
+        store = RedisStore(server.url, 0.2, 60, clock, metrics)
+        await store.put(entries(range(300)))
+        for asked in ([1], range(300)):
+            looking = asyncio.create_task(store.get(keys(*asked)))
+            for _ in range(5):
+                await asyncio.sleep(0)
+            time.sleep(0.6)  # noqa: ASYNC251  # as where many large answers are written
+            assert await looking == [embedding(number) for number in asked]
+        assert count(metrics, "redis", "get", "timeout") == 0
+        await store.close()
+
+
+async def test_waiting_for_one_of_our_own_connections_to_redis_is_not_waiting_for_redis(
+    clock: Clock, metrics: Metrics
+) -> None:
+    written = asyncio.Event()
+
+    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line == b"SET\r\n":
+                await written.wait()
+                writer.write(b"+OK\r\n")
+            elif line == b"MGET\r\n":
+                writer.write(b"*1\r\n$-1\r\n")
+
+    async with listening(answers) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", 0.2, 60, clock, metrics, max_connections=1)
+        await store.get(keys(1))
+        writing = asyncio.create_task(store.put(entries([1])))
+        await asyncio.sleep(0)
+        looking = [asyncio.create_task(store.get(keys(number))) for number in range(8)]
+        await asyncio.sleep(0.4)
+        assert not any(each.done() for each in looking)
+        for each in looking[:4]:
+            each.cancel()
+        written.set()
+        await asyncio.gather(writing, *looking[4:])
+        assert count(metrics, "redis", "get", "miss") == 5
+        assert store.status == "up"
+        await store.close()
+
+
+async def test_who_waits_for_a_connection_to_a_frozen_redis_waits_no_longer_than_those_who_have_one(
+    clock: Clock, metrics: Metrics
+) -> None:
+    with RedisServer() as server:
+        store = RedisStore(server.url, 0.1, 60, clock, metrics, max_connections=3)
+        await store.get(keys(0))
+        server.pause()
+        assert await asyncio.gather(*(store.get(keys(number)) for number in range(50))) == [[None]] * 50
+        assert count(metrics, "redis", "get", "timeout") == 3
+        assert count(metrics, "redis", "get", "skipped") == 47
+        server.resume()
+        await store.close()
+
+
+async def test_who_stands_in_line_behind_a_large_look_up_in_a_frozen_redis_does_not_wait_as_well(
+    clock: Clock, metrics: Metrics
+) -> None:
+    with RedisServer() as server:
+        tiers = Tiers([RedisStore(server.url, 0.02, 60, clock, metrics)], metrics, clock)
+        await tiers.open()
+        server.pause()
+        found = await asyncio.gather(*(tiers.get(keys(*range(600 * i, 600 * i + 600))) for i in range(5)))
+        assert found == [[None] * 600] * 5
+        assert count(metrics, "redis", "get", "timeout") == 600
+        assert count(metrics, "redis", "get", "skipped") == 4 * 600
+        server.resume()
+
+        async def answered() -> bool:
+            clock.advance(0.1)
+            await tiers.get(keys(*range(600)))
+            return count(metrics, "redis", "get", "miss") > 0
+
+        await until(answered)
+        await tiers.close()
+
+
+class Asked:
+    """What was asked, and is not answered until it is let go."""
+
+    def __init__(self) -> None:
+        self.under_way: list[int] = []
+        self.go: dict[int, asyncio.Event] = {}
+        self.together: Together[int, int] = Together(self._answer, -1, 10, lambda weight: weight)
+
+    async def _answer(self, questions: list[int]) -> Sequence[int]:
+        (weight,) = questions
+        self.under_way.append(weight)
+        await self.go.setdefault(weight, asyncio.Event()).wait()
+        self.under_way.remove(weight)
+        return questions
+
+    async def ask(self, weight: int) -> asyncio.Task[int]:
+        task = asyncio.create_task(self.together.ask(weight))
+        await self.turns()
+        return task
+
+    async def turns(self) -> None:
+        for _ in range(8):
+            await asyncio.sleep(0)
+
+
+async def test_large_look_ups_go_a_few_at_a_time_in_the_order_they_came_and_small_ones_beside_them() -> None:
+    asked = Asked()
+    tasks = [await asked.ask(weight) for weight in (30, 40, 1000, 11, 9)]
+    assert sorted(asked.under_way) == [9, 30, 40]
+    asked.go[30].set()
+    await asked.turns()
+    assert sorted(asked.under_way) == [9, 40], "the largest is not overtaken by those who came later"
+    asked.go[40].set()
+    await asked.turns()
+    assert sorted(asked.under_way) == [9, 1000], "alone, as it is larger than all may be together"
+    asked.go[1000].set()
+    await asked.turns()
+    assert sorted(asked.under_way) == [9, 11]
+    asked.go[11].set()
+    asked.go[9].set()
+    assert await asyncio.gather(*tasks) == [30, 40, 1000, 11, 9]
+    assert asked.together._under_way == 0
+
+
+async def test_of_large_look_ups_whose_callers_have_gone_while_they_stood_in_line_nothing_is_asked() -> None:
+    asked = Asked()
+    first, gone, last = [await asked.ask(weight) for weight in (80, 50, 60)]
+    gone.cancel()
+    asked.go[80].set()
+    await asked.turns()
+    assert asked.under_way == [60]
+    asked.go[60].set()
+    assert (await first, await last) == (80, 60)
+    assert asked.together._under_way == 0
+
+
+async def test_closing_leaves_nobody_in_line() -> None:
+    asked = Asked()
+    tasks = [await asked.ask(weight) for weight in (80, 50, 60)]
+    await asked.together.close()
+    assert await asyncio.gather(*tasks) == [-1] * 3
+
+
+class Disk(DiskStore):
+    """Its reads can be held up, and are written down when they are made."""
+
+    def __init__(self, path: Path, timeout: float, clock: Clock, metrics: Metrics) -> None:
+        super().__init__(str(path), 2**24, 60, clock, metrics, timeout=timeout)
+        self.reads: list[bytes] = []
+        self.takes = 0.0
+        self.go = threading.Event()
+        self.go.set()
+
+    def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:
+        self.reads.append(keys[0])
+        self.go.wait(LIMIT)
+        time.sleep(self.takes)
+        return super()._read(keys)
+
+
+async def test_waiting_until_other_reads_are_done_is_not_waiting_for_the_disk(
+    path: Path, clock: Clock, metrics: Metrics
+) -> None:
+    store = Disk(path, 0.5, clock, metrics)
+    await store.put(entries(range(8)))
+    store.takes = 0.1
+    found = await asyncio.gather(*(store.get(keys(number)) for number in range(8)))
+    assert found == [[embedding(number)] for number in range(8)]
+    assert store.status == "up"
+    await store.close()
+
+
+async def test_a_query_does_not_wait_until_a_large_read_is_done(path: Path, clock: Clock, metrics: Metrics) -> None:
+    store = Disk(path, LIMIT, clock, metrics)
+    await store.put(entries(range(2000, 2003)))
+    store.go.clear()
+    large = asyncio.create_task(store.get(keys(*range(2001))))
+    await asyncio.sleep(0)
+    small = asyncio.create_task(store.get(keys(2002)))
+    await asyncio.sleep(0)
+    store.go.set()
+    assert await small == [embedding(2002)]
+    assert await large == [None] * 2000 + [embedding(2000)]
+    assert store.reads.index(key(2002)) == 1 < len(store.reads) - 1
+    await store.close()
+
+
+@pytest.mark.parametrize("size", [1, 300])
+async def test_a_disk_that_gets_nothing_done_costs_all_who_wait_one_time_limit_and_is_not_asked_for_them_later(
+    path: Path, clock: Clock, metrics: Metrics, size: int
+) -> None:
+    store = Disk(path, 0.2, clock, metrics)
+    await store.open()
+    store.go.clear()
+    asked = [keys(*range(i * size, i * size + size)) for i in range(6)]
+    assert await asyncio.gather(*(store.get(each) for each in asked)) == [[None] * size] * 6
+    assert count(metrics, "disk", "get", "timeout") == 6 * size
+    clock.advance(30)
+    assert await store.get(keys(0)) == [None]
+    assert count(metrics, "disk", "get", "skipped") == 1, "it is still at what was given up"
+    store.go.set()
+
+    async def answered() -> bool:
+        clock.advance(30)
+        await store.get(keys(7))
+        return store.status == "up"
+
+    await until(answered)
+    assert store.reads == keys(0, 7)
+    await store.close()

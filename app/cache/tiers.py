@@ -40,7 +40,7 @@ class Tiers:
         self._writers: list[Writer] = []
         self._shared: SharedStore | None = None
         for place, store in enumerate(self._slow):
-            counts, on_found = Counts(metrics, store.name), partial(self._put_above, place)
+            counts, on_found = Counts(metrics, store.name), partial(self._found, place)
             reader = claimer = Reader(store, counts, on_found, clock.monotonic)
             if isinstance(store, SharedStore):
                 self._shared = store
@@ -136,6 +136,13 @@ class Tiers:
     def status(self) -> dict[str, str]:
         """Per tier "up", or what is wrong with it."""
         return {store.name: getattr(store, "status", "up") for store in self._stores}
+
+    def _found(self, place: int, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+        """A tier has these, and those above it had not. What has come into memory since is newer and is everywhere, or
+        will be soon."""
+        if self._memory is not None:
+            entries = [entry for entry in entries if self._memory.peek(entry[0]) is None]
+        self._put_above(place, entries)
 
     def _put_above(self, place: int, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Into the tiers above this place among the slow ones."""

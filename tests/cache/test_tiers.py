@@ -108,6 +108,38 @@ async def test_what_a_slow_tier_finds_is_put_into_those_above_it(clock: Clock, m
     assert redis.batches == []
 
 
+async def test_what_is_renewed_while_an_older_one_is_on_its_way_up_stays(clock: Clock, metrics: Metrics) -> None:
+    class Gated(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            found = await super().get(keys)
+            tiers.put([(key(1), embedding(7))])  # a caller who wanted a new one has got it
+            return found
+
+    disk, redis = Slow("disk"), Gated("redis")
+    redis.values.update(entries([1, 2]))
+    tiers = Tiers([memory(clock, metrics), disk, redis], metrics, clock)
+    await tiers.get(keys(1, 2))
+    assert await tiers.get(keys(1, 2)) == [embedding(7), embedding(2)]
+    await tiers.close()
+    assert disk.values == redis.values == {key(1): embedding(7), key(2): embedding(2)}
+
+
+async def test_what_is_found_below_takes_the_place_of_what_is_too_old(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    tiers = Tiers([memory(clock, metrics), slow], metrics, clock)
+    tiers.put(entries([1]))
+
+    async def written() -> bool:
+        return bool(slow.values)
+
+    await until(written)
+    clock.advance(60)
+    for _ in range(2):
+        assert await tiers.get(keys(1)) == [embedding(1)]
+    assert slow.asked == [keys(1)]
+    await tiers.close()
+
+
 async def test_a_key_asked_for_twice_is_looked_up_once_and_answered_twice(clock: Clock, metrics: Metrics) -> None:
     slow = Slow()
     slow.values.update(entries([1]))

@@ -30,8 +30,8 @@ _NONE = Found({})
 
 
 class Reader:
-    """`on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds. Of a shared tier it
-    claims what is missing, if it `claims`."""
+    """`on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds. With `let_go` it
+    claims what is missing in a shared tier, and hands there what was claimed for a caller who has hung up meanwhile."""
 
     def __init__(
         self,
@@ -40,11 +40,12 @@ class Reader:
         on_found: Callable[[list[tuple[bytes, Embedding]]], None],
         now: Callable[[], float],
         *,
-        claims: bool = False,
+        let_go: Callable[[list[bytes]], None] | None = None,
     ) -> None:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
-        self._shared = store if claims and isinstance(store, SharedStore) else None
-        self._together: Together[Sequence[bytes], Found] = Together(self._answer, _NONE, _TOGETHER, len)
+        self._shared = store if let_go and isinstance(store, SharedStore) else None
+        self._let_go = let_go
+        self._together: Together[Sequence[bytes], Found] = Together(self._answer, _NONE, _TOGETHER, len, self._gone)
         self._logged = -_LOG_EVERY
 
     async def get(self, keys: Sequence[bytes]) -> Found:
@@ -57,6 +58,12 @@ class Reader:
 
     async def _answer(self, asked: list[Sequence[bytes]]) -> list[Found]:
         return [await self._look_up(list(dict.fromkeys(chain.from_iterable(asked))))] * len(asked)
+
+    def _gone(self, keys: Sequence[bytes], found: Found, others: list[Sequence[bytes]]) -> None:
+        if self._let_go is not None:
+            wanted = set(chain(found.embeddings, found.held, *others))
+            if claimed := [key for key in keys if key not in wanted]:
+                self._let_go(claimed)
 
     async def _look_up(self, keys: list[bytes]) -> Found:
         held: Collection[bytes] = ()

@@ -44,7 +44,7 @@ class Tiers:
             reader = claimer = Reader(store, counts, on_found, clock.monotonic)
             if isinstance(store, SharedStore):
                 self._shared = store
-                claimer = self._claimer = Reader(store, counts, on_found, clock.monotonic, claims=True)
+                claimer = self._claimer = Reader(store, counts, on_found, clock.monotonic, let_go=self.let_go)
                 self._expired = metrics.cache_operations.labels(store.name, "claim", "expired")
             self._readers.append(reader)
             self._claimers.append(claimer)

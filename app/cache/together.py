@@ -20,6 +20,9 @@ class Together(Generic[Q, A]):
 
     Those that go together weigh `most` at most, by what `weigh` says of each; a heavier one goes alone, and waits its
     turn until few of its kind are under way. The others never wait for these.
+
+    `gone` is told of a question that was answered when its asker had hung up: of the answer, and of the questions of
+    those who were answered with it.
     """
 
     def __init__(
@@ -28,8 +31,10 @@ class Together(Generic[Q, A]):
         nothing: A,
         most: int,
         weigh: Callable[[Q], int] = lambda _: 1,
+        gone: Callable[[Q, A, list[Q]], None] = lambda *_: None,
     ) -> None:
         self._answer, self._nothing, self._most, self._weigh = answer, nothing, most, weigh
+        self._gone = gone
         self._next: list[tuple[Q, asyncio.Future[A]]] | None = None
         self._weight = 0
         self._line = asyncio.Lock()
@@ -47,9 +52,15 @@ class Together(Generic[Q, A]):
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        self._next.append((question, future))
+        asked = self._next
+        asked.append((question, future))
         self._weight += weight
-        return await future
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if not future.cancelled():  # the answer has come in this very turn
+                self._gone(question, future.result(), [each for each, other in asked if _stayed(other, future)])
+            raise
 
     async def close(self) -> None:
         """Gives up what is under way."""
@@ -91,3 +102,10 @@ class Together(Generic[Q, A]):
             for (_, future), answer in zip(asked, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
+            for (question, future), answer in zip(asked, answers, strict=True):
+                if future.cancelled():
+                    self._gone(question, answer, [each for each, other in asked if _stayed(other, future)])
+
+
+def _stayed(other: asyncio.Future[A], gone: asyncio.Future[A]) -> bool:
+    return other is not gone and not other.cancelled()

@@ -10,6 +10,7 @@ import pytest
 from app.cache.redis import CLAIM_PREFIX, RedisStore
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
+from app.types import CLAIM
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 from tests.redis_server import RedisServer
 
@@ -204,3 +205,44 @@ async def test_nobody_is_told_of_what_others_wait_for_who_asked_in_the_same_turn
     assert [held for _, held in answers] == [{key(1)}, set()]
     await tiers.close()
     await close(one)
+
+
+@pytest.mark.parametrize("turns", range(1, 12))
+async def test_who_hangs_up_during_the_look_up_holds_nothing(server: RedisServer, clock: Clock, turns: int) -> None:
+    tiers, other = Tiers([store(server, clock)], Metrics(), clock), store(server, clock)
+    await tiers.open()
+    for number in range(10):
+        asking = asyncio.create_task(tiers.get_or_claim(keys(number)))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        asking.cancel()
+        await asyncio.wait([asking])
+        if not asking.cancelled():
+            continue  # it had its answer, and goes on with it
+
+        async def free(number: int = number) -> bool:
+            return await other.get_or_claim(keys(number)) == ([None], set())
+
+        async with asyncio.timeout(CLAIM - 1):
+            await until(free)
+    await tiers.close()
+    await close(other)
+
+
+async def test_what_others_asked_for_in_the_same_look_up_stays_theirs(server: RedisServer, clock: Clock) -> None:
+    tiers, other = Tiers([store(server, clock)], Metrics(), clock), store(server, clock)
+    await tiers.open()
+    gone, there = (asyncio.create_task(tiers.get_or_claim(keys(*asked))) for asked in ((1, 2), (2, 3)))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)  # both are asked now
+    gone.cancel()
+    assert await there == ([None, None], set())
+
+    async def free() -> bool:
+        return await other.get_or_claim(keys(1)) == ([None], set())
+
+    async with asyncio.timeout(CLAIM - 1):
+        await until(free)
+    assert await other.get_or_claim(keys(2, 3)) == ([None, None], set(keys(2, 3)))
+    await tiers.close()
+    await close(other)

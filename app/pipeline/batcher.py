@@ -87,6 +87,10 @@ class Batcher:
                 self._leave(waiter, jobs)
         return collect(jobs, sources, request)
 
+    def under_way(self, key: bytes) -> bool:
+        """Whether an input is being embedded, or queues for it."""
+        return key in self._jobs
+
     def _closed(self, params: Params) -> UpstreamUnavailable | None:
         """What to say where nothing will be embedded until further notice."""
         reason = self._route.closed(params)
@@ -313,16 +317,23 @@ class Batcher:
         flight = Flight(result.calls, result.deployments)
         known = self._jobs
         ready: list[Waiter] = []
+        gone: list[bytes] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
             job.outcome, job.flight = outcome, flight
             if known.get(job.key) is job:
                 del known[job.key]
-            ends = type(outcome) is not Embedding and hopeless(outcome)
+            ends = False
+            if type(outcome) is not Embedding:
+                ends = hopeless(outcome)
+                if not job.waiters and job.key not in known:
+                    gone.append(job.key)
             for waiter in job.waiters:
                 waiter.missing -= 1
                 if ends or not waiter.missing:
                     ready.append(waiter)
         self._release(ready)
+        if gone:
+            self._on_drop(gone)
 
     def _release(self, ready: list[Waiter]) -> None:
         """So many in each turn of the event loop as the rhythm has it."""

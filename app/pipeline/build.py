@@ -28,7 +28,7 @@ def pipeline(
     replicas to share with), Batcher (over its Route)."""
     embed: Embedder = batcher
     if cache.shared:
-        embed = Claim(embed, cache)
+        embed = Claim(embed, cache, batcher.under_way)
     embed = CacheRead(embed, cache, space)
     embed = Shape(embed, models, settings)
     embed = LongInputs(embed, models, settings)

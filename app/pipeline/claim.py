@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from app.cache.tiers import Tiers
 from app.pipeline.parts import part, put
@@ -14,10 +15,12 @@ _LOOK = 0.02
 
 class Claim:
     """Embeds what no other replica is embedding, and then what others have not brought: they have failed or died, or
-    take longer than a claim lasts. Waiting leaves half of the request's time for that."""
+    take longer than a claim lasts. Waiting leaves half of the request's time for that.
 
-    def __init__(self, inner: Embedder, cache: Tiers) -> None:
-        self._inner, self._cache = inner, cache
+    `under_way` says of a key whether it queues or is being embedded here, for whomever."""
+
+    def __init__(self, inner: Embedder, cache: Tiers, under_way: Callable[[bytes], bool]) -> None:
+        self._inner, self._cache, self._under_way = inner, cache, under_way
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         if not request.held:
@@ -46,11 +49,12 @@ class Claim:
         try:
             result = await self._inner(request)
         except Exception:
-            if request.shares:
-                self._cache.let_go(request.keys)
+            # A call that is under way goes on, and what it brings is cached; it may be others' as well.
+            if request.shares and (ended := [key for key in request.keys if not self._under_way(key)]):
+                self._cache.let_go(ended)
             raise
-        # Who hangs up lets go of nothing here: a call that is under way goes on, and what it brings is cached. What was
-        # still queued the batcher drops.
+        # Who hangs up lets go of nothing here, for the same reason. What was still queued, or fails when nobody waits
+        # for it any more, the batcher tells of.
         if request.shares and result.too_long:
             self._cache.let_go([request.keys[i] for i in result.too_long])
         return result

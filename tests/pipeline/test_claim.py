@@ -13,12 +13,28 @@ from app.cache import keys
 from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
+from app.catalog import Model
 from app.clock import SystemClock
-from app.errors import ContextLengthExceeded, GatewayError, UpstreamError
+from app.errors import ContextLengthExceeded, GatewayError, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
+from app.pipeline.batcher import Batcher
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.claim import Claim
-from app.types import CLAIM, NOTHING, Embedding, EmbedRequest, EmbedResult, Params, Source, Store
+from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import Health
+from app.pipeline.route import Route
+from app.types import (
+    CLAIM,
+    NOTHING,
+    Batch,
+    BatchResult,
+    Embedding,
+    EmbedRequest,
+    EmbedResult,
+    Params,
+    Source,
+    Store,
+)
 from tests.redis_server import RedisServer
 
 LIMIT = 20.0
@@ -31,7 +47,7 @@ class Replica:
         self.metrics, clock = Metrics(), SystemClock()
         stores: list[Store] = [MemoryStore(2**20, 60, clock, self.metrics)] if memory else []
         self.cache = Tiers([*stores, RedisStore(url, LIMIT, 60, clock, self.metrics)], self.metrics, clock)
-        self.embed = CacheRead(Claim(self._embed, self.cache), self.cache, "space")
+        self.embed = CacheRead(Claim(self._embed, self.cache, lambda _: False), self.cache, "space")
         self.asked: list[list[str]] = []
         self.positions: list[Sequence[int] | None] = []
         self.go = asyncio.Event()
@@ -272,3 +288,56 @@ async def test_a_part_of_a_part_knows_where_the_caller_has_its_inputs(replica: C
     assert (await second).embeddings == [vector(text) for text in "abcd"]
     assert other.positions == [[7, 8]]
     await first
+
+
+class Calls:
+    """An upstream that takes one text a call, holds each until it is let go, and refuses `bad` for good."""
+
+    def __init__(self) -> None:
+        self.begun: list[str] = []
+        self.go = {text: asyncio.Event() for text in ("bad", "a", "b")}
+
+    async def __call__(self, batch: Batch) -> BatchResult:
+        (text,) = map(str, batch.inputs)
+        self.begun.append(text)
+        await self.go[text].wait()
+        error = UpstreamAuth("no") if text == "bad" else UpstreamError("lost") if text == "b" else None
+        return BatchResult([error or vector(text)])
+
+    async def begin(self, count: int) -> None:
+        async with asyncio.timeout(LIMIT):
+            while len(self.begun) < count:
+                await asyncio.sleep(0.001)
+
+
+async def claimed(cache: Tiers, text: str) -> bool:
+    """Whether another replica, whose cache this is, would wait for it. It claims what it need not wait for."""
+    return bool((await cache.get_or_claim(keys.derive("space", Params(), [text])))[1])
+
+
+async def test_claims_last_as_long_as_somebody_here_embeds_the_text_and_no_longer(
+    server: RedisServer, replica: Callable[[], Replica]
+) -> None:
+    one, other, calls = replica(), replica(), Calls()
+    health = Health(SystemClock(), one.metrics.upstream_available.labels("up", "m"), "up/m")
+    deployment = Deployment("up", Model("m"), "up/m", Slots(3), Limits(1, None), health, calls)
+    route = Route([deployment], one.metrics, SystemClock())
+    batcher = Batcher(route, one.metrics, SystemClock(), one.cache.let_go)
+    embed = CacheRead(Claim(batcher, one.cache, batcher.under_way), one.cache, "space")
+    asking = asyncio.create_task(embed(request("bad", "a", "b")))
+    await calls.begin(3)
+    calls.go["bad"].set()
+    with pytest.raises(GatewayError):
+        await asking
+    async with asyncio.timeout(CLAIM - 1):
+        while await claimed(other.cache, "bad"):
+            await asyncio.sleep(0.001)
+    assert await claimed(other.cache, "a"), "its call goes on, and what it brings is cached"
+    assert await claimed(other.cache, "b")
+    calls.go["b"].set()
+    async with asyncio.timeout(CLAIM - 1):
+        while await claimed(other.cache, "b"):
+            await asyncio.sleep(0.001)
+    assert await claimed(other.cache, "a")
+    calls.go["a"].set()
+    await batcher.aclose()

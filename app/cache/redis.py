@@ -246,7 +246,8 @@ class RedisStore:
         """What `exchange` gives, or None, counted for `count` values, where that is nothing."""
         size = max(1.0, count / _KEYS_IN_TIME) if operation == "get" else 1.0
         limit = self._timeout * size if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
-        async with self._places:
+        await self._places.acquire()
+        try:
             # Asked last: those who wait for a place learn here that the ones before them were not answered.
             if (size > 1 and self._now() < self._large_from) or not self._breaker.allow():
                 (self._counts.get_skipped if operation == "get" else self._counts.set_skipped).inc(count)
@@ -266,6 +267,8 @@ class RedisStore:
                 return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
             except Exception as error:  # this tier's outermost door
                 return self._failed(operation, count, error)
+        finally:
+            self._places.release()
         # A look-up is its last command.
         refusals = [reply for reply in replies[-1 if operation == "get" else 0 :] if isinstance(reply, ResponseError)]
         if refusals and operation == "get":

@@ -111,6 +111,12 @@ class Health:
         """Seconds until a rate limit has passed; 0 when there is none."""
         return max(0.0, self._cooling_until - self._clock.monotonic())
 
+    def resting(self) -> float:
+        """Seconds until a rate limit, or else an ejection, has passed; 0 when there is none. The limit comes first, for
+        one that is ejected may have a call all the same where all are."""
+        now = self._clock.monotonic()
+        return max(0.0, (self._cooling_until if self._cooling_until > now else self._ejected_until) - now)
+
     def begin(self) -> int:
         """A call goes there. Returns what `end` is to be told: in which era it began."""
         self._probing = self._ejections > 0

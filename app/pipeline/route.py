@@ -137,16 +137,15 @@ class Route:
         return reasons[0] if reasons and all(reasons) else None
 
     def rests(self, params: Params) -> list[float]:
-        """Seconds until each deployment may have a call after a rate limit or for its pace, 0 where neither is in the
-        way; empty if none rests. Those that are ejected while others are not come back by themselves."""
-        if not any(each.slots.paced or each.health.cooling() for each in self.deployments):
+        """Seconds until each deployment may have a call after a rate limit or an ejection, or for its pace, 0 where
+        nothing is in the way; empty if none rests. Where all rest, it is for a limit or a pace: of those that are
+        ejected one may be called if there is no other."""
+        if not any(each.slots.paced or each.health.resting() for each in self.deployments):
             return []
         usable = self._usable(params)
-        return [
-            max(cooling, each.slots.wait())
-            for each in self._able(params)
-            if (cooling := each.health.cooling()) or each in usable
-        ]
+        waits = [(0.0 if each in usable else each.health.resting(), each) for each in self._able(params)]
+        # One that is back from an ejection, and has its one call under way, is told of when that ends.
+        return [max(rest, each.slots.wait()) for rest, each in waits if rest or each in usable]
 
     def drain(self, params: Params, inputs: int, tokens: float) -> float:
         """Seconds until the first deployment would have embedded so much, as far as its pace decides."""
@@ -267,15 +266,11 @@ class Route:
                 while True:
                     able = self._able(batch.params)
                     if others_only:
-                        able = [each for each in able if each is not avoid and each.health.in_reach()]
-                        if not able:
+                        able = [each for each in able if each is not avoid]
+                        if not any(each.health.in_reach() for each in able):
                             return None
-                    # First, and until it is over (timers may be early): a rest that ends after a slot was
-                    # looked for would be waited for without end.
-                    rests = [each.health.cooling() for each in able]
-                    if rest := min(rests, default=0.0):
-                        await self._clock.sleep(rest)
-                        continue
+                    # First: a rest that ends after a slot was looked for would be waited for without end.
+                    rests = [each.health.resting() for each in able]
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None:
                         return slot

@@ -16,7 +16,7 @@ from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import Deployment, Limits, Slots
-from app.pipeline.health import Health
+from app.pipeline.health import FAILURES, Health
 from app.pipeline.pace import Pace
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, Lane, Params
@@ -204,14 +204,45 @@ async def test_a_paced_deployment_is_waited_for_though_another_one_is_ejected(
     clock: HandClock, upstream: Upstream
 ) -> None:
     embed = batcher(upstream, paced(clock, requests=60), Slots(8))
-    out = embed._route.deployments[1]
-    for _ in range(5):
-        out.health.end(UpstreamError("down"), out.health.begin())
-    assert not out.health.available()
+    eject(embed._route.deployments[1])
     asked = asyncio.create_task(embed(request("a", "b")))
     await run(clock, 1)
     assert (await asked).deployments == ("up0/m",)
     await embed.aclose()
+
+
+async def test_one_that_is_ejected_is_waited_for_where_it_is_back_before_the_paced_one(
+    clock: HandClock, upstream: Upstream
+) -> None:
+    """Half a minute against one."""
+    embed = batcher(upstream, paced(clock, requests=1), Slots(8))
+    eject(embed._route.deployments[1])
+    await embed(request("first"))
+    asked = asyncio.create_task(embed(request("patient", patience=40)))
+    with pytest.raises(RateLimited):
+        await embed(request("hurried", patience=20))
+    await run(clock, 30, step=1)
+    assert (await asked).deployments == ("up1/m",)
+    await embed.aclose()
+
+
+async def test_the_last_one_left_though_ejected_is_waited_for_as_long_as_its_rate_limit(
+    clock: HandClock, upstream: Upstream
+) -> None:
+    embed = batcher(upstream, Slots(8))
+    (only,) = embed._route.deployments
+    eject(only)
+    only.health.end(RateLimited("slowly", retry_after=5), only.health.begin())
+    asked = asyncio.create_task(embed(request("a", patience=10)))
+    await run(clock, 5, step=1)
+    assert (await asked).embeddings
+    await embed.aclose()
+
+
+def eject(deployment: Deployment) -> None:
+    for _ in range(FAILURES):
+        deployment.health.end(UpstreamError("down"), deployment.health.begin())
+    assert not deployment.health.available()
 
 
 async def test_two_models_of_one_upstream_take_turns(clock: HandClock, upstream: Upstream) -> None:

@@ -471,25 +471,36 @@ async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
 # --- queues -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("why", ["rate limit", "pace"])
-async def test_one_that_has_rested_is_asked_while_another_is_busy(why: str) -> None:
+def rests_shortly(one: Deployment, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a twentieth of a second."""
+    if why == "rate limit":
+        one.health.end(RateLimited("slowly", retry_after=0.05), 0)
+    if why == "ejection":
+        monkeypatch.setattr("app.pipeline.health.EJECTION", 0.05)
+        for _ in range(FAILURES):
+            one.health.end(UpstreamError("down"), one.health.begin())
+        assert not one.health.available()
+
+
+@pytest.mark.parametrize("why", ["rate limit", "ejection", "pace"])
+async def test_one_that_has_rested_is_asked_while_another_is_busy(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, end = asyncio.Event(), asyncio.Event()
     busy = deployment("busy", held(begun, end), slots=Slots(1))
     pace = Pace("rests", Rates(requests=1200), SystemClock()) if why == "pace" else None
     rests = deployment("rests", answers, slots=Slots(1, pace))
     busy.priority, rests.priority = 0, 1
-    if why == "rate limit":
-        rests.health.end(RateLimited("slowly", retry_after=0.05), 0)
     embed = batcher(busy, rests)
     under_way = asyncio.create_task(embed(request("first")))
     await begun.wait()
+    rests_shortly(rests, why, monkeypatch)
     for number in range(6):  # more than the pace lets through at once
         assert (await asyncio.wait_for(embed(request(f"{number}")), 5)).deployments == ("rests/m",)
     end.set()
     await under_way
 
 
-async def test_a_retry_does_not_wait_for_the_busy_one_either() -> None:
+@pytest.mark.parametrize("why", ["rate limit", "ejection"])
+async def test_a_retry_does_not_wait_for_the_busy_one_either(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, end = asyncio.Event(), asyncio.Event()
     busy, rests = deployment("busy", held(begun, end), slots=Slots(1)), deployment("rests", answers)
     both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, rests)
@@ -498,7 +509,7 @@ async def test_a_retry_does_not_wait_for_the_busy_one_either() -> None:
     assert slot.deployment.name == "bad/m"
     under_way = asyncio.create_task(both.run(batch("x"), both.take("query", Params()) or slot, "query"))
     await begun.wait()
-    rests.health.end(RateLimited("slowly", retry_after=0.05), 0)
+    rests_shortly(rests, why, monkeypatch)
     result = await asyncio.wait_for(both.run(batch("y"), slot, "query"), 5)
     assert result.deployments == ("rests/m",)
     end.set()

@@ -134,16 +134,16 @@ class Batcher:
         if new:
             self._arrived += 1
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
-            self._put((request.model, request.params, request.write_cache), lane, new)
+            self._put((request.model, request.params, request.write_cache), lane, new, deadline)
             if ENOUGH <= len(new) <= self._route.deployments[0].limits.max_batch:
                 self._turns = 0  # it waits for no others: the upstream is at work while the next ones are read
         return jobs, sources
 
-    def _put(self, group: _Group, lane: Lane, jobs: list[Job]) -> None:
+    def _put(self, group: _Group, lane: Lane, jobs: list[Job], soonest: float) -> None:
         queue = self._queues.get(group)
         if queue is None:
             queue = self._queues[group] = Queue(self._waiting)
-        queue.extend(lane, jobs)
+        queue.extend(lane, jobs, soonest)
         self._schedule()
 
     def _leave(self, waiter: Waiter, jobs: Iterable[Job]) -> None:
@@ -307,7 +307,7 @@ class Batcher:
                 rest.append(job)
                 outcomes.append(outcome)
         if later:
-            self._put((batch.model, batch.params, batch.store), lane, later)
+            self._put((batch.model, batch.params, batch.store), lane, later, batch.deadline)
         return rest, BatchResult(outcomes, result.calls, deployments=result.deployments)
 
     def _land(self, jobs: list[Job], result: BatchResult | None) -> None:

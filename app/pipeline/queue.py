@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, islice
@@ -64,20 +65,27 @@ class Job(Struct, eq=False):
 class Queue:
     """Inputs of one group that wait for a slot, query lane first. `waiting` counts them for the metrics."""
 
-    __slots__ = ("_lanes", "_waiting")
+    __slots__ = ("_lanes", "_soonest", "_waiting")
 
     def __init__(self, waiting: Mapping[Lane, Tally]) -> None:
         self._lanes: dict[Lane, deque[Job]] = {lane: deque() for lane in LANES}
+        self._soonest: dict[Lane, float] = dict.fromkeys(LANES, math.inf)
+        """No deadline of a lane's inputs is before this: a backlog is looked through when one may have come."""
         self._waiting = waiting
 
-    def extend(self, lane: Lane, jobs: list[Job]) -> None:
+    def extend(self, lane: Lane, jobs: list[Job], soonest: float) -> None:
+        """`soonest`: none of them has a deadline before this, now or later."""
         self._lanes[lane].extend(jobs)
+        self._soonest[lane] = min(self._soonest[lane], soonest)
         self._waiting[lane].inc(len(jobs))
 
-    def size(self) -> tuple[int, int]:
-        """Inputs, and the bytes in them."""
-        inputs = [job.input for jobs in self._lanes.values() for job in jobs]
-        return len(inputs), sum(map(tokens.bound, inputs))
+    def size(self) -> tuple[int, float]:
+        """Inputs, and about how many bytes are in them, by the first of each lane: a backlog may be long."""
+        size = 0.0
+        for jobs in self._lanes.values():
+            first = [tokens.bound(job.input) for job in islice(jobs, ENOUGH)]
+            size += sum(first) * len(jobs) / max(1, len(first))
+        return sum(map(len, self._lanes.values())), size
 
     def lane(self) -> Lane | None:
         """The lane to serve next, or None when the queue is empty."""
@@ -99,23 +107,26 @@ class Queue:
 
     def drop_all_abandoned(self) -> list[Job]:
         """Takes out all inputs nobody waits for, and returns them."""
-        return self._take_out(lambda job: not job.waiters)
+        return [job for lane in LANES for job in self._take_out(lane, lambda job: not job.waiters)]
 
     def take_due(self, before: float) -> list[Job]:
         """Takes out the inputs whose callers wait no longer than `before`."""
-        return self._take_out(lambda job: job.deadline <= before)
+        due: list[Job] = []
+        for lane, soonest in self._soonest.items():
+            if soonest <= before:
+                due += self._take_out(lane, lambda job: job.deadline <= before)
+                self._soonest[lane] = min([job.deadline for job in self._lanes[lane]], default=math.inf)
+        return due
 
-    def _take_out(self, which: Callable[[Job], bool]) -> list[Job]:
-        out: list[Job] = []
-        for lane, jobs in self._lanes.items():
-            found = [job for job in jobs if which(job)]
-            if found:
-                stay = [job for job in jobs if not which(job)]
-                self._waiting[lane].dec(len(found))
-                out += found
-                jobs.clear()
-                jobs.extend(stay)
-        return out
+    def _take_out(self, lane: Lane, which: Callable[[Job], bool]) -> list[Job]:
+        jobs = self._lanes[lane]
+        found = [job for job in jobs if which(job)]
+        if found:
+            stay = [job for job in jobs if not which(job)]
+            self._waiting[lane].dec(len(found))
+            jobs.clear()
+            jobs.extend(stay)
+        return found
 
     def take(self, limits: Limits, *, scarce: bool) -> tuple[list[Job], list[Job]]:
         """The fullest batch that is legal within `limits`, and abandoned inputs met on the way. Where calls are not

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import pytest_asyncio
 
+from app import tokens
 from app.cache.shared_limits import SharedLimits
 from app.catalog import ROLES, Model
 from app.errors import GatewayError, RateLimited, UpstreamError
@@ -19,7 +20,7 @@ from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import FAILURES, Health
 from app.pipeline.pace import Pace
 from app.pipeline.route import Route
-from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, Lane, Params
+from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, Input, Lane, Params
 from tests.cache.support import LIMIT, until
 from tests.clock import HandClock, settle
 from tests.redis_server import RedisServer
@@ -189,6 +190,32 @@ async def test_a_wait_that_is_stated_includes_those_who_are_before(clock: HandCl
     with pytest.raises(RateLimited) as refused:
         await embed(request("hurried", patience=0.5))
     assert refused.value.retry_after == pytest.approx(42, abs=1)
+    patient.cancel()
+    await embed.aclose()
+
+
+async def test_a_wait_is_stated_without_a_look_at_each_who_is_before(
+    clock: HandClock, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thousand inputs of two tokens each, at ten tokens a second."""
+    looks: list[Input] = []
+    bound = tokens.bound
+
+    def watched(text: Input) -> int:
+        looks.append(text)
+        return bound(text)
+
+    monkeypatch.setattr(tokens, "bound", watched)
+    upstream.billed = 2
+    embed = batcher(upstream, paced(clock, tokens=600))
+    patient = asyncio.create_task(embed(request(*(f"input{i:03}" for i in range(1001)))))
+    await settle()
+    assert len(upstream.calls) == 1
+    del looks[:]
+    with pytest.raises(RateLimited) as refused:
+        await embed(request("hurried", patience=0.01))
+    assert refused.value.retry_after == pytest.approx(200, abs=5)
+    assert len(looks) < 300
     patient.cancel()
     await embed.aclose()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import count
+from itertools import chain, count
+from math import inf
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,10 +34,10 @@ class Case:
         self._waiter = Waiter(loop.create_future())
         loop.close()
         for lane, jobs in zip(LANES, lanes, strict=True):
-            self.queue.extend(lane, [self._job(next(number), given, waited) for given, waited in jobs])
+            self.queue.extend(lane, [self._job(next(number), given, waited) for given, waited in jobs], inf)
 
     def _job(self, number: int, given: Input, waited: int) -> Job:
-        return Job(b"%d" % number, given, 0.0, (self._waiter,) if waited else (), True)
+        return Job(b"%d" % number, given, inf, (self._waiter,) if waited else (), True)
 
     def state(self) -> dict[Lane, tuple[list[bytes], float]]:
         """What is left in each lane, and how many the metrics have it."""
@@ -106,6 +107,62 @@ def requests(*lanes: Sequence[int]) -> Queue:
     for lane, sizes in zip(LANES, lanes, strict=True):
         for size in sizes:
             alone = (Waiter(loop.create_future()),)
-            queue.extend(lane, [Job(b"", "a", 0.0, alone, True) for _ in range(size)])
+            queue.extend(lane, [Job(b"", "a", inf, alone, True) for _ in range(size)], inf)
     loop.close()
     return queue
+
+
+class Watched(float):
+    """A deadline that counts how often one is looked at."""
+
+    looks = 0
+
+    def __le__(self, other: float) -> bool:
+        Watched.looks += 1
+        return float(self) <= other
+
+    def __lt__(self, other: float) -> bool:
+        Watched.looks += 1
+        return float(self) < other
+
+
+def add(queue: Queue, lane: Lane, deadline: float, size: int) -> list[Job]:
+    (waiters,) = {job.waiters for job in requests([1], []).take(Limits(1), scarce=True)[0]}
+    jobs = [Job(b"", "a", Watched(deadline), waiters, True) for _ in range(size)]
+    queue.extend(lane, jobs, deadline)
+    return jobs
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["query", "bulk", "take", "raise", "due"]), st.integers(0, 9), st.integers(1, 4)),
+    max_size=30,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(STEPS)
+def test_whose_time_is_up_is_found_whatever_came_went_and_was_joined_before(steps: list[tuple[str, int, int]]) -> None:
+    queue = requests([], [])
+    for what, deadline, size in steps:
+        if what in LANES:
+            add(queue, "query" if what == "query" else "bulk", deadline, size)
+        waiting = list(chain(*queue._lanes.values()))
+        if what == "take":
+            queue.take(Limits(size), scarce=True)
+        if what == "raise":
+            for job in waiting[:size]:
+                job.deadline = max(job.deadline, Watched(deadline))
+        if what == "due":
+            assert queue.take_due(deadline) == [job for job in waiting if job.deadline <= deadline]
+
+
+def test_a_backlog_is_looked_through_once_and_not_each_time_somebody_else_may_be_due() -> None:
+    queue = requests([], [])
+    add(queue, "bulk", 9, 1000)
+    assert len(queue.take(Limits(500), scarce=True)[0]) == 500
+    add(queue, "bulk", 60, 1000)
+    Watched.looks = 0
+    for now in range(1, 50):
+        add(queue, "query", now, 1)
+        assert len(queue.take_due(now)) == (501 if now == 9 else 1)
+    assert Watched.looks < 5 * 1500

@@ -13,14 +13,15 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.outcome import collect, hopeless
-from app.pipeline.queue import ENOUGH, LANES, Flight, Job, Queue, Waiter
+from app.pipeline.queue import ENOUGH, LANES, Flight, Group, Job, Line, Queue, Queues, Waiter
 from app.pipeline.route import Route, Slot
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 
@@ -41,8 +42,6 @@ groups, which stay out of each other's way."""
 LONG = 0.01
 """Seconds from which a call is long."""
 
-_Group: TypeAlias = tuple[str, Params, bool]
-"""What inputs must have in common to share a call: public model, parameters, whether to store."""
 _Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
 """What an upstream call carries, and the slot it has."""
 
@@ -57,7 +56,6 @@ class Batcher:
     ) -> None:
         self._route, self._clock, self._on_drop = route, clock, on_drop
         self._jobs: dict[bytes, Job] = {}
-        self._queues: dict[_Group, Queue] = {}
         self._scheduled = False
         self._arrived = self._gathered = self._turns = 0
         self._rhythm = _SHORT
@@ -72,7 +70,8 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
-        self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
+        waiting = {lane: metrics.tally(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
+        self._queues = Queues(waiting)
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         closed = self._closed(request.params)
@@ -134,17 +133,11 @@ class Batcher:
         if new:
             self._arrived += 1
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
-            self._put((request.model, request.params, request.write_cache), lane, new, deadline)
+            self._queues.put((request.model, request.params, request.write_cache), lane, new, deadline)
+            self._schedule()
             if ENOUGH <= len(new) <= self._route.deployments[0].limits.max_batch:
                 self._turns = 0  # it waits for no others: the upstream is at work while the next ones are read
         return jobs, sources
-
-    def _put(self, group: _Group, lane: Lane, jobs: list[Job], soonest: float) -> None:
-        queue = self._queues.get(group)
-        if queue is None:
-            queue = self._queues[group] = Queue(self._waiting)
-        queue.extend(lane, jobs, soonest)
-        self._schedule()
 
     def _leave(self, waiter: Waiter, jobs: Iterable[Job]) -> None:
         """The request waits no longer. What nobody else waits for is dropped when it comes to the front, or once more
@@ -155,8 +148,7 @@ class Batcher:
                 self._abandoned += not job.waiters
         if 2 * self._abandoned > len(self._jobs):
             self._abandoned = 0
-            for queue in self._queues.values():
-                self._forget(queue.drop_all_abandoned())
+            self._forget(self._queues.drop_all_abandoned())
 
     def _schedule(self) -> None:
         """Fills slots at the end of this turn of the event loop; where the last call was shared, once a turn brings
@@ -196,42 +188,37 @@ class Batcher:
         """While there is an input that can have a slot: the fullest legal batch goes, queries first."""
         self._scheduled = False
         # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
-        rests = {group: self._route.rests(group[1]) for group in self._queues}
+        rests = [(line, self._route.rests(line.params)) for line in self._queues.lines.values() if line.waits]
         calls: list[_Call] = []
-        while self._queues and (call := self._call("query") or self._call("bulk")):
+        while self._queues.groups and (call := self._call("query") or self._call("bulk")):
             calls.append(call)
         if calls:
             self._served = self._clock.monotonic()
-        if calls and self._queues:
+        if calls and self._queues.groups:
             # Once more: how long the rest must wait was asked before these calls were charged.
             self._schedule()
-        elif self._queues:
-            self._tell_if_closed()
+        elif self._queues.groups:
             self._route.when_free(self._schedule, self._served)
-            self._wait_out({group: rest for group, rest in rests.items() if group in self._queues})
+            for line, rest in rests:
+                if line.waits:
+                    self._wait_out(line, rest)
         return calls
 
-    def _tell_if_closed(self) -> None:
-        """Who has queued for deployments that were taken out since is told at once, as those who come now are."""
-        for (_, params, _), queue in self._queues.items():
-            if closed := self._closed(params):
-                jobs = queue.take_due(before=math.inf)
+    def _wait_out(self, line: Line, rests: Sequence[float]) -> None:
+        """For a deployment that rests, after a rate limit or an ejection, or for its pace: until the first is back,
+        though another one may be free before. Where all rest, those who cannot wait so long are told now."""
+        if closed := self._closed(line.params):
+            # Who has queued for deployments that were taken out since is told at once, as those who come now are.
+            for _, jobs in self._queues.take_due(line, math.inf):
                 self._land(jobs, BatchResult([closed] * len(jobs), calls=0))
-
-    def _wait_out(self, rests: Mapping[_Group, Sequence[float]]) -> None:
-        """For a deployment that rests, after a rate limit or for its pace: until the first is back, though another one
-        may be free before. Where all rest, those who cannot wait so long are told now."""
-        now = asyncio.get_running_loop().time()
-        for group, each in rests.items():
-            queue, rest = self._queues[group], min(each, default=0.0)
-            due = queue.take_due(before=now + rest) if rest else []
-            if due:
+        elif rest := min(rests, default=0.0):
+            for queue, jobs in self._queues.take_due(line, asyncio.get_running_loop().time() + rest):
                 # Those who stay go first, and each byte is a quarter of a token or a little more.
                 inputs, size = queue.size()
-                wait = max(rest, self._route.drain(group[1], inputs + 1, size / 4))
+                wait = max(rest, self._route.drain(line.params, inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
-                self._land(due, BatchResult([told] * len(due), calls=0))
-        if ends := [rest for each in rests.values() for rest in each if rest]:
+                self._land(jobs, BatchResult([told] * len(jobs), calls=0))
+        if ends := [rest for rest in rests if rest]:
             self._wake_in(min(ends))
 
     def _wake_in(self, seconds: float) -> None:
@@ -250,27 +237,33 @@ class Batcher:
         self._schedule()
 
     def _call(self, lane: Lane) -> _Call | None:
-        """One for the first group that has inputs in this lane and can have a slot; then it is the last."""
-        for group, queue in list(self._queues.items()):
-            self._forget(queue.drop_abandoned())
-            next_lane = queue.lane()
-            if next_lane is None:
-                del self._queues[group]
-            if next_lane != lane:
-                continue
-            slot = self._route.take(lane, group[1])
-            if slot is None:
+        """One for the queue that was served longest ago, of those that have inputs in this lane and can have a slot."""
+        firsts = [first for line in self._queues.lines.values() if (first := self._first(line, lane))]
+        if len(firsts) > 1:
+            firsts.sort(key=attrgetter("turn"))
+        for queue in firsts:
+            slot = self._route.take(lane, queue.group[1])
+            if slot is None:  # nor is there one for those after it in its line
                 continue
             deployment = slot.deployment
             jobs, dropped = queue.take(deployment.limits, scarce=not deployment.slots.spare(lane))
-            self._forget(dropped)
-            batch = _batch(group, jobs)
+            if dropped:
+                self._forget(dropped)
+            batch = _batch(queue.group, jobs)
             slot.charge(batch.inputs)
-            del self._queues[group]
-            if queue.lane() is not None:
-                self._queues[group] = queue
+            self._queues.taken_from(queue, served=True)
             return batch, jobs, slot, lane
         return None
+
+    def _first(self, line: Line, lane: Lane) -> Queue | None:
+        """Whose turn is next in this lane, by an input that somebody waits for."""
+        while queue := next(iter(line.turns[lane]), None):
+            dropped = queue.drop_abandoned()
+            if not dropped:
+                break
+            self._forget(dropped)
+            self._queues.taken_from(queue)
+        return queue
 
     def _forget(self, dropped: Iterable[Job]) -> None:
         gone = [job.key for job in dropped if self._jobs.get(job.key) is job]
@@ -307,7 +300,8 @@ class Batcher:
                 rest.append(job)
                 outcomes.append(outcome)
         if later:
-            self._put((batch.model, batch.params, batch.store), lane, later, batch.deadline)
+            self._queues.put((batch.model, batch.params, batch.store), lane, later, batch.deadline)
+            self._schedule()
         return rest, BatchResult(outcomes, result.calls, deployments=result.deployments)
 
     def _land(self, jobs: list[Job], result: BatchResult | None) -> None:
@@ -344,7 +338,7 @@ class Batcher:
             asyncio.get_running_loop().call_soon(self._release, later)
 
 
-def _batch(group: _Group, jobs: list[Job]) -> Batch:
+def _batch(group: Group, jobs: list[Job]) -> Batch:
     model, params, store = group
     return Batch(
         model=model,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from app import tokens
-from app.catalog import Model
+from app.catalog import Model, Role
 from app.pipeline.health import Health
 from app.pipeline.pace import Pace
-from app.types import BatchEmbedder, Input, Lane, Media, Params
+from app.types import BatchEmbedder, Input, Lane, Media, OutputType, Params
 
 
 @dataclass(slots=True)
@@ -151,6 +152,15 @@ class Deployment:
     def can(self, params: Params) -> bool:
         """Whether it honours these parameters."""
         return honours(self.model, params)
+
+
+Kind: TypeAlias = tuple[Role | None, OutputType, bool]
+"""Of parameters: role, form, and whether there is no instruction."""
+
+
+def kind(params: Params) -> Kind:
+    """All that `honours` looks at: the same deployments serve all parameters of one kind."""
+    return params.input_type, params.output_type, params.instruct is None
 
 
 def honours(model: Model, params: Params) -> bool:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, islice
+from itertools import chain, count, islice
+from typing import TypeAlias
 
 from msgspec import Struct
 
 from app import tokens
 from app.errors import GatewayError
 from app.metrics import Tally
-from app.pipeline.deployment import Limits
-from app.types import Embedding, Input, Lane, Media
+from app.pipeline.deployment import Kind, Limits, kind
+from app.types import Embedding, Input, Lane, Media, Params
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
@@ -62,46 +63,67 @@ class Job(Struct, eq=False):
     outcome: Embedding | GatewayError | None = None
 
 
+Group: TypeAlias = tuple[str, Params, bool]
+"""What inputs must have in common to share a call: public model, parameters, whether to store."""
+
+
+class Line:
+    """The groups whose parameters are of one kind: where one of them gets no slot none does, and they all wait for the
+    same."""
+
+    __slots__ = ("params", "soonest", "turns")
+
+    def __init__(self, params: Params) -> None:
+        """`params`: of one of the groups, for all."""
+        self.params = params
+        self.turns: dict[Lane, OrderedDict[Queue, None]] = {lane: OrderedDict() for lane in LANES}
+        """Those that have inputs in a lane, whose turn is next first."""
+        self.soonest: dict[Lane, float] = dict.fromkeys(LANES, math.inf)
+        """No deadline of a lane's inputs is before this: a backlog is looked through when one may have come."""
+
+    @property
+    def waits(self) -> bool:
+        """Whether there are inputs."""
+        return any(self.turns.values())
+
+
 class Queue:
     """Inputs of one group that wait for a slot, query lane first. `waiting` counts them for the metrics."""
 
-    __slots__ = ("_lanes", "_soonest", "_waiting")
+    __slots__ = ("_waiting", "group", "lanes", "line", "turn")
 
-    def __init__(self, waiting: Mapping[Lane, Tally]) -> None:
-        self._lanes: dict[Lane, deque[Job]] = {lane: deque() for lane in LANES}
-        self._soonest: dict[Lane, float] = dict.fromkeys(LANES, math.inf)
-        """No deadline of a lane's inputs is before this: a backlog is looked through when one may have come."""
+    def __init__(self, group: Group, line: Line, turn: int, waiting: Mapping[Lane, Tally]) -> None:
+        """`turn`: whose is lower was served longer ago."""
+        self.group, self.line, self.turn = group, line, turn
+        self.lanes: dict[Lane, deque[Job]] = {lane: deque() for lane in LANES}
         self._waiting = waiting
 
     def extend(self, lane: Lane, jobs: list[Job], soonest: float) -> None:
         """`soonest`: none of them has a deadline before this, now or later."""
-        self._lanes[lane].extend(jobs)
-        self._soonest[lane] = min(self._soonest[lane], soonest)
+        waiting, line = self.lanes[lane], self.line
+        if not waiting:
+            line.turns[lane][self] = None
+        waiting.extend(jobs)
+        if soonest < line.soonest[lane]:
+            line.soonest[lane] = soonest
         self._waiting[lane].inc(len(jobs))
 
     def size(self) -> tuple[int, float]:
         """Inputs, and about how many bytes are in them, by the first of each lane: a backlog may be long."""
         size = 0.0
-        for jobs in self._lanes.values():
+        for jobs in self.lanes.values():
             first = [tokens.bound(job.input) for job in islice(jobs, ENOUGH)]
             size += sum(first) * len(jobs) / max(1, len(first))
-        return sum(map(len, self._lanes.values())), size
-
-    def lane(self) -> Lane | None:
-        """The lane to serve next, or None when the queue is empty."""
-        for lane, jobs in self._lanes.items():
-            if jobs:
-                return lane
-        return None
+        return sum(map(len, self.lanes.values())), size
 
     def drop_abandoned(self) -> list[Job]:
         """Takes inputs nobody waits for off the front of each lane, and returns them."""
         dropped: list[Job] = []
-        for lane, jobs in self._lanes.items():
-            before = len(jobs)
-            while jobs and not jobs[0].waiters:
-                dropped.append(jobs.popleft())
-            if len(jobs) < before:
+        for lane, jobs in self.lanes.items():
+            if jobs and not jobs[0].waiters:
+                before = len(jobs)
+                while jobs and not jobs[0].waiters:
+                    dropped.append(jobs.popleft())
                 self._waiting[lane].dec(before - len(jobs))
         return dropped
 
@@ -109,17 +131,12 @@ class Queue:
         """Takes out all inputs nobody waits for, and returns them."""
         return [job for lane in LANES for job in self._take_out(lane, lambda job: not job.waiters)]
 
-    def take_due(self, before: float) -> list[Job]:
-        """Takes out the inputs whose callers wait no longer than `before`."""
-        due: list[Job] = []
-        for lane, soonest in self._soonest.items():
-            if soonest <= before:
-                due += self._take_out(lane, lambda job: job.deadline <= before)
-                self._soonest[lane] = min([job.deadline for job in self._lanes[lane]], default=math.inf)
-        return due
+    def take_due(self, lane: Lane, before: float) -> list[Job]:
+        """Takes out the inputs of this lane whose callers wait no longer than `before`."""
+        return self._take_out(lane, lambda job: job.deadline <= before)
 
     def _take_out(self, lane: Lane, which: Callable[[Job], bool]) -> list[Job]:
-        jobs = self._lanes[lane]
+        jobs = self.lanes[lane]
         found = [job for job in jobs if which(job)]
         if found:
             stay = [job for job in jobs if not which(job)]
@@ -134,7 +151,7 @@ class Queue:
 
         Bulk inputs fill up a batch of queries. One input over the token limit goes alone.
         """
-        lanes, most = self._lanes.values(), limits.max_batch
+        lanes, most = self.lanes.values(), limits.max_batch
         if sum(map(len, lanes)) > FEW:
             first = list(islice(chain.from_iterable(lanes), most))
             waited_for = [job.waiters for job in first]
@@ -148,7 +165,7 @@ class Queue:
 
     def _drop(self, count: int) -> None:
         """Takes so many off the front."""
-        for lane, jobs in self._lanes.items():
+        for lane, jobs in self.lanes.items():
             some = min(count, len(jobs))
             if some:
                 for _ in range(some):
@@ -162,7 +179,7 @@ class Queue:
         dropped: list[Job] = []
         room = limits.max_tokens_per_batch
         left = {"image": limits.images, "video": limits.videos}
-        for lane, jobs in self._lanes.items():
+        for lane, jobs in self.lanes.items():
             before = len(jobs)
             while jobs and len(batch) < most:
                 job = jobs[0]
@@ -181,6 +198,60 @@ class Queue:
                 batch.append(jobs.popleft())
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped
+
+
+class Queues:
+    """All of a batcher's, one for each group that has inputs."""
+
+    def __init__(self, waiting: Mapping[Lane, Tally]) -> None:
+        self._waiting, self._numbers = waiting, count()
+        self.groups: dict[Group, Queue] = {}
+        self.lines: dict[Kind, Line] = {}
+
+    def put(self, group: Group, lane: Lane, jobs: list[Job], soonest: float) -> None:
+        """`soonest`: none of them has a deadline before this, now or later."""
+        queue = self.groups.get(group)
+        if queue is None:
+            of_kind = kind(group[1])
+            line = self.lines.get(of_kind)
+            if line is None:
+                line = self.lines[of_kind] = Line(group[1])
+            queue = self.groups[group] = Queue(group, line, next(self._numbers), self._waiting)
+        queue.extend(lane, jobs, soonest)
+
+    def taken_from(self, queue: Queue, *, served: bool = False) -> None:
+        """It has a turn only where it has inputs left; if it was `served`, after all the others."""
+        turns = queue.line.turns
+        for lane, jobs in queue.lanes.items():
+            if not jobs:
+                turns[lane].pop(queue, None)
+            elif served:
+                turns[lane].move_to_end(queue)
+        if not any(queue.lanes.values()):
+            del self.groups[queue.group]
+        elif served:
+            queue.turn = next(self._numbers)
+
+    def drop_all_abandoned(self) -> list[Job]:
+        """Takes out all inputs nobody waits for, and returns them."""
+        dropped: list[Job] = []
+        for queue in list(self.groups.values()):
+            dropped += queue.drop_all_abandoned()
+            self.taken_from(queue)
+        return dropped
+
+    def take_due(self, line: Line, before: float) -> list[tuple[Queue, list[Job]]]:
+        """Takes out the inputs whose callers wait no longer than `before`, of each queue that has any."""
+        due: list[tuple[Queue, list[Job]]] = []
+        for lane, turns in line.turns.items():
+            if line.soonest[lane] > before:
+                continue
+            for queue in list(turns):
+                if jobs := queue.take_due(lane, before):
+                    due.append((queue, jobs))
+                    self.taken_from(queue)
+            line.soonest[lane] = min([job.deadline for queue in turns for job in queue.lanes[lane]], default=math.inf)
+        return due
 
 
 def _enough(waiters: Sequence[tuple[Waiter, ...]]) -> int:

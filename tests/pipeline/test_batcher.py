@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from dataclasses import dataclass, field
 from itertools import chain
+from types import FrameType
 
 import pytest
 from msgspec.structs import replace
@@ -16,6 +18,7 @@ from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
+from app.pipeline.queue import LANES
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 
@@ -52,7 +55,8 @@ class Calls:
 
 
 def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None = None) -> Batcher:
-    deployment = Deployment("up", Model("m", roles=ROLES), "up/m", Slots(slots), Limits(rows, tokens), healthy(), calls)
+    model = Model("m", roles=ROLES, instruct=True)
+    deployment = Deployment("up", model, "up/m", Slots(slots), Limits(rows, tokens), healthy(), calls)
     metrics = Metrics()
     return Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
 
@@ -193,6 +197,77 @@ async def test_inputs_with_different_parameters_never_share_a_call() -> None:
     query = request("q", params=Params(input_type="query"))
     await asyncio.gather(embed(query), embed(request("d")), embed(request("e")))
     assert sorted(map(sorted, calls.batches)) == [["d", "e"], ["q"]]
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_parameters_take_turns_whatever_they_ask_for(lane: Lane) -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=1, slots=1)
+    asked = [asyncio.create_task(embed(request("first")))]
+    await settle()
+    for name, params in (("a", Params(instruct="a")), ("b", Params()), ("c", Params(instruct="c"))):
+        asked.append(asyncio.create_task(embed(request(*(f"{name}{i}" for i in range(2)), lane=lane, params=params))))
+        await settle()
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(*asked)
+    assert [batch[0] for batch in calls.batches] == ["first", "a0", "b0", "c0", "a1", "b1", "c1"]
+
+
+async def test_queries_go_before_bulk_work_with_other_parameters() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=1, slots=1)
+    asked = [asyncio.create_task(embed(request("first")))]
+    await settle()
+    for i in range(3):
+        lane: Lane = "query" if i == 2 else "bulk"
+        asked.append(asyncio.create_task(embed(request(f"{lane} {i}", lane=lane, params=Params(instruct=f"{i}")))))
+        await settle()
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(*asked)
+    assert [batch[0] for batch in calls.batches] == ["first", "query 2", "bulk 0", "bulk 1"]
+
+
+async def test_what_waits_for_a_deployment_that_is_busy_holds_up_nothing_that_another_can_do() -> None:
+    busy, free = Calls(held=asyncio.Event()), Calls()
+    deployments = [
+        Deployment(name, Model("m", instruct=instruct), "m", Slots(1), Limits(10), healthy(), calls, priority=priority)
+        for priority, (name, instruct, calls) in enumerate([("busy", True, busy), ("free", False, free)])
+    ]
+    metrics = Metrics()
+    embed = Batcher(Route(deployments, metrics, SystemClock()), metrics, SystemClock())
+    waiting = [asyncio.create_task(embed(request(f"{i}", params=Params(instruct=f"{i}")))) for i in range(3)]
+    await settle()
+    assert texts_of(await embed(request("plain"))) == ["plain"]
+    assert (busy.batches, free.batches) == ([["0"]], [["plain"]])
+    assert busy.held
+    busy.held.set()
+    await asyncio.gather(*waiting)
+
+
+@pytest.mark.parametrize("lane", LANES)
+async def test_twice_as_many_requests_with_parameters_of_their_own_are_twice_the_work(lane: Lane) -> None:
+    """Counted in functions called, from the first request to the last answer."""
+
+    async def work(count: int) -> int:
+        embed = batcher(Calls())
+        calls = 0
+
+        def count_calls(frame: FrameType, event: str, _: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        requests = [request(f"{i}", lane=lane, params=Params(instruct=f"{i}")) for i in range(count)]
+        sys.setprofile(count_calls)
+        try:
+            await asyncio.gather(*map(embed, requests))
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    await work(10)
+    assert await work(200) < 2.5 * await work(100)
 
 
 async def test_a_caller_that_hangs_up_fails_nobody_who_waits_for_the_same_input() -> None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from itertools import chain, count
+from itertools import count
 from math import inf
 
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from app.metrics import Metrics, Tally
 from app.pipeline.deployment import Limits
-from app.pipeline.queue import ENOUGH, LANES, Job, Queue, Waiter
-from app.types import Input, Lane, Media
+from app.pipeline.queue import ENOUGH, LANES, Group, Job, Line, Queue, Queues, Waiter
+from app.types import Input, Lane, Media, Params
 
 INPUTS: st.SearchStrategy[Input] = st.one_of(
     st.text(alphabet="aé한", min_size=1, max_size=12),
@@ -29,7 +29,7 @@ class Case:
     def __init__(self, lanes: Sequence[Sequence[tuple[Input, int]]]) -> None:
         metrics = Metrics()
         self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels("up", lane)) for lane in LANES}
-        self.queue = Queue(self._waiting)
+        self.queue = Queue(PLAIN, Line(PLAIN[1]), 0, self._waiting)
         loop, number = asyncio.new_event_loop(), count()
         self._waiter = Waiter(loop.create_future())
         loop.close()
@@ -41,7 +41,7 @@ class Case:
 
     def state(self) -> dict[Lane, tuple[list[bytes], float]]:
         """What is left in each lane, and how many the metrics have it."""
-        return {lane: ([job.key for job in self.queue._lanes[lane]], amount(self._waiting[lane])) for lane in LANES}
+        return {lane: ([job.key for job in self.queue.lanes[lane]], amount(self._waiting[lane])) for lane in LANES}
 
 
 def amount(tally: Tally) -> float:
@@ -90,6 +90,7 @@ SIZES = st.lists(st.sampled_from([1, 2, 63, 64, 65, 126, 127, 128, 129]) | st.in
 def test_where_calls_are_not_scarce_whole_requests_share_one_up_to_what_is_enough(
     queries: list[int], bulk: list[int], most: int
 ) -> None:
+    assume(queries or bulk)
     taken, _ = requests(queries, bulk).take(Limits(most), scarce=False)
     fits = 0
     for size in queries + bulk:
@@ -100,16 +101,19 @@ def test_where_calls_are_not_scarce_whole_requests_share_one_up_to_what_is_enoug
 
 
 def requests(*lanes: Sequence[int]) -> Queue:
-    """Requests of so many inputs each, all waited for."""
-    metrics = Metrics()
-    queue = Queue({lane: metrics.tally(metrics.queued_inputs.labels("up", lane)) for lane in LANES})
-    loop = asyncio.new_event_loop()
+    """Requests of so many inputs each, all waited for. There is one at least."""
+    several = Several()
     for lane, sizes in zip(LANES, lanes, strict=True):
         for size in sizes:
-            alone = (Waiter(loop.create_future()),)
-            queue.extend(lane, [Job(b"", "a", inf, alone, True) for _ in range(size)], inf)
-    loop.close()
+            several.put(PLAIN, lane, inf, size)
+    (queue,) = several.queues.groups.values()
     return queue
+
+
+# --- several of them ----------------------------------------------------------------------------------------
+
+PLAIN: Group = ("m", Params(), True)
+GROUPS: list[Group] = [PLAIN, *(("m", Params(instruct=each), True) for each in "ab"), ("other", Params(), True)]
 
 
 class Watched(float):
@@ -126,43 +130,90 @@ class Watched(float):
         return float(self) < other
 
 
-def add(queue: Queue, lane: Lane, deadline: float, size: int) -> list[Job]:
-    (waiters,) = {job.waiters for job in requests([1], []).take(Limits(1), scarce=True)[0]}
-    jobs = [Job(b"", "a", Watched(deadline), waiters, True) for _ in range(size)]
-    queue.extend(lane, jobs, deadline)
-    return jobs
+class Several:
+    """Queues, in which all inputs are waited for until they are left."""
+
+    def __init__(self) -> None:
+        metrics = Metrics()
+        self.queues = Queues({lane: metrics.tally(metrics.queued_inputs.labels("up", lane)) for lane in LANES})
+        self._loop = asyncio.new_event_loop()
+        self._loop.close()
+
+    def put(self, group: Group, lane: Lane, deadline: float, size: int) -> None:
+        alone = (Waiter(self._loop.create_future()),)
+        jobs = [Job(b"", "a", Watched(deadline), alone, True) for _ in range(size)]
+        self.queues.put(group, lane, jobs, deadline)
+
+    def step(self, what: str, group: Group, deadline: float, size: int) -> None:
+        queue = self.queues.groups.get(group)
+        match what:
+            case "query" | "bulk":
+                self.put(group, "query" if what == "query" else "bulk", deadline, size)
+            case "serve" if queue:
+                queue.take(Limits(size), scarce=True)
+                self.queues.taken_from(queue, served=True)
+                if group in self.queues.groups:
+                    assert queue.turn == max(each.turn for each in self.queues.groups.values())
+            case "join":
+                for job in self._jobs()[:size]:
+                    job.deadline = max(job.deadline, Watched(deadline))
+            case "leave":
+                left = self._jobs()[::size]
+                for job in left:
+                    job.waiters = ()
+                assert identities(self.queues.drop_all_abandoned()) == identities(left)
+            case "due":
+                for line in self.queues.lines.values():
+                    expected = [job for job in self._jobs(line) if job.deadline <= deadline]
+                    due = [job for _, jobs in self.queues.take_due(line, deadline) for job in jobs]
+                    assert identities(due) == identities(expected)
+
+    def check(self) -> None:
+        """Who waits has a turn, and nobody else is here."""
+        queues = self.queues.groups.values()
+        assert all(any(queue.lanes.values()) for queue in queues)
+        for line in self.queues.lines.values():
+            for lane, turns in line.turns.items():
+                assert set(turns) == {queue for queue in queues if queue.line is line and queue.lanes[lane]}
+
+    def _jobs(self, line: Line | None = None) -> list[Job]:
+        queues = [each for each in self.queues.groups.values() if line in (None, each.line)]
+        return [job for queue in queues for jobs in queue.lanes.values() for job in jobs]
+
+
+def identities(jobs: Sequence[Job]) -> list[int]:
+    return sorted(map(id, jobs))
 
 
 STEPS = st.lists(
-    st.tuples(st.sampled_from(["query", "bulk", "take", "raise", "due"]), st.integers(0, 9), st.integers(1, 4)),
+    st.tuples(
+        st.sampled_from(["query", "bulk", "serve", "join", "leave", "due"]),
+        *(st.integers(0, len(GROUPS) - 1), st.integers(0, 9), st.integers(1, 4)),
+    ),
     max_size=30,
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(STEPS)
-def test_whose_time_is_up_is_found_whatever_came_went_and_was_joined_before(steps: list[tuple[str, int, int]]) -> None:
-    queue = requests([], [])
-    for what, deadline, size in steps:
-        if what in LANES:
-            add(queue, "query" if what == "query" else "bulk", deadline, size)
-        waiting = list(chain(*queue._lanes.values()))
-        if what == "take":
-            queue.take(Limits(size), scarce=True)
-        if what == "raise":
-            for job in waiting[:size]:
-                job.deadline = max(job.deadline, Watched(deadline))
-        if what == "due":
-            assert queue.take_due(deadline) == [job for job in waiting if job.deadline <= deadline]
+def test_whatever_comes_and_goes_who_waits_has_a_turn_and_whose_time_is_up_is_found(
+    steps: list[tuple[str, int, int, int]],
+) -> None:
+    several = Several()
+    for what, number, deadline, size in steps:
+        several.step(what, GROUPS[number], deadline, size)
+        several.check()
 
 
 def test_a_backlog_is_looked_through_once_and_not_each_time_somebody_else_may_be_due() -> None:
-    queue = requests([], [])
-    add(queue, "bulk", 9, 1000)
-    assert len(queue.take(Limits(500), scarce=True)[0]) == 500
-    add(queue, "bulk", 60, 1000)
+    several = Several()
+    several.put(PLAIN, "bulk", 9, 1000)
+    (queue,), (line,) = several.queues.groups.values(), several.queues.lines.values()
+    queue.take(Limits(500), scarce=True)
+    several.put(PLAIN, "bulk", 60, 1000)
     Watched.looks = 0
     for now in range(1, 50):
-        add(queue, "query", now, 1)
-        assert len(queue.take_due(now)) == (501 if now == 9 else 1)
+        several.put(PLAIN, "query", now, 1)
+        due = [len(jobs) for _, jobs in several.queues.take_due(line, now)]
+        assert due == ([1, 500] if now == 9 else [1])
     assert Watched.looks < 5 * 1500

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
+from itertools import product, starmap
 from typing import cast
 
 import pytest
@@ -32,7 +33,7 @@ from app.pipeline import build
 from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
-from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.deployment import Deployment, Limits, Slots, honours, kind
 from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
 from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
@@ -205,6 +206,16 @@ async def test_and_so_is_what_waits_when_the_last_one_is_taken_out() -> None:
     assert (await under_way).embeddings
     with pytest.raises(UpstreamUnavailable, match="another model"):
         await asyncio.wait_for(waiting, 5)
+
+
+def test_what_is_honoured_of_one_kind_of_parameters_is_of_all() -> None:
+    answers: dict[object, set[bool]] = {}
+    flags = (False, True)
+    for roles, instruct, sparse in product([(), ROLES, ("document",)], flags, flags):
+        model = Model("m", roles=roles, instruct=instruct, sparse=sparse)
+        for params in starmap(Params, product([None, 8], [None, *ROLES], ["dense", "sparse"], [None, "a", "b"])):
+            answers.setdefault((model, kind(params)), set()).add(honours(model, params))
+    assert {len(each) for each in answers.values()} == {1}
 
 
 async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:

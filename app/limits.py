@@ -48,12 +48,12 @@ class Bucket:
 
     def level(self, now: float) -> float:
         """What is there; negative is debt."""
-        return min(self.full, self._level + (now - self._at) * self._rate)
+        return min(self.full, self._level + (now - self._at) * self.rate)
 
     def wait(self, now: float, amount: float) -> float:
         """Seconds until `amount` is there. More than the bucket holds is there when it is full."""
         short = min(amount, self.full) - self.level(now)
-        return short / self._rate if short > _ENOUGH else 0.0
+        return short / self.rate if short > _ENOUGH else 0.0
 
     def take(self, now: float, amount: float) -> None:
         """Takes it, there or not; a negative amount is given back."""
@@ -72,10 +72,11 @@ class Bucket:
 
     def until_full(self, now: float) -> float:
         """Seconds until it is at rest."""
-        return (self.full - self.level(now)) / self._rate
+        return (self.full - self.level(now)) / self.rate
 
     @property
-    def _rate(self) -> float:
+    def rate(self) -> float:
+        """What comes in a second, of this share."""
         return self._per_minute / 60 / self._share
 
 

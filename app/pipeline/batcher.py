@@ -245,8 +245,9 @@ class Batcher:
             slot = self._route.take(lane, queue.group[1])
             if slot is None:  # nor is there one for those after it in its line
                 continue
-            deployment = slot.deployment
-            jobs, dropped = queue.take(deployment.limits, scarce=not deployment.slots.spare(lane))
+            slots, limits = slot.deployment.slots, slot.deployment.limits
+            scarce = not slots.spare(lane)
+            jobs, dropped = queue.take(limits, scarce=scarce, portion=slots.portion() if scarce else None)
             if dropped:
                 self._forget(dropped)
             batch = _batch(queue.group, jobs)

@@ -103,6 +103,10 @@ class Slots:
         """Seconds that so much would take at this pace."""
         return self._pace.drain(calls, tokens) if self._pace else 0.0
 
+    def portion(self) -> float | None:
+        """Tokens, by estimate, that one call may carry at this pace; None: no matter how many."""
+        return self._pace.portion() if self._pace else None
+
     def charge(self, inputs: Sequence[Input]) -> int:
         """What a call that has a slot will carry, in tokens by estimate; counted only where there is a pace."""
         if not self._pace:

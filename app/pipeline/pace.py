@@ -20,6 +20,8 @@ RECOVERY = 0.05
 """Of the configured rate, regained by each success."""
 LOST = 1.0
 """Seconds for which a replica whose Redis does not answer keeps its own part of the rate before it asks again."""
+AHEAD = 2.0
+"""Seconds' worth of tokens in one call at the most: a query may find that bulk work has just taken so much."""
 PENDING = 0.05
 """Seconds that an answer from Redis is assumed to be away; whoever waits is called when it is there."""
 
@@ -70,6 +72,14 @@ class Pace:
         self._lease.use(requests, tokens)
         if self._lease.in_debt():
             self._renew(self._lease)  # the others are to know at once what this one has used
+
+    def portion(self) -> float | None:
+        """Tokens that one call may carry, None where they are not counted: `AHEAD` seconds' worth, or as many as each
+        call has to carry for the rate of tokens to be used where that of calls is lower."""
+        calls, tokens = self._limit.requests, self._limit.tokens
+        if tokens is None:
+            return None
+        return max(tokens.rate * self._worth * AHEAD, tokens.rate / calls.rate if calls else 0.0)
 
     def drain(self, requests: float, tokens: float) -> float:
         """Seconds that so much takes at this rate, beginning now."""

@@ -145,11 +145,12 @@ class Queue:
             jobs.extend(stay)
         return found
 
-    def take(self, limits: Limits, *, scarce: bool) -> tuple[list[Job], list[Job]]:
+    def take(self, limits: Limits, *, scarce: bool, portion: float | None = None) -> tuple[list[Job], list[Job]]:
         """The fullest batch that is legal within `limits`, and abandoned inputs met on the way. Where calls are not
-        `scarce`, no request's inputs are added to others' beyond what is `ENOUGH`.
+        `scarce`, no request's inputs are added to others' beyond what is `ENOUGH`. `portion`: tokens, by estimate, that
+        the upstream's pace lets a call carry.
 
-        Bulk inputs fill up a batch of queries. One input over the token limit goes alone.
+        Bulk inputs fill up a batch of queries. One input over the token limit, or the portion, goes alone.
         """
         lanes, most = self.lanes.values(), limits.max_batch
         if sum(map(len, lanes)) > FEW:
@@ -158,10 +159,12 @@ class Queue:
             if len(first) > ENOUGH and not scarce:
                 most = _enough(waited_for)
                 del first[most:], waited_for[most:]
-            if all(waited_for) and limits.surely_allow([job.input for job in first]):
+            inputs = [job.input for job in first]
+            fits = portion is None or sum(tokens.estimates(inputs)) <= portion
+            if fits and all(waited_for) and limits.surely_allow(inputs):
                 self._drop(len(first))
                 return first, []
-        return self._pick(limits, most)
+        return self._pick(limits, most, portion)
 
     def _drop(self, count: int) -> None:
         """Takes so many off the front."""
@@ -173,7 +176,7 @@ class Queue:
                 self._waiting[lane].dec(some)
                 count -= some
 
-    def _pick(self, limits: Limits, most: int) -> tuple[list[Job], list[Job]]:
+    def _pick(self, limits: Limits, most: int, portion: float | None) -> tuple[list[Job], list[Job]]:
         """`most` inputs, or as many as are legal, looking at each."""
         batch: list[Job] = []
         dropped: list[Job] = []
@@ -195,6 +198,11 @@ class Queue:
                     if batch and bound > room:
                         break
                     room -= bound
+                if portion is not None:
+                    estimate = tokens.estimate(job.input)
+                    if batch and estimate > portion:
+                        break
+                    portion -= estimate
                 batch.append(jobs.popleft())
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped

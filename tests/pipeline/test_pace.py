@@ -147,6 +147,60 @@ async def test_tokens_are_kept_too_by_what_a_call_carried(clock: HandClock, upst
     await embed.aclose()
 
 
+TEN = "x" * 40
+"""A text of ten tokens by estimate, but for what is added to it."""
+
+
+@pytest.mark.parametrize(("requests", "carried"), [(None, 20), (600, 20), (6, 100)])
+async def test_a_call_carries_two_seconds_worth_of_tokens_or_its_part_where_calls_are_fewer(
+    clock: HandClock, upstream: Upstream, requests: int | None, carried: int
+) -> None:
+    """6,000 a minute are 100 a second; with six calls a minute each has to carry ten seconds' worth."""
+    upstream.billed = 10
+    embed = batcher(upstream, paced(clock, requests=requests, tokens=6000), rows=256)
+    asked = asyncio.create_task(embed(request(*(f"{i:03}{TEN[3:]}" for i in range(200)))))
+    await run(clock, 20)
+    await asked
+    assert [len(texts) for _, texts in upstream.calls] == [carried] * (200 // carried)
+    assert upstream.times[-1] == pytest.approx(20 - carried / 10, abs=0.2), "and no slower than the pace"
+    await embed.aclose()
+
+
+async def test_a_text_that_is_more_than_that_goes_alone(clock: HandClock, upstream: Upstream) -> None:
+    embed = batcher(upstream, paced(clock, tokens=6000), rows=256)
+    asked = asyncio.create_task(embed(request("small", "large" + 100 * TEN, "last")))
+    await run(clock, 1)
+    await asked
+    assert [[text[:5] for text in texts] for _, texts in upstream.calls] == [["small"], ["large"], ["last"]]
+    await embed.aclose()
+
+
+async def test_a_query_waits_two_seconds_at_the_most_for_the_tokens_of_bulk_work(
+    clock: HandClock, upstream: Upstream
+) -> None:
+    upstream.billed = 10
+    embed = batcher(upstream, paced(clock, tokens=6000), rows=256)
+    bulk = asyncio.create_task(embed(request(*(f"{i:03}{TEN[3:]}" for i in range(1000)))))
+    await run(clock, 5)
+    for number in range(5):
+        began = clock.now
+        query = asyncio.create_task(embed(request(f"query {number}", lane="query")))
+        await run(clock, 2)
+        assert query.done()
+        assert upstream.calls[-1][0] <= began + 2
+    bulk.cancel()
+    await embed.aclose()
+
+
+async def test_a_slower_pace_has_smaller_calls(clock: HandClock) -> None:
+    """By what a replica alone, or after a rate limit, may still send in two seconds."""
+    slots = Slots(8, Pace("up", Rates(tokens=6000), clock, processes=2))
+    assert slots.portion() == 100
+    slots.shrink()
+    assert slots.portion() == 50
+    assert paced(clock, requests=60).portion() is None
+
+
 async def test_an_estimate_is_put_right_by_the_bill(clock: HandClock, upstream: Upstream) -> None:
     upstream.billed = 10
     embed = batcher(upstream, paced(clock, tokens=600))

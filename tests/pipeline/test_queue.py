@@ -10,6 +10,7 @@ from math import inf
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from app import tokens
 from app.metrics import Metrics, Tally
 from app.pipeline.deployment import Limits
 from app.pipeline.queue import ENOUGH, LANES, Group, Job, Line, Queue, Queues, Waiter
@@ -20,6 +21,7 @@ INPUTS: st.SearchStrategy[Input] = st.one_of(
     st.sampled_from([Media("image", "https://example.com/1"), Media("video", "https://example.com/2")]),
 )
 JOBS = st.lists(st.tuples(INPUTS | st.text(alphabet="a", min_size=1, max_size=9), st.integers(0, 9)), max_size=12)
+PORTIONS = st.none() | st.integers(1, 12)
 LIMITS = st.builds(Limits, st.integers(1, 8), st.none() | st.integers(1, 200), st.integers(0, 2), st.integers(0, 2))
 
 
@@ -53,30 +55,32 @@ def keys(jobs: Sequence[Job]) -> list[bytes]:
 
 
 @settings(max_examples=500, deadline=None)
-@given(st.tuples(JOBS, JOBS), LIMITS)
+@given(st.tuples(JOBS, JOBS), LIMITS, PORTIONS)
 def test_a_batch_is_what_looking_at_each_input_finds(
-    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
+    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits, portion: int | None
 ) -> None:
     quick, careful = Case(lanes), Case(lanes)
-    taken, dropped = quick.queue.take(limits, scarce=True)
-    expected, abandoned = careful.queue._pick(limits, limits.max_batch)
+    taken, dropped = quick.queue.take(limits, scarce=True, portion=portion)
+    expected, abandoned = careful.queue._pick(limits, limits.max_batch, portion)
     assert (keys(taken), keys(dropped)) == (keys(expected), keys(abandoned))
     assert quick.state() == careful.state()
     assert all(left == len(waiting) for waiting, left in quick.state().values())
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.tuples(JOBS, JOBS), LIMITS)
+@given(st.tuples(JOBS, JOBS), LIMITS, PORTIONS)
 def test_a_batch_is_legal_and_in_order(
-    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
+    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits, portion: int | None
 ) -> None:
-    taken, _ = Case(lanes).queue.take(limits, scarce=True)
+    taken, _ = Case(lanes).queue.take(limits, scarce=True, portion=portion)
     assert keys(taken) == sorted(keys(taken), key=int)
     assert all(job.waiters for job in taken)
     assert len(taken) <= limits.max_batch
     texts = [job.input for job in taken if isinstance(job.input, str)]
     if limits.max_tokens_per_batch is not None and len(taken) > 1:
         assert sum(len(text.encode()) for text in texts) <= limits.max_tokens_per_batch
+    if portion is not None and len(taken) > 1:
+        assert sum(tokens.estimates(job.input for job in taken)) <= portion
     media = [job.input.kind for job in taken if isinstance(job.input, Media)]
     assert media.count("image") <= limits.images
     assert media.count("video") <= limits.videos

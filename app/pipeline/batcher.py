@@ -23,7 +23,7 @@ from app.metrics import Metrics
 from app.pipeline.outcome import collect, hopeless
 from app.pipeline.queue import ENOUGH, LANES, Flight, Group, Job, Line, Queue, Queues, Waiter
 from app.pipeline.route import Route, Slot
-from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
+from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
 
 BULK = 16
 """A request with more inputs than this is bulk work unless its key says otherwise."""
@@ -74,9 +74,9 @@ class Batcher:
         self._queues = Queues(waiting)
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        closed = self._closed(request.params)
-        if closed is not None:
-            raise closed
+        reason = self._route.closed(request.params)
+        if reason is not None:
+            raise _closed(reason)
         waiter = Waiter(asyncio.get_running_loop().create_future())
         jobs, sources = self._enlist(request, waiter)
         try:
@@ -89,13 +89,6 @@ class Batcher:
     def under_way(self, key: bytes) -> bool:
         """Whether an input is being embedded, or queues for it."""
         return key in self._jobs
-
-    def _closed(self, params: Params) -> UpstreamUnavailable | None:
-        """What to say where nothing will be embedded until further notice."""
-        reason = self._route.closed(params)
-        if reason is None:
-            return None
-        return UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
 
     @property
     def busy(self) -> bool:
@@ -189,15 +182,16 @@ class Batcher:
         self._scheduled = False
         # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
         rests = [(line, self._route.rests(line.params)) for line in self._queues.lines.values() if line.waits]
+        waiting = self._queues.groups
         calls: list[_Call] = []
-        while self._queues.groups and (call := self._call("query") or self._call("bulk")):
+        while waiting and (call := self._call("query") or self._call("bulk")):
             calls.append(call)
         if calls:
             self._served = self._clock.monotonic()
-        if calls and self._queues.groups:
+        if calls and waiting:
             # Once more: how long the rest must wait was asked before these calls were charged.
             self._schedule()
-        elif self._queues.groups:
+        elif waiting:
             self._route.when_free(self._schedule, self._served)
             for line, rest in rests:
                 if line.waits:
@@ -207,10 +201,10 @@ class Batcher:
     def _wait_out(self, line: Line, rests: Sequence[float]) -> None:
         """For a deployment that rests, after a rate limit or an ejection, or for its pace: until the first is back,
         though another one may be free before. Where all rest, those who cannot wait so long are told now."""
-        if closed := self._closed(line.params):
+        if reason := self._route.closed(line.params):
             # Who has queued for deployments that were taken out since is told at once, as those who come now are.
             for _, jobs in self._queues.take_due(line, math.inf):
-                self._land(jobs, BatchResult([closed] * len(jobs), calls=0))
+                self._land(jobs, BatchResult([_closed(reason)] * len(jobs), calls=0))
         elif rest := min(rests, default=0.0):
             for queue, jobs in self._queues.take_due(line, asyncio.get_running_loop().time() + rest):
                 # Those who stay go first, and each byte is a quarter of a token or a little more.
@@ -337,6 +331,11 @@ class Batcher:
             waiter.release()
         if later:
             asyncio.get_running_loop().call_soon(self._release, later)
+
+
+def _closed(reason: str) -> UpstreamUnavailable:
+    """What to say where nothing will be embedded until further notice."""
+    return UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
 
 
 def _batch(group: Group, jobs: list[Job]) -> Batch:

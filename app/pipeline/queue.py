@@ -95,18 +95,8 @@ class Queue:
     def __init__(self, group: Group, line: Line, turn: int, waiting: Mapping[Lane, Tally]) -> None:
         """`turn`: whose is lower was served longer ago."""
         self.group, self.line, self.turn = group, line, turn
-        self.lanes: dict[Lane, deque[Job]] = {lane: deque() for lane in LANES}
+        self.lanes: dict[Lane, deque[Job]] = {"query": deque(), "bulk": deque()}
         self._waiting = waiting
-
-    def extend(self, lane: Lane, jobs: list[Job], soonest: float) -> None:
-        """`soonest`: none of them has a deadline before this, now or later."""
-        waiting, line = self.lanes[lane], self.line
-        if not waiting:
-            line.turns[lane][self] = None
-        waiting.extend(jobs)
-        if soonest < line.soonest[lane]:
-            line.soonest[lane] = soonest
-        self._waiting[lane].inc(len(jobs))
 
     def size(self) -> tuple[int, float]:
         """Inputs, and about how many bytes are in them, by the first of each lane: a backlog may be long."""
@@ -225,17 +215,25 @@ class Queues:
             if line is None:
                 line = self.lines[of_kind] = Line(group[1])
             queue = self.groups[group] = Queue(group, line, next(self._numbers), self._waiting)
-        queue.extend(lane, jobs, soonest)
+        line, waiting = queue.line, queue.lanes[lane]
+        if not waiting:
+            line.turns[lane][queue] = None
+        waiting.extend(jobs)
+        self._waiting[lane].inc(len(jobs))
+        if soonest < line.soonest[lane]:
+            line.soonest[lane] = soonest
 
     def taken_from(self, queue: Queue, *, served: bool = False) -> None:
         """It has a turn only where it has inputs left; if it was `served`, after all the others."""
-        turns = queue.line.turns
+        turns, left = queue.line.turns, False
         for lane, jobs in queue.lanes.items():
             if not jobs:
                 turns[lane].pop(queue, None)
-            elif served:
+                continue
+            left = True
+            if served:
                 turns[lane].move_to_end(queue)
-        if not any(queue.lanes.values()):
+        if not left:
             del self.groups[queue.group]
         elif served:
             queue.turn = next(self._numbers)

@@ -31,12 +31,13 @@ class Case:
     def __init__(self, lanes: Sequence[Sequence[tuple[Input, int]]]) -> None:
         metrics = Metrics()
         self._waiting = {lane: metrics.tally(metrics.queued_inputs.labels("up", lane)) for lane in LANES}
-        self.queue = Queue(PLAIN, Line(PLAIN[1]), 0, self._waiting)
+        queues = Queues(self._waiting)
         loop, number = asyncio.new_event_loop(), count()
         self._waiter = Waiter(loop.create_future())
         loop.close()
         for lane, jobs in zip(LANES, lanes, strict=True):
-            self.queue.extend(lane, [self._job(next(number), given, waited) for given, waited in jobs], inf)
+            queues.put(PLAIN, lane, [self._job(next(number), given, waited) for given, waited in jobs], inf)
+        self.queue = queues.groups[PLAIN]
 
     def _job(self, number: int, given: Input, waited: int) -> Job:
         return Job(b"%d" % number, given, inf, (self._waiter,) if waited else (), True)

@@ -76,8 +76,10 @@ async def test_who_waits_for_a_connection_to_a_frozen_redis_waits_no_longer_than
         await store.get(keys(0))
         server.pause()
         assert await asyncio.gather(*(store.get(keys(number)) for number in range(50))) == [[None]] * 50
-        assert count(metrics, "redis", "get", "timeout") == 3
-        assert count(metrics, "redis", "get", "skipped") == 47
+        # Three close it to all others; who of them is told first may have let one more in, and the second another.
+        late, skipped = (count(metrics, "redis", "get", result) for result in ("timeout", "skipped"))
+        assert 3 <= late <= 5
+        assert late + skipped == 50
         server.resume()
         await store.close()
 

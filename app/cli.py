@@ -16,7 +16,7 @@ from typing import NoReturn
 from app import __version__, logs
 from app.config import Settings
 from app.config.load import ConfigError, load
-from app.config.source import Source
+from app.config.source import Given, Source
 from app.errors import GatewayError
 from app.gateway import Gateway
 from app.main import App, create_app
@@ -88,7 +88,6 @@ def _parser() -> argparse.ArgumentParser:
             )
     # What `serve` starts where there are several; nobody else has a listener to give it, so it is not shown.
     command = commands.add_parser("worker")
-    command.add_argument("--config")
     command.add_argument("--listener", type=int, required=True)
     command.add_argument("--orders", type=int, required=True)
     _add_logging(command)
@@ -131,25 +130,27 @@ def _serve(options: argparse.Namespace) -> None:
     listener.set_inheritable(True)
 
     def command(orders: int) -> list[str]:
-        named = ["--config", options.config] if options.config else []
         logging_as = ["--log-format", options.log_format, "--log-level", options.log_level]
-        return python("worker", *named, *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
+        return python("worker", *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
 
-    sys.exit(serve_workers(create_app(settings, stores=[]), command, listener, admin=admin))
+    sys.exit(serve_workers(create_app(settings, stores=[]), command, listener, source=source, admin=admin))
 
 
 def _work(options: argparse.Namespace) -> None:
     """One of several worker processes, which its parent has given a listener."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(options.log_format, options.log_level)
-    source = Source(options.config, os.environ, UPSTREAMS)
-    app = _app(source.load(), options, source)
-    serve(app, socket.socket(fileno=options.listener), orders=Orders(options.orders))
+    try:
+        orders = Orders(options.orders, UPSTREAMS)
+    except EOFError:
+        return
+    app = _app(orders.given.load(), options, orders.given)
+    serve(app, socket.socket(fileno=options.listener), orders=orders)
 
 
 def _load(source: Source, options: argparse.Namespace) -> Settings:
-    """The settings with the flags over them. The environment carries flags, so that a reload and the workers
-    find them too; a mistake in one is told by the flag's name."""
+    """The settings with the flags over them. The environment carries flags, so that a reload finds
+    them too; a mistake in one is told by the flag's name."""
     told: dict[str, str] = {}
     for name in _FLAGS:
         value = getattr(options, name)
@@ -173,7 +174,7 @@ def _listen(host: str, port: int) -> socket.socket:
         _fail([f"cannot listen on {host}:{port}: {error.strerror}"])
 
 
-def _app(settings: Settings, options: argparse.Namespace, source: Source) -> App:
+def _app(settings: Settings, options: argparse.Namespace, source: Source | Given) -> App:
     severity = logging.getLevelNamesMapping()[options.log_level.upper()]
     return create_app(settings, request_log=logs.request_log(options.log_format, severity), source=source)
 

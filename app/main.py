@@ -18,8 +18,8 @@ from app.cache import build
 from app.cache.tiers import Tiers
 from app.clock import Clock, SystemClock
 from app.config import Settings
-from app.config.load import ConfigError
-from app.config.source import Source, applicable
+from app.config.source import Given, Source, applicable
+from app.config.watch import Watch
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.types import Store
@@ -28,8 +28,6 @@ from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 
-LOOK = 2.0
-"""Seconds between two looks at the configuration's file. A change is read once it has stayed for one."""
 PATIENCE = 10.0
 """Seconds on top of a request's own time after which a gateway that was replaced waits for its requests no longer."""
 
@@ -66,21 +64,20 @@ class App:
         build_gateway: BuildGateway,
         request_log: logs.RequestLog,
         clock: Clock,
-        source: Source | None = None,
+        source: Source | Given | None = None,
     ) -> None:
-        self._build_gateway, self._request_log, self._clock, self._source = build_gateway, request_log, clock, source
+        self._build_gateway, self._request_log, self._clock = build_gateway, request_log, clock
         self._now = self._generation(settings, build_gateway(settings, None))
         first = self._now
         self.admin = None if settings.server.metrics_port is None else routes.build_admin(first.gateway, first.api)
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
         self.draining = False
         """Every answer is its connection's last, so that clients come back to where they are still welcome."""
-        self._asked = asyncio.Event()
-        self._loaded = source and source.signature()
+        self._metrics = first.gateway.metrics
+        self._watch = source and Watch(source, clock, self._change_to, self._metrics.reloaded)
+        self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Lock()
-        self._metrics = first.gateway.metrics
-        self._metrics.config_valid.set(1)
 
     def refused(self) -> None:
         """To be told of what came over a connection and was no request, or none that HTTP allows."""
@@ -117,12 +114,15 @@ class App:
             now.inside -= 1
 
     def drain(self) -> None:
-        """From now on not ready; requests are answered as ever."""
+        """From now on not ready; requests are answered as ever, and no other configuration comes into force."""
         self.draining = self.gateway.draining = True
+        if self._watching:
+            self._watching.cancel()
 
     def reload(self) -> None:
         """Has the configuration read again, soon. To be called in the event loop."""
-        self._asked.set()
+        if self._watch:
+            self._watch.ask()
 
     async def _lifespan(self, receive: embeddings.Receive, send: embeddings.Sender) -> None:
         """ASGI's start and stop messages around the gateway's."""
@@ -136,9 +136,10 @@ class App:
         # What lives from here on lives long: collections need not look at it again (p99, bench/README.md).
         gc.collect()
         gc.freeze()
-        background = [
-            asyncio.create_task(each) for each in (self._reload_when_asked(), self._watch_file(), self._watch_lag())
-        ]
+        background = [asyncio.create_task(self._watch_lag())]
+        if self._watch:
+            self._watching = asyncio.create_task(self._watch.run())
+            background.append(self._watching)
         await send({"type": "lifespan.startup.complete"})
         assert (await receive())["type"] == "lifespan.shutdown"
         for task in background:
@@ -166,44 +167,8 @@ class App:
         api = routes.build(gateway, keys, route, admin=settings.server.metrics_port is None)
         return _Generation(settings, gateway, keys, route, api)
 
-    async def _watch_file(self) -> None:
-        """Asks for a reload when the file has changed and is not being written to any more."""
-        if self._source is None or self._source.file is None:
-            return
-        seen = self._loaded
-        while True:
-            await self._clock.sleep(LOOK)
-            before, seen = seen, self._source.signature()
-            if seen is not None and seen == before and seen != self._loaded:
-                self.reload()
-
-    async def _reload_when_asked(self) -> None:
-        while True:
-            await self._asked.wait()
-            self._asked.clear()
-            if self._source is not None and not self.draining:
-                valid = await self._reload(self._source)
-                self._metrics.config_valid.set(valid)
-                self._metrics.config_reloads.labels("ok" if valid else "failed").inc()
-
-    async def _reload(self, source: Source) -> bool:
-        """Whether the configuration as it stands is now in force. If not, nothing has changed."""
-        self._loaded = source.signature()
-        try:
-            await self._change_to(await asyncio.to_thread(source.load))
-        except ConfigError as error:
-            for mistake in error.mistakes:
-                log.error("configuration not changed: %s", mistake)
-        except Exception:
-            log.exception("configuration not changed")
-        else:
-            return True
-        return False
-
     async def _change_to(self, wanted: Settings) -> None:
-        settings, stuck = applicable(self.settings, wanted)
-        for name in stuck:
-            log.warning("%s has changed, which takes a restart; the old value stays in force", name)
+        settings = applicable(self.settings, wanted)
         if settings == self.settings:
             log.info("configuration read again: nothing to change")
             return
@@ -266,7 +231,7 @@ def create_app(
     clock: Clock | None = None,
     kinds: Mapping[str, UpstreamKind] = UPSTREAMS,
     request_log: logs.RequestLog | None = None,
-    source: Source | None = None,
+    source: Source | Given | None = None,
 ) -> App:
     """The application for these settings. `transport`, `stores` and `clock` replace the real ones; from `source`
     it reads its configuration again, when the file changes or `reload` is called."""

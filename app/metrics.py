@@ -9,8 +9,9 @@ import asyncio
 import contextlib
 import math
 import os
+import tempfile
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
 
 import prometheus_client
@@ -23,6 +24,7 @@ from prometheus_client import (
     ProcessCollector,
     disable_created_metrics,
     generate_latest,
+    values,
 )
 from prometheus_client.metrics_core import Metric
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
@@ -39,6 +41,7 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 __all__ = [
     "CONTENT_TYPE",
+    "ConfigMetrics",
     "Counter",
     "Gauge",
     "Histogram",
@@ -47,22 +50,26 @@ __all__ = [
     "Spread",
     "Tally",
     "forget_process",
-    "share",
-    "unshare",
+    "shared",
 ]
 
+_PREFIX = "embedding_gateway_"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 _Merge = Literal["livesum", "livemin", "livemax"]
 
 
-def share(directory: str) -> None:
-    """From now on this process's scrapes tell of all processes that it starts."""
-    os.environ[_DIRECTORY] = directory
-
-
-def unshare() -> None:
-    """The end of that."""
-    del os.environ[_DIRECTORY]
+@contextlib.contextmanager
+def shared() -> Iterator[None]:
+    """As long as the block runs, this process's scrapes tell of all processes that it starts, and of what it counts
+    itself from here on: over files in a directory of this run's own. Raises `OSError`."""
+    with tempfile.TemporaryDirectory(prefix="embedding-gateway-") as directory:
+        os.environ[_DIRECTORY] = directory
+        values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            del os.environ[_DIRECTORY]
+            values.ValueClass = values.MutexValue
 
 
 def forget_process(pid: int) -> None:
@@ -196,7 +203,32 @@ class Due(Collector):
         return ()
 
 
-class Metrics:
+class ConfigMetrics:
+    """Whether the configuration is in force. Of several processes, the one that reads it has these, too."""
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        registry = registry or CollectorRegistry()
+        self.config_valid = Gauge(
+            _PREFIX + "config_valid",
+            "1 while the configuration is the one in force, 0 after a bad one.",
+            registry=registry,
+            multiprocess_mode="livemin",
+        )
+        self.config_valid.set(1)
+        self.config_reloads = Counter(
+            _PREFIX + "config_reloads_total",
+            "Times the configuration was read again.",
+            ["result"],
+            registry=registry,
+        )
+
+    def reloaded(self, valid: bool) -> None:
+        """It was read again, and is now in force or cannot be."""
+        self.config_valid.set(valid)
+        self.config_reloads.labels("ok" if valid else "failed").inc()
+
+
+class Metrics(ConfigMetrics):
     """The gateway's metrics. One instance per gateway; two gateways in one process do not meet."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -204,7 +236,8 @@ class Metrics:
         # Registered first, for collectors are asked in this order.
         self._due = Due(shared=_DIRECTORY in os.environ)
         registry.register(self._due)
-        p = "embedding_gateway_"
+        super().__init__(registry)
+        p = _PREFIX
 
         def counter(name: str, text: str, *labels: str) -> Counter:
             return Counter(p + name, text, labels, registry=registry)
@@ -251,10 +284,6 @@ class Metrics:
         self.log_dropped = counter(
             "log_lines_dropped_total", "Request lines dropped because the log took no more, stuck or on a full disk."
         )
-        self.config_valid = gauge(
-            "config_valid", "1 while the configuration is the one in force, 0 after a bad one.", merge="livemin"
-        )
-        self.config_reloads = counter("config_reloads_total", "Times the configuration was read again.", "result")
 
         if _DIRECTORY not in os.environ:
             ProcessCollector(registry=registry)

@@ -14,8 +14,12 @@ from typing import Any
 
 import uvicorn
 
+from app.clock import SystemClock
 from app.config import Settings
+from app.config.source import Source
+from app.config.watch import Watch
 from app.main import App
+from app.metrics import ConfigMetrics, shared
 from app.protocol import Outbox, Protocol
 from app.workers import Orders, Workers
 
@@ -65,7 +69,7 @@ class Server(uvicorn.Server):
 
     The first SIGTERM makes the application not ready at once; `drain` seconds later the listener closes and
     requests finish. A second one does not wait so long, nor does Ctrl-C; Ctrl-C after that drops what is left.
-    SIGHUP reads the configuration again. A worker is told the same by its parent: see `app.workers`.
+    SIGHUP reads the configuration again. A worker is told all that by its parent: see `app.workers`.
     """
 
     def __init__(self, config: uvicorn.Config, app: App, orders: Orders | None = None) -> None:
@@ -78,9 +82,10 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        loop.add_signal_handler(signal.SIGHUP, self._app.reload)
         if self._orders:
             self._orders.follow(stop=self._begin_stop, reload=self._app.reload)
+        else:
+            loop.add_signal_handler(signal.SIGHUP, self._app.reload)
         yield
         # What is left to do takes no time and must not be cut short: the exit code is to say that all went well.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
@@ -176,21 +181,40 @@ def serve(
 
 
 def serve_workers(
-    app: App, command: Callable[[int], list[str]], listener: socket.socket, *, admin: socket.socket | None = None
+    app: App,
+    command: Callable[[int], list[str]],
+    listener: socket.socket,
+    *,
+    source: Source,
+    admin: socket.socket | None = None,
 ) -> int:
     """Several processes behind one listener, which they inherit. `command` starts one, given its orders' descriptor.
 
-    `app` is not served here, only its /metrics, which tell of all workers. Returns the exit code.
+    `app` is not served here, only its /metrics, which tell of all workers. The configuration is read again here, once
+    for all of them. Returns the exit code.
     """
-    workers = Workers(command, app.settings.server.workers, listener)
+    workers = Workers(command, app.settings, listener)
 
     async def both() -> int:
+        config = ConfigMetrics()
+
+        def result(valid: bool) -> None:
+            if valid:  # each worker counts that it has followed
+                config.config_valid.set(1)
+            else:
+                config.reloaded(False)
+
+        watch = Watch(source, SystemClock(), workers.change, result)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, workers.stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, workers.stop, signal.SIGINT)
-        loop.add_signal_handler(signal.SIGHUP, workers.reload)
-        async with _admin(app, admin):
-            return await workers.run()
+        loop.add_signal_handler(signal.SIGHUP, watch.ask)
+        watching = asyncio.create_task(watch.run())
+        try:
+            async with _admin(app, admin):
+                return await workers.run()
+        finally:
+            watching.cancel()
 
-    with asyncio.Runner(loop_factory=config_of(app, app.settings).get_loop_factory()) as runner:
+    with shared(), asyncio.Runner(loop_factory=config_of(app, app.settings).get_loop_factory()) as runner:
         return runner.run(both())

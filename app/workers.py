@@ -1,8 +1,10 @@
-"""Worker processes: kept alive, told to reload and to stop. Knows neither the ASGI server nor the application.
+"""Worker processes: kept alive, told their settings and when to stop. Knows neither the ASGI server nor the
+application.
 
-A pair of sockets joins parent and worker. The worker says once that it is up. The parent says when to reload,
-and by closing its end, which it also does by dying, when to stop without hurry. Signals are for hurry alone:
-so whoever signals a whole group of processes, as systemd does, gives no order twice.
+A pair of sockets joins parent and worker. The worker says once that it is up. The parent says what settings are in
+force, first of all and whenever they change, so that a worker which comes later has what its siblings have whatever
+the file holds by then; and by closing its end, which it also does by dying, when to stop without hurry. Signals are
+for hurry alone: so whoever signals a whole group of processes, as systemd does, gives no order twice.
 """
 
 from __future__ import annotations
@@ -14,24 +16,38 @@ import os
 import signal
 import socket
 import sys
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from app import metrics
+from app.config import Kind, Settings
+from app.config.load import as_text
+from app.config.source import Given, applicable
 
 log = logging.getLogger(__name__)
 
-UP, RELOAD = b"u", b"r"
+UP = b"u"
 LONGEST_PAUSE = 30.0
 """Seconds before a worker that cannot start is started again, at most."""
+
+_SIZE = 4
+"""Bytes before a message that say how many it has."""
 
 
 class Orders:
     """A worker's end: what its parent tells it."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, kinds: Mapping[str, Kind]) -> None:
+        """Waits for the first settings. Raises `EOFError` if the parent is gone."""
         self._socket = socket.socket(fileno=descriptor)
+        self._received = bytearray()
+        while (text := self._next()) is None:
+            said = self._socket.recv(65536)
+            if not said:
+                raise EOFError
+            self._received += said
+        self.given = Given(text, kinds)
+        """What the parent said last."""
 
     def follow(self, *, stop: Callable[[], None], reload: Callable[[], None]) -> None:
         """Calls these in the running event loop when the parent says so. `stop` when it is gone, too."""
@@ -39,12 +55,14 @@ class Orders:
 
         def told() -> None:
             try:
-                said = self._socket.recv(64)
+                said = self._socket.recv(65536)
             except BlockingIOError:
                 return
             except OSError:
                 said = b""
-            if RELOAD in said:
+            self._received += said
+            while (text := self._next()) is not None:
+                self.given.text = text
                 reload()
             if not said:
                 loop.remove_reader(self._socket)
@@ -57,51 +75,54 @@ class Orders:
         with contextlib.suppress(OSError):
             self._socket.send(UP)
 
+    def _next(self) -> str | None:
+        """The settings that were said next, if they have come whole."""
+        size = int.from_bytes(self._received[:_SIZE])
+        if len(self._received) < _SIZE + size:
+            return None
+        text = self._received[_SIZE : _SIZE + size].decode()
+        del self._received[: _SIZE + size]
+        return text
+
 
 class _Worker:
     """The parent's end of one process."""
 
-    def __init__(self, process: asyncio.subprocess.Process, ours: socket.socket) -> None:
-        self.process, self._ours = process, ours
+    def __init__(
+        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
+        self.process, self._writer = process, writer
         self.was_up = False
-        asyncio.get_running_loop().add_reader(ours, self.listen)
+        self._listening = asyncio.create_task(self._listen(reader))
 
-    def listen(self) -> None:
-        """Takes in what it has said, or that it will say no more."""
-        try:
-            said = self._ours.recv(1)
-        except BlockingIOError:
-            return
-        except OSError:
-            said = b""
-        self.was_up |= said == UP
-        if not said:
-            asyncio.get_running_loop().remove_reader(self._ours)
-
-    def reload(self) -> None:
+    async def _listen(self, reader: asyncio.StreamReader) -> None:
+        """Takes in what it says, or that it will say no more."""
         with contextlib.suppress(OSError):
-            self._ours.send(RELOAD)
+            self.was_up = await reader.read(1) == UP
+
+    def tell(self, settings: Settings) -> None:
+        told = as_text(settings).encode()
+        if not self._writer.is_closing():
+            self._writer.write(len(told).to_bytes(_SIZE) + told)
 
     def stop(self) -> None:
-        with contextlib.suppress(OSError):
-            self._ours.shutdown(socket.SHUT_WR)
+        if not self._writer.is_closing():
+            self._writer.write_eof()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """To be called when it has ended."""
-        self.listen()
-        asyncio.get_running_loop().remove_reader(self._ours)
-        self._ours.close()
+        await self._listening
+        self._writer.close()
 
 
 class Workers:
-    """`count` processes behind `listener`, each replaced when it ends by itself.
+    """Processes behind `listener`, as many as `settings` say, each replaced when it ends by itself.
 
-    `command` gives the command line of one, from the number of the descriptor that its orders come on. Metrics of
-    all are merged over files in a directory of this run's own.
+    `command` gives the command line of one, from the number of the descriptor that its orders come on.
     """
 
-    def __init__(self, command: Callable[[int], list[str]], count: int, listener: socket.socket) -> None:
-        self._command, self._count, self._listener = command, count, listener
+    def __init__(self, command: Callable[[int], list[str]], settings: Settings, listener: socket.socket) -> None:
+        self._command, self._settings, self._listener = command, settings, listener
         self._live: set[_Worker] = set()
         self._stopping = asyncio.Event()
         self._have_served = False
@@ -109,18 +130,16 @@ class Workers:
 
     async def run(self) -> int:
         """Until `stop`, or until it is clear that they cannot start. Returns the exit code."""
-        with tempfile.TemporaryDirectory(prefix="embedding-gateway-") as directory:
-            metrics.share(directory)
-            try:
-                self._environ = {**os.environ, "PYTHONPATH": _python_path()}
-                await asyncio.gather(*(self._keep() for _ in range(self._count)))
-            finally:
-                metrics.unshare()
+        self._environ = {**os.environ, "PYTHONPATH": _python_path()}
+        await asyncio.gather(*(self._keep() for _ in range(self._settings.server.workers)))
         return self._code
 
-    def reload(self) -> None:
-        for worker in self._live:
-            worker.reload()
+    async def change(self, wanted: Settings) -> None:
+        """Has all workers, and those to come, put these settings in force."""
+        self._settings = applicable(self._settings, wanted)
+        if not self._stopping.is_set():
+            for worker in self._live:
+                worker.tell(self._settings)
 
     def stop(self, number: signal.Signals) -> None:
         """In order the first time, unless it is Ctrl-C; after that the workers are told not to wait. One that is still
@@ -153,7 +172,7 @@ class Workers:
                 await self._rest(LONGEST_PAUSE)
                 continue
             code = await worker.process.wait()
-            worker.close()
+            await worker.close()
             self._live.discard(worker)
             metrics.forget_process(worker.process.pid)
             if self._stopping.is_set():
@@ -175,7 +194,7 @@ class Workers:
 
     async def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
@@ -185,11 +204,12 @@ class Workers:
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, which tells them
             )
         except OSError:
-            ours.close()
+            writer.close()
             raise
         finally:
             theirs.close()
-        worker = _Worker(process, ours)
+        worker = _Worker(process, reader, writer)
+        worker.tell(self._settings)
         self._live.add(worker)
         if self._stopping.is_set():
             worker.stop()

@@ -7,10 +7,13 @@ Touches nothing but the file and, without one, the ports it is told to look at.
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from pydantic import SecretStr
 
 from app.config.check import settings_of
 from app.config.environ import Listening, apply_overrides, built_in_upstreams, environment_upstreams
@@ -66,6 +69,21 @@ def load(
         if settings is not None:
             return settings
     raise ConfigError(tree.lines())
+
+
+def as_text(settings: Settings) -> str:
+    """The settings for another process, secrets included: `from_text` makes the same of it."""
+    said = settings.model_dump(exclude_unset=True, serialize_as_any=True)
+    return json.dumps(said, default=SecretStr.get_secret_value)
+
+
+def from_text(text: str, kinds: Mapping[str, Kind]) -> Settings:
+    """What `as_text` was given, by the same program."""
+    tree = Tree(label="parent", values=json.loads(text))
+    settings = settings_of(tree, kinds)
+    if settings is None:
+        raise ConfigError(tree.lines())
+    return settings
 
 
 def find_file(path: str | None, environ: Mapping[str, str], cwd: Path) -> str | None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.config.load import VARIABLE, find_file, load
+from app.config.load import VARIABLE, find_file, from_text, load
 from app.config.settings import Kind, Settings
+
+log = logging.getLogger(__name__)
 
 FIXED = ("host", "port", "workers", "metrics_port")
 """Settings of `server` that hold from start to end; so does all of `cache`."""
@@ -26,9 +29,12 @@ class Source:
         self.file = find_file(path, present, self._cwd)
         """As it was named; None where there is none."""
         self._path = path if path or VARIABLE in present else self.file
+        self.loaded = self.signature()
+        """The signature of what was last read."""
 
     def load(self) -> Settings:
         """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
+        self.loaded = self.signature()
         return load(self._path, self._environ, self._kinds, cwd=self._cwd)
 
     def signature(self) -> tuple[int, int, int] | None:
@@ -40,10 +46,27 @@ class Source:
         return stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size)
 
 
-def applicable(running: Settings, wanted: Settings) -> tuple[Settings, list[str]]:
-    """`wanted` as far as a running program can follow it, and the names of settings it cannot follow."""
+class Given:
+    """Settings as text from another process, which has read them and says when there are others."""
+
+    loaded = None
+
+    def __init__(self, text: str, kinds: Mapping[str, Kind]) -> None:
+        self.text, self._kinds = text, kinds
+
+    def load(self) -> Settings:
+        return from_text(self.text, self._kinds)
+
+    def signature(self) -> None:
+        """There is no file to look at."""
+
+
+def applicable(running: Settings, wanted: Settings) -> Settings:
+    """`wanted` as far as a running program can follow it. What it cannot follow is said."""
     fixed = {name: getattr(running.server, name) for name in FIXED}
     stuck = [f"server.{name}" for name, value in fixed.items() if getattr(wanted.server, name) != value]
     stuck += ["cache"] if wanted.cache != running.cache else []
+    for name in stuck:
+        log.warning("%s has changed, which takes a restart; the old value stays in force", name)
     server = wanted.server.model_copy(update=fixed)
-    return wanted.model_copy(update={"server": server, "cache": running.cache}), stuck
+    return wanted.model_copy(update={"server": server, "cache": running.cache})

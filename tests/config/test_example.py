@@ -13,7 +13,7 @@ import yaml
 from pydantic import BaseModel
 
 from app.config import CacheSettings, ModelSettings, ServerSettings, Settings
-from app.config.load import ConfigError, load
+from app.config.load import ConfigError, as_text, from_text, load
 from app.upstreams import UPSTREAMS
 from tests.config.kinds import nobody_listens
 
@@ -47,6 +47,14 @@ def test_the_example_loads_with_the_variables_it_names() -> None:
     assert set(settings.upstreams) >= {"dashscope", "ds-compat", "baidu", "openai", "gemini", "ollama", "built-in"}
     assert settings.upstreams["dashscope"].api_key is not None
     assert settings.upstreams["dashscope"].api_key.get_secret_value() == "a-dashscope_api_key"
+
+
+def test_settings_are_the_same_after_they_were_text(tmp_path: Path) -> None:
+    """As a worker gets them from its parent."""
+    settings = read(FILE, VARIABLES)
+    assert from_text(as_text(settings), UPSTREAMS) == settings
+    (tmp_path / "config.yaml").write_text("")
+    assert from_text(as_text(read(tmp_path / "config.yaml", {})), UPSTREAMS) == read(tmp_path / "config.yaml", {})
 
 
 @pytest.mark.parametrize("variable", sorted(VARIABLES))

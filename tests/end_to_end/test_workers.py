@@ -12,9 +12,12 @@ from pathlib import Path
 
 import httpx
 import pytest
+import yaml
 
+from app.metrics import shared
 from app.workers import Workers
 from tests.fakes import FakeOpenAI
+from tests.harness import settings_of
 from tests.processes import address, answers, free_port, metric, serving, start, until
 
 TWO = ("--workers", "2")
@@ -148,6 +151,43 @@ def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path)
             assert set(map(int, said)) == set(before)
 
 
+def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_like_its_siblings(
+    tmp_path: Path,
+) -> None:
+    port, file, log = free_port(), tmp_path / "config.yaml", (tmp_path / "log").read_text
+    upstreams = {"built-in": {"type": "lexical"}}
+    file.write_text(yaml.safe_dump({"upstreams": upstreams, "server": {"metrics_port": port}}))
+    with serving(tmp_path, *TWO) as (url, process):
+
+        def valid() -> float | None:
+            return metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "config_valid")
+
+        def seen(path: str) -> list[httpx.Response]:
+            return [httpx.get(url + path) for _ in range(20)]  # a new connection each: of both workers
+
+        models = {"more": {"deployments": [{"upstream": "built-in", "model": "lexical"}]}}
+        file.write_text(yaml.safe_dump({"upstreams": upstreams, "models": models, "cache": {"memory": None}}))
+        process.send_signal(signal.SIGHUP)
+        until(lambda: all(each.status_code == 200 for each in seen("/v1/models/more")), log)
+        assert valid() == 1
+        file.write_text("nonsense: 1\n")
+        process.send_signal(signal.SIGHUP)
+        until(lambda: valid() == 0, log)
+        before = workers(process.pid)
+        for each in before:
+            os.kill(each, signal.SIGKILL)
+        assert valid() == 0, "and there may be no worker at all"
+        until(lambda: len(set(workers(process.pid)) - set(before)) == 2 and answers(url), log)
+        assert {each.status_code for each in seen("/v1/models/more")} == {200}
+        assert [each.json()["cache"] for each in seen("/readyz")] == [{"memory": "up"}] * 20, "which takes a restart"
+        assert {each.status_code for each in seen("/metrics")} == {404}
+        assert valid() == 0
+        file.write_text(yaml.safe_dump({"upstreams": upstreams}))
+        process.send_signal(signal.SIGHUP)
+        until(lambda: all(each.status_code == 404 for each in seen("/v1/models/more")), log)
+        assert valid() == 1
+
+
 def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
     with start(tmp_path, "--port", "0", *TWO, TMPDIR=str(tmp_path)) as process:
         url = address(tmp_path / "log", process)
@@ -157,6 +197,7 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
 
 
 async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        broken = Workers(lambda _: [sys.executable, "-c", "raise SystemExit(3)"], 2, listener)
+    settings = settings_of({"server": {"workers": 2}})
+    with shared(), socket.create_server(("127.0.0.1", 0)) as listener:
+        broken = Workers(lambda _: [sys.executable, "-c", "raise SystemExit(3)"], settings, listener)
         assert await broken.run() == 3

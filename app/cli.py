@@ -22,7 +22,7 @@ from app.gateway import Gateway
 from app.main import App, create_app
 from app.pipeline.deployment import Deployment
 from app.registry import PublicModel
-from app.serve import listen, serve, serve_workers
+from app.serve import CannotListen, listen, serve, serve_workers
 from app.types import Batch, Embedding, Params
 from app.upstreams import UPSTREAMS
 from app.workers import Orders, python
@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         commands[options.command](options)
     except ConfigError as error:
         _fail(error.mistakes)
+    except CannotListen as error:
+        _fail([str(error)])
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -119,8 +121,8 @@ def _serve(options: argparse.Namespace) -> None:
     source = Source(options.config, os.environ, UPSTREAMS)
     settings = _load(source, options)
     server = settings.server
-    listener = _listen(server.host, server.port)
-    admin = None if server.metrics_port is None else _listen(server.host, server.metrics_port)
+    listener = listen(server.host, server.port)
+    admin = None if server.metrics_port is None else listen(server.host, server.metrics_port)
     _announce(settings, listener, admin)
     if source.file is None:
         _warn_of_unused(os.environ)
@@ -165,13 +167,6 @@ def _load(source: Source, options: argparse.Namespace) -> Settings:
         for variable, flag in told.items():
             mistakes = [each.replace(variable, flag, 1) for each in mistakes]
         raise ConfigError(mistakes) from None
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    try:
-        return listen(host, port)
-    except OSError as error:
-        _fail([f"cannot listen on {host}:{port}: {error.strerror}"])
 
 
 def _app(settings: Settings, options: argparse.Namespace, source: Source | Given) -> App:

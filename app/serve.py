@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 75
 """Seconds for which a connection may lie idle: longer than any load balancer in use takes it to."""
+BACKLOG = 2048
+"""Connections that wait to be accepted, at most."""
 STOPPING = 10.0
 """Seconds on top of a request's own time for the last of them to finish after the listener has closed."""
 
@@ -34,13 +36,36 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """mallopt(3)'s."""
 
 
+class CannotListen(Exception):
+    """The address cannot be had. The text is for whoever started the program."""
+
+    def __init__(self, host: str, port: int, error: OSError) -> None:
+        super().__init__(f"cannot listen on {host}:{port}: {error.strerror}")
+
+
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port that is taken is known before anything is built. Raises `OSError`."""
-    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    listener = socket.socket(family, kind)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(address)
+    """A bound socket, so that a port that is taken is known before anything is built. Raises `CannotListen`.
+
+    Nobody is to wait at a port where nothing serves yet, so it listens later, and whoever listens first has the port.
+    """
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = found[0]
+        listener = socket.socket(family, kind)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        raise CannotListen(host, port, error) from None
     return listener
+
+
+def _begin(listener: socket.socket) -> None:
+    """Listens, or goes on. Raises `CannotListen`."""
+    host, port = listener.getsockname()[:2]
+    try:
+        listener.listen(BACKLOG)
+    except OSError as error:
+        raise CannotListen(host, port, error) from None
 
 
 def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda: None, **more: Any) -> uvicorn.Config:
@@ -56,6 +81,7 @@ def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=_patience(settings),
         ws="none",
+        backlog=BACKLOG,
         **more,
     )
 
@@ -93,7 +119,18 @@ class Server(uvicorn.Server):
             signal.signal(number, signal.SIG_IGN)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        # The event loop closes what it cannot listen on, without a word: it is asked for again.
+        again = [listener.dup() for listener in sockets or ()]
         await super().startup(sockets)
+        try:
+            for listener in again:
+                _begin(listener)
+        except CannotListen:
+            await self.shutdown()
+            raise
+        finally:
+            for listener in again:
+                listener.close()
         if self._orders:
             self._orders.report_up()
 
@@ -135,10 +172,12 @@ class _Beside(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None]:
-    """Serves /metrics and /docs on a listener of their own, if there is one, as long as the block runs."""
+    """Serves /metrics and /docs on a listener of their own, if there is one, as long as the block runs. Raises
+    `CannotListen`."""
     if listener is None:
         yield
         return
+    _begin(listener)
     server = _Beside(config_of(app.admin, app.settings, lifespan="off"))
     server.config.timeout_graceful_shutdown = 1  # a scrape is no work worth waiting for
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -164,7 +203,7 @@ def serve(
 ) -> None:
     """One process, until a signal or an order. `admin` is the listener for /metrics and /docs, if they have one.
 
-    Raises `KeyboardInterrupt` when it was Ctrl-C that stopped it.
+    Raises `CannotListen`, and `KeyboardInterrupt` when it was Ctrl-C that stopped it.
     """
     keep_freed_memory()
     config = config_of(app, app.settings, app.refused)
@@ -191,7 +230,7 @@ def serve_workers(
     """Several processes behind one listener, which they inherit. `command` starts one, given its orders' descriptor.
 
     `app` is not served here, only its /metrics, which tell of all workers. The configuration is read again here, once
-    for all of them. Returns the exit code.
+    for all of them. Returns the exit code. Raises `CannotListen`.
     """
     workers = Workers(command, app.settings, listener)
 

@@ -117,6 +117,27 @@ def test_a_port_for_metrics_that_is_taken_is_one_readable_line(tmp_path: Path) -
     assert (tmp_path / "log").read_text() == f"cannot listen on 127.0.0.1:{port}: Address already in use\n"
 
 
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+def test_a_port_that_is_lost_while_starting_is_one_readable_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Who binds a port with SO_REUSEADDR has it only once it listens."""
+    with socket.socket() as rival, socket.create_server(("127.0.0.1", 0)) as upstream:
+        rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        rival.bind(("127.0.0.1", 0))
+        port = rival.getsockname()[1]
+        env = {"OLLAMA_HOST": f"127.0.0.1:{upstream.getsockname()[1]}"}
+        with start(tmp_path, "--port", str(port), *arguments, **env) as process:
+            # Whoever starts asks it for its models, and waits for them.
+            asked = [upstream.accept()[0] for _ in range(2 if arguments else 1)]
+            rival.listen()
+            upstream.close()
+            for each in asked:
+                each.close()
+            assert process.wait(30) == 2
+    said = (tmp_path / "log").read_text()
+    assert f"\ncannot listen on 127.0.0.1:{port}: Address already in use\n" in said
+    assert "Traceback" not in said
+
+
 def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path) -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         port = free_port()

@@ -19,7 +19,7 @@ from app.config.load import ConfigError, load
 from app.config.source import Given, Source
 from app.errors import GatewayError
 from app.gateway import Gateway
-from app.main import App, create_app
+from app.main import App, create_app, warn_if_open
 from app.pipeline.deployment import Deployment
 from app.registry import PublicModel
 from app.serve import CannotListen, listen, serve, serve_workers
@@ -181,8 +181,7 @@ def _announce(settings: Settings, listener: socket.socket, admin: socket.socket 
     everywhere = ", listening on all addresses" if _is_unspecified(host) else ""
     log.info("embedding-gateway %s: base_url %s/v1, %s%s", __version__, url, docs, everywhere)
     log.info("upstreams: %s", ", ".join(f"{name} ({each.type})" for name, each in settings.upstreams.items()))
-    if settings.auth is None and not _is_loopback(host):
-        log.warning("no auth.keys: anybody who reaches %s can embed at your expense", host)
+    warn_if_open(settings)
 
 
 def _url(host: str, listener: socket.socket) -> str:
@@ -206,13 +205,6 @@ def _is_unspecified(host: str) -> bool:
         return ipaddress.ip_address(host).is_unspecified
     except ValueError:
         return not host
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 # --- check ------------------------------------------------------------------------------------------

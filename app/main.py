@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ipaddress
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,6 +185,8 @@ class App:
         self._now = after
         before.gateway.give_way(gateway)
         log.info("configuration changed")
+        if before.settings.auth is not None:
+            warn_if_open(settings)
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -197,6 +200,20 @@ class App:
                 await self._clock.sleep(0.1)
                 left -= 0.1
             await old.gateway.aclose(successor)
+
+
+def warn_if_open(settings: Settings) -> None:
+    """Says so where anybody who is not on this machine may embed."""
+    host = settings.server.host
+    if settings.auth is None and not _is_loopback(host):
+        log.warning("no auth.keys: anybody who reaches %s can embed at your expense", host)
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _last(send: embeddings.Sender) -> embeddings.Sender:

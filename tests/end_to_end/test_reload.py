@@ -159,6 +159,23 @@ def test_callers_keys_change_with_the_file(tmp_path: Path) -> None:
         assert gateway.post(body, api_key="second").status_code == 200
 
 
+def test_a_file_that_no_longer_has_keys_opens_the_gateway_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    values: dict[str, Any] = {"upstreams": {"built-in": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "k"}}}}
+    values["server"] = {"host": "0.0.0.0"}
+    with watched(tmp_path, values) as gateway:
+        values["server"]["max_inputs"] = 2
+        write(tmp_path, values)
+        until_reloads(gateway, "ok", 1)
+        assert "anybody who reaches" not in caplog.text
+        del values["auth"]
+        write(tmp_path, values)
+        until_reloads(gateway, "ok", 2)
+        assert gateway.post({"model": "lexical", "input": "x"}).status_code == 200
+        assert caplog.text.count("no auth.keys: anybody who reaches 0.0.0.0 can embed at your expense") == 1
+
+
 def test_a_bad_file_changes_nothing_and_every_mistake_is_a_line_of_the_log(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

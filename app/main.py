@@ -8,7 +8,6 @@ import ipaddress
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import httpx
 
@@ -46,8 +45,6 @@ class _Generation:
     gateway: Gateway
     keys: Keys
     route: embeddings.Embeddings
-    api: Any
-    """The framework's application."""
     inside: int = 0
     """Requests that came in while it was in force and are not answered yet."""
 
@@ -69,12 +66,14 @@ class App:
     ) -> None:
         self._build_gateway, self._request_log, self._clock = build_gateway, request_log, clock
         self._now = self._generation(settings, build_gateway(settings, None))
-        first = self._now
-        self.admin = None if settings.server.metrics_port is None else routes.build_admin(first.gateway, first.api)
+        self._metrics = self._now.gateway.metrics
+        apart = settings.server.metrics_port is not None
+        # By whether callers need a key, which is all that a configuration changes in them.
+        self._apis = {keys: routes.build(self._metrics, admin=not apart, keys=keys) for keys in (False, True)}
+        self.admin = routes.build_admin(self._metrics, self._apis[self._now.keys.needed]) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
         self.draining = False
         """Every answer is its connection's last, so that clients come back to where they are still welcome."""
-        self._metrics = first.gateway.metrics
         self._watch = source and Watch(source, clock, self._change_to, self._metrics.reloaded)
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -110,7 +109,8 @@ class App:
             if matched:
                 await now.route(scope, receive, send, model)
             else:
-                await now.api(scope, receive, _identified(scope, send))
+                api = self._apis[now.keys.needed]
+                await api({**scope, routes.IN_FORCE: now}, receive, _identified(scope, send))
         finally:
             now.inside -= 1
 
@@ -165,8 +165,7 @@ class App:
     def _generation(self, settings: Settings, gateway: Gateway) -> _Generation:
         keys = Keys(settings.auth)
         route = embeddings.Embeddings(gateway, keys, settings.server, self._request_log)
-        api = routes.build(gateway, keys, route, admin=settings.server.metrics_port is None)
-        return _Generation(settings, gateway, keys, route, api)
+        return _Generation(settings, gateway, keys, route)
 
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)

@@ -1,8 +1,12 @@
-"""The routes on the framework: models, health, metrics and docs; errors in OpenAI's shape throughout."""
+"""The routes on the framework: models, health, metrics and docs; errors in OpenAI's shape throughout.
+
+The framework keeps the functions that it is given, and with them all that they refer to. So they refer to no gateway:
+each request brings the one that is to answer it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import orjson
 from fastapi import FastAPI, Request, Response, Security
@@ -13,11 +17,30 @@ from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.api import embeddings, openapi, render
-from app.api.auth import Keys
+from app.api.auth import Keys, Tenant
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
-from app.metrics import CONTENT_TYPE
+from app.metrics import CONTENT_TYPE, Metrics
 from app.registry import PublicModel
+
+IN_FORCE = "embedding_gateway"
+"""The key of a request's scope that holds who is to answer it: an `InForce`."""
+
+
+class InForce(Protocol):
+    """One configuration's gateway and what is in front of it."""
+
+    @property
+    def gateway(self) -> Gateway: ...
+    @property
+    def keys(self) -> Keys: ...
+    @property
+    def route(self) -> embeddings.Embeddings: ...
+
+
+def _in_force(request: Request) -> InForce:
+    found: InForce = request.scope[IN_FORCE]
+    return found
 
 
 class _HeadAsGet:
@@ -43,8 +66,9 @@ class _Forward(Response):
         await self._route(scope, receive, send, self._model)
 
 
-def build(gateway: Gateway, keys: Keys, route: embeddings.Embeddings, *, admin: bool) -> FastAPI:
-    """The framework's application. `admin` includes /metrics and /docs, which may have a port of their own."""
+def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
+    """The framework's application. `admin` includes /metrics and /docs, which may have a port of their own; with
+    `keys` it is described that callers need one."""
     api = FastAPIOffline(
         title="embedding-gateway",
         version=__version__,
@@ -55,15 +79,17 @@ def build(gateway: Gateway, keys: Keys, route: embeddings.Embeddings, *, admin: 
     )
     api.add_middleware(_HeadAsGet)
     _add_errors(api)
-    _add_embeddings(api, route, keys)
-    _add_models(api, gateway, keys)
-    _add_health(api, gateway)
+    # For the description alone: what a key opens is decided in any case.
+    described = [Security(HTTPBearer(auto_error=False, description="one of auth.keys"))] if keys else []
+    _add_embeddings(api, described)
+    _add_models(api, described)
+    _add_health(api)
     if admin:
-        add_metrics(api, gateway)
+        _add_metrics(api, metrics)
     return api
 
 
-def build_admin(gateway: Gateway, described: FastAPI) -> FastAPI:
+def build_admin(metrics: Metrics, described: FastAPI) -> FastAPI:
     """/metrics and /docs for a port of their own; the description is the main application's."""
     api = FastAPIOffline(
         title="embedding-gateway",
@@ -76,7 +102,7 @@ def build_admin(gateway: Gateway, described: FastAPI) -> FastAPI:
     api.add_middleware(_HeadAsGet)
     api.openapi = described.openapi  # type: ignore[method-assign]  # FastAPI's documented way to replace it
     _add_errors(api)
-    add_metrics(api, gateway)
+    _add_metrics(api, metrics)
     return api
 
 
@@ -110,31 +136,26 @@ def _add_errors(api: FastAPI) -> None:
         return response
 
 
-def _described_key(keys: Keys) -> list[Any]:
-    """For the description alone: what a key opens is decided by `keys` in any case."""
-    return [Security(HTTPBearer(auto_error=False, description="one of auth.keys"))] if keys.needed else []
-
-
-def _add_embeddings(api: FastAPI, route: embeddings.Embeddings, keys: Keys) -> None:
+def _add_embeddings(api: FastAPI, key: list[Any]) -> None:
     @api.post(
         "/v1/embeddings", openapi_extra=openapi.EMBEDDINGS, tags=["embeddings"], summary="Embed",
-        dependencies=_described_key(keys),
+        dependencies=key,
     )  # fmt: skip
-    async def embed() -> Response:
+    async def embed(request: Request) -> Response:
         """OpenAI's request and response. Also on `/embeddings`, `/openai/v1/embeddings`, with a trailing
         slash, on `/v1/engines/{model}/embeddings` and on `/openai/deployments/{model}/embeddings`."""
-        return _Forward(route, None)
+        return _Forward(_in_force(request).route, None)
 
 
-def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
+def _add_models(api: FastAPI, key: list[Any]) -> None:
     async def list_models(request: Request) -> Response:
-        tenant = keys.tenant(dict(request.scope["headers"]))
+        gateway, tenant = _asked_by(request)
         await gateway.refresh()
         served = [(name, model) for name, model in gateway.names.items() if tenant.may_use(name, model.name)]
         return _json({"object": "list", "data": [_described(gateway, *each) for each in served]})
 
     async def get_model(request: Request, model: str) -> Response:
-        tenant = keys.tenant(dict(request.scope["headers"]))
+        gateway, tenant = _asked_by(request)
         name = model.removesuffix("/")
         found = await gateway.find(name)
         if not tenant.may_use(name, found.name):
@@ -147,12 +168,18 @@ def _add_models(api: FastAPI, gateway: Gateway, keys: Keys) -> None:
         for path in (base, base + "/"):
             api.get(
                 path, include_in_schema=shown and path == base, tags=["models"], summary="List models",
-                responses=openapi.error_responses(401), dependencies=_described_key(keys),
+                responses=openapi.error_responses(401), dependencies=key,
             )(list_models)  # fmt: skip
         api.get(
             base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=errors,
-            dependencies=_described_key(keys),
+            dependencies=key,
         )(get_model)  # fmt: skip
+
+
+def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
+    """Who is to answer, and whom. Raises `InvalidApiKey`."""
+    now = _in_force(request)
+    return now.gateway, now.keys.tenant(dict(request.scope["headers"]))
 
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
@@ -181,19 +208,19 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
     }
 
 
-def _add_health(api: FastAPI, gateway: Gateway) -> None:
+def _add_health(api: FastAPI) -> None:
     @api.get("/healthz", tags=["operation"], summary="Alive")
     async def healthz() -> Response:
         return _json({"status": "ok"})
 
     @api.get("/readyz", tags=["operation"], summary="Ready for traffic")
-    async def readyz() -> Response:
+    async def readyz(request: Request) -> Response:
         """503 while draining. A line per upstream and cache tier: what is known, without asking them."""
-        state = gateway.status()
+        state = _in_force(request).gateway.status()
         return _json(state, 200 if state["status"] == "ready" else 503)
 
 
-def add_metrics(api: FastAPI, gateway: Gateway) -> None:
+def _add_metrics(api: FastAPI, metrics: Metrics) -> None:
     @api.get("/metrics", tags=["operation"], summary="Prometheus metrics", response_class=PlainTextResponse)
-    async def metrics() -> Response:
-        return Response(gateway.metrics.exposition(), media_type=CONTENT_TYPE)
+    async def scrape() -> Response:
+        return Response(metrics.exposition(), media_type=CONTENT_TYPE)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import signal
 import socket
 import threading
+import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -368,4 +370,24 @@ async def test_who_is_inside_counts_on() -> None:
     with Place(app.gateway.room), pytest.raises(Overloaded), Place(app.gateway.room):
         pass
     await asyncio.gather(*app._tasks)
+    await app.gateway.aclose()
+
+
+async def test_a_configuration_that_is_no_longer_in_force_leaves_nothing_behind() -> None:
+    def settings(most: int, auth: dict[str, Any]) -> Settings:
+        server = {"max_inputs": most, "metrics_port": 1234}
+        return settings_of({"server": server, "upstreams": {"up": {"type": "lexical"}}, **auth})
+
+    app = create_app(settings(1, {}))
+    await app.gateway.start()
+    gone = []
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://gateway") as client:
+        for most, auth in ((2, {}), (3, {"auth": {"keys": {"a": {"key": "k"}}}}), (4, {})):
+            gone.append(weakref.ref(app.gateway))
+            assert (await client.get("/v1/models")).status_code == (401 if app.settings.auth else 200)
+            assert (await client.get("/readyz")).json()["status"] == "ready"
+            await app._change_to(settings(most, auth))
+            await asyncio.gather(*app._tasks)
+    gc.collect()
+    assert [each() for each in gone] == [None] * 3
     await app.gateway.aclose()

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import ctypes
 import logging
+import resource
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -198,6 +199,15 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
+def allow_connections() -> None:
+    """Has the kernel give as many descriptors as it may. What is usual at first, 1024, is for programs that must be
+    able to `select`; past it connections wait unseen, and upstreams cannot be called."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != hard:
+        with contextlib.suppress(OSError, ValueError):  # some systems give a process fewer than they say
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def serve(
     app: App, listener: socket.socket, *, admin: socket.socket | None = None, orders: Orders | None = None
 ) -> None:
@@ -206,6 +216,7 @@ def serve(
     Raises `CannotListen`, and `KeyboardInterrupt` when it was Ctrl-C that stopped it.
     """
     keep_freed_memory()
+    allow_connections()
     config = config_of(app, app.settings, app.refused)
     server = Server(config, app, orders)
 
@@ -232,6 +243,7 @@ def serve_workers(
     `app` is not served here, only its /metrics, which tell of all workers. The configuration is read again here, once
     for all of them. Returns the exit code. Raises `CannotListen`.
     """
+    allow_connections()
     workers = Workers(command, app.settings, listener)
 
     async def both() -> int:

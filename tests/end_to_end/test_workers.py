@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import sys
@@ -136,6 +137,18 @@ def test_a_port_that_is_lost_while_starting_is_one_readable_line(tmp_path: Path,
     said = (tmp_path / "log").read_text()
     assert f"\ncannot listen on 127.0.0.1:{port}: Address already in use\n" in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+def test_as_many_connections_may_be_open_as_the_system_allows(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
+    try:
+        with serving(tmp_path, *arguments) as (_, process):
+            for each in (process.pid, *workers(process.pid)):
+                assert resource.prlimit(each, resource.RLIMIT_NOFILE) == (hard, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path) -> None:

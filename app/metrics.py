@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import logging
 import math
 import os
 import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Literal
 
 import prometheus_client
@@ -27,12 +30,15 @@ from prometheus_client import (
     values,
 )
 from prometheus_client.metrics_core import Metric
+from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from prometheus_client.registry import Collector
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
 _BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
+
+log = logging.getLogger(__name__)
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 
@@ -55,6 +61,10 @@ __all__ = [
 
 _PREFIX = "embedding_gateway_"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+_FIRST_SIZE = 2**16
+"""Bytes of a file of metrics; it is doubled when it is full."""
+_ENTRY = 40
+"""Bytes that a series takes there beside its name, at most."""
 _Merge = Literal["livesum", "livemin", "livemax"]
 
 
@@ -75,6 +85,56 @@ def shared() -> Iterator[None]:
 def forget_process(pid: int) -> None:
     """A process that has ended: what it counted stays, what it held is gone."""
     mark_process_dead(pid)  # type: ignore[no-untyped-call]
+
+
+class _File(MmapedDict):
+    """What a process counts of one type, in a file that the others read. The file is mapped, and to write to a map
+    that the disk has no room for is a process's end (SIGBUS): so its blocks are there before they are written to,
+    and series that there is no room for are not counted."""
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._capacity, self._positions = 0, {}
+
+    def read_value(self, key: str) -> tuple[float, float]:
+        """Asked once for each series, before it is written."""
+        try:
+            if not self._capacity:
+                self._create()
+            if self._used + len(key.encode()) + _ENTRY > self._capacity:
+                with self._path.open("ab") as file:
+                    file.write(bytes(self._capacity))
+            value: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
+        except OSError as error:
+            _say_left_out(self._path.parent, error.strerror)
+            return 0.0, 0.0
+        return value
+
+    def write_value(self, key: str, value: float, timestamp: float) -> None:
+        if key in self._positions:
+            super().write_value(key, value, timestamp)  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        if self._capacity:
+            super().close()  # type: ignore[no-untyped-call]
+
+    def _create(self) -> None:
+        whole = self._path.with_suffix(".new")  # which nobody reads
+        try:
+            whole.write_bytes(bytes(_FIRST_SIZE))
+            whole.rename(self._path)
+        finally:
+            whole.unlink(missing_ok=True)
+        super().__init__(str(self._path))  # type: ignore[no-untyped-call]
+
+
+@functools.cache
+def _say_left_out(directory: Path, trouble: str) -> None:
+    """Once a process."""
+    log.error("metrics of this process are incomplete: %s: %s", directory, trouble)
+
+
+values.MmapedDict = _File  # type: ignore[attr-defined, assignment]
 
 
 class Histogram(prometheus_client.Histogram):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -76,3 +79,36 @@ def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> 
 
     asyncio.run(later())
     assert [sample(plain, "requests_total", model="m", status=each, client="c") for each in ("200", "400")] == [1, 1]
+
+
+def _many(told: Metrics, count: int) -> None:
+    """More series than a file has room for at first."""
+    for i in range(count):
+        told.requests.labels(f"a model with quite a long name, number {i}", "200", "c").inc()
+
+
+def test_files_have_their_blocks_before_they_are_written_to() -> None:
+    """A map of a file with holes is a process's end on a full disk."""
+    with metrics.shared():
+        _many(Metrics(), 1000)
+        files = [file.stat() for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).iterdir()]
+    assert max(file.st_size for file in files) > 100_000
+    assert [file for file in files if file.st_blocks * 512 < file.st_size] == []
+
+
+def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with metrics.shared():
+        told = Metrics()
+        told.requests.labels("first", "200", "c").inc()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            _many(told, 1000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        told.requests.labels("first", "200", "c").inc()
+        text = told.exposition().decode()
+    assert P + 'requests_total{client="c",model="first",status="200"} 2.0' in text
+    assert 'number 1"' in text
+    assert 'number 999"' not in text
+    assert caplog.text.count("File too large") == 1

@@ -230,6 +230,22 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
         until(lambda: not answers(url), (tmp_path / "log").read_text)
 
 
+def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (32_000, hard))
+    try:
+        process = start(tmp_path, "--port", "0", *TWO)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with process:
+        url = address(tmp_path / "log", process)
+        assert {embed(url, f"{i}").status_code for i in range(20)} == {200}
+        assert httpx.get(f"{url}/metrics").status_code == 200
+        log = (tmp_path / "log").read_text()
+        assert "is replaced" not in log
+        assert log.count("File too large") == 3, "once by each process"
+
+
 async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code() -> None:
     settings = settings_of({"server": {"workers": 2}})
     with shared(), socket.create_server(("127.0.0.1", 0)) as listener:

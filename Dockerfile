@@ -34,10 +34,11 @@ RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
 FROM python:3.13-slim-trixie
 
 # A fixed, high uid: Kubernetes' runAsNonRoot needs a number, and no host account should share it.
-# /data is where a disk cache may live; a named volume mounted there inherits the owner.
+# /data is where a disk cache may live; a named volume mounted there inherits the owner. It is the root group's too, which
+# is what OpenShift gives the arbitrary uid that it runs a container with.
 RUN groupadd --gid 10001 gateway \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin gateway \
- && install --directory --owner=10001 --group=10001 --mode=0750 /data
+ && install --directory --owner=10001 --group=0 --mode=0770 /data
 
 COPY --from=build /opt/venv /opt/venv
 

@@ -202,6 +202,14 @@ def test_image_runs_as_a_numeric_non_root_user_and_gets_signals_itself() -> None
     )
 
 
+def test_any_user_of_the_root_group_can_use_the_working_directory() -> None:
+    # https://docs.redhat.com/en/documentation/openshift_container_platform/4.19/html/images/creating-images
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    (made,) = re.findall(r"install --directory (.*) /data$", text, re.MULTILINE)
+    assert {"--group=0", "--mode=0770"} <= set(made.split())
+    assert re.search(r"^WORKDIR /data$", text, re.MULTILINE)
+
+
 def test_build_context_holds_all_the_dockerfile_copies_and_nothing_else() -> None:
     ignore = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in ignore if line and not line.startswith("#")]

@@ -88,8 +88,14 @@ def from_text(text: str, kinds: Mapping[str, Kind]) -> Settings:
 
 def find_file(path: str | None, environ: Mapping[str, str], cwd: Path) -> str | None:
     """The file that counts, as it was named; None where there is none. A file that is named need not exist."""
-    default = DEFAULT_FILE if (cwd / DEFAULT_FILE).exists() else None
-    return path or environ.get(VARIABLE) or default
+    return path or environ.get(VARIABLE) or (DEFAULT_FILE if _is_there(cwd / DEFAULT_FILE) else None)
+
+
+def _is_there(file: Path) -> bool:
+    try:
+        return file.exists()
+    except OSError:  # in a directory that whoever runs this may not look into
+        return False
 
 
 def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -> None:

@@ -133,3 +133,11 @@ def test_the_contracts_variables_switch_the_real_types_on(
 def test_a_running_ollama_is_found_on_its_default_port(tmp_path: Path) -> None:
     found = load(None, {}, UPSTREAMS, cwd=tmp_path, listening=lambda *at: at == ("127.0.0.1", 11434))
     assert set(found.upstreams) == {"ollama"}
+
+
+def test_a_directory_that_cannot_be_looked_into_has_no_file(tmp_path: Path) -> None:
+    unusable = tmp_path / ("x" * 300)
+    (tmp_path / "named.yaml").write_text("upstreams: {a: {type: plain}}")
+    assert list(load(None, {}, KINDS, cwd=unusable, listening=nobody_listens).upstreams) == ["plain"]
+    named = load(str(tmp_path / "named.yaml"), {}, KINDS, cwd=unusable, listening=nobody_listens)
+    assert list(named.upstreams) == ["a"]

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
@@ -20,6 +21,7 @@ from app.config.source import Given, Source
 from app.errors import GatewayError
 from app.gateway import Gateway
 from app.main import App, create_app, warn_if_open
+from app.metrics import shared
 from app.pipeline.deployment import Deployment
 from app.registry import PublicModel
 from app.serve import CannotListen, listen, serve, serve_workers
@@ -102,6 +104,17 @@ def _add_logging(command: argparse.ArgumentParser) -> None:
     command.add_argument("--log-level", choices=levels, default="info", help="default info")
 
 
+def _show(line: str) -> None:
+    """A line of what was asked for. Where nobody takes it, the program ends; quietly, if they have seen enough."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again at its end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(128 + signal.SIGPIPE)
+        _fail([f"cannot write: {error.strerror}"])
+
+
 def _fail(lines: Sequence[str]) -> NoReturn:
     for line in lines:
         print(line, file=sys.stderr)
@@ -135,7 +148,13 @@ def _serve(options: argparse.Namespace) -> None:
         logging_as = ["--log-format", options.log_format, "--log-level", options.log_level]
         return python("worker", *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
 
-    sys.exit(serve_workers(create_app(settings, stores=[]), command, listener, source=source, admin=admin))
+    try:
+        temporary = tempfile.TemporaryDirectory(prefix="embedding-gateway-")
+    except OSError as error:
+        _fail([f"several workers need a temporary directory: {error.strerror}"])
+    app = create_app(settings, stores=[])  # its own metrics are to be none of those that are shared
+    with temporary as directory, shared(directory):
+        sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -229,7 +248,7 @@ async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
         rows += [_row(name, public) for name, public in sorted(gateway.names.items()) if _listed(name, public)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            _show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
         wrong = gateway.unfit() + (gateway.unserved() if complete else [])
         return wrong + (await _probe(gateway) if probe else [])
@@ -261,7 +280,7 @@ async def _probe(gateway: Gateway) -> list[str]:
     failed = [f"{name}: cannot list its models: {each.trouble}" for name, each in upstreams if each.trouble]
     for name, deployment in sorted(deployments.items()):
         trouble = await _try(deployment)
-        print(f"probe {name}: {trouble or 'ok'}")
+        _show(f"probe {name}: {trouble or 'ok'}")
         if trouble:
             failed.append(f"{name}: {trouble}")
     return failed

@@ -11,7 +11,6 @@ import functools
 import logging
 import math
 import os
-import tempfile
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -69,17 +68,16 @@ _Merge = Literal["livesum", "livemin", "livemax"]
 
 
 @contextlib.contextmanager
-def shared() -> Iterator[None]:
+def shared(directory: str) -> Iterator[None]:
     """As long as the block runs, this process's scrapes tell of all processes that it starts, and of what it counts
-    itself from here on: over files in a directory of this run's own. Raises `OSError`."""
-    with tempfile.TemporaryDirectory(prefix="embedding-gateway-") as directory:
-        os.environ[_DIRECTORY] = directory
-        values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
-        try:
-            yield
-        finally:
-            del os.environ[_DIRECTORY]
-            values.ValueClass = values.MutexValue
+    itself from here on, over files in this directory."""
+    os.environ[_DIRECTORY] = directory
+    values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        del os.environ[_DIRECTORY]
+        values.ValueClass = values.MutexValue
 
 
 def forget_process(pid: int) -> None:

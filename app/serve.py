@@ -20,7 +20,7 @@ from app.config import Settings
 from app.config.source import Source
 from app.config.watch import Watch
 from app.main import App
-from app.metrics import ConfigMetrics, shared
+from app.metrics import ConfigMetrics
 from app.protocol import Outbox, Protocol
 from app.workers import Orders, Workers
 
@@ -40,8 +40,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 class CannotListen(Exception):
     """The address cannot be had. The text is for whoever started the program."""
 
-    def __init__(self, host: str, port: int, error: OSError) -> None:
-        super().__init__(f"cannot listen on {host}:{port}: {error.strerror}")
+    def __init__(self, host: str, port: int, reason: str | None) -> None:
+        super().__init__(f"cannot listen on {host}:{port}: {reason}")
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -56,7 +56,9 @@ def listen(host: str, port: int) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
     except OSError as error:
-        raise CannotListen(host, port, error) from None
+        raise CannotListen(host, port, error.strerror) from None
+    except UnicodeError:
+        raise CannotListen(host, port, "not the name of a host") from None
     return listener
 
 
@@ -66,7 +68,7 @@ def _begin(listener: socket.socket) -> None:
     try:
         listener.listen(BACKLOG)
     except OSError as error:
-        raise CannotListen(host, port, error) from None
+        raise CannotListen(host, port, error.strerror) from None
 
 
 def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda: None, **more: Any) -> uvicorn.Config:
@@ -240,8 +242,8 @@ def serve_workers(
 ) -> int:
     """Several processes behind one listener, which they inherit. `command` starts one, given its orders' descriptor.
 
-    `app` is not served here, only its /metrics, which tell of all workers. The configuration is read again here, once
-    for all of them. Returns the exit code. Raises `CannotListen`.
+    `app` is not served here, only its /metrics, which tell of all workers where metrics are `shared`. The
+    configuration is read again here, once for all of them. Returns the exit code. Raises `CannotListen`.
     """
     allow_connections()
     workers = Workers(command, app.settings, listener)
@@ -267,5 +269,5 @@ def serve_workers(
         finally:
             watching.cancel()
 
-    with shared(), asyncio.Runner(loop_factory=config_of(app, app.settings).get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=config_of(app, app.settings).get_loop_factory()) as runner:
         return runner.run(both())

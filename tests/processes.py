@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import socket
 import subprocess
 import sys
@@ -33,6 +34,17 @@ def run(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path) -> sub
         [sys.executable, "-m", "app", *arguments],
         env=environment(**(env or {})), cwd=cwd, capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
+
+
+@contextmanager
+def limited(what: int, soft: int) -> Iterator[None]:
+    """This process, and what it starts within, gets no more of this (`resource.RLIMIT_…`)."""
+    before, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (before, hard))
 
 
 class Program(subprocess.Popen[str]):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import resource
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from app import metrics
 from app.metrics import Metrics
+from tests.processes import limited
 
 P = "embedding_gateway_"
 
@@ -87,25 +87,23 @@ def _many(told: Metrics, count: int) -> None:
         told.requests.labels(f"a model with quite a long name, number {i}", "200", "c").inc()
 
 
-def test_files_have_their_blocks_before_they_are_written_to() -> None:
+def test_files_have_their_blocks_before_they_are_written_to(tmp_path: Path) -> None:
     """A map of a file with holes is a process's end on a full disk."""
-    with metrics.shared():
+    with metrics.shared(str(tmp_path)):
         _many(Metrics(), 1000)
-        files = [file.stat() for file in Path(os.environ["PROMETHEUS_MULTIPROC_DIR"]).iterdir()]
+        files = [file.stat() for file in tmp_path.iterdir()]
     assert max(file.st_size for file in files) > 100_000
     assert [file for file in files if file.st_blocks * 512 < file.st_size] == []
 
 
-def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with metrics.shared():
+def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with metrics.shared(str(tmp_path)):
         told = Metrics()
         told.requests.labels("first", "200", "c").inc()
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-        try:
+        with limited(resource.RLIMIT_FSIZE, 100_000):
             _many(told, 1000)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         told.requests.labels("first", "200", "c").inc()
         text = told.exposition().decode()
     assert P + 'requests_total{client="c",model="first",status="200"} 2.0' in text

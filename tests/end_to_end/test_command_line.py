@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import re
+import resource
 import signal
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +18,19 @@ import pytest
 
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI, faults
-from tests.processes import address, answers, free_port, metric, run, serving, start, start_into, until
+from tests.processes import (
+    address,
+    answers,
+    environment,
+    free_port,
+    limited,
+    metric,
+    run,
+    serving,
+    start,
+    start_into,
+    until,
+)
 
 
 def test_with_nothing_configured_the_built_in_model_serves(tmp_path: Path) -> None:
@@ -90,6 +105,36 @@ def test_a_port_that_is_taken_is_one_readable_line(tmp_path: Path) -> None:
         done = run("serve", "--port", str(port), cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"cannot listen on 127.0.0.1:{port}: Address already in use\n"
+
+
+def test_a_host_that_can_be_no_name_is_one_readable_line(tmp_path: Path) -> None:
+    done = run("serve", "--host", "a..b", "--port", "0", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "cannot listen on a..b:0: not the name of a host\n")
+
+
+def test_workers_without_a_temporary_directory_are_one_readable_line(tmp_path: Path) -> None:
+    with limited(resource.RLIMIT_FSIZE, 0):
+        done = run("serve", "--workers", "2", "--port", "0", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("several workers need a temporary directory: No usable temporary")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "said"),
+    [("reader gone", 141, ""), ("full disk", 2, "cannot write: No space left on device\n")],
+)
+@pytest.mark.parametrize("buffered", ["", "1"])
+def test_a_check_whose_answer_nobody_takes_ends_without_ado(
+    tmp_path: Path, kind: str, code: int, said: str, buffered: str
+) -> None:
+    command = [sys.executable, "-m", "app", "check"]
+    env = environment(PYTHONUNBUFFERED=buffered)
+    with _taking_nothing(kind) as output:
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, stdout=output, stderr=subprocess.PIPE, text=True, timeout=60, check=False
+        )
+    assert (done.returncode, done.stderr) == (code, said)
 
 
 def test_mistakes_in_the_configuration_are_a_line_each_and_exit_2(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from app.metrics import shared
 from app.workers import Workers
 from tests.fakes import FakeOpenAI
 from tests.harness import settings_of
-from tests.processes import address, answers, free_port, metric, serving, start, until
+from tests.processes import address, answers, free_port, limited, metric, serving, start, until
 
 TWO = ("--workers", "2")
 
@@ -142,13 +142,9 @@ def test_a_port_that_is_lost_while_starting_is_one_readable_line(tmp_path: Path,
 @pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
 def test_as_many_connections_may_be_open_as_the_system_allows(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, hard - 1), hard))
-    try:
-        with serving(tmp_path, *arguments) as (_, process):
-            for each in (process.pid, *workers(process.pid)):
-                assert resource.prlimit(each, resource.RLIMIT_NOFILE) == (hard, hard)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with limited(resource.RLIMIT_NOFILE, min(soft, hard - 1)), serving(tmp_path, *arguments) as (_, process):
+        for each in (process.pid, *workers(process.pid)):
+            assert resource.prlimit(each, resource.RLIMIT_NOFILE) == (hard, hard)
 
 
 def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path) -> None:
@@ -231,12 +227,8 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
 
 
 def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (32_000, hard))
-    try:
+    with limited(resource.RLIMIT_FSIZE, 32_000):
         process = start(tmp_path, "--port", "0", *TWO)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     with process:
         url = address(tmp_path / "log", process)
         assert {embed(url, f"{i}").status_code for i in range(20)} == {200}
@@ -246,8 +238,8 @@ def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) 
         assert log.count("File too large") == 3, "once by each process"
 
 
-async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code() -> None:
+async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(tmp_path: Path) -> None:
     settings = settings_of({"server": {"workers": 2}})
-    with shared(), socket.create_server(("127.0.0.1", 0)) as listener:
+    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         broken = Workers(lambda _: [sys.executable, "-c", "raise SystemExit(3)"], settings, listener)
         assert await broken.run() == 3

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import orjson
 import structlog
@@ -29,6 +29,7 @@ RETRY = 0.25
 
 _PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
 """What logfmt takes without quotes."""
+_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]").sub
 _MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
 """How a timestamp ends: looked up sooner than written."""
 
@@ -240,27 +241,34 @@ def configure(form: Format, level: str) -> None:
 
     For the command line only: a process has one root logger.
     """
+    handler = Messages(Output(sys.stderr.fileno()))
+    handler.setFormatter(formatter(form))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    # It tells of its own start and stop, which the lines before and after tell better.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def formatter(form: Format) -> logging.Formatter:
+    """A message to a line, in which nothing is left that a terminal would act on."""
     chain: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
         structlog.processors.TimeStamper(fmt="iso"),
     ]
-    renderer: structlog.typing.Processor
+    renderers: list[structlog.typing.Processor]
     if form == "json":
-        renderer = structlog.processors.JSONRenderer(serializer=lambda data, **_: orjson.dumps(data).decode())
+        renderers = [structlog.processors.JSONRenderer(serializer=lambda data, **_: orjson.dumps(data).decode())]
     else:
-        renderer = structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"])
-    handler = Messages(Output(sys.stderr.fileno()))
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=chain,
-            processors=[
-                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
-                structlog.processors.format_exc_info,
-                renderer,
-            ],
-        )
+        renderers = [structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]), _printable]
+    return structlog.stdlib.ProcessorFormatter(
+        foreign_pre_chain=chain,
+        processors=[
+            structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+            structlog.processors.format_exc_info,
+            *renderers,
+        ],
     )
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # It tells of its own start and stop, which the lines before and after tell better.
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+
+
+def _printable(_logger: object, _method: str, line: Any) -> str:
+    return _CONTROLS(lambda found: found[0].encode("unicode_escape").decode(), line)

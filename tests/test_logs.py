@@ -131,6 +131,14 @@ def _message(text: str, *values: object) -> logging.LogRecord:
     return logging.LogRecord("app", logging.WARNING, "", 0, text, values, None)
 
 
+def test_no_message_has_a_terminal_do_anything() -> None:
+    """Messages hold what upstreams say."""
+    said = "up: \x1b[31mred\r\nlevel=info \x9b2J \x7f \u2028next \u00fcber \u4e2d\u6587"
+    line = logs.formatter("text").format(_message("%s", said))
+    assert r"up: \x1b[31mred\r\nlevel=info \x9b2J \x7f \u2028next über 中文" in line
+    assert line.isprintable()
+
+
 def test_messages_that_a_log_does_not_take_wait_and_what_comes_on_top_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -8,6 +8,7 @@ import ipaddress
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import httpx
 
@@ -101,7 +102,9 @@ class App:
             raise RuntimeError(f"no {scope['type']} here")
         if self.draining:
             send = _last(send)
-            scope.get("extensions", {}).pop("respond", None)  # goes by `send`, then
+            extensions = scope.get("extensions", {})
+            if "respond" in extensions:
+                extensions["respond"] = partial(extensions["respond"], last=True)
         now = self._now
         now.inside += 1
         try:

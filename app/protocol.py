@@ -24,6 +24,9 @@ HEAD_TIMEOUT = 30.0
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers, or of what is neither these nor a body (trailers); what goes on is refused."""
 
+LAST_CALL = 5
+"""Seconds in which a caller must take some of its answer when the server stops, or it is waited for no longer."""
+
 FEW = 16
 """Requests that wait for the one before them, up to which more is read."""
 
@@ -91,8 +94,9 @@ class Protocol(HttpToolsProtocol):
     Three extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
     lost. `scope["extensions"]["body"]` gives the whole body, or None where it has not come yet and `receive` is to be
     asked, which takes coroutines and an event. `scope["extensions"]["respond"]` sends a whole response, head (without
-    the empty line that ends it) and body in pieces, at once; `send` takes two system calls for it and looks at each
-    header for what ours do not hold.
+    the empty line that ends it) and body in pieces, at once, and returns when the caller has taken it, or is gone;
+    `send` takes two system calls for it, looks at each header for what ours do not hold, and leaves to the connection
+    what is not taken.
     """
 
     _head = b""
@@ -207,14 +211,19 @@ class Protocol(HttpToolsProtocol):
         body, cycle.body = bytes(cycle.body), bytearray()
         return body
 
-    async def _respond(self, head: bytes, body: list[bytes], size: int) -> None:
-        """What `send` does with a response that is all there and has a content-length, which is `size`."""
+    async def _respond(self, head: bytes, body: list[bytes], size: int, until: float, *, last: bool = False) -> None:
+        """What `send` does with a response that is all there and has a content-length, which is `size`; and waits until
+        it is taken, but for what a transport keeps without a word (64 KiB; what reading takes is as much). `last` makes
+        it the last on its connection. Raises `TimeoutError` if it was not by `until`, on the event loop's clock: then
+        the connection was ended."""
         cycle = self._running
         assert cycle is not None
         if self.flow.write_paused and not cycle.disconnected:
-            await self.flow.drain()
+            await self._take(until)
         if cycle.disconnected:
             return
+        if last:
+            cycle.keep_alive = False
         cycle.response_started = True
         cycle.waiting_for_100_continue = False
         end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
@@ -226,6 +235,18 @@ class Protocol(HttpToolsProtocol):
         cycle.message_event.set()
         # A request behind this one begins in a turn of its own: its response cannot be written before this one's.
         cycle.on_response()
+        if self.flow.write_paused:
+            await self._take(until)
+
+    async def _take(self, until: float) -> None:
+        """Waits until the caller has taken what was written, or is gone; by `until` it is."""
+        try:
+            async with asyncio.timeout_at(until):
+                await self.flow.drain()
+        except TimeoutError:
+            self.transport.abort()
+            await self.flow.drain()  # which its loss ends
+            raise
 
     # --- keep-alive: a timer that looks how long it has been idle, in place of a new one for every request ------
 
@@ -248,7 +269,7 @@ class Protocol(HttpToolsProtocol):
     def timeout_keep_alive_handler(self) -> None:
         """Ends a connection that is idle, and one whose caller takes nothing of what is written."""
         self.timeout_keep_alive_task = None
-        untaken = (self.transport.get_write_buffer_size(), _unsent(self.transport), self._idle_since)
+        untaken = self._look()
         if untaken[0]:
             if untaken == self._untaken:
                 self.transport.abort()
@@ -264,12 +285,22 @@ class Protocol(HttpToolsProtocol):
         else:
             super().timeout_keep_alive_handler()
 
+    def _look(self) -> tuple[int, int, float]:
+        """What `_untaken` keeps, as it is now."""
+        return self.transport.get_write_buffer_size(), _unsent(self.transport), self._idle_since
+
     def _unset_keepalive_if_required(self) -> None:
         """Whatever arrives, the timer stays."""
 
     def shutdown(self) -> None:
+        """As the server does it; and who takes nothing is not waited for as long as usual."""
         self._outbox.flush()
         super().shutdown()
+        super()._unset_keepalive_if_required()
+        self.timeout_keep_alive = LAST_CALL
+        self._untaken = self._look()
+        if self._untaken[0]:
+            self._look_again_in(LAST_CALL)
 
     def on_message_begin(self) -> None:
         self._between_requests = False

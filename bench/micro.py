@@ -87,8 +87,8 @@ class Caller:
             def at_hand(body: bytes = body) -> bytes:
                 return body
 
-            async def respond(head: bytes, body: list[bytes], size: int, number: int = number) -> None:
-                del head, size
+            async def respond(head: bytes, body: list[bytes], size: int, until: float, number: int = number) -> None:
+                del head, size, until
                 self.answers = [(number, b"".join(body))]
 
             extensions = {"hang_up": set(), "body": at_hand, "respond": respond}

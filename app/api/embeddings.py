@@ -93,6 +93,8 @@ class _Exchange(Struct):
     """On the event loop's clock, which deadlines are on and which may tell milliseconds only."""
     began: float
     """On `time.perf_counter`, for durations."""
+    place: Place
+    """Among those inside, until the answer is taken."""
     tenant: Tenant = ANONYMOUS
     quota: Quota | None = None
     counted: bool = True
@@ -121,34 +123,38 @@ class Embeddings:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
         sent = dict(scope["headers"])
-        exchange = _Exchange(sent, request_id(sent), asyncio.get_running_loop().time(), time.perf_counter())
-        status, error = 200, None
-        try:
-            status, headers, body = await self._answer(exchange, scope, receive, path_model)
-        except ClientGone:
-            self._record(exchange, 499, None)
-            return
-        except GatewayError as failure:
-            status, error = failure.status, failure
-            if failure.model is not None:
-                exchange.public = self._gateway.names.get(failure.model)
-        except Exception:
-            log.exception("request %s failed", exchange.id.decode())
-            error = GatewayError("internal error")
-            status = error.status
-        if error is not None:
-            headers, body = render.error_headers(error), [render.error_body(error)]
-            if isinstance(error, MethodNotAllowed):
-                headers.append((b"allow", b"POST"))
-            if exchange.reading:
-                # The rest of the body will not be read, so the connection cannot carry another request.
-                headers.append((b"connection", b"close"))
-        if exchange.quota is not None:
-            if not exchange.counted:
-                exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
-            headers += render.limit_headers(exchange.quota.standings())
-        self._record(exchange, status, error)
-        await self._send(exchange, scope, receive, send, status, headers, body)
+        now, began = asyncio.get_running_loop().time(), time.perf_counter()
+        with Place(self._gateway.room) as place:
+            exchange = _Exchange(sent, request_id(sent), now, began, place)
+            status, error = 200, None
+            try:
+                status, headers, body = await self._answer(exchange, scope, receive, path_model)
+            except ClientGone:
+                self._record(exchange, 499, None)
+                return
+            except GatewayError as failure:
+                status, error = failure.status, failure
+                if failure.model is not None:
+                    exchange.public = self._gateway.names.get(failure.model)
+            except Exception:
+                log.exception("request %s failed", exchange.id.decode())
+                error = GatewayError("internal error")
+                status = error.status
+            if error is not None:
+                place.leave()  # there is little to send, but it may be long until the rest of the body has come
+                headers, body = render.error_headers(error), [render.error_body(error)]
+                if isinstance(error, MethodNotAllowed):
+                    headers.append((b"allow", b"POST"))
+                if exchange.reading:
+                    # The rest of the body will not be read, so the connection cannot carry another request.
+                    headers.append((b"connection", b"close"))
+            if exchange.quota is not None:
+                if not exchange.counted:
+                    exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
+                headers += render.limit_headers(exchange.quota.standings())
+            self._record(exchange, status, error)
+            exchange.result = None  # until it is taken an answer is in memory once, as bytes
+            await self._send(exchange, scope, receive, send, status, headers, body)
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
@@ -163,10 +169,11 @@ class Embeddings:
             # Before it takes room: who floods takes none from others.
             exchange.quota.check()
             exchange.counted = False
-        deadline = exchange.started + self._server.request_timeout
+        deadline, place = exchange.started + self._server.request_timeout, exchange.place
         try:
             guard = Guard(deadline, self._deadlines)
-            with guard, Place(self._gateway.room) as place:
+            with guard:
+                place.enter()
                 self._check_head(exchange.headers)
                 raw = self._at_hand(scope, place) or await self._read(receive, place)
                 exchange.reading = False
@@ -272,7 +279,11 @@ class Embeddings:
         )
         respond = scope.get("extensions", {}).get("respond") if status == 200 else None
         if respond is not None:
-            await respond(render.head(headers), body, size)
+            exchange.place.hold_answer(size)
+            try:
+                await respond(render.head(headers), body, size, exchange.started + self._server.request_timeout)
+            except TimeoutError:  # the connection is gone: there is nobody left to tell
+                self._metrics.rejected_requests.labels("answer_not_taken").inc()
             return
         whole = b"".join(body)
         await send({"type": "http.response.start", "status": status, "headers": headers})

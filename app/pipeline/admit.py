@@ -1,4 +1,5 @@
-"""Refuses before anything is spent: no more requests, and no more bytes of them, than the gateway has room for."""
+"""Refuses before anything is spent: no more requests, and no more bytes of them and of their answers, than the gateway
+has room for."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ class Room:
     """How much is left, over all models. What queues for an upstream is inside: this bounds the queues."""
 
     def __init__(self, requests: int, size: int, metrics: Metrics) -> None:
-        """`size`: bytes of request bodies."""
+        """`size`: bytes of request bodies, and of answers that are not taken yet."""
         self.requests, self.size = requests, size
         self._whole = requests, size
         self.inside = metrics.tally(metrics.inflight_requests)
@@ -26,22 +27,26 @@ class Room:
 
 
 class Place:
-    """A request's, to be entered before its body is read: a context for as long as it is inside."""
+    """A request's, from before its body is read until its answer is taken: a context that leaves it in any case."""
 
-    __slots__ = ("_held", "_room")
+    __slots__ = ("_held", "_inside", "_room")
 
     def __init__(self, room: Room) -> None:
         self._room = room
         self._held = 0
+        self._inside = False
 
     def __enter__(self) -> Place:
+        return self
+
+    def enter(self) -> None:
         """Raises `Overloaded` at once if there is no room."""
         room = self._room
         if room.requests <= 0:
             raise Overloaded("the gateway is at its limit of requests in flight", retry_after=1)
         room.requests -= 1
         room.inside.inc()
-        return self
+        self._inside = True
 
     def hold(self, size: int) -> None:
         """Takes room for so many bytes, in all, of the request. Raises `Overloaded` at once if there is none."""
@@ -52,8 +57,20 @@ class Place:
             self._room.size -= more
             self._held = size
 
+    def hold_answer(self, size: int) -> None:
+        """Takes room for so many bytes in place of the request's, whether there is any or not: what is answered was
+        paid for. It is those who come next that are refused."""
+        self._room.size += self._held - size
+        self._held = size
+
+    def leave(self) -> None:
+        """Gives back what was taken, once."""
+        if self._inside:
+            room = self._room
+            room.requests += 1
+            room.size += self._held
+            room.inside.dec()
+            self._inside = False
+
     def __exit__(self, *exc_info: object) -> None:
-        room = self._room
-        room.requests += 1
-        room.size += self._held
-        room.inside.dec()
+        self.leave()

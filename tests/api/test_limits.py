@@ -9,15 +9,16 @@ import logging
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
 
+from app import protocol
 from app.types import EmbedRequest, EmbedResult
-from tests.api.support import MODEL, config, error_of, head, log_lines, post, settled, wire
+from tests.api.support import MODEL, Wire, config, error_of, head, log_lines, post, settled, wire
 from tests.fakes import FakeOpenAI, faults
 from tests.harness import Running, running
 
@@ -167,6 +168,109 @@ def test_no_refusal_keeps_the_room_it_took(data: bytes, status: int, fake: FakeO
                 connection.send(data)
                 assert connection.must_reply().status_code == status
         assert gateway.post(body("room")).status_code == 200
+
+
+# --- nobody reads -------------------------------------------------------------------------------------------------
+
+BIG = {"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}
+"""Its answer is far more than the system's buffers hold."""
+SMALL = {"model": "lexical", "input": "x", "dimensions": 64}
+
+
+@contextmanager
+def lexical(**server: Any) -> Iterator[Running]:
+    with running({"upstreams": {"lexical": {"type": "lexical"}}, "server": server}) as gateway:
+        yield gateway
+
+
+@contextmanager
+def unread(gateway: Running, *behind: bytes, last: str = "Connection: keep-alive") -> Iterator[Wire]:
+    """A connection over which a big answer comes of which nothing is read."""
+    answers = len(log_lines(gateway))
+    with wire(gateway.url) as connection:
+        connection.send(b"".join((post(BIG, last), *behind)))
+        settled(gateway, lambda: len(log_lines(gateway)) > answers)
+        assert statuses(gateway)[answers] == "200"
+        yield connection
+
+
+def test_an_answer_counts_among_the_requests_inside_until_it_is_taken() -> None:
+    with lexical(max_inflight=1) as gateway:
+        with unread(gateway) as connection:
+            assert gateway.metric("inflight_requests") == 1
+            assert gateway.post(SMALL).status_code == 503
+            for path in ("/healthz", "/readyz", "/metrics", "/v1/models"):
+                assert gateway.get(path).status_code == 200
+            assert len(json.loads(connection.must_reply().content)["data"]) == 2000
+            connection.send(post(SMALL))
+            assert connection.must_reply().status_code == 200
+            assert gateway.post(SMALL).status_code == 200
+        assert gateway.metric("rejected_requests_total", reason="answer_not_taken") == 0
+
+
+def test_its_bytes_count_in_place_of_the_requests() -> None:
+    with lexical(max_body="1MiB", max_inputs=2000, max_inflight_size="4MiB") as gateway:
+        room = gateway.app.gateway.room
+        with unread(gateway) as connection:
+            length = int(connection.reply(head_only=True).headers["content-length"])  # type: ignore[union-attr]
+            assert room.size == 4 * 2**20 - length < 0, "there was no room for it, but it was paid for"
+            refused = gateway.post(SMALL)
+            assert (refused.status_code, "bytes" in error_of(refused)["message"]) == (503, True)
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
+        assert room.size == 4 * 2**20
+        assert gateway.post(SMALL).status_code == 200
+
+
+def test_a_caller_that_hangs_up_on_its_answer_leaves_its_place() -> None:
+    with lexical(max_inflight=1) as gateway:
+        with unread(gateway):
+            assert gateway.metric("inflight_requests") == 1
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
+        assert gateway.post(SMALL).status_code == 200
+        assert statuses(gateway) == ["200", "200"], "it was answered"
+
+
+@pytest.mark.parametrize("last", ["Connection: keep-alive", "Connection: close"])
+@pytest.mark.parametrize("behind", [[], [post(SMALL)], [post(BIG)]], ids=["alone", "before a small one", "a big one"])
+def test_an_answer_that_is_not_taken_in_the_requests_time_is_dropped(last: str, behind: list[bytes]) -> None:
+    with lexical(request_timeout="2s") as gateway, unread(gateway, *behind, last=last) as connection:
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
+        reply = connection.must_reply()
+        assert len(reply.content) < int(reply.headers["content-length"])
+        assert gateway.metric("rejected_requests_total", reason="answer_not_taken") >= 1
+
+
+@pytest.mark.parametrize("last", ["Connection: keep-alive", "Connection: close"])
+def test_who_stops_does_not_wait_for_those_who_take_nothing(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "LAST_CALL", 1)
+    with ExitStack() as callers, lexical() as gateway:
+        for _ in range(2):
+            callers.enter_context(unread(gateway, last=last))
+
+
+def test_an_answer_that_is_given_while_stopping_counts_as_long() -> None:
+    with lexical(max_inflight=1) as gateway:
+        gateway.app.drain()
+        with unread(gateway) as connection:
+            assert gateway.metric("inflight_requests") == 1
+            assert connection.must_reply().headers["connection"] == "close"
+            assert connection.closed
+
+
+def test_an_answer_that_is_taken_at_once_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[object] = []
+
+    async def take(*about: object) -> None:
+        waited.append(about)
+
+    monkeypatch.setattr(protocol.Protocol, "_take", take)
+    with lexical() as gateway, wire(gateway.url) as connection:
+        for _ in range(3):
+            connection.send(post(SMALL) * 5)
+            assert [connection.must_reply().status_code for _ in range(5)] == [200] * 5
+        assert not waited
+        with unread(gateway):
+            assert waited, "as others are"
 
 
 # --- no time ------------------------------------------------------------------------------------------------------

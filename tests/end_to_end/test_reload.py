@@ -359,16 +359,21 @@ async def test_who_is_inside_counts_on() -> None:
 
     app = create_app(settings(2))
     await app.gateway.start()
-    with Place(app.gateway.room), Place(app.gateway.room):
+    with Place(app.gateway.room) as one, Place(app.gateway.room) as two:
+        one.enter()
+        two.enter()
         for most, fits in ((1, False), (2, False), (3, True)):
             await app._change_to(settings(most))
-            with contextlib.suppress(Overloaded), Place(app.gateway.room):
+            with contextlib.suppress(Overloaded), Place(app.gateway.room) as three:
+                three.enter()
                 assert fits
                 continue
             assert not fits
     await app._change_to(settings(1))
-    with Place(app.gateway.room), pytest.raises(Overloaded), Place(app.gateway.room):
-        pass
+    with Place(app.gateway.room) as one, Place(app.gateway.room) as two:
+        one.enter()
+        with pytest.raises(Overloaded):
+            two.enter()
     await asyncio.gather(*app._tasks)
     await app.gateway.aclose()
 

@@ -12,6 +12,7 @@ import fcntl
 import re
 import sys
 import termios
+from collections import deque
 from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
@@ -30,6 +31,9 @@ LAST_CALL = 5
 FEW = 16
 """Requests that wait for the one before them, up to which more is read."""
 
+_PIECE = 16 * 2**10
+"""Bytes that are parsed before it is looked again how many requests wait. A read of the socket has up to 256 KiB, which
+may be 10,000 requests; parsed, each takes 30 times the memory."""
 _LONG = 32 * 2**10
 """Bytes of a body from which handing its pieces over is cheaper than joining them, and a write of its own cheaper than
 waiting for others."""
@@ -118,8 +122,21 @@ class Protocol(HttpToolsProtocol):
         self._outbox, self._refused = outbox, refused
         self._hang_up: set[Callable[[], None]] = set()
         self._running: RequestResponseCycle | None = None
+        self._unparsed: deque[bytes] = deque()
+        """Pieces of what was read behind more requests than a few: while there are any, nothing more is read."""
 
     def data_received(self, data: bytes) -> None:
+        if len(data) <= _PIECE and not self._unparsed:
+            self._parse(data)
+        else:
+            self._unparsed.extend(data[i : i + _PIECE] for i in range(0, len(data), _PIECE))
+            self._parse_on()
+
+    def _parse_on(self) -> None:
+        while self._unparsed and len(self.pipeline) < FEW and not self.transport.is_closing():
+            self._parse(self._unparsed.popleft())
+
+    def _parse(self, data: bytes) -> None:
         if self._between_requests:
             data = self._head + data
             end = data.find(_END)
@@ -177,6 +194,8 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         super()._unset_keepalive_if_required()
         super().connection_lost(exc)
+        self.pipeline.clear()
+        self._unparsed.clear()
         # The server tells the request that came last; with others behind it that is not the one being answered.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
@@ -257,6 +276,7 @@ class Protocol(HttpToolsProtocol):
         if not self.transport.is_closing():
             if self.pipeline:
                 self._start_asgi_task(*self.pipeline.pop())
+            self._parse_on()
             self.flow.resume_reading()
         elif not self.transport.get_write_buffer_size():
             return
@@ -329,6 +349,7 @@ class Protocol(HttpToolsProtocol):
             # What is wrong came behind a request that is being answered, whose caller would take this for the answer.
             running.keep_alive = False
             self.pipeline.clear()
+            self._unparsed.clear()
             return
         self._refused()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
@@ -341,4 +362,5 @@ class Protocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # or its answer would be written to a connection that is closed
             self.cycle.message_event.set()
         self.pipeline.clear()
+        self._unparsed.clear()
         self.transport.close()

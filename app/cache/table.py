@@ -21,18 +21,21 @@ _TOUCHED = 10_000
 _ROW = 640
 """Bytes a row takes besides its value, at most: key twice, indexes, and what its last page leaves empty on average."""
 _ASIDE = 9
-"""Broken files that are kept."""
+"""Broken files that are kept, where only one is certainly ours."""
+_PAGE = 2**16
+"""Bytes of a file's first page, at most."""
 _EVICT = 16
 """Rows to let go at a time."""
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS embeddings (
+_COLUMNS = """(
     id INTEGER PRIMARY KEY,
     key BLOB NOT NULL UNIQUE,
     used INTEGER NOT NULL,
     written INTEGER NOT NULL,
     value BLOB NOT NULL
-);
+)"""
+_SCHEMA = f"""
+CREATE TABLE IF NOT EXISTS embeddings {_COLUMNS};
 CREATE INDEX IF NOT EXISTS by_use ON embeddings (used);
 """
 
@@ -190,14 +193,26 @@ class Table:
 
 def set_aside(path: str, inode: int | None = None) -> Path | None:
     """Moves the file to `….corrupt` and removes its log; with `inode`, only if it is still that file. Returns where it
-    is now, if it was moved. What lies there already may be somebody's document, named by a slip: it stays, unless it
-    was set aside many times."""
+    is now, if it was moved. What lies there already goes if it is a file of ours, so that broken ones do not add up;
+    if not, it may be somebody's document, named by a slip, and stays, unless it was set aside many times."""
     with suppress(FileNotFoundError):
         if inode is None or Path(path).stat().st_ino == inode:
             places = [Path(f"{path}.corrupt{number}") for number in ("", *range(2, _ASIDE + 1))]
+            for each in places:
+                if _is_ours(each):
+                    each.unlink(missing_ok=True)
             place = next((each for each in places if not each.exists()), places[-1])
             Path(path).replace(place)
             for suffix in ("-wal", "-shm"):
                 Path(path + suffix).unlink(missing_ok=True)
             return place
     return None
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether its first page still says that it is. SQLite keeps there how a table was made, word for word."""
+    try:
+        with file.open("rb") as content:
+            return _COLUMNS.encode() in content.read(_PAGE)
+    except OSError:
+        return False

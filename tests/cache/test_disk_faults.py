@@ -58,6 +58,22 @@ async def test_what_was_moved_aside_stays(opened: OpenDisk, path: Path, caplog: 
     ]
 
 
+async def test_of_our_own_broken_files_the_last_one_alone_is_kept(opened: OpenDisk, path: Path) -> None:
+    document = b"somebody's document, by a slip" * 100
+    path.write_bytes(document)
+    for number in range(4):
+        store = opened()
+        await store.put(entries([number]))
+        await store.close()
+        broken = b"x" * 100 + path.read_bytes()[100:]
+        path.write_bytes(broken)
+    store = opened()
+    assert await present(store, 3) == []
+    assert sorted(path.parent.glob("*.corrupt*")) == [Path(f"{path}.corrupt"), Path(f"{path}.corrupt2")]
+    assert Path(f"{path}.corrupt").read_bytes() == document
+    assert Path(f"{path}.corrupt2").read_bytes() == broken
+
+
 async def test_a_file_that_breaks_while_it_is_used_is_replaced(opened: OpenDisk, path: Path) -> None:
     first = opened()
     await first.put(entries(range(200), dimensions=1024))

@@ -38,15 +38,17 @@ class Orders:
     """A worker's end: what its parent tells it."""
 
     def __init__(self, descriptor: int, kinds: Mapping[str, Kind]) -> None:
-        """Waits for the first settings. Raises `EOFError` if the parent is gone."""
+        """Waits for settings, the first or what has been said since. Raises `EOFError` if the parent is gone."""
         self._socket = socket.socket(fileno=descriptor)
         self._received = bytearray()
-        while (text := self._next()) is None:
-            said = self._socket.recv(65536)
-            if not said:
+        said: list[str] = []
+        while not said:
+            received = self._socket.recv(65536)
+            if not received:
                 raise EOFError
-            self._received += said
-        self.given = Given(text, kinds)
+            self._received += received
+            said = self._said()
+        self.given = Given(said[-1], kinds)
         """What the parent said last."""
 
     def follow(self, *, stop: Callable[[], None], reload: Callable[[], None]) -> None:
@@ -61,8 +63,8 @@ class Orders:
             except OSError:
                 said = b""
             self._received += said
-            while (text := self._next()) is not None:
-                self.given.text = text
+            if texts := self._said():
+                self.given.text = texts[-1]
                 reload()
             if not said:
                 loop.remove_reader(self._socket)
@@ -75,14 +77,13 @@ class Orders:
         with contextlib.suppress(OSError):
             self._socket.send(UP)
 
-    def _next(self) -> str | None:
-        """The settings that were said next, if they have come whole."""
-        size = int.from_bytes(self._received[:_SIZE])
-        if len(self._received) < _SIZE + size:
-            return None
-        text = self._received[_SIZE : _SIZE + size].decode()
-        del self._received[: _SIZE + size]
-        return text
+    def _said(self) -> list[str]:
+        """The settings that have come whole since this was last asked, one after the other."""
+        texts: list[str] = []
+        while len(self._received) >= (end := _SIZE + int.from_bytes(self._received[:_SIZE])):
+            texts.append(self._received[_SIZE:end].decode())
+            del self._received[:end]
+        return texts
 
 
 class _Worker:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -15,8 +16,10 @@ import httpx
 import pytest
 import yaml
 
+from app.config.load import as_text
 from app.metrics import shared
-from app.workers import Workers
+from app.upstreams import UPSTREAMS
+from app.workers import Orders, Workers
 from tests.fakes import FakeOpenAI
 from tests.harness import settings_of
 from tests.processes import address, answers, free_port, limited, metric, serving, start, until
@@ -193,7 +196,8 @@ def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_l
             return metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "config_valid")
 
         def seen(path: str) -> list[httpx.Response]:
-            return [httpx.get(url + path) for _ in range(20)]  # a new connection each: of both workers
+            # A new connection each, so that both workers are asked; without certificates, which take longer than it.
+            return [httpx.get(url + path, verify=False) for _ in range(20)]
 
         models = {"more": {"deployments": [{"upstream": "built-in", "model": "lexical"}]}}
         file.write_text(yaml.safe_dump({"upstreams": upstreams, "models": models, "cache": {"memory": None}}))
@@ -216,6 +220,28 @@ def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_l
         process.send_signal(signal.SIGHUP)
         until(lambda: all(each.status_code == 404 for each in seen("/v1/models/more")), log)
         assert valid() == 1
+
+
+@pytest.mark.parametrize("cut", [0, 1, 7, None])
+async def test_a_worker_that_starts_while_settings_change_has_the_last_ones(cut: int | None) -> None:
+    """The parent speaks first of all and whenever there is news, and a worker takes a second to listen."""
+    ours, theirs = socket.socketpair()
+    with ours:
+        told = [_message(as_text(settings_of({"server": {"max_inputs": number}}))) for number in (1, 2, 3)]
+        ours.sendall(told[0] + told[1] + told[2][:cut])
+        orders = Orders(theirs.detach(), UPSTREAMS)
+        assert orders.given.load().server.max_inputs == (3 if cut is None else 2)
+        reloads = asyncio.Event()
+        orders.follow(stop=lambda: None, reload=reloads.set)
+        ours.sendall(told[2][cut:] if cut is not None else told[2])
+        await asyncio.wait_for(reloads.wait(), 30)
+        assert orders.given.load().server.max_inputs == 3
+        asyncio.get_running_loop().remove_reader(orders._socket)
+        orders._socket.close()
+
+
+def _message(text: str) -> bytes:
+    return len(text).to_bytes(4) + text.encode()
 
 
 def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:

@@ -54,14 +54,19 @@ USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 
+# The program listens on loopback unless told otherwise, and nobody could reach it there from outside the container. By
+# variables, so that these, and not flags, are what decides here: `docker run -e` sets another port, and the health check
+# knows it. As everywhere they go before a file, which may be one for a machine of its own.
+ENV EMBEDDING_GATEWAY__SERVER__HOST=0.0.0.0 \
+    EMBEDDING_GATEWAY__SERVER__PORT=8080
+
 # Python is the only HTTP client in the image. ProxyHandler({}): an HTTP_PROXY meant for the upstreams must not catch this.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import urllib.request as u; u.build_opener(u.ProxyHandler({})).open('http://127.0.0.1:8080/healthz', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"EMBEDDING_GATEWAY__SERVER__PORT\"]}/healthz', timeout=2)"]
 
 # Exec form: the program is process 1 and gets SIGTERM itself, which starts its drain.
 ENTRYPOINT ["embedding-gateway"]
-# The program listens on loopback unless told otherwise, and nobody could reach it there from outside the container.
-CMD ["serve", "--host", "0.0.0.0", "--port", "8080"]
+CMD ["serve"]
 
 # Last, so that a new version or revision costs no layer.
 ARG VERSION=unknown

@@ -22,6 +22,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from app.metrics import Metrics
+from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -194,12 +195,30 @@ def test_image_runs_as_a_numeric_non_root_user_and_gets_signals_itself() -> None
     assert re.search(r"^USER 10001:10001$", final, re.MULTILINE)
     assert re.search(r'^ENTRYPOINT \["embedding-gateway"\]$', final, re.MULTILINE)
     assert re.search(r"^HEALTHCHECK ", final, re.MULTILINE)
-    assert '"--host", "0.0.0.0"' in final
     assert (
         len(re.findall(r"^FROM \S+:\S*\d\S*", text, re.MULTILINE))
         == len(re.findall(r"^FROM ", text, re.MULTILINE))
         == 2
     )
+
+
+def test_in_the_image_variables_decide_host_and_port_and_the_health_check_follows(tmp_path: Path) -> None:
+    final = (ROOT / "Dockerfile").read_text(encoding="utf-8").rpartition("\nFROM ")[2]
+    image = dict(re.findall(r"\b(EMBEDDING_GATEWAY__\w+)=(\S+)", final))
+    (command,) = re.findall(r"^CMD (.+)$", final, re.MULTILINE)
+    (check,) = re.findall(r"^ +CMD (.+)$", final, re.MULTILINE)
+    (exposed,) = re.findall(r"^EXPOSE (\d+)$", final, re.MULTILINE)
+    assert image == {"EMBEDDING_GATEWAY__SERVER__HOST": "0.0.0.0", "EMBEDDING_GATEWAY__SERVER__PORT": exposed}
+    # Made for a machine of its own, where nobody could reach it from outside a container.
+    (tmp_path / "config.yaml").write_text("server: {host: 127.0.0.1, port: 1}\nupstreams: {l: {type: lexical}}\n")
+    given = image | {"EMBEDDING_GATEWAY__SERVER__PORT": str(processes.free_port())}
+    verb, *arguments = json.loads(command)
+    assert verb == "serve"
+    with processes.start(tmp_path, *arguments, **given) as process:
+        url = processes.address(tmp_path / "log", process)
+        assert url == f"http://127.0.0.1:{given['EMBEDDING_GATEWAY__SERVER__PORT']}"
+        assert "listening on all addresses" in (tmp_path / "log").read_text()
+        run(sys.executable, *json.loads(check)[1:], **given)
 
 
 def test_any_user_of_the_root_group_can_use_the_working_directory() -> None:

@@ -38,17 +38,15 @@ class Orders:
     """A worker's end: what its parent tells it."""
 
     def __init__(self, descriptor: int, kinds: Mapping[str, Kind]) -> None:
-        """Waits for settings, the first or what has been said since. Raises `EOFError` if the parent is gone."""
+        """Waits for the first settings. Raises `EOFError` if the parent is gone."""
         self._socket = socket.socket(fileno=descriptor)
         self._received = bytearray()
-        said: list[str] = []
-        while not said:
-            received = self._socket.recv(65536)
-            if not received:
+        while (text := self._last()) is None:
+            said = self._socket.recv(65536)
+            if not said:
                 raise EOFError
-            self._received += received
-            said = self._said()
-        self.given = Given(said[-1], kinds)
+            self._received += said
+        self.given = Given(text, kinds)
         """What the parent said last."""
 
     def follow(self, *, stop: Callable[[], None], reload: Callable[[], None]) -> None:
@@ -63,8 +61,8 @@ class Orders:
             except OSError:
                 said = b""
             self._received += said
-            if texts := self._said():
-                self.given.text = texts[-1]
+            if (text := self._last()) is not None:
+                self.given.text = text
                 reload()
             if not said:
                 loop.remove_reader(self._socket)
@@ -77,13 +75,13 @@ class Orders:
         with contextlib.suppress(OSError):
             self._socket.send(UP)
 
-    def _said(self) -> list[str]:
-        """The settings that have come whole since this was last asked, one after the other."""
-        texts: list[str] = []
+    def _last(self) -> str | None:
+        """The settings that were said last, of those that have come whole since."""
+        text = None
         while len(self._received) >= (end := _SIZE + int.from_bytes(self._received[:_SIZE])):
-            texts.append(self._received[_SIZE:end].decode())
+            text = self._received[_SIZE:end].decode()
             del self._received[:end]
-        return texts
+        return text
 
 
 class _Worker:

@@ -190,14 +190,14 @@ def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_l
     port, file, log = free_port(), tmp_path / "config.yaml", (tmp_path / "log").read_text
     upstreams = {"built-in": {"type": "lexical"}}
     file.write_text(yaml.safe_dump({"upstreams": upstreams, "server": {"metrics_port": port}}))
-    with serving(tmp_path, *TWO) as (url, process):
+    # A new connection for each request, so that both workers get some.
+    with serving(tmp_path, *TWO) as (url, process), httpx.Client(headers={"connection": "close"}) as client:
 
         def valid() -> float | None:
-            return metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "config_valid")
+            return metric(client.get(f"http://127.0.0.1:{port}/metrics").text, "config_valid")
 
         def seen(path: str) -> list[httpx.Response]:
-            # A new connection each, so that both workers are asked; without certificates, which take longer than it.
-            return [httpx.get(url + path, verify=False) for _ in range(20)]
+            return [client.get(url + path) for _ in range(20)]
 
         models = {"more": {"deployments": [{"upstream": "built-in", "model": "lexical"}]}}
         file.write_text(yaml.safe_dump({"upstreams": upstreams, "models": models, "cache": {"memory": None}}))

@@ -27,6 +27,8 @@ EVERY = 4 * 3600.0
 """Seconds between two looks."""
 ROUND = 60.0
 """Seconds between two rounds of asking which look is due."""
+SOON = 10.0
+"""The same, while a deployment has never answered: when it is back, it is to be judged and used."""
 PATIENCE = 30.0
 """Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
 
@@ -51,6 +53,11 @@ class Canary:
         if not self._due(now):
             return False
         return self._from_start or any(deployment.health.used for deployment in self._deployments)
+
+    @property
+    def waits(self) -> bool:
+        """Whether there is a deployment that others are asked before until it answers."""
+        return any(each.health.unproved for each in self._deployments)
 
     def _due(self, now: float) -> list[Deployment]:
         """Who did not answer is, in every round, until it does."""
@@ -127,4 +134,4 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
                     await canary.look(clock.monotonic())
                 except Exception:  # a bug of ours must not end the watch over all the others
                     log.exception("a canary could not be looked at")
-        await clock.sleep(ROUND)
+        await clock.sleep(SOON if any(canary.waits for canary in canaries()) else ROUND)

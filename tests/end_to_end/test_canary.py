@@ -11,12 +11,13 @@ import pytest
 
 from app.catalog import Model
 from app.clock import SystemClock
+from app.errors import UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.canary import EVERY
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
-from app.types import Batch, BatchResult
+from app.types import Batch, BatchResult, Embedding
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector, faults
 from tests.harness import Running, running
@@ -153,6 +154,8 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
     looked: list[str] = []
 
     class Looks:
+        waits = False
+
         def __init__(self, name: str) -> None:
             self._name = name
 
@@ -172,6 +175,29 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
     watching.cancel()
     assert looked == ["bad at 1000", "good at 1000", "bad at 1060", "good at 1060"]
     assert "ZeroDivisionError" in caplog.text
+
+
+async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandClock) -> None:
+    up = False
+
+    async def embed(batch: Batch) -> BatchResult:
+        if not up:
+            raise UpstreamUnreachable("no connection")
+        return BatchResult([Embedding(np.ones(4, "<f4").tobytes(), 1)] * len(batch.inputs))
+
+    def deployment(name: str) -> Deployment:
+        health = Health(clock, Metrics().upstream_available.labels(name, "m"), f"{name}/m")
+        return Deployment(name, Model("m"), "space", Slots(1), Limits(1), health, embed)
+
+    both = [deployment("one"), deployment("other")]
+    canaries = [canary.Canary(both, None, from_start=True)]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    await settle()
+    assert all(each.health.unproved for each in both)
+    up = True
+    await clock.advance(canary.SOON)
+    assert not any(each.health.unproved for each in both)
+    watching.cancel()
 
 
 async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:

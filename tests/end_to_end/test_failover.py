@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 
 from app.clock import SystemClock
+from app.pipeline import canary
 from tests.fakes import FakeDashScope, FakeOpenAI, faults, unused_url
 from tests.harness import Running, running
 
@@ -31,7 +32,7 @@ class FastClock(SystemClock):
         return super().time() + self.jumped
 
     async def sleep(self, seconds: float) -> None:
-        if seconds >= 60:
+        if seconds >= canary.SOON:
             await asyncio.Event().wait()
         self.slept += seconds
         await asyncio.sleep(0)

@@ -109,11 +109,11 @@ class Registry:
     def unlisted(self, public: PublicModel) -> list[Upstream]:
         """A model's upstreams, if all of them list what they have and none has been there to do so: what they then say
         of it, a revision for example, may make it another vector space."""
-        upstreams = [self._upstreams[each.upstream] for each in public.deployments]
-        for upstream, deployment in zip(upstreams, public.deployments, strict=True):
-            if not upstream.away or deployment.model.name in upstream.models:
+        for each in public.deployments:
+            upstream = self._upstreams[each.upstream]
+            if not upstream.away or each.model.name in upstream.models:  # nearly always
                 return []
-        return upstreams
+        return [self._upstreams[each.upstream] for each in public.deployments]
 
     def publish(self) -> None:
         """Every name anew, and what none leads to any more is let go: a model that its upstream replaced or dropped."""

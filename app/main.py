@@ -9,6 +9,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import httpx
 
@@ -46,6 +47,8 @@ class _Generation:
     gateway: Gateway
     keys: Keys
     route: embeddings.Embeddings
+    api: Any
+    """The framework's application, which knows no configuration."""
     inside: int = 0
     """Requests that came in while it was in force and are not answered yet."""
 
@@ -66,12 +69,13 @@ class App:
         source: Source | Given | None = None,
     ) -> None:
         self._build_gateway, self._request_log, self._clock = build_gateway, request_log, clock
-        self._now = self._generation(settings, build_gateway(settings, None))
-        self._metrics = self._now.gateway.metrics
+        gateway = build_gateway(settings, None)
+        self._metrics = gateway.metrics
+        self._apis: dict[bool, Any] = {}
+        """The framework's applications, by whether callers need a key: all that a configuration changes in them."""
+        self._now = self._generation(settings, gateway)
         apart = settings.server.metrics_port is not None
-        # By whether callers need a key, which is all that a configuration changes in them.
-        self._apis = {keys: routes.build(self._metrics, admin=not apart, keys=keys) for keys in (False, True)}
-        self.admin = routes.build_admin(self._metrics, self._apis[self._now.keys.needed]) if apart else None
+        self.admin = routes.build_admin(self._metrics, self._now.api) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
         self.draining = False
         """Every answer is its connection's last, so that clients come back to where they are still welcome."""
@@ -112,8 +116,7 @@ class App:
             if matched:
                 await now.route(scope, receive, send, model)
             else:
-                api = self._apis[now.keys.needed]
-                await api({**scope, routes.IN_FORCE: now}, receive, _identified(scope, send))
+                await now.api({**scope, routes.IN_FORCE: now}, receive, _identified(scope, send))
         finally:
             now.inside -= 1
 
@@ -168,7 +171,10 @@ class App:
     def _generation(self, settings: Settings, gateway: Gateway) -> _Generation:
         keys = Keys(settings.auth)
         route = embeddings.Embeddings(gateway, keys, settings.server, self._request_log)
-        return _Generation(settings, gateway, keys, route)
+        if keys.needed not in self._apis:
+            admin = settings.server.metrics_port is None
+            self._apis[keys.needed] = routes.build(self._metrics, admin=admin, keys=keys.needed)
+        return _Generation(settings, gateway, keys, route, self._apis[keys.needed])
 
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)

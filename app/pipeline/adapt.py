@@ -10,6 +10,7 @@ and the upstream's words about it reach the caller (or `LongInputs`, which cuts 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -131,16 +132,18 @@ def _decide(
     if not any(isinstance(each, Embedding) for each in outcomes):
         return
     told = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
-    too_long = [
-        tokens.estimate(each)
-        for each, outcome in zip(inputs, outcomes, strict=True)
-        if isinstance(outcome, ContextLengthExceeded) and outcome not in undecided
-    ]
+    too_long = min(
+        (
+            tokens.estimate(each)
+            for each, outcome in zip(inputs, outcomes, strict=True)
+            if isinstance(outcome, ContextLengthExceeded) and outcome not in undecided
+        ),
+        default=math.inf,
+    )
     for i, outcome in enumerate(outcomes):
-        if isinstance(outcome, InvalidRequest) and outcome in undecided:
-            as_long = isinstance(outcome, ContextLengthExceeded) and too_long
-            if not as_long or tokens.estimate(inputs[i]) < min(too_long):
-                outcomes[i] = told
+        surely = isinstance(outcome, ContextLengthExceeded) and tokens.estimate(inputs[i]) >= too_long
+        if isinstance(outcome, InvalidRequest) and outcome in undecided and not surely:
+            outcomes[i] = told
 
 
 def _named(limit: re.Pattern[str], words: str) -> int:

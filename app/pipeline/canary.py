@@ -69,18 +69,16 @@ class Canary:
         has never answered is left to be asked after the others: it may have been away and have come back another."""
         asked, before = self._due(now), dict(self._looked_at)
         self._looked_at.update(dict.fromkeys(asked, now))
-        answered: list[tuple[Deployment, bytes]] = []
         try:
             found = await asyncio.gather(*(_ask(deployment) for deployment in asked))
             answered = [(each, vector) for each, vector in zip(asked, found, strict=True) if vector]
-            if answered and self._expected is None:
-                self._expected = await self._recall(answered[0][1])
+            expected = await self._expect(answered[0][1]) if answered else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looked_at = before
         for deployment, vector in answered:
             self._looked_at[deployment] = now
             deployment.health.unproved = False
-            self._judge(deployment, vectors.cosine(vector, self._expected or vector))
+            self._judge(deployment, vectors.cosine(vector, expected))
         for deployment in asked if len(self._deployments) > 1 else ():
             if deployment not in self._looked_at and not deployment.health.unproved:
                 deployment.health.unproved = True
@@ -89,6 +87,12 @@ class Canary:
                     deployment.name,
                     deployment.space,
                 )
+
+    async def _expect(self, now: bytes) -> bytes:
+        """What all are compared with, from the first look on; `now` is what the first that answered gives."""
+        if self._expected is None:
+            self._expected = await self._recall(now)
+        return self._expected
 
     async def _recall(self, now: bytes) -> bytes:
         """The vector of before, from a cache that outlives us; where there is none, the one of now from here on."""

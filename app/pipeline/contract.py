@@ -67,7 +67,7 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
 def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) -> dict[int, str]:
     """What is wrong with each vector that is none, by its place."""
     lengths = set(map(len, whole))
-    if len(lengths) > 1 and len(lengths - {0}) > 1:
+    if len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
     length, wanted = max(lengths) // 4, dimensions or native
     if wanted is not None and length and length != wanted:

@@ -200,9 +200,9 @@ class Route:
         """`known_bad`: these inputs have had no vector before, so that to get none again speaks against nobody."""
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
-        judged: bool | None = None
-        """None where nothing that speaks for or against the deployment ended the call: a bug of ours for example."""
-        late = False
+        judged = late = False
+        """Whether how the call ended speaks for or against the deployment: a bug of ours does not. And whether it is
+        the deadline that ended it."""
         began = now()
         try:
             with Deadline(batch.deadline, self._deadlines):
@@ -220,13 +220,13 @@ class Route:
             judged, late = health.had_time(batch.deadline - began), True
         finally:
             if known_bad and isinstance(error, UpstreamInvalidVector):
-                judged = None
+                judged = False
             if judged:
                 health.end(error, slot.era)
-            elif judged is None:
-                health.abandon(slot.era)
-            else:
+            elif late:
                 health.drop(slot.era)
+            else:
+                health.abandon(slot.era)
             if isinstance(error, RateLimited):
                 deployment.slots.shrink()
             elif judged and error is None:

@@ -126,28 +126,21 @@ class Embeddings:
         now, began = asyncio.get_running_loop().time(), time.perf_counter()
         with Place(self._gateway.room) as place:
             exchange = _Exchange(sent, request_id(sent), now, began, place)
-            status, error = 200, None
+            error: GatewayError | None = None
             try:
-                status, headers, body = await self._answer(exchange, scope, receive, path_model)
+                headers, body = await self._answer(exchange, scope, receive, path_model)
             except ClientGone:
                 self._record(exchange, 499, None)
                 return
             except GatewayError as failure:
-                status, error = failure.status, failure
-                if failure.model is not None:
-                    exchange.public = self._gateway.names.get(failure.model)
+                error = failure
             except Exception:
                 log.exception("request %s failed", exchange.id.decode())
                 error = GatewayError("internal error")
-                status = error.status
+            status = 200
             if error is not None:
-                place.leave()  # there is little to send, but it may be long until the rest of the body has come
-                headers, body = render.error_headers(error), [render.error_body(error)]
-                if isinstance(error, MethodNotAllowed):
-                    headers.append((b"allow", b"POST"))
-                if exchange.reading:
-                    # The rest of the body will not be read, so the connection cannot carry another request.
-                    headers.append((b"connection", b"close"))
+                status = error.status
+                headers, body = self._refusal(exchange, error)
             if exchange.quota is not None:
                 if not exchange.counted:
                     exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
@@ -158,8 +151,8 @@ class Embeddings:
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
-    ) -> tuple[int, list[render.Header], list[bytes]]:
-        """Status, headers, and the body in pieces."""
+    ) -> tuple[list[render.Header], list[bytes]]:
+        """Headers, and the body in pieces."""
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
@@ -190,7 +183,21 @@ class Embeddings:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
-        return 200, render.result_headers(result, usage, public.space), rendered
+        return render.result_headers(result, usage, public.space), rendered
+
+    def _refusal(self, exchange: _Exchange, error: GatewayError) -> tuple[list[render.Header], list[bytes]]:
+        """Headers and body for a request that comes to this. Its place is free from now on: there is little to send,
+        but it may be long until the rest of the caller's body has come."""
+        exchange.place.leave()
+        if error.model is not None:
+            exchange.public = self._gateway.names.get(error.model)
+        headers = render.error_headers(error)
+        if isinstance(error, MethodNotAllowed):
+            headers.append((b"allow", b"POST"))
+        if exchange.reading:
+            # The rest of the body will not be read, so the connection cannot carry another request.
+            headers.append((b"connection", b"close"))
+        return headers, [render.error_body(error)]
 
     def _check_head(self, headers: Mapping[bytes, bytes]) -> None:
         length = headers.get(b"content-length", b"")

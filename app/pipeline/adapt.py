@@ -14,11 +14,10 @@ import math
 import re
 from collections.abc import Sequence
 
-from msgspec.structs import replace
-
 from app import tokens
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable
 from app.pipeline.deployment import Limits
+from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input, Media
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
@@ -61,9 +60,9 @@ class Adapt:
         return result
 
     async def _embed(self, batch: Batch, budget: _Budget) -> BatchResult:
-        sizes = _legal(batch.inputs, self._limits)
-        if len(sizes) > 1:
-            return await self._embed_parts(batch, sizes, budget)
+        parts = _legal(batch.inputs, self._limits)
+        if len(parts) > 1:
+            return await self._embed_parts(batch, parts, budget)
         try:
             return await self._inner(batch)
         except GatewayError as error:
@@ -84,25 +83,22 @@ class Adapt:
 
     async def _embed_halves(self, batch: Batch, budget: _Budget, *, by_length: bool) -> BatchResult:
         """`by_length`: the shorter ones first, of which all may be good however many are not."""
-        count, inputs = len(batch.inputs), batch.inputs
-        order = sorted(range(count), key=lambda i: tokens.estimate(inputs[i])) if by_length else range(count)
-        ordered = replace(batch, inputs=[inputs[i] for i in order], keys=[batch.keys[i] for i in order])
-        result = await self._embed_parts(ordered, [(count + 1) // 2, count // 2], budget)
-        found = dict(zip(order, result.outcomes, strict=True))
-        result.outcomes = [found[i] for i in range(count)]
-        return result
+        inputs, places = batch.inputs, list(range(len(batch.inputs)))
+        if by_length:
+            places.sort(key=lambda i: tokens.estimate(inputs[i]))
+        middle = (len(places) + 1) // 2
+        return await self._embed_parts(batch, [places[:middle], places[middle:]], budget)
 
-    async def _embed_parts(self, batch: Batch, sizes: Sequence[int], budget: _Budget) -> BatchResult:
-        """One after the other: the batch holds one slot. A part that fails is that part's own failure."""
-        whole, start = BatchResult([], 0), 0
-        for size in sizes:
-            end = start + size
-            part = replace(batch, inputs=batch.inputs[start:end], keys=batch.keys[start:end])
-            start = end
-            result = await self._embed(part, budget)
-            whole.outcomes += result.outcomes
-            whole.calls += result.calls
-        return whole
+    async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
+        """Parts are told by their inputs' places. One after the other: the batch holds one slot. A part that fails is
+        that part's own failure."""
+        outcomes: dict[int, Embedding | GatewayError] = {}
+        calls = 0
+        for places in parts:
+            result = await self._embed(part_of_batch(batch, places), budget)
+            outcomes.update(zip(places, result.outcomes, strict=True))
+            calls += result.calls
+        return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
         """Takes the rows or tokens a call may have from the upstream's own words; True if that was news."""
@@ -152,27 +148,26 @@ def _named(limit: re.Pattern[str], words: str) -> int:
     return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
 
 
-def _legal(inputs: Sequence[Input], limits: Limits) -> list[int]:
-    """How many inputs go in each call, in order: the batcher's rule, for limits that have since been learned or are
-    another deployment's. An input over the token limit goes alone."""
+def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
+    """The places of the inputs that go in each call, in order: `Queue.take`'s rule, for limits that have since been
+    learned or are another deployment's. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
-        return [len(inputs)]
+        return [range(len(inputs))]
     most = limits.max_tokens_per_batch
-    sizes: list[int] = []
-    size = room = 0
+    parts: list[list[int]] = []
+    room = 0
     left: dict[str, int] = {}
-    for each in inputs:
+    for i, each in enumerate(inputs):
         cost = 0 if most is None else tokens.bound(each)
         kind = each.kind if isinstance(each, Media) else None
-        if size and (size == limits.max_batch or cost > room or (kind and left[kind] < 1)):
-            sizes.append(size)
-            size = 0
-        if not size:
+        if not parts or len(parts[-1]) == limits.max_batch or cost > room or (kind and left[kind] < 1):
+            parts.append([])
             room, left = most or 0, {"image": limits.images, "video": limits.videos}
-        size, room = size + 1, room - cost
+        parts[-1].append(i)
+        room -= cost
         if kind:
             left[kind] -= 1
-    return [*sizes, size]
+    return parts
 
 
 class _Budget:

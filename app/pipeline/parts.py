@@ -1,4 +1,4 @@
-"""Some of a request's inputs as a request of their own, and what becomes of them in the whole's result."""
+"""Some of a request's or a batch's inputs as one of their own, and what becomes of them in the whole's result."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from app.types import EmbedRequest, EmbedResult
+from app.types import Batch, EmbedRequest, EmbedResult
 
 
 def part(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
@@ -27,3 +27,8 @@ def put(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
     whole.calls += result.calls
     whole.deployments = tuple(dict.fromkeys((*whole.deployments, *result.deployments)))
     whole.too_long |= {places[i]: error for i, error in result.too_long.items()}
+
+
+def part_of_batch(batch: Batch, places: Sequence[int]) -> Batch:
+    """The inputs in these places, in the order of the places."""
+    return replace(batch, inputs=[batch.inputs[i] for i in places], keys=[batch.keys[i] for i in places])

@@ -6,8 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from msgspec.structs import replace
-
 from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
 from app.errors import (
@@ -21,6 +19,7 @@ from app.errors import (
 )
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
+from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
 
 BACKOFF = 0.2
@@ -184,7 +183,7 @@ class Route:
         again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere) if pending else None
         if again is None:
             return result
-        part = replace(batch, inputs=[batch.inputs[i] for i in pending], keys=[batch.keys[i] for i in pending])
+        part = part_of_batch(batch, pending)
         again.charge(part.inputs)
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(part, again, known_bad=known_bad)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from app import tokens
 from app.metrics import Metrics, Tally
+from app.pipeline.adapt import _legal
 from app.pipeline.deployment import Limits
 from app.pipeline.queue import ENOUGH, LANES, Group, Job, Line, Queue, Queues, Waiter
 from app.types import Input, Lane, Media, Params
@@ -85,6 +86,15 @@ def test_a_batch_is_legal_and_in_order(
     media = [job.input.kind for job in taken if isinstance(job.input, Media)]
     assert media.count("image") <= limits.images
     assert media.count("video") <= limits.videos
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.tuples(JOBS, JOBS), LIMITS)
+def test_what_is_taken_for_one_call_is_not_split_for_the_same_limits(
+    lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: Limits
+) -> None:
+    taken, _ = Case(lanes).queue.take(limits, scarce=True)
+    assert len(_legal([job.input for job in taken], limits)) == 1
 
 
 SIZES = st.lists(st.sampled_from([1, 2, 63, 64, 65, 126, 127, 128, 129]) | st.integers(1, 300), max_size=6)

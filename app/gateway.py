@@ -81,7 +81,7 @@ class Gateway:
     async def start(self) -> None:
         """Asks the upstreams that list their models; one that is away only lacks them until it is back."""
         await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
-        if self._shared and (self.quotas or any(slots.paced for slots in self._slots.values())):
+        if self._shared and (self.quotas or any(slots.pace for slots in self._slots.values())):
             await self._shared.open()
         for trouble in (*self.unfit(), *self.unserved()):
             log.warning("%s", trouble)
@@ -107,7 +107,8 @@ class Gateway:
             task.cancel()
         await self._registry.aclose(successor._registry if successor else None)
         kept_slots = successor._slots.values() if successor else ()
-        await asyncio.gather(*(slots.aclose() for slots in self._slots.values() if slots not in kept_slots))
+        paces = [slots.pace for slots in self._slots.values() if slots not in kept_slots]
+        await asyncio.gather(*(pace.aclose() for pace in paces if pace))
         if successor is None:
             if self._shared:
                 await self._shared.close()

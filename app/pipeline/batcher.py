@@ -240,8 +240,8 @@ class Batcher:
             if slot is None:  # nor is there one for those after it in its line
                 continue
             slots, limits = slot.deployment.slots, slot.deployment.limits
-            scarce = not slots.spare(lane)
-            jobs, dropped = queue.take(limits, scarce=scarce, portion=slots.portion() if scarce else None)
+            portion = slots.pace.portion() if slots.pace else None
+            jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion)
             if dropped:
                 self._forget(dropped)
             batch = _batch(queue.group, jobs)

@@ -43,7 +43,8 @@ class Slots:
         self._most = count
         self._allowed = float(count)
         self._busy = 0
-        self._pace = pace
+        self.pace = pace
+        """What calls and their tokens are counted by, where the upstream has limits of its own."""
         self._waiting: dict[Callable[[], None], float] = {}
         if pace:
             pace.on_ready = self.notify
@@ -52,25 +53,21 @@ class Slots:
     def busy(self) -> int:
         return self._busy
 
-    @property
-    def paced(self) -> bool:
-        return self._pace is not None
-
     def take(self, lane: Lane, *, ahead: bool = False) -> bool:
         """Takes a slot if one is free for this lane and the pace allows a call. `ahead` does not wait for the
         pace, which is paid back by those who come later."""
         if not self._free(lane):
             return False
-        if self._pace:
-            if not ahead and self._pace.wait():
+        if self.pace:
+            if not ahead and self.pace.wait():
                 return False
-            self._pace.charge(1, 0)
+            self.pace.charge(1, 0)
         self._busy += 1
         return True
 
     def spare(self, lane: Lane) -> bool:
         """Whether calls cost nothing here: another one could start at once, and no pace counts them."""
-        return self._pace is None and self._free(lane)
+        return self.pace is None and self._free(lane)
 
     def _free(self, lane: Lane) -> bool:
         allowed = int(self._allowed)
@@ -97,42 +94,21 @@ class Slots:
 
     def wait(self) -> float:
         """Seconds until the pace allows a call, whether a slot is free or not."""
-        return self._pace.wait() if self._pace else 0.0
+        return self.pace.wait() if self.pace else 0.0
 
     def drain(self, calls: float, tokens: float) -> float:
         """Seconds that so much would take at this pace."""
-        return self._pace.drain(calls, tokens) if self._pace else 0.0
-
-    def portion(self) -> float | None:
-        """Tokens, by estimate, that one call may carry at this pace; None: no matter how many."""
-        return self._pace.portion() if self._pace else None
-
-    def charge(self, inputs: Sequence[Input]) -> int:
-        """What a call that has a slot will carry, in tokens by estimate; counted only where there is a pace."""
-        if not self._pace:
-            return 0
-        estimated = sum(tokens.estimates(inputs))
-        self._pace.charge(0, estimated)
-        return estimated
-
-    def settle(self, calls: int, difference: int) -> None:
-        """What a call came to beyond what was charged for it: calls it was split into, and tokens."""
-        if self._pace:
-            self._pace.charge(calls, difference)
+        return self.pace.drain(calls, tokens) if self.pace else 0.0
 
     def shrink(self) -> None:
         self._allowed = max(1.0, self._allowed / 2)
-        if self._pace:
-            self._pace.slow_down()
+        if self.pace:
+            self.pace.slow_down()
 
     def grow(self) -> None:
         self._allowed = min(float(self._most), self._allowed + 1 / self._allowed)
-        if self._pace:
-            self._pace.recover()
-
-    async def aclose(self) -> None:
-        if self._pace:
-            await self._pace.aclose()
+        if self.pace:
+            self.pace.recover()
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
+from app import tokens
 from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
 from app.errors import (
@@ -57,18 +58,22 @@ class Slot:
         self._charged = 0
 
     def charge(self, inputs: Sequence[Input]) -> None:
-        """Says what the call will carry. To be called in the same turn as the slot was taken: until then the next
-        call may start as if this one weighed nothing."""
-        self._charged = self.deployment.slots.charge(inputs)
+        """Says what the call will carry, which is charged in tokens by estimate where there is a pace. To be called in
+        the same turn as the slot was taken: until then the next call may start as if this one weighed nothing."""
+        pace = self.deployment.slots.pace
+        if pace:
+            self._charged = sum(tokens.estimates(inputs))
+            pace.charge(0, self._charged)
 
     def settle(self, result: BatchResult) -> None:
-        """What the call came to, by the upstream's own bill if it is whole."""
-        slots = self.deployment.slots
-        if slots.paced:
+        """What the call came to beyond that: calls it was split into, and tokens by the upstream's own bill if that is
+        whole."""
+        pace = self.deployment.slots.pace
+        if pace:
             outcomes = result.outcomes
             embeddings = [each for each in outcomes if isinstance(each, Embedding)]
             billed = sum(each.tokens for each in embeddings) if len(embeddings) == len(outcomes) else self._charged
-            slots.settle(result.calls - 1, billed - self._charged)
+            pace.charge(result.calls - 1, billed - self._charged)
 
 
 class Route:
@@ -139,7 +144,7 @@ class Route:
         """Seconds until each deployment may have a call after a rate limit or an ejection, or for its pace, 0 where
         nothing is in the way; empty if none rests. Where all rest, it is for a limit or a pace: of those that are
         ejected one may be called if there is no other."""
-        if not any(each.slots.paced or each.health.resting() for each in self.deployments):
+        if not any(each.slots.pace or each.health.resting() for each in self.deployments):
             return []
         usable = self._usable(params)
         waits = [(0.0 if each in usable else each.health.resting(), each) for each in self._able(params)]

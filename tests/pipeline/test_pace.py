@@ -194,11 +194,11 @@ async def test_a_query_waits_two_seconds_at_the_most_for_the_tokens_of_bulk_work
 
 async def test_a_slower_pace_has_smaller_calls(clock: HandClock) -> None:
     """By what a replica alone, or after a rate limit, may still send in two seconds."""
-    slots = Slots(8, Pace("up", Rates(tokens=6000), clock, processes=2))
-    assert slots.portion() == 100
-    slots.shrink()
-    assert slots.portion() == 50
-    assert paced(clock, requests=60).portion() is None
+    pace = Pace("up", Rates(tokens=6000), clock, processes=2)
+    assert pace.portion() == 100
+    Slots(8, pace).shrink()
+    assert pace.portion() == 50
+    assert Pace("up", Rates(requests=60), clock).portion() is None
 
 
 async def test_an_estimate_is_put_right_by_the_bill(clock: HandClock, upstream: Upstream) -> None:
@@ -407,7 +407,8 @@ async def replica(server: RedisServer, clock: HandClock, upstream: Upstream) -> 
     yield build
     for embed, slots, shared in built:
         await embed.aclose()
-        await slots.aclose()
+        assert slots.pace is not None
+        await slots.pace.aclose()
         await shared.close()
 
 
@@ -441,7 +442,7 @@ async def test_a_lease_saves_round_trips(clock: HandClock, replica: Replica) -> 
     embed, slots, shared = replica(requests=6000)
     await shared.open()
     await embed(request("first"))
-    pace = slots._pace
+    pace = slots.pace
     assert pace is not None
     assert pace._lease is not None
     assert pace._lease.requests == pytest.approx(9)
@@ -472,7 +473,7 @@ async def test_redis_that_is_back_is_asked_again(server: RedisServer, clock: Han
     server.kill()
     await embed(request("alone"))
     server.start()
-    pace = slots._pace
+    pace = slots.pace
     assert pace is not None
     await clock.advance(2)
     assert slots.wait() > 0

@@ -30,8 +30,9 @@ from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 10.0
-"""Seconds on top of a request's own time after which a gateway that was replaced waits for its requests no longer."""
+GRACE = 10.0
+"""Seconds on top of a request's own time after which requests are waited for no longer, be it that their gateway was
+replaced or that the listener has closed."""
 
 LAG_EVERY = 0.5
 """Seconds between two looks at how late the event loop comes."""
@@ -203,7 +204,7 @@ class App:
         """Closes a gateway once its requests are answered. One after the other: what a gateway shares with its
         successor is the successor's to close, and that must not be sooner."""
         async with self._closing:
-            left = old.settings.server.request_timeout + PATIENCE
+            left = old.settings.server.request_timeout + GRACE
             while old.inside and left > 0:
                 await self._clock.sleep(0.1)
                 left -= 0.1

@@ -19,7 +19,7 @@ from app.clock import SystemClock
 from app.config import Settings
 from app.config.source import Source
 from app.config.watch import Watch
-from app.main import App
+from app.main import GRACE, App
 from app.metrics import ConfigMetrics
 from app.protocol import Outbox, Protocol
 from app.workers import Orders, Workers
@@ -30,8 +30,6 @@ KEEP_ALIVE = 75
 """Seconds for which a connection may lie idle: longer than any load balancer in use takes it to."""
 BACKLOG = 2048
 """Connections that wait to be accepted, at most."""
-STOPPING = 10.0
-"""Seconds on top of a request's own time for the last of them to finish after the listener has closed."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """mallopt(3)'s."""
@@ -82,15 +80,15 @@ def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda
         server_header=False,
         date_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=_patience(settings),
+        timeout_graceful_shutdown=_grace(settings),
         ws="none",
         backlog=BACKLOG,
         **more,
     )
 
 
-def _patience(settings: Settings) -> int:
-    return int(settings.server.request_timeout + STOPPING)
+def _grace(settings: Settings) -> int:
+    return int(settings.server.request_timeout + GRACE)
 
 
 class Server(uvicorn.Server):
@@ -156,7 +154,7 @@ class Server(uvicorn.Server):
 
     def _stop(self) -> None:
         self._app.drain()
-        self.config.timeout_graceful_shutdown = _patience(self._app.settings)
+        self.config.timeout_graceful_shutdown = _grace(self._app.settings)
         self.should_exit = True
 
     def _interrupt(self) -> None:

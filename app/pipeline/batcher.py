@@ -36,10 +36,10 @@ class _Rhythm(NamedTuple):
     """Requests answered in one turn: who is answered together asks again together, and is then slowed by the rest."""
 
 
-_SHORT, _LONG = _Rhythm(2, 16), _Rhythm(1, 4)
-"""For short calls, whose cost is what counts: large groups. For long ones, among which there is time to spare: small
-groups, which stay out of each other's way."""
-LONG = 0.01
+_LARGE_GROUPS, _SMALL_GROUPS = _Rhythm(2, 16), _Rhythm(1, 4)
+"""Large ones for short calls, whose cost is what counts. Small ones for long calls, among which there is time to spare:
+these stay out of each other's way."""
+LONG_CALL = 0.01
 """Seconds from which a call is long."""
 
 _Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
@@ -58,7 +58,7 @@ class Batcher:
         self._jobs: dict[bytes, Job] = {}
         self._scheduled = False
         self._arrived = self._gathered = self._turns = 0
-        self._rhythm = _SHORT
+        self._rhythm = _LARGE_GROUPS
         self._crowded = False
         """Whether several requests came at once the last time: then they may do so again."""
         self._alarm: asyncio.Task[None] | None = None
@@ -189,7 +189,7 @@ class Batcher:
         if calls:
             self._served = self._clock.monotonic()
         if calls and waiting:
-            # Once more: how long the rest must wait was asked before these calls were charged.
+            # Once more: how long the others must wait was asked before these calls were charged.
             self._schedule()
         elif waiting:
             self._route.when_free(self._schedule, self._served)
@@ -209,7 +209,7 @@ class Batcher:
             for queue, jobs in self._queues.take_due(line, asyncio.get_running_loop().time() + rest):
                 # Those who stay go first, and each byte is a quarter of a token or a little more.
                 inputs, size = queue.size()
-                wait = max(rest, self._route.drain(line.params, inputs + 1, size / 4))
+                wait = max(rest, self._route.time_for(line.params, inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
                 self._land(jobs, BatchResult([told] * len(jobs), calls=0))
         if ends := [rest for rest in rests if rest]:
@@ -272,7 +272,7 @@ class Batcher:
         try:
             began = time.perf_counter()
             result = await self._route.run(batch, slot, lane)
-            self._rhythm = _LONG if time.perf_counter() - began > LONG else _SHORT
+            self._rhythm = _SMALL_GROUPS if time.perf_counter() - began > LONG_CALL else _LARGE_GROUPS
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
             if result is not None and result.late:

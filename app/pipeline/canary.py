@@ -29,7 +29,7 @@ ROUND = 60.0
 """Seconds between two rounds of asking which look is due."""
 SOON = 10.0
 """The same, while a deployment has never answered: when it is back, it is to be judged and used."""
-PATIENCE = 30.0
+TIMEOUT = 30.0
 """Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
 
 
@@ -119,7 +119,7 @@ class Canary:
 
 
 async def _ask(deployment: Deployment) -> bytes | None:
-    deadline = asyncio.get_running_loop().time() + PATIENCE
+    deadline = asyncio.get_running_loop().time() + TIMEOUT
     batch = Batch(deployment.model.name, [TEXT], [b"canary"], Params(), store=False, deadline=deadline)
     try:
         async with asyncio.timeout_at(deadline):

@@ -96,9 +96,9 @@ class Slots:
         """Seconds until the pace allows a call, whether a slot is free or not."""
         return self.pace.wait() if self.pace else 0.0
 
-    def drain(self, calls: float, tokens: float) -> float:
+    def time_for(self, calls: float, tokens: float) -> float:
         """Seconds that so much would take at this pace."""
-        return self.pace.drain(calls, tokens) if self.pace else 0.0
+        return self.pace.time_for(calls, tokens) if self.pace else 0.0
 
     def shrink(self) -> None:
         self._allowed = max(1.0, self._allowed / 2)

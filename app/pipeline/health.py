@@ -24,7 +24,7 @@ SUSPECT = 1.0
 """Seconds after a failure in which others are asked first."""
 EJECTION = 30.0
 """Seconds out of the rotation; twice, three times … as long each time it fails again at once."""
-LONGEST = 10
+MOST_EJECTIONS = 10
 """Times `EJECTION`, at most."""
 COOLING = 1.0
 """Seconds of rest after a rate limit that does not say how long."""
@@ -175,7 +175,7 @@ class Health:
 
     def _eject(self, told: str) -> None:
         self._era += 1
-        self._ejections = min(self._ejections + 1, LONGEST)
+        self._ejections = min(self._ejections + 1, MOST_EJECTIONS)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self.show()
         self.trouble = told

@@ -81,7 +81,7 @@ class Pace:
             return None
         return max(tokens.rate * self._worth * AHEAD, tokens.rate / calls.rate if calls else 0.0)
 
-    def drain(self, requests: float, tokens: float) -> float:
+    def time_for(self, requests: float, tokens: float) -> float:
         """Seconds that so much takes at this rate, beginning now."""
         rates = ((requests, self._limit.requests), (tokens, self._limit.tokens))
         longest = max((amount * 60 / bucket.per_minute for amount, bucket in rates if bucket), default=0.0)

@@ -151,10 +151,10 @@ class Route:
         # One that is back from an ejection, and has its one call under way, is told of when that ends.
         return [max(rest, each.slots.wait()) for rest, each in waits if rest or each in usable]
 
-    def drain(self, params: Params, inputs: int, tokens: float) -> float:
+    def time_for(self, params: Params, inputs: int, tokens: float) -> float:
         """Seconds until the first deployment would have embedded so much, as far as its pace decides."""
         usable = self._usable(params)
-        return min((each.slots.drain(inputs / each.limits.max_batch, tokens) for each in usable), default=0.0)
+        return min((each.slots.time_for(inputs / each.limits.max_batch, tokens) for each in usable), default=0.0)
 
     def wake(self) -> None:
         """Tells all who wait for one of these deployments, in their order."""

@@ -111,9 +111,9 @@ class AccessToken:
         shared = self._shared
         if shared is None:
             return await self._fetch_anew(send)
-        patience = self._clock.monotonic() + FETCHING
+        until = self._clock.monotonic() + FETCHING
         while (known := await self._known(shared)) is None and not await shared.claim(FETCHING):
-            if self._clock.monotonic() > patience:
+            if self._clock.monotonic() > until:
                 break
             await self._clock.sleep(LOOK)  # another replica is fetching one
         if known is not None:

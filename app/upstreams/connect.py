@@ -25,7 +25,7 @@ FRESH = 10.0
 """Seconds for which a list of models is taken as it is: an unknown name asks the upstream at most this often."""
 AWAY = 1.0
 """The same, where the upstream was not there to be asked."""
-PATIENCE = 5.0
+LIST_TIMEOUT = 5.0
 """Seconds for which callers wait for a list of models; from then on they go on with what is known."""
 
 
@@ -83,7 +83,7 @@ class Upstream:
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
         assert self._discovered_at is not None
-        _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + PATIENCE - now))
+        _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + LIST_TIMEOUT - now))
         if hanging and self.trouble is None:
             self.trouble, self.away = "it does not answer", True
 

@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import InvalidRequest, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
-from app.pipeline.health import EJECTION, FAILURES, LONGEST, Health
+from app.pipeline.health import EJECTION, FAILURES, MOST_EJECTIONS, Health
 from tests.clock import HandClock
 
 
@@ -41,10 +41,10 @@ async def test_each_time_it_fails_again_at_once_it_is_out_for_longer_up_to_a_bou
     health: Health, clock: HandClock
 ) -> None:
     out = []
-    for _ in range(LONGEST + 2):
+    for _ in range(MOST_EJECTIONS + 2):
         out.append(await out_for(health, clock))
         fails(health)
-    assert out == [EJECTION * min(time, LONGEST) for time in range(1, LONGEST + 3)]
+    assert out == [EJECTION * min(time, MOST_EJECTIONS) for time in range(1, MOST_EJECTIONS + 3)]
 
 
 async def test_it_comes_back_by_one_call_at_a_time(health: Health, clock: HandClock) -> None:

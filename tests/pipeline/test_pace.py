@@ -361,10 +361,10 @@ async def test_a_rate_limit_halves_the_pace_and_successes_restore_it(clock: Hand
     assert pace.wait() == pytest.approx(1.9)
     for _ in range(10):
         pace.slow_down()
-    assert pace.drain(1, 0) - pace.wait() == pytest.approx(8)
+    assert pace.time_for(1, 0) - pace.wait() == pytest.approx(8)
     for _ in range(20):
         pace.recover()
-    assert pace.drain(1, 0) - pace.wait() == pytest.approx(1)
+    assert pace.time_for(1, 0) - pace.wait() == pytest.approx(1)
 
 
 async def test_a_retry_goes_ahead_and_is_paid_back_by_who_comes_later(clock: HandClock, upstream: Upstream) -> None:

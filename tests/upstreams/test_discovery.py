@@ -249,7 +249,7 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     two: tuple[Gateway, Listing, Listing], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway, one, other = two
-    monkeypatch.setattr(connect, "PATIENCE", 0.05)
+    monkeypatch.setattr(connect, "LIST_TIMEOUT", 0.05)
     one.models = [Model("new")]
     other.models = [Model("late")]
     other.ready.clear()
@@ -260,7 +260,7 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     with pytest.raises(ModelNotFound):
         await gateway.find("one/late")
     assert gateway.status()["upstreams"]["two"]["reason"]
-    monkeypatch.setattr(connect, "PATIENCE", 30)
+    monkeypatch.setattr(connect, "LIST_TIMEOUT", 30)
     await clock.advance(31)
     await asyncio.wait_for(gateway.refresh(), 5)  # who comes later does not wait at all
     assert other.asked == 1

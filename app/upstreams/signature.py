@@ -13,16 +13,15 @@ from msgspec.structs import replace
 from app.clock import Clock
 from app.types import Send, WireReply, WireRequest
 
-_SIGNED_BY_DEFAULT = frozenset({"host", "content-length", "content-type", "content-md5"})
+EXPIRES_IN = 1800
+"""Seconds for which a signature is good."""
 
 
 class BceSignature:
-    """Signs `host` and `x-bce-date` with an access key (cloud.baidu.com/doc/Reference/s/njwvz1yfu)."""
+    """Signs `host` and all `x-bce-…` headers with an access key."""
 
-    def __init__(self, access_key: str, secret_key: str, clock: Clock, expires_in: int = 1800) -> None:
-        self._access_key, self._secret_key = access_key, secret_key
-        self._clock = clock
-        self._expires_in = expires_in
+    def __init__(self, access_key: str, secret_key: str, clock: Clock) -> None:
+        self._access_key, self._secret_key, self._clock = access_key, secret_key, clock
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
         url = urlsplit(request.url)
@@ -36,7 +35,7 @@ class BceSignature:
             request.query,
             headers,
             timestamp=timestamp,
-            expires_in=self._expires_in,
+            expires_in=EXPIRES_IN,
             signed=("host", *(name for name in headers if name.startswith("x-bce-"))),
         )
         return await send(replace(request, headers=headers))
@@ -52,15 +51,13 @@ def bce_authorization(
     *,
     timestamp: str,
     expires_in: int,
-    signed: Iterable[str] | None = None,
+    signed: Iterable[str],
 ) -> str:
     """The `Authorization` header of bce-auth-v1; `path` and `query` are not percent-encoded yet.
 
-    `signed` names the headers to sign; None takes the vendor's default set. The body is never signed.
+    `signed` names the headers to sign, in lower case. The body is never signed.
     """
     values = {name.lower(): value.strip() for name, value in headers.items()}
-    if signed is None:
-        signed = (name for name in values if name in _SIGNED_BY_DEFAULT or name.startswith("x-bce-"))
     names = sorted(name for name in signed if values.get(name))
     scope = f"bce-auth-v1/{access_key}/{timestamp}/{expires_in}"
     pairs = (f"{_encode(name)}={_encode(value)}" for name, value in query.items() if name.lower() != "authorization")

@@ -30,8 +30,6 @@ from app.config.values import (
     redis_url_text,
 )
 
-__all__ = ["Duration", "Key", "ModelName", "Name", "Pause", "Size"]  # the words that settings are written in
-
 
 class Section(BaseModel):
     """A part of the configuration: frozen, and strict about its keys. No text in it is empty."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Literal, TypeAlias
 
@@ -80,48 +81,17 @@ def _rows(*models: Model) -> Mapping[str, Model]:
 
 def _dashscope() -> Iterable[Model]:
     page = "help.aliyun.com/zh/model-studio/text-embedding-synchronous-api"
-    for name in ("text-embedding-v1", "text-embedding-v2"):
-        yield Model(name, 1536, None, 25, 2048, roles=ROLES, default_role="document", source=page)
-    v3 = (1024, 768, 512, 256, 128, 64)
-    yield Model("text-embedding-v3", 1024, v3, 10, 8192, roles=ROLES, default_role="document", sparse=True, source=page)
-    v4 = (2048, 1536, 1024, 768, 512, 256, 128, 64)
-    yield Model(
-        "text-embedding-v4",
-        1024,
-        v4,
-        10,
-        8192,
-        roles=ROLES,
-        default_role="document",
-        instruct=True,
-        sparse=True,
-        source=page,
-    )
     newer = "help.aliyun.com/zh/model-studio/text-embedding-api"
-    full = (2560, 2048, 1536, 1024, 768, 512, 256)
-    yield Model(
-        "qwen3.7-text-embedding",
-        1024,
-        full,
-        20,
-        128_000,
-        roles=ROLES,
-        default_role="document",
-        instruct=True,
-        source=newer,
-    )
-    flash = (1024, 768, 512, 256)
-    yield Model(
-        "qwen3.7-text-embedding-flash",
-        1024,
-        flash,
-        20,
-        128_000,
-        roles=ROLES,
-        default_role="document",
-        instruct=True,
-        source=newer,
-    )
+    model = partial(Model, roles=ROLES, default_role="document")
+    for name in ("text-embedding-v1", "text-embedding-v2"):
+        yield model(name, 1536, None, 25, 2048, source=page)
+    v3 = (1024, 768, 512, 256, 128, 64)
+    yield model("text-embedding-v3", 1024, v3, 10, 8192, sparse=True, source=page)
+    v4 = (2048, 1536, 1024, 768, 512, 256, 128, 64)
+    yield model("text-embedding-v4", 1024, v4, 10, 8192, instruct=True, sparse=True, source=page)
+    full, flash = (2560, 2048, 1536, 1024, 768, 512, 256), (1024, 768, 512, 256)
+    yield model("qwen3.7-text-embedding", 1024, full, 20, 128_000, instruct=True, source=newer)
+    yield model("qwen3.7-text-embedding-flash", 1024, flash, 20, 128_000, instruct=True, source=newer)
 
 
 def _dashscope_multimodal() -> Iterable[Model]:
@@ -210,79 +180,41 @@ _WEB_SEARCH = "Given a web search query, retrieve relevant passages that answer 
 _CARD = "huggingface.co/"
 
 
-def _nomic() -> Iterable[tuple[str, Model]]:
-    prefixes = ("search_query: ", "search_document: ")
+_ByPattern: TypeAlias = Iterable[tuple[str, Model]]
+"""Models, each behind the pattern of its names."""
+
+
+def _nomic() -> _ByPattern:
+    page = _CARD + "nomic-ai/nomic-embed-text-"
+    model = partial(Model, dimensions=768, roles=ROLES, prefixes=("search_query: ", "search_document: "))
+    cuts = (768, 512, 256, 128, 64)
     # What Ollama has under the bare name is 1.5.
-    yield (
-        r"nomic-embed-text(-v1\.5)?",
-        Model(
-            "nomic-embed-text-v1.5",
-            768,
-            cuts=(768, 512, 256, 128, 64),
-            roles=ROLES,
-            prefixes=prefixes,
-            source=_CARD + "nomic-ai/nomic-embed-text-v1.5",
-        ),
-    )
-    page = _CARD + "nomic-ai/nomic-embed-text-v1"
-    yield r"nomic-embed-text-v1", Model("nomic-embed-text-v1", 768, roles=ROLES, prefixes=prefixes, source=page)
-    yield (
-        r"nomic-embed-text-v2-moe",
-        Model(
-            "nomic-embed-text-v2-moe",
-            768,
-            cuts=(768, 256),
-            max_tokens_per_input=512,
-            roles=ROLES,
-            prefixes=prefixes,
-            source=_CARD + "nomic-ai/nomic-embed-text-v2-moe",
-        ),
-    )
+    yield r"nomic-embed-text(-v1\.5)?", model("nomic-embed-text-v1.5", cuts=cuts, source=page + "v1.5")
+    yield r"nomic-embed-text-v1", model("nomic-embed-text-v1", source=page + "v1")
+    v2 = model("nomic-embed-text-v2-moe", cuts=(768, 256), max_tokens_per_input=512, source=page + "v2-moe")
+    yield r"nomic-embed-text-v2-moe", v2
 
 
-def _e5() -> Iterable[tuple[str, Model]]:
-    sizes = {"small": 384, "base": 768, "large": 1024}
-    for pattern, name, owner in (
-        (r"e5-{}(-v2)?", "e5-{}-v2", "intfloat"),
-        (r"multilingual-e5-{}", "multilingual-e5-{}", "intfloat"),
-    ):
-        for size, length in sizes.items():
-            yield (
-                pattern.format(size),
-                Model(
-                    name.format(size),
-                    length,
-                    max_tokens_per_input=512,
-                    roles=ROLES,
-                    prefixes=("query: ", "passage: "),
-                    source=f"{_CARD}{owner}/{name.format(size)}",
-                ),
-            )
+def _e5() -> _ByPattern:
+    model = partial(Model, max_tokens_per_input=512, roles=ROLES, prefixes=("query: ", "passage: "))
+    for pattern, form in ((r"e5-{}(-v2)?", "e5-{}-v2"), ("multilingual-e5-{}", "multilingual-e5-{}")):
+        for size, length in (("small", 384), ("base", 768), ("large", 1024)):
+            name = form.format(size)
+            yield pattern.format(size), model(name, length, source=f"{_CARD}intfloat/{name}")
 
 
-def _bge() -> Iterable[tuple[str, Model]]:
+def _bge() -> _ByPattern:
+    model = partial(Model, max_tokens_per_input=512, roles=ROLES)
     for language, prefix in (("en", _SEARCH), ("zh", _SEARCH_ZH)):
         for size, length in (("small", 384 if language == "en" else 512), ("base", 768), ("large", 1024)):
-            name = f"bge-{size}-{language}-v1.5"
-            # What Ollama has as bge-large is the English one.
-            pattern = rf"bge-{size}(-{language}(-v1\.5)?)?" if name == "bge-large-en-v1.5" else (
-                rf"bge-{size}-{language}(-v1\.5)?"
-            )  # fmt: skip
-            yield (
-                pattern,
-                Model(
-                    name,
-                    length,
-                    max_tokens_per_input=512,
-                    roles=ROLES,
-                    prefixes=(prefix, ""),
-                    source=f"{_CARD}BAAI/{name}",
-                ),
-            )
+            name, pattern = f"bge-{size}-{language}-v1.5", rf"bge-{size}-{language}(-v1\.5)?"
+            if name == "bge-large-en-v1.5":
+                pattern += "|bge-large"  # as Ollama has it
+            yield pattern, model(name, length, prefixes=(prefix, ""), source=f"{_CARD}BAAI/{name}")
     yield r"bge-m3", Model("bge-m3", 1024, source=_CARD + "BAAI/bge-m3")
 
 
-def _others() -> Iterable[tuple[str, Model]]:
+def _mxbai() -> _ByPattern:
     yield (
         r"mxbai-embed-large(-v1)?",
         Model(
@@ -295,42 +227,20 @@ def _others() -> Iterable[tuple[str, Model]]:
             source="mixedbread.ai/docs/embeddings/mxbai-embed-large-v1",
         ),
     )
+
+
+def _arctic() -> _ByPattern:
+    page, name = _CARD + "Snowflake/snowflake-arctic-embed-", "snowflake-arctic-embed"
+    model = partial(Model, roles=ROLES, prefixes=(_SEARCH, ""))
     # The first ones were not made to be cut; which size a server has under the bare name, its tag tells.
-    yield (
-        r"snowflake-arctic-embed(-(xs|s|m|l|m-long))?",
-        Model(
-            "snowflake-arctic-embed",
-            roles=ROLES,
-            prefixes=(_SEARCH, ""),
-            source=_CARD + "Snowflake/snowflake-arctic-embed-l",
-        ),
-    )
-    yield (
-        r"snowflake-arctic-embed-m-v1\.5",
-        Model(
-            "snowflake-arctic-embed-m-v1.5",
-            768,
-            cuts=(768, 256),
-            roles=ROLES,
-            prefixes=(_SEARCH, ""),
-            source=_CARD + "Snowflake/snowflake-arctic-embed-m-v1.5",
-        ),
-    )
-    for pattern, size, length in (
-        (r"snowflake-arctic-embed(2|-l-v2\.0)", "l", 1024),
-        (r"snowflake-arctic-embed-m-v2\.0", "m", 768),
-    ):
-        yield (
-            pattern,
-            Model(
-                f"snowflake-arctic-embed-{size}-v2.0",
-                length,
-                cuts=(length, 256),
-                roles=ROLES,
-                prefixes=("query: ", ""),
-                source=f"{_CARD}Snowflake/snowflake-arctic-embed-{size}-v2.0",
-            ),
-        )
+    yield rf"{name}(-(xs|s|m|l|m-long))?", model(name, source=page + "l")
+    yield rf"{name}-m-v1\.5", model(f"{name}-m-v1.5", 768, cuts=(768, 256), source=page + "m-v1.5")
+    model = partial(Model, roles=ROLES, prefixes=("query: ", ""))
+    yield rf"{name}(2|-l-v2\.0)", model(f"{name}-l-v2.0", 1024, cuts=(1024, 256), source=page + "l-v2.0")
+    yield rf"{name}-m-v2\.0", model(f"{name}-m-v2.0", 768, cuts=(768, 256), source=page + "m-v2.0")
+
+
+def _others() -> _ByPattern:
     yield (
         r"embeddinggemma(-300m)?",
         Model(
@@ -360,7 +270,9 @@ def _others() -> Iterable[tuple[str, Model]]:
 
 
 FAMILIES: tuple[tuple[re.Pattern[str], Model], ...] = tuple(
-    (re.compile(pattern), model) for rows in (_nomic(), _e5(), _bge(), _others()) for pattern, model in rows
+    (re.compile(pattern), model)
+    for rows in (_nomic(), _e5(), _bge(), _mxbai(), _arctic(), _others())
+    for pattern, model in rows
 )
 """Open models by the pattern of their names, wherever they are served. What only a server knows (how long its
 inputs may be, how many it takes) is not here, unless the model itself allows no more."""

@@ -15,6 +15,7 @@ from app import tokens, vectors
 from app.catalog import Model
 from app.config import ModelSettings
 from app.errors import ContextLengthExceeded, InvalidRequest, UpstreamInvalidVector
+from app.pipeline.parts import put
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
@@ -103,11 +104,8 @@ class LongInputs:
         await plan.cut(refused)
         second = await self._inner(plan.request(request, refused, final=True))
         again = plan.join(second, refused)
-        for i, embedding, source in zip(refused, again.embeddings, again.sources, strict=True):
-            result.embeddings[i], result.sources[i] = embedding, source
-        result.calls += again.calls
+        put(result, refused, again)
         result.free_tokens += again.free_tokens
-        result.deployments = tuple(dict.fromkeys((*result.deployments, *again.deployments)))
         result.too_long = {}
         return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from msgspec.structs import replace
 
 from app.catalog import Model, Role
-from app.types import Batch, BatchEmbedder, BatchResult, Input, Params
+from app.types import Batch, BatchEmbedder, BatchResult
 
 
 def prefix_of(model: Model, role: Role | None, instruct: str | None = None) -> str:
@@ -26,16 +26,11 @@ class Prefix:
         self._inner = inner
         self._model = model
 
-    @staticmethod
-    def _told(prefix: str, text: Input) -> Input:
-        return prefix + text if isinstance(text, str) else text
-
     async def __call__(self, batch: Batch) -> BatchResult:
-        params: Params = batch.params
+        params = batch.params
         if not self._model.prefixes or params.input_type is None:
             return await self._inner(batch)
         prefix = prefix_of(self._model, params.input_type, params.instruct)
+        inputs = [prefix + each if isinstance(each, str) else each for each in batch.inputs]
         told = replace(params, input_type=None, instruct=None)
-        return await self._inner(
-            replace(batch, inputs=[self._told(prefix, text) for text in batch.inputs], params=told)
-        )
+        return await self._inner(replace(batch, inputs=inputs, params=told))

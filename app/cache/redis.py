@@ -144,9 +144,6 @@ class RedisStore:
         self._refused = metrics.cache_operations.labels(self.name, "claim", "error")
         self._troubles = Troubles(self.name)
 
-    def __repr__(self) -> str:
-        return f"<RedisStore {self.status}>"
-
     @property
     def status(self) -> str:
         return self._troubles.status

@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 from pydantic_core.core_schema import ErrorType
 
 from app.config.tree import Mistake, Path
-from app.config.values import parse_duration, parse_size
+from app.config.values import DURATIONS, SIZES, parse_duration, parse_size
 
 _UNIONS = (Union, types.UnionType)
 _LISTS = (tuple, list, set, frozenset)
@@ -90,9 +90,9 @@ def _expected(place: _Place) -> str:
     inner, metadata = _unwrapped(place)
     readers = [item.func for item in metadata if isinstance(item, BeforeValidator)]
     if parse_duration in readers:
-        return f"must be a duration{_bounds(metadata)}: 250ms, 30s, 10m, 1h, 30d, or a number of seconds"
+        return f"must be a duration{_bounds(metadata)}: {DURATIONS}"
     if parse_size in readers:
-        return f"must be a size{_bounds(metadata)}: 64KiB, 256MiB, 2GiB, or a number of bytes"
+        return f"must be a size{_bounds(metadata)}: {SIZES}"
     if _generic(inner) is Literal:
         return f"must be one of {', '.join(str(choice) for choice in get_args(inner))}"
     if _is_model(inner) or _generic(inner) is dict:

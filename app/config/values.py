@@ -25,25 +25,27 @@ _SIZE = {
 }
 
 
+DURATIONS = "250ms, 30s, 10m, 1h, 30d, or a number of seconds"
+SIZES = "64KiB, 256MiB, 2GiB, or a number of bytes"
 _ESCAPES = "in a password write %23 for #, %2F for / and %3F for ?"
 
 
 def parse_duration(value: Any) -> Any:
-    """`250ms`, `30s`, `10m`, `1h`, `30d`, or seconds, to seconds."""
+    """One of `DURATIONS` to seconds. Raises `ValueError`; what is no text is left for the field to judge."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)?\s*", value)
         if not match:
-            raise ValueError("must be a duration: 250ms, 30s, 10m, 1h, 30d, or a number of seconds")
+            raise ValueError(f"must be a duration: {DURATIONS}")
         return float(match[1]) * _DURATION[match[2] or "s"]
     return value
 
 
 def parse_size(value: Any) -> Any:
-    """`64KiB`, `256MiB`, `2GiB`, or bytes, to bytes."""
+    """One of `SIZES` to bytes, likewise."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
         if not match:
-            raise ValueError("must be a size: 64KiB, 256MiB, 2GiB, or a number of bytes")
+            raise ValueError(f"must be a size: {SIZES}")
         return int(float(match[1]) * _SIZE[match[2] or "B"])
     return value
 

@@ -90,8 +90,13 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return _error_in_success(reply)
     told = replies.said(reply)
-    kind = _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
-    return replies.failure(kind or replies.by_status(reply.status, told.message), reply, told.message)
+    kind = _by_code(told) or replies.by_status(reply.status, told.message)
+    return replies.failure(kind, reply, told.message)
+
+
+def _by_code(told: replies.Said) -> type[GatewayError] | None:
+    """What its code means, or its type where that says it."""
+    return _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
 
 
 def _error_in_success(reply: WireReply) -> GatewayError | None:
@@ -105,7 +110,7 @@ def _error_in_success(reply: WireReply) -> GatewayError | None:
     if not isinstance(body, dict) or not body.get("error") or body.get("data"):
         return None
     told = replies.said(reply)
-    kind = _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
+    kind = _by_code(told)
     if kind is None and told.code.isdecimal() and 400 <= int(told.code) < 600:
         kind = replies.by_status(int(told.code), told.message)
     return replies.failure(kind or UpstreamError, reply, told.message)

@@ -43,8 +43,8 @@ _FACTS = (
 """What an operator may know better than the catalogue, by one name here and there."""
 
 
-_Set: TypeAlias = tuple[tuple[int, float, int], ...]
-"""Of deployments: for each, which limits it keeps to (by identity), its weight and its priority."""
+_Members: TypeAlias = tuple[tuple[int, float, int], ...]
+"""Of a set of deployments: for each, which limits it keeps to (by identity), its weight and its priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ class Registry:
         self._cache, self._metrics, self._clock = cache, metrics, clock
         self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
-        self._batchers: dict[_Set, tuple[Batcher, Canary | None]] = {}
+        self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
@@ -157,24 +157,24 @@ class Registry:
     async def aclose(self, successor: Registry | None = None) -> None:
         """Waits for the calls under way but those of batchers that a `successor` shares."""
         shared = successor._batchers if successor else {}
-        own = [batcher for several, (batcher, _) in self._batchers.items() if several not in shared]
+        own = [batcher for members, (batcher, _) in self._batchers.items() if members not in shared]
         await asyncio.gather(*(batcher.aclose() for batcher in (*own, *self._replaced)))
 
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         known = {id(each.limits) for each in self._deployments.values()}
-        for several, served in before._batchers.items():
-            if all(limits in known for limits, _, _ in several):
-                self._batchers[several] = served
+        for members, served in before._batchers.items():
+            if all(limits in known for limits, _, _ in members):
+                self._batchers[members] = served
 
     def _keep_to_names(self) -> list[Deployment]:
         used = {id(each.limits) for public in self.names.values() for each in public.deployments}
         gone = {key: each for key, each in self._deployments.items() if id(each.limits) not in used}
         for key in gone:
             del self._deployments[key]
-        for several in [key for key in self._batchers if not all(limits in used for limits, _, _ in key)]:
-            self._replaced.append(self._batchers.pop(several)[0])
+        for members in [key for key in self._batchers if not all(limits in used for limits, _, _ in key)]:
+            self._replaced.append(self._batchers.pop(members)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
         return list(gone.values())
 
@@ -255,16 +255,16 @@ class Registry:
         return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        several = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
-        if several not in self._batchers:
+        members = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
+        if members not in self._batchers:
             route, canary = Route(deployments, self._metrics, self._clock), None
             # Without another deployment, or a memory that outlives us, there is nothing to compare with.
             if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
                 memory = self._cache if self._remembers else None
                 canary = Canary(route.deployments, memory, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
-            self._batchers[several] = batcher, canary
-        return self._batchers[several][0]
+            self._batchers[members] = batcher, canary
+        return self._batchers[members][0]
 
     def _warn_of_spaces(self, name: str, served: list[Deployment]) -> None:
         if name not in self._conflicts:

@@ -141,7 +141,7 @@ class RedisStore:
         """No look-ups before that which have more time than others: one has waited in vain, and for as long those who
         stood in line behind it do not wait as well."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
-        self._refused = metrics.cache_operations.labels(self.name, "claim", "error")
+        self._claim_errors = metrics.cache_operations.labels(self.name, "claim", "error")
         self._troubles = Troubles(self.name)
 
     @property
@@ -201,7 +201,7 @@ class RedisStore:
         for start, reply in zip(range(0, len(keys), _CLAIM_BATCH), replies, strict=False):
             if not isinstance(reply, list):
                 self._claims_from = self._now() + _REST
-                self._refused.inc(len(keys))
+                self._claim_errors.inc(len(keys))
                 self._note("claim", reply if isinstance(reply, Exception) else ValueError("not a script's reply"))
                 return set()
             held.update(keys[start + i] for i in reply if raws[start + i] is None)

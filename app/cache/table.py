@@ -17,7 +17,8 @@ _BUSY = 0.5
 """Seconds to wait for another process's write."""
 _TOUCH = 3600.0
 """Seconds until a value that is read counts as used again: a look-up does not cost a write each time."""
-_TOUCHED = 10_000
+_MOST_TOUCHED = 10_000
+"""Values that are remembered as used again until the next write, at most."""
 _ROW = 640
 """Bytes a row takes besides its value, at most: key twice, indexes, and what its last page leaves empty on average."""
 _ASIDE = 9
@@ -113,7 +114,7 @@ class Table:
             if row is None or row[2] + self._ttl <= now:
                 values.append(None)
                 continue
-            if row[1] + _TOUCH <= now and len(self._touched) < _TOUCHED:
+            if row[1] + _TOUCH <= now and len(self._touched) < _MOST_TOUCHED:
                 self._touched.add(row[0])
             values.append(row[3])
         return values

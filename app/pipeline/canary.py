@@ -50,7 +50,7 @@ class Canary:
     def due(self, now: float) -> bool:
         """Those that were configured to stand in for each other are compared from the start; all else once it is
         used, for to ask for a model may mean to load it."""
-        if not self._due(now):
+        if not self._to_ask(now):
             return False
         return self._from_start or any(deployment.health.used for deployment in self._deployments)
 
@@ -59,15 +59,15 @@ class Canary:
         """Whether there is a deployment that others are asked before until it answers."""
         return any(each.health.unproved for each in self._deployments)
 
-    def _due(self, now: float) -> list[Deployment]:
-        """Who did not answer is, in every round, until it does."""
+    def _to_ask(self, now: float) -> list[Deployment]:
+        """Those whose last look is so long ago, and those that did not answer: these in every round, until they do."""
         looked_at = self._looked_at
         return [each for each in self._deployments if each not in looked_at or now - looked_at[each] >= EVERY]
 
     async def look(self, now: float) -> None:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
         has never answered is left to be asked after the others: it may have been away and have come back another."""
-        asked, before = self._due(now), dict(self._looked_at)
+        asked, before = self._to_ask(now), dict(self._looked_at)
         self._looked_at.update(dict.fromkeys(asked, now))
         try:
             found = await asyncio.gather(*(_ask(deployment) for deployment in asked))

@@ -25,26 +25,18 @@ class Bucket:
     `now` is any clock's seconds that never run backwards.
     """
 
-    __slots__ = ("_at", "_burst", "_level", "_per_minute", "_share")
+    __slots__ = ("_at", "_level", "_share", "burst", "per_minute")
 
     def __init__(self, per_minute: float, burst: float, now: float) -> None:
-        self._per_minute, self._burst, self._share = per_minute, burst, 1
+        self.per_minute, self.burst = per_minute, burst
+        """The whole, whatever the share."""
+        self._share = 1
         self._level, self._at = burst, now
-
-    @property
-    def per_minute(self) -> float:
-        """The whole rate, whatever the share."""
-        return self._per_minute
-
-    @property
-    def burst(self) -> float:
-        """The whole burst, whatever the share."""
-        return self._burst
 
     @property
     def full(self) -> float:
         """The most this share holds."""
-        return self._burst / self._share
+        return self.burst / self._share
 
     def level(self, now: float) -> float:
         """What is there; negative is debt."""
@@ -77,7 +69,7 @@ class Bucket:
     @property
     def rate(self) -> float:
         """What comes in a second, of this share."""
-        return self._per_minute / 60 / self._share
+        return self.per_minute / 60 / self._share
 
 
 class Limit:

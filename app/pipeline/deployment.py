@@ -42,16 +42,13 @@ class Slots:
     def __init__(self, count: int, pace: Pace | None = None) -> None:
         self._most = count
         self._allowed = float(count)
-        self._busy = 0
+        self.busy = 0
+        """Calls under way."""
         self.pace = pace
         """What calls and their tokens are counted by, where the upstream has limits of its own."""
         self._waiting: dict[Callable[[], None], float] = {}
         if pace:
             pace.on_ready = self.notify
-
-    @property
-    def busy(self) -> int:
-        return self._busy
 
     def take(self, lane: Lane, *, ahead: bool = False) -> bool:
         """Takes a slot if one is free for this lane and the pace allows a call. `ahead` does not wait for the
@@ -62,7 +59,7 @@ class Slots:
             if not ahead and self.pace.wait():
                 return False
             self.pace.charge(1, 0)
-        self._busy += 1
+        self.busy += 1
         return True
 
     def spare(self, lane: Lane) -> bool:
@@ -71,11 +68,11 @@ class Slots:
 
     def _free(self, lane: Lane) -> bool:
         allowed = int(self._allowed)
-        return self._busy < allowed - (allowed // 4 if lane == "bulk" else 0)
+        return self.busy < allowed - (allowed // 4 if lane == "bulk" else 0)
 
     def give_back(self) -> None:
         """Frees a slot and tells those who wait."""
-        self._busy -= 1
+        self.busy -= 1
         self.notify()
 
     def notify(self) -> None:

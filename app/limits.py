@@ -86,12 +86,14 @@ class Limit:
         return max(longest, self.tokens.wait(now, tokens)) if self.tokens else longest
 
     def take(self, now: float, requests: float, tokens: float) -> None:
+        """Takes from both, there or not; negative amounts are given back."""
         if self.requests:
             self.requests.take(now, requests)
         if self.tokens:
             self.tokens.take(now, tokens)
 
     def divide(self, share: int, now: float) -> None:
+        """Both as `Bucket.divide`."""
         for bucket in (self.requests, self.tokens):
             if bucket:
                 bucket.divide(share, now)

@@ -45,6 +45,7 @@ class Together(Generic[Q, A]):
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, question: Q) -> A:
+        """Its answer, or `nothing` where there is none. Raises nothing but `CancelledError`."""
         weight = self._weigh(question)
         if self._next is None or self._weight + weight > self._most:
             self._next, self._weight = [], 0

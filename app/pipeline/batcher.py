@@ -283,21 +283,21 @@ class Batcher:
         self, batch: Batch, jobs: list[Job], result: BatchResult, lane: Lane
     ) -> tuple[list[Job], BatchResult]:
         """Where the deadline of those who asked first has ended a call, or left no time to repeat it, its inputs for
-        which others have come since, who have more time, go into the queue again. Returns the rest."""
+        which others have come since, who have more time, go into the queue again. Returns the others."""
         later: list[Job] = []
-        rest: list[Job] = []
+        done: list[Job] = []
         outcomes: list[Embedding | GatewayError] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
             failed = not isinstance(outcome, Embedding) and outcome.retryable
             if failed and job.waiters and job.deadline > batch.deadline:
                 later.append(job)
             else:
-                rest.append(job)
+                done.append(job)
                 outcomes.append(outcome)
         if later:
             self._queues.put((batch.model, batch.params, batch.store), lane, later, batch.deadline)
             self._schedule()
-        return rest, BatchResult(outcomes, result.calls, deployments=result.deployments)
+        return done, BatchResult(outcomes, result.calls, deployments=result.deployments)
 
     def _land(self, jobs: list[Job], result: BatchResult | None) -> None:
         """Tells all who wait."""

@@ -98,11 +98,14 @@ class Slots:
         return self.pace.time_for(calls, tokens) if self.pace else 0.0
 
     def shrink(self) -> None:
+        """A rate limit was reached: half as many calls at once, one at least, and half the pace."""
         self._allowed = max(1.0, self._allowed / 2)
         if self.pace:
             self.pace.slow_down()
 
     def grow(self) -> None:
+        """A call succeeded: one more at once after as many of these as are allowed now, and a little more of the
+        pace."""
         self._allowed = min(float(self._most), self._allowed + 1 / self._allowed)
         if self.pace:
             self.pace.recover()

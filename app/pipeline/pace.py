@@ -92,6 +92,7 @@ class Pace:
         self._worth = max(LEAST, self._worth / 2)
 
     def recover(self) -> None:
+        """A call succeeded: `RECOVERY` more, up to the whole rate."""
         self._worth = min(1.0, self._worth + RECOVERY)
 
     async def aclose(self) -> None:

@@ -138,7 +138,7 @@ class AccessToken:
         return self._token
 
     async def _fetch_anew(self, send: Send) -> _Token:
-        reply = await send(replace(self._ask, headers=dict(self._ask.headers), query=dict(self._ask.query)))
+        reply = await send(self._ask)
         now = self._clock.monotonic()
         try:
             body = orjson.loads(reply.body)
@@ -161,8 +161,7 @@ class AccessToken:
 
 
 def _with_token(request: WireRequest, token: _Token) -> WireRequest:
-    query = {**request.query, "access_token": token.text}
-    return replace(request, headers=dict(request.headers), query=query)
+    return replace(request, query={**request.query, "access_token": token.text})
 
 
 def _refused(reply: WireReply, body: Mapping[str, object]) -> GatewayError:

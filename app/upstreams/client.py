@@ -6,6 +6,8 @@ Knows no dialect, no retry and no credentials.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import httpx
@@ -34,13 +36,22 @@ class Engine(Protocol):
 
 
 class Client:
-    """Performs `WireRequest`s. One per upstream; its engine has its own connection pool."""
+    """Performs `WireRequest`s, which stay as they are. One per upstream; its engine has its own connection pool.
+
+    `headers` are put on every request, in place of its own of these names.
+    """
 
     def __init__(
-        self, engine: Engine | httpx.AsyncBaseTransport, *, timeout: float, max_reply: int = MAX_REPLY
+        self,
+        engine: Engine | httpx.AsyncBaseTransport,
+        *,
+        timeout: float,
+        headers: Mapping[str, str] = MappingProxyType({}),
+        max_reply: int = MAX_REPLY,
     ) -> None:
         self._engine = OverHttpx(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
         self._timeout = timeout
+        self._headers = {name.lower(): value for name, value in headers.items()}
         self._deadlines = Deadlines()
         self._max_reply = max_reply
 
@@ -51,7 +62,7 @@ class Client:
         `UpstreamInvalidResponse` (a reply over `max_reply`, or compressed although we refuse that).
         """
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
-        complete = WireRequest(request.method, url, {**_HEADERS, **request.headers}, request.body)
+        complete = WireRequest(request.method, url, {**_HEADERS, **request.headers, **self._headers}, request.body)
         try:
             with self._deadlines.within(self._timeout):
                 reply = await self._engine.exchange(complete, self._max_reply)

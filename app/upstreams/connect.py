@@ -13,7 +13,7 @@ from app.catalog import Model
 from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import GatewayError, UpstreamTimeout, UpstreamUnavailable, UpstreamUnreachable
-from app.types import Target, TokenStore, WireReply, WireRequest
+from app.types import Send, Target, TokenStore
 from app.upstreams.client import Client
 from app.upstreams.kind import UpstreamKind
 from app.upstreams.network import Network, basic_credentials
@@ -44,7 +44,10 @@ class Upstream:
         self.name, self.settings, self.kind = name, settings, kind
         self._clock = clock
         self.redact = Redactor(_secrets(settings))
-        self.client = Client(kind.transport(settings) or transport or _network(settings), timeout=settings.timeout)
+        engine = kind.transport(settings) or transport or _network(settings)
+        self._client = Client(engine, timeout=settings.timeout, headers=settings.headers)
+        self.send: Send = self._client.send
+        """One exchange without credentials."""
         self.adapter = kind.adapter(settings)
         self.auth = kind.auth(settings, clock, tokens)
         self.models: dict[str, Model] = dict(kind.models(settings))
@@ -62,12 +65,6 @@ class Upstream:
 
     def target(self, model: Model) -> Target:
         return Target(self.settings.base_url.rstrip("/"), model, self.settings)
-
-    async def send(self, request: WireRequest) -> WireReply:
-        """One exchange without credentials, with the headers the operator configured."""
-        if self.settings.headers:
-            request.headers.update({name.lower(): value for name, value in self.settings.headers.items()})
-        return await self.client.send(request)
 
     async def discover(self) -> None:
         """Asks the upstream for its models, unless it was just asked. Who comes meanwhile waits for the same answer,
@@ -117,7 +114,7 @@ class Upstream:
         if self._asking is not None:
             self._asking.cancel()
             await asyncio.gather(self._asking, return_exceptions=True)
-        await self.client.aclose()
+        await self._client.aclose()
 
 
 def _network(settings: UpstreamSettings) -> Network:

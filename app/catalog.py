@@ -103,13 +103,12 @@ def _dashscope_multimodal() -> Iterable[Model]:
         "multimodal-embedding-v1", 1024, None, 20, 512,
         cuts_silently=True, images=1, videos=1, max_image_bytes=small, source=page,
     )  # fmt: skip
-    for name, size, most in (
-        ("tongyi-embedding-vision-plus", 1152, small),
-        ("tongyi-embedding-vision-flash", 768, small),
-        ("tongyi-embedding-vision-plus-2026-03-06", 1152, large),
-        ("tongyi-embedding-vision-flash-2026-03-06", 768, large),
-    ):
-        yield Model(name, size, None, 20, 1024, images=8, videos=8, max_image_bytes=most, source=page)
+    seeing = partial(Model, max_batch=20, max_tokens_per_input=1024, videos=8, source=page)
+    sizes = {"tongyi-embedding-vision-plus": 1152, "tongyi-embedding-vision-flash": 768}
+    for name, size in sizes.items():
+        yield seeing(name, size, images=8, max_image_bytes=small)
+    for name, size in sizes.items():  # which give fewer dimensions as well, but it is not said how many
+        yield seeing(f"{name}-2026-03-06", size, ANY, images=64, max_image_bytes=large)
     full = (2560, 2048, 1536, 1024, 768, 512, 256)
     yield Model("qwen3-vl-embedding", 2560, full, 20, 32_000, images=5, videos=1, max_image_bytes=large, source=page)
     # All contents of a call become one vector: one a call.

@@ -278,6 +278,12 @@ async def _probe(gateway: Gateway) -> list[str]:
     deployments = {each.name: each for public in gateway.names.values() for each in public.deployments}
     upstreams = gateway.upstreams.items()
     failed = [f"{name}: cannot list its models: {each.trouble}" for name, each in upstreams if each.trouble]
+    used = {each.upstream for each in deployments.values()}
+    failed += [
+        f"{name}: it has no list of models at its base_url, and none is configured for it"
+        for name, each in upstreams
+        if not each.lists and name not in used
+    ]
     for name, deployment in sorted(deployments.items()):
         trouble = await _try(deployment)
         _show(f"probe {name}: {trouble or 'ok'}")

@@ -122,8 +122,8 @@ class Registry:
             self._leave(gone, self.deployments)
 
     def _name_all(self) -> list[Deployment]:
-        """Configured models and aliases, then upstreams' own names, then `upstream/model`. Returns the deployments that
-        none of them leads to any more."""
+        """Configured models and aliases, then upstreams' own names, then `upstream/model`, also of what an operator has
+        there and the upstream does not list. Returns the deployments that none of them leads to any more."""
         names: dict[str, PublicModel] = {}
         for name, settings in self._settings.models.items():
             public = self._configured(name, settings)
@@ -137,8 +137,13 @@ class Registry:
             else:
                 self._warn_of_spaces(name, served)
             for deployment in served:
-                alone = together if together and len(served) == 1 else None
+                alone = together if len(served) == 1 and names.get(name) is together else None
                 names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
+        for settings in self._settings.models.values():
+            for wanted in settings.deployments:
+                if (name := f"{wanted.upstream}/{wanted.model}") not in names:
+                    facts = self._facts(wanted, settings)
+                    names[name] = self._public(name, (self._deployment(self._upstreams[wanted.upstream], facts),), None)
         self.names = names
         self._listed = {name: upstream.models for name, upstream in self._upstreams.items()}
         return self._keep_to_names()
@@ -205,21 +210,23 @@ class Registry:
         return self._public(name, same, settings)
 
     def _configured_deployment(self, wanted: DeploymentSettings, settings: ModelSettings) -> Deployment:
-        upstream = self._upstreams[wanted.upstream]
-        known = upstream.model(wanted.model)
-        # What a dialect has no word for would be left out of a call, and the caller given a vector of something else.
-        mute = {field for field in WORDS if field not in upstream.adapter.words and getattr(settings, field)}
-        overrides = {
-            field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
-        }
-        facts = replace(known, **overrides)
-        space = wanted.space
+        facts, space = self._facts(wanted, settings), wanted.space
         if settings.prefixes is not None:
             mark = _mark(settings.prefixes)
             facts = _told_by(facts, settings.prefixes, mark)
             space = f"{space}+{mark}" if space else None
-        deployment = self._deployment(upstream, facts, space)
+        deployment = self._deployment(self._upstreams[wanted.upstream], facts, space)
         return replace(deployment, weight=wanted.weight, priority=wanted.priority)
+
+    def _facts(self, wanted: DeploymentSettings, settings: ModelSettings) -> Model:
+        """What is known of the upstream's model, and what the operator knows better."""
+        upstream = self._upstreams[wanted.upstream]
+        # What a dialect has no word for would be left out of a call, and the caller given a vector of something else.
+        mute = {field for field in WORDS if field not in upstream.adapter.words and getattr(settings, field)}
+        better = {field: getattr(settings, field) for field in _FACTS if field not in mute}
+        return replace(
+            upstream.model(wanted.model), **{field: value for field, value in better.items() if value is not None}
+        )
 
     def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
         """One deployment per upstream and set of facts, shared by all names that lead to it."""

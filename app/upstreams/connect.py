@@ -55,7 +55,9 @@ class Upstream:
         self.trouble: str | None = None
         """Why its models could not be listed, if they could not."""
         self.away = False
-        """Whether that is because it is not there: some servers just have no list."""
+        """Whether that is because it is not there."""
+        self.lists = True
+        """Whether it has a list of models: some servers have none, and serve what an operator names."""
         self._discovered_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
 
@@ -99,7 +101,11 @@ class Upstream:
             self._cannot_list(f"its list of models could not be read ({type(bug).__name__})", away=False, bug=bug)
             return
         self.trouble, self.away = None, False
-        models = {model.name: model for model in found}
+        if self.lists and found is None:
+            told = "upstream %s has no list of models at its base_url: only what is configured is served"
+            log.warning(told, self.name)
+        self.lists = found is not None
+        models = {model.name: model for model in found or ()}
         if models != self.models:
             self.models = models
 

@@ -40,8 +40,9 @@ class UpstreamKind:
     """With where tokens may be shared with other replicas, for types that have some."""
     models: Callable[[Any], Mapping[str, Model]]
     """What is known beforehand, from the catalogue."""
-    discover: Callable[[Any, Send], Awaitable[Sequence[Model]]] | None = None
-    """Asks the upstream for its models; raises `GatewayError`. `Send` is already authorised."""
+    discover: Callable[[Any, Send], Awaitable[Sequence[Model] | None]] | None = None
+    """Asks the upstream for its models, None where it has no list; raises `GatewayError`. `Send` is already
+    authorised."""
     environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = no_environment
     """Settings (as in YAML) from vendor variables such as `X_API_KEY`, or None when they are not set."""
     switched_on_by: str = ""

@@ -158,10 +158,16 @@ def unlisted(name: str) -> Model:
     return replace(known, name=name, max_batch=32, dimensions=None, cuts=full if known.cuts is None else known.cuts)
 
 
-async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model]:
-    """`GET /models`; in old versions of infinity `data` is one object and not a list of them."""
+_NO_SUCH_ROUTE = (404, 405, 501)
+
+
+async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | None:
+    """`GET /models`, which not every server has (TEI, a deployment on Azure): None. In old versions of infinity `data`
+    is one object and not a list of them."""
     url = settings.base_url.rstrip("/") + "/models"
     reply = await send(WireRequest("GET", url, {"accept": "application/json"}, query=dict(settings.query)))
+    if reply.status in _NO_SUCH_ROUTE:
+        return None
     error = parse_error(reply)
     if error is not None:
         raise error

@@ -180,6 +180,28 @@ def test_check_probe_fails_where_an_upstream_cannot_be_reached(tmp_path: Path) -
     assert "ollama: cannot list its models: " in probed.stderr
 
 
+def test_check_probe_fails_where_a_server_has_neither_a_list_nor_a_configured_model(tmp_path: Path) -> None:
+    """Most likely its base_url is another one."""
+    with FakeOpenAI(api_key=None) as fake:
+        env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/elsewhere"}
+        done = run("check", "--probe", env=env, cwd=tmp_path)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1] == (
+            "openai: it has no list of models at its base_url, and none is configured for it"
+        )
+
+
+def test_check_shows_what_is_hidden_behind_an_alias_of_another_model(tmp_path: Path) -> None:
+    config = """
+upstreams: {lex: {type: lexical}, oai: {type: openai, api_key: k}}
+models: {docs: {aliases: [text-embedding-3-small], deployments: [{upstream: lex, model: lexical}]}}
+"""
+    (tmp_path / "config.yaml").write_text(config)
+    shown = [line.split("  ")[0] for line in run("check", cwd=tmp_path).stdout.splitlines()]
+    assert "oai/text-embedding-3-small" in shown
+    assert "oai/text-embedding-3-large" not in shown, "its plain name leads there"
+
+
 def test_check_finds_models_that_serve_no_plain_request(tmp_path: Path) -> None:
     config = """
 upstreams:

@@ -37,11 +37,46 @@ def test_azure_is_asked_at_the_deployment_with_its_own_header_and_version() -> N
         models = {"my-embedding": {"deployments": [{"upstream": "up", "model": "text-embedding-3-small"}]}}
         with running({**settings, "models": models}) as gateway:
             right(fake, gateway.post({"model": "my-embedding", "input": ["a"]}), "text-embedding-3-small", ["a"])
+            ready = gateway.get("/readyz").json()["upstreams"]
         (call,) = fake.calls
+        assert ready == {"up": {"status": "up", "models": 0}}, "it has no list of models, and needs none"
         assert call.path == "/openai/deployments/DEPLOYMENT/embeddings"
         assert call.query == {"api-version": "2024-10-21"}
         assert call.headers["api-key"] == "sk-azure"
         assert "authorization" not in call.headers
+
+
+def test_what_a_server_without_a_list_of_models_has_is_what_is_configured_for_it() -> None:
+    """A deployment on Azure, whose other routes are a 404, as TEI's list of models is."""
+    deployed = {"D": "text-embedding-3-small"}
+    azure: dict[str, Any] = {"auth": "api-key", "api_key": "sk-fake", "query": {"api-version": "2024-10-21"}}
+    models = {"mine": {"deployments": [{"upstream": "up", "model": "text-embedding-3-small"}]}}
+    with FakeOpenAI(deployments=deployed) as fake:
+        settings = {**config(fake, "/openai/deployments/D", **azure), "models": models}
+        with running(settings) as gateway:
+            known = gateway.post({"model": "up/text-embedding-3-small", "input": ["a"]})
+            unknown = gateway.post({"model": "up/other", "input": ["a"]})
+        right(fake, known, "text-embedding-3-small", ["a"])
+        assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+def test_a_model_that_only_the_configuration_knows_is_there_under_its_upstreams_name_too() -> None:
+    """As the operator has described it, but for his own prefixes, which belong to the public name."""
+    has = {"upstream": "up", "model": "hidden"}
+    models = {
+        "mine": {"max_batch": 3, "deployments": [has]},
+        "told": {"prefixes": {"query": "q: ", "document": "d: "}, "input_type": "query", "deployments": [has]},
+    }
+    texts = ["a", "b", "c", "d"]
+    with FakeOpenAI(models={"hidden": 8, "listed": 8}, flavour="vllm", api_key=None) as fake:
+        listed = {name: length for name, length in fake.models.items() if name != "hidden"}
+        fake.listed = listed
+        with running({**config(fake), "models": models}) as gateway:
+            right(fake, gateway.post({"model": "up/hidden", "input": texts}), "hidden", texts)
+            assert sorted(len(call.texts) for call in fake.calls) == [1, 3]
+            told = gateway.post({"model": "told", "input": ["a"]})
+        assert fake.calls[-1].texts == ["q: a"]
+        right(fake, told, "hidden", ["q: a"])
 
 
 def test_tei_gets_32_rows_a_call_and_a_smaller_limit_is_learned_from_its_own_words() -> None:

@@ -38,7 +38,8 @@ class FakeOpenAI(FakeUpstream):
     """`/v1/embeddings`, `/v1/models` and Azure's deployments, with one key for all.
 
     `api_key` None accepts everybody. `models` maps names to lengths. `base64`: honour
-    ``encoding_format: base64``, or answer floats to it as Mistral does. `deployments` maps
+    ``encoding_format: base64``, or answer floats to it as Mistral does. `listed` are the models that it
+    tells of, all of them unless it is set. `deployments` maps
     Azure's names to models (by default, each model is deployed under its name).
     The limits on tokens are checked in the flavour "openai" only.
     """
@@ -78,6 +79,7 @@ class FakeOpenAI(FakeUpstream):
         self.api_key = api_key
         self.flavour = flavour
         self.models = models or (OPENAI_MODELS if flavour == "openai" else SELF_HOSTED_MODELS)
+        self.listed = self.models
         self.deployments = deployments or {name: name for name in self.models}
         self.base64 = base64
         self.matryoshka = matryoshka
@@ -100,7 +102,7 @@ class FakeOpenAI(FakeUpstream):
 
     def other(self, request: Request) -> Reply:
         if request.path == "/v1/models":
-            return json_reply({"object": "list", "data": [_model(name) for name in self.models]})
+            return json_reply({"object": "list", "data": [_model(name) for name in self.listed]})
         name = request.path.removeprefix("/v1/models/")
         if name in self.models:
             return json_reply(_model(name))

@@ -49,7 +49,7 @@ LOCAL = openai.OpenAISettings(base_url="http://localhost:8000/v1/")
 
 
 async def listed(body: Any) -> list[Model]:
-    return list(await openai.discover(LOCAL, answering({"/models": body})))
+    return list(await openai.discover(LOCAL, answering({"/models": body})) or ())
 
 
 async def test_an_openai_compatible_server_is_asked_for_its_models() -> None:
@@ -57,7 +57,7 @@ async def test_an_openai_compatible_server_is_asked_for_its_models() -> None:
     send = answering({"/models": {"object": "list", "data": [{"id": "BAAI/bge-m3"}, {"id": "e5"}]}}, seen)
     found = await openai.discover(LOCAL, send)
     assert [request.url for request in seen] == ["http://localhost:8000/v1/models"]
-    assert list(found) == [
+    assert found == [
         Model("BAAI/bge-m3", None, None, 32, cuts=(1024,), source="huggingface.co/BAAI/bge-m3"),
         Model("e5", None, ANY, 32),
     ]
@@ -82,6 +82,11 @@ async def test_a_list_of_models_that_is_none_is_an_error(body: Any) -> None:
 async def test_a_server_that_refuses_its_list_is_an_error() -> None:
     with pytest.raises(UpstreamAuth):
         await listed((401, {"error": {"message": "no"}}))
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+async def test_a_server_without_such_a_route_has_no_list_and_no_trouble(status: int) -> None:
+    assert await openai.discover(LOCAL, answering({"/models": (status, b"Not Found")})) is None
 
 
 def test_openais_own_models_are_known_and_no_other_servers_are() -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from msgspec.structs import replace
 
 from app.cache import keys
 from app.cache.tiers import Tiers
+from app.errors import UpstreamInvalidResponse
 from app.pipeline.parts import part, put
 from app.types import NOTHING, Embedder, Embedding, EmbedRequest, EmbedResult, Source
 
@@ -33,11 +34,32 @@ class CacheRead:
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
         if all(found):  # an embedding is always true
-            return EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
-        request = replace(request, keys=derived, held=held)
-        if not any(found):
-            return await self._inner(request)
-        whole = EmbedResult([each or NOTHING for each in found], [Source.CACHE] * len(found))
-        missing = [i for i, embedding in enumerate(found) if embedding is None]
-        put(whole, missing, await self._inner(part(request, missing)))
-        return whole
+            result = EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
+        elif not any(found):
+            result = await self._inner(replace(request, keys=derived, held=held))
+        else:
+            result = EmbedResult([each or NOTHING for each in found], [Source.CACHE] * len(found))
+            missing = [i for i, embedding in enumerate(found) if embedding is None]
+            put(result, missing, await self._inner(part(replace(request, keys=derived, held=held), missing)))
+        if len(derived) > 1 and _mixed(result.embeddings):
+            return await self._anew(replace(request, keys=derived), result.calls)
+        return result
+
+    async def _anew(self, request: EmbedRequest, calls: int) -> EmbedResult:
+        """The model behind the name has become another one, or was one for a moment, and what is cached is of either.
+        Asked all at once it is of one again, and takes the place of what was cached. Raises `UpstreamInvalidResponse`.
+
+        `calls`: those made so far."""
+        result = await self._inner(request)
+        result.calls += calls
+        if _mixed(result.embeddings):
+            error = UpstreamInvalidResponse("the upstream gives vectors of different lengths for one model")
+            error.calls = result.calls
+            raise error
+        return result
+
+
+def _mixed(embeddings: Sequence[Embedding]) -> bool:
+    """Whether their lengths differ, but for those that have none. Where a model's length is known each call was checked
+    against it; where it is not, a call could only be checked within itself."""
+    return len({len(each.vector) for each in embeddings} - {0}) > 1

@@ -8,7 +8,7 @@ import httpx
 import numpy as np
 import pytest
 
-from tests.fakes import FakeOpenAI
+from tests.fakes import FakeOpenAI, faults
 from tests.harness import running
 
 HOSTED = "BAAI/bge-m3"
@@ -77,6 +77,32 @@ def test_a_model_that_only_the_configuration_knows_is_there_under_its_upstreams_
             told = gateway.post({"model": "told", "input": ["a"]})
         assert fake.calls[-1].texts == ["q: a"]
         right(fake, told, "hidden", ["q: a"])
+
+
+def test_vectors_of_two_lengths_are_never_one_answer_whichever_call_or_cache_they_are_from() -> None:
+    """Nobody knows this model's length, so that each call could only be looked at by itself."""
+    texts = ["a", "b", "c", "d"]
+    models = {"mine": {"max_batch": 2, "deployments": [{"upstream": "up", "model": "m"}]}}
+    with (
+        FakeOpenAI(models={"m": 16}, flavour="vllm", api_key=None) as fake,
+        running({**config(fake), "models": models}) as gateway,
+    ):
+        fake.fail(faults.wrong_dimension, times=1)
+        short = gateway.post({"model": "mine", "input": ["a"]})
+        assert [len(row["embedding"]) for row in short.json()["data"]] == [15]
+        again = gateway.post({"model": "mine", "input": texts})  # of which one is cached
+        right(fake, again, "m", texts)
+        assert again.headers["x-embedding-upstream-calls"] == "4"  # 2 for what was missing, 2 for all
+        right(fake, gateway.post({"model": "mine", "input": texts}), "m", texts)
+        assert len(fake.calls) == 5, "what was cached before has been replaced"
+
+        fake.fail(faults.wrong_dimension, times=None, when=lambda texts: "e" in texts)
+        broken = gateway.post({"model": "mine", "input": ["e", "f", "g", "h"]})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (502, "upstream_invalid_response")
+        assert broken.headers["x-embedding-upstream-calls"] == "4"
+        fake.heal()
+        healed = ["e", "f", "g", "h"]
+        right(fake, gateway.post({"model": "mine", "input": healed}), "m", healed)
 
 
 def test_tei_gets_32_rows_a_call_and_a_smaller_limit_is_learned_from_its_own_words() -> None:

@@ -16,7 +16,7 @@ from app.cache.tiers import Tiers
 from app.catalog import UNSERVED
 from app.clock import Clock
 from app.config import Settings, UpstreamSettings
-from app.errors import ModelNotFound, UpstreamUnavailable
+from app.errors import ModelNotFound
 from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import canary
@@ -133,16 +133,18 @@ class Gateway:
         return public
 
     def _cannot_say(self, name: str) -> None:
-        """Raises `UpstreamUnavailable` if an upstream that might have the model is not there to be asked: "no such
-        model" would be a guess, which callers take for the last word."""
+        """Raises what is the matter with an upstream that might have the model and cannot be asked: "no such model"
+        would be a guess, which callers take for the last word."""
         own = self.upstreams.get(name.partition("/")[0])
         if own is not None:
-            mute = [own.name] if own.trouble else []
+            mute = [own] if own.trouble else []
         else:
-            mute = [each.name for each in self.upstreams.values() if each.away and not each.models]
-        if mute:
-            told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are"
-            raise UpstreamUnavailable(told)
+            mute = [each for each in self.upstreams.values() if each.away and not each.models]
+        for each in mute:
+            assert each.trouble is not None
+            names = ", ".join(other.name for other in mute)
+            told = f"no model '{name[:200]}' is known, and {names} cannot say what models there are: {each.trouble}"
+            raise type(each.trouble)(told, code=each.trouble.code, retry_after=each.trouble.retry_after)
 
     def _instead(self, name: str) -> str | None:
         """What to use for a model that an upstream has and nobody here serves."""
@@ -183,7 +185,7 @@ class Gateway:
         """Ready or draining, and a line per upstream and cache tier. Asks nobody: probes come often."""
         upstreams: dict[str, dict[str, Any]] = {
             name: {"status": "down" if upstream.trouble else "up", "models": len(upstream.models)}
-            | ({"reason": upstream.trouble} if upstream.trouble else {})
+            | ({"reason": upstream.trouble.message} if upstream.trouble else {})
             for name, upstream in self.upstreams.items()
         }
         for deployment in self._registry.deployments:

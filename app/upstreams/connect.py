@@ -12,7 +12,7 @@ from pydantic import SecretStr
 from app.catalog import Model
 from app.clock import Clock
 from app.config import UpstreamSettings
-from app.errors import GatewayError, UpstreamTimeout, UpstreamUnavailable, UpstreamUnreachable
+from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnavailable, UpstreamUnreachable
 from app.types import Send, Target, TokenStore
 from app.upstreams.client import Client
 from app.upstreams.kind import UpstreamKind
@@ -52,14 +52,17 @@ class Upstream:
         self.auth = kind.auth(settings, clock, tokens)
         self.models: dict[str, Model] = dict(kind.models(settings))
         self.discovers = kind.discover is not None and not self.models
-        self.trouble: str | None = None
-        """Why its models could not be listed, if they could not."""
-        self.away = False
-        """Whether that is because it is not there."""
+        self.trouble: GatewayError | None = None
+        """Why its models could not be listed, if they could not; free of secrets."""
         self.lists = True
         """Whether it has a list of models: some servers have none, and serve what an operator names."""
         self._discovered_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
+
+    @property
+    def away(self) -> bool:
+        """Whether its models could not be listed because it is not there."""
+        return isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
 
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""
@@ -84,7 +87,7 @@ class Upstream:
         assert self._discovered_at is not None
         _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + LIST_TIMEOUT - now))
         if hanging and self.trouble is None:
-            self.trouble, self.away = "it does not answer", True
+            self.trouble = UpstreamTimeout("it does not answer")
 
     def _asked(self, _task: asyncio.Task[None]) -> None:
         self._asking, self._discovered_at = None, self._clock.monotonic()
@@ -94,13 +97,14 @@ class Upstream:
         try:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
-            away = isinstance(error, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
-            self._cannot_list(self.redact(error.message), away=away)
+            error.message = self.redact(error.message)
+            self._cannot_list(error)
             return
         except Exception as bug:  # of ours: nobody else would hear of it
-            self._cannot_list(f"its list of models could not be read ({type(bug).__name__})", away=False, bug=bug)
+            told = f"its list of models could not be read ({type(bug).__name__})"
+            self._cannot_list(UpstreamInvalidResponse(told), bug)
             return
-        self.trouble, self.away = None, False
+        self.trouble = None
         if self.lists and found is None:
             told = "upstream %s has no list of models at its base_url: only what is configured is served"
             log.warning(told, self.name)
@@ -109,12 +113,12 @@ class Upstream:
         if models != self.models:
             self.models = models
 
-    def _cannot_list(self, why: str, *, away: bool, bug: Exception | None = None) -> None:
+    def _cannot_list(self, why: GatewayError, bug: Exception | None = None) -> None:
         """Remembers why, and logs it once: lists are asked for every minute."""
-        if why != self.trouble:
+        if self.trouble is None or why.message != self.trouble.message:
             level = logging.ERROR if bug else logging.WARNING
             log.log(level, "upstream %s: cannot list its models: %s", self.name, why, exc_info=bug)
-        self.trouble, self.away = why, away
+        self.trouble = why
 
     async def aclose(self) -> None:
         if self._asking is not None:

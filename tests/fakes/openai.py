@@ -79,7 +79,7 @@ class FakeOpenAI(FakeUpstream):
         self.api_key = api_key
         self.flavour = flavour
         self.models = models or (OPENAI_MODELS if flavour == "openai" else SELF_HOSTED_MODELS)
-        self.listed = self.models
+        self.listed: Mapping[str, int] | None = None
         self.deployments = deployments or {name: name for name in self.models}
         self.base64 = base64
         self.matryoshka = matryoshka
@@ -102,7 +102,7 @@ class FakeOpenAI(FakeUpstream):
 
     def other(self, request: Request) -> Reply:
         if request.path == "/v1/models":
-            return json_reply({"object": "list", "data": [_model(name) for name in self.listed]})
+            return json_reply({"object": "list", "data": [_model(name) for name in self.listed or self.models]})
         name = request.path.removeprefix("/v1/models/")
         if name in self.models:
             return json_reply(_model(name))

@@ -17,7 +17,7 @@ from app.errors import (
     UpstreamAuth,
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
-    UpstreamUnavailable,
+    UpstreamTimeout,
     UpstreamUnreachable,
 )
 from app.gateway import Gateway
@@ -26,7 +26,7 @@ from app.pipeline.canary import ROUND
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import connect, ollama, openai
 from tests.clock import HandClock, settle
-from tests.fakes import FakeOllama, faults
+from tests.fakes import FakeOllama, FakeOpenAI, faults
 from tests.harness import running, settings_of
 
 
@@ -250,6 +250,29 @@ async def test_a_new_model_is_there_although_who_asked_first_hung_up(
     assert (await gateway.find("newer")).name == "newer"
 
 
+@pytest.mark.parametrize(
+    ("listing", "told"),
+    [
+        ({"base_url": "http://127.0.0.1:9/v1"}, (502, "upstream_unreachable")),
+        ({"base_url": "http://no-such-host.invalid/v1"}, (502, "upstream_unreachable")),
+        ({"api_key": "sk-refused"}, (502, "upstream_auth")),
+    ],
+)
+def test_what_is_wrong_with_an_upstream_that_has_never_listed_its_models_is_what_its_callers_are_told(
+    listing: dict[str, str], told: tuple[int, str]
+) -> None:
+    with FakeOpenAI(api_key="sk-right") as fake:
+        fake.fail(faults.vendor_error("auth"), times=None, path="/models")
+        up = {"type": "openai", "base_url": fake.url + "/v1", "api_key": "sk-right", **listing}
+        with running({"upstreams": {"up": up}}) as gateway:
+            response = gateway.post({"model": "up/text-embedding-3-small", "input": "hi"})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == told
+    assert "up cannot say what models there are: " in error["message"]
+    assert "sk-right" not in response.text
+    assert "sk-refused" not in response.text
+
+
 async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     two: tuple[Gateway, Listing, Listing], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -260,7 +283,7 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     other.ready.clear()
     assert (await asyncio.wait_for(gateway.find("new"), 5)).name == "new"
     for name in ("two/late", "late"):
-        with pytest.raises(UpstreamUnavailable, match="two cannot say"):
+        with pytest.raises(UpstreamTimeout, match="two cannot say"):
             await gateway.find(name)
     with pytest.raises(ModelNotFound):
         await gateway.find("one/late")

@@ -103,7 +103,7 @@ class Route:
         With `avoid` it is for a retry, which goes ahead of the pace: it would find those who queue always there
         before it, and there are few. `others_only` does not take what is to be avoided even as the last.
         """
-        candidates = self._usable(params)
+        candidates = self._usable(params, avoid)
         if others_only:
             candidates = [each for each in candidates if each is not avoid]
         if len(candidates) > 1:
@@ -120,13 +120,16 @@ class Route:
         turn = self._jitter() ** (1 / weight) if deployment.health.available() else 0.0
         return deployment.slots.busy / weight, -turn
 
-    def _usable(self, params: Params) -> list[Deployment]:
-        """Those in rotation, of these the ones that are known to be in their vector space, if any; when all that are
-        not resting have been ejected, these: a call that may fail is better than none."""
+    def _usable(self, params: Params, avoid: Deployment | None = None) -> list[Deployment]:
+        """Those in rotation; when all that are not resting have been ejected, these: a call that may fail is better
+        than none. One that is not known to be in its vector space is among them only where all others fail: have just
+        failed, or are to be avoided. That they are busy is no reason."""
         able = self._able(params)
         available = [each for each in able if each.health.available()]
         if len(available) > 1:
-            return [each for each in available if not each.health.unproved] or available
+            proved = [each for each in available if not each.health.unproved]
+            if any(each is not avoid and not each.health.suspect for each in proved):
+                return proved
         return available or [each for each in able if not each.health.cooling()]
 
     def _able(self, params: Params) -> list[Deployment]:
@@ -183,7 +186,7 @@ class Route:
         result.deployments = (slot.deployment.name,)
         if _whole(result):
             return result
-        elsewhere = any(each is not slot.deployment for each in self._usable(batch.params))
+        elsewhere = any(each is not slot.deployment for each in self._usable(batch.params, slot.deployment))
         pending = [i for i, outcome in enumerate(result.outcomes) if _worth_asking_again(outcome, elsewhere)]
         again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere) if pending else None
         if again is None:

@@ -156,6 +156,28 @@ async def test_a_refused_input_is_asked_nowhere_else() -> None:
     assert isinstance(result.outcomes[0], InvalidRequest)
 
 
+@pytest.mark.parametrize("error", [UpstreamAuth("no"), UpstreamError("down")])
+async def test_one_that_has_shown_nothing_is_asked_where_the_others_fail(error: GatewayError) -> None:
+    bad, unproved = deployment("bad", failing(error)), deployment("unproved", answers)
+    unproved.health.unproved = True
+    both = route(bad, unproved)
+    assert (await run(both, batch("x"))).deployments == ("unproved/m",), "after the other"
+    assert (await run(both, batch("y"))).calls == 1, "which has just failed"
+
+
+async def test_and_not_where_they_are_busy() -> None:
+    one, other, unproved = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
+    unproved.health.unproved = True
+    all_three = route(one, other, unproved)
+    first, second = (all_three.take("query", Params()) for _ in range(2))
+    assert first
+    assert second
+    assert {first.deployment, second.deployment} == {one, other}
+    assert all_three.take("query", Params()) is None
+    assert all_three.take("query", Params(), avoid=one) is None, "nor for a retry"
+    assert all_three.rests(Params()) == []
+
+
 def test_an_error_told_of_an_input_keeps_what_it_says_of_retries() -> None:
     error = UpstreamError("the certificate was refused")
     error.retryable = False

@@ -79,6 +79,7 @@ class Canary:
             self._looked_at[deployment] = now
             deployment.health.unproved = False
             self._judge(deployment, vectors.cosine(vector, expected))
+            deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
         for deployment in asked if len(self._deployments) > 1 else ():
             if deployment not in self._looked_at and not deployment.health.unproved:
                 deployment.health.unproved = True

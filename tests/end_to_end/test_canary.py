@@ -14,10 +14,12 @@ from app.clock import SystemClock
 from app.errors import UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
+from app.pipeline.batcher import Batcher
 from app.pipeline.canary import EVERY
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
-from app.types import Batch, BatchResult, Embedding
+from app.pipeline.route import Route
+from app.types import Batch, BatchResult, Embedding, EmbedRequest, Params
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector, faults
 from tests.harness import Running, running
@@ -54,6 +56,20 @@ class RoundClock(SystemClock):
 @pytest.fixture
 def clock() -> HandClock:
     return HandClock()
+
+
+async def answers(batch: Batch) -> BatchResult:
+    return BatchResult([Embedding(np.ones(4, "<f4").tobytes(), 1)] * len(batch.inputs))
+
+
+async def hangs(batch: Batch) -> BatchResult:
+    del batch
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def healthy(clock: HandClock, name: str) -> Health:
+    return Health(clock, Metrics().upstream_available.labels(name, "m"), f"{name}/m")
 
 
 def config(*fakes: FakeOpenAI, **more: Any) -> dict[str, Any]:
@@ -182,11 +198,10 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
     async def embed(batch: Batch) -> BatchResult:
         if not up:
             raise UpstreamUnreachable("no connection")
-        return BatchResult([Embedding(np.ones(4, "<f4").tobytes(), 1)] * len(batch.inputs))
+        return await answers(batch)
 
     def deployment(name: str) -> Deployment:
-        health = Health(clock, Metrics().upstream_available.labels(name, "m"), f"{name}/m")
-        return Deployment(name, Model("m"), "space", Slots(1), Limits(1), health, embed)
+        return Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed)
 
     both = [deployment("one"), deployment("other")]
     canaries = [canary.Canary(both, None, from_start=True)]
@@ -199,14 +214,40 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
     watching.cancel()
 
 
-async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
-    async def hangs(batch: Batch) -> BatchResult:
-        del batch
-        await asyncio.Event().wait()
-        raise AssertionError
+@pytest.mark.parametrize("kept_from_it", ["unproved", "out"])
+async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock, kept_from_it: str) -> None:
+    ends = asyncio.Event()
 
-    health = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
-    deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), health, hangs)
+    async def takes_long(batch: Batch) -> BatchResult:
+        if batch.inputs != [canary.TEXT]:
+            await ends.wait()
+        return await answers(batch)
+
+    metrics = Metrics()
+    busy, other = (
+        Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed, priority=priority)
+        for name, embed, priority in (("busy", takes_long, 1), ("other", answers, 2))
+    )
+    if kept_from_it == "unproved":
+        other.health.unproved = True
+    else:
+        other.health.take_out("its vectors are not those of space")
+    embed = Batcher(Route([busy, other], metrics, clock), metrics, clock)
+    deadline = asyncio.get_running_loop().time() + 30
+    asking = []
+    for text in ("under way", "queues"):
+        asking.append(asyncio.create_task(embed(EmbedRequest("m", [text], Params(), deadline, keys=[text.encode()]))))
+        await settle()
+    await canary.Canary([busy, other], None, from_start=True).look(clock.monotonic())
+    await settle()
+    assert [task.done() for task in asking] == [False, True]
+    assert (await asking[1]).deployments == ("other/m",)
+    ends.set()
+    await asking[0]
+
+
+async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
+    deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), hangs)
     looks = canary.Canary([deployment], None, from_start=True)
     for _ in range(2):
         assert looks.due(clock.monotonic())

@@ -31,6 +31,8 @@ SOON = 10.0
 """The same, while a deployment has never answered: when it is back, it is to be judged and used."""
 TIMEOUT = 30.0
 """Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
+AT_ONCE = 16
+"""Models that are looked at together."""
 
 
 class Canary:
@@ -131,12 +133,17 @@ async def _ask(deployment: Deployment) -> bytes | None:
 
 
 async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
-    """Looks where it is time, now and then, for as long as the gateway lives."""
+    """Looks where it is time, now and then, for as long as the gateway lives: at several at once, for one deployment
+    that hangs takes all of its time."""
+    few = asyncio.Semaphore(AT_ONCE)
+
+    async def look(canary: Canary) -> None:
+        async with few:
+            try:
+                await canary.look(clock.monotonic())
+            except Exception:  # a bug of ours must not end the watch over all the others
+                log.exception("a canary could not be looked at")
+
     while True:
-        for canary in canaries():
-            if canary.due(clock.monotonic()):
-                try:
-                    await canary.look(clock.monotonic())
-                except Exception:  # a bug of ours must not end the watch over all the others
-                    log.exception("a canary could not be looked at")
+        await asyncio.gather(*(look(canary) for canary in canaries() if canary.due(clock.monotonic())))
         await clock.sleep(SOON if any(canary.waits for canary in canaries()) else ROUND)

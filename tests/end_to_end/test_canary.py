@@ -19,7 +19,7 @@ from app.pipeline.canary import EVERY
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
 from app.pipeline.route import Route
-from app.types import Batch, BatchResult, Embedding, EmbedRequest, Params
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, Params
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector, faults
 from tests.harness import Running, running
@@ -244,6 +244,24 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
     assert (await asking[1]).deployments == ("other/m",)
     ends.set()
     await asking[0]
+
+
+async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandClock) -> None:
+    def deployment(name: str, embed: BatchEmbedder) -> Deployment:
+        return Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed)
+
+    back = deployment("back", answers)
+    back.health.unproved = True
+    canaries = [
+        canary.Canary([deployment("hangs", hangs), deployment("well", answers)], None, from_start=True),
+        canary.Canary([deployment("other", answers), back], None, from_start=True),
+    ]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    await settle()
+    assert not back.health.unproved
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert canaries[0].due(clock.monotonic()), "cut short with the watch, and so to be made again"
 
 
 async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:

@@ -174,11 +174,13 @@ class Registry:
                 self._batchers[members] = served
 
     def _keep_to_names(self) -> list[Deployment]:
-        used = {id(each.limits) for public in self.names.values() for each in public.deployments}
+        models = self.names.values()
+        used = {id(each.limits) for public in models for each in public.deployments}
         gone = {key: each for key, each in self._deployments.items() if id(each.limits) not in used}
         for key in gone:
             del self._deployments[key]
-        for members in [key for key in self._batchers if not all(limits in used for limits, _, _ in key)]:
+        # One of deployments that are still there goes, too: nobody comes to it, and its canary would pay for looks.
+        for members in self._batchers.keys() - {_set(public.deployments) for public in models}:
             self._replaced.append(self._batchers.pop(members)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
         return list(gone.values())
@@ -262,7 +264,7 @@ class Registry:
         return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        members = tuple((id(each.limits), each.weight, each.priority) for each in deployments)
+        members = _set(deployments)
         if members not in self._batchers:
             route, canary = Route(deployments, self._metrics, self._clock), None
             # Without another deployment, or a memory that outlives us, there is nothing to compare with.
@@ -278,6 +280,10 @@ class Registry:
             self._conflicts.add(name)
             listed = ", ".join(deployment.name for deployment in served)
             log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
+
+
+def _set(deployments: Iterable[Deployment]) -> _Set:
+    return tuple((id(each.limits), each.weight, each.priority) for each in deployments)
 
 
 def _unfit(prepare: Prepare) -> str | None:

@@ -349,6 +349,24 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     await app.gateway.aclose()
 
 
+async def test_of_deployments_that_are_put_together_otherwise_no_earlier_set_is_kept() -> None:
+    def settings(weight: int, *names: str) -> Settings:
+        deployments = [{"upstream": name, "model": "lexical", "weight": weight} for name in names]
+        upstreams = {name: {"type": "lexical"} for name in ("one", "two")}
+        return settings_of({"upstreams": upstreams, "models": {"m": {"deployments": deployments}}})
+
+    app = create_app(settings(2, "one", "two"))
+    await app.gateway.start()
+    shown = []
+    for weight, *names in ((3, "one", "two"), (4, "one", "two"), (4, "two", "one"), (4, "one")):
+        await app._change_to(settings(weight, *names))
+        await asyncio.gather(*app._tasks)
+        registry = app.gateway._registry
+        shown.append((len(registry._batchers), len(registry.canaries)))
+    assert shown == [(4, 2)] * 3 + [(4, 1)], "`m`, `lexical`, and each upstream's alone; two pairs, and then one"
+    await app.gateway.aclose()
+
+
 async def test_who_is_inside_counts_on() -> None:
     def settings(most: int) -> Settings:
         return settings_of({"server": {"max_inflight": most}, "upstreams": {"up": {"type": "lexical"}}})

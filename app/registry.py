@@ -272,6 +272,7 @@ class Registry:
                 memory = self._cache if self._remembers else None
                 canary = Canary(route.deployments, memory, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
+            self._cache.embedders.add(batcher)
             self._batchers[members] = batcher, canary
         return self._batchers[members][0]
 

@@ -9,6 +9,8 @@ import asyncio
 import logging
 from collections.abc import Collection, Iterable, Sequence
 from functools import partial
+from typing import Protocol
+from weakref import WeakSet
 
 from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
@@ -19,6 +21,15 @@ from app.metrics import Metrics
 from app.types import Embedding, LookUp, SharedStore, Store
 
 log = logging.getLogger(__name__)
+
+
+class UnderWay(Protocol):
+    """What embeds for requests, and knows of which keys the embeddings are yet to come."""
+
+    @property
+    def busy(self) -> bool: ...
+
+    def under_way(self, key: bytes) -> bool: ...
 
 
 class Tiers:
@@ -50,6 +61,8 @@ class Tiers:
             self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer))
         self._letting_go: set[asyncio.Task[None]] = set()
+        self.embedders: WeakSet[UnderWay] = WeakSet()
+        """All that embeds here, for this configuration and for those before it."""
 
     async def open(self) -> None:
         """Lets the tiers that can do so get ready, at once; one that cannot is down, which `status` says."""
@@ -80,9 +93,13 @@ class Tiers:
         return Found(embeddings, held)
 
     def let_go(self, keys: Sequence[bytes]) -> None:
-        """What was claimed will not come: another replica that waits for it may embed it. Waits for nothing."""
-        if self._shared is not None:
-            task = asyncio.get_running_loop().create_task(self._shared.let_go(keys))
+        """What was claimed will not come: another replica that waits for it may embed it. But not what is under way
+        here for anybody, whose claim it then is. Waits for nothing."""
+        if self._shared is None:
+            return
+        busy = [each for each in self.embedders if each.busy]
+        if ended := [key for key in keys if not any(each.under_way(key) for each in busy)]:
+            task = asyncio.get_running_loop().create_task(self._shared.let_go(ended))
             self._letting_go.add(task)
             task.add_done_callback(self._letting_go.discard)
 

@@ -87,8 +87,9 @@ class Batcher:
         return collect(jobs, sources, request)
 
     def under_way(self, key: bytes) -> bool:
-        """Whether an input is being embedded, or queues for it."""
-        return key in self._jobs
+        """Whether an input is being embedded, or queues for it, and what comes may be cached."""
+        job = self._jobs.get(key)
+        return job is not None and job.store
 
     @property
     def busy(self) -> bool:

@@ -8,7 +8,6 @@ from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.config import ModelSettings
 from app.pipeline.adapt import Adapt
-from app.pipeline.batcher import Batcher
 from app.pipeline.cache_fill import CacheFill
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.call import Call
@@ -22,13 +21,12 @@ from app.types import BatchEmbedder, Embedder
 
 
 def pipeline(
-    batcher: Batcher, *, name: str, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
+    embed: Embedder, *, name: str, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
 ) -> Prepare:
     """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Claim (where there are
     replicas to share with), Batcher (over its Route)."""
-    embed: Embedder = batcher
     if cache.shared:
-        embed = Claim(embed, cache, batcher.under_way)
+        embed = Claim(embed, cache)
     embed = CacheRead(embed, cache, space)
     embed = Shape(embed, models, settings)
     embed = LongInputs(embed, models, settings)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 from app.cache.tiers import Tiers
 from app.pipeline.parts import part, put
@@ -15,12 +14,10 @@ _LOOK = 0.02
 
 class Claim:
     """Embeds what no other replica is embedding, and then what others have not brought: they have failed or died, or
-    take longer than a claim lasts. Waiting leaves half of the request's time for that.
+    take longer than a claim lasts. Waiting leaves half of the request's time for that."""
 
-    `under_way` says of a key whether it queues or is being embedded here, for whomever."""
-
-    def __init__(self, inner: Embedder, cache: Tiers, under_way: Callable[[bytes], bool]) -> None:
-        self._inner, self._cache, self._under_way = inner, cache, under_way
+    def __init__(self, inner: Embedder, cache: Tiers) -> None:
+        self._inner, self._cache = inner, cache
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         if not request.held:
@@ -49,9 +46,9 @@ class Claim:
         try:
             result = await self._inner(request)
         except Exception:
-            # A call that is under way goes on, and what it brings is cached; it may be others' as well.
-            if request.shares and (ended := [key for key in request.keys if not self._under_way(key)]):
-                self._cache.let_go(ended)
+            # But of what is under way: its call goes on, and what it brings is cached; it may be others' as well.
+            if request.shares:
+                self._cache.let_go(request.keys)
             raise
         # Who hangs up lets go of nothing here, for the same reason. What was still queued, or fails when nobody waits
         # for it any more, the batcher tells of.

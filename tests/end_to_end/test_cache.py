@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import yaml
 
 from app.types import CLAIM
 from tests.fakes import FakeOpenAI
-from tests.harness import Running, running
-from tests.processes import address, start
+from tests.harness import Running, running, settings_of
+from tests.processes import address, start, until
 from tests.redis_server import RedisServer
 
 MODEL = "text-embedding-3-small"
@@ -74,6 +75,37 @@ def test_what_two_gateways_over_one_redis_are_asked_at_once_is_paid_for_once() -
             for each in asking:
                 each.result()
         assert fake.rows == 70
+
+
+def test_what_is_dropped_from_a_queue_is_still_claimed_where_another_queues_call_is_under_way() -> None:
+    """Even one of a configuration that is no longer in force."""
+    with RedisServer() as redis, FakeOpenAI(api_key="sk-fake") as fake, ThreadPoolExecutor() as callers:
+
+        def weighing(weight: int) -> dict[str, Any]:
+            values = config(fake, {"redis": {"url": redis.url, "timeout": "1s"}})
+            values["upstreams"]["up"]["max_concurrency"] = 1
+            values["models"] = {"m": {"deployments": [{"upstream": "up", "model": MODEL, "weight": weight}]}}
+            return values
+
+        with running(weighing(2)) as one, running(weighing(2)) as other:
+            fake.hold()
+            asking = [callers.submit(one.post, {"model": "m", "input": "the one text"})]
+            fake.wait_for_calls(1)
+            one.call(one.app._change_to(settings_of(weighing(3))))
+            with socket.create_connection(("127.0.0.1", httpx.URL(one.url).port or 0)) as hangs_up:
+                body = b'{"model":"m","input":"the one text"}'
+                hangs_up.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+                hangs_up.sendall(body)
+                until(lambda: one.metric("queued_inputs") == 1, lambda: "it does not queue")
+            until(lambda: one.metric("queued_inputs") == 0, lambda: "it is not dropped")
+            asking.append(callers.submit(other.post, {"model": "m", "input": "the one text"}))
+            until(
+                lambda: other.metric("cache_operations_total", result="held") > 2 or len(fake.calls) > 1,
+                lambda: "the other one neither waits nor embeds",
+            )
+            fake.release()
+            assert [each.result().status_code for each in asking] == [200, 200]
+        assert fake.rows == 1
 
 
 def test_what_a_gateway_takes_to_its_grave_another_embeds_once_its_claim_has_ended(tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ from app.types import (
     Source,
     Store,
 )
+from tests.clock import settle
 from tests.redis_server import RedisServer
 
 LIMIT = 20.0
@@ -47,7 +48,7 @@ class Replica:
         self.metrics, clock = Metrics(), SystemClock()
         stores: list[Store] = [MemoryStore(2**20, 60, clock, self.metrics)] if memory else []
         self.cache = Tiers([*stores, RedisStore(url, LIMIT, 60, clock, self.metrics)], self.metrics, clock)
-        self.embed = CacheRead(Claim(self._embed, self.cache, lambda _: False), self.cache, "space")
+        self.embed = CacheRead(Claim(self._embed, self.cache), self.cache, "space")
         self.asked: list[list[str]] = []
         self.positions: list[Sequence[int] | None] = []
         self.go = asyncio.Event()
@@ -310,6 +311,16 @@ class Calls:
                 await asyncio.sleep(0.001)
 
 
+def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
+    """A name of the replica's that leads there, as the registry would make it."""
+    health = Health(SystemClock(), replica.metrics.upstream_available.labels("up", "m"), "up/m")
+    deployment = Deployment("up", Model("m"), "up/m", Slots(3), Limits(1, None), health, calls)
+    route = Route([deployment], replica.metrics, SystemClock())
+    batcher = Batcher(route, replica.metrics, SystemClock(), replica.cache.let_go)
+    replica.cache.embedders.add(batcher)
+    return batcher, CacheRead(Claim(batcher, replica.cache), replica.cache, "space")
+
+
 async def claimed(cache: Tiers, text: str) -> bool:
     """Whether another replica, whose cache this is, would wait for it. It claims what it need not wait for."""
     return bool((await cache.get_or_claim(keys.derive("space", Params(), [text])))[1])
@@ -319,11 +330,7 @@ async def test_claims_last_as_long_as_somebody_here_embeds_the_text_and_no_longe
     server: RedisServer, replica: Callable[[], Replica]
 ) -> None:
     one, other, calls = replica(), replica(), Calls()
-    health = Health(SystemClock(), one.metrics.upstream_available.labels("up", "m"), "up/m")
-    deployment = Deployment("up", Model("m"), "up/m", Slots(3), Limits(1, None), health, calls)
-    route = Route([deployment], one.metrics, SystemClock())
-    batcher = Batcher(route, one.metrics, SystemClock(), one.cache.let_go)
-    embed = CacheRead(Claim(batcher, one.cache, batcher.under_way), one.cache, "space")
+    batcher, embed = over(calls, one)
     asking = asyncio.create_task(embed(request("bad", "a", "b")))
     await calls.begin(3)
     calls.go["bad"].set()
@@ -340,4 +347,27 @@ async def test_claims_last_as_long_as_somebody_here_embeds_the_text_and_no_longe
             await asyncio.sleep(0.001)
     assert await claimed(other.cache, "a")
     calls.go["a"].set()
+    await batcher.aclose()
+
+
+async def test_who_hangs_up_while_redis_is_asked_ends_no_claim_of_what_is_under_way(
+    server: RedisServer, replica: Callable[[], Replica]
+) -> None:
+    one, other, calls = replica(), replica(), Calls()
+    batcher, embed = over(calls, one)
+    first = asyncio.create_task(embed(request("a")))
+    await calls.begin(1)
+    server.pause()
+    second = asyncio.create_task(embed(request("a")))
+    await settle()
+    second.cancel()
+    server.resume()
+    async with asyncio.timeout(LIMIT):
+        while one.count("get", "miss") < 2:
+            await asyncio.sleep(0.001)
+    await settle()  # its look-up is over
+    await one.cache.close()  # then what is let go has gone
+    assert await claimed(other.cache, "a")
+    calls.go["a"].set()
+    await first
     await batcher.aclose()

@@ -91,13 +91,19 @@ class Adapt:
 
     async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
         """Parts are told by their inputs' places. One after the other: the batch holds one slot. A part that fails is
-        that part's own failure."""
+        that part's own failure, if its inputs may be to blame; else it is the others' too, which are not sent: whether
+        and where they are asked again is not decided here."""
         outcomes: dict[int, Embedding | GatewayError] = {}
-        calls = 0
+        calls, trouble = 0, None
         for places in parts:
+            if trouble is not None:
+                outcomes.update(dict.fromkeys(places, trouble))
+                continue
             result = await self._embed(part_of_batch(batch, places), budget)
             outcomes.update(zip(places, result.outcomes, strict=True))
             calls += result.calls
+            errors = [each for each in result.outcomes if isinstance(each, GatewayError)]
+            trouble = next((error for error in errors if not error.blames_input), None)
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:

@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UnsupportedDimensions,
+    UpstreamAuth,
+    UpstreamInvalidVector,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
+)
 from app.pipeline.adapt import Adapt
 from app.pipeline.deployment import Limits
 from app.types import Batch, BatchResult, Embedding, Media, Params
@@ -99,6 +110,41 @@ async def test_one_input_over_the_tokens_of_a_call_is_refused_alone() -> None:
     result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
     assert answers(result)[::2] == ["a" * 30, "c" * 5]
     assert isinstance(result.outcomes[1], InvalidRequest)
+
+
+ALL_WOULD_MEET = [
+    RateLimited("slow down"),
+    QuotaExhausted("used up"),
+    UpstreamAuth("no"),
+    UpstreamUnreachable("no connection"),
+    UnsupportedDimensions("768, not 256"),
+]
+
+
+@pytest.mark.parametrize("trouble", ALL_WOULD_MEET, ids=lambda error: error.code)
+async def test_what_all_would_meet_ends_the_calls_of_a_batch(trouble: GatewayError) -> None:
+    calls: list[list[str]] = []
+
+    async def fails_from_the_second_on(batch: Batch) -> BatchResult:
+        calls.append(list(map(str, batch.inputs)))
+        if len(calls) > 1:
+            raise trouble
+        return BatchResult([Embedding(text.encode(), 1) for text in calls[0]])
+
+    result = await Adapt(fails_from_the_second_on, Limits(2))(batch(*"abcdefgh"))
+    assert calls == [["a", "b"], ["c", "d"]]
+    assert answers(result) == ["a", "b", *[str(trouble)] * 6]
+    assert result.calls == 2
+
+
+async def test_what_one_input_may_have_done_does_not() -> None:
+    async def embed(batch: Batch) -> BatchResult:
+        if "c" in batch.inputs:
+            raise UpstreamInvalidVector("NaN")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    result = await Adapt(embed, Limits(1))(batch(*"abcdef"))
+    assert answers(result) == ["a", "b", "NaN", "d", "e", "f"]
 
 
 async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:

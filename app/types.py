@@ -160,6 +160,8 @@ class Batch(Struct):
     store: bool
     """Whether what comes back may be cached."""
     deadline: float
+    brought: dict[bytes, Embedding] | None = None
+    """Where it takes several calls, what those that are over have brought, by key: kept where the rest is cut off."""
 
 
 class BatchResult(Struct):

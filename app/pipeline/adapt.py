@@ -93,13 +93,18 @@ class Adapt:
         """Parts are told by their inputs' places. One after the other: the batch holds one slot. A part that fails is
         that part's own failure, if its inputs may be to blame; else it is the others' too, which are not sent: whether
         and where they are asked again is not decided here."""
+        if batch.brought is None:
+            batch.brought = {}  # and the parts', and theirs: there is one for all
         outcomes: dict[int, Embedding | GatewayError] = {}
         calls, trouble = 0, None
         for places in parts:
             if trouble is not None:
                 outcomes.update(dict.fromkeys(places, trouble))
                 continue
-            result = await self._embed(part_of_batch(batch, places), budget)
+            part = part_of_batch(batch, places)
+            result = await self._embed(part, budget)
+            pairs = zip(part.keys, result.outcomes, strict=True)
+            batch.brought.update((key, each) for key, each in pairs if isinstance(each, Embedding))
             outcomes.update(zip(places, result.outcomes, strict=True))
             calls += result.calls
             errors = [each for each in result.outcomes if isinstance(each, GatewayError)]

@@ -239,7 +239,8 @@ class Route:
             elif judged and error is None:
                 deployment.slots.grow()
             deployment.slots.give_back()
-        return BatchResult([error] * len(batch.inputs), late=late)
+        brought = (late and batch.brought) or {}
+        return BatchResult([brought.get(key, error) for key in batch.keys], late=late)
 
     async def _again(
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool

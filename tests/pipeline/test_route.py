@@ -280,7 +280,7 @@ async def test_what_a_split_batch_has_paid_for_is_kept_when_time_is_up() -> None
     tiers = Tiers([memory], Metrics(), SystemClock())
     chain = build.chain(cast("Call", slower_and_slower), cache=tiers, limits=limits, model=Model("m"))
     result = await run(route(deployment("up", chain, limits=limits)), batch(*"abcdefgh", seconds=0.2))
-    assert {type(each) for each in result.outcomes} == {UpstreamTimeout}
+    assert [type(each) for each in result.outcomes] == [Embedding] * 6 + [UpstreamTimeout] * 2
     assert len(memory) == 6
 
 
@@ -301,6 +301,26 @@ async def test_who_joins_a_call_has_time_of_his_own() -> None:
         await first
     assert [each.vector for each in (await asyncio.wait_for(second, 5)).embeddings] == [b"x"]
     assert started == 2
+
+
+async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> None:
+    sent: list[str] = []
+
+    async def takes_one_and_hangs_at_the_third(batch: Batch) -> BatchResult:
+        if len(batch.inputs) > 1:
+            raise InvalidRequest("batch size is invalid, it should not be larger than 1")
+        sent.append(str(batch.inputs[0]))
+        await asyncio.sleep(30 if len(sent) == 3 else 0)
+        return await answers(batch)
+
+    limits = Limits(10)
+    embed = batcher(deployment("up", Adapt(takes_one_and_hangs_at_the_third, limits), limits=limits))
+    first = asyncio.create_task(embed(request(*"abcd", seconds=0.2)))
+    await settle()
+    second = asyncio.create_task(embed(request(*"abcd")))
+    for result in await asyncio.wait_for(asyncio.gather(first, second), 5):
+        assert [each.vector for each in result.embeddings] == [b"a", b"b", b"c", b"d"]
+    assert sent == ["a", "b", "c", "c", "d"]
 
 
 @pytest.mark.parametrize("short", ["of time for a pause", "of slots"])

@@ -14,6 +14,7 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
+    UnsupportedDimensions,
     UpstreamError,
     UpstreamInvalidVector,
     UpstreamTimeout,
@@ -179,7 +180,7 @@ class Route:
         what failed is an outcome, so that a caller pays only for its own inputs' failures.
 
         What a retry can help is asked once more, of another deployment if there is one; what is this one's own trouble
-        (its key, its quota, its configuration) only of another one.
+        (its key, its quota, its configuration, its dimensions) only of another one.
         """
         self._budget.earn()
         result = await self._attempt(batch, slot)
@@ -196,7 +197,9 @@ class Route:
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(part, again, known_bad=known_bad)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
-            result.outcomes[i] = outcome
+            # One that gives other dimensions says nothing of the first one, which may give these when asked again.
+            if not isinstance(outcome, UnsupportedDimensions):
+                result.outcomes[i] = outcome
         result.calls += retried.calls
         result.late = retried.late
         others = result.deployments if len(pending) < len(result.outcomes) else ()
@@ -305,10 +308,13 @@ def _whole(result: BatchResult) -> bool:
 
 
 def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
-    """`elsewhere`: another deployment can be asked, for which trouble with this one's key, quota or names is none."""
+    """`elsewhere`: another deployment can be asked, for which trouble with this one's key, quota, names or lengths of
+    vectors is none."""
     if isinstance(outcome, Embedding):
         return False
-    return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
+    return outcome.retryable or (
+        elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted | UnsupportedDimensions)
+    )
 
 
 def _verdict(result: BatchResult) -> GatewayError | None:

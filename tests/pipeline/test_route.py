@@ -20,6 +20,7 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
+    UnsupportedDimensions,
     UpstreamAuth,
     UpstreamError,
     UpstreamInvalidVector,
@@ -149,6 +150,22 @@ async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> 
     both = Route([up, other], Metrics(), SystemClock(), jitter=lambda: 0.5)
     result = await run(both, batch("x", "y"))
     assert [type(each) for each in result.outcomes] == [Embedding] * 2
+
+
+async def test_dimensions_that_one_does_not_heed_are_asked_of_another() -> None:
+    deaf = deployment("deaf", failing(UnsupportedDimensions("768, not 256")))
+    result = await run(route(deaf, deployment("hears", answers)), batch("x"))
+    assert [type(each) for each in result.outcomes] == [Embedding]
+    assert deaf.health.available()
+    alone = await run(route(deaf), batch("x"))
+    assert ([type(each) for each in alone.outcomes], alone.calls) == ([UnsupportedDimensions], 1)
+
+
+@pytest.mark.parametrize("error", [UpstreamError("down"), UpstreamAuth("no")])
+async def test_what_another_does_not_heed_is_not_refused_for_the_one_that_was_down(error: GatewayError) -> None:
+    deaf = deployment("deaf", failing(UnsupportedDimensions("768, not 256")))
+    result = await run(route(deployment("down", failing(error)), deaf), batch("x"))
+    assert ([type(each) for each in result.outcomes], result.calls) == ([type(error)], 2)
 
 
 async def test_a_refused_input_is_asked_nowhere_else() -> None:

@@ -20,7 +20,8 @@
     │   ├── UpstreamAuth              502   it refused our key: never the caller's 401
     │   ├── UpstreamUnreachable       502   no connection, or one that broke
     │   ├── UpstreamInvalidResponse   502   it answered something that is not the vectors asked for
-    │   │   └── UpstreamInvalidVector 502   one vector in it is none; the others are what they should be
+    │   │   ├── UpstreamIgnoredDimensions  its vectors have its own length, and not the one that was asked for
+    │   │   └── UpstreamInvalidVector      one vector in it is none; the others are what they should be
     │   ├── UpstreamMisconfigured     502   it does not know the model or the path we were configured with
     │   └── UpstreamTimeout           504
     └── Overloaded                    503   we have no room
@@ -177,6 +178,10 @@ class UpstreamUnreachable(UpstreamError):
 
 class UpstreamInvalidResponse(UpstreamError):
     code = "upstream_invalid_response"
+
+
+class UpstreamIgnoredDimensions(UpstreamInvalidResponse):
+    retryable = False
 
 
 class UpstreamInvalidVector(UpstreamInvalidResponse):

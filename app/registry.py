@@ -180,7 +180,7 @@ class Registry:
         for key in gone:
             del self._deployments[key]
         # One of deployments that are still there goes, too: nobody comes to it, and its canary would pay for looks.
-        for members in self._batchers.keys() - {_set(public.deployments) for public in models}:
+        for members in self._batchers.keys() - {_members(public.deployments) for public in models}:
             self._replaced.append(self._batchers.pop(members)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
         return list(gone.values())
@@ -264,7 +264,7 @@ class Registry:
         return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        members = _set(deployments)
+        members = _members(deployments)
         if members not in self._batchers:
             route, canary = Route(deployments, self._metrics, self._clock), None
             # Without another deployment, or a memory that outlives us, there is nothing to compare with.
@@ -283,7 +283,7 @@ class Registry:
             log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
 
 
-def _set(deployments: Iterable[Deployment]) -> _Set:
+def _members(deployments: Iterable[Deployment]) -> _Members:
     return tuple((id(each.limits), each.weight, each.priority) for each in deployments)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app import vectors
-from app.errors import GatewayError, UnsupportedDimensions, UpstreamInvalidResponse, UpstreamInvalidVector
+from app.errors import GatewayError, UpstreamIgnoredDimensions, UpstreamInvalidResponse, UpstreamInvalidVector
 from app.types import Embedding, OutputType, Parsed
 
 
@@ -25,8 +25,8 @@ def in_order(
 
     `bills`: tokens of each input. `dimensions` is the length that was asked for, `native` the one that the model is
     known to give unasked; None accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` where nothing
-    in the reply can be trusted, and `UnsupportedDimensions` where the model has not been told or not heard what length
-    was asked for.
+    in the reply can be trusted, and `UpstreamIgnoredDimensions` where the model gives its own length whatever it is
+    asked for.
     """
     found, count = parsed.vectors, len(bills)
     if len(found) != count or len(parsed.indexes) != count:
@@ -72,7 +72,9 @@ def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) 
     length, wanted = max(lengths) // 4, dimensions or native
     if wanted is not None and length and length != wanted:
         if dimensions is not None and native in (None, length):
-            raise UnsupportedDimensions(f"the upstream gives {length} dimensions, not {dimensions}", param="dimensions")
+            raise UpstreamIgnoredDimensions(
+                f"the upstream gave its own {length} dimensions, not the {dimensions} asked for"
+            )
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {wanted}")
     # Nearly always, and a tenth of looking at each.
     if len(whole) > 1 and len(lengths) == 1 and vectors.faultless(whole):

@@ -14,8 +14,8 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
-    UnsupportedDimensions,
     UpstreamError,
+    UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
     UpstreamTimeout,
 )
@@ -198,7 +198,7 @@ class Route:
         retried = await self._attempt(part, again, known_bad=known_bad)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
             # One that gives other dimensions says nothing of the first one, which may give these when asked again.
-            if not isinstance(outcome, UnsupportedDimensions):
+            if not isinstance(outcome, UpstreamIgnoredDimensions):
                 result.outcomes[i] = outcome
         result.calls += retried.calls
         result.late = retried.late
@@ -312,17 +312,17 @@ def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> b
     vectors is none."""
     if isinstance(outcome, Embedding):
         return False
-    return outcome.retryable or (
-        elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted | UnsupportedDimensions)
-    )
+    return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
 
 
 def _verdict(result: BatchResult) -> GatewayError | None:
     """What a batch tells of its deployment: a limit reached in any part of it, or that all of it failed and was not
-    refused. Where every vector is none, that is no input's doing."""
+    refused. Where every vector is none, that is no input's doing; where it gives its own length whatever is asked for,
+    it serves those who ask for none."""
     if _whole(result):
         return None
-    errors = [each for each in result.outcomes if not isinstance(each, Embedding | InvalidRequest)]
+    spared = Embedding | InvalidRequest | UpstreamIgnoredDimensions
+    errors = [each for each in result.outcomes if not isinstance(each, spared)]
     limited = next((error for error in errors if isinstance(error, RateLimited | QuotaExhausted)), None)
     return limited or (errors[0] if len(errors) == len(result.outcomes) else None)
 

@@ -10,8 +10,8 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
-    UnsupportedDimensions,
     UpstreamAuth,
+    UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
     UpstreamUnavailable,
     UpstreamUnreachable,
@@ -117,7 +117,7 @@ ALL_WOULD_MEET = [
     QuotaExhausted("used up"),
     UpstreamAuth("no"),
     UpstreamUnreachable("no connection"),
-    UnsupportedDimensions("768, not 256"),
+    UpstreamIgnoredDimensions("768, not 256"),
 ]
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from app import vectors
-from app.errors import UnsupportedDimensions, UpstreamInvalidResponse
+from app.errors import UpstreamIgnoredDimensions, UpstreamInvalidResponse
 from app.pipeline import contract
 from app.types import Embedding, Parsed
 
@@ -52,8 +52,8 @@ def test_indexes_that_are_no_permutation_are_no_answer(indexes: list[Any]) -> No
         (None, 2, 2, None),
         (2, 4, 2, None),
         (None, 4, 2, UpstreamInvalidResponse),
-        (1, 2, 2, UnsupportedDimensions),  # it gives its own whatever is asked
-        (1, None, 2, UnsupportedDimensions),
+        (1, 2, 2, UpstreamIgnoredDimensions),  # it gives its own whatever is asked
+        (1, None, 2, UpstreamIgnoredDimensions),
         (1, 4, 2, UpstreamInvalidResponse),  # neither
     ],
 )

@@ -20,9 +20,9 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
-    UnsupportedDimensions,
     UpstreamAuth,
     UpstreamError,
+    UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
     UpstreamMisconfigured,
     UpstreamTimeout,
@@ -153,17 +153,17 @@ async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> 
 
 
 async def test_dimensions_that_one_does_not_heed_are_asked_of_another() -> None:
-    deaf = deployment("deaf", failing(UnsupportedDimensions("768, not 256")))
+    deaf = deployment("deaf", failing(UpstreamIgnoredDimensions("768, not 256")))
     result = await run(route(deaf, deployment("hears", answers)), batch("x"))
     assert [type(each) for each in result.outcomes] == [Embedding]
     assert deaf.health.available()
     alone = await run(route(deaf), batch("x"))
-    assert ([type(each) for each in alone.outcomes], alone.calls) == ([UnsupportedDimensions], 1)
+    assert ([type(each) for each in alone.outcomes], alone.calls) == ([UpstreamIgnoredDimensions], 1)
 
 
 @pytest.mark.parametrize("error", [UpstreamError("down"), UpstreamAuth("no")])
 async def test_what_another_does_not_heed_is_not_refused_for_the_one_that_was_down(error: GatewayError) -> None:
-    deaf = deployment("deaf", failing(UnsupportedDimensions("768, not 256")))
+    deaf = deployment("deaf", failing(UpstreamIgnoredDimensions("768, not 256")))
     result = await run(route(deployment("down", failing(error)), deaf), batch("x"))
     assert ([type(each) for each in result.outcomes], result.calls) == ([type(error)], 2)
 

@@ -21,6 +21,7 @@
     │   ├── UpstreamUnreachable       502   no connection, or one that broke
     │   ├── UpstreamInvalidResponse   502   it answered something that is not the vectors asked for
     │   │   ├── UpstreamIgnoredDimensions  its vectors have its own length, and not the one that was asked for
+    │   │   ├── UpstreamWrongCount         more or fewer vectors than inputs: some servers always give one
     │   │   └── UpstreamInvalidVector      one vector in it is none; the others are what they should be
     │   ├── UpstreamMisconfigured     502   it does not know the model or the path we were configured with
     │   └── UpstreamTimeout           504
@@ -182,6 +183,10 @@ class UpstreamInvalidResponse(UpstreamError):
 
 class UpstreamIgnoredDimensions(UpstreamInvalidResponse):
     retryable = False
+
+
+class UpstreamWrongCount(UpstreamInvalidResponse):
+    pass
 
 
 class UpstreamInvalidVector(UpstreamInvalidResponse):

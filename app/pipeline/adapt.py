@@ -15,7 +15,7 @@ import re
 from collections.abc import Sequence
 
 from app import tokens
-from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable, UpstreamWrongCount
 from app.pipeline.deployment import Limits
 from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input, Media
@@ -75,6 +75,9 @@ class Adapt:
         """What becomes of a batch of which a call came to this."""
         if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
             return await self._embed(batch, budget)
+        if isinstance(error, UpstreamWrongCount) and len(batch.inputs) > 1:
+            # It may do better with fewer. Where it does not with one the rest is not asked, so this takes no budget.
+            return await self._embed_halves(batch, budget, by_length=False)
         if error.blames_input and len(batch.inputs) > 1:
             if budget.take(2):
                 return await self._embed_halves(batch, budget, by_length=isinstance(error, ContextLengthExceeded))

@@ -9,7 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app import vectors
-from app.errors import GatewayError, UpstreamIgnoredDimensions, UpstreamInvalidResponse, UpstreamInvalidVector
+from app.errors import (
+    GatewayError,
+    UpstreamIgnoredDimensions,
+    UpstreamInvalidResponse,
+    UpstreamInvalidVector,
+    UpstreamWrongCount,
+)
 from app.types import Embedding, OutputType, Parsed
 
 
@@ -30,7 +36,7 @@ def in_order(
     """
     found, count = parsed.vectors, len(bills)
     if len(found) != count or len(parsed.indexes) != count:
-        raise UpstreamInvalidResponse(f"the upstream returned {len(found)} vectors for {count} inputs")
+        raise UpstreamWrongCount(f"the upstream returned {len(found)} vectors for {count} inputs")
     order = _order(parsed.indexes)
     whole = found if order is None else [found[place] for place in order]
     faults = {} if output_type == "sparse" else _faults(whole, dimensions, native)

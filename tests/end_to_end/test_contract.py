@@ -62,6 +62,20 @@ def test_a_broken_reply_is_asked_again_once_and_the_answer_is_right(name: str, f
 
 
 @every_upstream
+def test_who_gives_fewer_vectors_than_it_got_texts_is_asked_for_fewer(name: str) -> None:
+    """Some servers have answered lists with one vector, or none (garrytan/gbrain#328)."""
+    case = CASES[name]()
+    with gateway_for(case) as gateway:
+        case.fake.fail(faults.one_vector_fewer, times=None, when=lambda texts: len(texts) > 1)
+        assert_right(case, gateway, TEXTS)
+        assert [call.rows for call in case.fake.calls] == [3, 2, 1, 1, 1]
+        case.fake.fail(faults.one_vector_fewer, times=None)
+        broken = gateway.post({"model": case.model, "input": ["four", "five", "six"]})
+        assert (broken.status_code, broken.json()["error"]["code"]) == (502, "upstream_invalid_response")
+        assert [call.rows for call in case.fake.calls[5:]] == [3, 2, 1] * 2, "and then no more of it"
+
+
+@every_upstream
 def test_a_reply_that_stays_broken_is_one_error_after_one_retry(name: str) -> None:
     case = CASES[name]()
     with gateway_for(case) as gateway:

@@ -287,7 +287,19 @@ LookUp: TypeAlias = tuple[list[Embedding | None], Collection[bytes]]
 
 
 @runtime_checkable
-class SharedStore(Store, Protocol):
+class SlowStore(Store, Protocol):
+    """A tier that is waited for."""
+
+    at_once: int
+    """Look-ups of a few keys that it is asked at once."""
+
+    def time_limit(self, keys: int, /) -> float:
+        """Seconds a look-up of so many keys may take."""
+        ...
+
+
+@runtime_checkable
+class SharedStore(SlowStore, Protocol):
     """A tier of all replicas, who tell each other there what they are embedding. Never raises either."""
 
     async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:

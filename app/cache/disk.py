@@ -42,6 +42,8 @@ class DiskStore:
     """
 
     name = "disk"
+    at_once = 1
+    """As it has one thread: what comes meanwhile is read in one go."""
 
     def __init__(
         self, path: str, max_size: int, ttl: float, clock: Clock, metrics: Metrics, *, timeout: float = 1.0
@@ -66,6 +68,9 @@ class DiskStore:
     @property
     def status(self) -> str:
         return self._troubles.status
+
+    def time_limit(self, _keys: int, /) -> float:
+        return self._timeout
 
     async def open(self) -> None:
         """Opens the file ahead of the first request, so that `status` is true from the start. Never fails."""

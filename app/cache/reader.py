@@ -1,4 +1,4 @@
-"""Look-ups in a slow tier: those of one turn of the event loop are one, and a key is asked for once."""
+"""Look-ups in a slow tier: those that come together or while it is busy are one, and a key is asked for once."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from app.cache.counts import Counts
 from app.cache.together import Together
-from app.types import Embedding, SharedStore, Store
+from app.types import Embedding, SharedStore, SlowStore
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Reader:
 
     def __init__(
         self,
-        store: Store,
+        store: SlowStore,
         counts: Counts,
         on_found: Callable[[list[tuple[bytes, Embedding]]], None],
         now: Callable[[], float],
@@ -45,7 +45,9 @@ class Reader:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
         self._shared = store if let_go and isinstance(store, SharedStore) else None
         self._let_go = let_go
-        self._together: Together[Sequence[bytes], Found] = Together(self._answer, _NONE, _TOGETHER, len, self._gone)
+        self._together: Together[Sequence[bytes], Found] = Together(
+            self._answer, _NONE, _TOGETHER, store.at_once, store.time_limit, self._late, len, self._gone
+        )
         self._logged = -_LOG_EVERY
 
     async def get(self, keys: Sequence[bytes]) -> Found:
@@ -58,6 +60,9 @@ class Reader:
 
     async def _answer(self, asked: list[Sequence[bytes]]) -> list[Found]:
         return [await self._look_up(list(dict.fromkeys(chain.from_iterable(asked))))] * len(asked)
+
+    def _late(self, asked: list[Sequence[bytes]]) -> None:
+        self._counts.get_skipped.inc(sum(map(len, asked)))
 
     def _gone(self, keys: Sequence[bytes], found: Found, others: list[Sequence[bytes]]) -> None:
         if self._let_go is not None:

@@ -115,6 +115,8 @@ class RedisStore:
     """
 
     name = "redis"
+    at_once = 8
+    """Half of the connections; large look-ups and writes have the others."""
 
     def __init__(
         self,
@@ -147,6 +149,9 @@ class RedisStore:
     @property
     def status(self) -> str:
         return self._troubles.status
+
+    def time_limit(self, keys: int, /) -> float:
+        return self._timeout * max(1.0, keys / _KEYS_IN_TIME)
 
     async def open(self) -> None:
         """Connects ahead of the first request, so that `status` is true from the start. Never fails."""
@@ -241,12 +246,12 @@ class RedisStore:
         self, operation: str, exchange: Callable[[], Awaitable[list[object]]], count: int
     ) -> list[object] | None:
         """What `exchange` gives, or None, counted for `count` values, where that is nothing."""
-        size = max(1.0, count / _KEYS_IN_TIME) if operation == "get" else 1.0
-        limit = self._timeout * size if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
+        limit = self.time_limit(count) if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
+        large = operation == "get" and count > _KEYS_IN_TIME
         await self._places.acquire()
         try:
             # Asked last: those who wait for a place learn here that the ones before them were not answered.
-            if (size > 1 and self._now() < self._large_from) or not self._breaker.allow():
+            if (large and self._now() < self._large_from) or not self._breaker.allow():
                 (self._counts.get_skipped if operation == "get" else self._counts.set_skipped).inc(count)
                 return None
             try:
@@ -259,7 +264,7 @@ class RedisStore:
                 self._breaker.abandoned()
                 raise
             except TimeoutError:
-                if size > 1:
+                if large:
                     self._large_from = self._now() + limit
                 return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
             except Exception as error:  # this tier's outermost door

@@ -120,7 +120,9 @@ class SharedLimits:
         self._me = os.urandom(8).hex().encode()
         self._trouble: str | None = None
         self._workers = self.replicas = workers
-        self._together: Together[list[bytes], Verdict | None] = Together(self._answer, None, _TOGETHER)
+        self._together: Together[list[bytes], Verdict | None] = Together(
+            self._answer, None, _TOGETHER, max_connections, lambda _: timeout, self._late
+        )
 
         def count(result: str, number: int = 1) -> None:
             metrics.cache_operations.labels("redis", "limit", result).inc(number)
@@ -166,6 +168,9 @@ class SharedLimits:
             if refused:
                 self._failed("error", _told(replies[verdicts.index(None)]), refused)
         return verdicts
+
+    def _late(self, questions: list[list[bytes]]) -> None:
+        self._count("skipped", len(questions))
 
     def _verdict(self, reply: object) -> Verdict | None:
         """None for what is no verdict; that of another name may be one."""

@@ -18,7 +18,7 @@ from app.cache.reader import Found, Reader
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
-from app.types import Embedding, LookUp, SharedStore, Store
+from app.types import Embedding, LookUp, SharedStore, SlowStore, Store
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +35,15 @@ class UnderWay(Protocol):
 class Tiers:
     """`stores` in the order they are asked. `write_buffer`: bytes that may wait for each slow tier.
 
-    A memory tier, if there is one, stands first and is used without waiting; every other one is asked for all requests
-    of a turn at once, and written to by a task of its own, so that one that stalls does not hold up the next.
+    A memory tier, if there is one, stands first and is used without waiting; every other one is asked for several
+    requests at once, and written to by a task of its own, so that one that stalls does not hold up the next.
     """
 
     def __init__(
         self, stores: Sequence[Store], metrics: Metrics, clock: Clock, *, write_buffer: int = 64 * 2**20
     ) -> None:
         self._memory = stores[0] if stores and isinstance(stores[0], MemoryStore) else None
-        self._slow = tuple(stores if self._memory is None else stores[1:])
+        self._slow = tuple(store for store in stores if isinstance(store, SlowStore))
         self._stores = tuple(stores)
         self._readers: list[Reader] = []
         self._claimers: list[Reader] = []

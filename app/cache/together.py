@@ -1,4 +1,5 @@
-"""Questions to a server or a file: those of one turn of the event loop are asked together."""
+"""Questions to a server or a file: those of one turn of the event loop are asked together, and those that come while
+it is at as many as it may have at once."""
 
 from __future__ import annotations
 
@@ -6,12 +7,17 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from app.deadlines import Deadlines
+
 Q = TypeVar("Q")
 A = TypeVar("A")
 
 _HEAVY = 8
 """Times `most` that heavy questions under way weigh in all, unless there is only one. More at once would share the same
 network and the same event loop, and none of them would be answered in the time that it has."""
+_PATIENCE = 4
+"""Times what an answer may take that a question waits for its turn: one that is answered slower than questions come
+must not hold them up for as long as its line is."""
 
 
 class Together(Generic[Q, A]):
@@ -19,7 +25,11 @@ class Together(Generic[Q, A]):
     nobody's answer along. Should it fail, all are told `nothing`.
 
     Those that go together weigh `most` at most, by what `weigh` says of each; a heavier one goes alone, and waits its
-    turn until few of its kind are under way. The others never wait for these.
+    turn until few of its kind are under way. The others never wait for these, but until less than `at_once` of their
+    own are under way: until then more may join them.
+
+    `limit` says how many seconds an answer may take to questions that weigh so much. Those whose turn does not come in
+    `_PATIENCE` times that, while this thread is not itself at work, are told `nothing`, and `late` is told of them.
 
     `gone` is told of a question that was answered when its asker had hung up: of the answer, and of the questions of
     those who were answered with it.
@@ -30,32 +40,35 @@ class Together(Generic[Q, A]):
         answer: Callable[[list[Q]], Awaitable[Sequence[A]]],
         nothing: A,
         most: int,
+        at_once: int,
+        limit: Callable[[int], float],
+        late: Callable[[list[Q]], None],
         weigh: Callable[[Q], int] = lambda _: 1,
         gone: Callable[[Q, A, list[Q]], None] = lambda *_: None,
     ) -> None:
         self._answer, self._nothing, self._most, self._weigh = answer, nothing, most, weigh
-        self._gone = gone
+        self._limit, self._late, self._gone = limit, late, gone
         self._next: list[tuple[Q, asyncio.Future[A]]] | None = None
+        """The last in line, which others may join until it is full or their turn has come."""
         self._weight = 0
-        self._line = asyncio.Lock()
-        """Heavy ones, in the order they came."""
-        self._under_way = 0
-        """What those of them weigh that have had their turn."""
-        self._over = asyncio.Event()
+        self._light, self._heavy = Turns(at_once), Turns(_HEAVY * most)
+        self._deadlines = Deadlines()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, question: Q) -> A:
         """Its answer, or `nothing` where there is none. Raises nothing but `CancelledError`."""
         weight = self._weigh(question)
-        if self._next is None or self._weight + weight > self._most:
-            self._next, self._weight = [], 0
-            task = asyncio.get_running_loop().create_task(self._run(self._next, weight))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        asked = self._next
-        asked.append((question, future))
-        self._weight += weight
+        if weight > self._most:
+            asked = [(question, future)]
+            self._begin(asked, self._heavy, weight)
+        else:
+            if self._next is None or self._weight + weight > self._most:
+                self._next, self._weight = [], 0
+                self._begin(self._next, self._light, 1)
+            asked = self._next
+            asked.append((question, future))
+            self._weight += weight
         try:
             return await future
         except asyncio.CancelledError:
@@ -70,31 +83,32 @@ class Together(Generic[Q, A]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    async def _run(self, asked: list[tuple[Q, asyncio.Future[A]]], weight: int) -> None:
-        """`weight`: of the first of them."""
-        if self._next is asked:
-            self._next = None
+    def _begin(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: Turns, weight: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(asked, turns, weight))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _run(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: Turns, weight: int) -> None:
         try:
-            if weight <= self._most:
+            try:
+                if not turns.take(weight):
+                    with self._deadlines.waiting(_PATIENCE * self._limit(max(weight, self._most))):
+                        await turns.wait(weight)
+            except TimeoutError:
+                self._late([question for question, future in asked if not future.done()])
+                return
+            try:
+                if self._next is asked:
+                    self._next = None
                 await self._tell(asked)
-            else:
-                await self._in_turn(asked, weight)
+            finally:
+                turns.give_back(weight)
         finally:
+            if self._next is asked:
+                self._next = None
             for _, future in asked:
                 if not future.done():
                     future.set_result(self._nothing)
-
-    async def _in_turn(self, asked: list[tuple[Q, asyncio.Future[A]]], weight: int) -> None:
-        async with self._line:
-            while self._under_way and self._under_way + weight > _HEAVY * self._most:
-                self._over.clear()
-                await self._over.wait()
-            self._under_way += weight
-        try:
-            await self._tell(asked)
-        finally:
-            self._under_way -= weight
-            self._over.set()
 
     async def _tell(self, asked: list[tuple[Q, asyncio.Future[A]]]) -> None:
         asked = [each for each in asked if not each[1].done()]  # of those who have hung up, nothing is asked
@@ -110,3 +124,35 @@ class Together(Generic[Q, A]):
 
 def _stayed(other: asyncio.Future[A], gone: asyncio.Future[A]) -> bool:
     return other is not gone and not other.cancelled()
+
+
+class Turns:
+    """For `most` at once by weight, or for one that is heavier, alone; in the order they came."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._under_way = 0
+        self._line = asyncio.Lock()
+        self._over = asyncio.Event()
+
+    def take(self, weight: int) -> bool:
+        """Whether it is this one's turn at once."""
+        if self._line.locked() or not self._room(weight):
+            return False
+        self._under_way += weight
+        return True
+
+    async def wait(self, weight: int) -> None:
+        """Until it is this one's turn."""
+        async with self._line:
+            while not self._room(weight):
+                self._over.clear()
+                await self._over.wait()
+            self._under_way += weight
+
+    def give_back(self, weight: int) -> None:
+        self._under_way -= weight
+        self._over.set()
+
+    def _room(self, weight: int) -> bool:
+        return not self._under_way or self._under_way + weight <= self._most

@@ -109,10 +109,13 @@ async def test_who_stands_in_line_behind_a_large_look_up_in_a_frozen_redis_does_
 class Asked:
     """What was asked, and is not answered until it is let go."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = LIMIT) -> None:
         self.under_way: list[int] = []
         self.go: dict[int, asyncio.Event] = {}
-        self.together: Together[int, int] = Together(self._answer, -1, 10, lambda weight: weight)
+        self.late: list[int] = []
+        self.together: Together[int, int] = Together(
+            self._answer, -1, 10, 1, lambda _: limit, self.late.extend, lambda weight: weight
+        )
 
     async def _answer(self, questions: list[int]) -> Sequence[int]:
         (weight,) = questions
@@ -147,7 +150,7 @@ async def test_large_look_ups_go_a_few_at_a_time_in_the_order_they_came_and_smal
     asked.go[11].set()
     asked.go[9].set()
     assert await asyncio.gather(*tasks) == [30, 40, 1000, 11, 9]
-    assert asked.together._under_way == 0
+    assert asked.together._heavy._under_way == 0
 
 
 async def test_of_large_look_ups_whose_callers_have_gone_while_they_stood_in_line_nothing_is_asked() -> None:
@@ -159,7 +162,7 @@ async def test_of_large_look_ups_whose_callers_have_gone_while_they_stood_in_lin
     assert asked.under_way == [60]
     asked.go[60].set()
     assert (await first, await last) == (80, 60)
-    assert asked.together._under_way == 0
+    assert asked.together._heavy._under_way == 0
 
 
 async def test_closing_leaves_nobody_in_line() -> None:
@@ -167,6 +170,19 @@ async def test_closing_leaves_nobody_in_line() -> None:
     tasks = [await asked.ask(weight) for weight in (80, 50, 60)]
     await asked.together.close()
     assert await asyncio.gather(*tasks) == [-1] * 3
+
+
+async def test_a_large_look_up_stands_in_line_for_a_few_time_limits_only() -> None:
+    asked = Asked(limit=0.05)
+    first, late, gone = [await asked.ask(weight) for weight in (80, 50, 60)]
+    gone.cancel()
+    assert await late == -1
+    asked.go[80].set()
+    assert await first == 80
+    assert asked.late == [50]
+    last = await asked.ask(1000)
+    asked.go[1000].set()
+    assert await last == 1000, "who left the line has left nothing in it"
 
 
 class Disk(DiskStore):
@@ -196,6 +212,47 @@ async def test_waiting_until_other_reads_are_done_is_not_waiting_for_the_disk(
     assert found == [[embedding(number)] for number in range(8)]
     assert store.status == "up"
     await store.close()
+
+
+async def test_look_ups_that_come_while_the_disk_is_read_are_one_read(
+    path: Path, clock: Clock, metrics: Metrics
+) -> None:
+    store = Disk(path, LIMIT, clock, metrics)
+    tiers = Tiers([store], metrics, clock)
+    await store.put(entries(range(50)))
+    store.go.clear()
+    looking = []
+    for number in range(50):
+        looking.append(asyncio.create_task(tiers.get(keys(number))))
+        await asyncio.sleep(0.001)
+    store.go.set()
+    assert await asyncio.gather(*looking) == [[embedding(number)] for number in range(50)]
+    assert store.reads == keys(0, 1)
+    await tiers.close()
+
+
+async def test_who_waits_for_a_tier_that_is_slower_than_look_ups_come_goes_on_without_it(
+    path: Path, clock: Clock, metrics: Metrics
+) -> None:
+    class Slower(Disk):
+        def time_limit(self, _keys: int, /) -> float:
+            return 0.05
+
+    store = Slower(path, LIMIT, clock, metrics)
+    tiers = Tiers([store], metrics, clock)
+    await store.put(entries(range(4)))
+    store.go.clear()
+    first = asyncio.create_task(tiers.get(keys(0)))
+    await asyncio.sleep(0)
+    assert await asyncio.gather(*(tiers.get(each) for each in (keys(1, 2), keys(3)))) == [[None, None], [None]]
+    assert count(metrics, "disk", "get", "skipped") == 3
+    assert not first.done()
+    store.go.set()
+    assert await first == [embedding(0)]
+    assert await tiers.get(keys(3)) == [embedding(3)]
+    assert store.reads == keys(0, 3)
+    assert store.status == "up"
+    await tiers.close()
 
 
 async def test_a_query_does_not_wait_until_a_large_read_is_done(path: Path, clock: Clock, metrics: Metrics) -> None:

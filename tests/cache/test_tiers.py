@@ -18,6 +18,8 @@ from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, un
 class Slow:
     """A slow tier in a dict that says what it was asked, and can be told to stall or to raise."""
 
+    at_once = 8
+
     def __init__(self, name: str = "redis") -> None:
         self.name = name
         self.values: dict[bytes, Embedding] = {}
@@ -27,6 +29,9 @@ class Slow:
         self.open_for_writes.set()
         self.fault: Exception | None = None
         self.closed = False
+
+    def time_limit(self, _keys: int, /) -> float:
+        return LIMIT
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         self.asked.append(list(keys))
@@ -167,7 +172,7 @@ async def test_a_look_up_is_shared_up_to_64_keys_and_what_is_larger_has_its_own(
     await asyncio.gather(
         *(tiers.get(keys(*each)) for each in (range(40), range(100, 124), [200], range(500, 700), [1]))
     )
-    assert [len(each) for each in slow.asked] == [64, 1, 200, 1]
+    assert [len(each) for each in slow.asked] == [64, 2, 200]
     await tiers.close()
 
 

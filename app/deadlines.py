@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
 
 _MOMENTS, _MOMENT = 4, 0.002
 """So many times so many seconds are for what came while the event loop was late to be read."""
@@ -27,11 +26,10 @@ class Deadlines:
         """A block that ends in so many seconds from now."""
         return Deadline(asyncio.get_running_loop().time() + seconds, self)
 
-    def waiting(self, seconds: float, progress: Callable[[], object] | None = None) -> Deadline:
+    def waiting(self, seconds: float) -> Deadline:
         """A block that ends when it has waited so many seconds for another: those in which this thread was itself at
-        work, as it may be for other requests, do not count. It has them anew whenever `progress` gives something
-        else."""
-        return Waiting(asyncio.get_running_loop().time(), seconds, self, progress)
+        work, as it may be for other requests, do not count."""
+        return Waiting(asyncio.get_running_loop().time(), seconds, self)
 
     def add(self, deadline: Deadline) -> None:
         self._running[deadline] = None
@@ -99,12 +97,11 @@ class Deadline:
 class Waiting(Deadline):
     """One for what another does."""
 
-    __slots__ = ("_at_work", "_began", "_moments", "_progress", "_seconds", "_seen")
+    __slots__ = ("_at_work", "_began", "_moments", "_seconds")
 
-    def __init__(self, now: float, seconds: float, deadlines: Deadlines, progress: Callable[[], object] | None) -> None:
+    def __init__(self, now: float, seconds: float, deadlines: Deadlines) -> None:
         Deadline.__init__(self, now + seconds, deadlines)
         self._began, self._seconds, self._moments = now, seconds, _MOMENTS
-        self._progress, self._seen = progress, progress and progress()
 
     def __enter__(self) -> None:
         Deadline.__enter__(self)
@@ -112,10 +109,7 @@ class Waiting(Deadline):
         self._at_work = self._deadlines.at_work
 
     def more(self) -> float:
-        now, at_work = asyncio.get_running_loop().time(), time.thread_time()
-        if self._progress is not None and (seen := self._progress()) != self._seen:
-            self._began, self._at_work, self._seen, self._moments = now, at_work, seen, _MOMENTS
-        waited = now - self._began - (at_work - self._at_work)
+        waited = asyncio.get_running_loop().time() - self._began - (time.thread_time() - self._at_work)
         if waited < self._seconds:
             return max(self._seconds - max(waited, 0.0), _MOMENT)
         # Where not this thread was at work but the machine had no turn for it, the answer may be here, unread.

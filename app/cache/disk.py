@@ -11,7 +11,6 @@ import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from typing import TypeVar
 
 from app.cache import table, values
@@ -37,8 +36,8 @@ _CLOSE = 5.0
 class DiskStore:
     """Values in the file `path`, `max_size` bytes with its log, gone after `ttl` seconds by the wall clock.
 
-    `timeout`: seconds a look-up waits while the disk gets nothing done: one read or write, this one's or another's.
-    Nothing is ever raised.
+    `timeout`: seconds a look-up may take, what it waits for the thread included. A disk that gets nothing done in them,
+    be it for this look-up or for another, does not answer. Nothing is ever raised.
     """
 
     name = "disk"
@@ -74,29 +73,44 @@ class DiskStore:
 
     async def open(self) -> None:
         """Opens the file ahead of the first request, so that `status` is true from the start. Never fails."""
-        if self._breaker.allow():
-            await self._run("get", 0, self._measure)
+        await self.get(())
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        """In pieces, as `put`. One that fails ends it: what it would have found is not there."""
+        """In pieces, as `put`. Where one fails or the time is over, what is left is not there."""
         found: list[Embedding | None] = []
-        for start in range(0, len(keys), _KEYS_AT_ONCE):
-            left = keys[start:]
-            piece = await self._get(left[:_KEYS_AT_ONCE], len(left))
-            if piece is None:
-                return found + [None] * len(left)
-            found += piece
-        return found
-
-    async def _get(self, keys: Sequence[bytes], count: int) -> list[Embedding | None] | None:
-        """None, counted for `count` values, where it fails."""
         if self._done == self._stuck or not self._breaker.allow():
-            self._counts.get_skipped.inc(count)
-            return None
-        answer = await self._run("get", count, lambda: self._read(keys))
-        if answer is None:
-            return None
-        found, corrupt = answer
+            self._counts.get_skipped.inc(len(keys))
+        else:
+            await self._look_up(keys, found)
+        return found + [None] * (len(keys) - len(found))
+
+    async def _look_up(self, keys: Sequence[bytes], found: list[Embedding | None]) -> None:
+        """Adds to `found` what it finds. The breaker has let this through and is told how it went."""
+        done = self._done
+        try:
+            with self._deadlines.waiting(self._timeout):
+                for start in range(0, max(len(keys), 1), _KEYS_AT_ONCE):
+                    found += await self._get(keys[start : start + _KEYS_AT_ONCE])
+        except asyncio.CancelledError:
+            self._breaker.abandoned()
+            raise
+        except TimeoutError:
+            left = len(keys) - len(found)
+            if self._done > done:  # the disk works: this one asks for much, or others do
+                self._counts.get_skipped.inc(left)
+                self._breaker.abandoned()
+            else:
+                self._stuck = done
+                self._counts.get_timeout.inc(left)
+                self._failed("get", f"no answer within {self._timeout:g} s")
+        except Exception as error:  # this tier's outermost door
+            self._counts.get_error.inc(len(keys) - len(found))
+            self._failed("get", f"{type(error).__name__}: {error}")
+        else:
+            self._succeeded("get")
+
+    async def _get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+        found, corrupt = await self._in_thread(lambda: self._read(keys))
         misses = sum(value is None for value in found) - corrupt
         self._counts.hit.inc(len(keys) - misses - corrupt)
         self._counts.miss.inc(misses)
@@ -127,39 +141,30 @@ class DiskStore:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _put(self, entries: list[tuple[bytes, Embedding]]) -> None:
+        """Not limited in time: nobody waits for it."""
         if not self._breaker.allow():
             self._counts.set_skipped.inc(len(entries))
             return
-        size = await self._run("set", len(entries), lambda: self._write(entries))
-        if size is not None:
-            self._counts.ok.inc(len(entries))
-            self._counts.bytes.set(size)
-
-    async def _run(self, operation: str, count: int, work: Callable[[], T]) -> T | None:
-        """What `work` gives, done by the thread, or None, counted for `count` values, where it fails.
-
-        The breaker has let this through and is told how it went. A write is not limited in time: nobody waits for it.
-        """
-        get = operation == "get"
-        limit = self._deadlines.waiting(self._timeout, lambda: self._done) if get else nullcontext()
         try:
-            with limit:  # what is given up before its turn has come is not done
-                result = await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
+            size = await self._in_thread(lambda: self._write(entries))
         except asyncio.CancelledError:
             self._breaker.abandoned()
             raise
-        except TimeoutError:
-            self._stuck = self._done
-            self._counts.get_timeout.inc(count)
-            self._failed(operation, f"no answer within {self._timeout:g} s")
-            return None
         except Exception as error:  # this tier's outermost door
-            (self._counts.get_error if get else self._counts.set_error).inc(count)
-            self._failed(operation, f"{type(error).__name__}: {error}")
-            return None
+            self._counts.set_error.inc(len(entries))
+            self._failed("set", f"{type(error).__name__}: {error}")
+        else:
+            self._succeeded("set")
+            self._counts.ok.inc(len(entries))
+            self._counts.bytes.set(size)
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """What is given up before its turn has come is not done."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
+
+    def _succeeded(self, operation: str) -> None:
         self._breaker.succeeded()
         self._troubles.end(operation)
-        return result
 
     def _failed(self, operation: str, why: str) -> None:
         # A full disk refuses writes and can still be read: only look-ups that fail switch the tier off.
@@ -195,9 +200,6 @@ class DiskStore:
             self._write_size = self._table.write_size
             self._counts.bytes.set(self._table.size)
         return self._table
-
-    def _measure(self) -> int:
-        return self._opened().size
 
     def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:
         raws = self._opened().read(keys)

@@ -14,6 +14,7 @@ import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable, Collection, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 from pydantic import SecretStr
@@ -108,8 +109,8 @@ def connections(url: SecretStr | str, limit: int) -> Connections:
 
 class RedisStore:
     """Values at `url` (redis://, rediss://, unix://), gone after `ttl` seconds. `timeout`: seconds a look-up of up to
-    `_KEYS_IN_TIME` keys may wait for the server, opening a connection included. Waiting until one of ours is free is
-    not, and proves nothing about the server.
+    `_KEYS_IN_TIME` keys may wait for the server, opening a connection included. Until one of ours is free it may wait
+    for as long once more, which proves nothing about the server.
 
     Raises `ValueError` for a URL that is none; nothing else is ever raised.
     """
@@ -248,12 +249,15 @@ class RedisStore:
         """What `exchange` gives, or None, counted for `count` values, where that is nothing."""
         limit = self.time_limit(count) if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
         large = operation == "get" and count > _KEYS_IN_TIME
-        await self._places.acquire()
+        try:
+            with self._deadlines.waiting(limit) if self._places.locked() else nullcontext():
+                await self._places.acquire()
+        except TimeoutError:
+            return self._skipped(operation, count)
         try:
             # Asked last: those who wait for a place learn here that the ones before them were not answered.
             if (large and self._now() < self._large_from) or not self._breaker.allow():
-                (self._counts.get_skipped if operation == "get" else self._counts.set_skipped).inc(count)
-                return None
+                return self._skipped(operation, count)
             try:
                 with self._deadlines.waiting(limit):
                     replies = await exchange()
@@ -279,6 +283,10 @@ class RedisStore:
         self._breaker.succeeded()
         self._note(operation, refusals[0] if refusals else None)
         return replies
+
+    def _skipped(self, operation: str, count: int) -> list[object] | None:
+        (self._counts.get_skipped if operation == "get" else self._counts.set_skipped).inc(count)
+        return None
 
     def _failed(self, operation: str, count: int, error: Exception) -> list[object] | None:
         self._breaker.failed()

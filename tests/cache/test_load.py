@@ -49,21 +49,47 @@ async def test_waiting_for_one_of_our_own_connections_to_redis_is_not_waiting_fo
                 await written.wait()
                 writer.write(b"+OK\r\n")
             elif line == b"MGET\r\n":
+                await asyncio.sleep(0.6)
                 writer.write(b"*1\r\n$-1\r\n")
 
     async with listening(answers) as port:
-        store = RedisStore(f"redis://127.0.0.1:{port}", 0.2, 60, clock, metrics, max_connections=1)
+        store = RedisStore(f"redis://127.0.0.1:{port}", 1.0, 60, clock, metrics, max_connections=1)
         await store.get(keys(1))
         writing = asyncio.create_task(store.put(entries([1])))
         await asyncio.sleep(0)
-        looking = [asyncio.create_task(store.get(keys(number))) for number in range(8)]
-        await asyncio.sleep(0.4)
+        looking = [asyncio.create_task(store.get(keys(number))) for number in range(3)]
+        await asyncio.sleep(0.6)
         assert not any(each.done() for each in looking)
-        for each in looking[:4]:
+        for each in looking[:2]:
             each.cancel()
         written.set()
-        await asyncio.gather(writing, *looking[4:])
-        assert count(metrics, "redis", "get", "miss") == 5
+        await asyncio.gather(writing, looking[2])
+        assert count(metrics, "redis", "get", "miss") == 2
+        assert store.status == "up"
+        await store.close()
+
+
+async def test_a_look_up_waits_for_one_of_our_own_connections_to_redis_for_a_time_limit_only(
+    clock: Clock, metrics: Metrics
+) -> None:
+    written = asyncio.Event()
+
+    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line == b"SET\r\n":
+                await written.wait()
+                writer.write(b"+OK\r\n")
+
+    async with listening(answers) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", 0.1, 60, clock, metrics, max_connections=1)
+        writing = asyncio.create_task(store.put(entries([1])))
+        await asyncio.sleep(0)
+        assert await asyncio.gather(*(store.get(keys(number)) for number in range(8))) == [[None]] * 8
+        assert not writing.done()
+        assert count(metrics, "redis", "get", "skipped") == 8
+        written.set()
+        await writing
+        assert count(metrics, "redis", "set", "ok") == 1
         assert store.status == "up"
         await store.close()
 

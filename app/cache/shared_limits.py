@@ -100,7 +100,7 @@ class Verdict:
 
 
 class SharedLimits:
-    """Limits by name at `url`. `timeout`: seconds a question may take in all. `workers`: the processes known to
+    """Limits by name at `url`. `timeout`: seconds a question may wait for the server. `workers`: the processes known to
     share before any has been counted. Raises `ValueError` for a URL that is none, and nothing else ever."""
 
     def __init__(
@@ -151,7 +151,7 @@ class SharedLimits:
             self._count("skipped", len(questions))
             return verdicts
         try:
-            with self._deadlines.within(self._timeout):
+            with self._deadlines.waiting(self._timeout):
                 replies = await _SCRIPT.run(self._connections, questions)
             verdicts = [self._verdict(reply) for reply in replies]
         except asyncio.CancelledError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -12,6 +11,7 @@ from pydantic import SecretStr
 
 from app.cache.connections import Command
 from app.cache.redis import LET_GO, connections
+from app.deadlines import Deadlines
 from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -20,12 +20,13 @@ PREFIX = b"eg:token:1:"
 
 
 class SharedTokens:
-    """Sealed tokens by name at `url`. `timeout`: seconds a question may take in all.
+    """Sealed tokens by name at `url`. `timeout`: seconds a question may wait for the server.
 
     Raises `ValueError` for a URL that is none, and nothing else ever. Asked once a month and key, so it has no breaker.
     """
 
     def __init__(self, url: SecretStr | str, timeout: float, metrics: Metrics) -> None:
+        self._deadlines = Deadlines()
         self._timeout = timeout
         self._connections = connections(url, 2)
         self._me = os.urandom(8).hex().encode()
@@ -61,7 +62,7 @@ class SharedTokens:
     async def _run(self, exchange: Callable[[], Awaitable[list[object]]], otherwise: bytes | None = None) -> object:
         """The one reply, or `otherwise` where there is none."""
         try:
-            async with asyncio.timeout(self._timeout):
+            with self._deadlines.waiting(self._timeout):
                 (reply,) = await exchange()
             if isinstance(reply, Exception):
                 raise reply

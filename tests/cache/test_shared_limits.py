@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
@@ -214,3 +215,19 @@ async def test_a_server_that_hangs_is_waited_for_as_long_as_told(
         server.resume()
     labels = {"tier": "redis", "operation": "limit", "result": "timeout"}
     assert metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels) == 1
+
+
+async def test_what_the_server_has_answered_while_this_process_was_at_other_work_counts(
+    server: RedisServer, replica: Replica
+) -> None:
+    shared = replica(timeout=0.2)
+    await shared.open()
+    server.pause()
+    asking = asyncio.create_task(shared.ask(b"a", limit(), ONE))
+    for _ in range(9):
+        await asyncio.sleep(0)
+    server.resume()
+    time.sleep(0.6)  # noqa: ASYNC251  # as where many large answers are written
+    verdict = await asking
+    assert verdict is not None
+    assert verdict.wait == 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+
 from app.cache.shared_tokens import PREFIX, SharedTokens
 from app.metrics import Metrics
 from tests.cache.support import LIMIT
@@ -21,3 +24,17 @@ async def test_one_replica_claims_and_lets_go_of_no_other_ones_claim() -> None:
         assert not await one.claim(b"name", 60)
         await one.close()
         await other.close()
+
+
+async def test_what_the_server_has_answered_while_this_process_was_at_other_work_is_taken() -> None:
+    with RedisServer() as server:
+        shared = SharedTokens(server.url, 0.2, Metrics())
+        await shared.put(b"name", b"sealed", 60)
+        server.pause()
+        asking = asyncio.create_task(shared.get(b"name"))
+        for _ in range(9):
+            await asyncio.sleep(0)
+        server.resume()
+        time.sleep(0.6)  # noqa: ASYNC251  # as where many large answers are written
+        assert await asking == b"sealed"
+        await shared.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from operator import attrgetter
 
 from msgspec.structs import replace
 
@@ -11,6 +12,8 @@ from app.cache.tiers import Tiers
 from app.errors import UpstreamInvalidResponse
 from app.pipeline.parts import part, put
 from app.types import NOTHING, Embedder, Embedding, EmbedRequest, EmbedResult, Source
+
+_VECTOR = attrgetter("vector")
 
 
 class CacheRead:
@@ -62,4 +65,4 @@ class CacheRead:
 def _mixed(embeddings: Sequence[Embedding]) -> bool:
     """Whether their lengths differ, but for those that have none. Where a model's length is known each call was checked
     against it; where it is not, a call could only be checked within itself."""
-    return len({len(each.vector) for each in embeddings} - {0}) > 1
+    return len(set(map(len, map(_VECTOR, embeddings))) - {0}) > 1

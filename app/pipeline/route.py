@@ -29,17 +29,21 @@ BACKOFF = 0.2
 SHARE = 0.2
 """Retries allowed per call: a dead upstream costs a fifth more, not three times as much."""
 FLOOR, CEILING = 3.0, 20.0
-"""Retries a quiet gateway may make at once, and those a busy one may have saved up."""
+"""Retries a gateway may make at once that has just started, which its first calls then earn, and those a busy one may
+have saved up."""
 
 
 class Budget:
     """Retries that calls have earned and retries have spent."""
 
     def __init__(self) -> None:
-        self._left = FLOOR
+        self._left = self._advanced = FLOOR
 
     def earn(self) -> None:
-        self._left = min(CEILING, self._left + SHARE)
+        if self._advanced > 0:
+            self._advanced -= SHARE
+        else:
+            self._left = min(CEILING, self._left + SHARE)
 
     def spend(self) -> bool:
         if self._left < 1:

@@ -75,7 +75,7 @@ async def test_killing_one_of_two_deployments_under_load_fails_no_request() -> N
             assert set(before) | set(during) == {200}
 
 
-async def test_against_a_dead_upstream_200_requests_cause_at_most_260_calls() -> None:
+async def test_against_a_dead_upstream_200_requests_cause_at_most_a_fifth_more_calls() -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
         config = {
@@ -87,7 +87,7 @@ async def test_against_a_dead_upstream_200_requests_cause_at_most_260_calls() ->
             fake.fail(faults.vendor_error("unavailable"), times=None)
             statuses = await ask(gateway, fake, 200)
             assert set(statuses) <= {502, 503}
-            assert 200 <= len(fake.calls) <= 260
+            assert 200 <= len(fake.calls) <= 240
             last = gateway.post({"model": "m", "input": "one more"})
             assert last.headers.get("x-should-retry") == "false" or int(last.headers["retry-after"]) >= 1
 

@@ -194,8 +194,8 @@ class App:
         self._now = after
         before.gateway.give_way(gateway)
         log.info("configuration changed")
-        if before.settings.auth is not None:
-            warn_if_open(settings)
+        if before.settings.auth is not None and settings.auth is None:
+            _warn_of_open(settings)  # on loopback too: until now callers had keys
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -213,9 +213,12 @@ class App:
 
 def warn_if_open(settings: Settings) -> None:
     """Says so where anybody who is not on this machine may embed."""
-    host = settings.server.host
-    if settings.auth is None and not _is_loopback(host):
-        log.warning("no auth.keys: anybody who reaches %s can embed at your expense", host)
+    if settings.auth is None and not _is_loopback(settings.server.host):
+        _warn_of_open(settings)
+
+
+def _warn_of_open(settings: Settings) -> None:
+    log.warning("no auth.keys: anybody who reaches %s can embed at your expense", settings.server.host)
 
 
 def _is_loopback(host: str) -> bool:

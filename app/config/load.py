@@ -50,16 +50,20 @@ def load(
     *,
     cwd: Path | None = None,
     listening: Listening = listens,
+    may_be_empty: bool = True,
 ) -> Settings:
     """The settings from the file at `path` (`--config`), or the next place that has one, or the environment alone.
 
-    Raises `ConfigError`. An empty environment variable counts as unset.
+    Raises `ConfigError`; unless the file `may_be_empty`, for one that says nothing, too. An empty environment variable
+    counts as unset.
     """
     environ = {name: value for name, value in environ.items() if value}
     file = find_file(path, environ, cwd or Path())
     tree = Tree(label=file or "environment")
     if file is not None:
         _read_file((cwd or Path()) / file, environ, tree, "" if path else f" (named by {VARIABLE})")
+        if not (may_be_empty or tree.values or tree.mistakes):
+            tree.wrong((), "is empty")
     elif "REDIS_URL" in environ:
         tree.values["cache"] = {"redis": {"url": environ["REDIS_URL"]}}
         tree.variables["cache", "redis"] = "REDIS_URL"

@@ -18,7 +18,8 @@ FIXED = ("host", "port", "workers", "metrics_port")
 class Source:
     """The file that counts, or the environment alone; decided once.
 
-    A file that is gone later is a mistake then: otherwise the environment would silently take its place.
+    A file that is gone or empty later is a mistake then: otherwise the environment would silently take its place, and
+    whoever reaches the gateway that of its callers.
     """
 
     def __init__(
@@ -31,11 +32,14 @@ class Source:
         self._path = path if path or VARIABLE in present else self.file
         self.loaded = self.signature()
         """The signature of what was last read."""
+        self._has_loaded = False
 
     def load(self) -> Settings:
         """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
         self.loaded = self.signature()
-        return load(self._path, self._environ, self._kinds, cwd=self._cwd)
+        settings = load(self._path, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._has_loaded)
+        self._has_loaded = True
+        return settings
 
     def signature(self) -> tuple[int, int, int] | None:
         """Differs when the file does; None while there is no file."""

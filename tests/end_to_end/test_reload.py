@@ -63,6 +63,7 @@ def watched(directory: Path, values: Mapping[str, Any]) -> Iterator[Running]:
     """A gateway that follows `config.yaml` of the directory, and looks at it all the time."""
     write(directory, values)
     source = Source("config.yaml", {}, UPSTREAMS, directory)
+    source.load()  # as the program does before it serves
     with running(values, source=source, clock=Hasty()) as gateway:
         yield gateway
 
@@ -161,11 +162,12 @@ def test_callers_keys_change_with_the_file(tmp_path: Path) -> None:
         assert gateway.post(body, api_key="second").status_code == 200
 
 
+@pytest.mark.parametrize("host", ["0.0.0.0", "127.0.0.1"])
 def test_a_file_that_no_longer_has_keys_opens_the_gateway_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, host: str
 ) -> None:
     values: dict[str, Any] = {"upstreams": {"built-in": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "k"}}}}
-    values["server"] = {"host": "0.0.0.0"}
+    values["server"] = {"host": host}
     with watched(tmp_path, values) as gateway:
         values["server"]["max_inputs"] = 2
         write(tmp_path, values)
@@ -175,7 +177,24 @@ def test_a_file_that_no_longer_has_keys_opens_the_gateway_with_a_warning(
         write(tmp_path, values)
         until_reloads(gateway, "ok", 2)
         assert gateway.post({"model": "lexical", "input": "x"}).status_code == 200
-        assert caplog.text.count("no auth.keys: anybody who reaches 0.0.0.0 can embed at your expense") == 1
+        assert caplog.text.count(f"no auth.keys: anybody who reaches {host} can embed at your expense") == 1
+
+
+@pytest.mark.parametrize("text", ["", "# auth: {keys: {a: {key: k}}}\n", "---\n", "{}\n"])
+def test_a_file_that_was_emptied_changes_nothing_and_opens_the_gateway_to_nobody(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, text: str
+) -> None:
+    values = {"upstreams": {"built-in": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "k"}}}}
+    with watched(tmp_path, values) as gateway:
+        write(tmp_path, text)
+        until_reloads(gateway, "failed", 1)
+        assert "configuration not changed: config.yaml: is empty" in caplog.text
+        assert gateway.post({"model": "lexical", "input": "x"}).status_code == 401
+
+
+def test_a_file_may_be_empty_at_the_start(tmp_path: Path) -> None:
+    write(tmp_path, "# all as it comes\n")
+    assert set(Source("config.yaml", {}, UPSTREAMS, tmp_path).load().upstreams)
 
 
 def test_a_bad_file_changes_nothing_and_every_mistake_is_a_line_of_the_log(

@@ -11,6 +11,13 @@ import yaml
 from app.config.tree import Path, Tree, dotted
 
 _MOST_VALUES = 100_000
+_NAMED = {
+    "undefined alias": "an alias (*name) that is defined nowhere; a value that begins with * must be in quotes",
+    "duplicate anchor": "an anchor (&name) that is there already; a value that begins with & must be in quotes",
+    "tag handle": "a tag (!name) that is not allowed here",
+    "determine a constructor": "a tag (!name) that is not allowed here",
+}
+"""What the parser tells with the name that stood there, which may be a key without its quotes: told without it."""
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
 
 
@@ -64,8 +71,9 @@ def _problem(error: yaml.MarkedYAMLError) -> str:
     problem, context = error.problem or "not YAML", error.context or ""
     if "'\\t'" in problem:
         return "a tab; indent with spaces"
-    if "could not determine a constructor" in problem:
-        return "a tag (!name) that is not allowed here"
+    for told, ours in _NAMED.items():
+        if told in problem or told in context:
+            return ours
     if problem.startswith("but "):
         return f"{context}, {problem}"
     begun, found = error.context_mark, error.problem_mark

@@ -8,6 +8,7 @@ process's environment only, leaves unknown names out without a word, and cannot 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -76,8 +77,12 @@ class _Override:
             return
         try:
             nested: Any = _OneVariable(self._variable, value)()
+            copy.deepcopy(nested)  # as all values are, later, when it is not known any more where one is from
         except SettingsError:
             self._refuse(tuple(steps), "not JSON; write [..] or {..} as JSON")
+            return
+        except RecursionError:
+            self._refuse(tuple(steps), "is nested too deeply")
             return
         for step in steps:
             nested = nested[step]

@@ -25,6 +25,11 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe subset, without dates: a model called 2024-05-01 is text."""
 
 
+_Loader.yaml_constructors = {
+    tag: construct
+    for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+    if tag != "tag:yaml.org,2002:timestamp"
+}
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in rules if not tag.endswith(":timestamp")]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -35,7 +40,7 @@ def read_yaml(text: str, environ: Mapping[str, str], tree: Tree) -> None:
     """Fills the tree. All that is wrong is noted there; a file that is no YAML leaves it empty."""
     try:
         values = _parsed(text, tree)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
         tree.wrong((), _syntax(error, text.splitlines()))
         return
     if isinstance(values, dict):
@@ -64,6 +69,8 @@ def _syntax(error: Exception, lines: list[str]) -> str:
         return f"line {line + 1}, column {column + 1}: {_problem(error)}{hint}"
     if isinstance(error, yaml.reader.ReaderError):
         return f"character {error.position + 1} is one that YAML does not allow"
+    if isinstance(error, KeyError):
+        return "holds a !!bool that is neither true nor false"
     return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number that cannot be read"
 
 

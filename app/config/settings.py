@@ -17,6 +17,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from app.catalog import Model
 from app.config.values import (
+    Count,
     Duration,
     Key,
     ModelName,
@@ -54,8 +55,8 @@ class ServerSettings(Section):
     workers: int = Field(default=1, ge=1, le=256)
     request_timeout: Duration = 60.0
     max_body: Size = 32 * 2**20
-    max_inputs: int = Field(default=2048, ge=1)
-    max_inflight: int = Field(default=1000, ge=1)
+    max_inputs: Count = 2048
+    max_inflight: Count = 1000
     max_inflight_size: Size = 256 * 2**20
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     drain: Pause = 5.0
@@ -73,8 +74,8 @@ class KeySettings(Section):
     key: Key | None = None
     sha256: str | None = Field(default=None, repr=False)
     models: tuple[ModelName, ...] | None = Field(default=None, min_length=1)
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1)
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
     lane: Literal["query", "bulk"] | None = None
     cache: Literal["shared", "own"] = "shared"
 
@@ -121,9 +122,6 @@ class RedisSettings(Section):
         return SecretStr(redis_url_text(value.get_secret_value()))
 
 
-_LONGEST_TTL = 36500 * 86400.0
-
-
 class CacheSettings(Section):
     """The tiers, asked in this order. None switches one off; all may be off."""
 
@@ -131,13 +129,6 @@ class CacheSettings(Section):
     memory: MemorySettings | None = MemorySettings()
     disk: DiskSettings | None = None
     redis: RedisSettings | None = None
-
-    @field_validator("ttl")
-    @classmethod
-    def _is_a_date(cls, value: float) -> float:
-        if value > _LONGEST_TTL:
-            raise ValueError("must be at most 36500d")  # Redis takes none that ends beyond its calendar
-        return value
 
 
 class UpstreamSettings(Section):
@@ -149,9 +140,9 @@ class UpstreamSettings(Section):
     api_keys: tuple[SecretStr, ...] = ()
     timeout: Duration = 30.0
     connect_timeout: Duration = 5.0
-    max_concurrency: int = Field(default=10, ge=1)
-    requests_per_minute: int | None = Field(default=None, ge=1)
-    tokens_per_minute: int | None = Field(default=None, ge=1)
+    max_concurrency: Count = 10
+    requests_per_minute: Count | None = None
+    tokens_per_minute: Count | None = None
     headers: dict[str, str] = Field(default={}, repr=False)
     proxy: SecretStr | None = None
 

@@ -9,6 +9,7 @@ import re
 from typing import Annotated, Any
 from urllib.parse import parse_qsl, urlsplit
 
+import httpx
 from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
 
 _DURATION = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -27,6 +28,10 @@ _SIZE = {
 
 DURATIONS = "250ms, 30s, 10m, 1h, 30d, or a number of seconds"
 SIZES = "64KiB, 256MiB, 2GiB, or a number of bytes"
+LONGEST = 36500 * 86400.0
+"""Seconds. What ends later ends beyond calendars, Redis's and others'."""
+LARGEST = 2**50
+"""Bytes."""
 _ESCAPES = "in a password write %23 for #, %2F for / and %3F for ?"
 
 
@@ -43,10 +48,22 @@ def parse_duration(value: Any) -> Any:
 def parse_size(value: Any) -> Any:
     """One of `SIZES` to bytes, likewise."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
+        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
         if not match:
             raise ValueError(f"must be a size: {SIZES}")
         return int(float(match[1]) * _SIZE[match[2] or "B"])
+    return value
+
+
+def not_for_ever(value: float) -> float:
+    if value > LONGEST:
+        raise ValueError("must be at most 36500d")
+    return value
+
+
+def not_endless(value: int) -> int:
+    if value > LARGEST:
+        raise ValueError("must be at most 1024TiB")
     return value
 
 
@@ -137,6 +154,10 @@ def base_url_text(value: str) -> str:
     checked = check_url(value, ("http", "https"), credentials=False)
     if "?" in checked or "#" in checked:
         raise ValueError("must not hold a query (?) or fragment (#)")
+    try:
+        httpx.URL(checked)  # which knows what names in other scripts can be
+    except httpx.InvalidURL:
+        raise ValueError("must be a URL whose host is a name that can be looked up, or an address") from None
     return checked
 
 
@@ -152,10 +173,12 @@ def header_fields(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0)]
-Pause = Annotated[float, BeforeValidator(parse_duration), Field(ge=0)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(not_for_ever)]
+Pause = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), AfterValidator(not_for_ever)]
 """A duration that may be none at all."""
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0)]
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), AfterValidator(not_endless)]
+Count = Annotated[int, Field(ge=1, le=10**12)]
+"""Of what is reckoned with as a number of any kind: Python's whole numbers have no end, and others do."""
 Name = Annotated[str, AfterValidator(plain_name)]
 ModelName = Annotated[str, AfterValidator(model_name)]
 Key = Annotated[SecretStr, AfterValidator(key_text)]

@@ -13,12 +13,12 @@ from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 import orjson
-from pydantic import Field
 
 from app import vectors
 from app.catalog import ANY, Model, family
 from app.clock import Clock
 from app.config import UpstreamSettings
+from app.config.values import Count
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -39,7 +39,7 @@ MAX_BATCH = 16
 class OllamaSettings(UpstreamSettings):
     type: Literal["ollama"] = "ollama"
     base_url: str = f"http://localhost:{PORT}"
-    max_concurrency: int = Field(default=2, ge=1)
+    max_concurrency: Count = 2
     keep_alive: str | int | None = None
     truncate: bool = False
     """Ollama's own default is true: a long text is cut and nobody is told."""

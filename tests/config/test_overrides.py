@@ -158,6 +158,12 @@ def test_an_override_value_is_taken_as_it_is(tmp_path: Path) -> None:
     assert found.upstreams["ds-compat"].api_key.get_secret_value() == "${HOME}"
 
 
+@pytest.mark.parametrize("levels", [600, 100_000])
+def test_an_override_that_is_nested_too_deeply_is_one_line(tmp_path: Path, levels: int) -> None:
+    told = "EMBEDDING_GATEWAY__AUTH__KEYS: auth.keys: is nested too deeply"
+    assert mistakes(tmp_path, TEXT, AUTH__KEYS="[" * levels + "]" * levels) == [told]
+
+
 def test_single_underscores_are_somebody_elses_variables(tmp_path: Path) -> None:
     variables = {"EMBEDDING_GATEWAY_SERVICE_HOST": "10.0.0.1", "EMBEDDING_GATEWAY_PORT": "tcp://10.0.0.1:80"}
     assert settings_from(TEXT, tmp_path, variables).server.port == 8000

@@ -74,6 +74,12 @@ def test_every_cache_tier_can_be_off(tmp_path: Path) -> None:
     assert (cache.memory, cache.disk, cache.redis) == (None, None, None)
 
 
+@pytest.mark.parametrize("host", ["münchen.example", "例え.jp", "ex_ample", "[::1]:8443", "10.0.0.1"])
+def test_hosts_of_a_base_url(tmp_path: Path, host: str) -> None:
+    found = settings_from(f"upstreams: {{a: {{type: beta, base_url: 'http://{host}/v1'}}}}", tmp_path)
+    assert found.upstreams["a"].base_url == f"http://{host}/v1"
+
+
 def test_a_trailing_slash_is_not_part_of_a_base_url(tmp_path: Path) -> None:
     found = settings_from("upstreams: {a: {type: beta, base_url: 'HTTPS://Host:8443/v1//'}}", tmp_path)
     assert found.upstreams["a"].base_url == "HTTPS://Host:8443/v1"

@@ -122,12 +122,12 @@ def _completed(
     _drop_empty(values)
     if "auth" in values and values["auth"] is None:
         tree.wrong(("auth",), "is empty; add keys, or leave it out to serve anybody")
-    if not values.get("upstreams"):
+    if values.get("upstreams") in (None, {}):
         values["upstreams"] = environment_upstreams(environ, kinds, listening)
         tree.variables |= {("upstreams", name): "environment" for name in values["upstreams"]}
     apply_overrides(environ, tree)
     _drop_empty(values)
-    if not values.get("upstreams"):
+    if values.get("upstreams") in (None, {}):
         values["upstreams"] = built_in_upstreams(kinds)
     return settings_of(tree, kinds)
 

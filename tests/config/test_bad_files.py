@@ -71,6 +71,13 @@ def test_what_is_hardly_yaml_is_one_line_too(tmp_path: Path, content: bytes, lin
     assert refusal.value.mistakes == [f"config.yaml: {line}"]
 
 
+@pytest.mark.parametrize("nothing", ["[]", "0", "false", "''"])
+def test_what_is_no_mapping_is_not_taken_for_no_upstreams(tmp_path: Path, nothing: str) -> None:
+    (tmp_path / "config.yaml").write_text(f"upstreams: {nothing}", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"^config\.yaml: upstreams: must be a mapping \(key: value\)$"):
+        load(None, {}, KINDS, cwd=tmp_path, listening=nobody_listens)
+
+
 def test_aliases_of_aliases_are_not_followed_without_end(tmp_path: Path) -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 10)]

@@ -21,7 +21,7 @@ from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_TIMEOUT = 30.0
-"""Seconds from a request's first byte to the end of its headers."""
+"""Seconds from a request's first byte, and from the end of the answer before it, to the end of its headers."""
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers, or of what is neither these nor a body (trailers); what goes on is refused."""
 
@@ -178,8 +178,17 @@ class Protocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         if self._head_timer is None:
-            late = "The request's headers did not arrive in time."
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self.send_400_response, late)
+            self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._late)
+
+    def _late(self) -> None:
+        """While a request is being answered nobody waits for the next, and it may be that nothing is read."""
+        self._head_timer = None
+        running = self._running
+        answering = running is not None and not running.response_complete
+        if answering or self._idle_since + HEAD_TIMEOUT > self.loop.time():
+            self._start_timer()
+        else:
+            self.send_400_response("The request's headers did not arrive in time.")
 
     def _stop_timer(self) -> None:
         if self._head_timer is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from app import protocol, serve
+from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
 
 
@@ -20,6 +21,15 @@ from tests.harness import Running, running
 def gateway() -> Iterator[Running]:
     with running({"upstreams": {"lexical": {"type": "lexical"}}}) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def slow() -> Iterator[tuple[FakeOpenAI, Running]]:
+    """A gateway over an upstream that takes its time."""
+    with FakeOpenAI(api_key=None, models={"m": 8}) as fake:
+        upstream = {"type": "openai", "base_url": f"{fake.url}/v1", "api_key": "x"}
+        with running({"upstreams": {"slow": upstream}}) as gateway:
+            yield fake, gateway
 
 
 LAST = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -44,8 +54,9 @@ def talk(gateway: Running, *pieces: bytes, last: bytes = LAST) -> list[tuple[int
     return [answer for answer in answers if answer != (200, b'{"status":"ok"}')]
 
 
-def embed(text: str, *headers: bytes) -> bytes:
-    body = json.dumps({"model": "lexical", "input": text, "dimensions": 64}, ensure_ascii=False).encode()
+def embed(text: str, *headers: bytes, model: str = "lexical") -> bytes:
+    asked = {"model": model, "input": text} | ({"dimensions": 64} if model == "lexical" else {})
+    body = json.dumps(asked, ensure_ascii=False).encode()
     head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), *headers]
     return b"\r\n".join([*head, b"", body])
 
@@ -153,6 +164,34 @@ def test_nor_does_one_that_began_behind_another_request(gateway: Running, monkey
     answers = talk(gateway, embed("x") + b"GET / HTTP/1.1\r\nHost: x\r\n", last=b"")
     assert [status for status, _ in answers] == [200, 400]
     assert b"in time" in answers[1][1]
+
+
+def test_the_time_for_a_head_does_not_run_while_the_request_before_it_is_answered(
+    slow: tuple[FakeOpenAI, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, gateway = slow
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.3)
+    fake.hold()
+    with connected(gateway) as connection:
+        last = embed("three", b"Connection: close", model="m")
+        connection.sendall(embed("one", model="m") + embed("two", model="m") + last[:40])
+        fake.wait_for_calls(1)
+        time.sleep(0.7)
+        connection.sendall(last[40:])
+        fake.release()
+        assert b"".join(iter(lambda: connection.recv(65536), b"")).count(b"HTTP/1.1 200 ") == 3
+
+
+def test_nor_while_it_has_come_and_waits_to_be_parsed(
+    slow: tuple[FakeOpenAI, Running], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake, gateway = slow
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.1)
+    fake.delay = 0.05
+    requests = [embed(f"text {i}", b"X: " + b"x" * 900, model="m") for i in range(60)]
+    with connected(gateway) as connection:
+        connection.sendall(b"".join(requests) + LAST)
+        assert b"".join(iter(lambda: connection.recv(65536), b"")).count(b"HTTP/1.1 200 ") == 61
 
 
 @pytest.mark.parametrize("line", [b"\r\n", b"\r\n\r\n", b"\n"])

@@ -13,11 +13,11 @@ import re
 import sys
 import termios
 from collections import deque
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import orjson
-from uvicorn.protocols.http.flow_control import FlowControl
+from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 HEAD_TIMEOUT = 30.0
@@ -43,14 +43,17 @@ _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
 
 
 class _Flow(FlowControl):
-    """Reads nothing while many requests wait: the server resumes whenever a body is asked for, and they would pile up.
-    While few do, it reads on, or a caller who hangs up would not be noticed."""
+    """Reads nothing while many requests wait, or much of their bodies: the server resumes whenever a body is asked for,
+    and they would pile up. While few do, it reads on, or a caller who hangs up would not be noticed."""
 
-    pipeline: Sized = ()
+    pipeline: Collection[tuple[RequestResponseCycle, Any]] = ()
 
     def resume_reading(self) -> None:
-        if self.read_paused and len(self.pipeline) < FEW:
+        if self.read_paused and len(self.pipeline) < FEW and self._bytes_waiting() <= HIGH_WATER_LIMIT:
             super().resume_reading()
+
+    def _bytes_waiting(self) -> int:
+        return sum(len(cycle.body) for cycle, _ in self.pipeline)
 
 
 class Outbox:
@@ -221,6 +224,8 @@ class Protocol(HttpToolsProtocol):
                 raise ValueError("Host")
         scope: Any = self.scope
         super().on_headers_complete()
+        if self.pipeline:
+            self.flow.resume_reading()  # the server has paused, whatever it is that waits
         # What comes behind the body are trailers, which are no headers of this request (RFC 9110 6.5.1).
         self.headers = []
         self._fed = 0
@@ -344,8 +349,7 @@ class Protocol(HttpToolsProtocol):
         self._between_requests = True
         self._fed = 0
         super().on_message_complete()
-        if not self.pipeline:
-            self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed
+        self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed
 
     def _unsupported_upgrade_warning(self) -> None:
         """CONNECT, or an offer pipelined behind another request: what follows cannot be told apart."""

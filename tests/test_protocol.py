@@ -281,6 +281,25 @@ def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes
     assert queued * len(one) <= 2 * 2**14, "a piece of what was read or two"
 
 
+def test_nor_do_their_bodies(slow: tuple[FakeOpenAI, Running]) -> None:
+    fake, gateway = slow
+    fake.hold()
+    waiting: list[int] = []
+    one = embed("x" * 60_000, model="m")
+    with connected(gateway) as connection:
+        connection.sendall(one)
+        fake.wait_for_calls(1)
+        connection.setblocking(False)
+        sent, until = 0, time.monotonic() + 1.5
+        while time.monotonic() < until:
+            with contextlib.suppress(BlockingIOError):
+                sent += connection.send((one * 2)[sent % len(one) :])
+            ours = open_connections(connection.getpeername()[1])
+            waiting += [sum(len(cycle.body) for cycle, _ in each.pipeline) for each in ours]
+        fake.release()
+    assert 0 < max(waiting) <= 2**16 + 2**18, "what may wait, and what one read brings"
+
+
 # --- keep-alive -----------------------------------------------------------------------------------------
 
 

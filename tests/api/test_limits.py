@@ -366,14 +366,19 @@ def test_a_caller_that_hangs_up_before_its_body_is_whole_leaves_nothing_behind(f
         assert not fake.calls
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "one after another"])
 def test_a_caller_that_hangs_up_with_requests_behind_the_first_is_no_error_of_ours(
-    fake: FakeOpenAI, caplog: pytest.LogCaptureFixture
+    fake: FakeOpenAI, caplog: pytest.LogCaptureFixture, apart: bool
 ) -> None:
     with running(config(fake)) as gateway:
         fake.hold()
+        first, *behind = [post(body(f"pipelined {i}")) for i in range(3)]
         with wire(gateway.url) as connection:
-            connection.send(b"".join(post(body(f"pipelined {i}")) for i in range(3)))
+            connection.send(first if apart else first + b"".join(behind))
             fake.wait_for_calls(1)
+            for each in behind if apart else ():
+                connection.send(each)
+                gateway.call(asyncio.sleep(0.1))  # so that it is read by itself
         settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
         fake.release()
         assert gateway.post(body("another")).status_code == 200

@@ -134,6 +134,9 @@ class Embeddings:
                 return
             except GatewayError as failure:
                 error = failure
+            except asyncio.CancelledError:  # the server waits no longer; nor for the rest of a body
+                exchange.reading = False
+                error = Overloaded("the gateway is stopping")
             except Exception:
                 log.exception("request %s failed", exchange.id.decode())
                 error = GatewayError("internal error")

@@ -80,6 +80,34 @@ def test_ctrl_c_does_not_drain_but_requests_finish(tmp_path: Path, arguments: tu
             assert "Traceback" not in (tmp_path / "log").read_text()
 
 
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+def test_ctrl_c_again_ends_requests_with_an_answer_and_a_line_in_the_log(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
+        with start(tmp_path, "--port", "0", *arguments, **env) as process:
+            url = address(tmp_path / "log", process)
+            fake.hold()
+            with connect(url) as raw, connect(url) as slow:
+                body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
+                head = b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
+                slow.sendall(head + body[:-1])
+                raw.sendall(head + body)
+                fake.wait_for_calls(1)
+                process.send_signal(signal.SIGINT)
+                until(lambda: not answers(url), (tmp_path / "log").read_text)
+                process.send_signal(signal.SIGINT)
+                for each in (raw, slow):
+                    answer = each.recv(65536)
+                    assert answer.startswith(b"HTTP/1.1 503")
+                    assert b"the gateway is stopping" in answer
+            assert process.wait(30) == 130
+        log = (tmp_path / "log").read_text()
+        assert log.count("event=request ") == log.count("status=503") == 2
+        assert "Traceback" not in log
+
+
 def test_the_port_for_metrics_tells_of_all_workers(tmp_path: Path) -> None:
     port = free_port()
     with serving(tmp_path, *TWO, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as (url, _):

@@ -193,8 +193,8 @@ class Workers:
 
     async def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        reader, writer = await asyncio.open_unix_connection(sock=ours)
         try:
+            # First of all, or a stop may come in between, which closes the listener.
             process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
@@ -203,10 +203,11 @@ class Workers:
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, which tells them
             )
         except OSError:
-            writer.close()
+            ours.close()
             raise
         finally:
             theirs.close()
+        reader, writer = await asyncio.open_unix_connection(sock=ours)
         worker = _Worker(process, reader, writer)
         worker.tell(self._settings)
         self._live.add(worker)

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -297,3 +298,25 @@ async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(t
     with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         broken = Workers(lambda _: [sys.executable, "-c", "raise SystemExit(3)"], settings, listener)
         assert await broken.run() == 3
+
+
+@pytest.mark.parametrize("turns", range(1, 6))
+async def test_a_stop_while_a_worker_is_about_to_be_started_is_no_trouble(
+    tmp_path: Path, turns: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
+        waits = Workers(lambda _: [sys.executable, "-c", "import time; time.sleep(60)"], settings_of({}), listener)
+        running = asyncio.create_task(waits.run())
+        for _ in range(turns):  # of the event loop
+            await asyncio.sleep(0)
+        waits.stop(signal.SIGTERM)
+        for worker in await _started(waits, running):
+            worker.process.kill()
+        assert await asyncio.wait_for(running, 30) == 0
+    assert not caplog.records
+
+
+async def _started(workers: Workers, running: asyncio.Task[int]) -> set[Any]:
+    while not (workers._live or running.done()):
+        await asyncio.sleep(0.01)
+    return workers._live

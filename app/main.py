@@ -200,6 +200,15 @@ class App:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def try_out(self, settings: Settings) -> None:
+        """Builds what would serve with these settings, and lets go of it. Raises what building it does."""
+        before = self.gateway
+        gateway = self._build_gateway(settings, before)
+        try:
+            self._generation(settings, gateway)
+        finally:
+            await gateway.aclose(before)
+
     async def _retire(self, old: _Generation, successor: Gateway) -> None:
         """Closes a gateway once its requests are answered. One after the other: what a gateway shares with its
         successor is the successor's to close, and that must not be sooner."""

@@ -255,7 +255,11 @@ def serve_workers(
             else:
                 config.reloaded(False)
 
-        watch = Watch(source, SystemClock(), workers.change, result)
+        async def change(settings: Settings) -> None:
+            await app.try_out(settings)  # no worker could start with what cannot be built
+            await workers.change(settings)
+
+        watch = Watch(source, SystemClock(), change, result)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, workers.stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, workers.stop, signal.SIGINT)

@@ -7,6 +7,7 @@ import contextlib
 import gc
 import signal
 import socket
+import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,7 @@ from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running, settings_of
-from tests.processes import metric, serving, until
+from tests.processes import Program, address, environment, free_port, metric, serving, until
 
 MODEL = "text-embedding-3-small"
 
@@ -335,6 +336,38 @@ def test_every_worker_loads_the_file_anew_and_loses_no_request(tmp_path: Path) -
             write(tmp_path, "servers: {}\n")
             process.send_signal(signal.SIGHUP)
             until(lambda: metric(httpx.get(f"{url}/metrics").text, "config_valid") == 0, (tmp_path / "log").read_text)
+
+
+_PICKY = """
+from app.cli import main
+from app.gateway import Gateway
+build = Gateway.__init__
+def picky(self, settings, *others):
+    if settings.server.max_inputs == 7:
+        raise OverflowError("cannot be built")
+    build(self, settings, *others)
+Gateway.__init__ = picky
+main(["serve", "--port", "0", "--workers", "2"])
+"""
+
+
+def test_what_cannot_be_built_is_given_to_no_worker(tmp_path: Path) -> None:
+    """The parent finds out. In this test its workers would build it, which shows who was given it."""
+    port, log = free_port(), (tmp_path / "log").read_text
+    values: dict[str, Any] = {"upstreams": {"built-in": {"type": "lexical"}}, "server": {"metrics_port": port}}
+    write(tmp_path, values)
+    with (tmp_path / "log").open("a") as file:
+        process = Program([sys.executable, "-c", _PICKY], env=environment(), cwd=tmp_path, stderr=file, text=True)
+    with process:
+        url = address(tmp_path / "log", process)
+        values["server"]["max_inputs"] = 7
+        write(tmp_path, values)
+        process.send_signal(signal.SIGHUP)
+        until(lambda: metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "config_valid") == 0, log)
+        assert "configuration not changed" in log()
+        for _ in range(10):  # a new connection each, so that both workers get some
+            asked = {"model": "lexical", "input": ["x"] * 8}
+            assert httpx.post(f"{url}/v1/embeddings", json=asked, timeout=30).status_code == 200
 
 
 async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> None:

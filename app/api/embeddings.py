@@ -22,7 +22,7 @@ from app import tokens
 from app.api import render
 from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Guard
-from app.api.schema import EmbeddingsBody, parse_body
+from app.api.schema import EmbeddingsBody, check_weight, parse_body
 from app.api.usage import Usage
 from app.config import ServerSettings
 from app.deadlines import Deadlines
@@ -177,7 +177,7 @@ class Embeddings:
                 if len(raw) <= AT_ONCE:
                     body = self._parse(raw, path_model)
                 else:
-                    body = await asyncio.to_thread(self._parse, raw, path_model)
+                    body = await asyncio.to_thread(self._parse_large, raw, path_model)
                 place.hold(len(raw) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)
@@ -242,6 +242,10 @@ class Embeddings:
 
     def _parse(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         return parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
+
+    def _parse_large(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
+        check_weight(raw, max_inputs=self._server.max_inputs)
+        return self._parse(raw, path_model)
 
     async def _embed(
         self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope

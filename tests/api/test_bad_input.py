@@ -14,6 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from app.api.embeddings import AT_ONCE
+from app.api.schema import check_weight
 from tests.api.support import FIXED_LENGTH, MODEL, error_of, head, post, wire
 from tests.api.support import config as config_of
 from tests.fakes import FakeOpenAI
@@ -56,6 +58,34 @@ def refused(response: httpx.Response, status: int, code: str, param: str | None,
     assert len(error["message"]) < 1000
 
 
+# --- much that is nothing -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("item", ["[]", "{}", '"a"', r'"\\"', '{"a":[]}', "[" * 50 + "]" * 50])
+def test_a_large_body_of_little_things_is_refused_before_they_are_made(
+    fake: FakeOpenAI, gateway: Running, item: str
+) -> None:
+    body = f'{{"model":"{MODEL}","input":[{",".join([item] * (300_000 // len(item)))}]}}'
+    refused(gateway.post(body.encode()), 400, "invalid_value", None, "strings, lists and objects")
+    assert not fake.calls
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[]" * 90_000, '{"a":"b"}' * 20_000, "[" * 199_999 + "\\", "\\" * 99_999 + '"' * 99_999, '\n\t\\"[[["' * 20_000],
+)
+def test_what_stands_in_texts_is_none_of_them(text: str) -> None:
+    body = json.dumps({"model": "m", "input": [text, text, "{"]})
+    assert len(body) > AT_ONCE
+    check_weight(body.encode(), max_inputs=3)
+
+
+def test_nor_is_what_large_requests_are_made_of() -> None:
+    part = {"type": "image_url", "image_url": {"url": "https://example.com/" + "x" * 100, "detail": "low"}}
+    for inputs in ([part] * 2048, [[100_000] * 1000] * 2048, [5] * 500_000, ["a"] * 2048 + ["b" * 2**18]):
+        check_weight(json.dumps({"model": "m", "input": inputs}).encode(), max_inputs=2048)
+
+
 # --- bytes that are no request ------------------------------------------------------------------------------
 
 SURROGATE = rb"\ud800"
@@ -84,7 +114,7 @@ BODIES: dict[str, tuple[bytes, str, str]] = {
     "a negative one": (b'{"model":"m","input":"a","dimensions":-%b}' % (b"9" * 5000), "invalid_json", ""),
     "lists 100,000 deep": (b"[" * DEEP + b"]" * DEEP, "invalid_json", "depth"),
     "lists 100,000 deep and not closed": (b"[" * DEEP, "invalid_json", "depth"),
-    "objects 100,000 deep": (b'{"a":' * DEEP + b"1" + b"}" * DEEP, "invalid_json", "depth"),
+    "objects 25,000 deep": (b'{"a":' * (DEEP // 4) + b"1" + b"}" * (DEEP // 4), "invalid_json", "depth"),
     "an input 100,000 deep": (b'{"model":"m","input":' + b"[" * DEEP + b"]" * DEEP + b"}", "invalid_json", "depth"),
     "an unknown field 100,000 deep": (b'{"x":' + b"[" * DEEP + b"]" * DEEP + b"}", "invalid_json", "depth"),
     "cut off": (b'{"model":"m","input":"hi', "invalid_json", "not valid JSON"),

@@ -10,6 +10,7 @@ import resource
 import signal
 import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,7 @@ def test_ctrl_c_again_ends_requests_with_an_answer_and_a_line_in_the_log(
                 until(lambda: not answers(url), (tmp_path / "log").read_text)
                 process.send_signal(signal.SIGINT)
                 for each in (raw, slow):
-                    answer = each.recv(65536)
+                    answer = b"".join(iter(partial(each.recv, 65536), b""))
                     assert answer.startswith(b"HTTP/1.1 503")
                     assert b"the gateway is stopping" in answer
             assert process.wait(30) == 130

@@ -21,7 +21,7 @@ from app.types import Input, Media, OnLongInput, Params
 MAX_IDS = 2**18
 """Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
 
-OBJECTS, OBJECTS_PER_INPUT = 2**16, 32
+OBJECTS, OBJECTS_PER_INPUT = 2**18, 32
 """Strings, keys among them, lists and objects of a body, at most: far more than any request that is taken needs."""
 
 _CHOICES: dict[str, tuple[str, ...]] = {

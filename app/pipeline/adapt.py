@@ -15,7 +15,21 @@ import re
 from collections.abc import Sequence
 
 from app import tokens
-from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamUnavailable, UpstreamWrongCount
+from app.errors import (
+    ContextLengthExceeded,
+    GatewayError,
+    InvalidRequest,
+    QuotaExhausted,
+    RateLimited,
+    UnsupportedDimensions,
+    UpstreamAuth,
+    UpstreamIgnoredDimensions,
+    UpstreamMisconfigured,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
+    UpstreamWrongCount,
+)
 from app.pipeline.deployment import Limits
 from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input, Media
@@ -38,6 +52,22 @@ _TOKENS = re.compile(
     r"|\bbatch[^.\d]{0,40}(?:at most|maximum of|larger than)\s*:?\s*(\d[\d,]*) tokens?\b",
     re.IGNORECASE,
 )
+
+_MET_BY_ALL = (
+    RateLimited,
+    QuotaExhausted,
+    UnsupportedDimensions,
+    UpstreamAuth,
+    UpstreamIgnoredDimensions,
+    UpstreamMisconfigured,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
+)
+"""What the next call of a batch would meet as well, or wait for in vain."""
+IN_VAIN = 2
+"""Inputs, one after another, for which a server has given no vector, alone in their calls: the next ones will hardly
+fare better."""
 
 
 class Adapt:
@@ -64,7 +94,9 @@ class Adapt:
         if len(parts) > 1:
             return await self._embed_parts(batch, parts, budget)
         try:
-            return await self._inner(batch)
+            result = await self._inner(batch)
+            budget.in_vain = 0
+            return result
         except GatewayError as error:
             refusal = error
         result = await self._after(refusal, batch, budget)
@@ -75,9 +107,15 @@ class Adapt:
         """What becomes of a batch of which a call came to this."""
         if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
             return await self._embed(batch, budget)
-        if isinstance(error, UpstreamWrongCount) and len(batch.inputs) > 1:
-            # It may do better with fewer. Where it does not with one the rest is not asked, so this takes no budget.
-            return await self._embed_halves(batch, budget, by_length=False)
+        count = len(batch.inputs)
+        if isinstance(error, UpstreamWrongCount) and count == 1:
+            budget.in_vain += 1
+        elif isinstance(error, UpstreamWrongCount):
+            # It may do better with fewer. Where it does not even with one this soon ends, so it takes no budget.
+            result = await self._embed_halves(batch, budget, by_length=False)
+            if count > 3 and result.calls == 2 * count - 2 and budget.in_vain == 0:
+                self._limits.max_batch = 1  # all calls for several were in vain, and none for one
+            return result
         if error.blames_input and len(batch.inputs) > 1:
             if budget.take(2):
                 return await self._embed_halves(batch, budget, by_length=isinstance(error, ContextLengthExceeded))
@@ -94,12 +132,13 @@ class Adapt:
 
     async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
         """Parts are told by their inputs' places. One after the other: the batch holds one slot. A part that fails is
-        that part's own failure, if its inputs may be to blame; else it is the others' too, which are not sent: whether
-        and where they are asked again is not decided here."""
+        that part's own failure, unless it is one that all would meet: then the others are not sent, and whether and
+        where they are asked again is not decided here."""
         if batch.brought is None:
             batch.brought = {}  # and the parts', and theirs: there is one for all
         outcomes: dict[int, Embedding | GatewayError] = {}
-        calls, trouble = 0, None
+        calls = 0
+        trouble: GatewayError | None = None
         for places in parts:
             if trouble is not None:
                 outcomes.update(dict.fromkeys(places, trouble))
@@ -110,8 +149,8 @@ class Adapt:
             batch.brought.update((key, each) for key, each in pairs if isinstance(each, Embedding))
             outcomes.update(zip(places, result.outcomes, strict=True))
             calls += result.calls
-            errors = [each for each in result.outcomes if isinstance(each, GatewayError)]
-            trouble = next((error for error in errors if not error.blames_input), None)
+            met = _MET_BY_ALL if budget.in_vain < IN_VAIN else (*_MET_BY_ALL, UpstreamWrongCount)
+            trouble = next((each for each in result.outcomes if isinstance(each, met)), None)
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
@@ -185,11 +224,13 @@ def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
 
 
 class _Budget:
-    """Extra calls one batch may still cause, and the refusals for which there were none left."""
+    """Extra calls one batch may still cause, the refusals for which there were none left, and the calls for one input,
+    one after another, that brought no vector."""
 
     def __init__(self, calls: int) -> None:
         self._calls = calls
         self.undecided: list[GatewayError] = []
+        self.in_vain = 0
 
     def take(self, calls: int) -> bool:
         self._calls -= calls

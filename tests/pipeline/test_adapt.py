@@ -11,10 +11,13 @@ from app.errors import (
     QuotaExhausted,
     RateLimited,
     UpstreamAuth,
+    UpstreamError,
     UpstreamIgnoredDimensions,
+    UpstreamInvalidResponse,
     UpstreamInvalidVector,
     UpstreamUnavailable,
     UpstreamUnreachable,
+    UpstreamWrongCount,
 )
 from app.pipeline.adapt import Adapt
 from app.pipeline.deployment import Limits
@@ -137,14 +140,59 @@ async def test_what_all_would_meet_ends_the_calls_of_a_batch(trouble: GatewayErr
     assert result.calls == 2
 
 
-async def test_what_one_input_may_have_done_does_not() -> None:
+@pytest.mark.parametrize("kind", [UpstreamInvalidVector, UpstreamWrongCount, UpstreamError, UpstreamInvalidResponse])
+async def test_what_may_be_one_calls_own_does_not(kind: type[GatewayError]) -> None:
     async def embed(batch: Batch) -> BatchResult:
         if "c" in batch.inputs:
-            raise UpstreamInvalidVector("NaN")
+            raise kind("bad")
         return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
 
     result = await Adapt(embed, Limits(1))(batch(*"abcdef"))
-    assert answers(result) == ["a", "b", "NaN", "d", "e", "f"]
+    assert answers(result) == ["a", "b", "bad", "d", "e", "f"]
+
+
+async def test_a_server_that_gives_one_vector_however_many_it_is_asked_for_is_asked_for_one() -> None:
+    calls: list[int] = []
+
+    async def gives_one(batch: Batch) -> BatchResult:
+        calls.append(len(batch.inputs))
+        if len(batch.inputs) > 1:
+            raise UpstreamWrongCount("1 for several")
+        return BatchResult([Embedding(str(batch.inputs[0]).encode(), 1)])
+
+    limits = Limits(100)
+    adapt = Adapt(gives_one, limits)
+    assert answers(await adapt(batch(*"abcdefgh"))) == list("abcdefgh")
+    assert calls == [8, 4, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
+    assert limits.max_batch == 1
+    del calls[:]
+    assert answers(await adapt(batch(*"ijk"))) == list("ijk")
+    assert calls == [1, 1, 1]
+
+
+async def test_one_that_once_gave_too_few_is_trusted_again() -> None:
+    calls: list[int] = []
+
+    async def gives_too_few_once(batch: Batch) -> BatchResult:
+        calls.append(len(batch.inputs))
+        if len(calls) == 1:
+            raise UpstreamWrongCount("7 for 8")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    limits = Limits(100)
+    assert answers(await Adapt(gives_too_few_once, limits)(batch(*"abcdefgh"))) == list("abcdefgh")
+    assert (calls, limits.max_batch) == ([8, 4, 4], 100)
+
+
+async def test_and_one_that_gives_none_is_not_asked_for_each() -> None:
+    calls: list[int] = []
+
+    async def gives_none(batch: Batch) -> BatchResult:
+        calls.append(len(batch.inputs))
+        raise UpstreamWrongCount("0")
+
+    result = await Adapt(gives_none, Limits(100))(batch(*"abcdefgh"))
+    assert (calls, result.calls, answers(result)) == ([8, 4, 2, 1, 1], 5, ["0"] * 8)
 
 
 async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:

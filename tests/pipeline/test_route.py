@@ -139,7 +139,7 @@ async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> 
         nonlocal calls
         calls += 1
         if calls == 1:
-            raise UpstreamInvalidVector("NaN")
+            raise UpstreamError("down")
         if calls == 2:
             asyncio.get_running_loop().call_later(0.02, other.health.take_out, "another model")
             raise UpstreamAuth("no")
@@ -210,7 +210,7 @@ async def test_it_is_told_who_embedded_it() -> None:
         nonlocal calls
         calls += 1
         if calls == 1:
-            raise UpstreamInvalidVector("NaN")
+            raise UpstreamError("down")
         return await answers(batch)
 
     limits = Limits(1)

@@ -12,7 +12,15 @@ from pydantic import SecretStr
 from app.catalog import Model
 from app.clock import Clock
 from app.config import UpstreamSettings
-from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnavailable, UpstreamUnreachable
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    UpstreamInvalidResponse,
+    UpstreamMisconfigured,
+    UpstreamTimeout,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
+)
 from app.types import Send, Target, TokenStore
 from app.upstreams.client import Client
 from app.upstreams.kind import UpstreamKind
@@ -98,14 +106,18 @@ class Upstream:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
             error.message = self.redact(error.message)
-            self._cannot_list(error)
+            # What it refuses here is no caller's input.
+            self._cannot_list(UpstreamMisconfigured(error.message) if isinstance(error, InvalidRequest) else error)
             return
         except Exception as bug:  # of ours: nobody else would hear of it
             told = f"its list of models could not be read ({type(bug).__name__})"
             self._cannot_list(UpstreamInvalidResponse(told), bug)
             return
+        if found is None and self.models:
+            self._cannot_list(UpstreamMisconfigured("its list of models is gone"))  # for the moment, most likely
+            return
         self.trouble = None
-        if self.lists and found is None:
+        if found is None and self.lists:
             told = "upstream %s has no list of models at its base_url: only what is configured is served"
             log.warning(told, self.name)
         self.lists = found is not None

@@ -273,6 +273,32 @@ def test_what_is_wrong_with_an_upstream_that_has_never_listed_its_models_is_what
     assert "sk-refused" not in response.text
 
 
+def test_what_it_refuses_when_asked_for_its_list_is_no_callers_input() -> None:
+    with FakeOpenAI() as fake:
+        fake.fail(faults.http_error(400, b'{"error":{"message":"missing header"}}'), times=None, path="/models")
+        up = {"type": "openai", "base_url": fake.url + "/v1", "api_key": "sk-fake"}
+        with running({"upstreams": {"up": up}}) as gateway:
+            response = gateway.post({"model": "up/text-embedding-3-small", "input": "hi"})
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_error")
+
+
+def test_a_list_that_is_gone_for_a_moment_takes_no_model_away() -> None:
+    """A proxy whose server starts anew may answer 404 to anything."""
+    with FakeOpenAI() as fake:
+        up = {"type": "openai", "base_url": fake.url + "/v1", "api_key": "sk-fake"}
+        with running({"upstreams": {"up": up}}) as gateway:
+            asked = {"model": "text-embedding-3-small", "input": "hi"}
+            assert gateway.post(asked).status_code == 200
+            fake.fail(faults.http_error(404, b"no such route"), times=None, path="/models")
+            gateway.app.gateway.upstreams["up"]._discovered_at = None
+            assert gateway.post({"model": "up/other", "input": "hi"}).status_code == 502
+            assert gateway.get("/readyz").json()["upstreams"]["up"]["status"] == "down"
+            assert gateway.post(asked).status_code == 200
+            fake.heal()
+            gateway.app.gateway.upstreams["up"]._discovered_at = None
+            assert gateway.post({"model": "up/other", "input": "hi"}).status_code == 404
+
+
 async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     two: tuple[Gateway, Listing, Listing], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

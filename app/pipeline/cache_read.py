@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from operator import attrgetter
+from collections.abc import Collection
 
 from msgspec.structs import replace
 
 from app.cache import keys
 from app.cache.tiers import Tiers
 from app.errors import UpstreamInvalidResponse
-from app.pipeline.parts import part, put
+from app.pipeline.parts import mixed, part, put
 from app.types import NOTHING, Embedder, Embedding, EmbedRequest, EmbedResult, Source
-
-_VECTOR = attrgetter("vector")
 
 
 class CacheRead:
@@ -44,7 +41,7 @@ class CacheRead:
             result = EmbedResult([each or NOTHING for each in found], [Source.CACHE] * len(found))
             missing = [i for i, embedding in enumerate(found) if embedding is None]
             put(result, missing, await self._inner(part(replace(request, keys=derived, held=held), missing)))
-        if len(derived) > 1 and _mixed(result.embeddings):
+        if len(derived) > 1 and mixed(result.embeddings):
             return await self._anew(replace(request, keys=derived), result.calls)
         return result
 
@@ -55,14 +52,8 @@ class CacheRead:
         `calls`: those made so far."""
         result = await self._inner(request)
         result.calls += calls
-        if _mixed(result.embeddings):
+        if mixed(result.embeddings):
             error = UpstreamInvalidResponse("the upstream gives vectors of different lengths for one model")
             error.calls = result.calls
             raise error
         return result
-
-
-def _mixed(embeddings: Sequence[Embedding]) -> bool:
-    """Whether their lengths differ, but for those that have none. Where a model's length is known each call was checked
-    against it; where it is not, a call could only be checked within itself."""
-    return len(set(map(len, map(_VECTOR, embeddings))) - {0}) > 1

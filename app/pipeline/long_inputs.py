@@ -15,7 +15,7 @@ from app import tokens, vectors
 from app.catalog import Model
 from app.config import ModelSettings
 from app.errors import ContextLengthExceeded, InvalidRequest, UpstreamInvalidVector
-from app.pipeline.parts import put
+from app.pipeline.parts import mixed, put
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
@@ -93,8 +93,9 @@ class LongInputs:
 
     async def _embed(self, request: EmbedRequest, plan: _Plan, long: Collection[int]) -> EmbedResult:
         """All pieces at once; what is then found too long is cut as well and asked again."""
-        first = await self._inner(plan.request(request, range(len(request.inputs))))
-        result = plan.join(first, range(len(request.inputs)))
+        everything = range(len(request.inputs))
+        first = await self._inner(plan.request(request, everything))
+        result = plan.join(first, everything)
         if not first.too_long:
             return result
         refused = sorted({plan.owners[place] for place in first.too_long})
@@ -107,6 +108,10 @@ class LongInputs:
         put(result, refused, again)
         result.free_tokens += again.free_tokens
         result.too_long = {}
+        if mixed(result.embeddings):  # the two were not compared with each other: asked together they are
+            calls, result = result.calls, await self._inner(plan.request(request, everything, final=True))
+            result = plan.join(result, everything)
+            result.calls += calls
         return result
 
 

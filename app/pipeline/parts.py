@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 from msgspec.structs import replace
 
-from app.types import Batch, EmbedRequest, EmbedResult
+from app.types import Batch, Embedding, EmbedRequest, EmbedResult
+
+_VECTOR = attrgetter("vector")
 
 
 def part(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
@@ -27,6 +30,12 @@ def put(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
     whole.calls += result.calls
     whole.deployments = tuple(dict.fromkeys((*whole.deployments, *result.deployments)))
     whole.too_long |= {places[i]: error for i, error in result.too_long.items()}
+
+
+def mixed(embeddings: Sequence[Embedding]) -> bool:
+    """Whether their lengths differ, but for those that have none. Where a model's length is known each call was checked
+    against it; where it is not, a call could only be checked within itself."""
+    return len(set(map(len, map(_VECTOR, embeddings))) - {0}) > 1
 
 
 def part_of_batch(batch: Batch, places: Sequence[int]) -> Batch:

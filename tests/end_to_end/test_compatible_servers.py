@@ -105,6 +105,24 @@ def test_vectors_of_two_lengths_are_never_one_answer_whichever_call_or_cache_the
         right(fake, gateway.post({"model": "mine", "input": healed}), "m", healed)
 
 
+@pytest.mark.parametrize("policy", ["split", "truncate"])
+def test_nor_where_a_text_is_cut_only_when_the_upstream_has_refused_it(policy: str) -> None:
+    deployment = {"upstream": "up", "model": "m"}
+    models = {"mine": {"deployments": [deployment], "max_tokens_per_input": 64, "on_long_input": policy}}
+    too_long = faults.http_error(400, b'{"error":{"message":"maximum context length is 64 tokens"}}')
+    lengths = {"m": 4}
+    with (
+        FakeOpenAI(models=lengths, flavour="vllm", api_key=None) as fake,
+        running({**config(fake), "models": models}) as gateway,
+    ):
+        fake.fail(too_long, times=None, when=lambda texts: max(map(len, texts)) > 200)
+        long = ("all about it, " * 18)[:250]
+        assert gateway.post({"model": "mine", "input": [long]}).status_code == 200
+        lengths["m"] = 8
+        data = gateway.post({"model": "mine", "input": ["short", long]}).json()["data"]
+        assert [len(row["embedding"]) for row in data] == [8, 8]
+
+
 def test_tei_gets_32_rows_a_call_and_a_smaller_limit_is_learned_from_its_own_words() -> None:
     texts = [f"text {i}" for i in range(100)]
     with FakeOpenAI(None, flavour="tei") as fake, running(config(fake)) as gateway:

@@ -31,8 +31,6 @@ SOON = 10.0
 """The same, while a deployment has never answered: when it is back, it is to be judged and used."""
 TIMEOUT = 30.0
 """Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
-AT_ONCE = 16
-"""Models that are looked at together."""
 
 
 class Canary:
@@ -42,6 +40,7 @@ class Canary:
         """`cache` None: nothing is kept beyond this process."""
         # In the order in which they would be asked: in doubt the first is right.
         self._deployments = deployments
+        self.upstream = deployments[0].upstream
         self._cache = cache
         self._from_start = from_start
         self._expected: bytes | None = None
@@ -133,17 +132,20 @@ async def _ask(deployment: Deployment) -> bytes | None:
 
 
 async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
-    """Looks where it is time, now and then, for as long as the gateway lives: at several at once, for one deployment
-    that hangs takes all of its time."""
-    few = asyncio.Semaphore(AT_ONCE)
-
-    async def look(canary: Canary) -> None:
-        async with few:
-            try:
-                await canary.look(clock.monotonic())
-            except Exception:  # a bug of ours must not end the watch over all the others
-                log.exception("a canary could not be looked at")
-
+    """Looks where it is time, now and then, for as long as the gateway lives: one model after another at an upstream,
+    which may have to load each, and at all upstreams at once, for one that hangs takes all of its time."""
     while True:
-        await asyncio.gather(*(look(canary) for canary in canaries() if canary.due(clock.monotonic())))
+        due: dict[str, list[Canary]] = {}
+        for canary in canaries():
+            if canary.due(clock.monotonic()):
+                due.setdefault(canary.upstream, []).append(canary)
+        await asyncio.gather(*(_look(each, clock) for each in due.values()))
         await clock.sleep(SOON if any(canary.waits for canary in canaries()) else ROUND)
+
+
+async def _look(canaries: Sequence[Canary], clock: Clock) -> None:
+    for canary in canaries:
+        try:
+            await canary.look(clock.monotonic())
+        except Exception:  # a bug of ours must not end the watch over all the others
+            log.exception("a canary could not be looked at")

@@ -127,13 +127,13 @@ class Route:
 
     def _usable(self, params: Params, avoid: Deployment | None = None) -> list[Deployment]:
         """Those in rotation; when all that are not resting have been ejected, these: a call that may fail is better
-        than none. One that is not known to be in its vector space is among them only where all others fail: have just
-        failed, or are to be avoided. That they are busy is no reason."""
+        than none. One that is not known to be in its vector space is among them only where there is no other, or for
+        the retry of what has failed at another, which is to be avoided; that they are busy is no reason."""
         able = self._able(params)
         available = [each for each in able if each.health.available()]
         if len(available) > 1:
             proved = [each for each in available if not each.health.unproved]
-            if any(each is not avoid and not each.health.suspect for each in proved):
+            if any(each is not avoid for each in proved):
                 return proved
         return available or [each for each in able if not each.health.cooling()]
 

@@ -161,15 +161,16 @@ def test_one_that_has_shown_nothing_serves_where_no_other_can() -> None:
             late.heal()
             failing.fail(faults.vendor_error("unavailable"), times=None)
             for i in range(12):
-                response = gateway.post({"model": "m", "input": f"text {i}"})
-                assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
+                gateway.post({"model": "m", "input": f"text {i}"})
+            response = gateway.post({"model": "m", "input": "served"})
+            assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
 
 
 async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
     looked: list[str] = []
 
     class Looks:
-        waits = False
+        waits, upstream = False, "up"
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -262,6 +263,30 @@ async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandCloc
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert canaries[0].due(clock.monotonic()), "cut short with the watch, and so to be made again"
+
+
+async def test_an_upstreams_models_are_looked_at_one_after_another(clock: HandClock) -> None:
+    """Each may have to be loaded first."""
+    at_once = most = 0
+
+    async def loads(batch: Batch) -> BatchResult:
+        nonlocal at_once, most
+        at_once += 1
+        most = max(most, at_once)
+        await asyncio.sleep(0)
+        at_once -= 1
+        return await answers(batch)
+
+    def deployment(name: str) -> Deployment:
+        return Deployment("up", Model(name), "space", Slots(1), Limits(1), healthy(clock, name), loads)
+
+    canaries = [canary.Canary([deployment(name)], None, from_start=True) for name in "abcd"]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    await settle()
+    assert not any(each.due(clock.monotonic()) for each in canaries)
+    assert most == 1
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
 
 
 async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:

@@ -50,13 +50,25 @@ def load(
     *,
     cwd: Path | None = None,
     listening: Listening = listens,
-    may_be_empty: bool = True,
 ) -> Settings:
     """The settings from the file at `path` (`--config`), or the next place that has one, or the environment alone.
 
-    Raises `ConfigError`; unless the file `may_be_empty`, for one that says nothing, too. An empty environment variable
-    counts as unset.
+    Raises `ConfigError`. An empty environment variable counts as unset.
     """
+    return load_and_tell(path, environ, kinds, cwd=cwd, listening=listening)[0]
+
+
+def load_and_tell(
+    path: str | None,
+    environ: Mapping[str, str],
+    kinds: Mapping[str, Kind],
+    *,
+    cwd: Path | None = None,
+    listening: Listening = listens,
+    may_be_empty: bool = True,
+) -> tuple[Settings, bool]:
+    """What `load` gives, and whether there was a file that said anything. Unless it `may_be_empty`, raises for one that
+    says nothing, too."""
     environ = {name: value for name, value in environ.items() if value}
     file = find_file(path, environ, cwd or Path())
     tree = Tree(label=file or "environment")
@@ -67,11 +79,12 @@ def load(
     elif "REDIS_URL" in environ:
         tree.values["cache"] = {"redis": {"url": environ["REDIS_URL"]}}
         tree.variables["cache", "redis"] = "REDIS_URL"
+    said = file is not None and bool(tree.values)
     # A file that cannot be read has one mistake; anything else would be about what it was meant to say.
     if not any(mistake.path == () for mistake in tree.mistakes):
         settings = _completed(tree, environ, kinds, listening)
         if settings is not None:
-            return settings
+            return settings, said
     raise ConfigError(tree.lines())
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
-from app.config.load import VARIABLE, find_file, from_text, load
+from app.config.load import VARIABLE, find_file, from_text, load_and_tell
 from app.config.settings import Kind, Settings
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,8 @@ FIXED = ("host", "port", "workers", "metrics_port")
 class Source:
     """The file that counts, or the environment alone; decided once.
 
-    A file that is gone or empty later is a mistake then: otherwise the environment would silently take its place, and
-    whoever reaches the gateway that of its callers.
+    A file that is gone later, or empty and was not before, is a mistake then: otherwise the environment would silently
+    take its place, and whoever reaches the gateway that of its callers.
     """
 
     def __init__(
@@ -32,13 +32,15 @@ class Source:
         self._path = path if path or VARIABLE in present else self.file
         self.loaded = self.signature()
         """The signature of what was last read."""
-        self._has_loaded = False
+        self._said = False
+        """Whether the file that was last loaded said anything; one of comments alone may stay as it is."""
 
     def load(self) -> Settings:
         """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
         self.loaded = self.signature()
-        settings = load(self._path, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._has_loaded)
-        self._has_loaded = True
+        settings, self._said = load_and_tell(
+            self._path, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._said
+        )
         return settings
 
     def signature(self) -> tuple[int, int, int] | None:

@@ -21,6 +21,7 @@ import yaml
 
 from app.clock import SystemClock
 from app.config import Settings
+from app.config.load import ConfigError
 from app.config.source import Source
 from app.errors import Overloaded, UpstreamError
 from app.gateway import Gateway
@@ -193,9 +194,16 @@ def test_a_file_that_was_emptied_changes_nothing_and_opens_the_gateway_to_nobody
         assert gateway.post({"model": "lexical", "input": "x"}).status_code == 401
 
 
-def test_a_file_may_be_empty_at_the_start(tmp_path: Path) -> None:
+def test_a_file_may_be_empty_at_the_start_and_stay_so(tmp_path: Path) -> None:
     write(tmp_path, "# all as it comes\n")
-    assert set(Source("config.yaml", {}, UPSTREAMS, tmp_path).load().upstreams)
+    source = Source("config.yaml", {}, UPSTREAMS, tmp_path)
+    assert source.load().upstreams
+    assert source.load().upstreams
+    write(tmp_path, "upstreams: {built-in: {type: lexical}}\n")
+    assert source.load().upstreams
+    write(tmp_path, "# all as it comes\n")
+    with pytest.raises(ConfigError, match="is empty"):
+        source.load()
 
 
 def test_a_bad_file_changes_nothing_and_every_mistake_is_a_line_of_the_log(

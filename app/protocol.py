@@ -188,8 +188,9 @@ class Protocol(HttpToolsProtocol):
         self._head_timer = None
         running = self._running
         answering = running is not None and not running.response_complete
-        if answering or self._idle_since + HEAD_TIMEOUT > self.loop.time():
-            self._start_timer()
+        left = HEAD_TIMEOUT if answering else self._idle_since + HEAD_TIMEOUT - self.loop.time()
+        if left > 0:
+            self._head_timer = self.loop.call_later(left, self._late)
         else:
             self.send_400_response("The request's headers did not arrive in time.")
 

@@ -9,6 +9,8 @@ import re
 import socket
 import time
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -180,6 +182,20 @@ def test_the_time_for_a_head_does_not_run_while_the_request_before_it_is_answere
         connection.sendall(last[40:])
         fake.release()
         assert b"".join(iter(lambda: connection.recv(65536), b"")).count(b"HTTP/1.1 200 ") == 3
+
+
+@pytest.mark.parametrize(("complete", "seconds"), [(True, 10), (False, 30)], ids=["answered", "being answered"])
+def test_behind_an_answer_a_head_has_the_rest_of_its_time(
+    monkeypatch: pytest.MonkeyPatch, complete: bool, seconds: float
+) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 30.0)
+    timers: list[float] = []
+    connection: Any = protocol.Protocol.__new__(protocol.Protocol)
+    connection.loop = SimpleNamespace(time=lambda: 120.0, call_later=lambda delay, _: timers.append(delay))
+    connection._running = SimpleNamespace(response_complete=complete)
+    connection._idle_since = 100.0
+    connection._late()
+    assert timers == [seconds]
 
 
 def test_nor_while_it_has_come_and_waits_to_be_parsed(

@@ -37,14 +37,16 @@ may be 10,000 requests; parsed, each takes 30 times the memory."""
 _LONG = 32 * 2**10
 """Bytes of a body from which handing its pieces over is cheaper than joining them, and a write of its own cheaper than
 waiting for others."""
+_LINE = 150
+"""Bytes of memory that a header takes besides its name and value, which may be two bytes."""
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
 
 
 class _Flow(FlowControl):
-    """Reads nothing while many requests wait, or much of their bodies: the server resumes whenever a body is asked for,
-    and they would pile up. While few do, it reads on, or a caller who hangs up would not be noticed."""
+    """Reads nothing while many requests wait, or much of their heads and bodies: the server resumes whenever a body is
+    asked for, and they would pile up. While few do, it reads on, or a caller who hangs up would not be noticed."""
 
     pipeline: Collection[tuple[RequestResponseCycle, Any]] = ()
 
@@ -53,7 +55,9 @@ class _Flow(FlowControl):
             super().resume_reading()
 
     def _bytes_waiting(self) -> int:
-        return sum(len(cycle.body) for cycle, _ in self.pipeline)
+        waiting = [cycle for cycle, _ in self.pipeline]
+        heads = sum(_LINE + len(name) + len(value) for cycle in waiting for name, value in cycle.scope["headers"])
+        return heads + sum(len(cycle.body) for cycle in waiting)
 
 
 class Outbox:

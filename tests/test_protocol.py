@@ -297,11 +297,21 @@ def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes
     assert queued * len(one) <= 2 * 2**14, "a piece of what was read or two"
 
 
-def test_nor_do_their_bodies(slow: tuple[FakeOpenAI, Running]) -> None:
+LARGE = {
+    "bodies": embed("x" * 60_000, model="m"),
+    "heads": embed("x", *(b"x%d: y" % i for i in range(6_000)), model="m"),
+}
+
+
+@pytest.mark.parametrize("one", LARGE.values(), ids=LARGE)
+def test_nor_do_large_ones_behind_one_that_is_answered(slow: tuple[FakeOpenAI, Running], one: bytes) -> None:
     fake, gateway = slow
+
+    def size(cycle: Any) -> int:
+        return len(cycle.body) + sum(len(name) + len(value) for name, value in cycle.scope["headers"])
+
     fake.hold()
     waiting: list[int] = []
-    one = embed("x" * 60_000, model="m")
     with connected(gateway) as connection:
         connection.sendall(one)
         fake.wait_for_calls(1)
@@ -311,7 +321,7 @@ def test_nor_do_their_bodies(slow: tuple[FakeOpenAI, Running]) -> None:
             with contextlib.suppress(BlockingIOError):
                 sent += connection.send((one * 2)[sent % len(one) :])
             ours = open_connections(connection.getpeername()[1])
-            waiting += [sum(len(cycle.body) for cycle, _ in each.pipeline) for each in ours]
+            waiting += [sum(size(cycle) for cycle, _ in tuple(each.pipeline)) for each in ours]
         fake.release()
     assert 0 < max(waiting) <= 2**16 + 2**18, "what may wait, and what one read brings"
 

@@ -25,9 +25,9 @@ from app.config.values import (
     Pause,
     Size,
     base_url_text,
-    check_url,
     header_fields,
     key_text,
+    proxy_text,
     redis_url_text,
 )
 
@@ -168,7 +168,7 @@ class UpstreamSettings(Section):
     @field_validator("proxy")
     @classmethod
     def _is_a_proxy(cls, value: SecretStr | None) -> SecretStr | None:
-        return value and SecretStr(check_url(value.get_secret_value(), ("http", "https"), credentials=True))
+        return value and SecretStr(proxy_text(value.get_secret_value()))
 
     @model_validator(mode="after")
     def _keys_said_once(self) -> Self:

@@ -154,11 +154,20 @@ def base_url_text(value: str) -> str:
     checked = check_url(value, ("http", "https"), credentials=False)
     if "?" in checked or "#" in checked:
         raise ValueError("must not hold a query (?) or fragment (#)")
+    return _can_be_asked(checked)
+
+
+def proxy_text(value: str) -> str:
+    """Where requests go through: http(s), with a user and password or without."""
+    return _can_be_asked(check_url(value, ("http", "https"), credentials=True))
+
+
+def _can_be_asked(url: str) -> str:
     try:
-        httpx.URL(checked)  # which knows what names in other scripts can be
+        httpx.URL(url)  # which knows what names in other scripts can be
     except httpx.InvalidURL:
         raise ValueError("must be a URL whose host is a name that can be looked up, or an address") from None
-    return checked
+    return url
 
 
 def header_fields(value: dict[str, str]) -> dict[str, str]:

@@ -48,7 +48,7 @@ def parse_duration(value: Any) -> Any:
 def parse_size(value: Any) -> Any:
     """One of `SIZES` to bytes, likewise."""
     if isinstance(value, str):
-        match = re.fullmatch(r"\s*([0-9]{1,15}(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
+        match = re.fullmatch(r"\s*([0-9]{1,16}(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
         if not match:
             raise ValueError(f"must be a size: {SIZES}")
         return int(float(match[1]) * _SIZE[match[2] or "B"])

@@ -43,6 +43,7 @@ def test_durations_are_seconds(written: Any, seconds: float) -> None:
         ("1MB", 10**6),
         ("7", 7),
         ("7B", 7),
+        ("1125899906842624", 2**50),
         (8, 8),
     ],
 )

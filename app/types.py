@@ -21,6 +21,9 @@ from app.errors import GatewayError
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 """The beginning of a data URI (RFC 2397), up to its base64."""
 
+MOST_DIMENSIONS = 65536
+"""More of them make a vector of no model there is; 2**53 and beyond come from JSON as well and mean nothing."""
+
 OutputType: TypeAlias = Literal["dense", "sparse", "dense&sparse"]
 Lane: TypeAlias = Literal["query", "bulk"]
 OnLongInput: TypeAlias = Literal["error", "truncate", "split"]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.api.schema import LONGEST_INSTRUCT, MOST_DIMENSIONS
+from app.api.schema import LONGEST_INSTRUCT
+from app.types import MOST_DIMENSIONS
 
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {

@@ -16,7 +16,7 @@ from msgspec import Struct
 from app import tokens
 from app.api import content
 from app.errors import InvalidJson, InvalidRequest, UnsupportedDimensions
-from app.types import Input, Media, OnLongInput, Params
+from app.types import MOST_DIMENSIONS, Input, Media, OnLongInput, Params
 
 MAX_IDS = 2**18
 """Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
@@ -32,8 +32,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "on_long_input": ("error", "truncate", "split"),
 }
 
-MOST_DIMENSIONS = 65536
-"""More of them make a vector of no model there is; 2**53 and beyond come from JSON as well and mean nothing."""
 LONGEST_INSTRUCT = 4096
 """Characters. An instruction is a sentence or a few, and goes with every call, or every text."""
 _IN_PARAMS = frozenset(("dimensions", "input_type", "text_type", "output_type", "instruct"))

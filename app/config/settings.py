@@ -30,6 +30,7 @@ from app.config.values import (
     proxy_text,
     redis_url_text,
 )
+from app.types import MOST_DIMENSIONS
 
 
 class Section(BaseModel):
@@ -198,7 +199,7 @@ class ModelSettings(Section):
     deployments: tuple[DeploymentSettings, ...] = Field(
         min_length=1, description="a list of {upstream: ..., model: ...}"
     )
-    dimensions: int | None = Field(default=None, ge=1)
+    dimensions: int | None = Field(default=None, ge=1, le=MOST_DIMENSIONS)
     input_type: Literal["query", "document"] | None = None
     on_long_input: Literal["error", "truncate", "split"] = "error"
     normalize: bool = False

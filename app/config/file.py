@@ -40,7 +40,7 @@ def read_yaml(text: str, environ: Mapping[str, str], tree: Tree) -> None:
     """Fills the tree. All that is wrong is noted there; a file that is no YAML leaves it empty."""
     try:
         values = _parsed(text, tree)
-    except (yaml.YAMLError, ValueError, KeyError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as error:
         tree.wrong((), _syntax(error, text.splitlines()))
         return
     if isinstance(values, dict):

@@ -60,6 +60,8 @@ def test_a_directory_is_no_file(tmp_path: Path) -> None:
         (b"a: " + b"[" * 2000, "is nested too deeply"),
         (b"server: {port: " + b"9" * 5000 + b"}", "holds a number that cannot be read"),
         (b"server: {port: 0b_}", "holds a number that cannot be read"),
+        (b"server: {port: !!int ''}", "holds a number that cannot be read"),
+        (b"server: {port: " + b"1:" * 200 + b"1.5}", "holds a number that cannot be read"),
         (b"server: {port: !!bool abc}", "holds a !!bool that is neither true nor false"),
         (b"server: {host: !!timestamp abc}", "line 1, column 16: a tag (!name) that is not allowed here"),
     ],

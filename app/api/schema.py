@@ -70,7 +70,7 @@ def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) ->
 
 def check_weight(raw: bytes, *, max_inputs: int) -> None:
     """To be asked before a large body is parsed: `[],` is 3 bytes and 70 once it is parsed. Numbers, which a body of
-    token ids is full of, take up to 9 times their text, and do not count. Raises `InvalidRequest`."""
+    token ids is full of, take up to 15 times their text, and do not count. Raises `InvalidRequest`."""
     most = OBJECTS + OBJECTS_PER_INPUT * max_inputs
     if raw.count(b'"') + raw.count(b"[") + raw.count(b"{") <= most:
         return

@@ -136,15 +136,12 @@ class Gateway:
         """Raises what is the matter with an upstream that might have the model and cannot be asked: "no such model"
         would be a guess, which callers take for the last word."""
         own = self.upstreams.get(name.partition("/")[0])
-        if own is not None:
-            mute = [own] if own.trouble else []
-        else:
-            mute = [each for each in self.upstreams.values() if each.away and not each.models]
-        for each in mute:
-            assert each.trouble is not None
-            names = ", ".join(other.name for other in mute)
-            told = f"no model '{name[:200]}' is known, and {names} cannot say what models there are: {each.trouble}"
-            raise type(each.trouble)(told, code=each.trouble.code, retry_after=each.trouble.retry_after)
+        might = [own] if own else [each for each in self.upstreams.values() if each.away and not each.models]
+        mute = {each.name: each.trouble for each in might if each.trouble}
+        if mute:
+            why = next(iter(mute.values()))
+            told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
+            raise type(why)(told, code=why.code, retry_after=why.retry_after)
 
     def _instead(self, name: str) -> str | None:
         """What to use for a model that an upstream has and nobody here serves."""

@@ -131,13 +131,12 @@ class Registry:
                 names[each] = public
         for name, served in self._by_plain_name().items():
             together = None
-            if len({deployment.space for deployment in served}) == 1:
-                together = self._public(name, tuple(served), None)
-                names.setdefault(name, together)
-            else:
+            if len({deployment.space for deployment in served}) > 1:
                 self._warn_of_spaces(name, served)
+            elif name not in names:
+                together = names[name] = self._public(name, tuple(served), None)
             for deployment in served:
-                alone = together if len(served) == 1 and names.get(name) is together else None
+                alone = together if len(served) == 1 else None
                 names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
         for settings in self._settings.models.values():
             for wanted in settings.deployments:
@@ -225,10 +224,10 @@ class Registry:
         upstream = self._upstreams[wanted.upstream]
         # What a dialect has no word for would be left out of a call, and the caller given a vector of something else.
         mute = {field for field in WORDS if field not in upstream.adapter.words and getattr(settings, field)}
-        better = {field: getattr(settings, field) for field in _FACTS if field not in mute}
-        return replace(
-            upstream.model(wanted.model), **{field: value for field, value in better.items() if value is not None}
-        )
+        better = {
+            field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
+        }
+        return replace(upstream.model(wanted.model), **better)
 
     def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
         """One deployment per upstream and set of facts, shared by all names that lead to it."""

@@ -107,20 +107,24 @@ class Adapt:
         """What becomes of a batch of which a call came to this."""
         if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
             return await self._embed(batch, budget)
-        count = len(batch.inputs)
-        if isinstance(error, UpstreamWrongCount) and count == 1:
-            budget.in_vain += 1
-        elif isinstance(error, UpstreamWrongCount):
-            # It may do better with fewer. Where it does not even with one this soon ends, so it takes no budget.
-            result = await self._embed_halves(batch, budget, by_length=False)
-            if count > 3 and result.calls == 2 * count - 2 and budget.in_vain == 0:
-                self._limits.max_batch = 1  # all calls for several were in vain, and none for one
-            return result
+        if isinstance(error, UpstreamWrongCount):
+            return await self._with_fewer(error, batch, budget)
         if error.blames_input and len(batch.inputs) > 1:
             if budget.take(2):
                 return await self._embed_halves(batch, budget, by_length=isinstance(error, ContextLengthExceeded))
             budget.undecided.append(error)
         return BatchResult([error] * len(batch.inputs), calls=0)
+
+    async def _with_fewer(self, error: UpstreamWrongCount, batch: Batch, budget: _Budget) -> BatchResult:
+        """It may do better with fewer inputs. Where it does not even with one this soon ends, so it takes no budget."""
+        count = len(batch.inputs)
+        if count == 1:
+            budget.in_vain += 1
+            return BatchResult([error], calls=0)
+        result = await self._embed_halves(batch, budget, by_length=False)
+        if count > 3 and result.calls == 2 * count - 2 and budget.in_vain == 0:
+            self._limits.max_batch = 1  # all calls for several were in vain, and none for one
+        return result
 
     async def _embed_halves(self, batch: Batch, budget: _Budget, *, by_length: bool) -> BatchResult:
         """`by_length`: the shorter ones first, of which all may be good however many are not."""

@@ -3,7 +3,7 @@
 import asyncio
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -38,10 +38,8 @@ async def test_what_redis_has_answered_while_this_process_was_at_other_work_is_f
         await store.close()
 
 
-async def test_waiting_for_one_of_our_own_connections_to_redis_is_not_waiting_for_redis(
-    clock: Clock, metrics: Metrics
-) -> None:
-    written = asyncio.Event()
+def writing_when(written: asyncio.Event) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+    """A Redis that takes 0.6 s for a look-up, in which it finds nothing, and for a write as long as it likes."""
 
     async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
@@ -52,7 +50,14 @@ async def test_waiting_for_one_of_our_own_connections_to_redis_is_not_waiting_fo
                 await asyncio.sleep(0.6)
                 writer.write(b"*1\r\n$-1\r\n")
 
-    async with listening(answers) as port:
+    return answers
+
+
+async def test_waiting_for_one_of_our_own_connections_to_redis_is_not_waiting_for_redis(
+    clock: Clock, metrics: Metrics
+) -> None:
+    written = asyncio.Event()
+    async with listening(writing_when(written)) as port:
         store = RedisStore(f"redis://127.0.0.1:{port}", 1.0, 60, clock, metrics, max_connections=1)
         await store.get(keys(1))
         writing = asyncio.create_task(store.put(entries([1])))
@@ -73,14 +78,7 @@ async def test_a_look_up_waits_for_one_of_our_own_connections_to_redis_for_a_tim
     clock: Clock, metrics: Metrics
 ) -> None:
     written = asyncio.Event()
-
-    async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while line := await reader.readline():
-            if line == b"SET\r\n":
-                await written.wait()
-                writer.write(b"+OK\r\n")
-
-    async with listening(answers) as port:
+    async with listening(writing_when(written)) as port:
         store = RedisStore(f"redis://127.0.0.1:{port}", 0.1, 60, clock, metrics, max_connections=1)
         writing = asyncio.create_task(store.put(entries([1])))
         await asyncio.sleep(0)

@@ -76,7 +76,7 @@ class Health:
     def show(self) -> None:
         """Whether it takes traffic, for the metrics."""
         if not self._retired:
-            self._gauge.set(0 if self.out is not None or self._ejections else 1)
+            self._gauge.set(0 if self.out is not None or self.ejected else 1)
 
     def retire(self) -> None:
         """It gets no more calls; what those under way come to is shown nowhere: its name may be another's by now."""
@@ -87,9 +87,14 @@ class Health:
         """Whether it has only just failed: then others are asked first, so that few retries are needed."""
         return self._clock.monotonic() < self._suspect_until
 
+    @property
+    def ejected(self) -> bool:
+        """Whether it has left the rotation for its failures, and nothing has succeeded since."""
+        return self._ejections > 0
+
     def available(self) -> bool:
         """Whether it may have a call now; after an ejection, one call at a time."""
-        if self._ejections and (self._probing or self._clock.monotonic() < self._ejected_until):
+        if self.ejected and (self._probing or self._clock.monotonic() < self._ejected_until):
             return False
         return not self.cooling()
 
@@ -119,7 +124,7 @@ class Health:
 
     def begin(self) -> int:
         """A call goes there. Returns what `end` is to be told: in which era it began."""
-        self._probing = self._ejections > 0
+        self._probing = self.ejected
         return self._era
 
     def took(self, seconds: float) -> None:
@@ -128,7 +133,7 @@ class Health:
 
     def had_time(self, seconds: float) -> bool:
         """Whether a call should have been answered in so many seconds, or is judged in any case: after an ejection."""
-        return self._ejections > 0 or seconds >= min(2 * self._longest, TIME_ENOUGH)
+        return self.ejected or seconds >= min(2 * self._longest, TIME_ENOUGH)
 
     def drop(self, era: int) -> None:
         """A call that began in this era came to nothing, for which it may have had too little time. Others are asked

@@ -18,6 +18,8 @@ from app.errors import (
     UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
     UpstreamTimeout,
+    UpstreamUnavailable,
+    UpstreamUnreachable,
 )
 from app.metrics import Metrics
 from app.pipeline.deployment import Deployment
@@ -31,6 +33,12 @@ SHARE = 0.2
 FLOOR, CEILING = 3.0, 20.0
 """Retries a gateway may make at once that has just started, which its first calls then earn, and those a busy one may
 have saved up."""
+
+DOWN = 5.0
+"""Seconds after which a caller may ask again of a model whose deployments are all down: each call still tries one of
+them, so that it is back with the first that is."""
+_OUTAGES = (UpstreamError, UpstreamUnreachable)
+"""Exactly these: what is more special of them says something of its own."""
 
 
 class Budget:
@@ -189,13 +197,18 @@ class Route:
         self._budget.earn()
         result = await self._attempt(batch, slot)
         result.deployments = (slot.deployment.name,)
-        if _whole(result):
-            return result
+        if not _whole(result):
+            await self._retry(batch, result, slot, lane)
+            self._tell_all_down(batch, result)
+        return result
+
+    async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
+        """Puts into `result`, what the call on `slot` came to, what another one brings."""
         elsewhere = any(each is not slot.deployment for each in self._usable(batch.params, slot.deployment))
         pending = [i for i, outcome in enumerate(result.outcomes) if _worth_asking_again(outcome, elsewhere)]
         again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere) if pending else None
         if again is None:
-            return result
+            return
         part = part_of_batch(batch, pending)
         again.charge(part.inputs)
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
@@ -208,7 +221,16 @@ class Route:
         result.late = retried.late
         others = result.deployments if len(pending) < len(result.outcomes) else ()
         result.deployments = (*others, again.deployment.name)
-        return result
+
+    def _tell_all_down(self, batch: Batch, result: BatchResult) -> None:
+        """Where every deployment has been ejected, what may pass is told as an outage of the model, with a wait. What
+        will not pass by itself (a key, a name, replies that are none) and a deadline are told as what they are."""
+        if any(not each.health.ejected for each in self._able(batch.params)):
+            return
+        for i, outcome in enumerate(result.outcomes):
+            if isinstance(outcome, UpstreamError) and type(outcome) in _OUTAGES:
+                told = f"every deployment of this model is down; the last one said: {outcome.message}"
+                result.outcomes[i] = UpstreamUnavailable(told, retry_after=DOWN)
 
     async def _attempt(self, batch: Batch, slot: Slot, *, known_bad: bool = False) -> BatchResult:
         """`known_bad`: these inputs have had no vector before, so that to get none again speaks against nobody."""

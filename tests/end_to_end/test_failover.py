@@ -7,6 +7,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import pytest
 
 from app.clock import SystemClock
 from app.pipeline import canary
@@ -111,9 +112,9 @@ async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
             await asyncio.gather(one.idle(), other.idle())
             one.fail(faults.vendor_error("internal"), times=None)
             for second in range(7):  # after a failure others are asked first, for a second
-                assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=2)) == {200}
+                assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=1)) == {200}
                 clock.slept += 1.1
-            assert 6 <= len(one.calls) <= 13, "ejected after five in a row; each second at most two asked at once"
+            assert len(one.calls) == 6, "the canary's, and five in a row"
             assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 0
             asked = len(one.calls)
             assert set(await ask(gateway, other, 20, tag="b", at_once=1)) == {200}
@@ -131,7 +132,7 @@ async def test_a_clock_that_is_set_brings_nobody_back_and_forgets_nothing() -> N
         with running(two(one.url, other.url, cache={}), clock=clock) as gateway:
             one.fail(faults.vendor_error("internal"), times=None)
             for second in range(7):
-                assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=2)) == {200}
+                assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=1)) == {200}
                 clock.slept += 1.1
             one.heal()
             asked = len(one.calls)
@@ -149,6 +150,39 @@ async def test_the_last_deployment_is_asked_however_often_it_fails() -> None:
             await ask(gateway, fake, 40, tag="bad", at_once=1)
             fake.heal()
             assert set(await ask(gateway, fake, 5, tag="good", at_once=1)) == {200}
+
+
+async def test_when_all_are_down_callers_are_told_how_long_to_wait_and_hits_are_answered() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:  # the other is nobody
+        with running(two(fake.url, unused_url(), cache={}), clock=FastClock()) as gateway:
+            assert await ask(gateway, fake, 1, tag="paid") == [200]
+            fake.fail(faults.vendor_error("internal"), times=None)
+            await ask(gateway, fake, 20, tag="bad", at_once=1)
+            down = gateway.post({"model": "m", "input": "bad"})
+            error = down.json()["error"]
+            assert (down.status_code, error["type"], error["code"]) == (503, "overloaded_error", "upstream_unavailable")
+            assert (down.headers["retry-after"], down.headers.get("x-should-retry")) == ("5", None)
+            assert "every deployment" in error["message"]
+            assert await ask(gateway, fake, 1, tag="paid") == [200]
+            assert gateway.post({"model": "m", "input": "paid 0"}).headers["x-embedding-cache"] == "hit"
+            fake.heal()
+            assert gateway.post({"model": "m", "input": "bad"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (faults.http_error(401, b'{"error":{"message":"no such key"}}'), "upstream_auth"),
+        (faults.one_vector_fewer, "upstream_invalid_response"),
+    ],
+    ids=lambda each: str(each.name if isinstance(each, faults.Fault) else each),
+)
+async def test_what_is_no_outage_is_told_as_what_it_is_however_often_it_is_met(fault: faults.Fault, code: str) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        with running(two(fake.url, fake.url), clock=FastClock()) as gateway:
+            fake.fail(fault, times=None)
+            assert set(await ask(gateway, fake, 20, tag="bad", at_once=1)) == {502}
+            assert gateway.post({"model": "m", "input": "bad"}).json()["error"]["code"] == code
 
 
 def test_deployments_in_different_vector_spaces_never_answer_to_one_name() -> None:

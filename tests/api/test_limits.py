@@ -503,7 +503,8 @@ def test_no_text_key_user_or_name_that_a_caller_sends_is_ever_logged_or_told(
             answers.append(gateway.post({**full, "input": [f"{text} {fault.name}"]}, api_key=key))
             fake.heal()
         statuses_seen = [answer.status_code for answer in answers]
-        assert statuses_seen == [200, 200, 401, 401, 400, 400, 400, 413, 415, 502, 502, 502, 502, 502, 502]
+        down = [502, 502, 503, 503, 502, 502]  # 503: five failures in a row, two a request, were all its deployments'
+        assert statuses_seen == [200, 200, 401, 401, 400, 400, 400, 413, 415, *down]
         for answer in answers:
             assert CANARY not in answer.text
             assert CANARY not in str(answer.headers)

@@ -37,12 +37,12 @@ def _vendor(name: str, *statuses: int) -> Kind:
 
 
 def _kinds() -> Iterable[Kind]:
-    broken, slow = frozenset({502}), frozenset({502, 504})
+    broken, slow = frozenset({502, 503}), frozenset({502, 503, 504})  # 503 where it has gone on for a while
     yield _vendor("rate_limit", 429, 503, 504)  # Ollama has a full queue instead
     yield _vendor("quota", 429)
     yield _vendor("auth", 502)
     yield _vendor("unavailable", 503)
-    yield _vendor("internal", 502)
+    yield _vendor("internal", 502, 503)
     yield _vendor("bad_input", 400, 502)  # Ollama's words for it are about the form, which is ours
     for fault in (*faults.PAYLOAD_FAULTS, *faults.BROKEN_TRANSFERS, *faults.BROKEN_BODIES):
         yield Kind(fault.name, broken, fault)

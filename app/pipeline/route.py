@@ -304,8 +304,8 @@ class Route:
                     able = self._able(batch.params)
                     if others_only:
                         able = [each for each in able if each is not avoid]
-                        if not any(each.health.in_reach() for each in able):
-                            return None
+                    if not able or (others_only and not any(each.health.in_reach() for each in able)):
+                        return None
                     # First: a rest that ends after a slot was looked for would be waited for without end.
                     rests = [each.health.resting() for each in able]
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)

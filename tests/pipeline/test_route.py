@@ -431,6 +431,19 @@ async def test_trouble_is_told_at_once_when_the_other_goes_away_meanwhile(gone: 
     assert isinstance(result.outcomes[0], Embedding if gone == "resting" else UpstreamAuth)
 
 
+@pytest.mark.parametrize("error", [UpstreamError("down"), RateLimited("slow", retry_after=0.1)])
+async def test_trouble_is_told_at_once_when_the_last_one_is_taken_out_meanwhile(error: GatewayError) -> None:
+    async def fails(batch: Batch) -> BatchResult:
+        assert batch.inputs
+        last.health.take_out("another model")
+        raise error
+
+    last = deployment("last", fails)
+    result = await asyncio.wait_for(run(route(last), batch("x", seconds=20)), 5)
+    assert isinstance(result.outcomes[0], GatewayError)
+    assert result.calls == 1
+
+
 # --- verdicts -----------------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from app.metrics import Metrics
 from app.pipeline import build
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
-from app.pipeline.canary import Canary
+from app.pipeline.canary import Canary, Expected
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
 from app.pipeline.prepare import Prepare
@@ -78,6 +78,8 @@ class Registry:
         self._settings, self._upstreams, self._slots = settings, upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
         self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
+        self._expected: Expected = before._expected if before else Expected(cache if self._remembers else None)
+        """Of canaries: what a space gives is what it gave under the configuration before."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
@@ -243,6 +245,8 @@ class Registry:
         chain = build.chain(call, cache=self._cache, limits=limits, model=model)
         available = self._metrics.upstream_available.labels(upstream.name, model.name)
         health = Health(self._clock, available, f"{upstream.name}/{model.name}")
+        # Until they are compared the others of its space are asked before it: in doubt the first is right.
+        health.unproved = any(each.space == identity for each in self._deployments.values())
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment
         return deployment
@@ -268,8 +272,7 @@ class Registry:
             route, canary = Route(deployments, self._metrics, self._clock), None
             # Without another deployment, or a memory that outlives us, there is nothing to compare with.
             if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
-                memory = self._cache if self._remembers else None
-                canary = Canary(route.deployments, memory, from_start=configured and len(deployments) > 1)
+                canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
             self._cache.embedders.add(batcher)
             self._batchers[members] = batcher, canary

@@ -33,20 +33,48 @@ TIMEOUT = 30.0
 """Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
 
 
-class Canary:
-    """Compares the deployments of one vector space with each other and with what was stored before."""
+class Expected:
+    """What each vector space gives for the text, from the first look on: whoever is compared, under whatever name and
+    configuration, is compared with that. A cache that outlives us knows it for as long as what it vouches for."""
 
-    def __init__(self, deployments: Sequence[Deployment], cache: Tiers | None, *, from_start: bool) -> None:
+    def __init__(self, cache: Tiers | None) -> None:
         """`cache` None: nothing is kept beyond this process."""
+        self._cache = cache
+        self._vectors: dict[str, bytes] = {}
+
+    def knows(self, space: str) -> bool:
+        return space in self._vectors
+
+    async def of(self, space: str, now: bytes) -> bytes:
+        """`now` is what the first that answered gives: it counts where nothing else is known, and for this once where
+        a cache that may know of something else does not answer."""
+        (key,) = keys.derive(f"canary/{space}", Params(), [TEXT])
+        if self._cache is not None and space not in self._vectors:
+            (stored,) = await self._cache.get([key])
+            if stored is not None:
+                self._vectors.setdefault(space, stored.vector)
+            elif any(not status.startswith("up") for status in self._cache.status().values()):
+                return self._vectors.get(space, now)
+        expected = self._vectors.setdefault(space, now)
+        if self._cache is not None:
+            self._cache.put([(key, Embedding(expected, 0))])
+        return expected
+
+
+class Canary:
+    """Compares the deployments of one vector space with each other and with what it gave before."""
+
+    def __init__(self, deployments: Sequence[Deployment], expected: Expected, *, from_start: bool) -> None:
         # In the order in which they would be asked: in doubt the first is right.
         self._deployments = deployments
-        self.upstream = deployments[0].upstream
-        self._cache = cache
+        self.upstream, self._space = deployments[0].upstream, deployments[0].space
+        self._expected = expected
         self._from_start = from_start
-        self._expected: bytes | None = None
         self._looked_at: dict[Deployment, float] = {}
-        """When each was last looked at; those that did not answer are not among them."""
-        (self._key,) = keys.derive(f"canary/{deployments[0].space}", Params(), [TEXT])
+        """When each was last looked at; those that did not answer are not among them, nor those that could not be
+        compared with what was before."""
+        self._missed: set[Deployment] = set()
+        """Those of which the log was told that they had not answered."""
 
     def due(self, now: float) -> bool:
         """Those that were configured to stand in for each other are compared from the start; all else once it is
@@ -73,43 +101,35 @@ class Canary:
         try:
             found = await asyncio.gather(*(_ask(deployment) for deployment in asked))
             answered = [(each, vector) for each, vector in zip(asked, found, strict=True) if vector]
-            expected = await self._expect(answered[0][1]) if answered else b""
+            expected = await self._expected.of(self._space, answered[0][1]) if answered else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looked_at = before
         for deployment, vector in answered:
-            self._looked_at[deployment] = now
+            if self._expected.knows(self._space):
+                self._looked_at[deployment] = now
             deployment.health.unproved = False
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
-        for deployment in asked if len(self._deployments) > 1 else ():
-            if deployment not in self._looked_at and not deployment.health.unproved:
-                deployment.health.unproved = True
+        if len(self._deployments) > 1:
+            silent = [each for each, vector in zip(asked, found, strict=True) if not vector]
+            self._put_last([each for each in silent if each not in self._looked_at])
+
+    def _put_last(self, silent: Sequence[Deployment]) -> None:
+        for deployment in silent:
+            deployment.health.unproved = True
+            if deployment not in self._missed:
+                self._missed.add(deployment)
                 log.warning(
                     "deployment %s has not shown yet that its vectors are those of %s: others are asked first",
                     deployment.name,
-                    deployment.space,
+                    self._space,
                 )
-
-    async def _expect(self, now: bytes) -> bytes:
-        """What all are compared with, from the first look on; `now` is what the first that answered gives."""
-        if self._expected is None:
-            self._expected = await self._recall(now)
-        return self._expected
-
-    async def _recall(self, now: bytes) -> bytes:
-        """The vector of before, from a cache that outlives us; where there is none, the one of now from here on."""
-        if self._cache is None:
-            return now
-        (stored,) = await self._cache.get([self._key])
-        if stored is None:
-            self._cache.put([(self._key, Embedding(now, 0))])
-        return stored.vector if stored else now
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:
             deployment.health.let_in()
             return
-        reason = f"its vectors are not those of {deployment.space} (cosine {cosine:.4f} to the expected one)"
+        reason = f"its vectors are not those of {self._space} (cosine {cosine:.4f} to the expected one)"
         if deployment.health.out is None:
             log.error(
                 "deployment %s leaves the rotation: %s; if its model was changed on purpose, give it a new "

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import asyncio
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import pytest
 
+from app.cache.disk import DiskStore
+from app.cache.redis import RedisStore
+from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.clock import SystemClock
 from app.errors import UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.batcher import Batcher
-from app.pipeline.canary import EVERY
+from app.pipeline.canary import EVERY, Expected
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
 from app.pipeline.route import Route
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, Params
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector, faults
-from tests.harness import Running, running
+from tests.harness import Running, running, settings_of
+from tests.redis_server import RedisServer
 
 MODEL = "text-embedding-3-small"
 
@@ -152,6 +158,64 @@ def test_one_that_was_away_when_it_was_looked_at_answers_nobody_before_it_is_jud
             assert [c.texts[0] for c in right.calls].count(canary.TEXT) == 1, [c.texts for c in right.calls]
 
 
+@pytest.mark.parametrize("name", ["m", MODEL])
+def test_before_the_first_look_all_is_asked_of_the_first_one_only(name: str) -> None:
+    """`m` is looked at at once, which takes until both have answered; a plain name once it is used."""
+    with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
+        wrong.fail(faults.hang, times=1)
+        with running(config(right, wrong), clock=RoundClock()) as gateway:
+            for i in range(12):
+                response = gateway.post({"model": name, "input": f"text {i}"})
+                assert response.headers["x-embedding-upstream"] == f"up0/{MODEL}"
+
+
+def test_a_model_has_one_right_vector_under_whatever_names_its_deployments_stand() -> None:
+    with OtherModel(api_key="sk-fake") as first, FakeOpenAI(api_key="sk-fake") as second:
+        prefers = [{"upstream": "up1", "model": MODEL}, {"upstream": "up0", "model": MODEL}]
+        clock = RoundClock()
+        with running({**config(first, second), "models": {"m": {"deployments": prefers}}}, clock=clock) as gateway:
+            assert "cosine" in until_out(gateway, "up0")[MODEL]
+            assert gateway.post({"model": MODEL, "input": "in use"}).status_code == 200
+            asked = len(first.calls)
+            clock.woken += 1  # the plain name is used now; by its own order the other one would be right
+            first.wait_for_calls(asked + 1)
+            second.wait_until(lambda: [call.texts for call in second.calls].count([canary.TEXT]) == 2, 10)
+            for name in ("m", MODEL):
+                for i in range(5):
+                    response = gateway.post({"model": name, "input": f"{name} {i}"})
+                    assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
+
+
+def test_one_that_has_left_does_not_come_back_by_a_change_of_configuration() -> None:
+    with OtherModel(api_key="sk-fake") as drifts, FakeOpenAI(api_key="sk-fake") as stays:
+        drifts.changed = False
+        clock = RoundClock()
+        with running(config(drifts, stays), clock=clock) as gateway:
+            stays.wait_for_calls(1)
+            drifts.wait_for_calls(1)
+            drifts.changed = True
+            clock.passed += EVERY
+            until_looked(clock, lambda: len(drifts.calls) == 2)
+            assert "cosine" in until_out(gateway, "up0")[MODEL]
+            heavier = config(drifts, stays)
+            heavier["models"]["m"]["deployments"][1]["weight"] = 2
+            gateway.call(gateway.app._change_to(settings_of(heavier)))  # other weights, another canary
+            drifts.wait_for_calls(3)
+            stays.wait_for_calls(3)
+            for i in range(5):
+                response = gateway.post({"model": "m", "input": f"text {i}"})
+                assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
+
+
+def until_looked(clock: RoundClock, done: Callable[[], bool]) -> None:
+    for _ in range(2000):
+        if done():
+            return
+        clock.woken += 1
+        time.sleep(0.005)
+    pytest.fail("nobody looked")
+
+
 def test_one_that_has_shown_nothing_serves_where_no_other_can() -> None:
     with FakeOpenAI(api_key="sk-fake") as failing, FakeOpenAI(api_key="sk-fake") as late:
         late.fail(faults.vendor_error("unavailable"), times=None)
@@ -205,7 +269,7 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
         return Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed)
 
     both = [deployment("one"), deployment("other")]
-    canaries = [canary.Canary(both, None, from_start=True)]
+    canaries = [canary.Canary(both, Expected(None), from_start=True)]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
     assert all(each.health.unproved for each in both)
@@ -239,7 +303,7 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
     for text in ("under way", "queues"):
         asking.append(asyncio.create_task(embed(EmbedRequest("m", [text], Params(), deadline, keys=[text.encode()]))))
         await settle()
-    await canary.Canary([busy, other], None, from_start=True).look(clock.monotonic())
+    await canary.Canary([busy, other], Expected(None), from_start=True).look(clock.monotonic())
     await settle()
     assert [task.done() for task in asking] == [False, True]
     assert (await asking[1]).deployments == ("other/m",)
@@ -254,8 +318,8 @@ async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandCloc
     back = deployment("back", answers)
     back.health.unproved = True
     canaries = [
-        canary.Canary([deployment("hangs", hangs), deployment("well", answers)], None, from_start=True),
-        canary.Canary([deployment("other", answers), back], None, from_start=True),
+        canary.Canary([deployment("hangs", hangs), deployment("well", answers)], Expected(None), from_start=True),
+        canary.Canary([deployment("other", answers), back], Expected(None), from_start=True),
     ]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
@@ -280,7 +344,7 @@ async def test_an_upstreams_models_are_looked_at_one_after_another(clock: HandCl
     def deployment(name: str) -> Deployment:
         return Deployment("up", Model(name), "space", Slots(1), Limits(1), healthy(clock, name), loads)
 
-    canaries = [canary.Canary([deployment(name)], None, from_start=True) for name in "abcd"]
+    canaries = [canary.Canary([deployment(name)], Expected(None), from_start=True) for name in "abcd"]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
     assert not any(each.due(clock.monotonic()) for each in canaries)
@@ -289,9 +353,60 @@ async def test_an_upstreams_models_are_looked_at_one_after_another(clock: HandCl
     await asyncio.gather(watching, return_exceptions=True)
 
 
+async def test_what_a_space_gives_is_kept_for_as_long_as_the_cache_has_vectors_of_it(tmp_path: Path) -> None:
+    clock, ttl = HandClock(), 30 * 86400.0
+    before, after = (np.eye(2, dtype="<f4")[i].tobytes() for i in (0, 1))
+
+    def tiers() -> Tiers:
+        metrics = Metrics()
+        return Tiers([DiskStore(str(tmp_path / "cache.sqlite3"), 2**20, ttl, clock, metrics)], metrics, clock)
+
+    cache = tiers()
+    expected = Expected(cache)
+    for _ in range(3):
+        assert await expected.of("space", before) == before
+        clock.now += ttl / 2
+    await cache.close()
+    cache = tiers()  # a start, and the model is another
+    assert await Expected(cache).of("space", after) == before
+    await cache.close()
+
+
+async def test_a_cache_that_does_not_answer_is_asked_again_before_anything_is_taken_for_right() -> None:
+    before, after = (np.eye(2, dtype="<f4")[i].tobytes() for i in (0, 1))
+    clock = SystemClock()
+    with RedisServer() as server:
+        for now, pause in ((before, False), (after, True)):
+            metrics = Metrics()
+            cache = Tiers([RedisStore(server.url, 0.2, 60, clock, metrics)], metrics, clock)
+            await cache.open()
+            expected = Expected(cache)
+            if pause:
+                server.pause()
+            assert await expected.of("space", now) == now, "for this once"
+            if pause:
+                server.resume()
+                assert not expected.knows("space")
+                while await expected.of("space", now) != before:  # until Redis is asked again
+                    await asyncio.sleep(0.05)
+            assert expected.knows("space")
+            await cache.close()
+
+
+async def test_who_could_not_be_compared_is_looked_at_again(clock: HandClock) -> None:
+    class Unreachable(Expected):
+        async def of(self, space: str, now: bytes) -> bytes:
+            return now
+
+    deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), answers)
+    looks = canary.Canary([deployment], Unreachable(None), from_start=True)
+    await looks.look(clock.monotonic())
+    assert looks.due(clock.monotonic())
+
+
 async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
     deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), hangs)
-    looks = canary.Canary([deployment], None, from_start=True)
+    looks = canary.Canary([deployment], Expected(None), from_start=True)
     for _ in range(2):
         assert looks.due(clock.monotonic())
         looking = asyncio.create_task(looks.look(clock.monotonic()))

@@ -22,6 +22,8 @@ FAILURES = 5
 """In a row, after which a deployment leaves the rotation."""
 SUSPECT = 1.0
 """Seconds after a failure in which others are asked first."""
+DOUBTFUL = 10.0
+"""The same, after a reply in which some vectors are none: that may be its way, and retries are few."""
 EJECTION = 30.0
 """Seconds out of the rotation; twice, three times … as long each time it fails again at once."""
 MOST_EJECTIONS = 10
@@ -143,6 +145,12 @@ class Health:
             self._suspect_until = self._clock.monotonic() + SUSPECT
             self._longest *= DOUBTED
 
+    def doubt(self, era: int) -> None:
+        """A call that began in this era brought vectors, and some that are none: others are asked first for a while."""
+        if era == self._era:
+            self._suspect_until = self._clock.monotonic() + DOUBTFUL
+            self._probing = False
+
     def abandon(self, era: int) -> None:
         """A call that began in this era says nothing of the deployment; if it was to tell, the next one is."""
         if era == self._era:
@@ -173,7 +181,7 @@ class Health:
                     self._quiet_until = self._clock.monotonic() + QUIET
                 self.trouble = told
             self._failures += 1
-            self._suspect_until = self._clock.monotonic() + SUSPECT
+            self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
             # While it is ejected it is asked only where all are, and what is then found is nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
                 self._eject(told)

@@ -213,6 +213,9 @@ class Route:
         again.charge(part.inputs)
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(part, again, known_bad=known_bad)
+        if again.deployment is not slot.deployment and _has_what_was_none(result, pending, retried):
+            told = "a part of its vectors are none, and another deployment has them"
+            slot.deployment.health.end(UpstreamInvalidVector(told), slot.era)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
             # One that gives other dimensions says nothing of the first one, which may give these when asked again.
             if not isinstance(outcome, UpstreamIgnoredDimensions):
@@ -236,14 +239,16 @@ class Route:
         """`known_bad`: these inputs have had no vector before, so that to get none again speaks against nobody."""
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
-        judged = late = False
-        """Whether how the call ended speaks for or against the deployment: a bug of ours does not. And whether it is
-        the deadline that ended it."""
+        judged = late = doubtful = False
+        """Whether how the call ended speaks for or against the deployment: a bug of ours does not. Whether it is the
+        deadline that ended it. And whether some vectors are none, which speaks for neither: it may be the inputs."""
         began = now()
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
-            error, judged = _verdict(result), True
+            error = _verdict(result)
+            doubtful = error is None and any(isinstance(each, UpstreamInvalidVector) for each in result.outcomes)
+            judged = not doubtful
             if error is None:
                 health.took(now() - began)
             slot.settle(result)
@@ -261,6 +266,8 @@ class Route:
                 health.end(error, slot.era)
             elif late:
                 health.drop(slot.era)
+            elif doubtful:
+                health.doubt(slot.era)
             else:
                 health.abandon(slot.era)
             if isinstance(error, RateLimited):
@@ -331,6 +338,15 @@ class Route:
 def _whole(result: BatchResult) -> bool:
     """Whether all of it is embedded, as nearly always."""
     return set(map(type, result.outcomes)) == {Embedding}
+
+
+def _has_what_was_none(result: BatchResult, pending: Sequence[int], retried: BatchResult) -> bool:
+    """Whether there is a vector after all of inputs of which a deployment's were none, while of others it had some.
+    Where it had not one, that was its failure already."""
+    if len(pending) == len(result.outcomes):
+        return False
+    pairs = zip((result.outcomes[i] for i in pending), retried.outcomes, strict=True)
+    return any(isinstance(one, UpstreamInvalidVector) and isinstance(other, Embedding) for one, other in pairs)
 
 
 def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:

@@ -126,6 +126,23 @@ async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
             assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 1
 
 
+@pytest.mark.parametrize("fault", [faults.null_vector, faults.empty_vector, faults.zero_vector, faults.nan_literal])
+async def test_one_that_has_no_vector_of_some_inputs_leaves_them_and_then_all_to_the_other(fault: faults.Fault) -> None:
+    """Retries are few: it is asked seldom, and after five times not at all."""
+    clock = FastClock()
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        with running(two(one.url, other.url), clock=clock) as gateway:
+            await asyncio.gather(one.calls_arrived(1), other.calls_arrived(1))  # the canary's
+            await asyncio.gather(one.idle(), other.idle())
+            one.fail(fault, times=None)
+            for i in range(200):
+                response = gateway.post({"model": "m", "input": [f"{i} {part}" for part in "abc"]})
+                assert response.status_code == 200
+                clock.slept += 1.0
+            assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 0
+            assert "none" in gateway.get("/readyz").json()["upstreams"]["one"]["trouble"][MODEL]
+
+
 async def test_a_clock_that_is_set_brings_nobody_back_and_forgets_nothing() -> None:
     clock, years = FastClock(), 10 * 365 * 86400.0
     with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:

@@ -13,10 +13,10 @@ from app.cache.build import shared_limits, shared_tokens
 from app.cache.shared_limits import SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
-from app.catalog import UNSERVED
+from app.catalog import UNSERVED, family
 from app.clock import Clock
 from app.config import Settings, UpstreamSettings
-from app.errors import ModelNotFound
+from app.errors import GatewayError, ModelNotFound
 from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import canary
@@ -128,20 +128,22 @@ class Gateway:
             await self.refresh(upstreams)
             public = self.names.get(name)
         if public is None:
-            self._cannot_say(name)
-            raise ModelNotFound(self._instead(name) or f"The model '{name[:200]}' does not exist", param="model")
+            raise self._unknown(name)
         return public
 
-    def _cannot_say(self, name: str) -> None:
-        """Raises what is the matter with an upstream that might have the model and cannot be asked: "no such model"
-        would be a guess, which callers take for the last word."""
+    def _unknown(self, name: str) -> GatewayError:
+        """`ModelNotFound`, or what is the matter with an upstream that is named, or that may well have a model that is
+        known to be one, and cannot be asked: "no such model" would be a guess, which callers take for the last word."""
         own = self.upstreams.get(name.partition("/")[0])
         might = [own] if own else [each for each in self.upstreams.values() if each.away and not each.models]
         mute = {each.name: each.trouble for each in might if each.trouble}
-        if mute:
-            why = next(iter(mute.values()))
-            told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
-            raise type(why)(told, code=why.code, retry_after=why.retry_after)
+        if not mute:
+            return ModelNotFound(self._instead(name) or f"The model '{name[:200]}' does not exist", param="model")
+        why = next(iter(mute.values()))
+        told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
+        if own or family(name):
+            return type(why)(told, code=why.code, retry_after=why.retry_after)
+        return ModelNotFound(self._instead(name) or told, param="model")
 
     def _instead(self, name: str) -> str | None:
         """What to use for a model that an upstream has and nobody here serves."""

@@ -266,7 +266,7 @@ def _row(name: str, public: PublicModel) -> tuple[str, ...]:
     shown = name if name == public.name else f"{name} (alias of {public.name})"
     return (
         shown,
-        str(model.dimensions or "?"),
+        str(public.dimensions or "?"),
         str(model.max_batch),
         str(model.max_tokens_per_input or "?"),
         public.space,

@@ -54,6 +54,8 @@ class PublicModel:
     name: str
     embed: Embedder
     model: Model
+    dimensions: int | None
+    """What callers get who ask for none."""
     space: str
     deployments: tuple[Deployment, ...]
     unfit: str | None = None
@@ -264,7 +266,8 @@ class Registry:
         )
         # Brought to unit length they compare differently from what the upstream gives, whoever else serves that.
         space = f"{first.space};normalized" if settings and settings.normalize else first.space
-        return PublicModel(name, embed, first.model, space, deployments, _unfit(embed))
+        dimensions = (settings and settings.dimensions) or first.model.dimensions
+        return PublicModel(name, embed, first.model, dimensions, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
         members = _members(deployments)

@@ -190,7 +190,7 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "object": "model",
         "created": gateway.started,
         "owned_by": public.deployments[0].upstream,
-        "dimensions": model.dimensions,
+        "dimensions": public.dimensions,
         "modalities": ["text", *(["image"] if model.images else []), *(["video"] if model.videos else [])],
         "sparse": model.sparse,
         "dimension_choices": model.dimension_choices,
@@ -210,8 +210,9 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
 
 def _add_health(api: FastAPI) -> None:
     @api.get("/healthz", tags=["operation"], summary="Alive")
-    async def healthz() -> Response:
-        return _json({"status": "ok"})
+    async def healthz(request: Request) -> Response:
+        """200 for as long as the process answers. What `/readyz` shows stands beside it."""
+        return _json({**_in_force(request).gateway.status(), "status": "ok"})
 
     @api.get("/readyz", tags=["operation"], summary="Ready for traffic")
     async def readyz(request: Request) -> Response:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import base64
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -176,13 +180,32 @@ def test_a_model_that_its_upstream_got_meanwhile_is_found() -> None:
         assert "late" in {row["id"] for row in gateway.get("/v1/models").json()["data"]}
 
 
+def test_a_models_dimensions_are_those_that_callers_get_who_ask_for_none(
+    tmp_path: Path,
+) -> None:
+    with FakeOpenAI() as fake:
+        short = {"deployments": [{"upstream": "up", "model": MODEL}], "dimensions": 512}
+        configured = {**config(fake), "models": {"short": short}}
+        with running(configured) as gateway:
+            got = gateway.post({"model": "short", "input": "x"}).json()["data"][0]["embedding"]
+            told = {name: gateway.get(f"/v1/models/{name}").json()["dimensions"] for name in ("short", MODEL)}
+        file = tmp_path / "config.yaml"
+        file.write_text(json.dumps(configured))
+        command = [sys.executable, "-m", "app", "check", "--config", str(file)]
+        shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+    assert told == {"short": len(got), MODEL: 1536}
+    assert told["short"] == 512
+    (row,) = (line.split() for line in shown.splitlines() if line.startswith("short "))
+    assert row[1] == "512"
+
+
 # --- health and docs ------------------------------------------------------------------------------------------------
 
 
-def test_healthz_says_alive(gateway: Running) -> None:
+def test_healthz_says_alive_and_what_readyz_shows(gateway: Running) -> None:
     response = gateway.get("/healthz")
     assert response.status_code == 200
-    assert response.json() == {"status": "ok"}
+    assert response.json() == {**gateway.get("/readyz").json(), "status": "ok"}
     assert response.headers["x-request-id"]
 
 
@@ -258,7 +281,7 @@ def test_head_is_get_without_the_body(path: str, gateway: Running) -> None:
         assert (asked.status_code, asked.content) == (got.status_code, b"")
         assert asked.headers["content-type"] == got.headers["content-type"]
         assert int(asked.headers["content-length"]) > 0
-        assert client.get("/healthz").json() == {"status": "ok"}, "nothing was left on the connection"
+        assert client.get("/healthz").json()["status"] == "ok", "nothing was left on the connection"
 
 
 def test_the_docs_page_loads_from_our_own_host_only(gateway: Running) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Protocol
 from weakref import WeakSet
@@ -60,6 +60,10 @@ class Tiers:
             self._readers.append(reader)
             self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer))
+        waiting: Mapping[bytes, Embedding] = self._writers[-1].waiting if self._writers else {}
+        self._peek = waiting.get if self._memory is None else self._memory.peek
+        """What has come of late, of which slower tiers may not know yet: without memory it is what waits to be written
+        to the slowest, which is asked last."""
         self._letting_go: set[asyncio.Task[None]] = set()
         self.embedders: WeakSet[UnderWay] = WeakSet()
         """All that embeds here, for this configuration and for those before it."""
@@ -104,13 +108,10 @@ class Tiers:
             task.add_done_callback(self._letting_go.discard)
 
     async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookUp:
-        found: list[Embedding | None]
-        if self._memory is None:
-            found = [None] * len(keys)
-        else:
-            found = self._memory.lookup(keys, numbers=numbers)
-            if all(found):  # an embedding is always true; `None in` would compare each
-                return found, ()
+        memory = self._memory
+        found = list(map(self._peek, keys)) if memory is None else memory.lookup(keys, numbers=numbers)
+        if all(found):  # an embedding is always true; `None in` would compare each
+            return found, ()
         held: Collection[bytes] = ()
         if not readers:
             return found, held
@@ -130,11 +131,9 @@ class Tiers:
         return found, held and {key for key in missing if key in held}  # and not those of others who asked with us
 
     def _brought(self, keys: Iterable[bytes]) -> dict[bytes, Embedding]:
-        """What has come into memory while slower tiers were asked: a call of this replica may have ended meanwhile, of
-        which they do not know yet."""
-        if self._memory is None:
-            return {}
-        return {key: embedding for key in keys if (embedding := self._memory.peek(key)) is not None}
+        """What has come while slower tiers were asked: a call of this replica may have ended meanwhile, of which they
+        do not know yet."""
+        return {key: embedding for key in keys if (embedding := self._peek(key)) is not None}
 
     def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Keeps these: in memory at once, elsewhere soon. Must be called within the event loop."""

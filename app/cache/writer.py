@@ -26,6 +26,8 @@ class Writer:
         self._counts = counts
         self._max_size = max_size
         self._queue: deque[tuple[bytes, Embedding]] = deque()
+        self.waiting: dict[bytes, Embedding] = {}
+        """What waits, by key, that being written included: the newest where there are several."""
         self._size = 0
         self._task: asyncio.Task[None] | None = None
         self._failing = False
@@ -46,6 +48,7 @@ class Writer:
                 continue
             self._size += cost
             self._queue.append(entry)
+            self.waiting[entry[0]] = entry[1]
         if dropped:
             self._counts.set_dropped.inc(dropped)
         # No task waits for work: one begins with the first entry and ends with the last.
@@ -68,7 +71,10 @@ class Writer:
                     self._counts.set_dropped.inc(len(batch))
                     raise
                 finally:
-                    self._size -= sum(embedding.size + _ENTRY for _, embedding in batch)
+                    for key, embedding in batch:
+                        self._size -= embedding.size + _ENTRY
+                        if self.waiting.get(key) is embedding:
+                            del self.waiting[key]
         finally:
             self._task = None
 
@@ -84,4 +90,5 @@ class Writer:
             self._counts.set_dropped.inc(len(self._queue))
             log.warning("cache tier %s: %d values not written at the end", self._store.name, len(self._queue))
             self._queue.clear()
+            self.waiting.clear()
             self._size = 0

@@ -195,6 +195,18 @@ async def test_what_is_there_is_not_claimed(server: RedisServer, clock: Clock) -
     await close(one)
 
 
+async def test_what_is_not_written_yet_is_not_embedded_by_its_own_replica_once_more(
+    server: RedisServer, clock: Clock
+) -> None:
+    tiers, asked = Tiers([store(server, clock)], Metrics(), clock), keys(*range(1000))
+    assert not any((await tiers.get_or_claim(asked))[0])
+    tiers.put(entries(range(1000)))
+    assert all((await tiers.get_or_claim(asked))[0])
+    await asyncio.sleep(0)
+    assert all((await tiers.get_or_claim(asked))[0]), "nor while the first of them are being written"
+    await tiers.close()
+
+
 async def test_nobody_is_told_of_what_others_wait_for_who_asked_in_the_same_turn(
     server: RedisServer, clock: Clock
 ) -> None:

@@ -231,6 +231,37 @@ async def test_it_works_without_memory_and_without_any_tier(clock: Clock, metric
     assert (await nothing.get(keys(1)), nothing.status()) == ([None], {})
 
 
+async def test_without_memory_what_waits_to_be_written_is_found(clock: Clock, metrics: Metrics) -> None:
+    disk, redis = Slow("disk"), Slow("redis")
+    redis.open_for_writes.clear()
+    tiers = Tiers([disk, redis], metrics, clock)
+    tiers.put(entries(range(300)))
+    await asyncio.sleep(0)  # the first of them are being written
+    tiers.put([(key(1), embedding(7))])  # a caller who wanted a new one has got it
+    assert await tiers.get(keys(299, 0, 1)) == [embedding(299), embedding(0), embedding(7)]
+    assert (await tiers.get_or_claim(keys(2, 300)))[0] == [embedding(2), None]
+    assert redis.asked == [keys(300)]
+    redis.open_for_writes.set()
+    await tiers.close()
+    assert redis.values[key(1)] == embedding(7)
+    assert tiers._writers[1].waiting == {}, "it is kept for no longer"
+
+
+async def test_without_memory_what_comes_while_a_tier_is_asked_is_found(clock: Clock, metrics: Metrics) -> None:
+    class Gated(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            found = await super().get(keys)
+            tiers.put(entries([1]))  # a call has ended, and the tier has not been told yet
+            return found
+
+    slow = Gated()
+    slow.open_for_writes.clear()
+    tiers = Tiers([slow], metrics, clock)
+    assert await tiers.get(keys(2, 1)) == [None, embedding(1)]
+    await tiers.close(timeout=0.01)
+    assert tiers._writers[0].waiting == {}
+
+
 async def test_writing_holds_nobody_up(clock: Clock, metrics: Metrics) -> None:
     slow = Slow()
     slow.open_for_writes.clear()

@@ -8,10 +8,18 @@ import time
 from functools import lru_cache
 
 from app import tokens
-from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector, UpstreamTimeout
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    UnsupportedDimensions,
+    UpstreamInvalidResponse,
+    UpstreamInvalidVector,
+    UpstreamTimeout,
+)
 from app.metrics import Metrics
 from app.pipeline import contract
 from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target
+from app.upstreams import replies
 from app.upstreams.redact import Redactor
 
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
@@ -80,6 +88,9 @@ class Call:
         request = self._adapter.build_request(batch, self._target)
         reply = await self._auth(request, self._send)
         error = self._adapter.parse_error(reply)
+        if isinstance(error, UnsupportedDimensions) and batch.params.dimensions is None:
+            # Nobody has asked for any: these may be an image's, and one input be at fault.
+            error = replies.failure(InvalidRequest, reply, error.message.partition(": ")[2])
         if error is not None:
             raise error
         try:

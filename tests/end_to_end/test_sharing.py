@@ -83,6 +83,25 @@ async def test_one_callers_refused_input_is_not_its_neighbours_error() -> None:
         assert responses[-1].json()["error"]["param"] == "input[0]"
 
 
+async def test_a_refusal_that_speaks_of_dimensions_nobody_asked_for_is_one_callers_too() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
+        words = "Invalid image: its dimensions are below the smallest size"
+        fake.fail(faults.vendor_error("bad_input", words), times=None, when=lambda texts: "guilty" in texts)
+        fake.hold()
+        busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
+        await fake.calls_arrived(1)
+        asked = asyncio.create_task(post_all(gateway, ["innocent 1", "guilty", "innocent 2"]))
+        fake.release()
+        responses = await asked
+        await busy
+        assert [response.status_code for response in responses] == [200, 400, 200]
+        error = responses[1].json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_value", "input[0]")
+        assert error["message"] == f"the upstream refused the input: {words}"
+        (response,) = await post_all(gateway, ["guilty"], dimensions=512)
+        assert response.json()["error"]["code"] == "unsupported_dimensions"
+
+
 async def test_a_limit_the_upstream_names_is_learned_and_nobody_notices() -> None:
     with FakeDashScope(api_key="sk-fake", max_batch=4) as fake, running(config(fake)) as gateway:
         texts = [f"text {i}" for i in range(40)]

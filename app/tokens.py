@@ -330,6 +330,19 @@ def _codes(text: str) -> NDArray[np.uint32]:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
 
 
+_BESIDES = 2**13
+"""Tokens that a server may count beside a text's own: an instruction, or what a short one is padded with."""
+_OF_MEDIA = 2**20
+"""Tokens that an image or a video comes to at most, by any vendor's count."""
+
+
+def credible(total: int, inputs: Sequence[Input], weights: Sequence[int]) -> bool:
+    """Whether a call's inputs may have come to so many tokens; an unsigned -1 is none. `weights` are their estimates,
+    to each unit of which a text has four characters at most."""
+    most = 4 * _SAFE * sum(weights) + _BESIDES * len(weights)
+    return total <= most or total <= most + _OF_MEDIA * sum(isinstance(each, Media) for each in inputs)
+
+
 def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
     """What each of a call's inputs has of its `total`. `weights` are their estimates; nobody can tell what an image or
     a video comes to, so these share what the texts beside them leave."""

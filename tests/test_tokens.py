@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from app import tokens
 from app.catalog import TokenRule
 from app.tokens import Room
+from app.types import Media
 from tests.fakes import baidu_tokens
 
 FAMILY = "👨‍👩‍👧‍👦"
@@ -98,6 +99,18 @@ def test_bytes_bound_every_byte_level_count_of_the_text_and_of_its_compatibility
     most = tokens.at_most(text)
     assert most >= len(text.encode())
     assert most >= len(unicodedata.normalize("NFKC", text).encode())
+
+
+@given(st.lists(TEXTS, min_size=1, max_size=4))
+@example(["\ufdfa" * 1000])
+def test_no_count_that_a_tokenizer_may_come_to_is_taken_for_a_mistake(texts: list[str]) -> None:
+    assert tokens.credible(sum(map(tokens.at_most, texts)), texts, tokens.estimates(texts))
+
+
+def test_an_image_may_be_many_tokens_and_a_word_may_not() -> None:
+    image = Media("image", "data:image/png;base64,AAAA")
+    assert tokens.credible(1_000_000, ["word", image], [1, 1])
+    assert not tokens.credible(1_000_000, ["word", "word"], [1, 1])
 
 
 @given(ALIKE.filter(str.strip))

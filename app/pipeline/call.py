@@ -104,8 +104,9 @@ class Call:
             ) from fault
 
     def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:
-        """The batch's bill in tokens, counted; where the upstream states none, our estimate."""
-        total = sum(weights) if stated is None else stated
+        """The batch's bill in tokens, counted; where the upstream states none that can be, our estimate: what is
+        charged here callers and upstreams are in debt for."""
+        total = sum(weights) if stated is None or not tokens.credible(stated, batch.inputs, weights) else stated
         price = self._target.model.price_per_million_tokens
         self._billed(batch.model).inc(total)
         if price:

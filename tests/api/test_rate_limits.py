@@ -14,7 +14,7 @@ from app.api.render import duration
 from app.config import Settings
 from tests.api.support import MODEL, config, error_of, head, settled, wire
 from tests.clock import HandClock
-from tests.fakes import FakeOpenAI
+from tests.fakes import FakeOpenAI, faults
 from tests.harness import Running, running, settings_of
 from tests.redis_server import RedisServer
 
@@ -100,6 +100,24 @@ def test_a_request_that_could_never_fit_is_told_so(fake: FakeOpenAI) -> None:
         assert "more than the 100 tokens per minute" in error_of(response)["message"]
         assert "retry-after" not in response.headers
         assert not fake.calls
+
+
+@pytest.mark.parametrize(
+    ("stated", "counted"), [(4_000, 4_000), (2**32 - 1, 1), (2**64, 1), (-1, 1), (2.5, 1), ("12", 1), (True, 1)]
+)
+def test_a_bill_that_no_text_comes_to_puts_nobody_into_debt(fake: FakeOpenAI, stated: Any, counted: int) -> None:
+    rows = [{"object": "embedding", "index": 0, "embedding": [1.0] * 1536}]
+    reply = {"object": "list", "data": rows, "model": MODEL, "usage": {"total_tokens": stated}}
+    fake.fail(faults.http_error(200, reply))
+    limits = {"tokens_per_minute": 10_000}
+    cache = {"memory": {"max_size": "1MiB"}}
+    with running(config(fake, limits, auth=keys(team=limits), cache=cache)) as gateway:
+        for _ in range(2):
+            answer = ask(gateway, "team", "one")
+            assert (answer.status_code, answer.json()["usage"]["total_tokens"]) == (200, counted)
+        assert answer.headers["x-embedding-cache"] == "hit"
+        assert ask(gateway, "team", "two").status_code == 200
+        assert gateway.metric("tokens_total", source="billed") == counted + 1
 
 
 def test_what_comes_from_the_cache_counts_as_well(fake: FakeOpenAI) -> None:

@@ -18,9 +18,9 @@ from app.errors import (
 )
 from app.metrics import Metrics
 from app.pipeline import contract
-from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target
+from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
 from app.upstreams import replies
-from app.upstreams.redact import Redactor
+from app.upstreams.redact import Redactor, quotes
 
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
@@ -88,11 +88,8 @@ class Call:
         request = self._adapter.build_request(batch, self._target)
         reply = await self._auth(request, self._send)
         error = self._adapter.parse_error(reply)
-        if isinstance(error, UnsupportedDimensions) and batch.params.dimensions is None:
-            # Nobody has asked for any: these may be an image's, and one input be at fault.
-            error = replies.failure(InvalidRequest, reply, error.message.partition(": ")[2])
         if error is not None:
-            raise error
+            raise self._told(error, reply, batch)
         try:
             return self._adapter.parse_response(reply, batch)
         except (KeyError, TypeError, ValueError, IndexError) as fault:
@@ -102,6 +99,18 @@ class Call:
             raise UpstreamInvalidResponse(
                 f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply"
             ) from fault
+
+    def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
+        """What those who share the call, the log and `/readyz` may be told of it."""
+        theirs = error.message.partition(": ")[2]
+        if isinstance(error, UnsupportedDimensions) and batch.params.dimensions is None:
+            # Nobody has asked for any: these may be an image's, and one input be at fault.
+            error = replies.failure(InvalidRequest, reply, theirs)
+        # A refusal of one input is told only to those who sent it.
+        shared = len(batch.inputs) > 1 or not isinstance(error, InvalidRequest)
+        if shared and quotes(theirs, batch.inputs):
+            error.message = replies.failure(type(error), reply).message
+        return error
 
     def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:
         """The batch's bill in tokens, counted; where the upstream states none that can be, our estimate: what is

@@ -1,9 +1,12 @@
-"""Takes secrets out of what upstreams say, before anybody reads it."""
+"""Takes secrets out of what upstreams say, before anybody reads it, and finds the texts that they quote."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+
+from app.types import Input
 
 _SHAPES = re.compile(
     r"(?i)\b(bearer\s+|authorization[\"']?\s*[=:]\s*[\"']?basic\s+)[^\s\"',;]+"
@@ -32,3 +35,21 @@ class Redactor:
             text = text.replace(secret, "***")
         shown = _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)
         return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
+
+
+_BEGINNING = 8
+"""Characters by which a text is known. What has not as many bytes is a word, which upstreams use as well."""
+
+
+def quotes(words: str, inputs: Iterable[Input]) -> bool:
+    """Whether an upstream's words, their white space made single spaces, hold the beginning of one of these texts: as
+    it is, or as JSON has it."""
+    for text in inputs if words else ():
+        if type(text) is not str:
+            continue
+        beginning = text[:64].lstrip()[:_BEGINNING]
+        if len(beginning.encode()) >= _BEGINNING:
+            forms = (beginning, json.dumps(beginning)[1:-1], json.dumps(beginning, ensure_ascii=False)[1:-1])
+            if any(" ".join(form.split()) in words for form in forms):
+                return True
+    return False

@@ -9,6 +9,7 @@ import httpx
 import numpy as np
 import pytest
 
+from app.pipeline.health import FAILURES
 from tests.fakes import FakeDashScope, FakeOpenAI, faults
 from tests.harness import Running, running
 
@@ -100,6 +101,41 @@ async def test_a_refusal_that_speaks_of_dimensions_nobody_asked_for_is_one_calle
         assert error["message"] == f"the upstream refused the input: {words}"
         (response,) = await post_all(gateway, ["guilty"], dimensions=512)
         assert response.json()["error"]["code"] == "unsupported_dimensions"
+
+
+@pytest.mark.parametrize(
+    ("refusal", "dimensions", "status"),
+    [("internal", None, 502), ("model_not_found", None, 502), ("bad_input", 32, 400), ("bad_input", None, 200)],
+)
+async def test_what_an_upstream_quotes_of_a_callers_text_is_told_to_nobody_else(
+    refusal: str, dimensions: int | None, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "my diagnosis is canary"
+    upstream = {"type": "openai", "api_key": "sk-fake", "max_concurrency": 1}
+    with FakeOpenAI(api_key="sk-fake", models={"house": 64}, matryoshka=("house",)) as fake:
+        with running({"upstreams": {"up": {**upstream, "base_url": fake.url + "/v1"}}}) as gateway:
+            fault = faults.vendor_error(refusal, f"no dimension of '{text}'")
+            fake.fail(fault, times=None, when=lambda texts: text in texts)
+            body = {"model": "house", **({"dimensions": dimensions} if dimensions else {})}
+            fake.hold()
+            busy = asyncio.create_task(post_all(gateway, ["busy"], **body))
+            await fake.calls_arrived(1)
+            asked = asyncio.create_task(post_all(gateway, ["one", text, "another"], **body))
+            async with asyncio.timeout(20):
+                while gateway.metric("queued_inputs") < 3:
+                    await asyncio.sleep(0.01)
+            fake.release()
+            one, _, another = await asked
+            await busy
+            assert len(fake.calls[1].texts) == 3
+            assert one.status_code == another.status_code == status
+            for _ in range(FAILURES):
+                alone = gateway.post({"input": text, **body})
+            # Who has sent it alone may be told why it is refused.
+            assert ("canary" in alone.text) == (refusal == "bad_input")
+            written = (gateway.get("/readyz").text, gateway.log.getvalue(), caplog.text)
+            for told in (one.text, another.text, *written):
+                assert "canary" not in told
 
 
 async def test_a_limit_the_upstream_names_is_learned_and_nobody_notices() -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from pydantic import SecretStr
 
+from app.types import Media
 from app.upstreams import UPSTREAMS
 from app.upstreams.connect import Upstream
 from app.upstreams.ollama import OllamaSettings
-from app.upstreams.redact import LONGEST, Redactor
+from app.upstreams.redact import LONGEST, Redactor, quotes
 from tests.clock import HandClock
 
 
@@ -49,3 +50,24 @@ def test_a_proxys_password_is_not_shown_in_any_form() -> None:
     redact = Upstream("up", settings, UPSTREAMS["ollama"], HandClock()).redact
     for form in ("http://corp:pass%40word@proxy.example", "pass@word", "Y29ycDpwYXNzQHdvcmQ="):
         assert redact(f"you sent {form}!") == "you sent ***!"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("my diagnosis is XYZ", "worker died on input 'my diagnosis …'"),
+        (" \n my\n\ndiagnosis", "worker died on my diagnosis"),
+        ("my\ndiagnosis", r'cannot embed ["my\ndiagnosis"]'),
+        ('so "sick" she said', r"{\"input\": \"so \"sick\" she\"}"),
+        ("我的诊断是", "无法处理：我的诊断是"),
+        ("我的诊断是", r"cannot embed \u6211\u7684\u8bca\u65ad\u662f"),
+        ("诊断：\n疑似", r'cannot embed "诊断：\n疑似"'),
+    ],
+)
+def test_a_text_is_known_by_its_beginning_in_whatever_form_it_is_quoted(text: str, said: str) -> None:
+    assert quotes(said, ["another text", Media("image", "https://host.example/x.png"), text])
+
+
+def test_a_word_that_upstreams_use_as_well_is_no_quotation() -> None:
+    assert not quotes("the model is overloaded", ["model", "the", "", " ", "overtime is", "I ask: the model?"])
+    assert not quotes("", ["", "a text of some length"])

@@ -165,6 +165,8 @@ class Batch(Struct):
     deadline: float
     brought: dict[bytes, Embedding] | None = None
     """Where it takes several calls, what those that are over have brought, by key: kept where the rest is cut off."""
+    wanted: Callable[[], bool] = lambda: True
+    """Whether anybody still waits for any of it."""
 
 
 class BatchResult(Struct):

@@ -348,4 +348,5 @@ def _batch(group: Group, jobs: list[Job]) -> Batch:
         params=params,
         store=store,
         deadline=max([job.deadline for job in jobs]),
+        wanted=lambda: any(job.waiters for job in jobs),
     )

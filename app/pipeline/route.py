@@ -192,7 +192,8 @@ class Route:
         what failed is an outcome, so that a caller pays only for its own inputs' failures.
 
         What a retry can help is asked once more, of another deployment if there is one; what is this one's own trouble
-        (its key, its quota, its configuration, its dimensions) only of another one.
+        (its key, its quota, its configuration, its dimensions) only of another one. What nobody waits for any more is
+        not asked again.
         """
         self._budget.earn()
         result = await self._attempt(batch, slot)
@@ -206,7 +207,9 @@ class Route:
         """Puts into `result`, what the call on `slot` came to, what another one brings."""
         elsewhere = any(each is not slot.deployment for each in self._usable(batch.params, slot.deployment))
         pending = [i for i, outcome in enumerate(result.outcomes) if _worth_asking_again(outcome, elsewhere)]
-        again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere) if pending else None
+        if not pending or not batch.wanted():
+            return
+        again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere)
         if again is None:
             return
         part = part_of_batch(batch, pending)
@@ -281,7 +284,8 @@ class Route:
     async def _again(
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool
     ) -> Slot | None:
-        """Waits, holding nothing, then for a slot. None when budget or deadline leave no room for a retry."""
+        """Waits, holding nothing, then for a slot. None when budget or deadline leave no room for a retry, or nobody
+        waits for it by then."""
         # Of a batch that was split the parts may have failed in different ways.
         errors = [error for i in pending if isinstance(error := result.outcomes[i], GatewayError)]
         # A Retry-After is about the deployment that sent it; another one can be asked soon.
@@ -295,6 +299,8 @@ class Route:
             _give_up(result, pending)
             return None
         await self._clock.sleep(pause)
+        if not batch.wanted():
+            return None
         others_only = not any(each.retryable for each in errors)
         slot = await self._slot(batch, lane, failed.deployment, others_only=others_only)
         if slot is not None:

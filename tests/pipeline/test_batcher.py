@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from app.catalog import ROLES, Model
 from app.clock import SystemClock
-from app.errors import GatewayError, InvalidRequest, UpstreamAuth, UpstreamError
+from app.errors import GatewayError, InvalidRequest, UpstreamAuth, UpstreamError, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import Deployment, Limits, Slots
@@ -301,6 +301,28 @@ async def test_inputs_nobody_waits_for_any_more_are_not_sent() -> None:
     calls.held.set()
     await asyncio.gather(first, staying)
     assert calls.batches == [["first"], ["wanted"]]
+
+
+@pytest.mark.parametrize("leaves", ["during the call", "before the retry", "never"])
+async def test_a_call_that_failed_is_made_again_only_while_somebody_waits_for_it(leaves: str) -> None:
+    calls = Calls(held=asyncio.Event(), errors={"down": UpstreamUnavailable("no room", retry_after=0.1)})
+    assert calls.held
+    embed = batcher(calls)
+    asked = [asyncio.create_task(embed(request("down"))) for _ in range(2)]
+    await settle()
+    asked[0].cancel()
+    if leaves == "during the call":
+        asked[1].cancel()
+        await settle()
+    calls.held.set()
+    await settle()
+    if leaves == "before the retry":
+        asked[1].cancel()
+    await embed.aclose()
+    assert calls.batches == [["down"]] * (2 if leaves == "never" else 1)
+    assert not embed.busy
+    answers = await asyncio.gather(*asked, return_exceptions=True)
+    assert isinstance(answers[1], UpstreamUnavailable if leaves == "never" else asyncio.CancelledError)
 
 
 async def test_an_abandoned_input_that_is_wanted_again_before_it_was_sent_is_sent_once() -> None:

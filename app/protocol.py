@@ -20,6 +20,8 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.outbox import Outbox
+
 HEAD_TIMEOUT = 30.0
 """Seconds from a request's first byte, and from the end of the answer before it, to the end of its headers."""
 LONGEST_HEAD = 64 * 2**10
@@ -34,9 +36,6 @@ FEW = 16
 _PIECE = 16 * 2**10
 """Bytes that are parsed before it is looked again how many requests wait. A read of the socket has up to 256 KiB, which
 may be 10,000 requests; parsed, each takes 30 times the memory."""
-_LONG = 32 * 2**10
-"""Bytes of a body from which handing its pieces over is cheaper than joining them, and a write of its own cheaper than
-waiting for others."""
 _LINE = 150
 """Bytes of memory that a header takes besides its name and value, which may be two bytes."""
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
@@ -58,36 +57,6 @@ class _Flow(FlowControl):
         waiting = [cycle for cycle, _ in self.pipeline]
         heads = sum(_LINE + len(name) + len(value) for cycle in waiting for name, value in cycle.scope["headers"])
         return heads + sum(len(cycle.body) for cycle in waiting)
-
-
-class Outbox:
-    """Responses that become ready in one turn of the event loop, written together at its end.
-
-    A write wakes its reader, which costs more than the write; readers that wait for one another's turn are awake. A
-    long one goes at once, while the processor still has it at hand, and is read while the next is made.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[tuple[asyncio.Transport, Sequence[bytes], bool]] = []
-
-    def put(self, transport: asyncio.Transport, head: bytes, body: list[bytes], size: int, *, close: bool) -> None:
-        """To be written soon; `close` ends the connection after it. The body comes in pieces of `size` together."""
-        if not self._waiting:
-            asyncio.get_running_loop().call_soon(self.flush)
-        if size < _LONG:
-            self._waiting.append((transport, (b"".join((head, *body)),), close))
-        else:
-            self._waiting.append((transport, (head, *body), close))
-            self.flush()
-
-    def flush(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for transport, pieces, close in waiting:
-            if transport.is_closing():
-                continue
-            transport.writelines(pieces)
-            if close:
-                transport.close()
 
 
 def _unsent(transport: asyncio.Transport) -> int:

@@ -21,7 +21,8 @@ from app.config.source import Source
 from app.config.watch import Watch
 from app.main import GRACE, App
 from app.metrics import ConfigMetrics
-from app.protocol import Outbox, Protocol
+from app.outbox import Outbox
+from app.protocol import Protocol
 from app.workers import Orders, Workers
 
 log = logging.getLogger(__name__)

@@ -89,6 +89,10 @@ class App:
         """To be told of what came over a connection and was no request, or none that HTTP allows."""
         self._metrics.rejected_requests.labels("invalid_http").inc()
 
+    def request_timeout(self) -> float:
+        """Seconds that a request may take in all, by the configuration in force."""
+        return self.settings.server.request_timeout
+
     @property
     def gateway(self) -> Gateway:
         """The one in force."""

@@ -23,7 +23,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from app.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0
-"""Seconds from a request's first byte, and from the end of the answer before it, to the end of its headers."""
+"""Seconds from a request's first byte, and from the end of the answer before it, to the end of its headers; at most,
+for a request's time in all may be shorter."""
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers, or of what is neither these nor a body (trailers); what goes on is refused."""
 
@@ -71,17 +72,20 @@ def _unsent(transport: asyncio.Transport) -> int:
 class Protocol(HttpToolsProtocol):
     """One connection. Errors below HTTP come in OpenAI's shape too.
 
-    Three extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
+    Four extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
     lost. `scope["extensions"]["body"]` gives the whole body, or None where it has not come yet and `receive` is to be
     asked, which takes coroutines and an event. `scope["extensions"]["respond"]` sends a whole response, head (without
     the empty line that ends it) and body in pieces, at once, and returns when the caller has taken it, or is gone;
     `send` takes two system calls for it, looks at each header for what ours do not hold, and leaves to the connection
-    what is not taken.
+    what is not taken. `scope["extensions"]["first_byte"]`, there only where a head came in pieces and was waited for,
+    is since when it was, on the event loop's clock.
     """
 
     _head = b""
     _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
+    _first_byte = 0.0
+    """When the head that comes in pieces began, on the event loop's clock; 0 where none does."""
     _fed = 0
     """Bytes the parser has had since it last had a whole head, or a piece of a body, to show for it."""
     _hosts: Sequence[bytes] = ()
@@ -93,9 +97,11 @@ class Protocol(HttpToolsProtocol):
     """Bytes of answers that the caller had not taken at the last look, here and in the system's buffer, and since when
     it was idle."""
 
-    def __init__(self, *args: Any, outbox: Outbox, refused: Callable[[], None], **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, outbox: Outbox, refused: Callable[[], None], timeout: Callable[[], float], **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._outbox, self._refused = outbox, refused
+        self._outbox, self._refused, self._timeout = outbox, refused, timeout
         self._hang_up: set[Callable[[], None]] = set()
         self._running: RequestResponseCycle | None = None
         self._unparsed: deque[bytes] = deque()
@@ -154,14 +160,19 @@ class Protocol(HttpToolsProtocol):
 
     def _start_timer(self) -> None:
         if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_TIMEOUT, self._late)
+            self._first_byte = self.loop.time()
+            self._head_timer = self.loop.call_later(self._head_timeout(), self._late)
+
+    def _head_timeout(self) -> float:
+        return min(HEAD_TIMEOUT, self._timeout())
 
     def _late(self) -> None:
         """While a request is being answered nobody waits for the next, and it may be that nothing is read."""
         self._head_timer = None
         running = self._running
         answering = running is not None and not running.response_complete
-        left = HEAD_TIMEOUT if answering else self._idle_since + HEAD_TIMEOUT - self.loop.time()
+        limit = self._head_timeout()
+        left = limit if answering else self._idle_since + limit - self.loop.time()
         if left > 0:
             self._head_timer = self.loop.call_later(left, self._late)
         else:
@@ -207,6 +218,10 @@ class Protocol(HttpToolsProtocol):
         self._stop_timer()
         # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
         scope["extensions"] = {"hang_up": self._hang_up, "body": self._body, "respond": self._respond}
+        if self._first_byte:
+            if self._running is self.cycle:  # or the time is that of the request before it
+                scope["extensions"]["first_byte"] = max(self._first_byte, self._idle_since)
+            self._first_byte = 0.0
 
     def _body(self) -> bytes | None:
         """What `receive` gives where it need not wait."""

@@ -70,11 +70,19 @@ def _begin(listener: socket.socket) -> None:
         raise CannotListen(host, port, error.strerror) from None
 
 
-def config_of(app: Any, settings: Settings, refused: Callable[[], None] = lambda: None, **more: Any) -> uvicorn.Config:
-    """The ASGI server as it serves an application of ours; `refused` is told of what is no HTTP request."""
+def config_of(
+    app: Any,
+    settings: Settings,
+    refused: Callable[[], None] = lambda: None,
+    timeout: Callable[[], float] | None = None,
+    **more: Any,
+) -> uvicorn.Config:
+    """The ASGI server as it serves an application of ours; `refused` is told of what is no HTTP request, and `timeout`
+    says how long a request may take in all, if that may change."""
+    timeout = timeout or (lambda: settings.server.request_timeout)
     return uvicorn.Config(
         app,
-        http=partial(Protocol, outbox=Outbox(), refused=refused),  # type: ignore[arg-type]  # is only called
+        http=partial(Protocol, outbox=Outbox(), refused=refused, timeout=timeout),  # type: ignore[arg-type]  # is only called
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -218,7 +226,7 @@ def serve(
     """
     keep_freed_memory()
     allow_connections()
-    config = config_of(app, app.settings, app.refused)
+    config = config_of(app, app.settings, app.refused, app.request_timeout)
     server = Server(config, app, orders)
 
     async def both() -> None:

@@ -105,7 +105,7 @@ def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None,
     settings = settings_of(config, environ)
     app = create_app(settings, request_log=request_log, **parts)
     listener = listen("127.0.0.1", 0)
-    server = _Server(config_of(app, settings, app.refused))
+    server = _Server(config_of(app, settings, app.refused, app.request_timeout))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -192,6 +192,7 @@ def test_behind_an_answer_a_head_has_the_rest_of_its_time(
     timers: list[float] = []
     connection: Any = protocol.Protocol.__new__(protocol.Protocol)
     connection.loop = SimpleNamespace(time=lambda: 120.0, call_later=lambda delay, _: timers.append(delay))
+    connection._timeout = lambda: 60.0
     connection._running = SimpleNamespace(response_complete=complete)
     connection._idle_since = 100.0
     connection._late()

@@ -124,6 +124,9 @@ class Embeddings:
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
         sent = dict(scope["headers"])
         now, began = asyncio.get_running_loop().time(), time.perf_counter()
+        first_byte = scope.get("extensions", {}).get("first_byte")
+        if first_byte is not None:  # its head took time as well
+            now, began = first_byte, began - (now - first_byte)
         with Place(self._gateway.room) as place:
             exchange = _Exchange(sent, request_id(sent), now, began, place)
             error: GatewayError | None = None

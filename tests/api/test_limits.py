@@ -311,6 +311,59 @@ def test_waiting_for_a_slot_is_part_of_the_requests_time(fake: FakeOpenAI) -> No
         assert gateway.metric("inflight_requests") == 0
 
 
+@pytest.mark.parametrize("begins", ["alone", "behind another"])
+def test_a_head_that_comes_in_pieces_is_part_of_the_requests_time(begins: str, fake: FakeOpenAI) -> None:
+    request = post(body("slow"))
+    with running(config(fake, server={"request_timeout": "2s"})) as gateway, wire(gateway.url) as connection:
+        if begins == "behind another":
+            connection.send(post(body("before")) + request[:40])
+            assert connection.must_reply().status_code == 200
+        else:
+            connection.send(request[:40])
+        before = time.monotonic()
+        fake.hold()
+        time.sleep(1.8)
+        connection.send(request[40:])
+        assert connection.must_reply().status_code == 504
+        assert time.monotonic() - before < 1.8 + 2
+        assert float(log_lines(gateway)[-1]["ms"]) >= 1700, "nor does it take less than its time"
+
+
+def test_a_head_that_takes_longer_than_a_request_may_is_refused(fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"request_timeout": "300ms"})) as gateway, wire(gateway.url) as connection:
+        connection.send(post(body("never whole"))[:40])
+        reply = connection.must_reply()
+        assert (reply.status_code, reply.headers["connection"]) == (400, "close")
+        assert b"did not arrive in time" in reply.content
+        assert connection.closed
+
+
+def test_the_time_before_a_requests_first_byte_is_not_part_of_its_time(fake: FakeOpenAI) -> None:
+    with running(config(fake, server={"request_timeout": "1s"})) as gateway, wire(gateway.url) as connection:
+        for text in ("behind nothing", "behind another"):
+            time.sleep(1.2)
+            request = post(body(text))
+            connection.send(request[:40])
+            time.sleep(0.1)
+            connection.send(request[40:])
+            assert connection.must_reply().status_code == 200
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["before its turn", "in its turn"])
+def test_nor_is_that_in_which_the_request_before_it_is_answered(whole: bool, fake: FakeOpenAI) -> None:
+    fake.delay = 1.6
+    request = post(body("behind"))
+    with running(config(fake, server={"request_timeout": "3s"})) as gateway, wire(gateway.url) as connection:
+        connection.send(post(body("before")) + request[:40])
+        fake.wait_for_calls(1)
+        if whole:
+            connection.send(request[40:])
+        assert connection.must_reply().status_code == 200
+        if not whole:
+            connection.send(request[40:])
+        assert connection.must_reply().status_code == 200
+
+
 # --- nobody there -------------------------------------------------------------------------------------------------
 
 

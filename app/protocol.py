@@ -20,6 +20,7 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from app.api.embeddings import request_id
 from app.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0
@@ -356,9 +357,11 @@ class Protocol(HttpToolsProtocol):
         self._refused()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = orjson.dumps({"error": error})
+        # Between requests what was parsed last is the one before; of one whose head is broken, as much as was parsed.
+        own = {} if self._between_requests else dict(self.scope["headers"])
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"connection: close\r\n\r\n%b" % (len(body), body)
+            b"x-request-id: %b\r\nconnection: close\r\n\r\n%b" % (len(body), request_id(own), body)
         )
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # or its answer would be written to a connection that is closed

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Any
 
 import orjson
 import pytest
@@ -170,14 +170,38 @@ def test_good_chunks_of_any_size_are_a_body(chunks: bytes, fake: FakeOpenAI, gat
 def test_what_is_not_http_is_a_400_and_the_end(data: bytes, fake: FakeOpenAI, gateway: Running) -> None:
     said = answers(gateway.url, data)
     assert [reply.status_code for reply in said] == [400]
-    assert error_of_unnumbered(said[0])["code"] == "invalid_http"
+    assert error_of(said[0])["code"] == "invalid_http"
     assert not fake.calls
 
 
-def error_of_unnumbered(reply: RawReply) -> dict[str, Any]:
-    """The error of what is refused below HTTP, where there is no request to have an id."""
-    reply.headers.setdefault("x-request-id", "none")
-    return error_of(reply)
+OWN = "X-Request-Id: my-own"
+CHUNKED = "Transfer-Encoding: chunked"
+
+
+@pytest.mark.parametrize(
+    ("data", "own"),
+    [
+        (head("POST", "/v1/embeddings", AUTH, OWN, CHUNKED) + b"zz\r\n", True),
+        (head("POST", "/v1/embeddings", AUTH, OWN, CHUNKED) + b"1\r\n{\r\nzz\r\n", True),
+        (head("GET", "/v1/models", OWN, "Host: another"), True),
+        (head("POST", "/v1/embeddings", AUTH, "X-Request-Id: my own", CHUNKED) + b"zz\r\n", False),
+        (head("POST", "/v1/embeddings", AUTH, CHUNKED) + b"0\r\nX-Request-Id: my-own\r\nX y\r\n\r\n", False),
+        (b"nonsense\r\nX-Request-Id: my-own\r\n\r\n", False),
+        (b"\x16\x03\x01", False),
+    ],
+    ids=["chunk", "a later chunk", "two hosts", "an id that is none", "an id in trailers", "nonsense", "TLS"],
+)
+@pytest.mark.parametrize("before", [b"", head("GET", "/healthz", "X-Request-Id: of-another")], ids=["alone", "behind"])
+def test_what_is_refused_as_no_http_has_its_request_id(before: bytes, data: bytes, own: bool, gateway: Running) -> None:
+    with wire(gateway.url) as connection:
+        if before:
+            connection.send(before)
+            assert connection.must_reply().headers["x-request-id"] == "of-another"
+        connection.send(data)
+        reply = connection.must_reply()
+    assert error_of(reply)["code"] == "invalid_http"
+    told = reply.headers["x-request-id"]
+    assert told == "my-own" if own else re.fullmatch("req_[0-9a-f]{24}", told)
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,8 @@ AT_ONCE = 256 * 2**10
 parsed in a thread, in which only the JSON itself holds up others."""
 
 _JSON = (b"content-type", b"application/json")
+_UNCOMPRESSED = frozenset((b"", b"identity", b"chunked"))
+"""Transfer codings that leave a body as it is; a list may have empty members (RFC 9110 5.6.1)."""
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _remembered = lru_cache(maxsize=4096)
 
@@ -173,7 +175,7 @@ class Embeddings:
             guard = Guard(deadline, self._deadlines)
             with guard:
                 place.enter()
-                self._check_head(exchange.headers)
+                self._check_head(exchange.headers, scope)
                 raw = self._at_hand(scope, place) or await self._read(receive, place)
                 exchange.reading = False
                 guard.watch(scope)
@@ -205,11 +207,14 @@ class Embeddings:
             headers.append((b"connection", b"close"))
         return headers, [render.error_body(error)]
 
-    def _check_head(self, headers: Mapping[bytes, bytes]) -> None:
+    def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
         length = headers.get(b"content-length", b"")
         if length.isdigit():
             self._check_size(int(length))
-        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+        compressed = headers.get(b"content-encoding", b"identity").lower() != b"identity"
+        if b"transfer-encoding" in headers:  # that the last of them is `chunked` the server has seen to
+            compressed = compressed or not _members(scope, b"transfer-encoding") <= _UNCOMPRESSED
+        if compressed:
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
 
     def _check_size(self, size: int) -> None:
@@ -366,10 +371,15 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
     return result
 
 
+def _members(scope: Scope, name: bytes) -> set[bytes]:
+    """What the request's header of this name lists, in lower case: several lines count as one."""
+    lines = [value for each, value in scope["headers"] if each == name]
+    return {part.strip().lower() for part in b",".join(lines).split(b",")}
+
+
 def _cache_control(scope: Scope) -> tuple[bool, bool]:
-    """(read the cache, write the cache), by the request's `Cache-Control`: several lines count as one."""
-    lines = [value for name, value in scope["headers"] if name == b"cache-control"]
-    directives = {part.strip().lower() for part in b",".join(lines).split(b",")}
+    """(read the cache, write the cache), by the request's `Cache-Control`."""
+    directives = _members(scope, b"cache-control")
     return b"no-cache" not in directives, b"no-store" not in directives
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Iterator
 
@@ -152,6 +153,34 @@ def test_good_chunks_of_any_size_are_a_body(chunks: bytes, fake: FakeOpenAI, gat
     reply = must_raw(gateway.url, head("POST", "/v1/embeddings", AUTH, "Transfer-Encoding: chunked") + chunks)
     assert reply.status_code == 200
     assert [call.texts for call in fake.calls] == [["good"]]
+
+
+@pytest.mark.parametrize(
+    "coding",
+    [
+        "gzip, chunked",
+        "GZIP,chunked",
+        "x, identity, chunked",
+        "gzip;q=1, chunked",
+        "gzip\r\nTransfer-Encoding: chunked",
+    ],
+)
+def test_a_body_that_is_compressed_for_its_transfer_is_a_415(coding: str, fake: FakeOpenAI, gateway: Running) -> None:
+    body = gzip.compress(BODY)
+    chunks = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    (reply,) = answers(gateway.url, head("POST", "/v1/embeddings", AUTH, f"Transfer-Encoding: {coding}") + chunks)
+    assert reply.status_code == 415
+    assert error_of(reply)["code"] == "unsupported_encoding"
+    assert reply.headers["connection"] == "close"
+    assert not fake.calls
+
+
+@pytest.mark.parametrize("coding", ["Chunked", "identity, chunked", ", chunked"])
+def test_one_that_is_not_is_read(coding: str, fake: FakeOpenAI, gateway: Running) -> None:
+    chunks = SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n"
+    reply = must_raw(gateway.url, head("POST", "/v1/embeddings", AUTH, f"Transfer-Encoding: {coding}") + chunks)
+    assert reply.status_code == 200
+    assert len(fake.calls) == 1
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,8 @@ class Protocol(HttpToolsProtocol):
                 self._hosts = hosts
             elif self.parser.get_http_version() != "1.0":
                 raise ValueError("Host")
+        if self.expect_100_continue and self.parser.get_http_version() == "1.0":
+            self.expect_100_continue = False  # which knows no 100 (RFC 9110 10.1.1)
         scope: Any = self.scope
         super().on_headers_complete()
         if self.pipeline:

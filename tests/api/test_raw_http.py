@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import re
 from collections.abc import Iterator
@@ -543,6 +544,16 @@ def test_a_caller_that_asks_first_is_told_to_go_on(fake: FakeOpenAI, gateway: Ru
         length = f"Content-Length: {len(BODY)}"
         connection.send(head("POST", "/v1/embeddings", AUTH, "Expect: 100-continue", length))
         assert connection.must_reply().status_code == 100
+        connection.send(BODY)
+        assert connection.must_reply().status_code == 200
+    assert len(fake.calls) == 1
+
+
+def test_with_http_1_0_nobody_asks(fake: FakeOpenAI, gateway: Running) -> None:
+    asks = post(GOOD, AUTH, "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")
+    with wire(gateway.url) as connection:
+        connection.send(asks[: -len(BODY)])
+        gateway.call(asyncio.sleep(0.1))  # so that the head is read by itself
         connection.send(BODY)
         assert connection.must_reply().status_code == 200
     assert len(fake.calls) == 1

@@ -119,6 +119,15 @@ BODY = orjson.dumps(GOOD)
 SIZE = b"%x" % len(BODY)
 
 
+@pytest.mark.parametrize(("size", "status"), [(len(BODY), 200), (0, 400), (2**16 + 1, 413)])
+def test_zeros_before_a_length_do_not_alter_it(size: int, status: int, fake: FakeOpenAI, gateway: Running) -> None:
+    """However many: Python's `int` gives up at 4,300 digits."""
+    length = f"Content-Length: {size:05000}"
+    with wire(gateway.url) as connection:
+        connection.send(head("POST", "/v1/embeddings", AUTH, length) + BODY[:size])
+        assert connection.must_reply().status_code == status
+
+
 @pytest.mark.parametrize(
     "chunks",
     [

@@ -7,7 +7,8 @@ may not is the upstream's to judge; one that it refuses is cut to what surely fi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import TypeVar
 
 from msgspec.structs import replace
 
@@ -19,6 +20,8 @@ from app.pipeline.parts import mixed, put
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
+T = TypeVar("T")
+
 PIECES = 2048
 """The most that one request's inputs may be cut into, besides one each."""
 _LOOK = 100
@@ -26,7 +29,7 @@ _LOOK = 100
 _FAR = 2
 """How many times the limit an input has by estimate that is not left to an upstream that cuts without a word."""
 _IN_A_THREAD = 100_000
-"""Characters beyond which looking for borders would hold up the event loop for more than some milliseconds."""
+"""Characters beyond which texts are looked at in a thread: some milliseconds' worth, of short Chinese texts 25."""
 
 
 class LongInputs:
@@ -50,26 +53,33 @@ class LongInputs:
         room = self._room.without(before or params.instruct or "")
         if not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
             return await self._inner(request)
-        long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
-        if long and room.rule == "cl100k_base":
-            long = await _over(room, request.inputs, long, first=(request.on_long_input or self._usual) == "error")
-        if not long:
-            return await self._inner(request)
         policy = request.on_long_input or self._usual
-        if policy == "error":
-            for i in long:
-                self._refuse(i, before, _text(request.inputs, i))
+        plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
+        if plan is None:
             return await self._inner(request)
-        if policy == "split" and params.output_type != "dense":
-            raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
-        plan = _Plan(request.inputs, room, whole=policy == "split", asks=self._asks)
-        await plan.cut([i for i in long if not plan.may_fit(i)])
-        result = await self._embed(request, plan, set(long))
+        result = await self._embed(request, plan)
         if policy == "split":
             result.split = plan.count
         else:
             result.truncated = plan.count
         return result
+
+    def _plan(self, request: EmbedRequest, policy: OnLongInput, room: tokens.Room, before: str) -> _Plan | None:
+        """How the inputs are to be cut; None where all are sent as they are. Raises `InvalidRequest`."""
+        long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
+        if long and room.rule == "cl100k_base":
+            long = _over(room, request.inputs, long, first=policy == "error")
+        if not long:
+            return None
+        if policy == "error":
+            for i in long:
+                self._refuse(i, before, _text(request.inputs, i))
+            return None
+        if policy == "split" and request.params.output_type != "dense":
+            raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
+        plan = _Plan(request.inputs, set(long), room, whole=policy == "split", asks=self._asks)
+        plan.cut([i for i in long if not plan.may_fit(i)])
+        return plan
 
     def _refuse(self, i: int, before: str, text: str) -> None:
         """Raises `ContextLengthExceeded` for an input that no way of counting could let pass, and for one that by far
@@ -91,7 +101,7 @@ class LongInputs:
             f"input[{i}] has {size}{besides}; this model takes at most {limit}", param=f"input[{i}]"
         )
 
-    async def _embed(self, request: EmbedRequest, plan: _Plan, long: Collection[int]) -> EmbedResult:
+    async def _embed(self, request: EmbedRequest, plan: _Plan) -> EmbedResult:
         """All pieces at once; what is then found too long is cut as well and asked again."""
         everything = range(len(request.inputs))
         first = await self._inner(plan.request(request, everything))
@@ -100,9 +110,9 @@ class LongInputs:
             return result
         refused = sorted({plan.owners[place] for place in first.too_long})
         for place, error in first.too_long.items():
-            if plan.owners[place] not in long or plan.is_cut(plan.owners[place]):
+            if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
                 raise error  # it should have fitted: nothing we could do would be more than a guess
-        await plan.cut(refused)
+        await _aside(lambda: plan.cut(refused), [request.inputs[i] for i in refused])
         second = await self._inner(plan.request(request, refused, final=True))
         again = plan.join(second, refused)
         put(result, refused, again)
@@ -118,8 +128,12 @@ class LongInputs:
 class _Plan:
     """Which pieces each input is embedded in."""
 
-    def __init__(self, inputs: Sequence[Input], room: tokens.Room, *, whole: bool, asks: bool) -> None:
-        """`whole`: an input's pieces are all embedded, and not only the first. `asks`: what may fit is tried."""
+    def __init__(
+        self, inputs: Sequence[Input], long: Collection[int], room: tokens.Room, *, whole: bool, asks: bool
+    ) -> None:
+        """`long`: the inputs that do not surely fit. `whole`: an input's pieces are all embedded, and not only the
+        first. `asks`: what may fit is tried."""
+        self.long = long
         self._inputs, self._room, self._all, self._asks = inputs, room, whole, asks
         self._pieces: dict[int, Sequence[str]] = {}
         self._left = PIECES
@@ -147,13 +161,7 @@ class _Plan:
             return False
         return tokens.at_least(text, room.rule) <= room.tokens
 
-    async def cut(self, which: Sequence[int]) -> None:
-        if sum(len(_text(self._inputs, i)) for i in which) > _IN_A_THREAD:
-            await asyncio.to_thread(self._cut, which)
-        else:
-            self._cut(which)
-
-    def _cut(self, which: Sequence[int]) -> None:
+    def cut(self, which: Sequence[int]) -> None:
         for i in which:
             text = _text(self._inputs, i)
             if self._all and len(text) > (self._left + 1) * self._room.most_characters:
@@ -198,21 +206,22 @@ class _Plan:
         return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
 
 
-async def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> list[int]:
+async def _aside(work: Callable[[], T], texts: Iterable[Input]) -> T:
+    """What this work on these texts comes to; in a thread where they are long."""
+    if sum(len(text) for text in texts if type(text) is str) > _IN_A_THREAD:
+        return await asyncio.to_thread(work)
+    return work()
+
+
+def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> list[int]:
     """Those of them that do not fit when counted; `first`: none behind the first one that is known not to."""
-
-    def count() -> list[int]:
-        over: list[int] = []
-        for i in which:
-            if not room.holds(_text(inputs, i)):
-                over.append(i)
-                if first and room.counts(_text(inputs, i)):
-                    break
-        return over
-
-    if sum(len(_text(inputs, i)) for i in which) > _IN_A_THREAD:
-        return await asyncio.to_thread(count)
-    return count()
+    over: list[int] = []
+    for i in which:
+        if not room.holds(_text(inputs, i)):
+            over.append(i)
+            if first and room.counts(_text(inputs, i)):
+                break
+    return over
 
 
 def _text(inputs: Sequence[Input], i: int) -> str:

@@ -46,10 +46,10 @@ async def turns() -> AsyncIterator[Turns]:
     task.cancel()
 
 
-async def asked(body: dict[str, Any]) -> tuple[int, int]:
+async def asked(body: dict[str, Any], **sections: Any) -> tuple[int, int]:
     """Status of a request whose body is there at once, and the turns others had until it was answered."""
     app = create_app(
-        settings_of({"upstreams": {"built-in": {"type": "lexical"}}}), request_log=RequestLog("text", len),
+        settings_of({"upstreams": {"built-in": {"type": "lexical"}}, **sections}), request_log=RequestLog("text", len),
         clock=SystemClock(),
     )  # fmt: skip
     answered: list[tuple[int, int]] = []
@@ -75,6 +75,18 @@ async def test_a_big_body_is_not_parsed_while_others_wait() -> None:
     assert len(json.dumps(big)) > embeddings.AT_ONCE > len(json.dumps(small))
     assert await asked(small) == (400, 0)
     status, had = await asked(big)
+    assert status == 400
+    assert had > 0
+
+
+async def test_many_texts_are_not_looked_at_while_others_wait() -> None:
+    """The last is longer than the model takes by any count: nothing but looking takes any time."""
+    models = {"m": {"deployments": [{"upstream": "built-in", "model": "lexical"}], "max_tokens_per_input": 8192}}
+    texts = ["x" * 500] * 250 + ["word " * 9000]
+    few, many = ({"model": "m", "input": some} for some in (texts[-1:], texts))
+    assert len(json.dumps(many)) < embeddings.AT_ONCE
+    assert await asked(few, models=models) == (400, 0)
+    status, had = await asked(many, models=models)
     assert status == 400
     assert had > 0
 

@@ -25,6 +25,8 @@ from app.catalog import TokenRule
 from app.types import Input, Media
 
 TABLE_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
+_LONGEST_TOKEN = 128
+"""Bytes of a token in it, at the most."""
 
 
 @lru_cache(maxsize=1)
@@ -38,8 +40,9 @@ def _table() -> tuple[bytes, ...]:
     return tuple(b64decode(line.split(b" ", 1)[0]) for line in text.splitlines())
 
 
-def decode(ids: Sequence[int]) -> str:
-    """cl100k_base ids to text. Raises `IndexError` holding the position of an id that is none.
+def decode(ids: Sequence[int], most: int = sys.maxsize) -> str:
+    """cl100k_base ids to text. Raises `IndexError` holding the position of an id that is none, and `OverflowError`
+    for more than `most` bytes of text.
 
     A character cut in two by whoever tokenised becomes U+FFFD, as in tiktoken.
     """
@@ -47,9 +50,14 @@ def decode(ids: Sequence[int]) -> str:
     try:
         if min(ids, default=0) < 0:  # which would count from the end
             raise IndexError
-        return b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
+        if len(ids) * _LONGEST_TOKEN > most and sum(map(len, map(table.__getitem__, ids))) > most:
+            raise OverflowError  # before it is made
+        text = b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
     except IndexError:
         raise IndexError(next(place for place, token in enumerate(ids) if not 0 <= token < len(table))) from None
+    if bound(text) > most:  # U+FFFD has three bytes, and what it stands for may have had one
+        raise OverflowError
+    return text
 
 
 def bound(text: Input) -> int:

@@ -49,7 +49,7 @@ def timed(work: Callable[[], object]) -> float:
 def kernels(count: int) -> dict[str, Callable[[], object]]:
     """The operations on a request of `count` texts, by name."""
     raw = traffic(Shape("hot", count, "float")).request(0).split(b"\r\n\r\n", 1)[1]
-    texts = list(map(str, parse_body(raw, max_inputs=2048).inputs))
+    texts = list(map(str, parse_body(raw, max_inputs=2048, max_decoded=2**20).inputs))
     params = Params(dimensions=pool.DIMENSIONS)
     derived = keys.derive("openai/text-embedding-3-small", params, texts)
     plain = [pool.vectors()[i % 256].raw for i in range(count)]
@@ -62,7 +62,7 @@ def kernels(count: int) -> dict[str, Callable[[], object]]:
     stored = [values.encode(key, each) for key, each in zip(derived, embeddings, strict=True)]
     parsed = Parsed(list(range(count)), plain, 12 * count)
     return {
-        "request: parse and check": lambda: parse_body(raw, max_inputs=2048),
+        "request: parse and check": lambda: parse_body(raw, max_inputs=2048, max_decoded=2**20),
         "cache keys": lambda: keys.derive("openai/text-embedding-3-small", params, texts),
         "memory: look up, all hits": lambda: store.lookup(derived),
         "memory: insert": lambda: store.insert(list(zip(derived, embeddings, strict=True))),

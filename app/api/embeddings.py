@@ -183,7 +183,7 @@ class Embeddings:
                     body = self._parse(raw, path_model)
                 else:
                     body = await asyncio.to_thread(self._parse_large, raw, path_model)
-                place.hold(len(raw) + INPUT * len(body.inputs))
+                place.hold(max(len(raw), body.decoded) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)
                 rendered = await render.embeddings(result, usage, body.model, body.encoding)
@@ -250,7 +250,8 @@ class Embeddings:
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def _parse(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
-        return parse_body(raw, max_inputs=self._server.max_inputs, path_model=path_model)
+        server = self._server
+        return parse_body(raw, max_inputs=server.max_inputs, max_decoded=server.max_body, path_model=path_model)
 
     def _parse_large(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         check_weight(raw, max_inputs=self._server.max_inputs)

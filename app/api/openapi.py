@@ -139,7 +139,7 @@ _ERRORS = {
     403: "the caller's key, for this model",
     404: "no such model",
     408: "the body came too slowly",
-    413: "the body is too large",
+    413: "the body, or the text that its token ids stand for, is too large",
     415: "the body is compressed",
     429: "a rate or quota, with `retry-after` where waiting helps",
     502: "the upstream failed",

@@ -15,7 +15,7 @@ from msgspec import Struct
 
 from app import tokens
 from app.api import content
-from app.errors import InvalidJson, InvalidRequest, UnsupportedDimensions
+from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDimensions
 from app.types import MOST_DIMENSIONS, Input, Media, OnLongInput, Params
 
 MAX_IDS = 2**18
@@ -48,21 +48,24 @@ class EmbeddingsBody(Struct):
     on_long_input: OnLongInput | None = None
     media: bool = False
     """Whether any of the inputs is no text."""
+    decoded: int = 0
+    """Bytes of text that came as token ids."""
 
 
-def parse_body(raw: bytes, *, max_inputs: int, path_model: str | None = None) -> EmbeddingsBody:
-    """Raises `InvalidRequest`. `path_model` is the model named by the route, which then decides."""
+def parse_body(raw: bytes, *, max_inputs: int, max_decoded: int, path_model: str | None = None) -> EmbeddingsBody:
+    """Raises `InvalidRequest`. `max_decoded`: bytes of text that token ids may come to. `path_model` is the model named
+    by the route, which then decides."""
     body = _object(raw)
     model = path_model if path_model is not None else body.get("model")
     if not isinstance(model, str) or not model:
         raise InvalidRequest("you must provide a model parameter: the name of a model, a string", param="model")
     try:
         encoding = _choice(body, "encoding_format", "float")
-        inputs, media = _inputs(body.get("input"), max_inputs)
+        inputs, media, decoded = _inputs(body.get("input"), max_inputs, max_decoded)
         user = body.get("user")
         if user is not None and not isinstance(user, str):
             raise InvalidRequest(f"user must be a string, not {_kind(user)}", param="user")
-        return EmbeddingsBody(model, inputs, _params(body), encoding, _choice(body, "on_long_input"), media)
+        return EmbeddingsBody(model, inputs, _params(body), encoding, _choice(body, "on_long_input"), media, decoded)
     except InvalidRequest as error:
         error.model = model
         raise
@@ -151,42 +154,50 @@ def _choice(body: dict[str, Any], field: str, usual: str | None = None) -> Any:
 # --- input ----------------------------------------------------------------------------------------------
 
 
-def _inputs(value: Any, max_inputs: int) -> tuple[Sequence[Input], bool]:
-    """The inputs, and whether any of them is no text."""
+_Inputs = tuple[Sequence[Input], bool, int]
+"""The inputs, whether any of them is no text, and bytes of text that came as token ids."""
+
+
+def _inputs(value: Any, max_inputs: int, max_decoded: int) -> _Inputs:
     if isinstance(value, str):
-        return (_text(value, "input"),), False
+        return (_text(value, "input"),), False, 0
     if value is None:
         raise InvalidRequest("you must provide input: a string, a list of strings, or token ids", param="input")
     if not isinstance(value, list):
         raise InvalidRequest(f"input must be a string or a list, not {_kind(value)}", param="input")
     if not value:
         raise InvalidRequest("input must not be an empty list", param="input")
-    return _listed(value, max_inputs)
+    return _listed(value, max_inputs, max_decoded)
 
 
-def _listed(value: list[Any], max_inputs: int) -> tuple[Sequence[Input], bool]:
+def _listed(value: list[Any], max_inputs: int, max_decoded: int) -> _Inputs:
     kinds = set(map(type, value))
     if kinds == {int}:
-        return (_tokens(value, "input"),), False
+        text = _tokens(value, "input", 0, max_decoded)
+        return (text,), False, tokens.bound(text)
     if len(value) > max_inputs:
         raise InvalidRequest(f"input has {len(value)} items; at most {max_inputs} are allowed", param="input")
     if kinds == {str}:
         if "" in value:
             _text("", f"input[{value.index('')}]")
-        return value, False
+        return value, False, 0
     if kinds == {list}:
-        return [_tokens(ids, f"input[{i}]") for i, ids in enumerate(value)], False
+        texts, decoded = [], 0
+        for i, ids in enumerate(value):
+            texts.append(_tokens(ids, f"input[{i}]", decoded, max_decoded))
+            decoded += tokens.bound(texts[-1])
+        return texts, False, decoded
     if kinds <= {str, dict}:
         return _contents(value)
     raise _mixed(value)
 
 
-def _contents(value: list[Any]) -> tuple[Sequence[Input], bool]:
+def _contents(value: list[Any]) -> _Inputs:
     inputs = [
         _text(item, f"input[{i}]") if isinstance(item, str) else content.parse(item, f"input[{i}]", _text)
         for i, item in enumerate(value)
     ]
-    return inputs, any(isinstance(each, Media) for each in inputs)
+    return inputs, any(isinstance(each, Media) for each in inputs), 0
 
 
 def _text(text: str, where: str) -> str:
@@ -195,7 +206,8 @@ def _text(text: str, where: str) -> str:
     return text
 
 
-def _tokens(ids: list[Any], where: str) -> str:
+def _tokens(ids: list[Any], where: str, before: int, most: int) -> str:
+    """Their text, which may have `most` bytes with the `before` of those before it: `58040,` stands for 128."""
     if not ids:
         raise InvalidRequest(f"{where} must not be an empty list of token ids", param=where)
     if len(ids) > MAX_IDS:
@@ -203,7 +215,10 @@ def _tokens(ids: list[Any], where: str) -> str:
     if set(map(type, ids)) != {int}:
         raise InvalidRequest(f"{where} must hold token ids only, whole numbers", param=where)
     try:
-        return tokens.decode(ids)
+        return tokens.decode(ids, most - before)
+    except OverflowError:
+        told = f"the token ids of one request may stand for {most} bytes of text, and up to {where} they stand for more"
+        raise BodyTooLarge(told, param=where) from None
     except IndexError as error:
         position = error.args[0]
         raise InvalidRequest(

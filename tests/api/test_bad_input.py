@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from app.api.embeddings import AT_ONCE
-from app.api.schema import check_weight
+from app.api.schema import check_weight, parse_body
 from app.errors import InvalidRequest
 from tests.api.support import FIXED_LENGTH, MODEL, error_of, head, post, wire
 from tests.api.support import config as config_of
@@ -345,6 +345,34 @@ def test_a_list_of_token_ids_is_one_input_however_many_they_are(fake: FakeOpenAI
     response = client.post("/v1/embeddings", json={"model": MODEL, "input": ids})
     assert response.status_code == 200
     assert [call.texts for call in fake.calls] == [["Hello" * len(ids)]]
+
+
+BLANKS = 58040
+"""The token id of 128 spaces, the longest there is."""
+
+
+@pytest.mark.parametrize(
+    ("ids", "param"),
+    [
+        ([BLANKS] * 8193, "input"),
+        ([[BLANKS] * 8193, [5]], "input[0]"),
+        ([[BLANKS] * 4096, [BLANKS] * 4096, [5], [5]], "input[2]"),
+        ([[BLANKS] * 8191, [222] * 43], "input[1]"),
+    ],
+    ids=["one", "the first", "together", "halves of characters, which become three bytes each"],
+)
+def test_token_ids_that_stand_for_more_text_than_a_body_may_have_are_a_413(
+    ids: list[Any], param: str, fake: FakeOpenAI, client: httpx.Client
+) -> None:
+    response = client.post("/v1/embeddings", json={"model": MODEL, "input": ids})
+    refused(response, 413, "body_too_large", param, "may stand for 1048576 bytes of text")
+    assert not fake.calls
+
+
+def test_and_as_much_as_a_body_may_have_is_read() -> None:
+    for ids in ([BLANKS] * 8192, [[BLANKS] * 8191, [222] * 42, [5, 5]]):
+        body = parse_body(json.dumps({"model": "m", "input": ids}).encode(), max_inputs=3, max_decoded=2**20)
+        assert sum(len(str(text).encode()) for text in body.inputs) == body.decoded == 2**20
 
 
 # --- how the body comes ----------------------------------------------------------------------------------------

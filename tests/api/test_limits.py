@@ -104,6 +104,24 @@ def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_b
         assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
 
 
+def test_token_ids_count_by_the_text_that_they_stand_for(fake: FakeOpenAI) -> None:
+    def ask(i: int) -> httpx.Response:
+        ids = [[i, *[58040] * 15]]  # a body of 120 bytes, with 15 times 128 spaces
+        return gateway.post({"model": MODEL, "input": ids})
+
+    server = {"max_body": 2000, "max_inputs": 4, "max_inflight_size": 9000}
+    with running(config(fake, server=server)) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        inside = [pool.submit(ask, i) for i in range(100, 103)]
+        settled(gateway, lambda: gateway.metric("inflight_requests") == 3)
+        response = ask(103)
+        assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
+        assert "bytes" in error_of(response)["message"]
+        fake.release()
+        assert [each.result().status_code for each in inside] == [200] * 3
+        assert ask(103).status_code == 200, "all of it is given back"
+
+
 def test_the_largest_request_that_is_allowed_always_has_room_when_it_is_alone(fake: FakeOpenAI) -> None:
     with running(config(fake, server={"max_body": 2000, "max_inputs": 100, "max_inflight_size": 1})) as gateway:
         assert gateway.post(body(*(f"{i}" for i in range(100)))).status_code == 200

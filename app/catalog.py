@@ -156,7 +156,10 @@ def _gemini() -> Iterable[Model]:
 
 def _lexical() -> Iterable[Model]:
     choices = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
-    yield Model("lexical", 512, choices, 256, revision="1", source="app/upstreams/lexical.py")
+    # A text's letters are hashed all at once, in 150 bytes of memory each: more would be too much of it.
+    yield Model(
+        "lexical", 512, choices, 256, max_characters_per_input=100_000, revision="1", source="app/upstreams/lexical.py"
+    )
 
 
 CATALOG: Mapping[str, Mapping[str, Model]] = MappingProxyType(

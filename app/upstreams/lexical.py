@@ -35,6 +35,9 @@ _BASE = np.uint64(0x100000001B3)
 _SPACE = np.uint64(ord(" "))
 _IN_A_THREAD = 20_000
 """Characters beyond which hashing would hold up the event loop for more than some milliseconds."""
+_AT_ONCE = 100_000
+"""Letters after which those so far are hashed: each takes 150 bytes meanwhile. What one text may have of them, the
+catalogue bounds."""
 
 # Scripts without spaces between words: kana, Han, Hangul.
 _WIDE = np.array([0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7B0, 0xF900, 0xFB00, 0x20000, 0x40000], np.uint64)
@@ -48,13 +51,25 @@ def embed(text: str, dimensions: int) -> bytes:
 
 def embed_all(texts: Sequence[str], dimensions: int) -> list[bytes]:
     """One vector a text. What stands beside a text in the list does not alter its vector."""
-    words = [_words(text) for text in texts]
+    found: list[bytes] = []
+    words: list[str] = []
+    letters = 0
+    for text in texts:
+        words.append(_words(text))
+        letters += len(words[-1])
+        if letters > _AT_ONCE:
+            found += _embedded(words, dimensions)
+            words, letters = [], 0
+    return found + _embedded(words, dimensions) if words else found
+
+
+def _embedded(words: Sequence[str], dimensions: int) -> list[bytes]:
     letters = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
-    owners = np.repeat(np.arange(len(texts), dtype=np.int64), [len(each) for each in words])
+    owners = np.repeat(np.arange(len(words), dtype=np.int64), [len(each) for each in words])
     places, hashes, weights = _features(letters)
     cells = owners[places] * dimensions + (hashes % np.uint64(dimensions)).astype(np.int64)
     signs = 1.0 - 2.0 * (hashes >> np.uint64(63)).astype(np.float64)
-    sums = np.bincount(cells, signs * weights, minlength=len(texts) * dimensions).reshape(-1, dimensions)
+    sums = np.bincount(cells, signs * weights, minlength=len(words) * dimensions).reshape(-1, dimensions)
     squares = (sums * sums).sum(axis=1)
     # A few features may cancel each other out.
     sums[squares == 0, 0] = 1.0

@@ -98,6 +98,16 @@ def test_baidus_limits_are_kept_by_baidus_own_rule(text: str, says: str) -> None
             )
 
 
+def test_the_built_in_model_takes_no_more_of_a_text_than_there_is_memory_for() -> None:
+    with running({"upstreams": {"built-in": {"type": "lexical"}}}) as gateway:
+        most = "word " * 20_000
+        assert gateway.post({"model": "lexical", "input": ["short", most]}).status_code == 200
+        response = gateway.post({"model": "lexical", "input": ["short", most + "s"]})
+        says = "input[1] has 100001 characters; this model takes at most 100000"
+        assert (response.status_code, response.json()["error"]["message"]) == (400, says)
+        assert counted(gateway.post({"model": "lexical", "input": most + "s", "on_long_input": "split"})) == (0, 1)
+
+
 # --- truncate ---------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import tracemalloc
 from pathlib import Path
 
 import httpx
@@ -83,6 +84,17 @@ def test_texts_without_a_word_have_a_vector_and_it_is_their_own(text: str) -> No
 @settings(deadline=None)
 def test_what_stands_beside_a_text_does_not_alter_its_vector(texts: list[str]) -> None:
     assert lexical.embed_all(texts, 128) == [lexical.embed(text, 128) for text in texts]
+
+
+def test_the_letters_of_a_call_are_hashed_a_hundred_thousand_at_a_time() -> None:
+    texts = [f"{i} " + "word " * 6000 for i in range(40)]
+    alone = [lexical.embed(text, 128) for text in texts]
+    tracemalloc.start()
+    together = lexical.embed_all(texts, 128)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert together == alone
+    assert most < 250 * 130_000, "all at once would take 180 MB"
 
 
 def test_another_process_with_another_hash_seed_gives_the_same_bytes() -> None:

@@ -22,6 +22,10 @@ from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send
 from app.upstreams import replies
 from app.upstreams.redact import Redactor, quotes
 
+AT_ONCE = 8 * 2**20
+"""Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
+parsed in a thread."""
+
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
 
@@ -87,6 +91,12 @@ class Call:
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)
         reply = await self._auth(request, self._send)
+        if len(reply.body) > AT_ONCE:
+            return await asyncio.to_thread(self._parse, reply, batch)
+        return self._parse(reply, batch)
+
+    def _parse(self, reply: WireReply, batch: Batch) -> Parsed:
+        """Raises `GatewayError` for a reply that is an error, or none of embeddings."""
         error = self._adapter.parse_error(reply)
         if error is not None:
             raise self._told(error, reply, batch)

@@ -12,6 +12,7 @@ escapes: then each quote begins or ends a string, and no string but a mark begin
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,6 +28,10 @@ except ImportError:  # where it has no wheel (pyproject.toml): orjson does the s
 
 DEEPEST = 8
 """Levels of a reply of embeddings, at the most; the deepest known has five."""
+
+_TURN = 16
+"""Lists of numbers after which other threads get a turn, which takes asking: numpy lets go of the interpreter for each,
+too briefly for them, and so often that none waits long enough to be given it."""
 
 _TEXT = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*"')
 """What stands before a vector in base64."""
@@ -99,6 +104,8 @@ def _around_numbers(raw: bytes | bytearray) -> Any:
                 raise ValueError("no JSON")
             numbers = cast("simdjson.Array", parse(raw[begin:end])).as_buffer(of_type="d")
             found.append(np.frombuffer(numbers, "<f8").astype("<f4").tobytes())
+            if len(found) % _TURN == 0:
+                time.sleep(0)
     pieces.append(raw[end:])
     return _filled(_without_escapes(b"".join(pieces), len(found)), found, DEEPEST)
 

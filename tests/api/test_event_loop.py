@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -11,15 +12,34 @@ from typing import Any
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 
 from app import main
 from app.api import embeddings, render
 from app.api.usage import Usage
+from app.catalog import Model
 from app.clock import SystemClock
+from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector
 from app.logs import RequestLog
 from app.main import create_app
-from app.types import Embedding, EmbedResult, Source
-from tests.api.support import MODEL, config, settled
+from app.metrics import Metrics
+from app.pipeline.call import AT_ONCE, Call
+from app.types import (
+    Adapter,
+    Batch,
+    Embedding,
+    EmbedResult,
+    Params,
+    Parsed,
+    Source,
+    Target,
+    WireReply,
+    WireRequest,
+)
+from app.upstreams import openai
+from app.upstreams.auth import NoAuth
+from app.upstreams.redact import Redactor
+from tests.api.support import MODEL, PATIENCE, config, settled
 from tests.fakes import FakeOpenAI
 from tests.harness import running, settings_of
 
@@ -98,6 +118,76 @@ async def test_an_answer_of_many_vectors_is_written_in_slices() -> None:
     async with turns() as others:
         await render.embeddings(result, Usage.of(result), MODEL, "float")
         assert others.count >= count // render.SLICES["float"] - 1
+
+
+DIALECT = Adapter(openai.request_builder("/embeddings", {}, None), openai.parse_error, openai.parse_response)
+ASKED = Batch(MODEL, ["a"], [b""], Params(), True, 0.0)
+
+
+def call_that_gets(body: bytes, metrics: Metrics, adapter: Adapter = DIALECT) -> Call:
+    """A call whose upstream answers with this at once."""
+
+    async def send(_request: WireRequest) -> WireReply:
+        return WireReply(200, {}, body)
+
+    target = Target("http://up.invalid", Model(MODEL, 1024), None)
+    return Call(target, adapter, NoAuth(), send, Redactor(), metrics, "up")
+
+
+def reply_of(numbers: str, size: int = 0) -> bytes:
+    """A reply with one vector, of so many bytes."""
+    return f'{{"data":[{{"index":0,"embedding":[{numbers}]}}]}}'.encode().ljust(size)
+
+
+NUMBERS = ",".join(["0.5"] * 1024)
+LARGE = AT_ONCE + 1
+
+
+async def test_a_large_reply_is_not_parsed_while_others_wait() -> None:
+    async with turns() as others:
+        small = await call_that_gets(reply_of(NUMBERS), Metrics())(ASKED)
+        assert others.count == 0
+        assert await call_that_gets(reply_of(NUMBERS, LARGE), Metrics())(ASKED) == small
+        assert others.count > 0
+
+
+@pytest.mark.parametrize(
+    ("numbers", "error"),
+    [
+        (NUMBERS + ",NaN", UpstreamInvalidVector),
+        (NUMBERS + ",", UpstreamInvalidResponse),
+        (NUMBERS + ",0.5", UpstreamInvalidResponse),
+    ],
+)
+async def test_and_is_judged_as_a_small_one(numbers: str, error: type[GatewayError]) -> None:
+    told = []
+    for size in (0, LARGE):
+        with pytest.raises(error) as raised:
+            await call_that_gets(reply_of(numbers, size), Metrics())(ASKED)
+        told.append((type(raised.value), raised.value.message))
+    assert told[0] == told[1]
+
+
+async def test_a_call_whose_time_is_up_does_not_wait_for_its_reply_to_be_parsed() -> None:
+    begun, over, metrics = threading.Event(), threading.Event(), Metrics()
+
+    def parse(_reply: WireReply, _batch: Batch) -> Parsed:
+        begun.set()
+        over.wait(PATIENCE)
+        return Parsed([], [])
+
+    call = call_that_gets(reply_of(NUMBERS, LARGE), metrics, replace(DIALECT, parse_response=parse))
+    task = asyncio.ensure_future(call(ASKED))
+    try:
+        while not begun.is_set():
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert not over.is_set()
+    finally:
+        over.set()
+    assert b'outcome="upstream_timeout"' in metrics.exposition()
 
 
 def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

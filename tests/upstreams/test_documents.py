@@ -1,5 +1,6 @@
 import base64
 import json
+import time
 from typing import Any
 
 import orjson
@@ -38,6 +39,16 @@ def test_a_reply_of_numbers_is_vectors_from_the_start() -> None:
     pytest.importorskip("simdjson", reason="it is not there for this Python: numbers are vectors a step later")
     body = documents.load(reply("[1, 2.5]"))
     assert body["data"][0]["embedding"] == vectors.from_numbers([1, 2.5])
+
+
+def test_of_many_lists_of_numbers_other_threads_get_a_turn_among_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("simdjson", reason="it is not there for this Python: the lists are read all at once")
+    turns: list[float] = []
+    monkeypatch.setattr(time, "sleep", turns.append)
+    read(reply(*["[1, 2.5]"] * 10))
+    assert turns == []
+    read(reply(*["[1, 2.5]"] * 100))
+    assert turns == [0] * 6
 
 
 def test_and_the_same_where_there_is_no_simdjson(monkeypatch: pytest.MonkeyPatch) -> None:

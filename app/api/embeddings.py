@@ -168,7 +168,7 @@ class Embeddings:
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before it takes room: who floods takes none from others.
-            exchange.quota.check()
+            exchange.quota.check(_length(exchange.headers))
             exchange.counted = False
         deadline, place = exchange.started + self._server.request_timeout, exchange.place
         try:
@@ -208,10 +208,7 @@ class Embeddings:
         return headers, [render.error_body(error)]
 
     def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
-        # Python reads no number of more than 4,300 digits; the parser none of 2**64 or more, but zeros before any.
-        length = headers.get(b"content-length", b"").lstrip(b"0")
-        if length.isdigit():
-            self._check_size(int(length))
+        self._check_size(_length(headers))
         compressed = headers.get(b"content-encoding", b"identity").lower() != b"identity"
         if b"transfer-encoding" in headers:  # that the last of them is `chunked` the server has seen to
             compressed = compressed or not _members(scope, b"transfer-encoding") <= _UNCOMPRESSED
@@ -371,6 +368,13 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
     result = await public.embed(request)
     quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result
+
+
+def _length(headers: Mapping[bytes, bytes]) -> int:
+    """Bytes of the body, as far as is told; 0 where it comes in chunks."""
+    # Python reads no number of more than 4,300 digits; the parser none of 2**64 or more, but zeros before any.
+    length = headers.get(b"content-length", b"").lstrip(b"0")
+    return int(length) if length.isdigit() else 0
 
 
 def _members(scope: Scope, name: bytes) -> set[bytes]:

@@ -59,12 +59,12 @@ class Quota:
         self._known_until = 0.0
         """Until when what Redis has said last may be relied on, but for the slack."""
 
-    def check(self) -> None:
-        """Raises `RateLimited` where not even the smallest request fits. Asks nobody."""
+    def check(self, size: int) -> None:
+        """Raises `RateLimited` where not even the smallest request fits, with the time until one would of which no more
+        is known than its body's `size`, at three bytes a token. Asks nobody."""
         now = self._clock.monotonic()
-        wait = self._limit.wait(now, 1, 1)
-        if wait:
-            raise self._over(wait, now, 1)
+        if self._limit.wait(now, 1, 1):
+            raise self._over(self._limit.wait(now, 1, max(1, size // 3)), now, 1)
 
     async def take(self, tokens: int) -> None:
         """One request of about so many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit."""

@@ -92,6 +92,17 @@ def test_a_limit_that_is_not_set_is_not_spoken_of(fake: FakeOpenAI) -> None:
         assert names == {f"x-ratelimit-{what}-tokens" for what in ("limit", "remaining", "reset")}
 
 
+def test_who_is_out_of_tokens_is_told_when_a_request_of_this_size_fits(fake: FakeOpenAI) -> None:
+    clock = HandClock()
+    with running(config(fake, auth=keys(team={"tokens_per_minute": 120})), clock=clock) as gateway:
+        assert ask(gateway, "team", "今天" * 58).status_code == 200
+        gateway.app.gateway.quotas["team"].owe(0, 120)  # the bill was higher
+        before = ask(gateway, "team", "今天" * 30)
+        assert before.status_code == 429
+        gateway.call(clock.advance(int(before.headers["retry-after"])))
+        assert ask(gateway, "team", "今天" * 30).status_code == 200
+
+
 def test_a_request_that_could_never_fit_is_told_so(fake: FakeOpenAI) -> None:
     with running(config(fake, auth=keys(team={"tokens_per_minute": 100}))) as gateway:
         response = ask(gateway, "team", *(["x" * 40] * 20))

@@ -31,6 +31,8 @@ KEEP_ALIVE = 75
 """Seconds for which a connection may lie idle: longer than any load balancer in use takes it to."""
 BACKLOG = 2048
 """Connections that wait to be accepted, at most."""
+MOMENT = 0.25
+"""Seconds from when the listener closes in which a request that is on its way over an idle connection is answered."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """mallopt(3)'s."""
@@ -143,6 +145,34 @@ class Server(uvicorn.Server):
                 listener.close()
         if self._orders:
             self._orders.report_up()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As the server does it, but whoever came before the listener closed is answered: what is closed with bytes
+        unread is reset, be it in the backlog or here."""
+        for server, listener in zip(self.servers, sockets or (), strict=False):
+            await self._let_in(server, listener)
+        if not self.force_exit:
+            await asyncio.sleep(MOMENT)
+        await super().shutdown(sockets)
+
+    async def _let_in(self, server: asyncio.Server, listener: socket.socket) -> None:
+        """Accepts those who wait for it, and closes the listener."""
+        protocol: Any = self.config.http_protocol_class
+
+        def connected() -> asyncio.BaseProtocol:
+            made: asyncio.BaseProtocol = protocol(
+                config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+            )
+            return made
+
+        # An error is that there are no more, or that there are no descriptors for them.
+        with contextlib.suppress(OSError), listener.dup() as backlog:
+            server.close()
+            backlog.setblocking(False)
+            for _ in range(BACKLOG):
+                connection, _ = backlog.accept()
+                connection.setblocking(False)
+                await asyncio.get_running_loop().connect_accepted_socket(connected, connection)
 
     def _terminate(self) -> None:
         if self._app.draining:

@@ -1,0 +1,90 @@
+"""The moment in which the listener closes: whoever came before it is answered."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
+
+import pytest
+
+from app.main import create_app
+from app.serve import Server, config_of, listen
+from tests.api.support import head, post
+from tests.harness import settings_of
+
+ASKED = post({"model": "lexical", "input": "x", "dimensions": 64})
+
+
+@contextlib.asynccontextmanager
+async def stopping() -> AsyncIterator[tuple[tuple[str, int], Coroutine[Any, Any, None]]]:
+    """A server's address, and what stops it."""
+    settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
+    app = create_app(settings)
+    config = config_of(app, settings)
+    config.load()
+    server = Server(config, app)
+    server.lifespan = config.lifespan_class(config)
+    listener = listen("127.0.0.1", 0)
+    await server.startup([listener])
+
+    async def stop() -> None:
+        server._stop()
+        await server.shutdown([listener])
+
+    yield listener.getsockname(), stop()
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    """On the event loop that the program has."""
+    settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
+    with asyncio.Runner(loop_factory=config_of(None, settings).get_loop_factory()) as runner:
+        runner.run(test)
+
+
+def all_of(connection: socket.socket) -> bytes:
+    return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+def test_who_waits_to_be_accepted_is_let_in() -> None:
+    async def test() -> None:
+        async with stopping() as (address, stop):
+            with contextlib.ExitStack() as callers:
+                # In one turn of the event loop, which accepts in another.
+                waiting = [callers.enter_context(socket.create_connection(address, timeout=10)) for _ in range(5)]
+                for connection in waiting:
+                    connection.sendall(ASKED)
+                await stop
+                for connection in waiting:
+                    answer = all_of(connection)
+                    assert answer.startswith(b"HTTP/1.1 200 ")
+                    assert b"connection: close" in answer
+            with pytest.raises(ConnectionRefusedError):
+                socket.create_connection(address)
+
+    run(test())
+
+
+@pytest.mark.parametrize("before", [b"", head("GET", "/healthz")], ids=["just let in", "kept alive"])
+def test_a_request_that_comes_over_an_idle_connection_as_the_listener_closes_is_answered(before: bytes) -> None:
+    async def test() -> None:
+        async with stopping() as (address, stop):
+            reader, writer = await asyncio.open_connection(*address)
+            if before:
+                writer.write(before)
+                assert (await reader.readuntil(b'"ok"}')).startswith(b"HTTP/1.1 200 ")
+            await asyncio.sleep(0.05)
+            stopped = asyncio.create_task(stop)
+            await asyncio.sleep(0.05)
+            with pytest.raises(ConnectionRefusedError):
+                await asyncio.open_connection(*address)
+            writer.write(ASKED)
+            answer = await reader.read()
+            assert answer.startswith(b"HTTP/1.1 200 ")
+            assert b"connection: close" in answer
+            writer.close()
+            await stopped
+
+    run(test())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -19,7 +19,7 @@ ASKED = post({"model": "lexical", "input": "x", "dimensions": 64})
 
 
 @contextlib.asynccontextmanager
-async def stopping() -> AsyncIterator[tuple[tuple[str, int], Coroutine[Any, Any, None]]]:
+async def stopping() -> AsyncIterator[tuple[tuple[str, int], Callable[[], Coroutine[Any, Any, None]]]]:
     """A server's address, and what stops it."""
     settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
     app = create_app(settings)
@@ -34,7 +34,11 @@ async def stopping() -> AsyncIterator[tuple[tuple[str, int], Coroutine[Any, Any,
         server._stop()
         await server.shutdown([listener])
 
-    yield listener.getsockname(), stop()
+    try:
+        yield listener.getsockname(), stop
+    finally:
+        if not server.should_exit:
+            await stop()  # or its loop would never close
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
@@ -56,7 +60,7 @@ def test_who_waits_to_be_accepted_is_let_in() -> None:
                 waiting = [callers.enter_context(socket.create_connection(address, timeout=10)) for _ in range(5)]
                 for connection in waiting:
                     connection.sendall(ASKED)
-                await stop
+                await stop()
                 for connection in waiting:
                     answer = all_of(connection)
                     assert answer.startswith(b"HTTP/1.1 200 ")
@@ -74,9 +78,9 @@ def test_a_request_that_comes_over_an_idle_connection_as_the_listener_closes_is_
             reader, writer = await asyncio.open_connection(*address)
             if before:
                 writer.write(before)
-                assert (await reader.readuntil(b'"ok"}')).startswith(b"HTTP/1.1 200 ")
+                assert (await asyncio.wait_for(reader.readuntil(b'"up"}}'), 10)).startswith(b"HTTP/1.1 200 ")
             await asyncio.sleep(0.05)
-            stopped = asyncio.create_task(stop)
+            stopped = asyncio.create_task(stop())
             await asyncio.sleep(0.05)
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection(*address)

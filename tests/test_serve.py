@@ -78,7 +78,7 @@ def test_a_request_that_comes_over_an_idle_connection_as_the_listener_closes_is_
             reader, writer = await asyncio.open_connection(*address)
             if before:
                 writer.write(before)
-                assert (await asyncio.wait_for(reader.readuntil(b'"up"}}'), 10)).startswith(b"HTTP/1.1 200 ")
+                assert (await asyncio.wait_for(reader.readuntil(b'"ok"}'), 10)).startswith(b"HTTP/1.1 200 ")
             await asyncio.sleep(0.05)
             stopped = asyncio.create_task(stop())
             await asyncio.sleep(0.05)

@@ -353,7 +353,7 @@ def test_head_on_the_embeddings_route_is_a_405_without_a_body(path: str, gateway
         assert first is not None
         assert first.status_code == 405
         assert first.headers["allow"] == "POST"
-        assert connection.must_reply().content.startswith(b'{"status":"ok"')
+        assert connection.must_reply().content == b'{"status":"ok"}'
 
 
 @pytest.mark.parametrize("path", ["/healthz", "/readyz", "/v1/models", f"/v1/models/{MODEL}", "/metrics", "/docs"])

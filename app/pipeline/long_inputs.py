@@ -7,6 +7,8 @@ may not is the upstream's to judge; one that it refuses is cut to what surely fi
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
 
@@ -20,6 +22,8 @@ from app.pipeline.parts import mixed, put
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 PIECES = 2048
@@ -30,6 +34,14 @@ _FAR = 2
 """How many times the limit an input has by estimate that is not left to an upstream that cuts without a word."""
 _IN_A_THREAD = 100_000
 """Characters beyond which texts are looked at in a thread: some milliseconds' worth, of short Chinese texts 25."""
+
+# "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
+# process. increase the physical batch size (current batch size: 512)"
+_LIMIT = re.compile(
+    r"(?:(less than)|length (?:is|of)|at most|limit(?: is| of)?|max(?:imum)?(?: of)?):? (\d[\d,]{0,9}) tokens\b"
+    r"|current batch size: (\d{1,9})\b",
+    re.IGNORECASE,
+)
 
 
 class LongInputs:
@@ -47,13 +59,14 @@ class LongInputs:
         self._usual: OnLongInput = settings.on_long_input if settings else "error"
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        params = request.params
+        params, policy = request.params, request.on_long_input or self._usual
+        if policy != "error" and self._room.tokens is None and self._room.characters is None:
+            return await self._find_out(request)
         before = prefix_of(self._model, params.input_type, params.instruct)
         # An instruction beside the text may count or not: nothing is refused for it, and room is left.
         room = self._room.without(before or params.instruct or "")
         if not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
             return await self._inner(request)
-        policy = request.on_long_input or self._usual
         plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
         if plan is None:
             return await self._inner(request)
@@ -62,6 +75,21 @@ class LongInputs:
             result.split = plan.count
         else:
             result.truncated = plan.count
+        return result
+
+    async def _find_out(self, request: EmbedRequest) -> EmbedResult:
+        """Nobody has said how long an input may be. Who refuses one may, and what is embedded until then is cached."""
+        try:
+            return await self._inner(request)
+        except ContextLengthExceeded as refusal:
+            limit, calls = _stated(refusal.message), refusal.calls
+            if limit is None:
+                refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
+                raise
+        self._room = tokens.Room(limit, None, self._room.rule)
+        log.info("model %s takes inputs of %d tokens, as its upstream says", request.model, limit)
+        result = await self(request)
+        result.calls += calls
         return result
 
     def _plan(self, request: EmbedRequest, policy: OnLongInput, room: tokens.Room, before: str) -> _Plan | None:
@@ -222,6 +250,15 @@ def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, f
             if first and room.counts(_text(inputs, i)):
                 break
     return over
+
+
+def _stated(refusal: str) -> int | None:
+    """How many tokens an input may have, where these words say so."""
+    found = _LIMIT.search(refusal)
+    if not found:
+        return None
+    limit = int((found[2] or found[3]).replace(",", ""))
+    return max(1, limit - (found[1] is not None))
 
 
 def _text(inputs: Sequence[Input], i: int) -> str:

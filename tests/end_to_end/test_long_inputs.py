@@ -353,3 +353,32 @@ def test_a_cut_keeps_nearly_all_that_fits_and_pieces_are_the_whole(fake: FakeOpe
         whole = Room(20, None, "cl100k_base").pieces(text)
         assert "".join(whole) == text
         assert set(pieces) == set(whole)
+
+
+# --- a limit that nobody has said -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_a_limit_is_learned_from_the_refusal_that_states_it(fake: FakeOpenAI, policy: str) -> None:
+    unknown = config(fake, max_tokens_per_input=None, on_long_input=policy)
+    with running({**unknown, "cache": {}}) as gateway, running(config(fake, on_long_input=policy)) as told:
+        asked = {"model": "public", "input": ["short", LONG]}
+        found, expected = gateway.post(asked), told.post(asked)
+        for one, other in zip(vectors_of(found), vectors_of(expected), strict=True):
+            assert np.array_equal(one, other)
+        assert counted(found) == counted(expected)
+        assert int(found.headers["x-embedding-upstream-calls"]) > int(expected.headers["x-embedding-upstream-calls"])
+        before = len(fake.calls)
+        again = gateway.post({"model": "public", "input": LONG + " more"})
+        assert again.status_code == 200
+        assert all(LONG not in text for call in fake.calls[before:] for text in call.texts), "it is known now"
+
+
+def test_where_a_refusal_states_none_the_caller_is_told_what_would_help(fake: FakeOpenAI) -> None:
+    with running(config(fake, max_tokens_per_input=None, on_long_input="truncate")) as gateway:
+        fake.fail(faults.http_error(400, b'{"error":{"message":"input is too long"}}'), times=None)
+        error = gateway.post({"model": "public", "input": LONG}).json()["error"]
+        assert error["code"] == "context_length_exceeded"
+        assert "max_tokens_per_input" in error["message"]
+        usual = gateway.post({"model": "public", "input": LONG, "on_long_input": "error"}).json()["error"]
+        assert "max_tokens_per_input" not in usual["message"]

@@ -249,8 +249,9 @@ class Route:
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
-            error = _verdict(result)
-            doubtful = error is None and any(isinstance(each, UpstreamInvalidVector) for each in result.outcomes)
+            if not _whole(result):
+                error = _verdict(result)
+                doubtful = error is None and any(isinstance(each, UpstreamInvalidVector) for each in result.outcomes)
             judged = not doubtful
             if error is None:
                 health.took(now() - began)
@@ -367,8 +368,6 @@ def _verdict(result: BatchResult) -> GatewayError | None:
     """What a batch tells of its deployment: a limit reached in any part of it, or that all of it failed and was not
     refused. Where every vector is none, that is no input's doing; where it gives its own length whatever is asked for,
     it serves those who ask for none."""
-    if _whole(result):
-        return None
     spared = Embedding | InvalidRequest | UpstreamIgnoredDimensions
     errors = [each for each in result.outcomes if not isinstance(each, spared)]
     limited = next((error for error in errors if isinstance(error, RateLimited | QuotaExhausted)), None)

@@ -45,16 +45,22 @@ class Expected:
     def knows(self, space: str) -> bool:
         return space in self._vectors
 
+    @property
+    def readable(self) -> bool:
+        """Whether all tiers of the cache answer, as far as is known."""
+        return self._cache is None or all(status.startswith("up") for status in self._cache.status().values())
+
     async def of(self, space: str, now: bytes) -> bytes:
         """`now` is what the first that answered gives: it counts where nothing else is known, and for this once where
         a cache that may know of something else does not answer."""
         (key,) = keys.derive(f"canary/{space}", Params(), [TEXT])
         if self._cache is not None and space not in self._vectors:
             (stored,) = await self._cache.get([key])
-            if stored is not None:
-                self._vectors.setdefault(space, stored.vector)
-            elif any(not status.startswith("up") for status in self._cache.status().values()):
+            if stored is None:  # or there was no time to look, and what is there must not be written over
+                (stored,) = await self._cache.get([key])
+            if stored is None and not self.readable:
                 return self._vectors.get(space, now)
+            self._vectors.setdefault(space, stored.vector if stored else now)
         expected = self._vectors.setdefault(space, now)
         if self._cache is not None:
             self._cache.put([(key, Embedding(expected, 0))])
@@ -71,25 +77,31 @@ class Canary:
         self._expected = expected
         self._from_start = from_start
         self._looked_at: dict[Deployment, float] = {}
-        """When each was last looked at; those that did not answer are not among them, nor those that could not be
-        compared with what was before."""
+        """When each was last looked at; those that did not answer are not among them."""
+        self._unsettled = False
+        """Whether they were compared with each other only, because the cache could not be read."""
         self._missed: set[Deployment] = set()
         """Those of which the log was told that they had not answered."""
 
     def due(self, now: float) -> bool:
         """Those that were configured to stand in for each other are compared from the start; all else once it is
         used, for to ask for a model may mean to load it."""
-        if not self._to_ask(now):
-            return False
-        return self._from_start or any(deployment.health.used for deployment in self._deployments)
+        return self._wanted and bool(self._to_ask(now))
 
     @property
     def waits(self) -> bool:
-        """Whether there is a deployment that others are asked before until it answers."""
-        return any(each.health.unproved for each in self._deployments)
+        """Whether there is a deployment that others are asked before until it answers, and that is asked."""
+        return self._wanted and any(each.health.unproved for each in self._deployments)
+
+    @property
+    def _wanted(self) -> bool:
+        return self._from_start or any(deployment.health.used for deployment in self._deployments)
 
     def _to_ask(self, now: float) -> list[Deployment]:
-        """Those whose last look is so long ago, and those that did not answer: these in every round, until they do."""
+        """Those whose last look is so long ago, and those that did not answer: these in every round, until they do.
+        All, once there is something to compare them with."""
+        if self._unsettled and self._expected.readable:
+            return list(self._deployments)
         looked_at = self._looked_at
         return [each for each in self._deployments if each not in looked_at or now - looked_at[each] >= EVERY]
 
@@ -104,9 +116,10 @@ class Canary:
             expected = await self._expected.of(self._space, answered[0][1]) if answered else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looked_at = before
+        if answered:
+            self._unsettled = not self._expected.knows(self._space)
         for deployment, vector in answered:
-            if self._expected.knows(self._space):
-                self._looked_at[deployment] = now
+            self._looked_at[deployment] = now
             deployment.health.unproved = False
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more

@@ -23,7 +23,7 @@ FAILURES = 5
 SUSPECT = 1.0
 """Seconds after a failure in which others are asked first."""
 DOUBTFUL = 10.0
-"""The same, after a reply in which some vectors are none: that may be its way, and retries are few."""
+"""The same, after a reply that lacked what another one has: that may be its way, and retries are few."""
 EJECTION = 30.0
 """Seconds out of the rotation; twice, three times … as long each time it fails again at once."""
 MOST_EJECTIONS = 10
@@ -145,11 +145,11 @@ class Health:
             self._suspect_until = self._clock.monotonic() + SUSPECT
             self._longest *= DOUBTED
 
-    def doubt(self, era: int) -> None:
-        """A call that began in this era brought vectors, and some that are none: others are asked first for a while."""
+    def doubt(self, why: str, era: int) -> None:
+        """What a call that began in this era brought is good in part only: others are asked first for a while."""
         if era == self._era:
             self._suspect_until = self._clock.monotonic() + DOUBTFUL
-            self._probing = False
+            self._tell(why)
 
     def abandon(self, era: int) -> None:
         """A call that began in this era says nothing of the deployment; if it was to tell, the next one is."""
@@ -176,15 +176,19 @@ class Health:
         else:
             told = f"{error.code}: {error.message}"
             if isinstance(error, _LASTING):
-                if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
-                    log.warning("%s: %s", self._name, told)
-                    self._quiet_until = self._clock.monotonic() + QUIET
-                self.trouble = told
+                self._tell(told)
             self._failures += 1
             self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
             # While it is ejected it is asked only where all are, and what is then found is nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
                 self._eject(told)
+
+    def _tell(self, trouble: str) -> None:
+        """Shown until it answers, and a line in the log now and then."""
+        if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
+            log.warning("%s: %s", self._name, trouble)
+            self._quiet_until = self._clock.monotonic() + QUIET
+        self.trouble = trouble
 
     def _eject(self, told: str) -> None:
         self._era += 1

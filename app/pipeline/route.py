@@ -217,8 +217,7 @@ class Route:
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(part, again, known_bad=known_bad)
         if again.deployment is not slot.deployment and _has_what_was_none(result, pending, retried):
-            told = "a part of its vectors are none, and another deployment has them"
-            slot.deployment.health.end(UpstreamInvalidVector(told), slot.era)
+            slot.deployment.health.doubt("it has no vectors of inputs of which another deployment has some", slot.era)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
             # One that gives other dimensions says nothing of the first one, which may give these when asked again.
             if not isinstance(outcome, UpstreamIgnoredDimensions):
@@ -242,17 +241,14 @@ class Route:
         """`known_bad`: these inputs have had no vector before, so that to get none again speaks against nobody."""
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
-        judged = late = doubtful = False
-        """Whether how the call ended speaks for or against the deployment: a bug of ours does not. Whether it is the
-        deadline that ended it. And whether some vectors are none, which speaks for neither: it may be the inputs."""
+        judged = late = False
+        """Whether how the call ended speaks for or against the deployment: a bug of ours does not. And whether it is
+        the deadline that ended it."""
         began = now()
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
-            if not _whole(result):
-                error = _verdict(result)
-                doubtful = error is None and any(isinstance(each, UpstreamInvalidVector) for each in result.outcomes)
-            judged = not doubtful
+            error, judged = _verdict(result), True
             if error is None:
                 health.took(now() - began)
             slot.settle(result)
@@ -270,8 +266,6 @@ class Route:
                 health.end(error, slot.era)
             elif late:
                 health.drop(slot.era)
-            elif doubtful:
-                health.doubt(slot.era)
             else:
                 health.abandon(slot.era)
             if isinstance(error, RateLimited):
@@ -368,6 +362,8 @@ def _verdict(result: BatchResult) -> GatewayError | None:
     """What a batch tells of its deployment: a limit reached in any part of it, or that all of it failed and was not
     refused. Where every vector is none, that is no input's doing; where it gives its own length whatever is asked for,
     it serves those who ask for none."""
+    if _whole(result):
+        return None
     spared = Embedding | InvalidRequest | UpstreamIgnoredDimensions
     errors = [each for each in result.outcomes if not isinstance(each, spared)]
     limited = next((error for error in errors if isinstance(error, RateLimited | QuotaExhausted)), None)

@@ -127,8 +127,8 @@ async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
 
 
 @pytest.mark.parametrize("fault", [faults.null_vector, faults.empty_vector, faults.zero_vector, faults.nan_literal])
-async def test_one_that_has_no_vector_of_some_inputs_leaves_them_and_then_all_to_the_other(fault: faults.Fault) -> None:
-    """Retries are few: it is asked seldom, and after five times not at all."""
+async def test_one_that_has_no_vector_of_some_inputs_is_asked_after_the_one_that_has(fault: faults.Fault) -> None:
+    """Retries are few: it is asked seldom."""
     clock = FastClock()
     with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
         with running(two(one.url, other.url), clock=clock) as gateway:
@@ -139,8 +139,26 @@ async def test_one_that_has_no_vector_of_some_inputs_leaves_them_and_then_all_to
                 response = gateway.post({"model": "m", "input": [f"{i} {part}" for part in "abc"]})
                 assert response.status_code == 200
                 clock.slept += 1.0
-            assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 0
-            assert "none" in gateway.get("/readyz").json()["upstreams"]["one"]["trouble"][MODEL]
+            assert 2 <= len(one.calls) <= 25
+            assert "no vectors" in gateway.get("/readyz").json()["upstreams"]["one"]["trouble"][MODEL]
+
+
+async def test_inputs_that_nobody_has_a_vector_of_speak_against_nobody() -> None:
+    clock = FastClock()
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        both = two(one.url, other.url)
+        both["models"]["m"]["deployments"][1]["priority"] = 2
+        with running(both, clock=clock) as gateway:
+            await asyncio.gather(one.calls_arrived(1), other.calls_arrived(1))  # the canary's
+            await asyncio.gather(one.idle(), other.idle())
+            for i in range(10):
+                for fake in (one, other):
+                    fake.fail(faults.nan_as_null.on("poison"), times=None)
+                asked = gateway.post({"model": "m", "input": [f"good {i}", "poison"]})
+                assert asked.status_code in (200, 502)
+                clock.slept += 2  # past what follows any failure
+                served = gateway.post({"model": "m", "input": f"text {i}"})
+                assert served.headers["x-embedding-upstream"] == f"one/{MODEL}"
 
 
 async def test_a_clock_that_is_set_brings_nobody_back_and_forgets_nothing() -> None:

@@ -116,8 +116,8 @@ class Call:
         if isinstance(error, UnsupportedDimensions) and batch.params.dimensions is None:
             # Nobody has asked for any: these may be an image's, and one input be at fault.
             error = replies.failure(InvalidRequest, reply, theirs)
-        # A refusal of one input is told only to those who sent it.
-        shared = len(batch.inputs) > 1 or not isinstance(error, InvalidRequest)
+        # Of one refused input only those are told who sent it.
+        shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
         if shared and quotes(theirs, batch.inputs):
             error.message = replies.failure(type(error), reply).message
         return error

@@ -38,7 +38,8 @@ class Redactor:
 
 
 _BEGINNING = 8
-"""Characters by which a text is known. What has not as many bytes is a word, which upstreams use as well."""
+"""Characters by which a text is known, white space counted as one. What has fewer bytes is a word, which upstreams use
+as well."""
 
 
 def quotes(words: str, inputs: Iterable[Input]) -> bool:
@@ -47,9 +48,9 @@ def quotes(words: str, inputs: Iterable[Input]) -> bool:
     for text in inputs if words else ():
         if type(text) is not str:
             continue
-        beginning = text[:64].lstrip()[:_BEGINNING]
-        if len(beginning.encode()) >= _BEGINNING:
-            forms = (beginning, json.dumps(beginning)[1:-1], json.dumps(beginning, ensure_ascii=False)[1:-1])
-            if any(" ".join(form.split()) in words for form in forms):
-                return True
+        start = text[:64].lstrip()
+        forms = {start, json.dumps(start)[1:-1], json.dumps(start, ensure_ascii=False)[1:-1]}
+        beginnings = {" ".join(form.split())[:_BEGINNING] for form in forms}
+        if any(len(beginning.encode()) >= _BEGINNING and beginning in words for beginning in beginnings):
+            return True
     return False

@@ -12,6 +12,7 @@ escapes: then each quote begins or ends a string, and no string but a mark begin
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Sequence
 from typing import Any, cast
@@ -30,8 +31,8 @@ DEEPEST = 8
 """Levels of a reply of embeddings, at the most; the deepest known has five."""
 
 _TURN = 16
-"""Lists of numbers after which other threads get a turn, which takes asking: numpy lets go of the interpreter for each,
-too briefly for them, and so often that none waits long enough to be given it."""
+"""Lists of numbers after which a thread gives the event loop's a turn, which takes asking: numpy lets go of the
+interpreter for each, too briefly for it, and so often that it never waits long enough to be given it."""
 
 _TEXT = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*"')
 """What stands before a vector in base64."""
@@ -92,6 +93,7 @@ def _around_numbers(raw: bytes | bytearray) -> Any:
     follows would be no JSON. Raises `TypeError` or `ValueError` for what is not plain numbers in plain lists.
     """
     parse, search, find = simdjson.Parser().parse, _LIST.search, raw.find
+    aside = threading.current_thread() is not threading.main_thread()
     found: list[bytes] = []
     pieces: list[bytes | bytearray] = []
     end = 0
@@ -104,7 +106,7 @@ def _around_numbers(raw: bytes | bytearray) -> Any:
                 raise ValueError("no JSON")
             numbers = cast("simdjson.Array", parse(raw[begin:end])).as_buffer(of_type="d")
             found.append(np.frombuffer(numbers, "<f8").astype("<f4").tobytes())
-            if len(found) % _TURN == 0:
+            if aside and len(found) % _TURN == 0:
                 time.sleep(0)
     pieces.append(raw[end:])
     return _filled(_without_escapes(b"".join(pieces), len(found)), found, DEEPEST)

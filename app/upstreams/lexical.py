@@ -36,8 +36,8 @@ _SPACE = np.uint64(ord(" "))
 _IN_A_THREAD = 20_000
 """Characters beyond which hashing would hold up the event loop for more than some milliseconds."""
 _AT_ONCE = 100_000
-"""Letters after which those so far are hashed: each takes 150 bytes meanwhile. What one text may have of them, the
-catalogue bounds."""
+"""Letters after which those so far are hashed: each takes 150 bytes meanwhile. How many characters one text may have,
+the catalogue says; most are one letter, some rare ones up to 18."""
 
 # Scripts without spaces between words: kana, Han, Hangul.
 _WIDE = np.array([0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7B0, 0xF900, 0xFB00, 0x20000, 0x40000], np.uint64)

@@ -165,6 +165,11 @@ class Room:
     characters: int | None
     rule: TokenRule = "bytes"
 
+    @property
+    def unbounded(self) -> bool:
+        """Whether nobody knows of a limit."""
+        return self.tokens is None and self.characters is None
+
     @cached_property
     def any_text(self) -> int:
         """A text of so many characters fits, whatever they are."""

@@ -7,7 +7,6 @@ may not is the upstream's to judge; one that it refuses is cut to what surely fi
 from __future__ import annotations
 
 import asyncio
-import logging
 import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeVar
@@ -15,14 +14,12 @@ from typing import TypeVar
 from msgspec.structs import replace
 
 from app import tokens, vectors
-from app.catalog import Model
+from app.catalog import Model, TokenRule
 from app.config import ModelSettings
-from app.errors import ContextLengthExceeded, InvalidRequest, UpstreamInvalidVector
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamInvalidVector
 from app.pipeline.parts import mixed, put
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
-
-log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -60,36 +57,25 @@ class LongInputs:
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         params, policy = request.params, request.on_long_input or self._usual
-        if policy != "error" and self._room.tokens is None and self._room.characters is None:
-            return await self._find_out(request)
         before = prefix_of(self._model, params.input_type, params.instruct)
         # An instruction beside the text may count or not: nothing is refused for it, and room is left.
         room = self._room.without(before or params.instruct or "")
-        if not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
+        plan: _Plan | None
+        if policy != "error" and room.unbounded:
+            # Nobody has said how long an input may be: who refuses one may.
+            texts = {i for i, text in enumerate(request.inputs) if type(text) is str}
+            plan = _Plan(request.inputs, texts, room, whole=policy == "split", asks=True)
+        elif not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
             return await self._inner(request)
-        plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
+        else:
+            plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
         if plan is None:
             return await self._inner(request)
-        result = await self._embed(request, plan)
+        result = await self._embed(request, plan, before or params.instruct or "")
         if policy == "split":
             result.split = plan.count
         else:
             result.truncated = plan.count
-        return result
-
-    async def _find_out(self, request: EmbedRequest) -> EmbedResult:
-        """Nobody has said how long an input may be. Who refuses one may, and what is embedded until then is cached."""
-        try:
-            return await self._inner(request)
-        except ContextLengthExceeded as refusal:
-            limit, calls = _stated(refusal.message), refusal.calls
-            if limit is None:
-                refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
-                raise
-        self._room = tokens.Room(limit, None, self._room.rule)
-        log.info("model %s takes inputs of %d tokens, as its upstream says", request.model, limit)
-        result = await self(request)
-        result.calls += calls
         return result
 
     def _plan(self, request: EmbedRequest, policy: OnLongInput, room: tokens.Room, before: str) -> _Plan | None:
@@ -103,8 +89,8 @@ class LongInputs:
             for i in long:
                 self._refuse(i, before, _text(request.inputs, i))
             return None
-        if policy == "split" and request.params.output_type != "dense":
-            raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
+        if policy == "split":
+            _check_dense(request)
         plan = _Plan(request.inputs, set(long), room, whole=policy == "split", asks=self._asks)
         plan.cut([i for i in long if not plan.may_fit(i)])
         return plan
@@ -129,8 +115,9 @@ class LongInputs:
             f"input[{i}] has {size}{besides}; this model takes at most {limit}", param=f"input[{i}]"
         )
 
-    async def _embed(self, request: EmbedRequest, plan: _Plan) -> EmbedResult:
-        """All pieces at once; what is then found too long is cut as well and asked again."""
+    async def _embed(self, request: EmbedRequest, plan: _Plan, before: str) -> EmbedResult:
+        """All pieces at once; what is then found too long is cut as well and asked again. `before` stands before each
+        of them."""
         everything = range(len(request.inputs))
         first = await self._inner(plan.request(request, everything))
         result = plan.join(first, everything)
@@ -140,6 +127,10 @@ class LongInputs:
         for place, error in first.too_long.items():
             if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
                 raise error  # it should have fitted: nothing we could do would be more than a guess
+        if plan.room.unbounded:
+            if plan.whole:
+                _check_dense(request)
+            plan.room = _room_of(first.too_long.values(), plan.room.rule).without(before)
         await _aside(lambda: plan.cut(refused), [request.inputs[i] for i in refused])
         second = await self._inner(plan.request(request, refused, final=True))
         again = plan.join(second, refused)
@@ -161,8 +152,8 @@ class _Plan:
     ) -> None:
         """`long`: the inputs that do not surely fit. `whole`: an input's pieces are all embedded, and not only the
         first. `asks`: what may fit is tried."""
-        self.long = long
-        self._inputs, self._room, self._all, self._asks = inputs, room, whole, asks
+        self.long, self.room, self.whole = long, room, whole
+        self._inputs, self._asks = inputs, asks
         self._pieces: dict[int, Sequence[str]] = {}
         self._left = PIECES
         self.owners: list[int] = []
@@ -178,7 +169,7 @@ class _Plan:
 
     def may_fit(self, i: int) -> bool:
         """Whether to try the input as it is: likely to fit, and refused if it does not."""
-        text, room = _text(self._inputs, i), self._room
+        text, room = _text(self._inputs, i), self.room
         if room.counts(text):
             return False  # that it does not fit is why it is here; counting again would hold up the event loop
         if not self._asks or (room.characters is not None and len(text) > room.characters):
@@ -192,10 +183,10 @@ class _Plan:
     def cut(self, which: Sequence[int]) -> None:
         for i in which:
             text = _text(self._inputs, i)
-            if self._all and len(text) > (self._left + 1) * self._room.most_characters:
+            if self.whole and len(text) > (self._left + 1) * self.room.most_characters:
                 raise self._too_many(i)
             try:
-                pieces = self._room.pieces(text) if self._all else [self._room.first(text)]
+                pieces = self.room.pieces(text) if self.whole else [self.room.first(text)]
             except ValueError:
                 raise InvalidRequest(
                     f"not even the beginning of input[{i}] surely fits this model, with what goes before it",
@@ -252,13 +243,23 @@ def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, f
     return over
 
 
-def _stated(refusal: str) -> int | None:
-    """How many tokens an input may have, where these words say so."""
-    found = _LIMIT.search(refusal)
-    if not found:
-        return None
-    limit = int((found[2] or found[3]).replace(",", ""))
-    return max(1, limit - (found[1] is not None))
+def _check_dense(request: EmbedRequest) -> None:
+    """Raises `InvalidRequest` where there is more to a vector than a mean can be made of."""
+    if request.params.output_type != "dense":
+        raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
+
+
+def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> tokens.Room:
+    """The room that those leave who refused inputs. Raises a refusal that does not say."""
+    limits = []
+    for refusal in refusals:
+        found = _LIMIT.search(refusal.message)
+        if not found:
+            refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
+            raise refusal
+        limit = int((found[2] or found[3]).replace(",", ""))
+        limits.append(max(1, limit - (found[1] is not None)))
+    return tokens.Room(min(limits), None, rule)
 
 
 def _text(inputs: Sequence[Input], i: int) -> str:

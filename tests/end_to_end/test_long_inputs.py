@@ -368,10 +368,19 @@ def test_a_limit_is_learned_from_the_refusal_that_states_it(fake: FakeOpenAI, po
             assert np.array_equal(one, other)
         assert counted(found) == counted(expected)
         assert int(found.headers["x-embedding-upstream-calls"]) > int(expected.headers["x-embedding-upstream-calls"])
+        assert found.json()["usage"] == expected.json()["usage"]
+        assert found.headers["x-embedding-cache"] == "miss"
+
+
+def test_such_a_limit_is_the_requests_own(fake: FakeOpenAI) -> None:
+    """Who asked for no cut is refused by the upstream, or not: another deployment may take more."""
+    with running(config(fake, max_tokens_per_input=None)) as gateway:
+        cut = gateway.post({"model": "public", "input": LONG, "on_long_input": "truncate"})
+        assert counted(cut) == (1, 0)
         before = len(fake.calls)
-        again = gateway.post({"model": "public", "input": LONG + " more"})
-        assert again.status_code == 200
-        assert all(LONG not in text for call in fake.calls[before:] for text in call.texts), "it is known now"
+        refused = gateway.post({"model": "public", "input": LONG})
+        assert refused.status_code == 400
+        assert len(fake.calls) > before, "the upstream was asked"
 
 
 def test_where_a_refusal_states_none_the_caller_is_told_what_would_help(fake: FakeOpenAI) -> None:

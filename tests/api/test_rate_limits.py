@@ -103,6 +103,14 @@ def test_who_is_out_of_tokens_is_told_when_a_request_of_this_size_fits(fake: Fak
         assert ask(gateway, "team", "今天" * 30).status_code == 200
 
 
+def test_what_may_be_an_image_is_not_waited_for_as_if_it_were_text(fake: FakeOpenAI) -> None:
+    with running(config(fake, auth=keys(team={"tokens_per_minute": 60_000})), clock=HandClock()) as gateway:
+        gateway.app.gateway.quotas["team"].owe(0, 60_000)
+        refused = ask(gateway, "team", "x" * 3_000_000)
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) <= 10
+
+
 def test_a_request_that_could_never_fit_is_told_so(fake: FakeOpenAI) -> None:
     with running(config(fake, auth=keys(team={"tokens_per_minute": 100}))) as gateway:
         response = ask(gateway, "team", *(["x" * 40] * 20))

@@ -71,3 +71,7 @@ def test_a_text_is_known_by_its_beginning_in_whatever_form_it_is_quoted(text: st
 def test_a_word_that_upstreams_use_as_well_is_no_quotation() -> None:
     assert not quotes("the model is overloaded", ["model", "the", "", " ", "overtime is", "I ask: the model?"])
     assert not quotes("", ["", "a text of some length"])
+    # White space makes no word longer.
+    assert not quotes(
+        "batch size is invalid, it should not be larger than 1 0", ["1       Introduction", "a\n\n\n\n\n\n\nb"]
+    )

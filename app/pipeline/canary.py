@@ -28,7 +28,7 @@ EVERY = 4 * 3600.0
 ROUND = 60.0
 """Seconds between two rounds of asking which look is due."""
 SOON = 10.0
-"""The same, while a deployment has never answered: when it is back, it is to be judged and used."""
+"""The same, while one that is asked has not been compared yet: when it answers, it is to be judged and used."""
 TIMEOUT = 30.0
 """Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
 
@@ -60,7 +60,7 @@ class Expected:
                 (stored,) = await self._cache.get([key])
             if stored is None and not self.readable:
                 return self._vectors.get(space, now)
-            self._vectors.setdefault(space, stored.vector if stored else now)
+            now = stored.vector if stored else now
         expected = self._vectors.setdefault(space, now)
         if self._cache is not None:
             self._cache.put([(key, Embedding(expected, 0))])
@@ -124,8 +124,7 @@ class Canary:
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
         if len(self._deployments) > 1:
-            silent = [each for each, vector in zip(asked, found, strict=True) if not vector]
-            self._put_last([each for each in silent if each not in self._looked_at])
+            self._put_last([each for each in asked if each not in self._looked_at])
 
     def _put_last(self, silent: Sequence[Deployment]) -> None:
         for deployment in silent:

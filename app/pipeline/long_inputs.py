@@ -59,7 +59,8 @@ class LongInputs:
         params, policy = request.params, request.on_long_input or self._usual
         before = prefix_of(self._model, params.input_type, params.instruct)
         # An instruction beside the text may count or not: nothing is refused for it, and room is left.
-        room = self._room.without(before or params.instruct or "")
+        ahead = before or params.instruct or ""
+        room = self._room.without(ahead)
         plan: _Plan | None
         if policy != "error" and room.unbounded:
             # Nobody has said how long an input may be: who refuses one may.
@@ -71,7 +72,7 @@ class LongInputs:
             plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
         if plan is None:
             return await self._inner(request)
-        result = await self._embed(request, plan, before or params.instruct or "")
+        result = await self._embed(request, plan, ahead)
         if policy == "split":
             result.split = plan.count
         else:
@@ -115,9 +116,9 @@ class LongInputs:
             f"input[{i}] has {size}{besides}; this model takes at most {limit}", param=f"input[{i}]"
         )
 
-    async def _embed(self, request: EmbedRequest, plan: _Plan, before: str) -> EmbedResult:
-        """All pieces at once; what is then found too long is cut as well and asked again. `before` stands before each
-        of them."""
+    async def _embed(self, request: EmbedRequest, plan: _Plan, ahead: str) -> EmbedResult:
+        """All pieces at once; what is then found too long is cut as well and asked again. `ahead` needs room as well,
+        before each of them."""
         everything = range(len(request.inputs))
         first = await self._inner(plan.request(request, everything))
         result = plan.join(first, everything)
@@ -130,7 +131,7 @@ class LongInputs:
         if plan.room.unbounded:
             if plan.whole:
                 _check_dense(request)
-            plan.room = _room_of(first.too_long.values(), plan.room.rule).without(before)
+            plan.room = _room_of(first.too_long.values(), plan.room.rule).without(ahead)
         await _aside(lambda: plan.cut(refused), [request.inputs[i] for i in refused])
         second = await self._inner(plan.request(request, refused, final=True))
         again = plan.join(second, refused)

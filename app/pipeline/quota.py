@@ -18,7 +18,7 @@ from app.errors import InvalidRequest, RateLimited
 from app.limits import TICK, Bucket, Rates
 from app.metrics import Metrics
 
-_TEXT = 2**13
+_MOST_TEXT = 2**13
 """Tokens that a body is taken to be at the most, for when to come back: an image in it counts as one."""
 SLACK = 0.01
 """Of a limit: what all processes together may let in before Redis hears of it."""
@@ -66,7 +66,7 @@ class Quota:
         is known than its body's `size`, at three bytes a token; but of a large one less may be text. Asks nobody."""
         now = self._clock.monotonic()
         if self._limit.wait(now, 1, 1):
-            raise self._over(self._limit.wait(now, 1, min(max(1, size // 3), _TEXT)), now, 1)
+            raise self._over(self._limit.wait(now, 1, min(max(1, size // 3), _MOST_TEXT)), now, 1)
 
     async def take(self, tokens: int) -> None:
         """One request of about so many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit."""

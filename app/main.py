@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from app import logs
-from app.api import embeddings, routes
+from app.api import embeddings, head, routes
 from app.api.auth import Keys
 from app.cache import build
 from app.cache.tiers import Tiers
@@ -255,7 +255,7 @@ def _last(send: embeddings.Sender) -> embeddings.Sender:
 
 def _identified(scope: embeddings.Scope, send: embeddings.Sender) -> embeddings.Sender:
     """`send` that puts the request's id on the response."""
-    request_id = embeddings.request_id(dict(scope["headers"]))
+    request_id = head.request_id(dict(scope["headers"]))
 
     async def with_id(message: embeddings.Message) -> None:
         if message["type"] == "http.response.start":

@@ -20,7 +20,7 @@ import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-from app.api.embeddings import request_id
+from app.api.head import request_id
 from app.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0

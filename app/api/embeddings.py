@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import random
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
@@ -19,7 +18,7 @@ from typing import Any
 from msgspec import Struct
 
 from app import tokens
-from app.api import render
+from app.api import head, render
 from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Guard
 from app.api.schema import EmbeddingsBody, check_weight, parse_body
@@ -61,9 +60,6 @@ AT_ONCE = 256 * 2**10
 parsed in a thread, in which only the JSON itself holds up others."""
 
 _JSON = (b"content-type", b"application/json")
-_UNCOMPRESSED = frozenset((b"", b"identity", b"chunked"))
-"""Transfer codings that leave a body as it is; a list may have empty members (RFC 9110 5.6.1)."""
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _remembered = lru_cache(maxsize=4096)
 
 log = logging.getLogger(__name__)
@@ -75,14 +71,6 @@ def match(path: str) -> tuple[bool, str | None]:
         return True, None
     named = _NAMED.fullmatch(path)
     return named is not None, named["model"] if named else None
-
-
-def request_id(headers: Mapping[bytes, bytes]) -> bytes:
-    """The caller's own `x-request-id` if it is one (printable, up to 128 bytes), else a new one."""
-    own = headers.get(b"x-request-id")
-    if own is not None and _REQUEST_ID.fullmatch(own):
-        return own
-    return b"req_%024x" % random.getrandbits(96)  # to tell requests apart; it opens nothing
 
 
 class _Exchange(Struct):
@@ -130,7 +118,7 @@ class Embeddings:
         if first_byte is not None:  # its head took time as well
             now, began = first_byte, began - (now - first_byte)
         with Place(self._gateway.room) as place:
-            exchange = _Exchange(sent, request_id(sent), now, began, place)
+            exchange = _Exchange(sent, head.request_id(sent), now, began, place)
             error: GatewayError | None = None
             try:
                 headers, body = await self._answer(exchange, scope, receive, path_model)
@@ -168,7 +156,7 @@ class Embeddings:
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before it takes room: who floods takes none from others.
-            exchange.quota.check(_length(exchange.headers))
+            exchange.quota.check(head.length(exchange.headers))
             exchange.counted = False
         deadline, place = exchange.started + self._server.request_timeout, exchange.place
         try:
@@ -208,11 +196,8 @@ class Embeddings:
         return headers, [render.error_body(error)]
 
     def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
-        self._check_size(_length(headers))
-        compressed = headers.get(b"content-encoding", b"identity").lower() != b"identity"
-        if b"transfer-encoding" in headers:  # that the last of them is `chunked` the server has seen to
-            compressed = compressed or not _members(scope, b"transfer-encoding") <= _UNCOMPRESSED
-        if compressed:
+        self._check_size(head.length(headers))
+        if head.compressed(headers, scope["headers"]):
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
 
     def _check_size(self, size: int) -> None:
@@ -261,7 +246,8 @@ class Embeddings:
         public = await self._gateway.find(body.model)
         exchange.public = public
         exchange.tenant.check(body.model, public.name)
-        read_cache, write_cache = _cache_control(scope) if b"cache-control" in exchange.headers else (True, True)
+        told = b"cache-control" in exchange.headers
+        read_cache, write_cache = head.cache_control(scope["headers"]) if told else (True, True)
         request = EmbedRequest(
             model=public.name,
             inputs=body.inputs,
@@ -368,25 +354,6 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
     result = await public.embed(request)
     quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result
-
-
-def _length(headers: Mapping[bytes, bytes]) -> int:
-    """Bytes of the body, as far as is told; 0 where it comes in chunks."""
-    # Python reads no number of more than 4,300 digits; the parser none of 2**64 or more, but zeros before any.
-    length = headers.get(b"content-length", b"").lstrip(b"0")
-    return int(length) if length.isdigit() else 0
-
-
-def _members(scope: Scope, name: bytes) -> set[bytes]:
-    """What the request's header of this name lists, in lower case: several lines count as one."""
-    lines = [value for each, value in scope["headers"] if each == name]
-    return {part.strip().lower() for part in b",".join(lines).split(b",")}
-
-
-def _cache_control(scope: Scope) -> tuple[bool, bool]:
-    """(read the cache, write the cache), by the request's `Cache-Control`."""
-    directives = _members(scope, b"cache-control")
-    return b"no-cache" not in directives, b"no-store" not in directives
 
 
 async def _linger(receive: Receive, limit: int) -> None:

@@ -174,10 +174,10 @@ class Growth:
 
     # --- more time ----------------------------------------------------------------------------------------------
 
-    def minutes(self, minutes: float) -> None:
-        """128 new texts in each request, without a pause."""
+    def minutes(self, minutes: float, cache: str) -> None:
+        """128 new texts in each request, without a pause. `cache` is the size of the memory cache."""
         self._control()
-        gateway = self._gateway(self._cores.target)
+        gateway = self._gateway(self._cores.target, cache={"memory": {"max_size": cache}})
         assert gateway.process is not None
         _head("minute", "requests/s", "peak of this minute, MiB")
         try:
@@ -242,6 +242,7 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m bench.growth", description=__doc__)
     parser.add_argument("parts", nargs="*", default=parts[:3], choices=parts, help="(default: all but minutes)")
     parser.add_argument("--minutes", type=float, default=10, help="of the part of that name (default: 10)")
+    parser.add_argument("--cache", default="256MiB", help="size of the memory cache there (default: the gateway's own)")
     options = parser.parse_args()
     cores = Cores.of_this_machine()
     with tempfile.TemporaryDirectory(prefix="eg-growth-") as work, contextlib.ExitStack() as stack:
@@ -254,7 +255,7 @@ def main() -> None:
         if "replicas" in options.parts:
             growth.replicas()
         if "minutes" in options.parts:
-            growth.minutes(options.minutes)
+            growth.minutes(options.minutes, options.cache)
 
 
 if __name__ == "__main__":

@@ -239,8 +239,8 @@ class Protocol(HttpToolsProtocol):
     async def _respond(self, head: bytes, body: list[bytes], size: int, until: float, *, last: bool = False) -> None:
         """What `send` does with a response that is all there and has a content-length, which is `size`; and waits until
         it is taken, but for what a transport keeps without a word (64 KiB; what reading takes is as much). `last` makes
-        it the last on its connection. Raises `TimeoutError` if it was not by `until`, on the event loop's clock: then
-        the connection was ended."""
+        it the last on its connection. Raises `TimeoutError` if it was not by `until`, on the event loop's clock, or the
+        server waits no longer: then the connection was ended."""
         cycle = self._running
         assert cycle is not None
         if self.flow.write_paused and not cycle.disconnected:
@@ -264,14 +264,15 @@ class Protocol(HttpToolsProtocol):
             await self._take(until)
 
     async def _take(self, until: float) -> None:
-        """Waits until the caller has taken what was written, or is gone; by `until` it is."""
+        """Waits until the caller has taken what was written, or is gone; by `until` it is, and when the server no
+        longer waits."""
         try:
             async with asyncio.timeout_at(until):
                 await self.flow.drain()
-        except TimeoutError:
+        except (TimeoutError, asyncio.CancelledError):
             self.transport.abort()
             await self.flow.drain()  # which its loss ends
-            raise
+            raise TimeoutError from None
 
     # --- keep-alive: a timer that looks how long it has been idle, in place of a new one for every request ------
 

@@ -110,6 +110,21 @@ def test_ctrl_c_again_ends_requests_with_an_answer_and_a_line_in_the_log(
         assert "Traceback" not in log
 
 
+@pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
+def test_ctrl_c_again_drops_an_answer_that_is_not_taken_without_ado(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    with start(tmp_path, "--port", "0", *arguments) as process:
+        url = address(tmp_path / "log", process)
+        with connect(url) as raw:
+            body = json.dumps({"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}).encode()
+            raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+            until(lambda: "event=request " in (tmp_path / "log").read_text(), lambda: "no answer")
+            process.send_signal(signal.SIGINT)
+            until(lambda: not answers(url), (tmp_path / "log").read_text)
+            process.send_signal(signal.SIGINT)
+            assert process.wait(30) == 130
+        assert "Traceback" not in (tmp_path / "log").read_text()
+
+
 def test_the_port_for_metrics_tells_of_all_workers(tmp_path: Path) -> None:
     port = free_port()
     with serving(tmp_path, *TWO, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as (url, _):

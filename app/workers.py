@@ -1,7 +1,8 @@
 """Worker processes: kept alive, told their settings and when to stop. Knows neither the ASGI server nor the
 application.
 
-A pair of sockets joins parent and worker. The worker says once that it is up. The parent says what settings are in
+A pair of sockets joins parent and worker. The worker says that it is up, and goes on saying so: one that falls silent
+hangs, for good as far as anybody can tell, and is replaced like one that has died. The parent says what settings are in
 force, first of all and whenever they change, so that a worker which comes later has what its siblings have whatever
 the file holds by then; and by closing its end, which it also does by dying, when to stop without hurry. Signals are
 for hurry alone: so whoever signals a whole group of processes, as systemd does, gives no order twice.
@@ -27,6 +28,11 @@ from app.config.source import Given, applicable
 log = logging.getLogger(__name__)
 
 UP = b"u"
+BEAT = 1.0
+"""Seconds after which a worker says again that it is up."""
+SILENCE = 30.0
+"""Seconds without a word from a worker that is up, after two of which it is ended. Two, for the first may have passed
+while this process was itself suspended, with all of them."""
 LONGEST_PAUSE = 30.0
 """Seconds before a worker that cannot start is started again, at most."""
 
@@ -72,8 +78,13 @@ class Orders:
         loop.add_reader(self._socket, told)
 
     def report_up(self) -> None:
-        with contextlib.suppress(OSError):
-            self._socket.send(UP)
+        """Now, and from then on as long as the event loop turns."""
+        try:
+            with contextlib.suppress(BlockingIOError):  # a parent that is suspended
+                self._socket.send(UP)
+        except OSError:
+            return
+        asyncio.get_running_loop().call_later(BEAT, self.report_up)
 
     def _last(self) -> str | None:
         """The settings that were said last, of those that have come whole since."""
@@ -95,9 +106,19 @@ class _Worker:
         self._listening = asyncio.create_task(self._listen(reader))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Takes in what it says, or that it will say no more."""
+        """Takes in what it says, until it will say no more; ends it where it hangs."""
         with contextlib.suppress(OSError):
             self.was_up = await reader.read(1) == UP
+            silences = 0
+            while silences < 2:
+                try:
+                    if not await asyncio.wait_for(reader.read(4096), SILENCE):
+                        return
+                    silences = 0
+                except TimeoutError:
+                    silences += 1
+            log.error("worker %d has hung for %g s and is ended", self.process.pid, 2 * SILENCE)
+            self.process.kill()
 
     def tell(self, settings: Settings) -> None:
         told = as_text(settings).encode()

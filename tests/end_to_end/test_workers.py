@@ -316,6 +316,42 @@ async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(t
         assert await broken.run() == 3
 
 
+@pytest.mark.parametrize("up", [True, False], ids=["up", "still starting"])
+async def test_a_worker_that_hangs_is_replaced(
+    up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("app.workers.SILENCE", 0.5)
+
+    def command(orders: int) -> list[str]:
+        report = "orders.send(b'u'); " if up else ""
+        script = f"import socket, time; orders = socket.socket(fileno={orders}); {report}time.sleep(60)"
+        return [sys.executable, "-c", script]
+
+    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
+        hanging = Workers(command, settings_of({}), listener)
+        running = asyncio.create_task(hanging.run())
+        (first,) = await _started(hanging, running)
+        await asyncio.sleep(3)
+        assert (first in hanging._live) != up
+        for _ in range(2):
+            hanging.stop(signal.SIGTERM)
+        await asyncio.wait_for(running, 30)
+    assert ("has hung for 1 s and is ended" in caplog.text) == ("is replaced" in caplog.text) == up
+
+
+async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.workers.BEAT", 0.01)
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.sendall(_message(as_text(settings_of({}))))
+        ours.settimeout(30)
+        orders = Orders(theirs.detach(), UPSTREAMS)
+        orders.report_up()
+        assert b"".join([await asyncio.to_thread(ours.recv, 1) for _ in range(3)]) == b"uuu"
+    await asyncio.sleep(0.05)  # nobody listens any more
+    orders._socket.close()
+
+
 @pytest.mark.parametrize("turns", range(1, 6))
 async def test_a_stop_while_a_worker_is_about_to_be_started_is_no_trouble(
     tmp_path: Path, turns: int, caplog: pytest.LogCaptureFixture

@@ -16,7 +16,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from app import __version__
-from app.api import embeddings, openapi, render
+from app.api import openapi, render
 from app.api.auth import Keys, Tenant
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
@@ -34,8 +34,6 @@ class InForce(Protocol):
     def gateway(self) -> Gateway: ...
     @property
     def keys(self) -> Keys: ...
-    @property
-    def route(self) -> embeddings.Embeddings: ...
 
 
 def _in_force(request: Request) -> InForce:
@@ -53,17 +51,6 @@ class _HeadAsGet:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)
-
-
-class _Forward(Response):
-    """A response that is another ASGI application's."""
-
-    def __init__(self, route: embeddings.Embeddings, model: str | None) -> None:
-        super().__init__()
-        self._route, self._model = route, model
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        await self._route(scope, receive, send, self._model)
 
 
 def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
@@ -141,10 +128,10 @@ def _add_embeddings(api: FastAPI, key: list[Any]) -> None:
         "/v1/embeddings", openapi_extra=openapi.EMBEDDINGS, tags=["embeddings"], summary="Embed",
         dependencies=key,
     )  # fmt: skip
-    async def embed(request: Request) -> Response:
+    async def embed() -> None:
         """OpenAI's request and response. Also on `/embeddings`, `/openai/v1/embeddings`, with a trailing
         slash, on `/v1/engines/{model}/embeddings` and on `/openai/deployments/{model}/embeddings`."""
-        return _Forward(_in_force(request).route, None)
+        raise NotFound("embeddings are at /v1/embeddings")  # and answered in front of the framework (app.main)
 
 
 def _add_models(api: FastAPI, key: list[Any]) -> None:

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -350,6 +350,10 @@ class Metrics(ConfigMetrics):
     def tally(self, child: Counter | Gauge) -> Tally:
         """For what is counted with every request."""
         return Tally(child, self._due)
+
+    def tallies(self, counter: Counter) -> Callable[..., Tally]:
+        """`tally` by label values, each bound to its series once: that costs more than counting."""
+        return functools.lru_cache(maxsize=4096)(lambda *labels: self.tally(counter.labels(*labels)))
 
     def level(self, child: Gauge) -> Level:
         """For what is set with every request."""

@@ -60,7 +60,6 @@ AT_ONCE = 256 * 2**10
 parsed in a thread, in which only the JSON itself holds up others."""
 
 _JSON = (b"content-type", b"application/json")
-_remembered = lru_cache(maxsize=4096)
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +104,9 @@ class Embeddings:
         self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
-        # Label values bound to their series once: it costs more than counting.
-        self._requests = _remembered(lambda *labels: metrics.tally(metrics.requests.labels(*labels)))
-        self._durations = _remembered(lambda model: metrics.spread(metrics.request_duration.labels(model)))
-        self._inputs = _remembered(lambda *labels: metrics.tally(metrics.inputs.labels(*labels)))
-        self._tokens = _remembered(lambda *labels: metrics.tally(metrics.tokens.labels(*labels)))
+        self._requests, self._inputs = metrics.tallies(metrics.requests), metrics.tallies(metrics.inputs)
+        self._tokens = metrics.tallies(metrics.tokens)
+        self._durations = lru_cache(4096)(lambda model: metrics.spread(metrics.request_duration.labels(model)))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
         sent = dict(scope["headers"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from functools import lru_cache
 
 from app import tokens
 from app.errors import (
@@ -50,13 +49,7 @@ class Call:
         self._duration = metrics.spread(metrics.upstream_request_duration.labels(upstream, name))
         self._batch_inputs = metrics.spread(metrics.upstream_batch_inputs.labels(upstream, name))
         self._succeeded = metrics.tally(metrics.upstream_requests.labels(upstream, name, "ok"))
-        # By the name callers know the model by; several may lead here.
-        self._billed = lru_cache(maxsize=64)(
-            lambda model: metrics.tally(metrics.tokens.labels(model, upstream, "billed"))
-        )
-        self._cost = lru_cache(maxsize=64)(
-            lambda model: metrics.tally(metrics.cost.labels(model, upstream, target.model.currency))
-        )
+        self._tokens, self._cost = metrics.tallies(metrics.tokens), metrics.tallies(metrics.cost)
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
@@ -126,8 +119,9 @@ class Call:
         """The batch's bill in tokens, counted; where the upstream states none that can be, our estimate: what is
         charged here callers and upstreams are in debt for."""
         total = sum(weights) if stated is None or not tokens.credible(stated, batch.inputs, weights) else stated
-        price = self._target.model.price_per_million_tokens
-        self._billed(batch.model).inc(total)
-        if price:
-            self._cost(batch.model).inc(total * price / 1_000_000)
+        model = self._target.model
+        # By the name callers know the model by; several may lead here.
+        self._tokens(batch.model, self._upstream, "billed").inc(total)
+        if price := model.price_per_million_tokens:
+            self._cost(batch.model, self._upstream, model.currency).inc(total * price / 1_000_000)
         return total

@@ -72,13 +72,12 @@ class Bucket:
         return self.per_minute / 60 / self._share
 
 
+@dataclass(slots=True)
 class Limit:
     """A bucket of requests and one of tokens; each only where there is such a limit."""
 
-    __slots__ = ("requests", "tokens")
-
-    def __init__(self, requests: Bucket | None, tokens: Bucket | None) -> None:
-        self.requests, self.tokens = requests, tokens
+    requests: Bucket | None
+    tokens: Bucket | None
 
     def wait(self, now: float, requests: float, tokens: float) -> float:
         """Seconds until both fit."""

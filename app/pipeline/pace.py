@@ -44,7 +44,7 @@ class Pace:
         self._renewal: asyncio.Task[None] | None = None
         self._alone_until: float | None = None
         self._refused_until = 0.0
-        self.on_ready: Callable[[], None] = _nothing
+        self.on_ready: Callable[[], None] = lambda: None
 
     def wait(self) -> float:
         """Seconds until a call may start; 0: now. An estimate where Redis has to be asked first."""
@@ -161,7 +161,3 @@ class _Lease:
 
 def _worth_asking(per_minute: int | None) -> float:
     return max(1.0, per_minute / 60 * TICK) if per_minute else 0.0
-
-
-def _nothing() -> None:
-    pass

@@ -15,17 +15,9 @@ from app.config import UpstreamSettings
 from app.types import Adapter, Auth, Send, TokenStore
 
 
-def no_environment(environ: Mapping[str, str]) -> None:
-    """A type that the environment cannot switch on."""
-
-
 def unlisted(name: str) -> Model:
     """A model nothing is known of: few inputs a call, and whatever length the upstream takes."""
     return Model(name, dimension_choices=ANY, max_batch=10)
-
-
-def no_transport(settings: Any) -> None:
-    """A type that is reached over the network."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,11 +35,11 @@ class UpstreamKind:
     discover: Callable[[Any, Send], Awaitable[Sequence[Model] | None]] | None = None
     """Asks the upstream for its models, None where it has no list; raises `GatewayError`. `Send` is already
     authorised."""
-    environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = no_environment
+    environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = lambda _: None
     """Settings (as in YAML) from vendor variables such as `X_API_KEY`, or None when they are not set."""
     switched_on_by: str = ""
     """The variables `environment` looks at, in words for a reader; the names stand in capitals."""
-    transport: Callable[[Any], httpx.AsyncBaseTransport | None] = no_transport
+    transport: Callable[[Any], httpx.AsyncBaseTransport | None] = lambda _: None
     """A transport of its own, for an upstream inside this process."""
     default_address: tuple[str, int] | None = None
     """Where a server of this type listens when nobody says otherwise: without a config file it is looked for there."""

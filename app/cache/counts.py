@@ -23,4 +23,3 @@ class Counts:
         self.set_timeout = bound("set", "timeout")
         self.set_skipped = bound("set", "skipped")
         self.set_dropped = bound("set", "dropped")
-        self.bytes = metrics.cache_bytes.labels(tier)

@@ -52,6 +52,7 @@ class DiskStore:
         self._deadlines = Deadlines()
         self._timeout = timeout
         self._counts = Counts(metrics, self.name)
+        self._bytes = metrics.cache_bytes.labels(self.name)
         self._breaker = Breaker(clock.monotonic)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache-disk")
         self._table: Table | None = None
@@ -156,7 +157,7 @@ class DiskStore:
         else:
             self._succeeded("set")
             self._counts.ok.inc(len(entries))
-            self._counts.bytes.set(size)
+            self._bytes.set(size)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
         """What is given up before its turn has come is not done."""
@@ -198,7 +199,7 @@ class DiskStore:
         if self._table is None:
             self._table = self._open_table()
             self._write_size = self._table.write_size
-            self._counts.bytes.set(self._table.size)
+            self._bytes.set(self._table.size)
         return self._table
 
     def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:

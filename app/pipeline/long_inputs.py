@@ -72,7 +72,11 @@ class LongInputs:
             plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
         if plan is None:
             return await self._inner(request)
-        result = await self._embed(request, plan, ahead)
+        try:
+            result = await self._embed(request, plan, ahead)
+        except GatewayError as error:
+            error.calls += plan.calls
+            raise
         if policy == "split":
             result.split = plan.count
         else:
@@ -120,29 +124,33 @@ class LongInputs:
         """All pieces at once; what is then found too long is cut as well and asked again. `ahead` needs room as well,
         before each of them."""
         everything = range(len(request.inputs))
-        first = await self._inner(plan.request(request, everything))
-        result = plan.join(first, everything)
-        if not first.too_long:
+        result = await self._ask(request, plan, everything)
+        if not result.too_long:
             return result
-        refused = sorted({plan.owners[place] for place in first.too_long})
-        for place, error in first.too_long.items():
+        refused = sorted({plan.owners[place] for place in result.too_long})
+        for place, error in result.too_long.items():
             if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
                 raise error  # it should have fitted: nothing we could do would be more than a guess
         if plan.room.unbounded:
             if plan.whole:
                 _check_dense(request)
-            plan.room = _room_of(first.too_long.values(), plan.room.rule).without(ahead)
+            plan.room = _room_of(result.too_long.values(), plan.room.rule).without(ahead)
         await _aside(lambda: plan.cut(refused), [request.inputs[i] for i in refused])
-        second = await self._inner(plan.request(request, refused, final=True))
-        again = plan.join(second, refused)
+        again = await self._ask(request, plan, refused, final=True)
         put(result, refused, again)
         result.free_tokens += again.free_tokens
         result.too_long = {}
         if mixed(result.embeddings):  # the two were not compared with each other: asked together they are
-            calls, result = result.calls, await self._inner(plan.request(request, everything, final=True))
-            result = plan.join(result, everything)
-            result.calls += calls
+            result = await self._ask(request, plan, everything, final=True)
+        result.calls = plan.calls
         return result
+
+    async def _ask(
+        self, request: EmbedRequest, plan: _Plan, which: Sequence[int], *, final: bool = False
+    ) -> EmbedResult:
+        result = await self._inner(plan.request(request, which, final=final))
+        plan.calls += result.calls
+        return plan.join(result, which)
 
 
 class _Plan:
@@ -159,6 +167,8 @@ class _Plan:
         self._left = PIECES
         self.owners: list[int] = []
         """To which input each piece of the last request belongs."""
+        self.calls = 0
+        """Upstream calls so far: whatever becomes of the request, they were made."""
 
     @property
     def count(self) -> int:

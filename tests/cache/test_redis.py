@@ -53,6 +53,8 @@ async def test_what_was_put_in_comes_out_bit_for_bit(store: RedisStore, metrics:
     assert found == [embedding(99, 1024), None, embedding(0, 1024), embedding(99, 1024)]
     assert count(metrics, "redis", "set", "ok") == 100
     assert (count(metrics, "redis", "get", "hit"), count(metrics, "redis", "get", "miss")) == (3, 1)
+    size = metrics.registry.get_sample_value("embedding_gateway_cache_bytes", {"tier": "redis"})
+    assert size is None, "which the server tells, and not 0"
     assert store.status == "up"
 
 

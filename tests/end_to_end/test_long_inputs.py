@@ -383,11 +383,22 @@ def test_such_a_limit_is_the_requests_own(fake: FakeOpenAI) -> None:
         assert len(fake.calls) > before, "the upstream was asked"
 
 
+def test_calls_before_the_one_that_fails_are_told(fake: FakeOpenAI) -> None:
+    with running(config(fake, max_tokens_per_input=None, on_long_input="truncate")) as gateway:
+        fake.fail(faults.http_error(400, b'{"error":{"message":"maximum context length is 100 tokens"}}'))
+        fake.fail(faults.http_error(401, b'{"error":{"message":"no"}}'), times=None)
+        failed = gateway.post({"model": "public", "input": LONG})
+        assert failed.status_code == 502
+        assert failed.headers["x-embedding-upstream-calls"] == f"{len(fake.calls)}" == "2"
+
+
 def test_where_a_refusal_states_none_the_caller_is_told_what_would_help(fake: FakeOpenAI) -> None:
     with running(config(fake, max_tokens_per_input=None, on_long_input="truncate")) as gateway:
         fake.fail(faults.http_error(400, b'{"error":{"message":"input is too long"}}'), times=None)
-        error = gateway.post({"model": "public", "input": LONG}).json()["error"]
+        refused = gateway.post({"model": "public", "input": LONG})
+        error = refused.json()["error"]
         assert error["code"] == "context_length_exceeded"
         assert "max_tokens_per_input" in error["message"]
+        assert refused.headers["x-embedding-upstream-calls"] == f"{len(fake.calls)}"
         usual = gateway.post({"model": "public", "input": LONG, "on_long_input": "error"}).json()["error"]
         assert "max_tokens_per_input" not in usual["message"]

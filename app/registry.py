@@ -247,7 +247,7 @@ class Registry:
         chain = build.chain(call, cache=self._cache, limits=limits, model=model)
         available = self._metrics.upstream_available.labels(upstream.name, model.name)
         health = Health(self._clock, available, f"{upstream.name}/{model.name}")
-        # Until they are compared the others of its space are asked before it: in doubt the first is right.
+        # Until they are compared the others of its space are asked in its place: in doubt the first is right.
         health.unproved = any(each.space == identity for each in self._deployments.values())
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment

@@ -84,18 +84,15 @@ class Canary:
         """Those of which the log was told that they had not answered."""
 
     def due(self, now: float) -> bool:
-        """Those that were configured to stand in for each other are compared from the start; all else once it is
-        used, for to ask for a model may mean to load it."""
-        return self._wanted and bool(self._to_ask(now))
+        """Those that were configured to stand in for each other are compared from the start; all else once one of them
+        was asked for something, for to ask for a model may mean to load it."""
+        wanted = self._from_start or any(each.health.asked for each in self._deployments)
+        return wanted and bool(self._to_ask(now))
 
     @property
     def waits(self) -> bool:
-        """Whether there is a deployment that others are asked before until it answers, and that is asked."""
-        return self._wanted and any(each.health.unproved for each in self._deployments)
-
-    @property
-    def _wanted(self) -> bool:
-        return self._from_start or any(deployment.health.used for deployment in self._deployments)
+        """Whether there is a deployment that takes no traffic until it has been compared."""
+        return any(each.health.unproved for each in self._deployments)
 
     def _to_ask(self, now: float) -> list[Deployment]:
         """Those whose last look is so long ago, and those that did not answer: these in every round, until they do.
@@ -107,7 +104,7 @@ class Canary:
 
     async def look(self, now: float) -> None:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
-        has never answered is left to be asked after the others: it may have been away and have come back another."""
+        has never answered takes no traffic while others do: it may have been away and have come back another."""
         asked, before = self._to_ask(now), dict(self._looked_at)
         self._looked_at.update(dict.fromkeys(asked, now))
         try:
@@ -124,15 +121,15 @@ class Canary:
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
         if len(self._deployments) > 1:
-            self._put_last([each for each in asked if each not in self._looked_at])
+            self._keep_out([each for each in asked if each not in self._looked_at])
 
-    def _put_last(self, silent: Sequence[Deployment]) -> None:
+    def _keep_out(self, silent: Sequence[Deployment]) -> None:
         for deployment in silent:
             deployment.health.unproved = True
             if deployment not in self._missed:
                 self._missed.add(deployment)
                 log.warning(
-                    "deployment %s has not shown yet that its vectors are those of %s: others are asked first",
+                    "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does",
                     deployment.name,
                     self._space,
                 )

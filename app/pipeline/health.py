@@ -68,8 +68,8 @@ class Health:
         """Why it takes no traffic until further notice, if it takes none."""
         self.unproved = False
         """Whether it is not known to be in its vector space, where others are."""
-        self.used = False
-        """Whether it has ever answered."""
+        self.asked = 0.0
+        """When it was asked last; 0 if it never was."""
         self.trouble: str | None = None
         """What somebody must see to, or why it was left out, since it last answered: code and message."""
         self._retired = False
@@ -127,6 +127,7 @@ class Health:
     def begin(self) -> int:
         """A call goes there. Returns what `end` is to be told: in which era it began."""
         self._probing = self.ejected
+        self.asked = self._clock.monotonic()
         return self._era
 
     def took(self, seconds: float) -> None:
@@ -169,7 +170,6 @@ class Health:
             self.trouble = None
             self._failures = 0
             self._suspect_until = self._ejected_until = 0.0
-            self.used = True
         elif isinstance(error, RateLimited):
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)

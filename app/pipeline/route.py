@@ -116,37 +116,40 @@ class Route:
         With `avoid` it is for a retry, which goes ahead of the pace: it would find those who queue always there
         before it, and there are few. `others_only` does not take what is to be avoided even as the last.
         """
-        candidates = self._usable(params, avoid)
+        candidates = self._usable(params)
         if others_only:
             candidates = [each for each in candidates if each is not avoid]
         if len(candidates) > 1:
-            candidates.sort(key=lambda each: (each is avoid, each.health.suspect, each.priority, *self._load(each)))
+            candidates.sort(key=lambda each: (each is avoid, *self._rank(each)))
         for deployment in candidates:
             if deployment.slots.take(lane, ahead=avoid is not None):
                 return Slot(deployment, deployment.health.begin())
         return None
 
-    def _load(self, deployment: Deployment) -> tuple[float, float]:
-        """How busy it is for its weight. Of equals in rotation, as nearly always where one call follows another, each
-        is the first as often as its weight has it (Efraimidis, Spirakis 2006); where none is, chance helps nobody."""
-        weight = deployment.weight
-        turn = self._jitter() ** (1 / weight) if deployment.health.available() else 0.0
-        return deployment.slots.busy / weight, -turn
+    def _rank(self, deployment: Deployment) -> tuple[float, ...]:
+        """The least goes first. Of those in rotation, one that is as little busy for its weight as another is it as
+        often as its weight has it, as nearly always where one call follows another (Efraimidis, Spirakis 2006). Where
+        none is, whichever has not been asked for longest: any of them may be back."""
+        health, weight = deployment.health, deployment.weight
+        if not health.available():
+            return (health.asked,)
+        load, turn = deployment.slots.busy / weight, self._jitter() ** (1 / weight)
+        return health.suspect, deployment.priority, load, -turn
 
-    def _usable(self, params: Params, avoid: Deployment | None = None) -> list[Deployment]:
-        """Those in rotation; when all that are not resting have been ejected, these: a call that may fail is better
-        than none. One that is not known to be in its vector space is among them only where there is no other, or for
-        the retry of what has failed at another, which is to be avoided; that they are busy is no reason."""
+    def _usable(self, params: Params) -> list[Deployment]:
+        """Those in rotation; when all have been ejected, these: a call that may fail is better than none. Not where one
+        only rests, and will be back."""
         able = self._able(params)
         available = [each for each in able if each.health.available()]
-        if len(available) > 1:
-            proved = [each for each in available if not each.health.unproved]
-            if any(each is not avoid for each in proved):
-                return proved
-        return available or [each for each in able if not each.health.cooling()]
+        if available or any(each.health.cooling() and not each.health.ejected for each in able):
+            return available
+        return [each for each in able if not each.health.cooling()]
 
     def _able(self, params: Params) -> list[Deployment]:
-        return [each for each in self.deployments if each.can(params) and each.health.out is None]
+        """One that is not known to be in its vector space is among them only where none is, however these are: it will
+        be known soon after it is there to be asked."""
+        able = [each for each in self.deployments if each.can(params) and each.health.out is None]
+        return [each for each in able if not each.health.unproved] or able
 
     def closed(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice, if so."""
@@ -205,7 +208,7 @@ class Route:
 
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
         """Puts into `result`, what the call on `slot` came to, what another one brings."""
-        elsewhere = any(each is not slot.deployment for each in self._usable(batch.params, slot.deployment))
+        elsewhere = self._is_another(batch, slot.deployment)
         pending = [i for i, outcome in enumerate(result.outcomes) if _worth_asking_again(outcome, elsewhere)]
         if not pending or not batch.wanted():
             return
@@ -226,6 +229,12 @@ class Route:
         result.late = retried.late
         others = result.deployments if len(pending) < len(result.outcomes) else ()
         result.deployments = (*others, again.deployment.name)
+
+    def _is_another(self, batch: Batch, failed: Deployment) -> bool:
+        """Whether another deployment can be asked, now or when a rate limit has passed, before the deadline."""
+        usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
+        others = [each for each in self._able(batch.params) if each is not failed]
+        return any(each in usable or 0 < each.health.cooling() < left for each in others)
 
     def _tell_all_down(self, batch: Batch, result: BatchResult) -> None:
         """Where every deployment has been ejected, what may pass is told as an outage of the model, with a wait. What
@@ -319,6 +328,9 @@ class Route:
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None:
                         return slot
+                    usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
+                    if min(rests) >= left and not any(each in usable for each in able):
+                        return None
                     await self._freed(since, min(filter(None, rests), default=None))
         except TimeoutError:
             return None

@@ -44,7 +44,7 @@ class OtherModel(FakeOpenAI):
 
 
 class RoundClock(SystemClock):
-    """Hours pass when told; a sleeper is woken by hand."""
+    """Hours pass when told; who sleeps between two looks is woken by hand."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -55,7 +55,7 @@ class RoundClock(SystemClock):
 
     async def sleep(self, seconds: float) -> None:
         before = self.woken
-        while self.woken == before:
+        while self.woken == before and seconds >= canary.SOON:
             await asyncio.sleep(0.001)
 
 
@@ -161,7 +161,7 @@ def test_one_that_was_away_when_it_was_looked_at_answers_nobody_before_it_is_jud
 
 @pytest.mark.parametrize("name", ["m", MODEL])
 def test_before_the_first_look_all_is_asked_of_the_first_one_only(name: str) -> None:
-    """`m` is looked at at once, which takes until both have answered; a plain name once it is used."""
+    """`m` is looked at at once, which takes until both have answered; a plain name once it is asked for."""
     with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
         wrong.fail(faults.hang, times=1)
         with running(config(right, wrong), clock=RoundClock()) as gateway:
@@ -217,18 +217,38 @@ def until_looked(clock: RoundClock, done: Callable[[], bool]) -> None:
     pytest.fail("nobody looked")
 
 
-def test_one_that_has_shown_nothing_serves_where_no_other_can() -> None:
-    with FakeOpenAI(api_key="sk-fake") as failing, FakeOpenAI(api_key="sk-fake") as late:
+@pytest.mark.parametrize("other", [FakeOpenAI, OtherModel])
+@pytest.mark.parametrize("name", ["m", MODEL])
+def test_one_that_has_shown_nothing_serves_once_it_has_however_the_others_fare(
+    name: str, other: type[FakeOpenAI]
+) -> None:
+    clock = RoundClock()
+    with FakeOpenAI(api_key="sk-fake") as failing, other(api_key="sk-fake") as late:
         late.fail(faults.vendor_error("unavailable"), times=None)
-        with running(config(failing, late)) as gateway:
-            late.wait_for_calls(1)
-            failing.wait_for_calls(1)
+        with running(config(failing, late), clock=clock) as gateway:
+            assert gateway.post({"model": name, "input": "in use"}).status_code == 200
+            until_looked(clock, lambda: bool(failing.calls) and bool(late.calls))
             late.heal()
             failing.fail(faults.vendor_error("unavailable"), times=None)
-            for i in range(12):
-                gateway.post({"model": "m", "input": f"text {i}"})
-            response = gateway.post({"model": "m", "input": "served"})
-            assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
+            served = [gateway.post({"model": name, "input": f"text {i}"}) for i in range(12)]
+            assert {each.status_code for each in served} <= {502, 503}
+            asked = len(late.calls)
+            until_looked(clock, lambda: len(late.calls) > asked)
+            if other is OtherModel:
+                assert "cosine" in until_out(gateway, "up1")[MODEL]
+            time.sleep(0.2)
+            response = gateway.post({"model": name, "input": "served"})
+            assert (response.status_code == 200) == (other is FakeOpenAI)
+            assert response.headers.get("x-embedding-upstream") == (f"up1/{MODEL}" if other is FakeOpenAI else None)
+
+
+def test_where_the_first_is_away_from_the_start_the_next_one_serves_once_it_is_asked_for() -> None:
+    clock = RoundClock()
+    with FakeOpenAI(api_key="sk-fake") as away, FakeOpenAI(api_key="sk-fake") as there:
+        with running(config(away, there), clock=clock) as gateway:
+            away.fail(faults.vendor_error("unavailable"), times=None)
+            gateway.post({"model": MODEL, "input": "in use"})
+            until_looked(clock, lambda: gateway.post({"model": MODEL, "input": "served"}).status_code == 200)
 
 
 async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog: pytest.LogCaptureFixture) -> None:
@@ -417,15 +437,15 @@ async def test_who_could_not_be_compared_is_looked_at_again_once_the_cache_can_b
     assert not looks.due(clock.monotonic())
 
 
-async def test_one_that_is_not_used_is_no_reason_to_look_more_often(clock: HandClock) -> None:
+async def test_what_nobody_has_asked_for_is_not_looked_at(clock: HandClock) -> None:
     idle, sibling = (
         Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), answers) for name in "ab"
     )
     sibling.health.unproved = True
     looks = canary.Canary([idle, sibling], Expected(None), from_start=False)
-    assert not looks.waits
-    idle.health.used = True
-    assert looks.waits
+    assert not looks.due(clock.monotonic())
+    idle.health.begin()
+    assert looks.due(clock.monotonic()), "whatever the answer was"
 
 
 async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:

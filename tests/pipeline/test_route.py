@@ -95,6 +95,12 @@ def failing(error: GatewayError) -> BatchEmbedder:
     return fails
 
 
+def eject(one: Deployment) -> None:
+    for _ in range(FAILURES):
+        one.health.end(UpstreamError("down"), one.health.begin())
+    assert not one.health.available()
+
+
 def held(begun: asyncio.Event, end: asyncio.Event) -> BatchEmbedder:
     async def answers_at_the_end(batch: Batch) -> BatchResult:
         begun.set()
@@ -128,6 +134,63 @@ async def test_and_not_again_of_itself(error: GatewayError) -> None:
     both = await run(route(deployment("bad", failing(error)), deployment("worse", failing(error))), batch("x"))
     assert (only.calls, both.calls) == (1, 2)
     assert [type(each) for each in (*only.outcomes, *both.outcomes)] == [type(error)] * 2
+
+
+@pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up")])
+async def test_and_of_one_that_rests_when_it_is_back_if_there_is_time(error: GatewayError) -> None:
+    for rest, calls, outcome in ((0.1, 2, Embedding), (20, 1, type(error))):
+        rests = deployment("rests", answers)
+        rests.health.end(RateLimited("slowly", retry_after=rest), rests.health.begin())
+        both = route(deployment("bad", failing(error)), rests)
+        result = await asyncio.wait_for(run(both, batch("x", seconds=10)), 5)
+        assert ([type(each) for each in result.outcomes], result.calls) == ([outcome], calls)
+
+
+async def test_one_that_rests_is_waited_for_and_no_ejected_one_asked_in_its_place() -> None:
+    limited = [RateLimited("slowly", retry_after=0.1)]
+    asked: list[str] = []
+
+    async def fails_once(batch: Batch) -> BatchResult:
+        if limited:
+            raise limited.pop()
+        return await answers(batch)
+
+    async def dead(batch: Batch) -> BatchResult:
+        asked.extend(map(str, batch.inputs))
+        raise UpstreamError("down")
+
+    ejected, rests = deployment("ejected", dead), deployment("rests", fails_once)
+    eject(ejected)
+    embed = batcher(ejected, rests)
+    first = asyncio.create_task(embed(request("first")))
+    while limited:
+        await asyncio.sleep(0)
+    second = await embed(request("second"))
+    assert [(await first).deployments, second.deployments] == [("rests/m",)] * 2
+    assert not asked
+
+
+async def test_where_the_others_come_to_rest_meanwhile_for_longer_than_there_is_time_it_is_told_at_once() -> None:
+    limit = RateLimited("slowly", retry_after=60)
+    one, other = (deployment(name, failing(limit)) for name in ("one", "other"))
+    both = Route([one, other], Metrics(), SystemClock(), jitter=lambda: 1.0)
+    running = asyncio.create_task(run(both, batch("x", seconds=20)))
+    await asyncio.sleep(0.05)  # it pauses before it asks the other
+    other.health.end(limit, other.health.begin())
+    result = await asyncio.wait_for(running, 5)
+    assert (result.outcomes, result.calls) == ([limit], 1)
+
+
+async def test_of_those_that_are_all_ejected_whichever_is_back_is_found_soon() -> None:
+    dead = [deployment(name, failing(UpstreamError("down"))) for name in "ab"]
+    back = deployment("back", answers)
+    back.priority = 2
+    for each in (back, *dead):
+        eject(each)
+    all_three = route(*dead, back)
+    results = [await run(all_three, batch("x")) for _ in range(3)]
+    assert [type(each) for each in results[-1].outcomes] == [Embedding]
+    assert results[-1].deployments == ("back/m",)
 
 
 async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> None:
@@ -174,12 +237,17 @@ async def test_a_refused_input_is_asked_nowhere_else() -> None:
 
 
 @pytest.mark.parametrize("error", [UpstreamAuth("no"), UpstreamError("down")])
-async def test_one_that_has_shown_nothing_is_asked_for_what_has_failed_at_the_others(error: GatewayError) -> None:
+async def test_one_that_has_shown_nothing_is_asked_only_where_no_other_may_be(error: GatewayError) -> None:
     bad, unproved = deployment("bad", failing(error)), deployment("unproved", answers)
     unproved.health.unproved = True
     both = route(bad, unproved)
-    assert (await run(both, batch("x"))).deployments == ("unproved/m",), "after the other"
-    assert (await run(both, batch("y"))).calls == 2, "and so again: its vectors may be others"
+    for text in "abcdef":
+        failed = await run(both, batch(text))
+        assert isinstance(failed.outcomes[0], GatewayError), "its vectors may be others"
+        assert failed.deployments == ("bad/m",)
+    assert bad.health.ejected
+    bad.health.take_out("it has another model")
+    assert (await run(both, batch("x"))).deployments == ("unproved/m",)
 
 
 async def test_and_not_where_they_are_busy() -> None:
@@ -452,7 +520,6 @@ async def test_a_rate_limit_within_a_split_batch_is_one() -> None:
     up = deployment("up", Adapt(failing(RateLimited("slow", retry_after=20)), limits), limits=limits)
     await run(route(up), batch(*"abcd", seconds=1))
     assert up.health.cooling() > 10
-    assert not up.health.used
 
 
 async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
@@ -560,9 +627,7 @@ def rests_shortly(one: Deployment, why: str, monkeypatch: pytest.MonkeyPatch) ->
         one.health.end(RateLimited("slowly", retry_after=0.05), 0)
     if why == "ejection":
         monkeypatch.setattr("app.pipeline.health.EJECTION", 0.05)
-        for _ in range(FAILURES):
-            one.health.end(UpstreamError("down"), one.health.begin())
-        assert not one.health.available()
+        eject(one)
 
 
 @pytest.mark.parametrize("why", ["rate limit", "ejection", "pace"])
@@ -627,7 +692,7 @@ async def test_a_bug_of_ours_says_nothing_of_a_deployment() -> None:
         only.health.end(UpstreamError("down"), 0)
     with pytest.raises(AttributeError):
         await run(route(only), batch("x"))
-    assert (only.health.used, only.health.trouble) == (False, "upstream_error: down")
+    assert only.health.trouble == "upstream_error: down"
     assert not only.health.available()
 
 

@@ -222,8 +222,7 @@ class Route:
         if again.deployment is not slot.deployment and _has_what_was_none(result, pending, retried):
             slot.deployment.health.doubt("it has no vectors of inputs of which another deployment has some", slot.era)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
-            # One that gives other dimensions says nothing of the first one, which may give these when asked again.
-            if not isinstance(outcome, UpstreamIgnoredDimensions):
+            if again.deployment is slot.deployment or not _is_its_own(outcome, result.outcomes[i]):
                 result.outcomes[i] = outcome
         result.calls += retried.calls
         result.late = retried.late
@@ -368,6 +367,15 @@ def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> b
     if isinstance(outcome, Embedding):
         return False
     return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
+
+
+def _is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayError) -> bool:
+    """Whether a deployment's trouble says nothing of the first one, which may do better when it is asked again: it has
+    a lasting one of its own where the first one's may pass, or gives lengths of its own."""
+    if isinstance(outcome, UpstreamIgnoredDimensions):
+        return True
+    lasts = isinstance(outcome, UpstreamError | QuotaExhausted) and not outcome.retryable
+    return lasts and isinstance(first, GatewayError) and first.retryable
 
 
 def _verdict(result: BatchResult) -> GatewayError | None:

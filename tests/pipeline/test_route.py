@@ -231,6 +231,15 @@ async def test_what_another_does_not_heed_is_not_refused_for_the_one_that_was_do
     assert ([type(each) for each in result.outcomes], result.calls) == ([type(error)], 2)
 
 
+@pytest.mark.parametrize("own", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?")])
+@pytest.mark.parametrize("passing", [RateLimited("slowly", retry_after=2), UpstreamError("down")])
+async def test_what_may_pass_is_told_and_not_what_another_lacks_for_good(
+    passing: GatewayError, own: GatewayError
+) -> None:
+    result = await run(route(deployment("passing", failing(passing)), deployment("bad", failing(own))), batch("x"))
+    assert (result.outcomes, result.calls) == ([passing], 2)
+
+
 async def test_a_refused_input_is_asked_nowhere_else() -> None:
     result = await run(route(deployment("one", failing(InvalidRequest("no"))), deployment("two", answers)), batch("x"))
     assert isinstance(result.outcomes[0], InvalidRequest)

@@ -339,6 +339,18 @@ def refusal(status: int, code: str, **headers: str) -> WireReply:
     return WireReply(status, headers, orjson.dumps({"error": {"message": "no", "type": code, "code": code}}))
 
 
+async def test_where_no_key_is_taken_what_will_pass_is_told() -> None:
+    limited = refusal(429, "rate_limit_exceeded")
+    service = Keyed(one=refusal(401, "invalid_api_key"), two=limited, three=refusal(429, "insufficient_quota"))
+    flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())
+    assert await flow(embedding(), service.send) is limited
+    assert service.asked == ["one", "two", "three"]
+    failed = refusal(500, "server_error")
+    service = Keyed(one=limited, two=failed)
+    flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())
+    assert await flow(embedding(), service.send) is failed
+
+
 @pytest.mark.parametrize(
     "reply",
     [refusal(401, "invalid_api_key"), refusal(429, "insufficient_quota"), refusal(429, "rate_limit_exceeded")],

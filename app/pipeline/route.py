@@ -11,17 +11,15 @@ from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
 from app.errors import (
     GatewayError,
-    InvalidRequest,
-    QuotaExhausted,
     RateLimited,
     UpstreamError,
-    UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
     UpstreamTimeout,
     UpstreamUnavailable,
     UpstreamUnreachable,
 )
 from app.metrics import Metrics
+from app.pipeline import verdict
 from app.pipeline.deployment import Deployment
 from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
@@ -201,7 +199,7 @@ class Route:
         self._budget.earn()
         result = await self._attempt(batch, slot)
         result.deployments = (slot.deployment.name,)
-        if not _whole(result):
+        if not verdict.whole(result):
             await self._retry(batch, result, slot, lane)
             self._tell_all_down(batch, result)
         return result
@@ -209,7 +207,7 @@ class Route:
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
         """Puts into `result`, what the call on `slot` came to, what another one brings."""
         elsewhere = self._is_another(batch, slot.deployment)
-        pending = [i for i, outcome in enumerate(result.outcomes) if _worth_asking_again(outcome, elsewhere)]
+        pending = [i for i, outcome in enumerate(result.outcomes) if verdict.worth_asking_again(outcome, elsewhere)]
         if not pending or not batch.wanted():
             return
         again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere)
@@ -219,10 +217,10 @@ class Route:
         again.charge(part.inputs)
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(part, again, known_bad=known_bad)
-        if again.deployment is not slot.deployment and _has_what_was_none(result, pending, retried):
+        if again.deployment is not slot.deployment and verdict.has_what_was_none(result, pending, retried):
             slot.deployment.health.doubt("it has no vectors of inputs of which another deployment has some", slot.era)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
-            if again.deployment is slot.deployment or not _is_its_own(outcome, result.outcomes[i]):
+            if again.deployment is slot.deployment or not verdict.is_its_own(outcome, result.outcomes[i]):
                 result.outcomes[i] = outcome
         result.calls += retried.calls
         result.late = retried.late
@@ -256,7 +254,7 @@ class Route:
         try:
             with Deadline(batch.deadline, self._deadlines):
                 result = await deployment.embed(batch)
-            error, judged = _verdict(result), True
+            error, judged = verdict.of(result), True
             if error is None:
                 health.took(now() - began)
             slot.settle(result)
@@ -345,49 +343,6 @@ class Route:
             self.forget(freed.set)
             if back is not None:
                 back.cancel()
-
-
-def _whole(result: BatchResult) -> bool:
-    """Whether all of it is embedded, as nearly always."""
-    return set(map(type, result.outcomes)) == {Embedding}
-
-
-def _has_what_was_none(result: BatchResult, pending: Sequence[int], retried: BatchResult) -> bool:
-    """Whether there is a vector after all of inputs of which a deployment's were none, while of others it had some.
-    Where it had not one, that was its failure already."""
-    if len(pending) == len(result.outcomes):
-        return False
-    pairs = zip((result.outcomes[i] for i in pending), retried.outcomes, strict=True)
-    return any(isinstance(one, UpstreamInvalidVector) and isinstance(other, Embedding) for one, other in pairs)
-
-
-def _worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
-    """`elsewhere`: another deployment can be asked, for which trouble with this one's key, quota, names or lengths of
-    vectors is none."""
-    if isinstance(outcome, Embedding):
-        return False
-    return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
-
-
-def _is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayError) -> bool:
-    """Whether a deployment's trouble says nothing of the first one, which may do better when it is asked again: it has
-    a lasting one of its own where the first one's may pass, or gives lengths of its own."""
-    if isinstance(outcome, UpstreamIgnoredDimensions):
-        return True
-    lasts = isinstance(outcome, UpstreamError | QuotaExhausted) and not outcome.retryable
-    return lasts and isinstance(first, GatewayError) and first.retryable
-
-
-def _verdict(result: BatchResult) -> GatewayError | None:
-    """What a batch tells of its deployment: a limit reached in any part of it, or that all of it failed and was not
-    refused. Where every vector is none, that is no input's doing; where it gives its own length whatever is asked for,
-    it serves those who ask for none."""
-    if _whole(result):
-        return None
-    spared = Embedding | InvalidRequest | UpstreamIgnoredDimensions
-    errors = [each for each in result.outcomes if not isinstance(each, spared)]
-    limited = next((error for error in errors if isinstance(error, RateLimited | QuotaExhausted)), None)
-    return limited or (errors[0] if len(errors) == len(result.outcomes) else None)
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:

@@ -7,6 +7,7 @@ token is stale. Facts: cloud.baidu.com/doc (WENXINWORKSHOP, qianfan-api) and the
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal, Self
 from urllib.parse import quote
 
@@ -38,8 +39,10 @@ _BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
 _TOKEN_PATH = "/oauth/2.0/token"  # noqa: S105  # a path
 # V1's last part of the path; a custom service has its own, under its own name.
+_AS_WRITTEN = "Embedding-V1"
+"""How the page on embedding-v1 writes its name."""
 _ENDPOINTS = {
-    "Embedding-V1": "embedding-v1",  # as the page on it writes its name
+    _AS_WRITTEN: "embedding-v1",
     "bge-large-zh": "bge_large_zh",
     "bge-large-en": "bge_large_en",
     "tao-8k": "tao_8k",
@@ -217,6 +220,8 @@ def models(_settings: BaiduSettings) -> Mapping[str, Model]:
 
 def unlisted(name: str) -> Model:
     """Neither API takes a number of dimensions."""
+    if name == _AS_WRITTEN:
+        return replace(CATALOG["baidu"]["embedding-v1"], name=name, same_as="embedding-v1")
     return Model(name, max_batch=16)
 
 

@@ -123,11 +123,13 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
     for tag in _objects(tags.get("models")):
         name = str(tag.get("name") or tag.get("model") or "")
         told = tag
-        if _embeds(tag) is None or (_embeds(tag) and _length(tag, "embedding") is None):
+        dimensions, longest = _length(tag, "embedding"), _length(tag, "context")
+        if _embeds(tag) is None or (_embeds(tag) and None in (dimensions, longest)):
             try:  # an older server: it tells model by model
                 told = await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
-            except UpstreamMisconfigured:  # removed since
-                continue
+            except UpstreamMisconfigured:  # removed since, or not a route of this server's
+                if dimensions is None:
+                    continue
         if name and _embeds(told):
             digest = str(tag.get("digest") or "").removeprefix("sha256:")[:12]
             found += _models(name, told, digest, cuts=settings.truncate)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +97,15 @@ def test_baidus_limits_are_kept_by_baidus_own_rule(text: str, says: str) -> None
                 vectors_of(gateway.post({"model": "embedding-v1", "input": just}))[0],
                 fake.expected("embedding-v1", just),
             )
+
+
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_what_fits_is_never_cut(fake: FakeOpenAI, policy: str) -> None:
+    text = DENSE[: 4 * 8190 // 3]  # of three bytes each, of which the fake takes four for a token
+    with running(config(fake)) as gateway:
+        response = gateway.post({"model": "public", "input": [text, "short"], "on_long_input": policy})
+        assert counted(response) == (0, 0)
+        assert np.array_equal(vectors_of(response)[0], fake.expected(MODEL, text))
 
 
 def test_the_built_in_model_takes_no_more_of_a_text_than_there_is_memory_for() -> None:
@@ -370,6 +380,23 @@ def test_a_limit_is_learned_from_the_refusal_that_states_it(fake: FakeOpenAI, po
         assert int(found.headers["x-embedding-upstream-calls"]) > int(expected.headers["x-embedding-upstream-calls"])
         assert found.json()["usage"] == expected.json()["usage"]
         assert found.headers["x-embedding-cache"] == "miss"
+
+
+@pytest.mark.parametrize(
+    ("says", "room"),
+    [
+        ("the max input characters is 1000", Room(None, 1000)),
+        ("String should have at most 1,000 characters", Room(None, 1000)),
+        ("Range of input length should be [1, 100]", Room(100, None)),
+        ("This model's maximum context length is 100 tokens", Room(100, None)),
+    ],
+)
+def test_whatever_it_is_stated_in(fake: FakeOpenAI, says: str, room: Room) -> None:
+    with running(config(fake, max_tokens_per_input=None, on_long_input="truncate")) as gateway:
+        refusal = {"error": {"message": says, "code": "context_length_exceeded"}}
+        fake.fail(faults.http_error(400, json.dumps(refusal).encode()))
+        assert counted(gateway.post({"model": "public", "input": LONG})) == (1, 0)
+        assert fake.calls[-1].texts == [room.first(LONG)]
 
 
 def test_such_a_limit_is_the_requests_own(fake: FakeOpenAI) -> None:

@@ -24,7 +24,7 @@ from app.gateway import Gateway
 from app.main import create_app
 from app.pipeline.canary import ROUND
 from app.types import Send, WireReply, WireRequest
-from app.upstreams import connect, ollama, openai
+from app.upstreams import baidu, connect, ollama, openai
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOllama, FakeOpenAI, faults
 from tests.harness import running, settings_of
@@ -127,6 +127,21 @@ async def test_what_ollama_has_that_nobody_knows_takes_whatever_it_takes() -> No
 async def test_an_operator_who_wants_long_texts_cut_has_no_limit_on_them() -> None:
     found = await pulled({"/api/tags": {"models": [NOMIC]}}, truncate=True)
     assert {model.max_tokens_per_input for model in found} == {None}
+
+
+async def test_a_length_that_the_list_lacks_is_asked_for() -> None:
+    tag = {**NOMIC, "details": {"embedding_length": 768}}
+    told = {"capabilities": ["embedding"], "model_info": {"x.embedding_length": 768, "x.context_length": 2048}}
+    found = await pulled({"/api/tags": {"models": [tag]}, "/api/show": told})
+    assert {(model.dimensions, model.max_tokens_per_input) for model in found} == {(768, 2048)}
+    found = await pulled({"/api/tags": {"models": [tag]}, "/api/show": (404, {"error": "not found"})})
+    assert {(model.dimensions, model.max_tokens_per_input) for model in found} == {(768, None)}
+
+
+async def test_baidus_oldest_model_is_known_by_its_pages_name_too() -> None:
+    known, written = CATALOG["baidu"]["embedding-v1"], baidu.unlisted("Embedding-V1")
+    assert written == dataclasses.replace(known, name="Embedding-V1", same_as="embedding-v1")
+    assert written.space("baidu") == known.space("baidu")
 
 
 def old(tag: dict[str, Any]) -> dict[str, Any]:

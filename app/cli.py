@@ -34,8 +34,8 @@ log = logging.getLogger("app")
 _HELP = """\
 One OpenAI-compatible /v1/embeddings in front of every embedding vendor.
 
-Configuration is the first of --config, $EMBEDDING_GATEWAY_CONFIG and ./config.yaml that exists. With no
-file, the environment decides. These variables switch their upstream on:
+Configuration is the first of --config, $EMBEDDING_GATEWAY_CONFIG (a file that is named must be there) and
+./config.yaml. With no file, the environment decides. These variables switch their upstream on:
 
 {variables}
 

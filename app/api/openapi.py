@@ -16,7 +16,9 @@ _IDS = {
 }
 
 _ADDRESS = {"type": "string", "pattern": "^[hH][tT][tT][pP][sS]?://[!-~]+$"}
-_IMAGE = {"anyOf": [_ADDRESS, {"type": "string", "pattern": "^data:image/[a-z]+;base64,([A-Za-z0-9+/]{4})+$"}]}
+_LETTER = "[A-Za-z0-9+/]"
+_BASE64 = f"({_LETTER}{{4}})*({_LETTER}{{2}}==|{_LETTER}{{3}}=|{_LETTER}{{4}})"
+_IMAGE = {"anyOf": [_ADDRESS, {"type": "string", "pattern": f"^data:image/[a-z0-9.+-]+;base64,{_BASE64}$"}]}
 
 
 def _object(required: str, **properties: Any) -> dict[str, Any]:
@@ -38,12 +40,13 @@ REQUEST: dict[str, Any] = {
     "properties": {
         "model": {"type": "string", "minLength": 1, "description": "a model of GET /v1/models"},
         "input": {
-            "description": "what to embed: one text, several, their token ids, or (multimodal models) content objects",
+            "description": "what to embed: one text, several (up to server.max_inputs), their token ids, or "
+            "(multimodal models) content objects",
             "anyOf": [
                 _TEXT,
-                {"type": "array", "minItems": 1, "maxItems": 2048, "items": {"anyOf": [_TEXT, *_CONTENT]}},
+                {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, *_CONTENT]}},
                 _IDS,
-                {"type": "array", "minItems": 1, "maxItems": 2048, "items": _IDS},
+                {"type": "array", "minItems": 1, "items": _IDS},
             ],
         },
         "encoding_format": {
@@ -153,8 +156,9 @@ def _content(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Response descriptions for these statuses, in the gateway's one error shape."""
-    return {status: {"description": _ERRORS[status], "content": _content(ERROR)} for status in statuses}
+    """Response descriptions for these statuses, and for whatever else is none, in the gateway's one error shape."""
+    told = {status: _ERRORS[status] for status in statuses} | {"default": "any other error"}
+    return {status: {"description": words, "content": _content(ERROR)} for status, words in told.items()}
 
 
 EMBEDDINGS: dict[str, Any] = {

@@ -200,7 +200,10 @@ def _add_health(api: FastAPI) -> None:
     async def healthz() -> Response:
         return _json({"status": "ok"})
 
-    @api.get("/readyz", tags=["operation"], summary="Ready for traffic")
+    @api.get(
+        "/readyz", tags=["operation"], summary="Ready for traffic",
+        responses={503: {"description": "Draining: no traffic any more."}},
+    )  # fmt: skip
     async def readyz(request: Request) -> Response:
         """503 while draining. A line per upstream and cache tier: what is known, without asking them."""
         state = _in_force(request).gateway.status()

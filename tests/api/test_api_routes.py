@@ -254,12 +254,22 @@ def test_the_description_tells_the_embeddings_route_whole(gateway: Running) -> N
         "on_long_input",
     }  # fmt: skip
     assert set(embed["responses"]) == {
-        "200", "400", "401", "403", "404", "408", "413", "415", "429", "502", "503", "504",
+        "200", "400", "401", "403", "404", "408", "413", "415", "429", "502", "503", "504", "default",
     }  # fmt: skip
     for status, response in embed["responses"].items():
         shape = response["content"]["application/json"]["schema"]
         assert shape["required"] == (["object", "data", "model", "usage"] if status == "200" else ["error"])
-    assert "422" not in str(described["paths"]["/v1/models/{model}"]["get"]["responses"].get("200"))
+    assert set(described["paths"]["/v1/models/{model}"]["get"]["responses"]) == {"200", "401", "404", "default"}
+    assert "HTTPValidationError" not in str(described), "which is never answered"
+    assert "503" in described["paths"]["/readyz"]["get"]["responses"]
+
+
+@pytest.mark.parametrize("image", ["png;base64,iVBORw0KGgo=", "svg+xml;base64,PHN2Zz4+Cg==", "jpeg;base64,/9j/"])
+def test_the_description_allows_images_as_they_are_sent(gateway: Running, image: str) -> None:
+    patterns = re.findall(r'"pattern":"(\^data:[^"]+)"', gateway.get("/openapi.json").text)
+    assert patterns
+    assert all(re.search(pattern, f"data:image/{image}") for pattern in patterns)
+    assert not any(re.search(pattern, f"data:image/{image}!") for pattern in patterns)
 
 
 def test_the_description_asks_for_a_key_where_one_is_needed(gateway: Running) -> None:

@@ -57,6 +57,13 @@ def test_settings_are_the_same_after_they_were_text(tmp_path: Path) -> None:
     assert from_text(as_text(read(tmp_path / "config.yaml", {})), UPSTREAMS) == read(tmp_path / "config.yaml", {})
 
 
+def test_the_overrides_it_tells_of_are_taken() -> None:
+    told = dict(re.findall(r"#   (EMBEDDING_GATEWAY__\w+)=('[^']*'|\S+)", TEXT))
+    assert len(told) == 5
+    for name, value in told.items():
+        read(FILE, {**VARIABLES, name: value.strip("'")})
+
+
 @pytest.mark.parametrize("variable", sorted(VARIABLES))
 def test_the_example_needs_each_variable_it_names(variable: str) -> None:
     rest = {name: value for name, value in VARIABLES.items() if name != variable}

@@ -137,12 +137,13 @@ class Gateway:
         own = self.upstreams.get(name.partition("/")[0])
         might = [own] if own else [each for each in self.upstreams.values() if each.away and not each.models]
         mute = {each.name: each.trouble for each in might if each.trouble}
-        if not mute:
-            return ModelNotFound(self._instead(name) or f"The model '{name[:200]}' does not exist", param="model")
-        why = next(iter(mute.values()))
-        told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
-        if own or family(name):
+        if mute and (own or family(name)):
+            why = next(iter(mute.values()))
+            told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
             return type(why)(told, code=why.code, retry_after=why.retry_after)
+        told = f"The model '{name[:200]}' does not exist"
+        if mute:
+            told += ", as far as those upstreams know that can be asked now"
         return ModelNotFound(self._instead(name) or told, param="model")
 
     def _instead(self, name: str) -> str | None:

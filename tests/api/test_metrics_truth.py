@@ -22,6 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from app import errors
 from app.cache.counts import Counts
+from app.cache.redis import RedisStore
+from app.clock import SystemClock
 from app.metrics import Metrics
 from app.types import Source
 from tests.api.support import MODEL, OTHER_MODEL, config, log_lines, post, settled, wire
@@ -415,6 +417,7 @@ def _cache_labels() -> dict[str, set[str]]:
     metrics = Metrics(CollectorRegistry())
     for tier in ("memory", "disk", "redis"):
         Counts(metrics, tier)
+    RedisStore("redis://127.0.0.1:9", 1.0, 1.0, SystemClock(), metrics)  # has some more
     labels = [sample.labels for family in metrics.cache_operations.collect() for sample in family.samples]
     return {name: {each[name] for each in labels} for name in ("tier", "operation", "result")}
 

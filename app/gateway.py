@@ -30,6 +30,11 @@ from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 
+REFRESH = 60.0
+"""Seconds after which lists of models are read again."""
+RETURN = 10.0
+"""The same, while an upstream is away."""
+
 
 class Gateway:
     """The whole program but its HTTP face. `start` before use, `aclose` after."""
@@ -165,7 +170,7 @@ class Gateway:
     async def _keep_fresh(self) -> None:
         """Asks now and then: a model that was pulled anew is another one, of a vector space of its own."""
         while True:
-            await self._clock.sleep(canary.ROUND)
+            await self._clock.sleep(RETURN if any(each.away for each in self.upstreams.values()) else REFRESH)
             try:
                 await self.refresh()
             except Exception:  # a bug of ours must not end this for good

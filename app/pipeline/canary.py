@@ -20,17 +20,22 @@ from app.types import Batch, Embedding, Params
 
 log = logging.getLogger(__name__)
 
+_SILENT = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 SAME = 0.999
 """Cosine from which two vectors count as the same text in the same space."""
 EVERY = 4 * 3600.0
 """Seconds between two looks."""
-ROUND = 60.0
-"""Seconds between two rounds of asking which look is due."""
-SOON = 10.0
-"""The same, while one that is asked has not been compared yet: when it answers, it is to be judged and used."""
-TIMEOUT = 30.0
-"""Seconds a deployment has to answer; one that does not is judged by its traffic, not here."""
+AGAIN = 60.0
+"""The same, where the last one brought no answer."""
+ROUND = 10.0
+"""Seconds between two rounds of asking which look is due. In each those are looked at that take no traffic until they
+have been compared: when they answer, they are to be judged and used."""
+TIMEOUT = 600.0
+"""Seconds a deployment has to answer; as a rule its upstream's own `timeout` is less. One that does not answer is
+judged by its traffic, not here."""
+PATIENCE = 2.0
+"""Seconds it has once another one has answered: that one is to be used, and the rest can be asked again."""
 
 
 class Expected:
@@ -76,56 +81,67 @@ class Canary:
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
         self._expected = expected
         self._from_start = from_start
-        self._looked_at: dict[Deployment, float] = {}
-        """When each was last looked at; those that did not answer are not among them."""
+        self._asked_at: dict[Deployment, float] = {}
+        """When each was last asked."""
+        self._answered: set[Deployment] = set()
+        """Those that answered then."""
+        self._looking = False
+        self._several = len(deployments) > 1
+        """Whether they stand in for each other."""
         self._unsettled = False
         """Whether they were compared with each other only, because the cache could not be read."""
         self._missed: set[Deployment] = set()
         """Those of which the log was told that they had not answered."""
 
     def due(self, now: float) -> bool:
-        """Those that were configured to stand in for each other are compared from the start; all else once one of them
-        was asked for something, for to ask for a model may mean to load it."""
-        wanted = self._from_start or any(each.health.asked for each in self._deployments)
-        return wanted and bool(self._to_ask(now))
-
-    @property
-    def waits(self) -> bool:
-        """Whether there is a deployment that takes no traffic until it has been compared."""
-        return any(each.health.unproved for each in self._deployments)
+        """Those that were configured to stand in for each other are compared from the start; all else once it is used,
+        for to ask for a model may mean to load it."""
+        used = any(each.health.asked if self._several else each.health.answered for each in self._deployments)
+        return (self._from_start or used) and not self._looking and bool(self._to_ask(now))
 
     def _to_ask(self, now: float) -> list[Deployment]:
-        """Those whose last look is so long ago, and those that did not answer: these in every round, until they do.
-        All, once there is something to compare them with."""
+        """Those whose last answer is so long ago, and those that have given none. All, once there is something to
+        compare them with. Of several that stand in for each other, also one that was ejected, and may come back another
+        model, and one that has not been compared."""
         if self._unsettled and self._expected.readable:
             return list(self._deployments)
-        looked_at = self._looked_at
-        return [each for each in self._deployments if each not in looked_at or now - looked_at[each] >= EVERY]
+        return [each for each in self._deployments if self._is_due(each, now)]
+
+    def _is_due(self, deployment: Deployment, now: float) -> bool:
+        health = deployment.health
+        if self._several and (health.ejected or health.unproved):
+            return True
+        pause = EVERY if deployment in self._answered and health.compared else AGAIN
+        return now - self._asked_at.get(deployment, -EVERY) >= pause
 
     async def look(self, now: float) -> None:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
         has never answered takes no traffic while others do: it may have been away and have come back another."""
-        asked, before = self._to_ask(now), dict(self._looked_at)
-        self._looked_at.update(dict.fromkeys(asked, now))
+        asked, self._looking = self._to_ask(now), True
         try:
-            found = await asyncio.gather(*(_ask(deployment) for deployment in asked))
-            answered = [(each, vector) for each, vector in zip(asked, found, strict=True) if vector]
-            expected = await self._expected.of(self._space, answered[0][1]) if answered else b""
+            answers = await _answers(asked)
+            expected = await self._expected.of(self._space, next(iter(answers.values()))) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
-            self._looked_at = before
-        if answered:
+            self._looking = False
+        if answers:
             self._unsettled = not self._expected.knows(self._space)
-        for deployment, vector in answered:
-            self._looked_at[deployment] = now
-            deployment.health.unproved = False
+        self._asked_at.update(dict.fromkeys(asked, now))
+        self._answered = self._answered.difference(asked).union(answers)
+        for deployment, vector in answers.items():
+            deployment.health.unproved, deployment.health.compared = False, True
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
-        if len(self._deployments) > 1:
-            self._keep_out([each for each in asked if each not in self._looked_at])
+        if self._several:
+            self._keep_out([each for each in asked if each not in answers])
 
     def _keep_out(self, silent: Sequence[Deployment]) -> None:
+        """Of these, all but those that have been compared and are in rotation: they may be busy."""
         for deployment in silent:
-            deployment.health.unproved = True
+            health = deployment.health
+            if health.compared and not health.ejected:
+                continue
+            health.unproved = True
+            health.trouble = health.trouble or _SILENT
             if deployment not in self._missed:
                 self._missed.add(deployment)
                 log.warning(
@@ -135,6 +151,11 @@ class Canary:
                 )
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
+        if deployment in self._missed:
+            self._missed.discard(deployment)
+            log.warning("deployment %s has shown its vectors now", deployment.name)
+            if deployment.health.trouble == _SILENT:
+                deployment.health.trouble = None
         if cosine >= SAME:
             deployment.health.let_in()
             return
@@ -147,6 +168,20 @@ class Canary:
                 reason,
             )
         deployment.health.take_out(reason)
+
+
+async def _answers(asked: Sequence[Deployment]) -> dict[Deployment, bytes]:
+    """The vectors of those that answer in time, in the order in which they are asked."""
+    tasks = {asyncio.create_task(_ask(each)): each for each in asked}
+    try:
+        done, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
+        while waiting and not any(task.result() for task in done):
+            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            done |= more
+        return {each: vector for task, each in tasks.items() if task in done and (vector := task.result())}
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _ask(deployment: Deployment) -> bytes | None:
@@ -169,7 +204,7 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
             if canary.due(clock.monotonic()):
                 due.setdefault(canary.upstream, []).append(canary)
         await asyncio.gather(*(_look(each, clock) for each in due.values()))
-        await clock.sleep(SOON if any(canary.waits for canary in canaries()) else ROUND)
+        await clock.sleep(ROUND)
 
 
 async def _look(canaries: Sequence[Canary], clock: Clock) -> None:

@@ -13,6 +13,7 @@ from app.errors import (
     UpstreamAuth,
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
+    UpstreamUnreachable,
 )
 from app.metrics import Gauge
 
@@ -68,8 +69,12 @@ class Health:
         """Why it takes no traffic until further notice, if it takes none."""
         self.unproved = False
         """Whether it is not known to be in its vector space, where others are."""
+        self.compared = False
+        """Whether its vectors have been, since it was last away."""
         self.asked = 0.0
         """When it was asked last; 0 if it never was."""
+        self.answered = False
+        """Whether it ever has."""
         self.trouble: str | None = None
         """What somebody must see to, or why it was left out, since it last answered: code and message."""
         self._retired = False
@@ -170,6 +175,7 @@ class Health:
             self.trouble = None
             self._failures = 0
             self._suspect_until = self._ejected_until = 0.0
+            self.answered = True
         elif isinstance(error, RateLimited):
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
@@ -177,6 +183,8 @@ class Health:
             told = f"{error.code}: {error.message}"
             if isinstance(error, _LASTING):
                 self._tell(told)
+            if isinstance(error, UpstreamUnreachable):
+                self.compared = False
             self._failures += 1
             self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
             # While it is ejected it is asked only where all are, and what is then found is nothing new.

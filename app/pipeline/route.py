@@ -35,7 +35,7 @@ have saved up."""
 DOWN = 5.0
 """Seconds after which a caller may ask again of a model whose deployments are all down: each call still tries one of
 them, so that it is back with the first that is."""
-_OUTAGES = (UpstreamError, UpstreamUnreachable)
+_OUTAGES = (UpstreamError, UpstreamUnreachable, UpstreamTimeout)
 """Exactly these: what is more special of them says something of its own."""
 
 
@@ -118,7 +118,8 @@ class Route:
         if others_only:
             candidates = [each for each in candidates if each is not avoid]
         if len(candidates) > 1:
-            candidates.sort(key=lambda each: (each is avoid, *self._rank(each)))
+            again = avoid is not None
+            candidates.sort(key=lambda each: (each is avoid, again and each.health.ejected, *self._rank(each)))
         for deployment in candidates:
             if deployment.slots.take(lane, ahead=avoid is not None):
                 return Slot(deployment, deployment.health.begin())
@@ -136,10 +137,10 @@ class Route:
 
     def _usable(self, params: Params) -> list[Deployment]:
         """Those in rotation; when all have been ejected, these: a call that may fail is better than none. Not where one
-        only rests, and will be back."""
+        only rests, and will soon be back."""
         able = self._able(params)
         available = [each for each in able if each.health.available()]
-        if available or any(each.health.cooling() and not each.health.ejected for each in able):
+        if available or any(0 < each.health.cooling() <= DOWN and not each.health.ejected for each in able):
             return available
         return [each for each in able if not each.health.cooling()]
 
@@ -234,9 +235,12 @@ class Route:
         return any(each in usable or 0 < each.health.cooling() < left for each in others)
 
     def _tell_all_down(self, batch: Batch, result: BatchResult) -> None:
-        """Where every deployment has been ejected, what may pass is told as an outage of the model, with a wait. What
-        will not pass by itself (a key, a name, replies that are none) and a deadline are told as what they are."""
-        if any(not each.health.ejected for each in self._able(batch.params)):
+        """Where every deployment has been ejected, or is at its rate, what may pass is told as an outage of the model,
+        with a wait. What will not pass by itself (a key, a name, replies that are none) and a deadline are told as what
+        they are."""
+        states = [each.health for each in self._able(batch.params)]
+        down = all(each.ejected or each.cooling() for each in states) and any(each.ejected for each in states)
+        if result.late or not down:
             return
         for i, outcome in enumerate(result.outcomes):
             if isinstance(outcome, UpstreamError) and type(outcome) in _OUTAGES:
@@ -297,7 +301,8 @@ class Route:
             result.late = True
             return None
         if not self._budget.spend():
-            _give_up(result, pending)
+            if not elsewhere:
+                _give_up(result, pending)
             return None
         await self._clock.sleep(pause)
         if not batch.wanted():
@@ -346,8 +351,8 @@ class Route:
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:
-    """Too much has failed of late: the caller is told not to try again at once either, or its attempts and
-    ours would multiply."""
+    """Too much has failed of late, and there is no other to ask: the caller is told not to try again at once either, or
+    its attempts and ours would multiply."""
     for i in pending:
         outcome = result.outcomes[i]
         if isinstance(outcome, GatewayError):

@@ -68,7 +68,7 @@ class HeaderKey:
         if len(self._values) == 1:
             return await send(self._with(request, 0))
         refused: dict[int, GatewayError] = {}
-        limited: WireReply | None = None
+        limited: list[tuple[float, int, WireReply]] = []
         while True:
             key = self._next(refused)
             reply = await send(self._with(request, key))
@@ -76,10 +76,11 @@ class HeaderKey:
             if not isinstance(error, UpstreamAuth | RateLimited | QuotaExhausted):
                 break
             refused[key] = error
-            if limited is None and isinstance(error, RateLimited):
-                limited = reply
+            if isinstance(error, RateLimited):
+                limited.append((error.retry_after or 0.0, key, reply))
             if len(refused) == len(self._values) or not self._fresh(refused):
-                reply = limited or reply  # where no key is taken callers are told what will pass, if anything will
+                if limited:  # where no key is taken callers are told what will pass first, if anything will
+                    _, _, reply = min(limited)
                 break
         # What every key is refused for, a model that the account may not use for example, is not about the keys.
         if len(refused) < len(self._values) or not all(isinstance(each, UpstreamAuth) for each in refused.values()):

@@ -127,9 +127,11 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
         if _embeds(tag) is None or (_embeds(tag) and None in (dimensions, longest)):
             try:  # an older server: it tells model by model
                 told = await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
-            except UpstreamMisconfigured:  # removed since, or not a route of this server's
-                if dimensions is None:
+            except GatewayError as error:
+                if dimensions is None and isinstance(error, UpstreamMisconfigured):  # removed since
                     continue
+                if dimensions is None:
+                    raise
         if name and _embeds(told):
             digest = str(tag.get("digest") or "").removeprefix("sha256:")[:12]
             found += _models(name, told, digest, cuts=settings.truncate)

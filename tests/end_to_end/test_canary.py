@@ -16,13 +16,13 @@ from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.clock import SystemClock
-from app.errors import UpstreamUnreachable
+from app.errors import RateLimited, UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.batcher import Batcher
-from app.pipeline.canary import EVERY, Expected
+from app.pipeline.canary import AGAIN, EVERY, Expected
 from app.pipeline.deployment import Deployment, Limits, Slots
-from app.pipeline.health import Health
+from app.pipeline.health import EJECTION, FAILURES, Health
 from app.pipeline.route import Route
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, Params
 from tests.clock import HandClock, settle
@@ -55,7 +55,7 @@ class RoundClock(SystemClock):
 
     async def sleep(self, seconds: float) -> None:
         before = self.woken
-        while self.woken == before and seconds >= canary.SOON:
+        while self.woken == before and seconds >= canary.ROUND:
             await asyncio.sleep(0.001)
 
 
@@ -274,7 +274,7 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
     await settle()
     await clock.advance(canary.ROUND)
     watching.cancel()
-    assert looked == ["bad at 1000", "good at 1000", "bad at 1060", "good at 1060"]
+    assert looked == ["bad at 1000", "good at 1000", "bad at 1010", "good at 1010"]
     assert "ZeroDivisionError" in caplog.text
 
 
@@ -295,7 +295,7 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
     await settle()
     assert all(each.health.unproved for each in both)
     up = True
-    await clock.advance(canary.SOON)
+    await clock.advance(canary.ROUND)
     assert not any(each.health.unproved for each in both)
     watching.cancel()
 
@@ -435,6 +435,87 @@ async def test_who_could_not_be_compared_is_looked_at_again_once_the_cache_can_b
     assert looks.due(clock.monotonic())
     await looks.look(clock.monotonic())
     assert not looks.due(clock.monotonic())
+
+
+def several(clock: HandClock, *embedders: BatchEmbedder) -> tuple[list[Deployment], canary.Canary]:
+    found = [
+        Deployment(f"up{i}", Model("m"), "space", Slots(1), Limits(1), healthy(clock, f"up{i}"), embed)
+        for i, embed in enumerate(embedders)
+    ]
+    return found, canary.Canary(found, Expected(None), from_start=True)
+
+
+async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    (first, second), looks = several(clock, hangs, answers)
+    second.health.unproved = True
+    await asyncio.wait_for(looks.look(clock.monotonic()), 5)
+    assert (first.health.unproved, second.health.unproved) == (True, False)
+    assert first.health.trouble
+    assert looks.due(clock.monotonic()), "the one that hangs is asked again"
+
+
+async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "PATIENCE", 0.01)
+
+    async def late(batch: Batch) -> BatchResult:
+        await asyncio.sleep(0.2)
+        return await answers(batch)
+
+    async def away(batch: Batch) -> BatchResult:
+        raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
+
+    (first, second), looks = several(clock, away, late)
+    await asyncio.wait_for(looks.look(clock.monotonic()), 5)
+    assert (first.health.compared, second.health.compared) == (False, True)
+
+
+async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared_again(clock: HandClock) -> None:
+    up = True
+
+    async def changes(batch: Batch) -> BatchResult:
+        if not up:
+            raise UpstreamUnreachable("no connection")
+        return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
+
+    (stays, restarts), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic())
+    restarts.embed, up = changes, False
+    for _ in range(FAILURES):
+        restarts.health.end(UpstreamUnreachable("no connection"), restarts.health.begin())
+    assert looks.due(clock.monotonic())
+    await looks.look(clock.monotonic())
+    assert (stays.health.unproved, restarts.health.unproved) == (False, True)
+    up = True
+    clock.now += 2 * EJECTION
+    await looks.look(clock.monotonic())
+    assert restarts.health.out, "it has another model now"
+
+
+async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock) -> None:
+    (first, _), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic())
+    clock.now += AGAIN
+    assert not looks.due(clock.monotonic())
+    first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
+    assert looks.due(clock.monotonic())
+
+
+async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:
+    """By another canary, after a change of configuration."""
+    (first, second), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic())
+
+    async def limited(batch: Batch) -> BatchResult:
+        raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
+
+    first.embed = limited
+    await canary.Canary([first, second], Expected(None), from_start=True).look(clock.monotonic())
+    assert not first.health.unproved
 
 
 async def test_what_nobody_has_asked_for_is_not_looked_at(clock: HandClock) -> None:

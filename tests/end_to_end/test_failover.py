@@ -33,7 +33,7 @@ class FastClock(SystemClock):
         return super().time() + self.jumped
 
     async def sleep(self, seconds: float) -> None:
-        if seconds >= canary.SOON:
+        if seconds >= canary.ROUND:
             await asyncio.Event().wait()
         self.slept += seconds
         await asyncio.sleep(0)

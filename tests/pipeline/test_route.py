@@ -181,6 +181,62 @@ async def test_where_the_others_come_to_rest_meanwhile_for_longer_than_there_is_
     assert (result.outcomes, result.calls) == ([limit], 1)
 
 
+async def test_an_ejected_one_is_asked_where_the_others_rest_for_long() -> None:
+    ejected, rests = deployment("ejected", answers), deployment("rests", answers)
+    eject(ejected)
+    rests.health.end(RateLimited("slowly", retry_after=60), rests.health.begin())
+    result = await run(route(ejected, rests), batch("x", seconds=20))
+    assert result.deployments == ("ejected/m",)
+
+
+async def test_where_it_fails_too_callers_are_told_to_wait() -> None:
+    ejected, rests = deployment("ejected", failing(UpstreamError("down"))), deployment("rests", answers)
+    eject(ejected)
+    rests.health.end(RateLimited("slowly", retry_after=60), rests.health.begin())
+    [outcome] = (await run(route(ejected, rests), batch("x", seconds=20))).outcomes
+    assert isinstance(outcome, UpstreamUnavailable)
+    assert outcome.retry_after
+
+
+async def test_a_retry_goes_to_one_in_rotation_before_one_that_is_to_tell_whether_it_is_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.pipeline.health.EJECTION", 0.0)
+    fails, ejected, good = (
+        deployment("a", failing(UpstreamError("no"))),
+        deployment("b", answers),
+        deployment("c", answers),
+    )
+    good.priority = 2
+    for _ in range(FAILURES):
+        ejected.health.end(UpstreamError("down"), ejected.health.begin())
+    assert ejected.health.available()
+    all_three = route(fails, ejected, good)
+    slot = Slot(fails, fails.health.begin())
+    fails.slots.busy += 1
+    assert (await all_three.run(batch("x"), slot, "query")).deployments == ("c/m",)
+
+
+async def test_callers_are_told_to_stay_away_only_where_no_other_can_be_asked() -> None:
+    down = UpstreamError("down")
+    for others, final in (((), True), ((deployment("good", answers),), False)):
+        bad = deployment("bad", failing(down))
+        found = route(bad, *others)
+        while found._budget.spend():
+            pass
+        [outcome] = (await run(found, batch("x"))).outcomes
+        assert isinstance(outcome, GatewayError)
+        assert outcome.final == final
+        down = UpstreamError("down")
+
+
+async def test_where_all_hang_callers_are_told_to_wait() -> None:
+    one = deployment("one", failing(UpstreamTimeout("the upstream did not answer")))
+    eject(one)
+    [outcome] = (await run(route(one), batch("x"))).outcomes
+    assert isinstance(outcome, UpstreamUnavailable)
+
+
 async def test_of_those_that_are_all_ejected_whichever_is_back_is_found_soon() -> None:
     dead = [deployment(name, failing(UpstreamError("down"))) for name in "ab"]
     back = deployment("back", answers)

@@ -345,6 +345,10 @@ async def test_where_no_key_is_taken_what_will_pass_is_told() -> None:
     flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())
     assert await flow(embedding(), service.send) is limited
     assert service.asked == ["one", "two", "three"]
+    first, later = (refusal(429, "rate_limit_exceeded", **{"retry-after": wait}) for wait in ("1", "50"))
+    for one, two in ((first, later), (later, first)):
+        flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
+        assert await flow(embedding(), Keyed(one=one, two=two).send) is first
     failed = refusal(500, "server_error")
     service = Keyed(one=limited, two=failed)
     flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())

@@ -20,9 +20,8 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from app.gateway import Gateway
+from app.gateway import REFRESH, Gateway
 from app.main import create_app
-from app.pipeline.canary import ROUND
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import baidu, connect, ollama, openai
 from tests.clock import HandClock, settle
@@ -129,12 +128,13 @@ async def test_an_operator_who_wants_long_texts_cut_has_no_limit_on_them() -> No
     assert {model.max_tokens_per_input for model in found} == {None}
 
 
-async def test_a_length_that_the_list_lacks_is_asked_for() -> None:
+@pytest.mark.parametrize("status", [404, 403, 500])
+async def test_a_length_that_the_list_lacks_is_asked_for_and_not_insisted_on(status: int) -> None:
     tag = {**NOMIC, "details": {"embedding_length": 768}}
     told = {"capabilities": ["embedding"], "model_info": {"x.embedding_length": 768, "x.context_length": 2048}}
     found = await pulled({"/api/tags": {"models": [tag]}, "/api/show": told})
     assert {(model.dimensions, model.max_tokens_per_input) for model in found} == {(768, 2048)}
-    found = await pulled({"/api/tags": {"models": [tag]}, "/api/show": (404, {"error": "not found"})})
+    found = await pulled({"/api/tags": {"models": [tag]}, "/api/show": (status, {"error": "no"})})
     assert {(model.dimensions, model.max_tokens_per_input) for model in found} == {(768, None)}
 
 
@@ -387,7 +387,7 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
     before.deployments[0].health.end(UpstreamMisconfigured("who?"), 0)
     assert gateway.status()["upstreams"]["one"]["trouble"]
     one.models = [Model("m", revision="b")]
-    await clock.advance(ROUND)
+    await clock.advance(REFRESH)
     await settle()
     after = gateway.names["one/m"]
     assert (before.space, after.space) == ("openai/m@a", "openai/m@b")
@@ -395,7 +395,7 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
     before.deployments[0].health.take_out("what is under way there is nobody's business")
     assert available(gateway, "one", "m") == 1
     one.models = []
-    await clock.advance(ROUND)
+    await clock.advance(REFRESH)
     await settle()
     assert "one/m" not in gateway.names
     assert available(gateway, "one", "m") is None
@@ -414,7 +414,7 @@ async def test_what_cannot_be_asked_is_said_once(
     await gateway.start()
     await settle()
     for _ in range(3):
-        await clock.advance(ROUND)
+        await clock.advance(REFRESH)
         await settle()
     assert one.asked == 4
     assert [record.message for record in caplog.records if "upstream one" in record.message] == [

@@ -160,14 +160,13 @@ class Route:
 
     def rests(self, params: Params) -> list[float]:
         """Seconds until each deployment may have a call after a rate limit or an ejection, or for its pace, 0 where
-        nothing is in the way; empty if none rests. Where all rest, it is for a limit or a pace: of those that are
-        ejected one may be called if there is no other."""
+        nothing is in the way, or the one call under way after an ejection, which may end at any moment; empty if none
+        rests."""
         if not any(each.slots.pace or each.health.resting() for each in self.deployments):
             return []
         usable = self._usable(params)
         waits = [(0.0 if each in usable else each.health.resting(), each) for each in self._able(params)]
-        # One that is back from an ejection, and has its one call under way, is told of when that ends.
-        return [max(rest, each.slots.wait()) for rest, each in waits if rest or each in usable]
+        return [max(rest, each.slots.wait()) for rest, each in waits]
 
     def time_for(self, params: Params, inputs: int, tokens: float) -> float:
         """Seconds until the first deployment would have embedded so much, as far as its pace decides."""

@@ -35,7 +35,10 @@ TIMEOUT = 600.0
 """Seconds a deployment has to answer; as a rule its upstream's own `timeout` is less. One that does not answer is
 judged by its traffic, not here."""
 PATIENCE = 2.0
-"""Seconds it has once another one has answered: that one is to be used, and the rest can be asked again."""
+"""Seconds it has where another one has answered, which is to be used, and what the space gives is known: the rest can
+be asked again."""
+AT_FIRST = 10.0
+"""The same, where it is not known: what the first one gives is to count, which may have to load its model."""
 
 
 class Expected:
@@ -55,21 +58,30 @@ class Expected:
         """Whether all tiers of the cache answer, as far as is known."""
         return self._cache is None or all(status.startswith("up") for status in self._cache.status().values())
 
+    async def recall(self, space: str) -> bool:
+        """Whether it is known what this space gives, if need be by the cache."""
+        if self._cache is not None and space not in self._vectors:
+            (stored,) = await self._cache.get([_key(space)])
+            if stored is None:  # or there was no time to look, and what is there must not be written over
+                (stored,) = await self._cache.get([_key(space)])
+            if stored is not None:
+                self._vectors.setdefault(space, stored.vector)
+        return space in self._vectors
+
     async def of(self, space: str, now: bytes) -> bytes:
         """`now` is what the first that answered gives: it counts where nothing else is known, and for this once where
         a cache that may know of something else does not answer."""
-        (key,) = keys.derive(f"canary/{space}", Params(), [TEXT])
-        if self._cache is not None and space not in self._vectors:
-            (stored,) = await self._cache.get([key])
-            if stored is None:  # or there was no time to look, and what is there must not be written over
-                (stored,) = await self._cache.get([key])
-            if stored is None and not self.readable:
-                return self._vectors.get(space, now)
-            now = stored.vector if stored else now
+        if not await self.recall(space) and not self.readable:
+            return now
         expected = self._vectors.setdefault(space, now)
         if self._cache is not None:
-            self._cache.put([(key, Embedding(expected, 0))])
+            self._cache.put([(_key(space), Embedding(expected, 0))])
         return expected
+
+
+def _key(space: str) -> bytes:
+    (key,) = keys.derive(f"canary/{space}", Params(), [TEXT])
+    return key
 
 
 class Canary:
@@ -119,7 +131,8 @@ class Canary:
         has never answered takes no traffic while others do: it may have been away and have come back another."""
         asked, self._looking = self._to_ask(now), True
         try:
-            answers = await _answers(asked)
+            known = await self._expected.recall(self._space)
+            answers = await _answers(asked, PATIENCE if known else AT_FIRST)
             expected = await self._expected.of(self._space, next(iter(answers.values()))) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
@@ -170,11 +183,11 @@ class Canary:
         deployment.health.take_out(reason)
 
 
-async def _answers(asked: Sequence[Deployment]) -> dict[Deployment, bytes]:
+async def _answers(asked: Sequence[Deployment], patience: float) -> dict[Deployment, bytes]:
     """The vectors of those that answer in time, in the order in which they are asked."""
     tasks = {asyncio.create_task(_ask(each)): each for each in asked}
     try:
-        done, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
+        done, waiting = await asyncio.wait(tasks, timeout=patience)
         while waiting and not any(task.result() for task in done):
             more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             done |= more
@@ -197,14 +210,22 @@ async def _ask(deployment: Deployment) -> bytes | None:
 
 async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
     """Looks where it is time, now and then, for as long as the gateway lives: one model after another at an upstream,
-    which may have to load each, and at all upstreams at once, for one that hangs takes all of its time."""
-    while True:
-        due: dict[str, list[Canary]] = {}
-        for canary in canaries():
-            if canary.due(clock.monotonic()):
-                due.setdefault(canary.upstream, []).append(canary)
-        await asyncio.gather(*(_look(each, clock) for each in due.values()))
-        await clock.sleep(ROUND)
+    which may have to load each, and at no upstream later because another one hangs."""
+    looking: dict[str, asyncio.Task[None]] = {}
+    try:
+        while True:
+            due: dict[str, list[Canary]] = {}
+            for canary in canaries():
+                if canary.due(clock.monotonic()):
+                    due.setdefault(canary.upstream, []).append(canary)
+            for upstream, each in due.items():
+                if upstream not in looking or looking[upstream].done():
+                    looking[upstream] = asyncio.create_task(_look(each, clock))
+            await clock.sleep(ROUND)
+    finally:
+        for task in looking.values():
+            task.cancel()
+        await asyncio.gather(*looking.values(), return_exceptions=True)
 
 
 async def _look(canaries: Sequence[Canary], clock: Clock) -> None:

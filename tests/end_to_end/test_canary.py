@@ -448,7 +448,7 @@ def several(clock: HandClock, *embedders: BatchEmbedder) -> tuple[list[Deploymen
 async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    monkeypatch.setattr(canary, "AT_FIRST", 0.05)
     (first, second), looks = several(clock, hangs, answers)
     second.health.unproved = True
     await asyncio.wait_for(looks.look(clock.monotonic()), 5)
@@ -460,7 +460,7 @@ async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
 async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "PATIENCE", 0.01)
+    monkeypatch.setattr(canary, "AT_FIRST", 0.01)
 
     async def late(batch: Batch) -> BatchResult:
         await asyncio.sleep(0.2)
@@ -472,6 +472,41 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
     (first, second), looks = several(clock, away, late)
     await asyncio.wait_for(looks.look(clock.monotonic()), 5)
     assert (first.health.compared, second.health.compared) == (False, True)
+
+
+async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(clock: HandClock) -> None:
+    async def slow(batch: Batch) -> BatchResult:
+        await asyncio.sleep(0.2)
+        return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
+
+    (first, second), looks = several(clock, slow, answers)
+    await asyncio.wait_for(looks.look(clock.monotonic()), 5)
+    assert (first.health.out, bool(second.health.out)) == (None, True)
+
+
+async def test_an_upstream_that_hangs_holds_up_no_look_at_another(clock: HandClock) -> None:
+    looked: list[str] = []
+
+    class Looks:
+        def __init__(self, upstream: str) -> None:
+            self.upstream = upstream
+
+        def due(self, now: float) -> bool:
+            return now > 0
+
+        async def look(self, now: float) -> None:
+            looked.append(f"{self.upstream} at {now:.0f}")
+            if self.upstream == "hangs":
+                await asyncio.Event().wait()
+
+    watching = asyncio.create_task(
+        canary.watch(lambda: [cast("canary.Canary", Looks(name)) for name in ("hangs", "well")], clock)
+    )
+    await settle()
+    await clock.advance(canary.ROUND)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+    assert looked == ["hangs at 1000", "well at 1000", "well at 1010"]
 
 
 async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared_again(clock: HandClock) -> None:

@@ -141,7 +141,9 @@ class Canary:
         self._asked_at.update(dict.fromkeys(asked, now))
         self._answered = self._answered.difference(asked).union(answers)
         for deployment, vector in answers.items():
-            deployment.health.unproved, deployment.health.compared = False, True
+            health = deployment.health
+            health.unproved, health.silent, health.compared = False, False, True
+            health.show()
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
         if self._several:
@@ -153,7 +155,8 @@ class Canary:
             health = deployment.health
             if health.compared and not health.ejected:
                 continue
-            health.unproved = True
+            health.unproved = health.silent = True
+            health.show()
             health.trouble = health.trouble or _SILENT
             if deployment not in self._missed:
                 self._missed.add(deployment)

@@ -69,6 +69,8 @@ class Health:
         """Why it takes no traffic until further notice, if it takes none."""
         self.unproved = False
         """Whether it is not known to be in its vector space, where others are."""
+        self.silent = False
+        """Whether it was to show its vectors, and did not."""
         self.compared = False
         """Whether its vectors have been, since it was last away."""
         self.asked = 0.0
@@ -83,7 +85,7 @@ class Health:
     def show(self) -> None:
         """Whether it takes traffic, for the metrics."""
         if not self._retired:
-            self._gauge.set(0 if self.out is not None or self.ejected else 1)
+            self._gauge.set(0 if self.out is not None or self.ejected or self.silent else 1)
 
     def retire(self) -> None:
         """It gets no more calls; what those under way come to is shown nowhere: its name may be another's by now."""

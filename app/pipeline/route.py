@@ -145,8 +145,8 @@ class Route:
         return [each for each in able if not each.health.cooling()]
 
     def _able(self, params: Params) -> list[Deployment]:
-        """One that is not known to be in its vector space is among them only where none is, however these are: it will
-        be known soon after it is there to be asked."""
+        """Those that honour the parameters and are known to be in their vector space, whatever state they are in. Where
+        none is known to be, all: the others will be soon after they are there to be asked."""
         able = [each for each in self.deployments if each.can(params) and each.health.out is None]
         return [each for each in able if not each.health.unproved] or able
 

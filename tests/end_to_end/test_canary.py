@@ -232,12 +232,15 @@ def test_one_that_has_shown_nothing_serves_once_it_has_however_the_others_fare(
             failing.fail(faults.vendor_error("unavailable"), times=None)
             served = [gateway.post({"model": name, "input": f"text {i}"}) for i in range(12)]
             assert {each.status_code for each in served} <= {502, 503}
+            assert gateway.metric("upstream_available", upstream="up1", model=MODEL) == 0
+            assert gateway.get("/readyz").json()["upstreams"]["up1"]["trouble"][MODEL]
             asked = len(late.calls)
             until_looked(clock, lambda: len(late.calls) > asked)
             if other is OtherModel:
                 assert "cosine" in until_out(gateway, "up1")[MODEL]
             time.sleep(0.2)
             response = gateway.post({"model": name, "input": "served"})
+            assert gateway.metric("upstream_available", upstream="up1", model=MODEL) == (other is FakeOpenAI)
             assert (response.status_code == 200) == (other is FakeOpenAI)
             assert response.headers.get("x-embedding-upstream") == (f"up1/{MODEL}" if other is FakeOpenAI else None)
 

@@ -96,6 +96,8 @@ async def test_against_a_dead_upstream_200_requests_cause_at_most_a_fifth_more_c
 async def test_a_rate_limited_deployment_rests_as_long_as_it_says_and_the_other_one_works() -> None:
     with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
         with running(two(one.url, other.url), clock=FastClock()) as gateway:
+            await asyncio.gather(one.calls_arrived(1), other.calls_arrived(1))  # the canary's
+            await asyncio.gather(one.idle(), other.idle())
             limited = faults.http_error(429, b'{"error":{"message":"slow"}}', {"retry-after": "1000"})
             one.fail(limited, times=None)
             statuses = await ask(gateway, other, 60, at_once=4)

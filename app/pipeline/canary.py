@@ -102,8 +102,6 @@ class Canary:
         """Whether they stand in for each other."""
         self._unsettled = False
         """Whether they were compared with each other only, because the cache could not be read."""
-        self._missed: set[Deployment] = set()
-        """Those of which the log was told that they had not answered."""
 
     def due(self, now: float) -> bool:
         """Those that were configured to stand in for each other are compared from the start; all else once it is used,
@@ -142,6 +140,10 @@ class Canary:
         self._answered = self._answered.difference(asked).union(answers)
         for deployment, vector in answers.items():
             health = deployment.health
+            if health.silent:
+                log.warning("deployment %s has shown its vectors now", deployment.name)
+                if health.trouble == _SILENT:
+                    health.trouble = None
             health.unproved, health.silent, health.compared = False, False, True
             health.show()
             self._judge(deployment, vectors.cosine(vector, expected))
@@ -155,23 +157,17 @@ class Canary:
             health = deployment.health
             if health.compared and not health.ejected:
                 continue
-            health.unproved = health.silent = True
-            health.show()
-            health.trouble = health.trouble or _SILENT
-            if deployment not in self._missed:
-                self._missed.add(deployment)
+            if not health.silent:
                 log.warning(
                     "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does",
                     deployment.name,
                     self._space,
                 )
+            health.unproved = health.silent = True
+            health.show()
+            health.trouble = health.trouble or _SILENT
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
-        if deployment in self._missed:
-            self._missed.discard(deployment)
-            log.warning("deployment %s has shown its vectors now", deployment.name)
-            if deployment.health.trouble == _SILENT:
-                deployment.health.trouble = None
         if cosine >= SAME:
             deployment.health.let_in()
             return

@@ -38,9 +38,9 @@ from app.upstreams.signature import BceSignature
 _BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
 _TOKEN_PATH = "/oauth/2.0/token"  # noqa: S105  # a path
-# V1's last part of the path; a custom service has its own, under its own name.
 _AS_WRITTEN = "Embedding-V1"
 """How the page on embedding-v1 writes its name."""
+# V1's last part of the path; a custom service has its own, under its own name.
 _ENDPOINTS = {
     _AS_WRITTEN: "embedding-v1",
     "bge-large-zh": "bge_large_zh",

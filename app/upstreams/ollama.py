@@ -127,9 +127,10 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
         if _embeds(tag) is None or (_embeds(tag) and None in (dimensions, longest)):
             try:  # an older server: it tells model by model
                 told = await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
-            except GatewayError as error:
-                if dimensions is None and isinstance(error, UpstreamMisconfigured):  # removed since
+            except UpstreamMisconfigured:  # removed since, or it has no such route
+                if dimensions is None:
                     continue
+            except GatewayError:
                 if dimensions is None:
                     raise
         if name and _embeds(told):

@@ -18,9 +18,10 @@ from typing import Any
 
 import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.head import request_id
+from app.heads import Remembering
 from app.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0
@@ -70,7 +71,7 @@ def _unsent(transport: asyncio.Transport) -> int:
     return int.from_bytes(count, sys.byteorder)
 
 
-class Protocol(HttpToolsProtocol):
+class Protocol(Remembering):
     """One connection. Errors below HTTP come in OpenAI's shape too.
 
     Four extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
@@ -120,6 +121,10 @@ class Protocol(HttpToolsProtocol):
             self._parse(self._unparsed.popleft())
 
     def _parse(self, data: bytes) -> None:
+        if self._owed:
+            data = self.take_in(data)
+            if not data:
+                return
         if self._between_requests:
             data = self._head + data
             end = data.find(_END)
@@ -128,8 +133,15 @@ class Protocol(HttpToolsProtocol):
                 return
             self._head = b""
             self._stop_timer()
+            end += len(_END)
+            behind = self.begin_known(data, end)
+            if behind is not None:
+                self._extend(self.scope)
+                if behind:
+                    self._parse(behind)
+                return
             if b"\r\nupgrade:" in data[:end].lower():
-                data = _OFFER.sub(rb"\1ignored", data[: end + 2]) + data[end + 2 :]
+                data = _OFFER.sub(rb"\1ignored", data[:end]) + data[end:]
         self._fed += len(data)
         super().data_received(data)
         if self._in_head and not self.transport.is_closing():
@@ -219,6 +231,9 @@ class Protocol(HttpToolsProtocol):
         self._fed = 0
         self._in_head = False
         self._stop_timer()
+        self._extend(scope)
+
+    def _extend(self, scope: Any) -> None:
         # Nothing here may lead back to the cycle, which holds the scope: the collector would have to find both.
         scope["extensions"] = {"hang_up": self._hang_up, "body": self._body, "respond": self._respond}
         if self._first_byte:

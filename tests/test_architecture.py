@@ -13,7 +13,7 @@ from app.upstreams import UPSTREAMS
 APP = Path(__file__).parent.parent / "app"
 
 RANKS = [
-    {"errors", "catalog", "clock", "deadlines", "outbox", "data", ""},
+    {"errors", "catalog", "clock", "deadlines", "heads", "outbox", "data", ""},
     {"types"},
     {"vectors", "tokens", "limits", "config", "metrics", "logs"},
     {"upstreams", "cache"},
@@ -37,7 +37,7 @@ DOORS = {
     "aiohappyeyeballs": {"upstreams"},
     "httptools": {"upstreams"},
     "simdjson": {"upstreams"},
-    "uvicorn": {"protocol", "serve"},
+    "uvicorn": {"heads", "protocol", "serve"},
     "yaml": {"config"},
     "sqlite3": {"cache"},
     "cryptography": {"upstreams"},

@@ -1,0 +1,124 @@
+"""Heads that come again: a client writes one for every request, and from one to the next only its length is another."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from msgspec import Struct
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+
+LONGEST = 4 * 2**10
+"""Bytes of a head that is worth keeping, for as long as its connection lives."""
+LESSONS = 4
+"""Heads that a connection keeps, one in place of the other: where each is another, none comes again."""
+
+_LENGTH = b"content-length"
+_PARSED_ONLY = {b"transfer-encoding", b"upgrade", b"expect"}
+"""What the parser must see to, each time anew."""
+
+
+class Head(Struct, frozen=True):
+    """A head as it came, in two parts around the digits of its length, and what the parser made of it."""
+
+    before: bytes
+    behind: bytes
+    scope: Mapping[str, Any]
+    """ASGI's, but for what belongs to one request alone."""
+    place: int
+    """Of the length, among the headers."""
+
+    def digits(self, data: bytes, end: int) -> bytes | None:
+        """Those of the length, if the head that is the first `end` bytes of `data` is this one but for them: then the
+        parser would find nothing in it that it did not find in this one."""
+        digits = data[len(self.before) : end - len(self.behind)]
+        alike = data.startswith(self.before) and data.startswith(self.behind, end - len(self.behind))
+        return digits if alike and digits.isdigit() and len(digits) < 16 else None
+
+    def again(self, digits: bytes) -> dict[str, Any]:
+        """What the parser would make of it, with this length."""
+        headers = self.scope["headers"].copy()
+        headers[self.place] = (_LENGTH, digits)
+        return {**self.scope, "headers": headers}
+
+
+def learn(head: bytes, scope: Mapping[str, Any]) -> Head | None:
+    """This head, of which the parser made this scope; None where the next one like it is better parsed, too. That is
+    so wherever the plainest way to read it does not come to the same."""
+    lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
+    pairs = [line.partition(b":") for line in lines[1:]]
+    headers = [(name.lower(), value.strip(b" \t")) for name, _, value in pairs]
+    names = [name for name, _ in headers]
+    if len(head) > LONGEST or headers != scope["headers"]:
+        return None
+    if names.count(_LENGTH) != 1 or not _PARSED_ONLY.isdisjoint(names):
+        return None
+    place = names.index(_LENGTH)
+    digits = headers[place][1]
+    line = lines[1 + place]
+    before = b"\r\n".join([*lines[: 1 + place], line[: line.rindex(digits)]])
+    kept = {name: value for name, value in scope.items() if name not in ("state", "extensions")}
+    return Head(before, head[len(before) + len(digits) :], {**kept, "headers": headers}, place)
+
+
+class Remembering(HttpToolsProtocol):
+    """uvicorn's protocol with a memory of one head a connection, which is not parsed when it comes again."""
+
+    _known: Head | None = None
+    _given = b""
+    """The head that the parser is given, until it has found the end of it."""
+    _lessons = LESSONS
+    _owed = 0
+    """Bytes still to come of a body whose head was known: the parser is told of neither."""
+
+    def begin_known(self, data: bytes, end: int) -> bytes | None:
+        """Begins the request whose head is the first `end` bytes of `data`, as the server does with what it has parsed,
+        and returns what is behind its body; None if it is not known or has others before it, and is to be parsed."""
+        head = self._known
+        digits = head.digits(data, end) if head else None
+        if head is None or digits is None or not self.cycle.response_complete:
+            self._given = data[:end] if self._lessons else b""
+            return None
+        scope: Any = head.again(digits)
+        scope["state"] = self.app_state.copy()
+        self.scope = scope
+        self.cycle = cycle = RequestResponseCycle(
+            scope=scope,
+            transport=self.transport,
+            flow=self.flow,
+            logger=self.logger,
+            access_logger=self.access_logger,
+            access_log=self.access_log,
+            default_headers=self.server_state.default_headers,
+            message_event=asyncio.Event(),
+            expect_100_continue=False,
+            keep_alive=True,  # or the connection would have ended with the one before
+            on_response=self.on_response_complete,
+        )
+        self._start_asgi_task(cycle, self.app)
+        self._owed = int(digits)
+        if len(data) - end != self._owed:
+            return self.take_in(data[end:])
+        self._owed = 0
+        cycle.body += data[end:]
+        cycle.more_body = False
+        cycle.message_event.set()
+        return b""
+
+    def take_in(self, data: bytes) -> bytes:
+        """A piece of the body that is owed. Returns what is behind it."""
+        body, behind = data[: self._owed], data[self._owed :]
+        self._owed -= len(body)
+        if body:
+            self.on_body(body)
+        if not self._owed:
+            self.on_message_complete()
+        return behind
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        if self._given:
+            self._lessons -= 1
+            self._known = learn(self._given, self.scope)
+            self._given = b""

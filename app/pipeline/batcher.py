@@ -18,7 +18,7 @@ from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
-from app.errors import GatewayError, RateLimited, UpstreamUnavailable
+from app.errors import GatewayError, Overloaded, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.outcome import collect, hopeless
 from app.pipeline.queue import ENOUGH, LANES, Flight, Group, Job, Line, Queue, Queues, Waiter
@@ -81,6 +81,11 @@ class Batcher:
         jobs, sources = self._enlist(request, waiter)
         try:
             await waiter.future
+        except asyncio.CancelledError:
+            if any(job.begun for job in jobs) or asyncio.get_running_loop().time() < request.deadline:
+                raise
+            # Nobody was slow with it: there were too many before it.
+            raise Overloaded("no upstream call was free before the request's deadline", retry_after=1) from None
         finally:
             if waiter.missing:
                 self._leave(waiter, jobs)
@@ -245,6 +250,8 @@ class Batcher:
             jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion)
             if dropped:
                 self._forget(dropped)
+            for job in jobs:
+                job.begun = True
             batch = _batch(queue.group, jobs)
             slot.charge(batch.inputs)
             self._queues.taken_from(queue, served=True)

@@ -59,6 +59,8 @@ class Job(Struct, eq=False):
     """A tuple, because nearly all inputs of a request have the same one."""
     store: bool
     """Whether what comes may be cached."""
+    begun: bool = False
+    """Whether it has been in an upstream call."""
     flight: Flight | None = None
     outcome: Embedding | GatewayError | None = None
 

@@ -329,6 +329,26 @@ def test_waiting_for_a_slot_is_part_of_the_requests_time(fake: FakeOpenAI) -> No
         assert gateway.metric("inflight_requests") == 0
 
 
+def test_who_had_no_call_until_its_time_was_up_is_told_of_overload_and_not_of_a_slow_upstream(fake: FakeOpenAI) -> None:
+    models = {"m": {"deployments": [{"upstream": "up", "model": MODEL}], "max_batch": 1}}
+    settings = config(fake, {"max_concurrency": 1}, server={"request_timeout": "1s"}, models=models)
+    with running(settings) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        first = pool.submit(gateway.post, {"model": "m", "input": "holds the slot"})
+        fake.wait_for_calls(1)
+        bulk = pool.submit(gateway.post, {"model": "m", "input": [f"text {i}" for i in range(20)]})
+        settled(gateway, lambda: gateway.metric("queued_inputs") == 20)
+        time.sleep(0.3)
+        query = pool.submit(gateway.post, {"model": "m", "input": "goes before bulk"})
+        assert first.result().status_code == 504
+        response = bulk.result()
+        assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
+        assert response.headers["retry-after"] == "1"
+        assert query.result().status_code == 504, "it was asked"
+        assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
+        assert len(fake.calls) == 2
+
+
 @pytest.mark.parametrize("begins", ["alone", "behind another"])
 def test_a_head_that_comes_in_pieces_is_part_of_the_requests_time(begins: str, fake: FakeOpenAI) -> None:
     request = post(body("slow"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 from app import tokens
 from app.clock import Clock
@@ -35,8 +36,6 @@ have saved up."""
 DOWN = 5.0
 """Seconds after which a caller may ask again of a model whose deployments are all down: each call still tries one of
 them, so that it is back with the first that is."""
-_OUTAGES = (UpstreamError, UpstreamUnreachable, UpstreamTimeout)
-"""Exactly these: what is more special of them says something of its own."""
 
 
 class Budget:
@@ -235,14 +234,14 @@ class Route:
 
     def _tell_all_down(self, batch: Batch, result: BatchResult) -> None:
         """Where every deployment has been ejected, or is at its rate, what may pass is told as an outage of the model,
-        with a wait. What will not pass by itself (a key, a name, replies that are none) and a deadline are told as what
-        they are."""
+        with a wait. What will not pass by itself (a key, a certificate, a name, replies that are none) and a deadline
+        are told as what they are."""
         states = [each.health for each in self._able(batch.params)]
         down = all(each.ejected or each.cooling() for each in states) and any(each.ejected for each in states)
         if result.late or not down:
             return
         for i, outcome in enumerate(result.outcomes):
-            if isinstance(outcome, UpstreamError) and type(outcome) in _OUTAGES:
+            if _is_outage(outcome):
                 told = f"every deployment of this model is down; the last one said: {outcome.message}"
                 result.outcomes[i] = UpstreamUnavailable(told, retry_after=DOWN)
 
@@ -347,6 +346,13 @@ class Route:
             self.forget(freed.set)
             if back is not None:
                 back.cancel()
+
+
+def _is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
+    """Whether it is trouble that may pass by itself, and says nothing more special than that."""
+    if not isinstance(outcome, UpstreamUnreachable | UpstreamTimeout) and type(outcome) is not UpstreamError:
+        return False
+    return outcome.retryable
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:

@@ -208,6 +208,30 @@ async def test_when_all_are_down_callers_are_told_how_long_to_wait_and_hits_are_
             assert gateway.post({"model": "m", "input": "bad"}).status_code == 200
 
 
+async def test_an_upstream_that_only_breaks_connections_is_down() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        with running(two(fake.url, fake.url), clock=FastClock()) as gateway:
+            fake.fail(faults.reset_before_answer, times=None)
+            await ask(gateway, fake, 20, tag="bad", at_once=1)
+            down = gateway.post({"model": "m", "input": "bad"})
+            assert (down.status_code, down.json()["error"]["code"]) == (503, "upstream_unavailable")
+            assert (down.headers["retry-after"], down.headers.get("x-should-retry")) == ("5", None)
+
+
+async def test_a_handshake_that_is_refused_is_told_as_that_however_often_it_is_met() -> None:
+    async def speak_no_tls(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(speak_no_tls, "127.0.0.1", 0) as listener, httpx.AsyncClient() as client:
+        url = f"https://127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+        with running(two(url, url), clock=FastClock()) as gateway:
+            for i in range(20):
+                refused = await client.post(f"{gateway.base_url}/embeddings", json={"model": "m", "input": f"text {i}"})
+                assert (refused.status_code, refused.json()["error"]["code"]) == (502, "upstream_unreachable")
+                assert refused.headers["x-should-retry"] == "false"
+
+
 @pytest.mark.parametrize(
     ("fault", "code"),
     [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from app import vectors
 from app.cache import keys
@@ -88,7 +88,7 @@ class Canary:
     """Compares the deployments of one vector space with each other and with what it gave before."""
 
     def __init__(self, deployments: Sequence[Deployment], expected: Expected, *, from_start: bool) -> None:
-        # In the order in which they would be asked: in doubt the first is right.
+        # In the order in which they would be asked: in doubt the first is right, of those that have served if any has.
         self._deployments = deployments
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
         self._expected = expected
@@ -131,7 +131,7 @@ class Canary:
         try:
             known = await self._expected.recall(self._space)
             answers = await _answers(asked, PATIENCE if known else AT_FIRST)
-            expected = await self._expected.of(self._space, next(iter(answers.values()))) if answers else b""
+            expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
         if answers:
@@ -180,6 +180,11 @@ class Canary:
                 reason,
             )
         deployment.health.take_out(reason)
+
+
+def _right(answers: Mapping[Deployment, bytes]) -> bytes:
+    """What counts where nothing else is known: what callers have been given already, or else the first."""
+    return answers[min(answers, key=lambda each: not each.health.answered)]
 
 
 async def _answers(asked: Sequence[Deployment], patience: float) -> dict[Deployment, bytes]:

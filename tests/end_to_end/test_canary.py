@@ -187,6 +187,21 @@ def test_a_model_has_one_right_vector_under_whatever_names_its_deployments_stand
                     assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
 
 
+def test_a_new_sibling_is_held_to_the_one_that_serves_even_where_it_is_named_first() -> None:
+    with OtherModel(api_key="sk-fake") as new, FakeOpenAI(api_key="sk-fake") as serves:
+        both = config(new, serves)
+        alone = config(new, serves)
+        del alone["models"]["m"]["deployments"][0]
+        clock = RoundClock()
+        with running(alone, clock=clock) as gateway:
+            assert gateway.post({"model": "m", "input": "in use"}).status_code == 200
+            gateway.call(gateway.app._change_to(settings_of(both)))
+            assert "cosine" in until_out(gateway, "up0")[MODEL]
+            for i in range(5):
+                response = gateway.post({"model": "m", "input": f"text {i}"})
+                assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
+
+
 def test_one_that_has_left_does_not_come_back_by_a_change_of_configuration() -> None:
     with OtherModel(api_key="sk-fake") as drifts, FakeOpenAI(api_key="sk-fake") as stays:
         drifts.changed = False

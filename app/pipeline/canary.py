@@ -130,7 +130,7 @@ class Canary:
         asked, self._looking = self._to_ask(now), True
         try:
             known = await self._expected.recall(self._space)
-            answers = await _answers(asked, PATIENCE if known else AT_FIRST)
+            answers, errors = await _answers(asked, PATIENCE if known else AT_FIRST)
             expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
@@ -142,30 +142,32 @@ class Canary:
             health = deployment.health
             if health.silent:
                 log.warning("deployment %s has shown its vectors now", deployment.name)
-                if health.trouble == _SILENT:
+                if health.trouble and health.trouble.startswith(_SILENT):
                     health.trouble = None
             health.unproved, health.silent, health.compared = False, False, True
             health.show()
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
         if self._several:
-            self._keep_out([each for each in asked if each not in answers])
+            self._keep_out({each: errors.get(each) for each in asked if each not in answers})
 
-    def _keep_out(self, silent: Sequence[Deployment]) -> None:
-        """Of these, all but those that have been compared and are in rotation: they may be busy."""
-        for deployment in silent:
-            health = deployment.health
+    def _keep_out(self, silent: Mapping[Deployment, GatewayError | None]) -> None:
+        """Of these, all but those that have been compared and are in rotation: they may be busy. Says what each failed
+        with, if it has: no caller's call will meet it."""
+        for deployment, error in silent.items():
+            health, why = deployment.health, f" ({error.code}: {error.message})" if error else ""
             if health.compared and not health.ejected:
                 continue
             if not health.silent:
                 log.warning(
-                    "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does",
-                    deployment.name,
-                    self._space,
+                    "deployment %s has not shown yet that its vectors are those of %s: "
+                    "others are asked until it does%s",
+                    *(deployment.name, self._space, why),
                 )
             health.unproved = health.silent = True
             health.show()
-            health.trouble = health.trouble or _SILENT
+            if health.trouble is None or health.trouble.startswith(_SILENT):
+                health.trouble = _SILENT + why
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:
@@ -187,29 +189,36 @@ def _right(answers: Mapping[Deployment, bytes]) -> bytes:
     return answers[min(answers, key=lambda each: not each.health.answered)]
 
 
-async def _answers(asked: Sequence[Deployment], patience: float) -> dict[Deployment, bytes]:
-    """The vectors of those that answer in time, in the order in which they are asked."""
+async def _answers(
+    asked: Sequence[Deployment], patience: float
+) -> tuple[dict[Deployment, bytes], dict[Deployment, GatewayError]]:
+    """The vectors of those that answer in time, in the order in which they are asked, and what others failed with."""
     tasks = {asyncio.create_task(_ask(each)): each for each in asked}
     try:
         done, waiting = await asyncio.wait(tasks, timeout=patience)
-        while waiting and not any(task.result() for task in done):
+        while waiting and not any(isinstance(task.result(), bytes) for task in done):
             more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             done |= more
-        return {each: vector for task, each in tasks.items() if task in done and (vector := task.result())}
+        told = [(each, task.result()) for task, each in tasks.items() if task in done]
+        answers = {each: result for each, result in told if isinstance(result, bytes)}
+        return answers, {each: result for each, result in told if isinstance(result, GatewayError)}
     finally:
         for task in tasks:
             task.cancel()
 
 
-async def _ask(deployment: Deployment) -> bytes | None:
+async def _ask(deployment: Deployment) -> bytes | GatewayError | None:
+    """Its vector, or why there is none, if it says."""
     deadline = asyncio.get_running_loop().time() + TIMEOUT
     batch = Batch(deployment.model.name, [TEXT], [b"canary"], Params(), store=False, deadline=deadline)
     try:
         async with asyncio.timeout_at(deadline):
             (outcome,) = (await deployment.embed(batch)).outcomes
-    except (GatewayError, TimeoutError):
+    except GatewayError as error:
+        return error
+    except TimeoutError:
         return None
-    return outcome.vector if isinstance(outcome, Embedding) else None
+    return outcome.vector if isinstance(outcome, Embedding) else outcome
 
 
 async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:

@@ -143,6 +143,22 @@ def test_a_deployment_that_does_not_answer_is_not_judged() -> None:
             assert "out" not in gateway.get("/readyz").json()["upstreams"]["up1"]
 
 
+def test_why_one_has_not_shown_its_vectors_is_told_until_it_has(caplog: pytest.LogCaptureFixture) -> None:
+    clock = RoundClock()
+    with FakeOpenAI(api_key="sk-fake") as right, FakeOpenAI(api_key="sk-fake") as refusing:
+        refusing.fail(faults.http_error(401, b'{"error":{"message":"no such key"}}'), times=None)
+        with running(config(right, refusing), clock=clock) as gateway:
+
+            def trouble() -> str:
+                return str(gateway.get("/readyz").json()["upstreams"]["up1"].get("trouble"))
+
+            refusing.wait_until(lambda: "upstream_auth" in trouble(), 10)
+            assert "no such key" in trouble()
+            assert "no such key" in caplog.text
+            refusing.heal()
+            until_looked(clock, lambda: trouble() == "None")
+
+
 def test_one_that_was_away_when_it_was_looked_at_answers_nobody_before_it_is_judged() -> None:
     with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
         wrong.fail(faults.vendor_error("unavailable"), times=None)

@@ -35,6 +35,8 @@ AWAY = 1.0
 """The same, where the upstream was not there to be asked."""
 LIST_TIMEOUT = 5.0
 """Seconds for which callers wait for a list of models; from then on they go on with what is known."""
+HUNG_TIMEOUT = 0.2
+"""The same, where it did not come the last time: it may hang for good while all else there works."""
 
 
 class Upstream:
@@ -93,7 +95,8 @@ class Upstream:
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
         assert self._discovered_at is not None
-        _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + LIST_TIMEOUT - now))
+        patience = HUNG_TIMEOUT if isinstance(self.trouble, UpstreamTimeout) else LIST_TIMEOUT
+        _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + patience - now))
         if hanging and self.trouble is None:
             self.trouble = UpstreamTimeout("it does not answer")
 

@@ -343,6 +343,28 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     assert other.asked == 1, "it answered just now, however long that took"
 
 
+async def test_a_list_that_did_not_come_the_last_time_keeps_nobody_waiting(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock
+) -> None:
+    gateway, one, _ = two
+    upstream = gateway.upstreams["one"]
+
+    async def times_out(settings: Any, send: Send) -> list[Model]:
+        del settings, send
+        raise UpstreamTimeout("the upstream did not answer within 30 s")
+
+    listed, upstream.kind = upstream.kind, dataclasses.replace(upstream.kind, discover=times_out)
+    await gateway.refresh()
+    upstream.kind = listed
+    one.ready.clear()
+    await clock.advance(connect.AWAY)
+    await asyncio.wait_for(gateway.refresh(), connect.LIST_TIMEOUT / 2)
+    assert one.asked == 1
+    one.models = [Model("new")]
+    one.ready.set()
+    assert (await gateway.find("one/new")).name == "new"
+
+
 async def test_a_server_without_a_list_makes_nobody_wait_for_one(two: tuple[Gateway, Listing, Listing]) -> None:
     """Its models are those that are configured: another name is no model of anybody's."""
     gateway, _, _ = two

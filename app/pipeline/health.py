@@ -39,6 +39,8 @@ DOUBTED = 0.8
 """What is left of it after a call that came to nothing."""
 TIME_ENOUGH = 30.0
 """Seconds in which a call should be answered, however long they may take."""
+LONG_REST = 30.0
+"""Seconds of rest from which an operator is told."""
 QUIET = 60.0
 """Seconds in which the log is told of trouble once, where it comes and goes."""
 
@@ -181,6 +183,8 @@ class Health:
         elif isinstance(error, RateLimited):
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
+            if wait >= LONG_REST:
+                self._tell(f"{error.code}: {error.message}; it has no call for {wait:g} s")
         else:
             told = f"{error.code}: {error.message}"
             if isinstance(error, _LASTING):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from app.errors import InvalidRequest, UpstreamAuth, UpstreamError
+from app.errors import InvalidRequest, RateLimited, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
-from app.pipeline.health import EJECTION, FAILURES, MOST_EJECTIONS, Health
+from app.pipeline.health import EJECTION, FAILURES, LONG_REST, MOST_EJECTIONS, Health
 from tests.clock import HandClock
 
 
@@ -84,6 +84,18 @@ async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
     assert [record.getMessage() for record in caplog.records] == ["up/m: upstream_auth: wrong key"] * 2
     up.end(UpstreamError("passes"), up.begin())
     assert up.trouble is None
+
+
+async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, caplog: pytest.LogCaptureFixture) -> None:
+    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    up.end(RateLimited("slowly", retry_after=LONG_REST - 1), up.begin())
+    assert not up.trouble
+    up.end(RateLimited("slowly", retry_after=180), up.begin())
+    told = "rate_limit_exceeded: slowly; it has no call for 180 s"
+    assert up.trouble == told
+    assert [record.getMessage() for record in caplog.records] == [f"up/m: {told}"]
+    up.end(None, up.begin())
+    assert not up.trouble
 
 
 async def test_leaving_the_rotation_and_coming_back_are_told(

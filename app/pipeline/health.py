@@ -90,7 +90,7 @@ class Health:
             self._gauge.set(0 if self.out is not None or self.ejected or self.silent else 1)
 
     def retire(self) -> None:
-        """It gets no more calls; what those under way come to is shown nowhere: its name may be another's by now."""
+        """It gets no more calls; what those under way come to is told nowhere: its name may be another's by now."""
         self._retired = True
 
     @property
@@ -173,7 +173,7 @@ class Health:
         self._probing = False
         if error is None or isinstance(error, InvalidRequest):
             if self._ejections:
-                log.warning("%s answers again", self._name)
+                self._log("%s answers again", self._name)
                 self._ejections = 0
                 self.show()
             self.trouble = None
@@ -200,7 +200,7 @@ class Health:
     def _tell(self, trouble: str) -> None:
         """Shown until it answers, and a line in the log now and then."""
         if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
-            log.warning("%s: %s", self._name, trouble)
+            self._log("%s: %s", self._name, trouble)
             self._quiet_until = self._clock.monotonic() + QUIET
         self.trouble = trouble
 
@@ -210,7 +210,11 @@ class Health:
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self.show()
         self.trouble = told
-        log.warning(
+        self._log(
             "%s is left out for %g s, after %d failures in a row; the last: %s",
             *(self._name, EJECTION * self._ejections, self._failures, told),
         )
+
+    def _log(self, message: str, *values: object) -> None:
+        if not self._retired:
+            log.warning(message, *values)

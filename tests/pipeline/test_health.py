@@ -113,3 +113,14 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
         "up/m is left out for 30 s, after 5 failures in a row; the last: upstream_error: failed",
         "up/m answers again",
     ]
+
+
+async def test_what_the_last_calls_of_one_come_to_that_was_replaced_is_told_nobody(
+    clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    up.retire()
+    for _ in range(FAILURES):
+        up.end(UpstreamAuth("wrong key"), up.begin())
+    up.end(None, up.begin())
+    assert not caplog.records

@@ -82,7 +82,7 @@ _KEYS_IN_TIME = 256
 8 MiB, for which a network of 1 Gbit/s takes 70 ms."""
 _CLAIM_BATCH = 128
 """Keys that one script claims, for which the server lets everybody else wait: about half a millisecond."""
-_REST = 30.0
+_REST = 5.0
 """Seconds without claims after one that was refused."""
 _WRITE_BATCH = 64
 """Values in one pipeline: 64 of 1,024 dimensions are 256 KiB."""

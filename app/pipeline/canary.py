@@ -177,7 +177,7 @@ class Canary:
         if deployment.health.out is None:
             log.error(
                 "deployment %s leaves the rotation: %s; if its model was changed on purpose, give it a new "
-                "`space` and embed everything anew",
+                "`space` and embed everything anew; if not, what it gave since it was last compared may be cached",
                 deployment.name,
                 reason,
             )

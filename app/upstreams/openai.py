@@ -173,7 +173,7 @@ async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | No
         raise error
     try:
         rows = orjson.loads(reply.body)["data"]
-        names = [str(row["id"]) for row in ([rows] if isinstance(rows, dict) else rows)]
+        names = [str(row["id"]) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]]
     except (KeyError, TypeError, ValueError) as fault:
         raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
     return [unlisted(name) for name in dict.fromkeys(names)]

@@ -66,6 +66,11 @@ async def test_infinitys_object_in_place_of_a_list_is_understood() -> None:
     assert [model.name for model in await listed({"data": {"id": "BAAI/bge-small"}})] == ["BAAI/bge-small"]
 
 
+async def test_an_entry_without_a_name_is_no_model() -> None:
+    found = await listed({"data": [{"id": "e5"}, {"id": None}, {"id": ""}]})
+    assert [model.name for model in found] == ["e5"]
+
+
 async def test_a_model_the_catalogue_knows_has_its_facts_wherever_it_is_served() -> None:
     [model] = await listed({"data": [{"id": "text-embedding-3-large"}]})
     assert model == CATALOG["openai"]["text-embedding-3-large"]

@@ -15,9 +15,12 @@ COPY requirements.lock ./
 RUN python -m venv --without-pip /opt/venv \
  && pip --python /opt/venv/bin/python install --no-compile --no-deps --require-hashes --requirement requirements.lock
 
-# The build backend is pinned and hash-checked by the development lock, used as a constraint: only the backend is installed.
+# The build backend and what it needs, as the development lock pins them. Not with the lock as a constraint: a pip older than
+# 26.1, as many an image has, takes no hashes from one.
 COPY requirements-dev.lock ./
-RUN pip install --require-hashes --constraint requirements-dev.lock hatchling
+RUN awk '/^[a-z]/ {wanted = /^(hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)==/} wanted' \
+      requirements-dev.lock >build.lock \
+ && pip install --no-deps --require-hashes --requirement build.lock
 
 # The project itself. --no-index and --no-deps: nothing may come from the network at this point.
 # LICENSE and README are part of the wheel's metadata.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import ssl
 import threading
@@ -270,8 +271,21 @@ def _origin(url: httpx.URL) -> _Origin:
 
 
 def _translate(error: OSError) -> GatewayError:
+    why = _reason(error)
+    told = f": {why}" if why else ""
     if isinstance(error, ssl.SSLError | ssl.CertificateError):
-        failed = UpstreamUnreachable("the upstream's TLS certificate or handshake was refused")
+        failed = UpstreamUnreachable(f"the upstream's TLS certificate or handshake was refused{told}")
         failed.retryable = False  # the next handshake meets the same certificate
         return failed
-    return UpstreamUnreachable("no connection to the upstream")
+    return UpstreamUnreachable(f"no connection to the upstream{told}")
+
+
+def _reason(error: OSError) -> str:
+    """In the system's words: Python's own may hold an address."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message.partition(",")[0]  # what follows is the host's name
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "").replace("_", " ").lower()  # "wrong version number" where no TLS is spoken
+    if isinstance(error, socket.gaierror):
+        return error.strerror or "its host is not found"  # it may be for the moment only
+    return os.strerror(error.errno) if error.errno else ""

@@ -333,6 +333,18 @@ async def test_no_connection_is_told_without_the_address() -> None:
             assert "secret" not in caught.value.message
 
 
+async def test_no_connection_is_told_with_its_reason() -> None:
+    async with serving(says(OK)) as server:
+        port = server.port
+    async with connected() as network:
+        with pytest.raises(UpstreamUnreachable, match=r"^no connection to the upstream: Connection refused$"):
+            await network.exchange(post(f"http://127.0.0.1:{port}/"), MOST)
+        with pytest.raises(
+            UpstreamUnreachable, match=r"^no connection to the upstream: \w[\w ]+$"
+        ):  # as the system says
+            await network.exchange(post("http://no-such-host.invalid/"), MOST)
+
+
 # --- TLS -------------------------------------------------------------------------------------------------
 
 
@@ -388,6 +400,25 @@ async def test_tls_with_anyone_else_is_refused_for_good(
             await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)
         assert not caught.value.retryable
         assert not server.heads
+        reasons = {
+            "not trusted": "self-signed certificate",
+            "other name": "Hostname mismatch",
+            "expired": "certificate has expired",
+        }
+        assert caught.value.message.endswith(f" was refused: {reasons[wrong]}")
+
+
+async def test_a_server_without_tls_is_told_from_one_with_a_bad_certificate() -> None:
+    async def plain(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+        writer.close()
+
+    listener = await asyncio.start_server(plain, "127.0.0.1", 0)
+    port = listener.sockets[0].getsockname()[1]
+    async with listener, connected() as network:
+        with pytest.raises(UpstreamUnreachable, match=r"TLS.* was refused: [a-z][a-z ]+$"):
+            await network.exchange(post(f"https://127.0.0.1:{port}/"), MOST)
 
 
 async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_timeout() -> None:

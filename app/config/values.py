@@ -88,6 +88,11 @@ def key_text(value: SecretStr) -> SecretStr:
         raise ValueError("must not be empty")
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise ValueError("must be printable ASCII without spaces")
+    # What no shell has read: an .env file's quotes are part of the value for `docker --env-file`.
+    if re.fullmatch(r"(['\"]).*\1", text):
+        raise ValueError("is in quotes, which are taken for a part of it; leave them out")
+    if re.fullmatch(r"\$(\(\w+\)|[A-Z_][A-Z0-9_]*)", text):
+        raise ValueError("names a variable as a shell does; write ${NAME}")
     return SecretStr(text)
 
 

@@ -66,6 +66,7 @@ class Upstream:
         """Why its models could not be listed, if they could not; free of secrets."""
         self.lists = True
         """Whether it has a list of models: some servers have none, and serve what an operator names."""
+        self._empty = False
         self._discovered_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
 
@@ -121,9 +122,13 @@ class Upstream:
             return
         self.trouble = None
         if found is None and self.lists:
-            told = "upstream %s has no list of models at its base_url: only what is configured is served"
-            log.warning(told, self.name)
+            told = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: "
+            log.warning(told + "only what is configured is served", self.name)
         self.lists = found is not None
+        empty = found is not None and not found
+        if empty and not self._empty:
+            log.warning("upstream %s has no model for embeddings: only what is configured is served", self.name)
+        self._empty = empty
         models = {model.name: model for model in found or ()}
         if models != self.models:
             self.models = models

@@ -118,7 +118,10 @@ def unlisted(name: str) -> Model:
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
     """The pulled models that can embed; one tagged `latest` also under its name without the tag."""
     base_url = settings.base_url.rstrip("/")
-    tags = await _ask(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
+    try:
+        tags = await _ask(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
+    except UpstreamMisconfigured as error:
+        raise UpstreamMisconfigured(f"{error.message} (base_url has no /api or /v1 at its end)") from error
     found: list[Model] = []
     for tag in _objects(tags.get("models")):
         name = str(tag.get("name") or tag.get("model") or "")

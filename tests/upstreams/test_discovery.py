@@ -193,7 +193,7 @@ async def test_a_list_without_models_has_none() -> None:
 
 
 async def test_a_server_that_is_no_ollama_is_an_error() -> None:
-    with pytest.raises(UpstreamMisconfigured):
+    with pytest.raises(UpstreamMisconfigured, match=r"not found \(base_url has no /api or /v1 at its end\)$"):
         await pulled({})
     with pytest.raises(UpstreamInvalidResponse):
         await pulled({"/api/tags": b"Ollama is running"})
@@ -446,6 +446,29 @@ async def test_what_cannot_be_asked_is_said_once(
     assert one.asked == 4
     assert [record.message for record in caplog.records if "upstream one" in record.message] == [
         "upstream one: cannot list its models: no connection to the upstream"
+    ]
+
+
+async def test_a_list_without_a_model_and_a_server_without_a_list_are_told_once(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway, one, other = two
+    one.models = []
+
+    async def has_none(settings: Any, send: Send) -> None:
+        await other(settings, send)
+
+    gateway.upstreams["two"].kind = dataclasses.replace(gateway.upstreams["two"].kind, discover=has_none)
+    await gateway.start()
+    await settle()
+    for _ in range(3):
+        await clock.advance(REFRESH)
+        await settle()
+    assert one.asked == other.asked == 4
+    assert sorted(record.message for record in caplog.records if record.message.startswith("upstream ")) == [
+        "upstream one has no model for embeddings: only what is configured is served",
+        "upstream two has no list of models at its base_url, which ends in /v1 as a rule: "
+        "only what is configured is served",
     ]
 
 

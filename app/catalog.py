@@ -280,13 +280,18 @@ FAMILIES: tuple[tuple[re.Pattern[str], Model], ...] = tuple(
 inputs may be, how many it takes) is not here, unless the model itself allows no more."""
 
 # An owner before it, a tag, a file's name, or what it was quantised with after it.
-_PACKING = r"([-._@](gguf|ggml|onnx|mlx|awq|gptq|int8|fp8|fp16|f16|bf16|f32|i?q\d(_\w+)?|\d+bit))*"
+# Callers name models too: what one repetition has taken it keeps, or a name of 65 characters takes seconds.
+_PACKING = r"([-._@](gguf|ggml|onnx|mlx|awq|gptq|int8|fp8|fp16|f16|bf16|f32|i?q\d(_\w+)?|\d+bit))*+"
 _DRESS = re.compile(rf"^(.*/)?(text-embedding-)?(?P<name>.*?){_PACKING}(:[\w.-]+)?{_PACKING}$")
+
+
+_LONGEST_NAME = 256
+"""Characters; none is known that has half as many."""
 
 
 def family(name: str) -> Model | None:
     """What is known of a model whoever serves it: by its name without owner, tag and packing."""
-    dressed = _DRESS.match(name.lower())
+    dressed = _DRESS.match(name.lower()) if len(name) <= _LONGEST_NAME else None
     bare = dressed["name"] if dressed else ""
     return next((model for pattern, model in FAMILIES if pattern.fullmatch(bare)), None)
 

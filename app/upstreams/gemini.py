@@ -60,10 +60,10 @@ _DELAY = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
 def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
-    message = replies.said(reply).message
-    kind = next((kind for pattern, kind in _FIELDS if pattern.search(reply.body)), None)
+    message, body = replies.said(reply).message, reply.body[: replies.LARGEST]
+    kind = next((kind for pattern, kind in _FIELDS if pattern.search(body)), None)
     error = replies.failure(kind or replies.by_status(reply.status, message), reply, message)
-    delay = _DELAY.search(reply.body)
+    delay = _DELAY.search(body)
     if delay and kind is not QuotaExhausted:  # a day's quota comes with the delay of a minute's
         error.retry_after = float(delay[1])
     return error

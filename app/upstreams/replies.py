@@ -33,6 +33,8 @@ from app.types import WireReply
 
 LONGEST = 8192
 """Characters of an upstream's own words that are looked at; the redactor, which must see a key whole, cuts further."""
+LARGEST = 2**20
+"""Bytes of an error body that are read. Of a larger one, which no vendor sends, only the beginning is looked at."""
 
 _WORDS: Mapping[type[GatewayError], str] = {
     InvalidRequest: "the upstream refused the input",
@@ -94,6 +96,8 @@ class Said(NamedTuple):
 
 def said(reply: WireReply) -> Said:
     """Reads an error body: nested under `error`, flat, `error` or `detail` as text, in a list, or no JSON."""
+    if len(reply.body) > LARGEST:
+        return Said("", "", _plain(reply.body))
     try:
         body = orjson.loads(reply.body)
     except orjson.JSONDecodeError:
@@ -101,12 +105,12 @@ def said(reply: WireReply) -> Said:
     if isinstance(body, list) and len(body) == 1:
         body = body[0]
     if not isinstance(body, dict):
-        return Said("", "", _text(body))
+        return Said("", "", _text(body)[:LONGEST])
     inner = body.get("error")
     source = cast("dict[str, Any]", inner) if isinstance(inner, dict) else body
     fields = ("message", "msg", "error_msg", "error_description", "detail", "error")
     message = next((text for field in fields if (text := _text(source.get(field)))), "")
-    return Said(_word(source.get("code")), _word(source.get("type")), message)
+    return Said(_word(source.get("code")), _word(source.get("type")), message[:LONGEST])
 
 
 def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:

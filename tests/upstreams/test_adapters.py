@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,22 @@ def test_a_long_complaint_is_cut_to_size(subject: Subject) -> None:
         error = subject.adapter.parse_error(WireReply(500, {}, body))
         assert error is not None
         assert len(error.message) <= 8500
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("size", [2**19, 16 * 2**20])
+def test_a_complaint_without_end_holds_nobody_up(subject: Subject, size: int) -> None:
+    words = b"model of context, a maximum " * (size // 28)
+    for body in (
+        b'{"code":"x","error":{"message":"' + words + b'"}}',
+        b'{"error_code":1,"error":"' + words + b'"}',
+        words,
+    ):
+        started = time.perf_counter()
+        error = subject.adapter.parse_error(WireReply(400, {}, body))
+        assert time.perf_counter() - started < 0.2
+        assert error is not None
+        assert error.retry_after is None
 
 
 def test_no_status_of_an_upstream_becomes_the_callers_401_or_404() -> None:

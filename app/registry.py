@@ -199,10 +199,15 @@ class Registry:
             each.health.show()
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
+        """A model whose name begins with another upstream's, as a proxy's list may have it, has no plain name: that one
+        means the other's own models, whether or not they are there."""
         served: dict[str, list[Deployment]] = {}
         for upstream in self._upstreams.values():
             for model in upstream.models.values():
-                served.setdefault(model.name, []).append(self._deployment(upstream, model))
+                deployment = self._deployment(upstream, model)
+                first, slash, _ = model.name.partition("/")
+                others = slash and first != upstream.name and first in self._upstreams
+                served.setdefault(deployment.name if others else model.name, []).append(deployment)
         return served
 
     def _configured(self, name: str, settings: ModelSettings) -> PublicModel:

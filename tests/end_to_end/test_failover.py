@@ -261,3 +261,23 @@ def test_deployments_in_different_vector_spaces_never_answer_to_one_name() -> No
             assert gateway.post({"model": "text-embedding-v3", "input": "x"}).status_code == 404
             for name in ("ds/text-embedding-v3", "ai/text-embedding-v3"):
                 assert gateway.post({"model": name, "input": "x"}).headers["x-embedding-cache"] == "miss"
+
+
+@pytest.mark.parametrize("away", [False, True])
+def test_an_upstreams_name_before_a_models_means_that_upstream_whatever_another_one_lists(away: bool) -> None:
+    with (
+        FakeOpenAI(api_key="sk-fake", models={"openai/text-embedding-3-small": 1536}) as proxy,
+        FakeOpenAI(api_key="sk-fake", models={"text-embedding-3-small": 1536}) as own,
+    ):
+        upstreams = {
+            "proxy": {"type": "openai", "api_key": "sk-fake", "base_url": proxy.url + "/v1"},
+            "openai": {"type": "openai", "api_key": "sk-fake", "base_url": own.url + "/v1"},
+        }
+        if away:
+            upstreams["openai"]["base_url"] = "http://127.0.0.1:1"
+        with running({"upstreams": upstreams}) as gateway:
+            answer = gateway.post({"model": "openai/text-embedding-3-small", "input": "x"})
+            assert answer.headers.get("x-embedding-upstream") == (None if away else "openai/text-embedding-3-small")
+            assert answer.status_code == (502 if away else 200)
+            answer = gateway.post({"model": "proxy/openai/text-embedding-3-small", "input": "y"})
+            assert answer.headers["x-embedding-upstream"] == "proxy/openai/text-embedding-3-small"

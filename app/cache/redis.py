@@ -37,7 +37,7 @@ from app.cache.breaker import Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connections
 from app.cache.counts import Counts
 from app.cache.script import Script
-from app.cache.troubles import Troubles
+from app.cache.troubles import Troubles, told
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
@@ -305,7 +305,7 @@ class RedisStore:
         elif isinstance(error, _REFUSED) or isinstance(error.__cause__, _REFUSED):
             self._troubles.begin(operation, "the server refuses our credentials", logging.ERROR)
         elif isinstance(error, _CLUSTER):
-            told = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
-            self._troubles.begin(operation, told)
+            why = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
+            self._troubles.begin(operation, why)
         else:
-            self._troubles.begin(operation, f"{type(error).__name__}: {error}")
+            self._troubles.begin(operation, told(error))

@@ -19,6 +19,7 @@ from app.cache.breaker import Breaker
 from app.cache.redis import connections
 from app.cache.script import Script
 from app.cache.together import Together
+from app.cache.troubles import told
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.limits import Bucket, Limit
@@ -197,7 +198,7 @@ class SharedLimits:
 
 
 def _told(fault: object) -> str:
-    return f"{type(fault).__name__}: {fault}" if isinstance(fault, Exception) else "not a script's reply"
+    return told(fault) if isinstance(fault, Exception) else "not a script's reply"
 
 
 def _bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:

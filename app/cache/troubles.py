@@ -10,6 +10,13 @@ _TOLD = {"set": "writes", "claim": "claims"}
 """Operations that leave a tier up for look-ups, as readers call them."""
 
 
+def told(error: BaseException) -> str:
+    """Type and message. Servers quote what they were sent and do not know, a password behind AUTH for example: that
+    stays out."""
+    words = str(error).partition(", with args")[0]
+    return f"{type(error).__name__}: {words}"
+
+
 class Troubles:
     """One tier's, by operation: what was last wrong with it, where something is."""
 

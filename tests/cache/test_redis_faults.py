@@ -9,6 +9,7 @@ import pytest
 import redis.asyncio
 
 from app.cache.redis import RedisStore
+from app.cache.shared_limits import SharedLimits
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
 from tests.redis_server import RedisServer
@@ -200,6 +201,21 @@ async def test_a_wrong_password_is_said_loudly_and_once(
             assert store.status == "down: the server refuses our credentials"
             assert "wr0ng" not in caplog.text + repr(store)
             await store.close()
+
+
+async def test_a_password_that_the_server_quotes_is_not_said(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    with RedisServer("--rename-command", "AUTH", "") as server, caplog.at_level(logging.DEBUG):
+        url = server.url_with("canary-passw0rd")
+        store, limits = build(server, clock, metrics, url=url), SharedLimits(url, LIMIT, clock, metrics)
+        assert await store.get([key(1)]) == [None]
+        await limits.open()
+        assert store.status.endswith("Error: unknown command 'AUTH'")
+        assert [line for line in caplog.messages if "limits" in line and line.endswith("Error: unknown command 'AUTH'")]
+        assert "canary" not in caplog.text + store.status
+        await store.close()
+        await limits.close()
 
 
 async def test_a_replica_that_takes_no_writes_is_asked_again_on_a_new_connection_and_still_read(

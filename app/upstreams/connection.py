@@ -18,6 +18,10 @@ from app.types import WireReply
 LONGEST_HEAD = 64 * 2**10
 """Bytes of status line and headers; a reply whose head goes on is not read further."""
 
+AT_FIRST = 2**20
+"""Bytes that a body has room for at first, and each time it is full as many again as there are: what a reply announces
+takes no memory, what has come does."""
+
 _BODILESS = frozenset((204, 304))
 
 
@@ -50,6 +54,8 @@ class Connection(asyncio.BufferedProtocol):
         self._received = self._size = 0
         self._ends_with_connection = False
         self._body: bytearray | None = None
+        self._length = 0
+        """Of a body that is told beforehand."""
         self._chunks: list[bytes] = []
 
     def exchange(self, request: bytes, max_reply: int, *, tunnel: bool = False) -> asyncio.Future[WireReply]:
@@ -79,7 +85,11 @@ class Connection(asyncio.BufferedProtocol):
         self.transport = cast("asyncio.Transport", transport)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # as much as there is room for
-        return self._scratch if self._body is None else memoryview(self._body)[self._size :]
+        if self._body is None:
+            return self._scratch
+        if self._size == len(self._body):
+            self._body += bytes(min(self._size, self._length - self._size))
+        return memoryview(self._body)[self._size :]
 
     def buffer_updated(self, nbytes: int) -> None:
         if self._done is None:
@@ -144,7 +154,8 @@ class Connection(asyncio.BufferedProtocol):
         elif int(length) > self._max_reply:
             self._refuse_size()
         elif int(length):
-            self._body = bytearray(int(length))
+            self._length = int(length)
+            self._body = bytearray(min(self._length, AT_FIRST))
 
     def on_body(self, chunk: bytes) -> None:
         if self._done is None:
@@ -168,7 +179,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _finish_if_whole(self) -> None:
         body = self._body
-        if body is not None and self._size == len(body):
+        if body is not None and self._size == self._length:
             self._succeed(body)
 
     def _succeed(self, body: bytes | bytearray) -> None:

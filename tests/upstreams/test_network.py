@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import socket
 import ssl
 import threading
+import tracemalloc
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -295,6 +297,22 @@ async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
         assert server.connections == 2
 
 
+async def test_what_a_reply_announces_takes_no_memory_until_it_comes() -> None:
+    async with (
+        serving(says(b"HTTP/1.1 200 OK\r\ncontent-length: 100000000\r\n\r\n[")) as server,
+        connected() as network,
+    ):
+        tracemalloc.start()
+        call = asyncio.create_task(network.exchange(post(server.url()), 10**8))
+        await until(lambda: len(server.heads) == 1)
+        await asyncio.sleep(0.1)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        assert peak < 10**7
+
+
 async def test_calls_at_once_have_a_connection_each_and_never_each_other_s_reply() -> None:
     async def echo(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         number = head.split(b"x-number: ")[1].split(b"\r\n")[0]
@@ -377,11 +395,11 @@ def certificate(directory: Path, *, name: str = "localhost", days: int = 2) -> t
 async def test_tls_is_spoken_with_who_can_prove_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, trusted = certificate(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    big = b"x" * 1_000_000
+    big = random.Random(7).randbytes(5_000_001)
     message = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(big), big)
     async with serving(says(message), context) as server, connected() as network:
         for _ in range(2):
-            reply = await network.exchange(post(server.url(scheme="https", host="localhost"), big), 2_000_000)
+            reply = await network.exchange(post(server.url(scheme="https", host="localhost"), big), 6_000_000)
             assert reply.body == big
         assert server.connections == 1
         assert server.bodies == [big, big]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from urllib.parse import quote
 
 from app.types import Input
 
@@ -19,20 +20,28 @@ _SHAPES = re.compile(
 )
 
 
+_HALF = 8
+"""Characters of a secret that are taken for its beginning, where it is not whole."""
 LONGEST = 400
 """Characters of a message that go on. Cut after redacting: half a key is a secret too."""
 
 
 class Redactor:
-    """Replaces the secrets it was told of, anything shaped like one, and URLs, by `***`; and cuts to size."""
+    """Replaces the secrets it was told of, the first half of one at the end, anything shaped like one, and URLs, by
+    `***`; and cuts to size."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        # The longest first: one secret may be a part of another.
-        self._secrets = sorted({secret for secret in secrets if secret}, key=len, reverse=True)
+        # As they are, and as they stand in a URL. The longest first: one secret may be a part of another.
+        forms = {form for secret in secrets for form in (secret, quote(secret, safe="")) if form}
+        self._secrets = sorted(forms, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
+        for secret in self._secrets:  # of which the end may be missing, where what was said was long
+            ends = (n for n in range(len(secret) - 1, _HALF - 1, -1) if text.endswith(secret[:n]))
+            if half := next(ends, 0):
+                text = text[:-half] + "***"
         shown = _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)
         return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 

@@ -45,6 +45,17 @@ def test_half_a_secret_is_not_left_where_a_message_is_cut() -> None:
         assert "c" not in shown
 
 
+def test_what_is_left_of_a_secret_where_an_upstream_was_cut_short_is_not_shown() -> None:
+    secret, redact = "canary-0123456789", Redactor(["canary-0123456789", "canary-0123-and-more"])
+    for length in range(8, len(secret) + 1):
+        assert redact(f"you sent {secret[:length]}") == "you sent ***"
+    assert redact("you sent a canary") == "you sent a canary"
+
+
+def test_a_secret_is_known_as_it_stands_in_a_url() -> None:
+    assert Redactor(["a+canary/=="])("no route /x?sig=a%2Bcanary%2F%3D%3D&y") == "no route /x?sig=***&y"
+
+
 def test_a_proxys_password_is_not_shown_in_any_form() -> None:
     settings = OllamaSettings(proxy=SecretStr("http://corp:pass%40word@proxy.example"))
     redact = Upstream("up", settings, UPSTREAMS["ollama"], HandClock()).redact

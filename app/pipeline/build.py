@@ -27,7 +27,8 @@ def pipeline(
     replicas to share with), Batcher (over its Route)."""
     if cache.shared:
         embed = Claim(embed, cache)
-    embed = CacheRead(embed, cache, space)
+    lengths = {model.dimensions for model in models}
+    embed = CacheRead(embed, cache, space, lengths.pop() if len(lengths) == 1 else None)
     embed = Shape(embed, models, settings)
     embed = LongInputs(embed, models, settings)
     return Prepare(embed, name, models, settings)

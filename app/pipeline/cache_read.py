@@ -20,10 +20,12 @@ class CacheRead:
     it is its beginning: the last bits would depend on what happened to be cached.
     """
 
-    def __init__(self, inner: Embedder, cache: Tiers, space: str) -> None:
+    def __init__(self, inner: Embedder, cache: Tiers, space: str, native: int | None = None) -> None:
+        """`native`: the length of vectors that the model is known to give unasked, if it is."""
         self._inner = inner
         self._cache = cache
         self._space = space
+        self._native = native
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         derived = keys.derive(self._space, request.params, request.inputs, request.caller.namespace)
@@ -33,6 +35,9 @@ class CacheRead:
             found, held = await self._cache.get_or_claim(derived, numbers=request.numbers)
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
+        wanted = request.params.dimensions or self._native
+        if wanted is not None:
+            found = _of_length(found, 4 * wanted)
         if all(found):  # an embedding is always true
             result = EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
         elif not any(found):
@@ -57,3 +62,11 @@ class CacheRead:
             error.calls = result.calls
             raise error
         return result
+
+
+def _of_length(found: list[Embedding | None], length: int) -> list[Embedding | None]:
+    """Without vectors of other lengths in bytes, which nobody here has written: the contract refuses them. A sparse
+    one stands alone."""
+    if all(each is None or len(each.vector) in (length, 0) for each in found):  # nearly always
+        return found
+    return [each if each is None or len(each.vector) in (length, 0) else None for each in found]

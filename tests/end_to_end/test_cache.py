@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 import httpx
 import numpy as np
 import yaml
+from redis import Redis
 
-from app.types import CLAIM
+from app.cache.values import encode
+from app.types import CLAIM, Embedding
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running, settings_of
 from tests.processes import address, start, until
@@ -46,6 +49,24 @@ def test_disk_survives_a_restart_and_fills_memory(tmp_path: Path) -> None:
             assert ask(gateway, fake) == "hit"
             assert gateway.metric("cache_operations_total", tier="memory", result="hit") == len(TEXTS)
         assert fake.rows == len(TEXTS)
+
+
+def test_a_vector_of_another_length_that_somebody_left_in_redis_is_never_answered() -> None:
+    with RedisServer() as server, FakeOpenAI(api_key="sk-fake") as fake, Redis.from_url(server.url) as client:
+        cache = {"memory": None, "redis": {"url": server.url, "timeout": "1s"}}
+        with running(config(fake, cache)) as gateway:
+            for asked, left in (({}, 8), ({"dimensions": 512}, 1536)):
+                body = {"model": MODEL, "input": "a text", **asked}
+                right = gateway.post(body).json()["data"]
+                until(lambda: client.keys("eg:1:*"), lambda: "nothing written")
+                for name in client.keys("eg:1:*"):
+                    client.set(name, encode(name[5:], Embedding(b"\0\0\x80?" * left, 2)))
+                for state in ("miss", "hit"):
+                    answer = gateway.post(body)
+                    assert answer.json()["data"] == right
+                    assert answer.headers["x-embedding-cache"] == state
+                    time.sleep(0.1)  # until it is written
+                client.flushall()
 
 
 def test_two_gateways_over_one_redis_share_what_either_paid_for() -> None:

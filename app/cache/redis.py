@@ -205,7 +205,7 @@ class RedisStore:
         """Replies to claims, in order; none where nothing was claimed."""
         held: set[bytes] = set()
         for start, reply in zip(range(0, len(keys), _CLAIM_BATCH), replies, strict=False):
-            if not isinstance(reply, list):
+            if not isinstance(reply, list) or not all(i in range(len(keys) - start) for i in reply):
                 self._claims_from = self._now() + _REST
                 self._claim_errors.inc(len(keys))
                 self._note("claim", reply if isinstance(reply, Exception) else ValueError("not a script's reply"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -178,8 +179,11 @@ class SharedLimits:
         if not isinstance(reply, list):
             return None
         wait, requests, tokens, replicas = reply
+        numbers = float(wait), float(requests), float(tokens)
+        if not all(map(math.isfinite, numbers)):
+            return None
         self.replicas = max(int(replicas), self._workers)
-        return Verdict(float(wait), float(requests), float(tokens))
+        return Verdict(*numbers)
 
     def _succeeded(self, count: int) -> None:
         self._breaker.succeeded()

@@ -10,10 +10,14 @@ _TOLD = {"set": "writes", "claim": "claims"}
 """Operations that leave a tier up for look-ups, as readers call them."""
 
 
+_LONGEST = 200
+"""Characters of a message that are told."""
+
+
 def told(error: BaseException) -> str:
     """Type and message. Servers quote what they were sent and do not know, a password behind AUTH for example: that
     stays out."""
-    words = str(error).partition(", with args")[0]
+    words = str(error).partition(", with args")[0][:_LONGEST]
     return f"{type(error).__name__}: {words}"
 
 

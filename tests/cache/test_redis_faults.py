@@ -9,7 +9,8 @@ import pytest
 import redis.asyncio
 
 from app.cache.redis import RedisStore
-from app.cache.shared_limits import SharedLimits
+from app.cache.shared_limits import Ask, SharedLimits
+from app.limits import Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
 from tests.redis_server import RedisServer
@@ -280,4 +281,36 @@ async def test_a_server_that_answers_something_else_is_a_miss(
             assert store.status.startswith(f"down: {error}")
         else:
             assert count(metrics, "redis", "get", "corrupt") == 1
+        await store.close()
+
+
+@pytest.mark.parametrize("reply", [b"*1\r\n$3\r\nabc\r\n", b"*1\r\n:7\r\n", b"*4\r\n$3\r\nnan\r\n:0\r\n:0\r\n:1\r\n"])
+async def test_a_script_that_answers_nonsense_is_as_none(clock: Clock, metrics: Metrics, reply: bytes) -> None:
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line == b"EVALSHA\r\n":
+                writer.write(reply)
+            if line == b"MGET\r\n":
+                writer.write(b"*1\r\n$-1\r\n")
+
+    async with listening(odd) as port:
+        url = f"redis://127.0.0.1:{port}"
+        store, limits = RedisStore(url, LIMIT, 60, clock, metrics), SharedLimits(url, LIMIT, clock, metrics)
+        assert await store.get_or_claim([key(1)]) == ([None], set())
+        assert store.status == "up; claims fail: ValueError: not a script's reply"
+        assert await limits.ask(b"x", Limit(None, None), Ask((0, 0), (0, 0), (0, 0))) is None
+        await store.close()
+        await limits.close()
+
+
+async def test_an_error_without_end_is_not_told_to_its_end(clock: Clock, metrics: Metrics) -> None:
+    async def odd(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while line := await reader.readline():
+            if line == b"MGET\r\n":
+                writer.write(b"-ERR " + b"x" * 10_000 + b"\r\n")
+
+    async with listening(odd) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", LIMIT, 60, clock, metrics)
+        assert await store.get([key(1)]) == [None]
+        assert len(store.status) < 300
         await store.close()

@@ -270,7 +270,7 @@ def test_an_upstreams_name_before_a_models_means_that_upstream_whatever_another_
         FakeOpenAI(api_key="sk-fake", models={"text-embedding-3-small": 1536}) as own,
     ):
         upstreams = {
-            "proxy": {"type": "openai", "api_key": "sk-fake", "base_url": proxy.url + "/v1"},
+            "a-proxy": {"type": "openai", "api_key": "sk-fake", "base_url": proxy.url + "/v1"},
             "openai": {"type": "openai", "api_key": "sk-fake", "base_url": own.url + "/v1"},
         }
         if away:
@@ -279,5 +279,5 @@ def test_an_upstreams_name_before_a_models_means_that_upstream_whatever_another_
             answer = gateway.post({"model": "openai/text-embedding-3-small", "input": "x"})
             assert answer.headers.get("x-embedding-upstream") == (None if away else "openai/text-embedding-3-small")
             assert answer.status_code == (502 if away else 200)
-            answer = gateway.post({"model": "proxy/openai/text-embedding-3-small", "input": "y"})
-            assert answer.headers["x-embedding-upstream"] == "proxy/openai/text-embedding-3-small"
+            answer = gateway.post({"model": "a-proxy/openai/text-embedding-3-small", "input": "y"})
+            assert answer.headers["x-embedding-upstream"] == "a-proxy/openai/text-embedding-3-small"

@@ -67,6 +67,6 @@ class CacheRead:
 def _of_length(found: list[Embedding | None], length: int) -> list[Embedding | None]:
     """Without vectors of other lengths in bytes, which nobody here has written: the contract refuses them. A sparse
     one stands alone."""
-    if all(each is None or len(each.vector) in (length, 0) for each in found):  # nearly always
+    if {len(each.vector) for each in found if each} <= {length, 0}:  # nearly always
         return found
     return [each if each is None or len(each.vector) in (length, 0) else None for each in found]

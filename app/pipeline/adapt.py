@@ -138,13 +138,15 @@ class Adapt:
     async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
         """Parts are told by their inputs' places. One after the other: the batch holds one slot. A part that fails is
         that part's own failure, unless it is one that all would meet: then the others are not sent, and whether and
-        where they are asked again is not decided here."""
+        where they are asked again is not decided here. Nor are they once nobody waits for any of the batch."""
         if batch.brought is None:
             batch.brought = {}  # and the parts', and theirs: there is one for all
         outcomes: dict[int, Embedding | GatewayError] = {}
         calls = 0
         trouble: GatewayError | None = None
         for places in parts:
+            if trouble is None and not batch.wanted():
+                trouble = InvalidRequest("nobody waits for it any more")  # who is not there reads it; it blames nobody
             if trouble is not None:
                 outcomes.update(dict.fromkeys(places, trouble))
                 continue

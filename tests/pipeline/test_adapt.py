@@ -19,6 +19,7 @@ from app.errors import (
     UpstreamUnreachable,
     UpstreamWrongCount,
 )
+from app.pipeline import verdict
 from app.pipeline.adapt import Adapt
 from app.pipeline.deployment import Limits
 from app.types import Batch, BatchResult, Embedding, Media, Params
@@ -139,6 +140,19 @@ async def test_what_all_would_meet_ends_the_calls_of_a_batch(trouble: GatewayErr
     assert calls == [["a", "b"], ["c", "d"]]
     assert answers(result) == ["a", "b", *[str(trouble)] * 6]
     assert result.calls == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "sent"), [(ROWS[0], [64, 10, 10]), ("no", [64, 32, 16])], ids=["a limit that was learned", "halving"]
+)
+async def test_calls_of_a_batch_that_nobody_waits_for_any_more_are_not_made(words: str, sent: list[int]) -> None:
+    upstream = Upstream(words, rows=10, kind=InvalidRequest)
+    abandoned = batch(*map(str, range(64)))
+    abandoned.wanted = lambda: len(upstream.calls) < 3
+    result = await Adapt(upstream, Limits(1000))(abandoned)
+    assert list(map(len, upstream.calls)) == sent
+    assert result.calls == 3
+    assert verdict.of(result) is None, "it speaks against no deployment"
 
 
 @pytest.mark.parametrize("kind", [UpstreamInvalidVector, UpstreamWrongCount, UpstreamError, UpstreamInvalidResponse])

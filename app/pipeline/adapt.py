@@ -209,8 +209,8 @@ def _named(limit: re.Pattern[str], words: str) -> int:
 
 
 def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
-    """The places of the inputs that go in each call, in order: `Queue.take`'s rule, for limits that have since been
-    learned or are another deployment's. An input over the token limit goes alone."""
+    """The places of the inputs that go in each call, in order: `Queue.take`'s rule but that none is passed over, for
+    limits that have since been learned or are another deployment's. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
         return [range(len(inputs))]
     most = limits.max_tokens_per_batch

@@ -25,6 +25,9 @@ ENOUGH = 128
 """Inputs that make a call worth its while. Beyond that, requests share one only where calls are scarce, for all of
 them wait for the whole of its reply."""
 
+PASSED = 16
+"""So many inputs that have no room in a call end it; before that, smaller ones behind them are taken."""
+
 
 class Flight(Struct, eq=False):
     """What became of an upstream call: shared by all inputs in it."""
@@ -169,35 +172,54 @@ class Queue:
                 count -= some
 
     def _pick(self, limits: Limits, most: int, portion: float | None) -> tuple[list[Job], list[Job]]:
-        """`most` inputs, or as many as are legal, looking at each."""
+        """`most` inputs, or as many as are legal, looking at each. A few that do not fit any more are passed over for
+        what is behind them, and are the next call's first; where tokens have to be waited for, each has its turn."""
         batch: list[Job] = []
         dropped: list[Job] = []
-        room = limits.max_tokens_per_batch
-        left = {"image": limits.images, "video": limits.videos}
+        room, most_passed = _Room(limits, portion), PASSED if portion is None else 1
         for lane, jobs in self.lanes.items():
             before = len(jobs)
-            while jobs and len(batch) < most:
-                job = jobs[0]
+            passed: list[Job] = []
+            while jobs and len(batch) < most and len(passed) < most_passed:
+                job = jobs.popleft()
                 if not job.waiters:
-                    dropped.append(jobs.popleft())
-                    continue
-                if type(job.input) is Media:
-                    left[job.input.kind] -= 1
-                    if left[job.input.kind] < 0:
-                        break
-                if room is not None:
-                    bound = tokens.bound(job.input)
-                    if batch and bound > room:
-                        break
-                    room -= bound
-                if portion is not None:
-                    estimate = tokens.estimate(job.input)
-                    if batch and estimate > portion:
-                        break
-                    portion -= estimate
-                batch.append(jobs.popleft())
+                    dropped.append(job)
+                elif room.take(job.input):
+                    batch.append(job)
+                else:
+                    passed.append(job)
+            jobs.extendleft(reversed(passed))
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped
+
+
+class _Room:
+    """What is left of a call, while it is filled."""
+
+    __slots__ = ("_empty", "_media", "_portion", "_tokens")
+
+    def __init__(self, limits: Limits, portion: float | None) -> None:
+        self._tokens, self._portion = limits.max_tokens_per_batch, portion
+        self._media = {"image": limits.images, "video": limits.videos}
+        self._empty = True
+
+    def take(self, given: Input) -> bool:
+        """Whether it takes this one: the first text has room in any case."""
+        kind = given.kind if type(given) is Media else None
+        if kind and not self._media[kind]:
+            return False
+        bound = 0 if self._tokens is None else tokens.bound(given)
+        estimate = 0 if self._portion is None else tokens.estimate(given)
+        if not self._empty and (bound > (self._tokens or 0) or estimate > (self._portion or 0)):
+            return False
+        if kind:
+            self._media[kind] -= 1
+        if self._tokens is not None:
+            self._tokens -= bound
+        if self._portion is not None:
+            self._portion -= estimate
+        self._empty = False
+        return True
 
 
 class Queues:

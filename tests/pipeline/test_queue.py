@@ -97,6 +97,15 @@ def test_what_is_taken_for_one_call_is_not_split_for_the_same_limits(
     assert len(_legal([job.input for job in taken], limits)) == 1
 
 
+def test_what_has_no_room_is_passed_over_and_goes_with_the_next_call() -> None:
+    """Large and small by turns: one after the other they would be a call each."""
+    several = Case([[], [("a" * size, 1) for size in (3, 10) * 8]])
+    calls = [keys(several.queue.take(Limits(100, 10), scarce=True)[0]) for _ in range(11)]
+    assert calls[:4] == [[b"0", b"2", b"4"], [b"1"], [b"3"], [b"5"]]
+    assert list(map(len, calls)) == [3, 1, 1, 1, 3, 1, 1, 1, 2, 1, 1]
+    assert [len(left) for left, _ in several.state().values()] == [0, 0]
+
+
 SIZES = st.lists(st.sampled_from([1, 2, 63, 64, 65, 126, 127, 128, 129]) | st.integers(1, 300), max_size=6)
 
 

@@ -89,6 +89,8 @@ class Batcher:
         finally:
             if waiter.missing:
                 self._leave(waiter, jobs)
+        if Source.INFLIGHT in sources:
+            _reckon(jobs, sources, waiter)
         return collect(jobs, sources, request)
 
     def under_way(self, key: bytes) -> bool:
@@ -339,6 +341,16 @@ class Batcher:
             waiter.release()
         if later:
             asyncio.get_running_loop().call_soon(self._release, later)
+
+
+def _reckon(jobs: Sequence[Job], sources: list[Source], waiter: Waiter) -> None:
+    """Who waits longest for an input is who pays for it: not one who has come to those that wait, but one who has come
+    when they had hung up, or whom they have left since."""
+    seen = set()
+    for i, job in enumerate(jobs):
+        if sources[i] is Source.INFLIGHT and job.waiters[0] is waiter and job.key not in seen:
+            sources[i] = Source.UPSTREAM
+        seen.add(job.key)
 
 
 def _closed(reason: str) -> UpstreamUnavailable:

@@ -343,6 +343,28 @@ async def test_an_abandoned_input_that_is_wanted_again_before_it_was_sent_is_sen
     assert calls.batches == [["first"], ["again"]]
 
 
+@pytest.mark.parametrize("leaves", ["before", "after"])
+@pytest.mark.parametrize("slots", [1, 2], ids=["queued", "under way"])
+async def test_what_a_caller_who_has_hung_up_had_asked_for_is_the_next_ones_to_pay(leaves: str, slots: int) -> None:
+    calls = Calls(held=asyncio.Event())
+    assert calls.held
+    embed = batcher(calls, slots=slots)
+    asking = []
+    for texts in (["other"], ["shared"], ["shared", "other", "shared"], ["shared"]):
+        asking.append(asyncio.create_task(embed(request(*texts, lane="query"))))
+        await settle()
+        if len(asking) == (2 if leaves == "before" else 4):
+            asking[1].cancel()
+            await settle()
+    calls.held.set()
+    _, _, second, third = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(second, EmbedResult)
+    assert isinstance(third, EmbedResult)
+    assert calls.batches == [["other"], ["shared"]]
+    assert second.sources == [Source.UPSTREAM, Source.INFLIGHT, Source.INFLIGHT]
+    assert third.sources == [Source.INFLIGHT]
+
+
 async def test_batches_respect_tokens_as_well_as_rows() -> None:
     calls = Calls()
     embed = batcher(calls, rows=10, tokens=100)

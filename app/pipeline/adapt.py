@@ -33,6 +33,7 @@ from app.errors import (
 from app.pipeline.deployment import Limits
 from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input, Media
+from app.upstreams.redact import quotes
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16."
@@ -161,13 +162,15 @@ class Adapt:
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
-        """Takes the rows or tokens a call may have from the upstream's own words; True if that was news."""
+        """Takes the rows or tokens a call may have from the upstream's own words; True if that was news. Words that
+        quote an input teach nothing: a caller's text would set a limit for all."""
         limits = self._limits
-        most = _named(_TOKENS, error.message)
+        most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
+        if (most or rows) and quotes(error.message, sent):
+            return False
         if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)) and not self._is_about_one(most, sent):
             limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)
             return True
-        rows = _named(_ROWS, error.message)
         if 0 < rows < len(sent):
             limits.max_batch = min(rows, limits.max_batch)
             return True

@@ -210,6 +210,20 @@ async def test_and_one_that_gives_none_is_not_asked_for_each() -> None:
     assert (calls, result.calls, answers(result)) == ([8, 4, 2, 1, 1], 5, ["0"] * 8)
 
 
+@pytest.mark.parametrize("words", [ROWS[0], TOKENS[0]])
+async def test_a_text_that_is_quoted_teaches_nothing(words: str) -> None:
+    async def refuses_and_quotes(batch: Batch) -> BatchResult:
+        if words in batch.inputs:
+            raise InvalidRequest(f"the upstream refused the input: not allowed: {words}")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    limits = Limits(1000, 1_000_000)
+    texts = [*map(str, range(30)), words]
+    result = await Adapt(refuses_and_quotes, limits)(batch(*texts))
+    assert answers(result)[:30] == texts[:30]
+    assert limits == Limits(1000, 1_000_000)
+
+
 async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:
     """Some count marks around each text as well: then halving finds what fits."""
     upstream, limits = Upstream("max 40 tokens per request", tokens=30, kind=InvalidRequest), Limits(100)

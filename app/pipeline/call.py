@@ -28,6 +28,8 @@ parsed in a thread."""
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
 
+_DIMENSIONS = re.compile("dimension|matryoshka", re.IGNORECASE)
+
 
 class Call:
     """Embeds a batch on one deployment. Raises `GatewayError`, its message free of secrets."""
@@ -106,9 +108,11 @@ class Call:
     def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
         """What those who share the call, the log and `/readyz` may be told of it."""
         theirs = error.message.partition(": ")[2]
-        if isinstance(error, UnsupportedDimensions) and batch.params.dimensions is None:
-            # Nobody has asked for any: these may be an image's, and one input be at fault.
-            error = replies.failure(InvalidRequest, reply, theirs)
+        if isinstance(error, UnsupportedDimensions):
+            speaking = [each for each in batch.inputs if type(each) is str and _DIMENSIONS.search(each)]
+            if batch.params.dimensions is None or quotes(theirs, speaking):
+                # Nobody has asked for any: these may be an image's, and one input be at fault. Or the word is a text's.
+                error = replies.failure(InvalidRequest, reply, theirs)
         # Of one refused input only those are told who sent it.
         shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
         if shared and quotes(theirs, batch.inputs):

@@ -103,6 +103,22 @@ async def test_a_refusal_that_speaks_of_dimensions_nobody_asked_for_is_one_calle
         assert response.json()["error"]["code"] == "unsupported_dimensions"
 
 
+async def test_a_text_that_speaks_of_dimensions_and_is_quoted_is_one_callers_too() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
+        text = "guilty of four dimensions"
+        fake.fail(faults.vendor_error("bad_input", f"refused: {text}"), times=None, when=lambda texts: text in texts)
+        fake.hold()
+        busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
+        await fake.calls_arrived(1)
+        asked = asyncio.create_task(post_all(gateway, ["innocent 1", text, "innocent 2"], dimensions=512))
+        fake.release()
+        responses = await asked
+        await busy
+        assert [response.status_code for response in responses] == [200, 400, 200]
+        error = responses[1].json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_value", "input[0]")
+
+
 @pytest.mark.parametrize(
     ("refusal", "dimensions", "status"),
     [("internal", None, 502), ("model_not_found", None, 502), ("bad_input", 32, 400), ("bad_input", None, 200)],

@@ -145,7 +145,12 @@ class Health:
 
     def had_time(self, seconds: float) -> bool:
         """Whether a call should have been answered in so many seconds, or is judged in any case: after an ejection."""
-        return self.ejected or seconds >= min(2 * self._longest, TIME_ENOUGH)
+        return self.ejected or seconds >= self.enough
+
+    @property
+    def enough(self) -> float:
+        """Seconds in which a call should have been answered, by how long answers have taken."""
+        return min(2 * self._longest, TIME_ENOUGH)
 
     def drop(self, era: int) -> None:
         """A call that began in this era came to nothing, for which it may have had too little time. Others are asked

@@ -22,6 +22,7 @@ from app.errors import (
 from app.metrics import Metrics
 from app.pipeline import verdict
 from app.pipeline.deployment import Deployment
+from app.pipeline.health import Health
 from app.pipeline.parts import part_of_batch
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
 
@@ -84,6 +85,25 @@ class Slot:
             embeddings = [each for each in outcomes if isinstance(each, Embedding)]
             billed = sum(each.tokens for each in embeddings) if len(embeddings) == len(outcomes) else self._charged
             pace.charge(result.calls - 1, billed - self._charged)
+
+
+class _Until(Deadline):
+    """A batch's. Where all who wait for a call have had their time when it is due, it has the time that an answer takes
+    all the same, as where they have hung up: it is paid for, and who asks again finds what it brings. For those who
+    have come since, and have more time, it is made again."""
+
+    __slots__ = ("_batch", "_began", "_health", "_longer")
+
+    def __init__(self, batch: Batch, health: Health, began: float, deadlines: Deadlines) -> None:
+        Deadline.__init__(self, batch.deadline, deadlines)
+        self._batch, self._health, self._began = batch, health, began
+        self._longer = False
+
+    def more(self) -> float:
+        if self._longer or self._batch.joined():
+            return 0.0
+        self._longer = True
+        return max(0.0, self._health.enough - (self._batch.deadline - self._began))
 
 
 class Route:
@@ -254,7 +274,7 @@ class Route:
         the deadline that ended it."""
         began = now()
         try:
-            with Deadline(batch.deadline, self._deadlines):
+            with _Until(batch, health, began, self._deadlines):
                 result = await deployment.embed(batch)
             error, judged = verdict.of(result), True
             if error is None:
@@ -266,7 +286,7 @@ class Route:
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
-            judged, late = health.had_time(batch.deadline - began), True
+            judged, late = health.had_time(now() - began), True
         finally:
             if known_bad and isinstance(error, UpstreamInvalidVector):
                 judged = False

@@ -453,6 +453,25 @@ async def test_who_joins_a_call_has_time_of_his_own() -> None:
     assert started == 2
 
 
+@pytest.mark.parametrize(("usual", "calls"), [(0.3, 1), (0.02, 2)], ids=["too little time", "it hangs"])
+async def test_a_call_that_was_left_too_little_time_is_seen_to_its_end(usual: float, calls: int) -> None:
+    started = 0
+
+    async def slow(batch: Batch) -> BatchResult:
+        nonlocal started
+        started += 1
+        await asyncio.sleep(0.3)
+        return await answers(batch)
+
+    up = deployment("up", slow)
+    up.health.took(usual)
+    embed = batcher(up)
+    with pytest.raises((TimeoutError, UpstreamTimeout)):
+        await asyncio.wait_for(embed(request("x", seconds=0.1)), 0.15)
+    assert [each.vector for each in (await embed(request("x"))).embeddings] == [b"x"]
+    assert started == calls
+
+
 async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> None:
     sent: list[str] = []
 

@@ -19,8 +19,6 @@ from app.types import Embedding, Input, Lane, Media, Params
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
-FEW = 3
-"""Up to so many inputs are looked at one by one, which is sooner done than all at once."""
 ENOUGH = 128
 """Inputs that make a call worth its while. Beyond that, requests share one only where calls are scarce, for all of
 them wait for the whole of its reply."""
@@ -147,18 +145,17 @@ class Queue:
 
         Bulk inputs fill up a batch of queries. One input over the token limit, or the portion, goes alone.
         """
-        lanes, most = self.lanes.values(), limits.max_batch
-        if sum(map(len, lanes)) > FEW:
-            first = list(islice(chain.from_iterable(lanes), most))
-            waited_for = [job.waiters for job in first]
-            if len(first) > ENOUGH and not scarce:
-                most = _enough(waited_for)
-                del first[most:], waited_for[most:]
-            inputs = [job.input for job in first]
-            fits = portion is None or sum(tokens.estimates(inputs)) <= portion
-            if fits and all(waited_for) and limits.surely_allow(inputs):
-                self._drop(len(first))
-                return first, []
+        most = limits.max_batch
+        first = list(islice(chain.from_iterable(self.lanes.values()), most))
+        waited_for = [job.waiters for job in first]
+        if len(first) > ENOUGH and not scarce:
+            most = _enough(waited_for)
+            del first[most:], waited_for[most:]
+        inputs = [job.input for job in first]
+        fits = portion is None or sum(tokens.estimates(inputs)) <= portion
+        if fits and all(waited_for) and limits.surely_allow(inputs):
+            self._drop(len(first))
+            return first, []
         return self._pick(limits, most, portion)
 
     def _drop(self, count: int) -> None:

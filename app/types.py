@@ -199,6 +199,8 @@ class WireRequest(Struct):
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     query: dict[str, str] = field(default_factory=dict)
+    max_reply: int | None = None
+    """Bytes that its reply may have, where that is less than any may."""
 
 
 class WireReply(Struct):

@@ -25,6 +25,10 @@ AT_ONCE = 8 * 2**20
 """Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
 parsed in a thread."""
 
+REPLY, REPLY_PER_INPUT = 2**20, 2**21
+"""Bytes that a reply may have, and as many more for each input: `MOST_DIMENSIONS` numbers with 17 digits, signs and
+exponents are 1.7 MiB."""
+
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
 
@@ -85,6 +89,7 @@ class Call:
 
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)
+        request.max_reply = REPLY + len(batch.inputs) * REPLY_PER_INPUT
         reply = await self._auth(request, self._send)
         if len(reply.body) > AT_ONCE:
             return await asyncio.to_thread(self._parse, reply, batch)

@@ -16,7 +16,7 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamWrongCount,
 )
-from app.types import Embedding, OutputType, Parsed
+from app.types import MOST_DIMENSIONS, Embedding, OutputType, Parsed
 
 
 def in_order(
@@ -76,6 +76,8 @@ def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) 
     if len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
     length, wanted = max(lengths) // 4, dimensions or native
+    if length > MOST_DIMENSIONS:
+        raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions, which no model has")
     if wanted is not None and length and length != wanted:
         if dimensions is not None and native in (None, length):
             raise UpstreamIgnoredDimensions(

@@ -59,13 +59,15 @@ class Client:
         """One exchange within `timeout` seconds in total, however slowly the bytes come.
 
         Raises `UpstreamTimeout`, `UpstreamUnreachable` (no connection, or one that broke), and
-        `UpstreamInvalidResponse` (a reply over `max_reply`, or compressed although we refuse that).
+        `UpstreamInvalidResponse` (a reply over `max_reply`, the request's or our own, or compressed although we refuse
+        that).
         """
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
         complete = WireRequest(request.method, url, {**_HEADERS, **request.headers, **self._headers}, request.body)
         try:
             with self._deadlines.within(self._timeout):
-                reply = await self._engine.exchange(complete, self._max_reply)
+                most = self._max_reply if request.max_reply is None else min(request.max_reply, self._max_reply)
+                reply = await self._engine.exchange(complete, most)
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None
         if reply.headers.get("content-encoding", "identity") != "identity":

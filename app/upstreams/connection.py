@@ -56,7 +56,8 @@ class Connection(asyncio.BufferedProtocol):
         self._body: bytearray | None = None
         self._length = 0
         """Of a body that is told beforehand."""
-        self._chunks: list[bytes] = []
+        self._chunks = bytearray()
+        """A body whose length is not told beforehand, as far as it has come."""
 
     def exchange(self, request: bytes, max_reply: int, *, tunnel: bool = False) -> asyncio.Future[WireReply]:
         """Sends a whole request. The future raises `Stale`, `UpstreamUnreachable`, or `UpstreamInvalidResponse` for a
@@ -108,7 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         if self._done is None:
             return
         if exc is None and self._ends_with_connection:
-            self._succeed(b"".join(self._chunks))
+            self._succeed(self._chunks)
         else:
             kind = UpstreamUnreachable if self._received else Stale
             self._fail(kind("the connection to the upstream broke"))
@@ -167,13 +168,13 @@ class Connection(asyncio.BufferedProtocol):
         elif self._size > self._max_reply:
             self._refuse_size()
         else:
-            self._chunks.append(chunk)
+            self._chunks += chunk
 
     def on_message_complete(self) -> None:
         if self._status < 200 and not self._tunnel:  # "100 Continue" and its like: the reply is still to come
             self._headers.clear()
         elif self._done is not None:
-            self._succeed(b"".join(self._chunks))
+            self._succeed(self._chunks)
 
     # --- how it ends ------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from app import protocol
 from app.types import EmbedRequest, EmbedResult
 from tests.api.support import MODEL, Wire, config, error_of, head, log_lines, post, settled, wire
 from tests.fakes import FakeOpenAI, faults
+from tests.fakes.wire import Reply
 from tests.harness import Running, running
 
 
@@ -313,6 +314,18 @@ def test_an_upstream_that_takes_too_long_is_a_504_when_the_requests_time_is_up(
         assert gateway.metric("requests_total", status="504", model=MODEL) == 1
         fake.heal()
         assert vectors_are_right(fake, gateway.post(body("afterwards")), "afterwards")
+
+
+def test_a_reply_larger_than_its_inputs_can_fill_is_not_read_to_its_end(fake: FakeOpenAI) -> None:
+    with running(config(fake)) as gateway:
+        told = {}
+        for texts in (["one"], ["one", "two"]):
+            fake.fail(faults.Answer("large", Reply(200, b"[" + b"[]," * (4 * 2**20 // 3))), times=2)
+            response = gateway.post(body(*texts))
+            assert (response.status_code, error_of(response)["code"]) == (502, "upstream_invalid_response")
+            told[len(texts)] = error_of(response)["message"]
+        assert "larger than" in told[1]
+        assert "is not an embeddings reply" in told[2], "it may be as large as that"
 
 
 def test_waiting_for_a_slot_is_part_of_the_requests_time(fake: FakeOpenAI) -> None:

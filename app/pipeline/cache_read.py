@@ -36,7 +36,7 @@ class CacheRead:
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
         wanted = request.params.dimensions or self._native
-        if wanted is not None:
+        if wanted is not None and any(found):
             found = _of_length(found, 4 * wanted)
         if all(found):  # an embedding is always true
             result = EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]

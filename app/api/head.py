@@ -11,8 +11,8 @@ Lines: TypeAlias = Iterable[tuple[bytes, bytes]]
 """Headers as they came, names in lower case; one name may be there several times."""
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
-_UNCOMPRESSED = frozenset((b"", b"identity", b"chunked"))
-"""Transfer codings that leave a body as it is; a list may have empty members (RFC 9110 5.6.1)."""
+_PLAIN = frozenset((b"", b"identity"))
+"""Codings that leave a body as it is; a list may have empty members (RFC 9110 5.6.1)."""
 
 
 def request_id(headers: Mapping[bytes, bytes]) -> bytes:
@@ -32,10 +32,10 @@ def length(headers: Mapping[bytes, bytes]) -> int:
 
 def compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
     """Whether the body is, as such or for its transfer; `headers` are the `lines`, of several of one name the last."""
-    if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+    if b"content-encoding" in headers and not _members(lines, b"content-encoding") <= _PLAIN:
         return True
     # That the last of its codings is `chunked` the server has seen to.
-    return b"transfer-encoding" in headers and not _members(lines, b"transfer-encoding") <= _UNCOMPRESSED
+    return b"transfer-encoding" in headers and not _members(lines, b"transfer-encoding") <= _PLAIN | {b"chunked"}
 
 
 def cache_control(lines: Lines) -> tuple[bool, bool]:

@@ -145,6 +145,8 @@ class Connection(asyncio.BufferedProtocol):
         if self._tunnel and status >= 200:
             self._succeed(b"")
             return
+        if status < 100:
+            self._refuse("the upstream's reply is not HTTP")
         if status < 200 or status in _BODILESS:
             return
         length = self._headers.get("content-length")

@@ -185,6 +185,15 @@ def test_a_body_that_is_compressed_for_its_transfer_is_a_415(coding: str, fake: 
     assert not fake.calls
 
 
+@pytest.mark.parametrize("coding", ["gzip", "gzip\r\nContent-Encoding: identity", "identity\r\nContent-Encoding: gzip"])
+def test_a_compressed_body_is_a_415_in_whichever_line_it_says_so(
+    coding: str, fake: FakeOpenAI, gateway: Running
+) -> None:
+    (reply,) = answers(gateway.url, post(gzip.compress(BODY), AUTH, f"Content-Encoding: {coding}"))
+    assert (reply.status_code, error_of(reply)["code"]) == (415, "unsupported_encoding")
+    assert not fake.calls
+
+
 @pytest.mark.parametrize("coding", ["Chunked", "identity, chunked", ", chunked"])
 def test_one_that_is_not_is_read(coding: str, fake: FakeOpenAI, gateway: Running) -> None:
     chunks = SIZE + b"\r\n" + BODY + b"\r\n0\r\n\r\n"

@@ -238,8 +238,9 @@ async def test_reading_stops_at_the_limit(message: bytes) -> None:
         b"HTTP/1.1 200 OK\r\ncontent-length: 5\r\ncontent-length: 4\r\n\r\n[1,2]",
         b"HTTP/1.1 200 OK\r\ncontent-length: -5\r\n\r\n[1,2]",
         b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+        b"HTTP/1.1 000 \r\ncontent-length: 5\r\n\r\n[1,2]",
     ],
-    ids=["html", "tls", "two framings", "two lengths", "negative", "upgrade"],
+    ids=["html", "tls", "two framings", "two lengths", "negative", "upgrade", "status 0"],
 )
 async def test_what_is_not_an_http_reply_is_refused(message: bytes) -> None:
     async with serving(says(message)) as server, connected() as network:

@@ -28,6 +28,8 @@ parsed in a thread."""
 REPLY, REPLY_PER_INPUT = 2**20, 2**21
 """Bytes that a reply may have, and as many more for each input: `MOST_DIMENSIONS` numbers with 17 digits, signs and
 exponents are 1.7 MiB."""
+QUOTES = 4
+"""Times that it may hold what was sent, besides: some refuse an input by quoting all, for each form that it has not."""
 
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
@@ -89,7 +91,7 @@ class Call:
 
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)
-        request.max_reply = REPLY + len(batch.inputs) * REPLY_PER_INPUT
+        request.max_reply = REPLY + len(batch.inputs) * REPLY_PER_INPUT + QUOTES * len(request.body)
         reply = await self._auth(request, self._send)
         if len(reply.body) > AT_ONCE:
             return await asyncio.to_thread(self._parse, reply, batch)

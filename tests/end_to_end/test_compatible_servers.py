@@ -6,9 +6,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import orjson
 import pytest
 
 from tests.fakes import FakeOpenAI, faults
+from tests.fakes.wire import Reply
 from tests.harness import running
 
 HOSTED = "BAAI/bge-m3"
@@ -165,3 +167,21 @@ def test_a_server_that_refuses_encoding_format_is_not_sent_any() -> None:
     with FakeOpenAI(None, flavour="vllm") as fake, running(config(fake, encoding_format="omit")) as gateway:
         right(fake, gateway.post({"model": HOSTED, "input": ["a"]}), HOSTED, ["a"])
         assert "encoding_format" not in fake.calls[-1].json
+
+
+def test_a_refusal_that_quotes_all_it_was_sent_is_heard_however_long_that_was() -> None:
+    """infinity, and what else is made with FastAPI: for each form that `input` may have, all of it."""
+    long = "word " * 700_000
+    quoting: list[dict[str, Any]] = [
+        {"type": "string_too_long", "loc": ["body", "input", "list", 1], "input": long},
+        {"type": "string_type", "loc": ["body", "input", "str"], "input": ["good", long]},
+    ]
+    told = "String should have at most 122880 characters"
+    refusal = Reply(422, orjson.dumps({"detail": [{"msg": told, **each} for each in quoting]}))
+    with FakeOpenAI(models={HOSTED: 8}) as fake, running(config(fake, api_key="sk-fake")) as gateway:
+        fake.fail(faults.Answer("validation", refusal), None, when=lambda texts: long in texts)
+        error = gateway.post({"model": HOSTED, "input": ["good", long]})
+        assert (error.status_code, error.json()["error"]["code"]) == (400, "context_length_exceeded"), error.text
+        assert error.json()["error"]["param"] == "input[1]"
+        right(fake, gateway.post({"model": HOSTED, "input": ["good"]}), HOSTED, ["good"])
+        assert [call.texts.count("good") for call in fake.calls if long not in call.texts] == [1], "it was kept"

@@ -121,7 +121,8 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
     try:
         tags = await _ask(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
     except UpstreamMisconfigured as error:
-        raise UpstreamMisconfigured(f"{error.message} (base_url has no /api or /v1 at its end)") from error
+        # Its own words last: half a key, where they are cut, is known by being there.
+        raise UpstreamMisconfigured(f"(its base_url has no /api or /v1 at its end) {error.message}") from error
     found: list[Model] = []
     for tag in _objects(tags.get("models")):
         name = str(tag.get("name") or tag.get("model") or "")

@@ -193,7 +193,7 @@ async def test_a_list_without_models_has_none() -> None:
 
 
 async def test_a_server_that_is_no_ollama_is_an_error() -> None:
-    with pytest.raises(UpstreamMisconfigured, match=r"not found \(base_url has no /api or /v1 at its end\)$"):
+    with pytest.raises(UpstreamMisconfigured, match=r"^\(its base_url has no /api or /v1 at its end\) .*not found$"):
         await pulled({})
     with pytest.raises(UpstreamInvalidResponse):
         await pulled({"/api/tags": b"Ollama is running"})
@@ -291,6 +291,17 @@ def test_what_is_wrong_with_an_upstream_that_has_never_listed_its_models_is_what
     assert "up cannot say what models there are: " in error["message"]
     assert "sk-right" not in response.text
     assert "sk-refused" not in response.text
+
+
+def test_what_is_left_of_a_key_where_the_words_of_an_ollama_without_a_list_are_cut_is_not_shown() -> None:
+    key, page = "canary-0123456789", b"<p title='" + b"x" * 4062 + b"'>you sent canary-012345"
+    assert len(page) == 4096, "what is looked at"
+    with FakeOllama() as fake:
+        fake.fail(faults.http_error(404, page + b"6789</p>"), times=None, path="/api/tags")
+        with running({"upstreams": {"up": {"type": "ollama", "base_url": fake.url, "api_key": key}}}) as gateway:
+            reason = gateway.get("/readyz").json()["upstreams"]["up"]["reason"]
+    assert "base_url has no /api or /v1 at its end" in reason
+    assert reason.endswith(": you sent ***")
 
 
 def test_what_it_refuses_when_asked_for_its_list_is_no_callers_input() -> None:

@@ -209,5 +209,6 @@ class Connection(asyncio.BufferedProtocol):
 
     def _end(self, settle: Callable[[asyncio.Future[WireReply]], None]) -> None:
         done, self._done, self._body = self._done, None, None
+        self._chunks = bytearray()  # or they would be kept for as long as it lies idle
         if done is not None and not done.done():
             settle(done)

@@ -314,6 +314,23 @@ async def test_what_a_reply_announces_takes_no_memory_until_it_comes() -> None:
         assert peak < 10**7
 
 
+async def test_a_connection_that_lies_idle_keeps_nothing_of_the_last_reply() -> None:
+    chunk = b"%x\r\n%b\r\n" % (10**5, b"x" * 10**5)
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunk * 50 + b"0\r\n\r\n"
+    async with serving(says(chunked)) as server, connected() as network:
+        tracemalloc.start()
+        reply: WireReply | None = await network.exchange(post(server.url()), 10**8)
+        assert reply is not None
+        assert len(reply.body) == 5 * 10**6
+        reply = None
+        await asyncio.sleep(0.1)
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert held < 10**6
+        await network.exchange(post(server.url()), 10**8)
+        assert server.connections == 1, "it was kept"
+
+
 async def test_calls_at_once_have_a_connection_each_and_never_each_other_s_reply() -> None:
     async def echo(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         number = head.split(b"x-number: ")[1].split(b"\r\n")[0]

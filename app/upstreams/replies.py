@@ -34,7 +34,8 @@ from app.types import WireReply
 LONGEST = 8192
 """Characters of an upstream's own words that are looked at; the redactor, which must see a key whole, cuts further."""
 LARGEST = 2**20
-"""Bytes of an error body that are read. Of a larger one, which no vendor sends, only the beginning is looked at."""
+"""Bytes of an error body that are read. Of a larger one, which no vendor sends and FastAPI where it quotes what it was
+sent, only the beginning is looked at."""
 
 _WORDS: Mapping[type[GatewayError], str] = {
     InvalidRequest: "the upstream refused the input",
@@ -86,6 +87,10 @@ _TOO_LONG = re.compile(
 )
 
 
+_SAYS = re.compile(r'"(?:message|msg|error_msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)*+)"')
+"""A message, in JSON that is not read to its end."""
+
+
 class Said(NamedTuple):
     """An error body's own words; each is empty where there is none."""
 
@@ -97,7 +102,7 @@ class Said(NamedTuple):
 def said(reply: WireReply) -> Said:
     """Reads an error body: nested under `error`, flat, `error` or `detail` as text, in a list, or no JSON."""
     if len(reply.body) > LARGEST:
-        return Said("", "", _plain(reply.body))
+        return Said("", "", "; ".join(_SAYS.findall(_beginning(reply.body))) or _plain(reply.body))
     try:
         body = orjson.loads(reply.body)
     except orjson.JSONDecodeError:
@@ -190,5 +195,8 @@ def _text(value: object) -> str:
 
 def _plain(body: bytes | bytearray) -> str:
     """What a page that is no JSON says, without its markup."""
-    text = body[:4096].decode("utf-8", "replace")
-    return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", text)
+    return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", _beginning(body))
+
+
+def _beginning(body: bytes | bytearray) -> str:
+    return body[:4096].decode("utf-8", "replace")

@@ -89,7 +89,7 @@ class Batcher:
         finally:
             if waiter.missing:
                 self._leave(waiter, jobs)
-        if Source.INFLIGHT in sources:
+        if not waiter.missing and Source.INFLIGHT in sources:
             _reckon(jobs, sources, waiter)
         return collect(jobs, sources, request)
 

@@ -438,6 +438,12 @@ async def test_a_failure_that_every_batch_would_meet_ends_the_request_and_the_re
     assert len(calls.batches) <= 3
 
 
+async def test_and_so_it_does_where_a_text_is_there_twice() -> None:
+    embed = batcher(Calls(errors={"bad": UpstreamAuth("wrong key")}), rows=1, slots=1)
+    with pytest.raises(UpstreamAuth):
+        await embed(request("bad", "twice", "twice"))
+
+
 async def test_a_bug_below_leaves_nobody_waiting() -> None:
     async def broken(batch: Batch) -> BatchResult:
         raise ZeroDivisionError

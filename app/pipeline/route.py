@@ -88,9 +88,9 @@ class Slot:
 
 
 class _Until(Deadline):
-    """A batch's. Where all who wait for a call have had their time when it is due, it has the time that an answer takes
-    all the same, as where they have hung up: it is paid for, and who asks again finds what it brings. For those who
-    have come since, and have more time, it is made again."""
+    """A batch's. A call that all who wait for it have left less time than answers take has that time when it is due all
+    the same, as where they have hung up: it is paid for, and who asks again finds what it brings. For those who have
+    come since, and have more time, it is made again."""
 
     __slots__ = ("_batch", "_began", "_health", "_longer")
 
@@ -100,10 +100,11 @@ class _Until(Deadline):
         self._longer = False
 
     def more(self) -> float:
-        if self._longer or self._batch.joined():
+        had = self._batch.deadline - self._began
+        if self._longer or self._batch.joined() or self._health.had_time(2 * had):
             return 0.0
         self._longer = True
-        return max(0.0, self._health.enough - (self._batch.deadline - self._began))
+        return self._health.enough - had
 
 
 class Route:
@@ -277,7 +278,9 @@ class Route:
             with _Until(batch, health, began, self._deadlines):
                 result = await deployment.embed(batch)
             error, judged = verdict.of(result), True
-            if error is None:
+            if error is None and now() > batch.deadline:
+                judged = False  # for one that is too slow for all who ask is not to be asked for ever
+            elif error is None:
                 health.took(now() - began)
             slot.settle(result)
             return result

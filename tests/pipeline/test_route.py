@@ -472,6 +472,52 @@ async def test_a_call_that_was_left_too_little_time_is_seen_to_its_end(usual: fl
     assert started == calls
 
 
+async def test_one_whose_answers_come_too_late_for_those_who_ask_leaves_the_rotation() -> None:
+    async def slow(batch: Batch) -> BatchResult:
+        await asyncio.sleep(0.15)
+        return await answers(batch)
+
+    up = deployment("up", slow)
+    up.health.took(0.09)
+    embed = batcher(up)
+    for i in range(12):
+        with pytest.raises((TimeoutError, UpstreamError, UpstreamUnavailable)):
+            await asyncio.wait_for(embed(request(f"{i}", seconds=0.1)), 0.1)
+        await asyncio.sleep(0.1)
+    assert up.health.ejected
+
+
+async def test_one_that_was_left_too_little_time_again_and_again_stays() -> None:
+    async def slow(batch: Batch) -> BatchResult:
+        await asyncio.sleep(0.1)
+        return await answers(batch)
+
+    up = deployment("up", slow)
+    up.health.took(0.1)
+    embed = batcher(up)
+    for i in range(12):
+        with pytest.raises((TimeoutError, UpstreamError)):
+            await asyncio.wait_for(embed(request(f"{i}", seconds=0.03)), 0.03)
+        await asyncio.sleep(0.1)
+    assert not up.health.ejected
+    assert up.health.enough > 0.19
+
+
+async def test_one_that_has_had_the_time_that_its_answers_take_is_waited_for_no_longer() -> None:
+    async def hangs(batch: Batch) -> BatchResult:
+        await asyncio.sleep(30)
+        return await answers(batch)
+
+    up, other = deployment("up", hangs), deployment("other", answers)
+    other.priority = 2
+    up.health.took(0.4)
+    embed = batcher(up, other)
+    with pytest.raises((TimeoutError, UpstreamTimeout)):
+        await asyncio.wait_for(embed(request("x", seconds=0.45)), 0.45)
+    result = await asyncio.wait_for(embed(request("x", seconds=0.3)), 0.3)
+    assert result.deployments == ("other/m",)
+
+
 async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> None:
     sent: list[str] = []
 

@@ -34,6 +34,8 @@ FLOOR, CEILING = 3.0, 20.0
 """Retries a gateway may make at once that has just started, which its first calls then earn, and those a busy one may
 have saved up."""
 
+LONGER = 8.0
+"""Seconds that a call has beyond its callers' deadline at the most: whoever stops the gateway waits for it."""
 DOWN = 5.0
 """Seconds after which a caller may ask again of a model whose deployments are all down: each call still tries one of
 them, so that it is back with the first that is."""
@@ -104,7 +106,7 @@ class _Until(Deadline):
         if self._longer or self._batch.joined() or self._health.had_time(2 * had):
             return 0.0
         self._longer = True
-        return self._health.enough - had
+        return min(LONGER, self._health.enough - had)
 
 
 class Route:

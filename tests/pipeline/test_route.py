@@ -518,6 +518,20 @@ async def test_one_that_has_had_the_time_that_its_answers_take_is_waited_for_no_
     assert result.deployments == ("other/m",)
 
 
+async def test_a_stop_does_not_wait_long_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def hangs(batch: Batch) -> BatchResult:
+        await asyncio.sleep(60)
+        return await answers(batch)
+
+    monkeypatch.setattr("app.pipeline.route.LONGER", 0.2)
+    up = deployment("up", hangs)
+    up.health.took(20)
+    embed = batcher(up)
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(embed(request("x", seconds=0.1)), 0.15)
+    await asyncio.wait_for(embed.aclose(), 5)
+
+
 async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> None:
     sent: list[str] = []
 

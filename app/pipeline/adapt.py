@@ -166,7 +166,8 @@ class Adapt:
         quote an input teach nothing: a caller's text would set a limit for all."""
         limits = self._limits
         most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
-        if (most or rows) and quotes(error.message, sent):
+        theirs = error.message.partition(": ")[2]  # what is before it are words of ours
+        if (most or rows) and quotes(theirs, sent):
             return False
         if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)) and not self._is_about_one(most, sent):
             limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)

@@ -22,7 +22,8 @@ from app.errors import (
 from app.pipeline import verdict
 from app.pipeline.adapt import Adapt
 from app.pipeline.deployment import Limits
-from app.types import Batch, BatchResult, Embedding, Media, Params
+from app.types import Batch, BatchResult, Embedding, Media, Params, WireReply
+from app.upstreams import replies
 
 ROWS = [
     "batch size is invalid, it should not be larger than 10.: input.contents",
@@ -222,6 +223,14 @@ async def test_a_text_that_is_quoted_teaches_nothing(words: str) -> None:
     result = await Adapt(refuses_and_quotes, limits)(batch(*texts))
     assert answers(result)[:30] == texts[:30]
     assert limits == Limits(1000, 1_000_000)
+
+
+async def test_a_text_that_begins_as_our_own_words_do_is_not_quoted() -> None:
+    texts = [f"the input is text {i}" for i in range(25)]
+    words = replies.failure(InvalidRequest, WireReply(400, {}, b""), ROWS[0]).message
+    upstream = Upstream(words, rows=10, kind=InvalidRequest)
+    assert answers(await Adapt(upstream, Limits(100))(batch(*texts))) == texts
+    assert [len(call) for call in upstream.calls] == [25, 10, 10, 5]
 
 
 async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:

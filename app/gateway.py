@@ -195,7 +195,7 @@ class Gateway:
         }
         for deployment in self._registry.deployments:
             health = deployment.health
-            for word, told in (("out", health.out), ("trouble", health.trouble)):
+            for word, told in (("out", health.out), ("trouble", health.told)):
                 if told is not None:
                     upstreams[deployment.upstream].setdefault(word, {})[deployment.model.name] = told
         state = "draining" if self.draining else "ready"

@@ -81,6 +81,8 @@ class Health:
         """Whether it ever has."""
         self.trouble: str | None = None
         """What somebody must see to, or why it was left out, since it last answered: code and message."""
+        self._rest = ""
+        """The same of its last long rest."""
         self._retired = False
         self.show()
 
@@ -92,6 +94,11 @@ class Health:
     def retire(self) -> None:
         """It gets no more calls; what those under way come to is told nowhere: its name may be another's by now."""
         self._retired = True
+
+    @property
+    def told(self) -> str | None:
+        """What is wrong with it now."""
+        return self.trouble or (self._rest if self._rest and self.cooling() else None)
 
     @property
     def suspect(self) -> bool:
@@ -189,7 +196,8 @@ class Health:
             wait = COOLING if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
             if wait >= LONG_REST:
-                self._tell(f"{error.code}: {error.message}; it has no call for {wait:g} s")
+                self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
+                self._say(self._rest)
         else:
             told = f"{error.code}: {error.message}"
             if isinstance(error, _LASTING):
@@ -204,10 +212,14 @@ class Health:
 
     def _tell(self, trouble: str) -> None:
         """Shown until it answers, and a line in the log now and then."""
-        if self.trouble is None and self._clock.monotonic() >= self._quiet_until:
-            self._log("%s: %s", self._name, trouble)
-            self._quiet_until = self._clock.monotonic() + QUIET
+        if self.trouble is None:
+            self._say(trouble)
         self.trouble = trouble
+
+    def _say(self, what: str) -> None:
+        if self._clock.monotonic() >= self._quiet_until:
+            self._log("%s: %s", self._name, what)
+            self._quiet_until = self._clock.monotonic() + QUIET
 
     def _eject(self, told: str) -> None:
         self._era += 1

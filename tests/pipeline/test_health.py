@@ -89,13 +89,15 @@ async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
 async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, caplog: pytest.LogCaptureFixture) -> None:
     up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
     up.end(RateLimited("slowly", retry_after=LONG_REST - 1), up.begin())
-    assert not up.trouble
+    assert not up.told
     up.end(RateLimited("slowly", retry_after=180), up.begin())
     told = "rate_limit_exceeded: slowly; it has no call for 180 s"
-    assert up.trouble == told
+    assert up.told == told
     assert [record.getMessage() for record in caplog.records] == [f"up/m: {told}"]
-    up.end(None, up.begin())
-    assert not up.trouble
+    await clock.advance(179)
+    assert up.told == told
+    await clock.advance(1)
+    assert not up.told, "though it may be long until somebody asks"
 
 
 async def test_leaving_the_rotation_and_coming_back_are_told(

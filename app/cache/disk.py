@@ -17,7 +17,7 @@ from app.cache import table, values
 from app.cache.breaker import Breaker
 from app.cache.counts import Counts
 from app.cache.table import Table
-from app.cache.troubles import Troubles
+from app.cache.troubles import Troubles, told
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
@@ -106,7 +106,7 @@ class DiskStore:
                 self._failed("get", f"no answer within {self._timeout:g} s")
         except Exception as error:  # this tier's outermost door
             self._counts.get_error.inc(len(keys) - len(found))
-            self._failed("get", f"{type(error).__name__}: {error}")
+            self._failed("get", told(error))
         else:
             self._succeeded("get")
 
@@ -153,7 +153,7 @@ class DiskStore:
             raise
         except Exception as error:  # this tier's outermost door
             self._counts.set_error.inc(len(entries))
-            self._failed("set", f"{type(error).__name__}: {error}")
+            self._failed("set", told(error))
         else:
             self._succeeded("set")
             self._counts.ok.inc(len(entries))

@@ -30,10 +30,11 @@ from app.errors import (
     UpstreamUnreachable,
     UpstreamWrongCount,
 )
-from app.pipeline.deployment import Limits
+from app.pipeline.deployment import Limits, Room
 from app.pipeline.parts import part_of_batch
-from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input, Media
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input
 from app.upstreams.redact import quotes
+from app.upstreams.replies import theirs
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16."
@@ -166,8 +167,7 @@ class Adapt:
         quote an input teach nothing: a caller's text would set a limit for all."""
         limits = self._limits
         most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
-        theirs = error.message.partition(": ")[2]  # what is before it are words of ours
-        if (most or rows) and quotes(theirs, sent):
+        if (most or rows) and quotes(theirs(error), sent):
             return False
         if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)) and not self._is_about_one(most, sent):
             limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)
@@ -217,20 +217,14 @@ def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
     limits that have since been learned or are another deployment's. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
         return [range(len(inputs))]
-    most = limits.max_tokens_per_batch
     parts: list[list[int]] = []
-    room = 0
-    left: dict[str, int] = {}
+    room = Room(limits)
     for i, each in enumerate(inputs):
-        cost = 0 if most is None else tokens.bound(each)
-        kind = each.kind if isinstance(each, Media) else None
-        if not parts or len(parts[-1]) == limits.max_batch or cost > room or (kind and left[kind] < 1):
+        if not parts or len(parts[-1]) == limits.max_batch or not room.take(each):
             parts.append([])
-            room, left = most or 0, {"image": limits.images, "video": limits.videos}
+            room = Room(limits)
+            room.take(each)
         parts[-1].append(i)
-        room -= cost
-        if kind:
-            left[kind] -= 1
     return parts
 
 

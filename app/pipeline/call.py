@@ -34,8 +34,6 @@ QUOTES = 4
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
 
-_DIMENSIONS = re.compile("dimension|matryoshka", re.IGNORECASE)
-
 
 class Call:
     """Embeds a batch on one deployment. Raises `GatewayError`, its message free of secrets."""
@@ -114,9 +112,10 @@ class Call:
 
     def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
         """What those who share the call, the log and `/readyz` may be told of it."""
-        theirs = error.message.partition(": ")[2]
+        theirs = replies.theirs(error)
         if isinstance(error, UnsupportedDimensions):
-            speaking = [each for each in batch.inputs if type(each) is str and _DIMENSIONS.search(each)]
+            texts = [each for each in batch.inputs if type(each) is str]
+            speaking = [each for each in texts if replies.refusal(each) is UnsupportedDimensions]
             if batch.params.dimensions is None or quotes(theirs, speaking):
                 # Nobody has asked for any: these may be an image's, and one input be at fault. Or the word is a text's.
                 error = replies.failure(InvalidRequest, reply, theirs)

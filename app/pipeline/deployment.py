@@ -32,6 +32,36 @@ class Limits:
         )
 
 
+class Room:
+    """What is left of a call, while it is filled."""
+
+    __slots__ = ("_empty", "_media", "_portion", "_tokens")
+
+    def __init__(self, limits: Limits, portion: float | None = None) -> None:
+        """`portion`: tokens, by estimate, that it may carry besides, where there is a pace."""
+        self._tokens, self._portion = limits.max_tokens_per_batch, portion
+        self._media = {"image": limits.images, "video": limits.videos}
+        self._empty = True
+
+    def take(self, given: Input) -> bool:
+        """Whether it takes this one: the first text has room in any case."""
+        kind = given.kind if type(given) is Media else None
+        if kind and not self._media[kind]:
+            return False
+        bound = 0 if self._tokens is None else tokens.bound(given)
+        estimate = 0 if self._portion is None else tokens.estimate(given)
+        if not self._empty and (bound > (self._tokens or 0) or estimate > (self._portion or 0)):
+            return False
+        if kind:
+            self._media[kind] -= 1
+        if self._tokens is not None:
+            self._tokens -= bound
+        if self._portion is not None:
+            self._portion -= estimate
+        self._empty = False
+        return True
+
+
 class Slots:
     """How many calls an upstream takes at once and at which pace, shared by all its models: who was served
     longest ago comes first.

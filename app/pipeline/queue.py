@@ -14,8 +14,8 @@ from msgspec import Struct
 from app import tokens
 from app.errors import GatewayError
 from app.metrics import Tally
-from app.pipeline.deployment import Kind, Limits, kind
-from app.types import Embedding, Input, Lane, Media, Params
+from app.pipeline.deployment import Kind, Limits, Room, kind
+from app.types import Embedding, Input, Lane, Params
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
@@ -173,7 +173,7 @@ class Queue:
         what is behind them, and are the next call's first; where tokens have to be waited for, each has its turn."""
         batch: list[Job] = []
         dropped: list[Job] = []
-        room, most_passed = _Room(limits, portion), PASSED if portion is None else 1
+        room, most_passed = Room(limits, portion), PASSED if portion is None else 1
         for lane, jobs in self.lanes.items():
             before = len(jobs)
             passed: list[Job] = []
@@ -188,35 +188,6 @@ class Queue:
             jobs.extendleft(reversed(passed))
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped
-
-
-class _Room:
-    """What is left of a call, while it is filled."""
-
-    __slots__ = ("_empty", "_media", "_portion", "_tokens")
-
-    def __init__(self, limits: Limits, portion: float | None) -> None:
-        self._tokens, self._portion = limits.max_tokens_per_batch, portion
-        self._media = {"image": limits.images, "video": limits.videos}
-        self._empty = True
-
-    def take(self, given: Input) -> bool:
-        """Whether it takes this one: the first text has room in any case."""
-        kind = given.kind if type(given) is Media else None
-        if kind and not self._media[kind]:
-            return False
-        bound = 0 if self._tokens is None else tokens.bound(given)
-        estimate = 0 if self._portion is None else tokens.estimate(given)
-        if not self._empty and (bound > (self._tokens or 0) or estimate > (self._portion or 0)):
-            return False
-        if kind:
-            self._media[kind] -= 1
-        if self._tokens is not None:
-            self._tokens -= bound
-        if self._portion is not None:
-            self._portion -= estimate
-        self._empty = False
-        return True
 
 
 class Queues:

@@ -120,11 +120,15 @@ def said(reply: WireReply) -> Said:
 
 def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
     """An error of this class, in our words and the upstream's."""
-    theirs = " ".join(message.split())
-    theirs = theirs[:LONGEST]
-    text = f"{_WORDS[kind]}: {theirs}" if theirs else f"{_WORDS[kind]} (HTTP {reply.status})"
+    words = " ".join(message.split())[:LONGEST]
+    text = f"{_WORDS[kind]}: {words}" if words else f"{_WORDS[kind]} (HTTP {reply.status})"
     param = "dimensions" if kind is UnsupportedDimensions else None
     return kind(text, param=param, retry_after=retry_after(reply.headers))
+
+
+def theirs(error: GatewayError) -> str:
+    """The upstream's words in an error that `failure` made, without ours before them; empty if it had none."""
+    return error.message.partition(": ")[2]
 
 
 def by_status(status: int, message: str) -> type[GatewayError]:

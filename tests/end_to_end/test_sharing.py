@@ -32,6 +32,18 @@ async def post_all(gateway: Running, inputs: list[Any], **body: Any) -> list[htt
         )
 
 
+async def share_a_call(gateway: Running, fake: FakeDashScope, inputs: list[Any], **body: Any) -> list[httpx.Response]:
+    """Answers to requests that wait for a slot together, because both are taken."""
+    fake.hold()
+    busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
+    await fake.calls_arrived(1)
+    asked = asyncio.create_task(post_all(gateway, inputs, **body))
+    fake.release()
+    responses = await asked
+    await busy
+    return responses
+
+
 async def test_64_concurrent_one_text_requests_to_10_rows_and_2_slots_make_at_most_16_calls() -> None:
     with FakeDashScope(api_key="sk-fake", delay=0.05) as fake, running(config(fake, cache={"memory": None})) as gateway:
         responses = await post_all(gateway, [f"text {i}" for i in range(64)])
@@ -72,14 +84,7 @@ async def test_one_callers_refused_input_is_not_its_neighbours_error() -> None:
     with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
         refusal = faults.vendor_error("bad_input")
         fake.fail(refusal, times=None, when=lambda texts: "guilty" in texts)
-        fake.hold()
-        busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
-        await fake.calls_arrived(1)
-        texts = [f"innocent {i}" for i in range(9)] + ["guilty"]
-        asked = asyncio.create_task(post_all(gateway, texts))
-        fake.release()
-        responses = await asked
-        await busy
+        responses = await share_a_call(gateway, fake, [f"innocent {i}" for i in range(9)] + ["guilty"])
         assert [response.status_code for response in responses] == [200] * 9 + [400]
         assert responses[-1].json()["error"]["param"] == "input[0]"
 
@@ -88,13 +93,7 @@ async def test_a_refusal_that_speaks_of_dimensions_nobody_asked_for_is_one_calle
     with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
         words = "Invalid image: its dimensions are below the smallest size"
         fake.fail(faults.vendor_error("bad_input", words), times=None, when=lambda texts: "guilty" in texts)
-        fake.hold()
-        busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
-        await fake.calls_arrived(1)
-        asked = asyncio.create_task(post_all(gateway, ["innocent 1", "guilty", "innocent 2"]))
-        fake.release()
-        responses = await asked
-        await busy
+        responses = await share_a_call(gateway, fake, ["innocent 1", "guilty", "innocent 2"])
         assert [response.status_code for response in responses] == [200, 400, 200]
         error = responses[1].json()["error"]
         assert (error["code"], error["param"]) == ("invalid_value", "input[0]")
@@ -107,13 +106,7 @@ async def test_a_text_that_speaks_of_dimensions_and_is_quoted_is_one_callers_too
     with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
         text = "guilty of four dimensions"
         fake.fail(faults.vendor_error("bad_input", f"refused: {text}"), times=None, when=lambda texts: text in texts)
-        fake.hold()
-        busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
-        await fake.calls_arrived(1)
-        asked = asyncio.create_task(post_all(gateway, ["innocent 1", text, "innocent 2"], dimensions=512))
-        fake.release()
-        responses = await asked
-        await busy
+        responses = await share_a_call(gateway, fake, ["innocent 1", text, "innocent 2"], dimensions=512)
         assert [response.status_code for response in responses] == [200, 400, 200]
         error = responses[1].json()["error"]
         assert (error["code"], error["param"]) == ("invalid_value", "input[0]")

@@ -140,11 +140,9 @@ class Canary:
         self._answered = self._answered.difference(asked).union(answers)
         for deployment, vector in answers.items():
             health = deployment.health
-            if health.silent:
+            if health.silent is not None:
                 log.warning("deployment %s has shown its vectors now", deployment.name)
-                if health.trouble and health.trouble.startswith(_SILENT):
-                    health.trouble = None
-            health.unproved, health.silent, health.compared = False, False, True
+            health.unproved, health.silent, health.compared = False, None, True
             health.show()
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
@@ -158,16 +156,14 @@ class Canary:
             health, why = deployment.health, f" ({error.code}: {error.message})" if error else ""
             if health.compared and not health.ejected:
                 continue
-            if not health.silent:
+            if health.silent is None:
                 log.warning(
                     "deployment %s has not shown yet that its vectors are those of %s: "
                     "others are asked until it does%s",
                     *(deployment.name, self._space, why),
                 )
-            health.unproved = health.silent = True
+            health.unproved, health.silent = True, _SILENT + why
             health.show()
-            if health.trouble is None or health.trouble.startswith(_SILENT):
-                health.trouble = _SILENT + why
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:

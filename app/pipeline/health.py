@@ -71,8 +71,8 @@ class Health:
         """Why it takes no traffic until further notice, if it takes none."""
         self.unproved = False
         """Whether it is not known to be in its vector space, where others are."""
-        self.silent = False
-        """Whether it was to show its vectors, and did not."""
+        self.silent: str | None = None
+        """Where it was to show its vectors, and did not: what is told of it until it does."""
         self.compared = False
         """Whether its vectors have been, since it was last away."""
         self.asked = 0.0
@@ -89,7 +89,7 @@ class Health:
     def show(self) -> None:
         """Whether it takes traffic, for the metrics."""
         if not self._retired:
-            self._gauge.set(0 if self.out is not None or self.ejected or self.silent else 1)
+            self._gauge.set(0 if self.out is not None or self.ejected or self.silent is not None else 1)
 
     def retire(self) -> None:
         """It gets no more calls; what those under way come to is told nowhere: its name may be another's by now."""
@@ -98,7 +98,7 @@ class Health:
     @property
     def told(self) -> str | None:
         """What is wrong with it now."""
-        return self.trouble or (self._rest if self._rest and self.cooling() else None)
+        return self.trouble or self.silent or (self._rest if self._rest and self.cooling() else None)
 
     @property
     def suspect(self) -> bool:

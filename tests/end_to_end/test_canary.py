@@ -487,7 +487,7 @@ async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     second.health.unproved = True
     await asyncio.wait_for(looks.look(clock.monotonic()), 5)
     assert (first.health.unproved, second.health.unproved) == (True, False)
-    assert first.health.trouble
+    assert first.health.told
     assert looks.due(clock.monotonic()), "the one that hangs is asked again"
 
 

@@ -127,7 +127,10 @@ class Canary:
     async def look(self, now: float) -> None:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
         has never answered takes no traffic while others do: it may have been away and have come back another."""
-        asked, self._looking = self._to_ask(now), True
+        asked = self._to_ask(now)
+        if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
+            return
+        self._looking = True
         try:
             known = await self._expected.recall(self._space)
             answers, errors = await _answers(asked, PATIENCE if known else AT_FIRST)

@@ -16,7 +16,7 @@ from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.clock import SystemClock
-from app.errors import RateLimited, UpstreamUnreachable
+from app.errors import RateLimited, UpstreamTimeout, UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.batcher import Batcher
@@ -585,6 +585,18 @@ async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_b
     first.embed = limited
     await canary.Canary([first, second], Expected(None), from_start=True).look(clock.monotonic())
     assert not first.health.unproved
+
+
+async def test_a_look_that_is_not_due_any_more_once_its_turn_comes_asks_nobody(clock: HandClock) -> None:
+    (_, restarts), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic())
+    for _ in range(FAILURES):
+        restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
+    assert looks.due(clock.monotonic())
+    clock.now += EJECTION
+    restarts.health.end(None, restarts.health.begin())  # it answers a caller before
+    await looks.look(clock.monotonic())
+    assert not looks.due(clock.monotonic())
 
 
 async def test_what_nobody_has_asked_for_is_not_looked_at(clock: HandClock) -> None:

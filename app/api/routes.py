@@ -171,7 +171,8 @@ def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
     """OpenAI's model object, and beside it what we know."""
-    model = public.model
+    model, models = public.model, [deployment.model for deployment in public.deployments]
+    cuts = next((each.cuts for each in models if each.cuts is not None), None)
     return {
         "id": name,
         "object": "model",
@@ -180,8 +181,8 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "dimensions": public.dimensions,
         "modalities": ["text", *(["image"] if model.images else []), *(["video"] if model.videos else [])],
         "sparse": model.sparse,
-        "dimension_choices": model.dimension_choices,
-        "shortened_here": model.cuts,
+        "dimension_choices": model.dimension_choices if cuts is None else None,
+        "shortened_here": cuts,
         "max_input_tokens": model.max_tokens_per_input,
         "max_input_characters": model.max_characters_per_input,
         "max_batch_tokens": public.deployments[0].limits.max_tokens_per_batch,

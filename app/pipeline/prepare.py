@@ -24,7 +24,8 @@ class Prepare:
     def __init__(self, inner: Embedder, name: str, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner, self._name = inner, name
         self._models, self._model = models, models[0]
-        self._cuts = all(model.cuts is not None for model in models)
+        # Made for it is the model, whoever serves it: of all deployments the full vector is asked, if of any.
+        self._cuts = next((model.cuts for model in models if model.cuts is not None), None)
         self._roles = {role for model in models for role in model.roles}
         self._sparse = any(model.sparse for model in models)
         self._instruct = any(model.instruct for model in models)
@@ -106,7 +107,7 @@ class Prepare:
         model = self._model
         if asked is None or asked == model.dimensions:
             return None
-        choices = model.cuts if self._cuts else model.dimension_choices
+        choices = model.dimension_choices if self._cuts is None else self._cuts
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
             raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {asked}", param="dimensions")

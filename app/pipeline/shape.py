@@ -22,7 +22,7 @@ class Shape:
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._cuts = all(model.cuts is not None for model in models)
+        self._cuts = any(model.cuts is not None for model in models)
         self._normalises = settings is not None and settings.normalize
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:

@@ -92,6 +92,24 @@ def test_ollama_shortens_its_vectors_itself() -> None:
             assert fake.calls[-1].json["dimensions"] == length
 
 
+@pytest.mark.parametrize("order", [("vllm", "ollama"), ("ollama", "vllm")])
+def test_behind_two_types_of_server_a_model_is_shortened_here_whichever_is_named_first(order: tuple[str, str]) -> None:
+    models = {"vllm": NOMIC, "ollama": "nomic-embed-text"}
+    deployments = [{"upstream": name, "model": models[name], "space": "nomic"} for name in order]
+    with FakeOpenAI(None, LENGTHS, flavour="vllm", matryoshka=()) as fake, FakeOllama() as ollama:
+        upstreams = {
+            "vllm": {"type": "openai", "base_url": fake.url + "/v1"},
+            "ollama": {"type": "ollama", "base_url": ollama.url},
+        }
+        with running({"upstreams": upstreams, "models": {"docs": {"deployments": deployments}}}) as gateway:
+            for length in (768, 256, 64):
+                response = gateway.post({"model": "docs", "input": "text", "dimensions": length})
+                assert vector_of(response).shape == (length,)
+            row = gateway.get("/v1/models/docs").json()
+            assert (row["dimension_choices"], row["shortened_here"]) == (None, [768, 512, 256, 128, 64])
+        assert not any("dimensions" in call.json for call in (*fake.calls, *ollama.calls) if call.json)
+
+
 def test_openais_shorter_vectors_come_from_openai_whatever_is_cached() -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}

@@ -236,7 +236,10 @@ class Registry:
         better = {
             field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
         }
-        return replace(upstream.model(wanted.model), **better)
+        known = upstream.model(wanted.model)
+        if settings.dimension_choices is not None:  # its server's then, and not those that are made here
+            known = replace(known, cuts=None)
+        return replace(known, **better)
 
     def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
         """One deployment per upstream and set of facts, shared by all names that lead to it."""

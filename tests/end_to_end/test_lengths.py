@@ -92,6 +92,18 @@ def test_ollama_shortens_its_vectors_itself() -> None:
             assert fake.calls[-1].json["dimensions"] == length
 
 
+def test_lengths_that_an_operator_says_a_server_gives_are_asked_of_it() -> None:
+    models = {"docs": {"deployments": [{"upstream": "up", "model": NOMIC}], "dimension_choices": [100, 768]}}
+    with FakeOpenAI(None, LENGTHS, flavour="vllm", matryoshka=(NOMIC,)) as fake:
+        upstream = {"type": "openai", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"up": upstream}, "models": models}) as gateway:
+            response = gateway.post({"model": "docs", "input": "text", "dimensions": 100})
+            assert np.array_equal(vector_of(response), fake.expected(NOMIC, "text", 100))
+            assert gateway.post({"model": "docs", "input": "text", "dimensions": 256}).status_code == 400
+            row = gateway.get("/v1/models/docs").json()
+            assert (row["dimension_choices"], row["shortened_here"]) == ([100, 768], None)
+
+
 @pytest.mark.parametrize("order", [("vllm", "ollama"), ("ollama", "vllm")])
 def test_behind_two_types_of_server_a_model_is_shortened_here_whichever_is_named_first(order: tuple[str, str]) -> None:
     models = {"vllm": NOMIC, "ollama": "nomic-embed-text"}

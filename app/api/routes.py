@@ -6,6 +6,7 @@ each request brings the one that is to answer it.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import orjson
@@ -18,6 +19,7 @@ from starlette.responses import PlainTextResponse
 from app import __version__
 from app.api import openapi, render
 from app.api.auth import Keys, Tenant
+from app.catalog import ROLES
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
 from app.metrics import CONTENT_TYPE, Metrics
@@ -170,7 +172,8 @@ def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
 
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
-    """OpenAI's model object, and beside it what we know."""
+    """OpenAI's model object, and beside it what we know: what any of its deployments takes is served, and what is too
+    long for one of them is too long."""
     model, models = public.model, [deployment.model for deployment in public.deployments]
     cuts = next((each.cuts for each in models if each.cuts is not None), None)
     return {
@@ -180,20 +183,24 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "owned_by": public.deployments[0].upstream,
         "dimensions": public.dimensions,
         "modalities": ["text", *(["image"] if model.images else []), *(["video"] if model.videos else [])],
-        "sparse": model.sparse,
+        "sparse": any(each.sparse for each in models),
         "dimension_choices": model.dimension_choices if cuts is None else None,
         "shortened_here": cuts,
-        "max_input_tokens": model.max_tokens_per_input,
-        "max_input_characters": model.max_characters_per_input,
+        "max_input_tokens": _least(each.max_tokens_per_input for each in models),
+        "max_input_characters": _least(each.max_characters_per_input for each in models),
         "max_batch_tokens": public.deployments[0].limits.max_tokens_per_batch,
         "max_batch": min(deployment.limits.max_batch for deployment in public.deployments),
-        "input_types": model.roles,
+        "input_types": [role for role in ROLES if any(role in each.roles for each in models)],
         "prefixes": dict(zip(model.roles, model.prefixes, strict=True)) if model.prefixes else None,
-        "instruct": model.instruct,
+        "instruct": any(each.instruct for each in models),
         "upstreams": [deployment.name for deployment in public.deployments],
         "vector_space": public.space,
         "source": model.source or None,
     }
+
+
+def _least(limits: Iterable[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _add_health(api: FastAPI) -> None:

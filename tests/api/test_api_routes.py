@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from tests.api.support import FIXED_LENGTH, MODEL, OTHER_MODEL, config, error_of, head, post, raw
-from tests.fakes import FakeOpenAI, count_tokens
+from tests.fakes import FakeDashScope, FakeOpenAI, count_tokens
 from tests.harness import Running, running
 
 GOOD = {"model": MODEL, "input": "hi"}
@@ -150,6 +150,27 @@ def test_one_model_is_described_with_what_we_know(base: str, name: str, gateway:
             "vector_space": f"openai/{MODEL}",
             "source": "developers.openai.com/api/reference/resources/embeddings",
         }
+
+
+@pytest.mark.parametrize("order", [("native", "compat"), ("compat", "native")])
+def test_a_model_is_described_with_what_any_of_its_deployments_takes(order: tuple[str, str]) -> None:
+    deployments = [{"upstream": name, "model": "text-embedding-v4"} for name in order]
+    with FakeDashScope(api_key="sk-fake") as fake:
+        upstreams = {
+            "native": {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"},
+            "compat": {
+                "type": "dashscope",
+                "mode": "compatible",
+                "api_key": "sk-fake",
+                "base_url": fake.url + "/compatible-mode/v1",
+            },
+        }
+        with running({"upstreams": upstreams, "models": {"own": {"deployments": deployments}}}) as gateway:
+            row = gateway.get("/v1/models/own").json()
+            assert row["input_types"] == ["query", "document"]
+            assert (row["instruct"], row["sparse"]) == (True, True)
+            wanted = {"model": "own", "input": "a", "input_type": "query", "instruct": "find", "output_type": "sparse"}
+            assert gateway.post(wanted).status_code == 200
 
 
 def test_every_model_listed_can_be_looked_up_and_embeds(gateway: Running) -> None:

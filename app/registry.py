@@ -318,4 +318,6 @@ def _told_by(model: Model, prefixes: PrefixSettings, mark: str) -> Model:
     """The model with the operator's prefixes."""
     texts = tuple(getattr(prefixes, role) for role in ROLES)
     revision = f"{model.revision}+{mark}" if model.revision else f"prefixes-{mark}"
-    return replace(model, roles=ROLES, default_role=None, prefixes=texts, instruct=False, revision=revision)
+    return replace(
+        model, roles=ROLES, default_role=None, prefixes=texts, instruct=False, instruction="", revision=revision
+    )

@@ -16,7 +16,8 @@ def prefix_of(model: Model, role: Role | None, instruct: str | None = None) -> s
     if role is None or not model.prefixes:
         return ""
     prefix = model.prefixes[model.roles.index(role)]
-    return prefix.replace("{instruct}", instruct or model.instruction)
+    # An operator's own prefix has no instruction in it, whatever it looks like.
+    return prefix.replace("{instruct}", instruct or model.instruction) if model.instruction else prefix
 
 
 class Prefix:

@@ -148,6 +148,17 @@ def test_an_operators_own_prefixes_tell_roles_and_others_are_another_space() -> 
     assert spaces[0] == spaces[1] != spaces[2] == spaces[3]
 
 
+@pytest.mark.parametrize("model", ["house", "Qwen/Qwen3-Embedding-0.6B"])
+def test_an_operators_own_prefix_stands_before_the_text_letter_by_letter(model: str) -> None:
+    prefix = "fill in {instruct}: "
+    models = {"public": {"deployments": [{"upstream": "up", "model": model}], "prefixes": {"query": prefix}}}
+    with FakeOpenAI(api_key="sk-fake", models={model: 64}) as fake:
+        upstream = {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"up": upstream}, "models": models}) as gateway:
+            response = gateway.post({"model": "public", "input": "a text", "input_type": "query"})
+            assert np.array_equal(vector_of(response), fake.expected(model, prefix + "a text"))
+
+
 def test_a_named_space_is_another_one_for_other_prefixes() -> None:
     prefixes = {"one": {"query": "ask: "}, "other": {"query": "q: "}}
     deployments = [{"upstream": "up", "model": "house", "space": "ours"}]

@@ -48,7 +48,6 @@ __all__ = [
     "CONTENT_TYPE",
     "ConfigMetrics",
     "Counter",
-    "Gauge",
     "Histogram",
     "Level",
     "Metrics",
@@ -362,6 +361,10 @@ class Metrics(ConfigMetrics):
     def spread(self, child: Histogram) -> Spread:
         """For what is observed with every request."""
         return Spread(child, self._due)
+
+    def show_deployment(self, upstream: str, model: str, available: bool) -> None:
+        """One that is configured, and whether it takes traffic."""
+        self.upstream_available.labels(upstream, model).set(available)
 
     def forget_deployment(self, upstream: str, model: str) -> None:
         """A deployment that is configured no more."""

@@ -7,6 +7,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TypeAlias
 
 from app.cache.tiers import Tiers
@@ -96,7 +97,7 @@ class Registry:
         """Of each upstream, the models that `names` was made of."""
         if before is not None:
             self._take_over(before)
-        self._name_all()
+        self.publish()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -253,8 +254,8 @@ class Registry:
             self._metrics, upstream.name,
         )  # fmt: skip
         chain = build.chain(call, cache=self._cache, limits=limits, model=model)
-        available = self._metrics.upstream_available.labels(upstream.name, model.name)
-        health = Health(self._clock, available, f"{upstream.name}/{model.name}")
+        show = partial(self._metrics.show_deployment, upstream.name, model.name)
+        health = Health(self._clock, show, f"{upstream.name}/{model.name}")
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.
         health.unproved = any(each.space == identity for each in self._deployments.values())
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)

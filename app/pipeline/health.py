@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from app.clock import Clock
 from app.errors import (
@@ -15,7 +16,6 @@ from app.errors import (
     UpstreamMisconfigured,
     UpstreamUnreachable,
 )
-from app.metrics import Gauge
 
 log = logging.getLogger(__name__)
 
@@ -54,9 +54,9 @@ class Health:
     An ejected one comes back by a single call: it succeeds, or the ejection begins anew and lasts longer.
     """
 
-    def __init__(self, clock: Clock, gauge: Gauge, name: str) -> None:
-        """`name`: the deployment's, for the log."""
-        self._clock, self._gauge, self._name = clock, gauge, name
+    def __init__(self, clock: Clock, tell: Callable[[bool], None], name: str) -> None:
+        """`tell` is told whether it takes traffic; `name`: the deployment's, for the log."""
+        self._clock, self._tell_metrics, self._name = clock, tell, name
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
@@ -84,12 +84,11 @@ class Health:
         self._rest = ""
         """The same of its last long rest."""
         self._retired = False
-        self.show()
 
     def show(self) -> None:
         """Whether it takes traffic, for the metrics."""
         if not self._retired:
-            self._gauge.set(0 if self.out is not None or self.ejected or self.silent is not None else 1)
+            self._tell_metrics(self.out is None and not self.ejected and self.silent is None)
 
     def retire(self) -> None:
         """It gets no more calls; what those under way come to is told nowhere: its name may be another's by now."""

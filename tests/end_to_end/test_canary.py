@@ -75,7 +75,7 @@ async def hangs(batch: Batch) -> BatchResult:
 
 
 def healthy(clock: HandClock, name: str) -> Health:
-    return Health(clock, Metrics().upstream_available.labels(name, "m"), f"{name}/m")
+    return Health(clock, Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
 
 
 def config(*fakes: FakeOpenAI, **more: Any) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from app.config.source import Source
 from app.errors import Overloaded, UpstreamError
 from app.gateway import Gateway
 from app.main import create_app
+from app.metrics import shared
 from app.pipeline.admit import Place
 from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
@@ -407,6 +408,15 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     (await app.gateway.find("one/lexical")).deployments[0].health.take_out("another model")
     assert (shown("one"), shown("two")) == (0, 1)
     await app.gateway.aclose()
+
+
+async def test_who_only_tries_a_configuration_out_for_its_workers_shows_no_deployment_of_it(tmp_path: Path) -> None:
+    """It would be there whatever becomes of it in those that serve."""
+    parent = create_app(settings_of({"upstreams": {"one": {"type": "lexical"}}}), stores=[])
+    with shared(str(tmp_path)):
+        await parent.try_out(settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}}))
+        assert "upstream_available{" not in parent.gateway.metrics.exposition().decode()
+    await parent.gateway.aclose()
 
 
 async def test_of_deployments_that_are_put_together_otherwise_no_earlier_set_is_kept() -> None:

@@ -24,7 +24,7 @@ from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, Embed
 
 
 def healthy() -> Health:
-    return Health(SystemClock(), Metrics().upstream_available.labels("up", "m"), "up/m")
+    return Health(SystemClock(), Metrics().upstream_available.labels("up", "m").set, "up/m")
 
 
 def vector(text: str) -> bytes:

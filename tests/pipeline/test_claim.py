@@ -313,7 +313,7 @@ class Calls:
 
 def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
     """A name of the replica's that leads there, as the registry would make it."""
-    health = Health(SystemClock(), replica.metrics.upstream_available.labels("up", "m"), "up/m")
+    health = Health(SystemClock(), replica.metrics.upstream_available.labels("up", "m").set, "up/m")
     deployment = Deployment("up", Model("m"), "up/m", Slots(3), Limits(1, None), health, calls)
     route = Route([deployment], replica.metrics, SystemClock())
     batcher = Batcher(route, replica.metrics, SystemClock(), replica.cache.let_go)

@@ -17,7 +17,7 @@ def clock() -> HandClock:
 
 @pytest.fixture
 def health(clock: HandClock) -> Health:
-    health = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    health = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     for _ in range(FAILURES):
         assert health.available()
         fails(health)
@@ -74,7 +74,7 @@ async def test_an_answer_makes_all_forgotten(answer: InvalidRequest | None, heal
 async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     for seconds in (0, 1, 1, 60):  # it comes and goes
         await clock.advance(seconds)
         up.end(UpstreamAuth("wrong key"), up.begin())
@@ -87,7 +87,7 @@ async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
 
 
 async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, caplog: pytest.LogCaptureFixture) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     up.end(RateLimited("slowly", retry_after=LONG_REST - 1), up.begin())
     assert not up.told
     up.end(RateLimited("slowly", retry_after=180), up.begin())
@@ -103,7 +103,7 @@ async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, capl
 async def test_leaving_the_rotation_and_coming_back_are_told(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     for _ in range(FAILURES):
         fails(up)
     assert up.trouble == "upstream_error: failed"
@@ -120,7 +120,7 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
 async def test_what_the_last_calls_of_one_come_to_that_was_replaced_is_told_nobody(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     up.retire()
     for _ in range(FAILURES):
         up.end(UpstreamAuth("wrong key"), up.begin())

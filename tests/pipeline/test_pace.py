@@ -68,7 +68,7 @@ def batcher(upstream: Upstream, *slots: Slots, rows: int = 1) -> Batcher:
     deployments = [
         Deployment(
             f"up{i}", Model("m", roles=ROLES), "s", each, Limits(rows),
-            Health(clock, metrics.upstream_available.labels(f"up{i}", "m"), f"up{i}/m"), upstream, priority=i,
+            Health(clock, metrics.upstream_available.labels(f"up{i}", "m").set, f"up{i}/m"), upstream, priority=i,
         )
         for i, each in enumerate(slots)
     ]  # fmt: skip

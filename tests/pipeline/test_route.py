@@ -54,7 +54,7 @@ def deployment(
     slots: Slots | None = None,
     limits: Limits | None = None,
 ) -> Deployment:
-    health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m"), f"{name}/m")
+    health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
     model = model or Model("m", roles=ROLES)
     return Deployment(name, model, "s", slots or Slots(4), limits or Limits(10), health, embed)
 
@@ -715,7 +715,7 @@ async def test_a_text_of_which_one_made_no_vector_speaks_against_no_other_that_m
 
 
 def health(clock: HandClock) -> Health:
-    return Health(clock, Metrics().upstream_available.labels("up", "m"), "up/m")
+    return Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
 
 
 async def test_calls_that_fail_together_are_one_ejection() -> None:

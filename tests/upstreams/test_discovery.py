@@ -12,6 +12,7 @@ import orjson
 import pytest
 
 from app.catalog import ANY, CATALOG, Model
+from app.clock import SystemClock
 from app.errors import (
     ModelNotFound,
     UpstreamAuth,
@@ -23,7 +24,7 @@ from app.errors import (
 from app.gateway import REFRESH, Gateway
 from app.main import create_app
 from app.types import Send, WireReply, WireRequest
-from app.upstreams import baidu, connect, ollama, openai
+from app.upstreams import UPSTREAMS, baidu, connect, ollama, openai
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOllama, FakeOpenAI, faults
 from tests.harness import running, settings_of
@@ -437,6 +438,16 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
     await settle()
     assert "one/m" not in gateway.names
     assert available(gateway, "one", "m") is None
+
+
+async def test_what_one_that_is_no_longer_in_force_learns_is_not_shown(two: tuple[Gateway, Listing, Listing]) -> None:
+    gateway, _, other = two
+    alone = settings_of({"upstreams": {"one": {"type": "openai", "base_url": "http://127.0.0.1:9/v1"}}})
+    successor = Gateway(alone, UPSTREAMS, gateway.cache, gateway.metrics, SystemClock(), None, gateway)
+    gateway.give_way(successor)
+    other.models = [Model("new")]
+    assert (await gateway.find("new")).name == "new", "by a request that is still inside"
+    assert available(gateway, "two", "new") is None
 
 
 async def test_what_cannot_be_asked_is_said_once(

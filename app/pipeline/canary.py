@@ -145,7 +145,7 @@ class Canary:
             health = deployment.health
             if health.silent is not None:
                 log.warning("deployment %s has shown its vectors now", deployment.name)
-            health.unproved, health.silent, health.compared = False, None, True
+            health.unproved, health.silent = False, None
             health.show()
             self._judge(deployment, vectors.cosine(vector, expected))
             deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
@@ -217,7 +217,10 @@ async def _ask(deployment: Deployment) -> bytes | GatewayError | None:
         return error
     except TimeoutError:
         return None
-    return outcome.vector if isinstance(outcome, Embedding) else outcome
+    if not isinstance(outcome, Embedding):
+        return outcome
+    deployment.health.compared = True  # not once the others have answered: it may have been away again by then
+    return outcome.vector
 
 
 async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:

@@ -574,6 +574,19 @@ async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock
     assert looks.due(clock.monotonic())
 
 
+async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_others_had(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "AT_FIRST", 0.05)
+    (first, _), looks = several(clock, answers, hangs)
+    looking = asyncio.create_task(looks.look(clock.monotonic()))
+    await settle()
+    first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
+    await asyncio.wait_for(looking, 5)
+    clock.now += AGAIN
+    assert first in looks._to_ask(clock.monotonic())
+
+
 async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:
     """By another canary, after a change of configuration."""
     (first, second), looks = several(clock, answers, answers)

@@ -115,10 +115,6 @@ class Health:
             return False
         return not self.cooling()
 
-    def in_reach(self) -> bool:
-        """Whether it may have a call now, or once a rate limit has passed."""
-        return self.available() or self.cooling() > 0
-
     def take_out(self, reason: str) -> None:
         """Out of the rotation, even as the last: what it would answer is worse than no answer."""
         self.out = reason

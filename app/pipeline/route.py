@@ -172,6 +172,13 @@ class Route:
         able = [each for each in self.deployments if each.can(params) and each.health.out is None]
         return [each for each in able if not each.health.unproved] or able
 
+    def _in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
+        """Whether one that is not to be avoided may have a call now, or when a rate limit has passed, before the
+        deadline."""
+        usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
+        others = [each for each in self._able(batch.params) if each is not avoid]
+        return any(each in usable or 0 < each.health.cooling() < left for each in others)
+
     def closed(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice, if so."""
         out = [each.health.out for each in self.deployments]
@@ -186,9 +193,8 @@ class Route:
         rests."""
         if not any(each.slots.pace or each.health.resting() for each in self.deployments):
             return []
-        usable = self._usable(params)
-        waits = [(0.0 if each in usable else each.health.resting(), each) for each in self._able(params)]
-        return [max(rest, each.slots.wait()) for rest, each in waits]
+        able, usable = self._able(params), self._usable(params)
+        return [max(0.0 if each in usable else each.health.resting(), each.slots.wait()) for each in able]
 
     def time_for(self, params: Params, inputs: int, tokens: float) -> float:
         """Seconds until the first deployment would have embedded so much, as far as its pace decides."""
@@ -228,7 +234,7 @@ class Route:
 
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
         """Puts into `result`, what the call on `slot` came to, what another one brings."""
-        elsewhere = self._is_another(batch, slot.deployment)
+        elsewhere = self._in_reach(batch, slot.deployment)
         pending = [i for i, outcome in enumerate(result.outcomes) if verdict.worth_asking_again(outcome, elsewhere)]
         if not pending or not batch.wanted():
             return
@@ -248,12 +254,6 @@ class Route:
         result.late = retried.late
         others = result.deployments if len(pending) < len(result.outcomes) else ()
         result.deployments = (*others, again.deployment.name)
-
-    def _is_another(self, batch: Batch, failed: Deployment) -> bool:
-        """Whether another deployment can be asked, now or when a rate limit has passed, before the deadline."""
-        usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
-        others = [each for each in self._able(batch.params) if each is not failed]
-        return any(each in usable or 0 < each.health.cooling() < left for each in others)
 
     def _tell_all_down(self, batch: Batch, result: BatchResult) -> None:
         """Where every deployment has been ejected, or is at its rate, what may pass is told as an outage of the model,
@@ -343,19 +343,11 @@ class Route:
         try:
             async with asyncio.timeout_at(batch.deadline):
                 while True:
-                    able = self._able(batch.params)
-                    if others_only:
-                        able = [each for each in able if each is not avoid]
-                    if not able or (others_only and not any(each.health.in_reach() for each in able)):
-                        return None
                     # First: a rest that ends after a slot was looked for would be waited for without end.
-                    rests = [each.health.resting() for each in able]
+                    rests = [each.health.resting() for each in self._able(batch.params)]
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
-                    if slot is not None:
+                    if slot is not None or not self._in_reach(batch, avoid if others_only else None):
                         return slot
-                    usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
-                    if min(rests) >= left and not any(each in usable for each in able):
-                        return None
                     await self._freed(since, min(filter(None, rests), default=None))
         except TimeoutError:
             return None

@@ -189,6 +189,17 @@ async def test_an_ejected_one_is_asked_where_the_others_rest_for_long() -> None:
     assert result.deployments == ("ejected/m",)
 
 
+async def test_and_where_the_only_other_one_leaves_with_trouble_of_its_own() -> None:
+    bad, ejected = deployment("bad", failing(UpstreamAuth("no"))), deployment("ejected", answers)
+    ejected.priority = 2
+    for _ in range(FAILURES - 1):
+        bad.health.end(UpstreamAuth("no"), bad.health.begin())
+    eject(ejected)
+    result = await run(route(bad, ejected), batch("x"))
+    assert bad.health.ejected
+    assert (result.deployments, result.calls) == (("ejected/m",), 2)
+
+
 async def test_where_it_fails_too_callers_are_told_to_wait() -> None:
     ejected, rests = deployment("ejected", failing(UpstreamError("down"))), deployment("rests", answers)
     eject(ejected)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable, Sequence
-from typing import TypeGuard
 
 from app import tokens
 from app.clock import Clock
@@ -13,11 +12,9 @@ from app.deadlines import Deadline, Deadlines
 from app.errors import (
     GatewayError,
     RateLimited,
-    UpstreamError,
     UpstreamInvalidVector,
     UpstreamTimeout,
     UpstreamUnavailable,
-    UpstreamUnreachable,
 )
 from app.metrics import Metrics
 from app.pipeline import verdict
@@ -264,7 +261,7 @@ class Route:
         if result.late or not down:
             return
         for i, outcome in enumerate(result.outcomes):
-            if _is_outage(outcome):
+            if verdict.is_outage(outcome):
                 told = f"every deployment of this model is down; the last one said: {outcome.message}"
                 result.outcomes[i] = UpstreamUnavailable(told, retry_after=DOWN)
 
@@ -363,13 +360,6 @@ class Route:
             self.forget(freed.set)
             if back is not None:
                 back.cancel()
-
-
-def _is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
-    """Whether it is trouble that may pass by itself, and says nothing more special than that."""
-    if not isinstance(outcome, UpstreamUnreachable | UpstreamTimeout) and type(outcome) is not UpstreamError:
-        return False
-    return outcome.retryable
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:

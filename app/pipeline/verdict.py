@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeGuard
 
 from app.errors import (
     GatewayError,
@@ -12,6 +13,8 @@ from app.errors import (
     UpstreamError,
     UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
+    UpstreamTimeout,
+    UpstreamUnreachable,
 )
 from app.types import BatchResult, Embedding
 
@@ -45,6 +48,13 @@ def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayErro
         return True
     lasts = isinstance(outcome, UpstreamError | QuotaExhausted) and not outcome.retryable
     return lasts and isinstance(first, GatewayError) and first.retryable
+
+
+def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
+    """Whether it is trouble that may pass by itself, and says nothing more special than that."""
+    if not isinstance(outcome, UpstreamUnreachable | UpstreamTimeout) and type(outcome) is not UpstreamError:
+        return False
+    return outcome.retryable
 
 
 def of(result: BatchResult) -> GatewayError | None:

@@ -65,6 +65,9 @@ _ENTRY = 40
 """Bytes that a series takes there beside its name, at most."""
 _Merge = Literal["livesum", "livemin", "livemax"]
 
+_once = functools.lru_cache(maxsize=4096)
+"""Makes what is made for label values once for each, of so many."""
+
 
 @contextlib.contextmanager
 def shared(directory: str) -> Iterator[None]:
@@ -352,7 +355,7 @@ class Metrics(ConfigMetrics):
 
     def tallies(self, counter: Counter) -> Callable[..., Tally]:
         """`tally` by label values, each bound to its series once: that costs more than counting."""
-        return functools.lru_cache(maxsize=4096)(lambda *labels: self.tally(counter.labels(*labels)))
+        return _once(lambda *labels: self.tally(counter.labels(*labels)))
 
     def level(self, child: Gauge) -> Level:
         """For what is set with every request."""
@@ -361,6 +364,10 @@ class Metrics(ConfigMetrics):
     def spread(self, child: Histogram) -> Spread:
         """For what is observed with every request."""
         return Spread(child, self._due)
+
+    def spreads(self, histogram: Histogram) -> Callable[..., Spread]:
+        """`spread` by label values, as `tallies`."""
+        return _once(lambda *labels: self.spread(histogram.labels(*labels)))
 
     def show_deployment(self, upstream: str, model: str, available: bool) -> None:
         """One that is configured, and whether it takes traffic."""

@@ -12,7 +12,6 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
-from functools import lru_cache
 from typing import Any
 
 from msgspec import Struct
@@ -106,7 +105,7 @@ class Embeddings:
         self._deadlines = Deadlines()
         self._requests, self._inputs = metrics.tallies(metrics.requests), metrics.tallies(metrics.inputs)
         self._tokens = metrics.tallies(metrics.tokens)
-        self._durations = lru_cache(4096)(lambda model: metrics.spread(metrics.request_duration.labels(model)))
+        self._durations = metrics.spreads(metrics.request_duration)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
         sent = dict(scope["headers"])

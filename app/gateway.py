@@ -56,24 +56,24 @@ class Gateway:
         largest = server.max_body + INPUT * server.max_inputs  # for which there must be room at least when it is alone
         self.room = Room(server.max_inflight, max(server.max_inflight_size, largest), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
-        self.upstreams = {
-            name: Upstream(name, each, kinds[each.type], clock, transport, self._tokens)
-            for name, each in settings.upstreams.items()
-        }
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
         self.quotas = self._quotas(before)
         """By caller's name, for those whose key has a limit."""
-        self._slots = {
-            name: Slots(each.max_concurrency, self._pace(name, each)) for name, each in settings.upstreams.items()
-        }
+        self.upstreams: dict[str, Upstream] = {}
+        self._slots: dict[str, Slots] = {}
+        for name, each in settings.upstreams.items():
+            known = before.upstreams.get(name) if before else None
+            if before and known and known.settings == each:  # with what it has learned
+                self.upstreams[name], self._slots[name] = known, before._slots[name]
+            else:
+                self.upstreams[name] = Upstream(name, each, kinds[each.type], clock, transport, self._tokens)
+                self._slots[name] = Slots(each.max_concurrency, self._pace(name, each))
         self._watching: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
-        self.started = int(clock.time())
+        self.started: int = before.started if before else int(clock.time())
         """Since when the models are there, as far as a caller is told: seconds since the epoch."""
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
-        if before is not None:
-            self._take_over(before)
         self._registry: Registry = Registry(
             settings, self.upstreams, self._slots, cache, metrics, clock, before._registry if before else None
         )
@@ -200,13 +200,6 @@ class Gateway:
                     upstreams[deployment.upstream].setdefault(word, {})[deployment.model.name] = told
         state = "draining" if self.draining else "ready"
         return {"status": state, "upstreams": upstreams, "cache": self.cache.status()}
-
-    def _take_over(self, before: Gateway) -> None:
-        """Takes the upstreams whose settings are the same, with what they have learned."""
-        self.started = before.started
-        for name, each in before.upstreams.items():
-            if name in self.upstreams and self.upstreams[name].settings == each.settings:
-                self.upstreams[name], self._slots[name] = each, before._slots[name]
 
     # --- limits ----------------------------------------------------------------------------------
 

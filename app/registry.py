@@ -44,8 +44,9 @@ _FACTS = (
 """What an operator may know better than the catalogue, by one name here and there."""
 
 
-_Members: TypeAlias = tuple[tuple[int, float, int], ...]
-"""Of a set of deployments: for each, which limits it keeps to (by identity), its weight and its priority."""
+_Members: TypeAlias = tuple[tuple[Health, float, int], ...]
+"""Of a set of deployments: for each its health, by which it is the same one whatever its weight, that, and its
+priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,15 +173,15 @@ class Registry:
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
-        known = {id(each.limits) for each in self._deployments.values()}
+        known = {each.health for each in self.deployments}
         for members, served in before._batchers.items():
-            if all(limits in known for limits, _, _ in members):
+            if all(health in known for health, _, _ in members):
                 self._batchers[members] = served
 
     def _keep_to_names(self) -> list[Deployment]:
         models = self.names.values()
-        used = {id(each.limits) for public in models for each in public.deployments}
-        gone = {key: each for key, each in self._deployments.items() if id(each.limits) not in used}
+        used = {each.health for public in models for each in public.deployments}
+        gone = {key: each for key, each in self._deployments.items() if each.health not in used}
         for key in gone:
             del self._deployments[key]
         # One of deployments that are still there goes, too: nobody comes to it, and its canary would pay for looks.
@@ -298,7 +299,7 @@ class Registry:
 
 
 def _members(deployments: Iterable[Deployment]) -> _Members:
-    return tuple((id(each.limits), each.weight, each.priority) for each in deployments)
+    return tuple((each.health, each.weight, each.priority) for each in deployments)
 
 
 def _unfit(prepare: Prepare) -> str | None:

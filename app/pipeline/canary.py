@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 from app import vectors
@@ -93,10 +94,8 @@ class Canary:
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
         self._expected = expected
         self._from_start = from_start
-        self._asked_at: dict[Deployment, float] = {}
-        """When each was last asked."""
-        self._answered: set[Deployment] = set()
-        """Those that answered then."""
+        self._asked: dict[Deployment, tuple[float, bool]] = {}
+        """When each was last asked, and whether it answered then."""
         self._looking = False
         self._several = len(deployments) > 1
         """Whether they stand in for each other."""
@@ -121,8 +120,8 @@ class Canary:
         health = deployment.health
         if self._several and (health.ejected or health.unproved):
             return True
-        pause = EVERY if deployment in self._answered and health.compared else AGAIN
-        return now - self._asked_at.get(deployment, -EVERY) >= pause
+        asked_at, answered = self._asked.get(deployment, (-math.inf, False))
+        return now - asked_at >= (EVERY if answered and health.compared else AGAIN)
 
     async def look(self, now: float) -> None:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
@@ -133,40 +132,42 @@ class Canary:
         self._looking = True
         try:
             known = await self._expected.recall(self._space)
-            answers, errors = await _answers(asked, PATIENCE if known else AT_FIRST)
+            told = await _told(asked, PATIENCE if known else AT_FIRST)
+            answers = {each: said for each, said in told.items() if isinstance(said, bytes)}
             expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
         if answers:
             self._unsettled = not self._expected.knows(self._space)
-        self._asked_at.update(dict.fromkeys(asked, now))
-        self._answered = self._answered.difference(asked).union(answers)
-        for deployment, vector in answers.items():
-            health = deployment.health
-            if health.silent is not None:
-                log.warning("deployment %s has shown its vectors now", deployment.name)
-            health.unproved, health.silent = False, None
-            health.show()
-            self._judge(deployment, vectors.cosine(vector, expected))
-            deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
-        if self._several:
-            self._keep_out({each: errors.get(each) for each in asked if each not in answers})
+        for deployment, said in told.items():
+            self._asked[deployment] = now, deployment in answers
+            if isinstance(said, bytes):
+                self._compare(deployment, said, expected)
+            elif self._several:
+                self._keep_out(deployment, said)
 
-    def _keep_out(self, silent: Mapping[Deployment, GatewayError | None]) -> None:
-        """Of these, all but those that have been compared and are in rotation: they may be busy. Says what each failed
-        with, if it has: no caller's call will meet it."""
-        for deployment, error in silent.items():
-            health, why = deployment.health, f" ({error.code}: {error.message})" if error else ""
-            if health.compared and not health.ejected:
-                continue
-            if health.silent is None:
-                log.warning(
-                    "deployment %s has not shown yet that its vectors are those of %s: "
-                    "others are asked until it does%s",
-                    *(deployment.name, self._space, why),
-                )
-            health.unproved, health.silent = True, _SILENT + why
-            health.show()
+    def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
+        health = deployment.health
+        if health.silent is not None:
+            log.warning("deployment %s has shown its vectors now", deployment.name)
+        health.unproved, health.silent = False, None
+        health.show()
+        self._judge(deployment, vectors.cosine(vector, expected))
+        deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
+
+    def _keep_out(self, deployment: Deployment, error: GatewayError | None) -> None:
+        """Unless it has been compared and is in rotation: it may be busy. Says what it failed with, if it has: no
+        caller's call will meet it."""
+        health, why = deployment.health, f" ({error.code}: {error.message})" if error else ""
+        if health.compared and not health.ejected:
+            return
+        if health.silent is None:
+            log.warning(
+                "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does%s",
+                *(deployment.name, self._space, why),
+            )
+        health.unproved, health.silent = True, _SILENT + why
+        health.show()
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:
@@ -188,19 +189,16 @@ def _right(answers: Mapping[Deployment, bytes]) -> bytes:
     return answers[min(answers, key=lambda each: not each.health.answered)]
 
 
-async def _answers(
-    asked: Sequence[Deployment], patience: float
-) -> tuple[dict[Deployment, bytes], dict[Deployment, GatewayError]]:
-    """The vectors of those that answer in time, in the order in which they are asked, and what others failed with."""
+async def _told(asked: Sequence[Deployment], patience: float) -> dict[Deployment, bytes | GatewayError | None]:
+    """Of each its vector, in the order in which they are asked, or what it failed with; None where it does not say in
+    time."""
     tasks = {asyncio.create_task(_ask(each)): each for each in asked}
     try:
         done, waiting = await asyncio.wait(tasks, timeout=patience)
         while waiting and not any(isinstance(task.result(), bytes) for task in done):
             more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             done |= more
-        told = [(each, task.result()) for task, each in tasks.items() if task in done]
-        answers = {each: result for each, result in told if isinstance(result, bytes)}
-        return answers, {each: result for each, result in told if isinstance(result, GatewayError)}
+        return {each: task.result() if task in done else None for task, each in tasks.items()}
     finally:
         for task in tasks:
             task.cancel()

@@ -126,10 +126,7 @@ class Gateway:
     async def find(self, name: str) -> PublicModel:
         """The model of this name. Raises `ModelNotFound`, having asked upstreams that might have got it since."""
         public = self.names.get(name)
-        if public is None:
-            await self.refresh()
-            public = self.names.get(name)
-        elif upstreams := self._registry.unlisted(public):
+        if upstreams := self._registry.unlisted(public) if public else self.upstreams.values():  # hardly ever
             await self.refresh(upstreams)
             public = self.names.get(name)
         if public is None:

@@ -30,7 +30,6 @@ from app.errors import (
     InvalidRequest,
     MethodNotAllowed,
     Overloaded,
-    RateLimited,
     SlowBody,
     UnsupportedEncoding,
     UpstreamTimeout,
@@ -341,12 +340,8 @@ class Embeddings:
 async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
     """Embeds what the quota has room for. It is asked for an estimate, and told in the end what it was."""
     estimated = sum(tokens.estimates(request.inputs))
-    try:
-        await quota.take(estimated)
-    except RateLimited:
-        exchange.counted = True
-        raise
     exchange.counted = True
+    await quota.take(estimated)
     result = await public.embed(request)
     quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result

@@ -69,9 +69,11 @@ class Quota:
             raise self._over(self._limit.wait(now, 1, min(max(1, size // 3), _MOST_TEXT)), now, 1)
 
     async def take(self, tokens: int) -> None:
-        """One request of about so many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit."""
+        """One request of about so many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit, which
+        counts as a request."""
         most = self.rates.tokens
         if most is not None and tokens > most:
+            self.owe(1, 0)
             raise InvalidRequest(
                 f"this request is about {tokens} tokens, more than the {most} tokens per minute of this API key; "
                 "send fewer inputs at a time",

@@ -254,6 +254,16 @@ def test_two_gateways_on_one_redis_keep_one_limit(fake: FakeOpenAI, redis: Redis
         assert one.metric("cache_operations_total", operation="limit") == before, "no limit, no round trip"
 
 
+def test_a_request_whose_time_is_up_while_redis_is_asked_counts_once(fake: FakeOpenAI, redis: RedisServer) -> None:
+    cache = {"memory": None, "redis": {"url": redis.url, "timeout": 20}}
+    auth, server = keys(team={"requests_per_minute": 10}), {"request_timeout": "200ms"}
+    with running(config(fake, auth=auth, cache=cache, server=server)) as gateway:
+        redis.pause()
+        answer = ask(gateway, "team")
+        assert answer.status_code == 504
+        assert left(answer, "requests")[:2] == (10, 10), "the question that is still under way counts it"
+
+
 def test_without_redis_callers_are_let_in_by_each_gateways_part(fake: FakeOpenAI, redis: RedisServer) -> None:
     cache = {"memory": None, "redis": {"url": redis.url, "timeout": 20}}
     shared = config(fake, auth=keys(team={"requests_per_minute": 6}), cache=cache)

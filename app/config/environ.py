@@ -23,6 +23,8 @@ from app.config.tree import Path, Tree
 
 PREFIX = str(Settings.model_config["env_prefix"])
 _DELIMITER = str(Settings.model_config["env_nested_delimiter"])
+_LAST_NAME = 2
+"""The last step that may be a name of the operator's choice with something below it: `auth.keys.NAME`."""
 
 Listening = Callable[[str, int], bool]
 
@@ -89,7 +91,7 @@ class _Override:
         self._put(steps, None if nested == "null" else nested)
 
     def _put(self, steps: list[str], value: Any) -> None:
-        """Walks down, making mappings where there are none, and replaces what is at the end."""
+        """Walks down, making mappings and lists where there are none, and replaces what is at the end."""
         place: Any = self._tree.values
         path: Path = ()
         for number, step in enumerate(steps):
@@ -101,7 +103,7 @@ class _Override:
             if last or not isinstance(_item(place, key), dict | list):
                 self._tree.forget(path)
                 self._tree.variables.setdefault(path, self._variable)
-                _set(place, key, value if last else {})
+                _set(place, key, value if last else _begun(steps, number + 1))
             place = _item(place, key)
         self._tree.variables[path] = self._variable
         self._tree.written[path] = f"${self._variable}"
@@ -126,6 +128,12 @@ class _Override:
 
 def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "_", name.lower())
+
+
+def _begun(steps: list[str], number: int) -> dict[str, Any] | list[Any]:
+    """What this step is the first in: a list where it is 0, but for `upstreams`, `models` and `auth.keys`, where a name
+    may be that."""
+    return [] if steps[number] == "0" and number > _LAST_NAME else {}
 
 
 def _item(place: Any, key: str | int) -> Any:

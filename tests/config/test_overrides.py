@@ -83,6 +83,21 @@ def test_items_of_a_list_go_by_number(tmp_path: Path) -> None:
     ]
 
 
+def test_a_list_that_is_not_there_begins_with_its_first_item(tmp_path: Path) -> None:
+    path = "MODELS__DOCS__DEPLOYMENTS"
+    variables = environ(**{f"{path}__0__UPSTREAM": "ds-compat", f"{path}__0__MODEL": "a-1", f"{path}__1__MODEL": "a-1"})
+    variables |= environ(**{f"{path}__1__UPSTREAM": "Other.One", "AUTH__KEYS__TEAM_A__MODELS__0": "docs"})
+    variables |= environ(AUTH__KEYS__0__KEY="other", AUTH__KEYS__0__MODELS__0="docs", UPSTREAMS__0__TYPE="plain")
+    found = settings_from(TEXT, tmp_path, variables)
+    assert [each.upstream for each in found.models["docs"].deployments] == ["ds-compat", "Other.One"]
+    assert found.auth is not None
+    assert {name: list(key.models or ()) for name, key in found.auth.keys.items()} == {
+        "team-a": ["docs"],
+        "0": ["docs"],
+    }
+    assert "0" in found.upstreams
+
+
 def test_lists_and_mappings_are_json(tmp_path: Path) -> None:
     variables = environ(
         UPSTREAMS='{"x": {"type": "alpha", "api_keys": ["1", "2"], "headers": {"X-A": "b"}}}',

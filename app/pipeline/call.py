@@ -105,10 +105,16 @@ class Call:
         except (KeyError, TypeError, ValueError, IndexError) as fault:
             if _NAN.search(reply.body):
                 raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from fault
-            kind = reply.headers.get("content-type", "no content type")
-            raise UpstreamInvalidResponse(
-                f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply"
-            ) from fault
+            raise self._no_reply(reply, batch) from fault
+
+    def _no_reply(self, reply: WireReply, batch: Batch) -> UpstreamInvalidResponse:
+        """With what a page says that came in its place: a proxy's, a login's. Half a reply may be vectors."""
+        kind = reply.headers.get("content-type", "no content type")
+        words = replies.page(reply)
+        told = f": {words}" if words and not quotes(words, batch.inputs) else ""
+        return UpstreamInvalidResponse(
+            f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply{told}"
+        )
 
     def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
         """What those who share the call, the log and `/readyz` may be told of it."""

@@ -144,6 +144,11 @@ def refusal(message: str) -> type[InvalidRequest]:
     return ContextLengthExceeded if _TOO_LONG.search(message) else InvalidRequest
 
 
+def page(reply: WireReply) -> str:
+    """What a page says, that came where no error was announced; empty for what is none."""
+    return " ".join(_plain(reply.body).split()) if reply.body.lstrip()[:1] == b"<" else ""
+
+
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds from `retry-after-ms` or `retry-after` (seconds, or a date: RFC 9110 10.2.3), or None.
 

@@ -108,18 +108,31 @@ def test_a_redirect_is_never_followed(name: str) -> None:
 
 
 @every_upstream
-def test_a_page_instead_of_a_reply_is_told_of_in_few_words_and_without_our_key(name: str) -> None:
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_page_instead_of_a_reply_is_told_of_in_few_words_and_without_our_key(name: str, status: int) -> None:
     case = CASES[name]()
     keys = [value for key, value in case.config.items() if key.endswith("_key")]
     page = f"<html><script>evil()</script><p>Bad gateway for {' '.join(keys)}</p>{'<b>long</b> ' * 5000}</html>"
     with gateway_for(case) as gateway:
-        case.fake.fail(faults.http_error(502, page.encode(), {"content-type": "text/html"}), times=None)
+        case.fake.fail(faults.http_error(status, page.encode(), {"content-type": "text/html"}), times=None)
         response = gateway.post({"model": case.model, "input": TEXTS})
         message = response.json()["error"]["message"]
         assert response.status_code == 502
         assert "Bad gateway" in message
         assert len(message) <= 400
         assert not [word for word in (*keys, "<", "evil") if word in message + gateway.log.getvalue()]
+
+
+@every_upstream
+def test_a_page_that_quotes_a_text_is_not_told_of_to_others(name: str) -> None:
+    case = CASES[name]()
+    text = "a text that is nobody else's"
+    with gateway_for(case) as gateway:
+        page = f"<html>cannot embed {text}</html>".encode()
+        case.fake.fail(faults.http_error(200, page, {"content-type": "text/html"}), times=None)
+        message = gateway.post({"model": case.model, "input": [text]}).json()["error"]["message"]
+        assert "text/html) is not an embeddings reply" in message
+        assert "cannot embed" not in message
 
 
 @every_upstream

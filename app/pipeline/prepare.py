@@ -58,12 +58,14 @@ class Prepare:
                     f"model {self._name!r} takes text{also} only",
                     param=f"input[{i}]",
                 )
-            # Four characters of base64 are three bytes; what stands before them is short.
-            limit = self._model.max_image_bytes
-            if limit is not None and DATA_URI.match(media.source) and len(media.source) * 3 // 4 > limit + 128:
+            limit, found = self._model.max_image_bytes, DATA_URI.match(media.source)
+            if limit is None or found is None:
+                continue
+            # Four characters of base64 are three bytes, less what fills up the last four.
+            size = (len(media.source) - found.end()) * 3 // 4 - media.source.count("=", -2)
+            if size > limit:
                 raise InvalidRequest(
-                    f"input[{i}] is an image of about {len(media.source) * 3 // 4} bytes; "
-                    f"model {self._name!r} takes at most {limit}",
+                    f"input[{i}] is an image of {size} bytes; model {self._name!r} takes at most {limit}",
                     param=f"input[{i}]",
                 )
 

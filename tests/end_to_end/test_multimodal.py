@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Iterator
 from typing import Any
 
@@ -161,6 +162,17 @@ def test_what_a_model_does_not_take_is_a_400_before_anything_is_sent(fake: FakeD
     refused(gateway.post({"model": V1, "input": ["a text", {"image": big}]}), "input[1]", "bytes", str(3 * 2**20))
     refused(gateway.post({"model": V1, "input": ["word " * 600]}), "input[0]", "512")
     assert not fake.calls
+
+
+def test_an_image_is_as_large_as_the_model_takes_to_the_byte(fake: FakeDashScope, gateway: Running) -> None:
+    for more in (0, 1, 2):
+        image = base64.b64encode(bytes(3 * 2**20 - 1 + more)).decode()
+        response = gateway.post({"model": V1, "input": [{"image": f"data:image/png;base64,{image}"}]})
+        if more == 2:
+            refused(response, "input[0]", str(3 * 2**20 + 1), str(3 * 2**20))
+        else:
+            assert response.status_code == 200, response.text
+    assert len(fake.calls) == 2
 
 
 def test_an_image_that_is_refused_is_named_and_the_others_are_kept(fake: FakeDashScope, gateway: Running) -> None:

@@ -146,7 +146,7 @@ def refusal(message: str) -> type[InvalidRequest]:
 
 def page(reply: WireReply) -> str:
     """What a page says, that came where no error was announced; empty for what is none."""
-    return " ".join(_plain(reply.body).split()) if reply.body.lstrip()[:1] == b"<" else ""
+    return " ".join(_plain(reply.body).split()) if _beginning(reply.body).lstrip().startswith("<") else ""
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:

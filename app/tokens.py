@@ -258,10 +258,14 @@ class _Cutter:
 
     def _counted_end(self, start: int, most: int) -> int:
         """As far as so many tokens go. What was cut off may have been part of a token: then a little less."""
-        window = self._text[start : start + self._window]
-        ids = encode(window)
-        if len(ids) <= most:
-            return start + len(window)
+        # Looked at is about what a piece takes, and not all that is left, once for each piece.
+        window, ids, looked_at = "", list[int](), 2 * most
+        while len(ids) <= most:
+            window = self._text[start : start + min(looked_at, self._window)]
+            ids = encode(window)
+            if len(ids) <= most and looked_at >= min(self._window, len(self._text) - start):
+                return start + len(window)
+            looked_at *= 4
         # A character that the last token holds the first bytes of only is not in it.
         fits = len(_encoding().decode_bytes(ids[:most]).decode("utf-8", "ignore"))
         while fits > 0:

@@ -76,6 +76,26 @@ def test_a_cut_is_made_after_a_space_where_there_is_one_nearby() -> None:
     assert Room(None, 9).pieces("abcdefghijk") == ["abcdefghi", "jk"]
 
 
+@pytest.mark.parametrize(
+    "text", ["今天天气很好我们去公园散步。", "The quick brown fox jumps over the lazy dog. ", "a", "👩‍👩‍👧‍👦"]
+)
+def test_to_cut_a_text_by_counted_tokens_takes_time_in_proportion_to_its_length(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = 0
+
+    def counting(text: str) -> list[int]:
+        nonlocal counted
+        counted += len(text)
+        return encode(text)
+
+    encode = tokens.encode
+    monkeypatch.setattr(tokens, "encode", counting)
+    whole = (text * 20_000)[:20_000]
+    assert "".join(Room(100, None, "cl100k_base").pieces(whole)) == whole
+    assert counted < 8 * len(whole)
+
+
 def test_a_text_without_any_good_border_is_cut_all_the_same() -> None:
     marks = "e" + "\u0301" * 300
     pieces = Room(104, None).pieces(marks)

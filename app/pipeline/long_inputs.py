@@ -7,9 +7,11 @@ may not is the upstream's to judge; one that it refuses is cut to what surely fi
 from __future__ import annotations
 
 import asyncio
+import math
 import re
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import TypeVar
+import time
+from collections.abc import Collection, Generator, Iterable, Sequence
+from typing import TypeAlias, TypeVar
 
 from msgspec.structs import replace
 
@@ -22,6 +24,8 @@ from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
 T = TypeVar("T")
+_Work: TypeAlias = Generator[None, None, T]
+"""What can be left off before each text."""
 
 PIECES = 2048
 """The most that one request's inputs may be cut into, besides one each."""
@@ -34,6 +38,9 @@ _LETTERS = 8
 """Characters a token that no text has which is worth trying; English has 5."""
 _IN_A_THREAD = 100_000
 """Characters beyond which texts are looked at in a thread: some milliseconds' worth, of short Chinese texts 25."""
+_AT_ONCE = 0.02
+"""Seconds for which a thread looks at one request's texts, or at one of them; then others get their turn, for there are
+few threads, and who has hung up or is late is done with."""
 
 # "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
 # process. increase the physical batch size (current batch size: 512)", "Range of input length should be [1, 8192]"
@@ -74,7 +81,7 @@ class LongInputs:
         elif not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
             return await self._inner(request)
         else:
-            plan = await _aside(lambda: self._plan(request, policy, room, before), request.inputs)
+            plan = await _aside(self._plan(request, policy, room, before), request.inputs)
         if plan is None:
             return await self._inner(request)
         try:
@@ -88,21 +95,26 @@ class LongInputs:
             result.truncated = plan.count
         return result
 
-    def _plan(self, request: EmbedRequest, policy: OnLongInput, room: tokens.Room, before: str) -> _Plan | None:
+    def _plan(self, request: EmbedRequest, policy: OnLongInput, room: tokens.Room, before: str) -> _Work[_Plan | None]:
         """How the inputs are to be cut; None where all are sent as they are. Raises `InvalidRequest`."""
-        long = [i for i, text in enumerate(request.inputs) if type(text) is str and not room.surely_holds(text)]
+        long: list[int] = []
+        for i, text in enumerate(request.inputs):
+            yield
+            if type(text) is str and not room.surely_holds(text):
+                long.append(i)
         if long and room.rule == "cl100k_base":
-            long = _over(room, request.inputs, long, first=policy == "error")
+            long = yield from _over(room, request.inputs, long, first=policy == "error")
         if not long:
             return None
         if policy == "error":
             for i in long:
+                yield
                 self._refuse(i, before, _text(request.inputs, i))
             return None
         if policy == "split":
             _check_dense(request)
         plan = _Plan(request.inputs, set(long), room, whole=policy == "split", asks=self._asks)
-        plan.cut([i for i in long if not plan.may_fit(i)])
+        yield from plan.cut([i for i in long if not plan.may_fit(i)])
         return plan
 
     def _refuse(self, i: int, before: str, text: str) -> None:
@@ -140,7 +152,7 @@ class LongInputs:
             if plan.whole:
                 _check_dense(request)
             plan.room = _room_of(result.too_long.values(), plan.room.rule).without(ahead)
-        await _aside(lambda: plan.cut(refused), [request.inputs[i] for i in refused])
+        await _aside(plan.cut(refused), [request.inputs[i] for i in refused])
         again = await self._ask(request, plan, refused, final=True)
         put(result, refused, again)
         result.free_tokens += again.free_tokens
@@ -196,8 +208,9 @@ class _Plan:
             return False
         return tokens.at_least(text, room.rule) <= room.tokens
 
-    def cut(self, which: Sequence[int]) -> None:
+    def cut(self, which: Sequence[int]) -> _Work[None]:
         for i in which:
+            yield
             text = _text(self._inputs, i)
             if self.whole and len(text) > (self._left + 1) * self.room.most_characters:
                 raise self._too_many(i)
@@ -241,17 +254,32 @@ class _Plan:
         return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
 
 
-async def _aside(work: Callable[[], T], texts: Iterable[Input]) -> T:
-    """What this work on these texts comes to; in a thread where they are long."""
-    if sum(len(text) for text in texts if type(text) is str) > _IN_A_THREAD:
-        return await asyncio.to_thread(work)
-    return work()
+async def _aside(work: _Work[T], texts: Iterable[Input]) -> T:
+    """What this work on these texts comes to; in a thread where they are long, by turns with others."""
+    long = sum(len(text) for text in texts if type(text) is str) > _IN_A_THREAD
+    over: StopIteration | None = None
+    while over is None:
+        over = await asyncio.to_thread(_go_on, work, _AT_ONCE) if long else _go_on(work, math.inf)
+    result: T = over.value
+    return result
 
 
-def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> list[int]:
+def _go_on(work: _Work[T], seconds: float) -> StopIteration | None:
+    """Some of it; how it ended, if it did."""
+    until = time.perf_counter() + seconds
+    try:
+        while time.perf_counter() < until:
+            next(work)
+    except StopIteration as over:
+        return over
+    return None
+
+
+def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
     """Those of them that do not fit when counted; `first`: none behind the first one that is known not to."""
     over: list[int] = []
     for i in which:
+        yield
         if not room.holds(_text(inputs, i)):
             over.append(i)
             if first and room.counts(_text(inputs, i)):

@@ -1,0 +1,31 @@
+"""What cutting long texts takes from others."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from concurrent.futures import ThreadPoolExecutor
+
+from app.catalog import Model
+from app.pipeline.long_inputs import LongInputs
+from app.types import Embedding, EmbedRequest, EmbedResult, Params, Source
+
+MODEL = Model("counted", max_tokens_per_input=8192, counted_by="cl100k_base")
+
+
+async def test_threads_are_left_to_others_between_two_long_texts() -> None:
+    order = []
+
+    async def embed(request: EmbedRequest) -> EmbedResult:
+        order.append("cut")
+        count = len(request.inputs)
+        return EmbedResult([Embedding(b"\0\0\x80?", 1)] * count, [Source.UPSTREAM] * count)
+
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    texts = [f"{number} " + "今天天气很好" * 15_000 for number in range(20)]
+    request = EmbedRequest("counted", texts, Params(), math.inf, on_long_input="split")
+    asked = asyncio.create_task(LongInputs(embed, [MODEL], None)(request))
+    await asyncio.sleep(0)
+    order.append(await asyncio.to_thread(lambda: "other"))
+    assert (await asked).split == len(texts)
+    assert order == ["other", "cut"]

@@ -24,6 +24,9 @@ from app.upstreams.redact import Redactor, quotes
 AT_ONCE = 8 * 2**20
 """Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
 parsed in a thread."""
+LARGE = 2**20
+"""Bytes of a reply from which it is the only one of its deployment in a turn of the event loop: calls that were made
+together are answered together, and would hold up others for ten times as long."""
 
 REPLY, REPLY_PER_INPUT = 2**20, 2**21
 """Bytes that a reply may have, and as many more for each input: `MOST_DIMENSIONS` numbers with 17 digits, signs and
@@ -56,6 +59,7 @@ class Call:
         self._batch_inputs = metrics.spread(metrics.upstream_batch_inputs.labels(upstream, name))
         self._succeeded = metrics.tally(metrics.upstream_requests.labels(upstream, name, "ok"))
         self._tokens, self._cost = metrics.tallies(metrics.tokens), metrics.tallies(metrics.cost)
+        self._parsing = asyncio.Lock()
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
@@ -93,6 +97,10 @@ class Call:
         reply = await self._auth(request, self._send)
         if len(reply.body) > AT_ONCE:
             return await asyncio.to_thread(self._parse, reply, batch)
+        if len(reply.body) > LARGE:
+            async with self._parsing:
+                await asyncio.sleep(0)
+                return self._parse(reply, batch)
         return self._parse(reply, batch)
 
     def _parse(self, reply: WireReply, batch: Batch) -> Parsed:

@@ -23,6 +23,7 @@ from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVec
 from app.logs import RequestLog
 from app.main import create_app
 from app.metrics import Metrics
+from app.pipeline import call as call_module
 from app.pipeline.call import AT_ONCE, Call
 from app.types import (
     Adapter,
@@ -149,6 +150,17 @@ async def test_a_large_reply_is_not_parsed_while_others_wait() -> None:
         assert others.count == 0
         assert await call_that_gets(reply_of(NUMBERS, LARGE), Metrics())(ASKED) == small
         assert others.count > 0
+
+
+async def test_of_large_replies_that_come_together_each_has_a_turn_of_its_own() -> None:
+    call = call_that_gets(reply_of(NUMBERS, call_module.LARGE + 1), Metrics())
+    async with turns() as others:
+        calls = [asyncio.create_task(call(ASKED)) for _ in range(5)]
+        for done, each in enumerate(calls):
+            before = others.count
+            await each
+            assert others.count > before
+            assert [task.done() for task in calls] == [place <= done for place in range(5)]
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,8 @@ class Batcher:
         """When it last had a slot: among those who wait for one, longest ago is first."""
         self._abandoned = 0
         """Inputs that callers have left since they were last looked for."""
+        self._bulk = 0
+        """Calls under way that bulk work has to itself."""
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
@@ -249,7 +251,9 @@ class Batcher:
                 continue
             slots, limits = slot.deployment.slots, slot.deployment.limits
             portion = slots.pace.portion() if slots.pace else None
-            jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion)
+            # Bulk work that has calls of its own need not make queries wait for a full one, unless calls are counted.
+            lanes = LANES[:1] if lane == "query" and self._bulk and not slots.pace else LANES
+            jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion, lanes=lanes)
             if dropped:
                 self._forget(dropped)
             for job in jobs:
@@ -257,6 +261,7 @@ class Batcher:
             batch = _batch(queue.group, jobs)
             slot.charge(batch.inputs)
             self._queues.taken_from(queue, served=True)
+            self._bulk += lane == "bulk"
             return batch, jobs, slot, lane
         return None
 
@@ -285,6 +290,7 @@ class Batcher:
             self._rhythm = _SMALL_GROUPS if time.perf_counter() - began > LONG_CALL else _LARGE_GROUPS
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
+            self._bulk -= lane == "bulk"
             if result is not None and result.late:
                 jobs, result = self._put_again(batch, jobs, result, lane)
             self._land(jobs, result)

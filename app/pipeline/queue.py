@@ -138,15 +138,18 @@ class Queue:
             jobs.extend(stay)
         return found
 
-    def take(self, limits: Limits, *, scarce: bool, portion: float | None = None) -> tuple[list[Job], list[Job]]:
+    def take(
+        self, limits: Limits, *, scarce: bool, portion: float | None = None, lanes: Sequence[Lane] = LANES
+    ) -> tuple[list[Job], list[Job]]:
         """The fullest batch that is legal within `limits`, and abandoned inputs met on the way. Where calls are not
         `scarce`, no request's inputs are added to others' beyond what is `ENOUGH`. `portion`: tokens, by estimate, that
         the upstream's pace lets a call carry.
 
-        Bulk inputs fill up a batch of queries. One input over the token limit, or the portion, goes alone.
+        Bulk inputs fill up a batch of queries, where both `lanes` are asked for. One input over the token limit, or the
+        portion, goes alone.
         """
         most = limits.max_batch
-        first = list(islice(chain.from_iterable(self.lanes.values()), most))
+        first = list(islice(chain.from_iterable([self.lanes[lane] for lane in lanes]), most))
         waited_for = [job.waiters for job in first]
         if len(first) > ENOUGH and not scarce:
             most = _enough(waited_for)
@@ -156,7 +159,7 @@ class Queue:
         if fits and all(waited_for) and limits.surely_allow(inputs):
             self._drop(len(first))
             return first, []
-        return self._pick(limits, most, portion)
+        return self._pick(limits, most, portion, lanes)
 
     def _drop(self, count: int) -> None:
         """Takes so many off the front."""
@@ -168,13 +171,16 @@ class Queue:
                 self._waiting[lane].dec(some)
                 count -= some
 
-    def _pick(self, limits: Limits, most: int, portion: float | None) -> tuple[list[Job], list[Job]]:
+    def _pick(
+        self, limits: Limits, most: int, portion: float | None, lanes: Sequence[Lane] = LANES
+    ) -> tuple[list[Job], list[Job]]:
         """`most` inputs, or as many as are legal, looking at each. A few that do not fit any more are passed over for
         what is behind them, and are the next call's first; where tokens have to be waited for, each has its turn."""
         batch: list[Job] = []
         dropped: list[Job] = []
         room, most_passed = Room(limits, portion), PASSED if portion is None else 1
-        for lane, jobs in self.lanes.items():
+        for lane in lanes:
+            jobs = self.lanes[lane]
             before = len(jobs)
             passed: list[Job] = []
             while jobs and len(batch) < most and len(passed) < most_passed:

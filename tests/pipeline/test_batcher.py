@@ -390,6 +390,20 @@ async def test_a_query_goes_before_bulk_work_that_came_earlier_and_bulk_fills_it
     assert len(calls.batches[1]) == 10
 
 
+async def test_a_query_has_its_call_to_itself_while_bulk_work_has_calls_of_its_own() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=10, slots=4)
+    bulk = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(60)), lane="bulk")))
+    await settle()
+    query = asyncio.create_task(embed(request("query", lane="query")))
+    await settle()
+    assert [len(batch) for batch in calls.batches] == [10, 10, 10, 1]
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(bulk, query)
+    assert len(calls.batches) == 7
+
+
 async def test_bulk_work_leaves_slots_to_queries() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=1, slots=4)

@@ -147,7 +147,8 @@ class Batcher:
         than half of what is here is of that kind: it takes no room of anybody's any more."""
         for job in dict.fromkeys(jobs):
             if job.outcome is None:
-                job.waiters = tuple(each for each in job.waiters if each is not waiter)
+                place = job.waiters.index(waiter)  # in C: there may be a thousand, who all leave at once
+                job.waiters = job.waiters[:place] + job.waiters[place + 1 :]
                 self._abandoned += not job.waiters
         if 2 * self._abandoned > len(self._jobs):
             self._abandoned = 0

@@ -270,6 +270,31 @@ async def test_twice_as_many_requests_with_parameters_of_their_own_are_twice_the
     assert await work(200) < 2.5 * await work(100)
 
 
+async def test_callers_of_the_same_inputs_who_all_hang_up_are_no_more_work_each_than_a_few() -> None:
+    """Counted as above."""
+
+    async def work(count: int) -> int:
+        embed = batcher(Calls(held=asyncio.Event()))
+        asked = [asyncio.create_task(embed(request(*map(str, range(10))))) for _ in range(count)]
+        await settle()
+        calls = 0
+
+        def count_calls(frame: FrameType, event: str, _: object) -> None:
+            nonlocal calls
+            calls += event in ("call", "c_call")
+
+        for each in asked:
+            each.cancel()
+        sys.setprofile(count_calls)
+        try:
+            await asyncio.wait(asked)
+        finally:
+            sys.setprofile(None)
+        return calls
+
+    assert await work(200) < 2.5 * await work(100)
+
+
 async def test_a_caller_that_hangs_up_fails_nobody_who_waits_for_the_same_input() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls)

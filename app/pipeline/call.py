@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from functools import cached_property
 
 from app import tokens
 from app.errors import (
@@ -15,7 +16,7 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamTimeout,
 )
-from app.metrics import Metrics
+from app.metrics import Metrics, Spread, Tally
 from app.pipeline import contract
 from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
 from app.upstreams import replies
@@ -54,12 +55,23 @@ class Call:
         self._target, self._adapter = target, adapter
         self._auth, self._send, self._redact = auth, send, redact
         self._upstream, self._metrics = upstream, metrics
-        name = target.model.name
-        self._duration = metrics.spread(metrics.upstream_request_duration.labels(upstream, name))
-        self._batch_inputs = metrics.spread(metrics.upstream_batch_inputs.labels(upstream, name))
-        self._succeeded = metrics.tally(metrics.upstream_requests.labels(upstream, name, "ok"))
+        self._labels = upstream, target.model.name
         self._tokens, self._cost = metrics.tallies(metrics.tokens), metrics.tallies(metrics.cost)
         self._parsing = asyncio.Lock()
+
+    # Series from the first call on: an upstream may list thousands of models, and each scrape would tell of all.
+
+    @cached_property
+    def _duration(self) -> Spread:
+        return self._metrics.spread(self._metrics.upstream_request_duration.labels(*self._labels))
+
+    @cached_property
+    def _batch_inputs(self) -> Spread:
+        return self._metrics.spread(self._metrics.upstream_batch_inputs.labels(*self._labels))
+
+    @cached_property
+    def _succeeded(self) -> Tally:
+        return self._metrics.tally(self._metrics.upstream_requests.labels(*self._labels, "ok"))
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()

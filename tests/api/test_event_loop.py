@@ -152,6 +152,15 @@ async def test_a_large_reply_is_not_parsed_while_others_wait() -> None:
         assert others.count > 0
 
 
+async def test_a_deployment_that_is_never_called_takes_no_room_in_a_scrape() -> None:
+    metrics = Metrics()
+    before = metrics.exposition()
+    call = call_that_gets(reply_of(NUMBERS), metrics)
+    assert metrics.exposition() == before
+    await call(ASKED)
+    assert b'upstream_batch_inputs_count{model="%b",upstream="up"} 1.0' % MODEL.encode() in metrics.exposition()
+
+
 async def test_of_large_replies_that_come_together_each_has_a_turn_of_its_own() -> None:
     call = call_that_gets(reply_of(NUMBERS, call_module.LARGE + 1), Metrics())
     async with turns() as others:

@@ -85,6 +85,8 @@ class Registry:
         self._expected: Expected = before._expected if before else Expected(cache if self._remembers else None)
         """Of canaries: what a space gives is what it gave under the configuration before."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
+        self._spaces: set[str] = set()
+        """Theirs."""
         self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
@@ -173,6 +175,7 @@ class Registry:
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
+        self._spaces = {each.space for each in self.deployments}
         known = {each.health for each in self.deployments}
         for members, served in before._batchers.items():
             if all(health in known for health, _, _ in members):
@@ -184,6 +187,7 @@ class Registry:
         gone = {key: each for key, each in self._deployments.items() if each.health not in used}
         for key in gone:
             del self._deployments[key]
+        self._spaces = {each.space for each in self.deployments}
         # One of deployments that are still there goes, too: nobody comes to it, and its canary would pay for looks.
         for members in self._batchers.keys() - {_members(public.deployments) for public in models}:
             self._replaced.append(self._batchers.pop(members)[0])
@@ -258,7 +262,8 @@ class Registry:
         show = partial(self._metrics.show_deployment, upstream.name, model.name)
         health = Health(self._clock, show, f"{upstream.name}/{model.name}")
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.
-        health.unproved = any(each.space == identity for each in self._deployments.values())
+        health.unproved = identity in self._spaces
+        self._spaces.add(identity)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment
         return deployment

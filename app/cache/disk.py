@@ -54,6 +54,8 @@ class DiskStore:
         self._counts = Counts(metrics, self.name)
         self._bytes = metrics.cache_bytes.labels(self.name)
         self._breaker = Breaker(clock.monotonic)
+        self._writing = Breaker(clock.monotonic)
+        """Of writes alone: one that another process holds up holds up the thread, for which look-ups wait."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache-disk")
         self._table: Table | None = None
         """Touched by the thread alone."""
@@ -143,18 +145,26 @@ class DiskStore:
 
     async def _put(self, entries: list[tuple[bytes, Embedding]]) -> None:
         """Not limited in time: nobody waits for it."""
+        if not self._writing.allow():
+            self._counts.set_skipped.inc(len(entries))
+            return
         if not self._breaker.allow():
+            self._writing.abandoned()
             self._counts.set_skipped.inc(len(entries))
             return
         try:
             size = await self._in_thread(lambda: self._write(entries))
         except asyncio.CancelledError:
             self._breaker.abandoned()
+            self._writing.abandoned()
             raise
         except Exception as error:  # this tier's outermost door
+            held = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
+            (self._writing.failed if held else self._writing.abandoned)()
             self._counts.set_error.inc(len(entries))
             self._failed("set", told(error))
         else:
+            self._writing.succeeded()
             self._succeeded("set")
             self._counts.ok.inc(len(entries))
             self._bytes.set(size)

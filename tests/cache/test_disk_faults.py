@@ -179,3 +179,21 @@ async def test_the_event_loop_turns_while_another_process_holds_the_file(opened:
     await store.put(entries([1]))
     assert await present(store, 1) == [1]
     assert store.status == "up"
+
+
+async def test_a_file_that_another_process_holds_is_not_written_to_again_and_again_while_look_ups_wait(
+    opened: OpenDisk, path: Path, metrics: Metrics, clock: Clock
+) -> None:
+    store = opened()
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    for number in range(5):
+        await store.put(entries([number]))
+    assert [count(metrics, "disk", "set", result) for result in ("error", "skipped")] == [3, 2]
+    other.execute("ROLLBACK")
+    other.close()
+    clock.advance(1)
+    await store.put(entries([9]))
+    assert await present(store, 9) == [9]
+    assert store.status == "up"

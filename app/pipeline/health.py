@@ -1,4 +1,4 @@
-"""Whether a deployment takes traffic, judged by nothing but the calls it gets anyway."""
+"""Whether a deployment takes traffic, judged by the calls it gets anyway."""
 
 from __future__ import annotations
 
@@ -124,6 +124,12 @@ class Health:
         if self.out is not None:
             self.out = None
             self.show()
+
+    def answers(self) -> None:
+        """It has answered, if no caller. After its first ejection it may have a call at once, for the others may be at
+        their limit by now; the later ones last, for there are servers that answer a short text and nobody else."""
+        if self._ejections == 1:
+            self._ejected_until = 0.0
 
     def cooling(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""

@@ -600,6 +600,19 @@ async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_b
     assert not first.health.unproved
 
 
+async def test_one_that_was_ejected_for_the_first_time_may_have_a_call_once_it_has_shown_its_vectors(
+    clock: HandClock,
+) -> None:
+    (_, restarts), looks = several(clock, answers, answers)
+    for ejection in (1, 2):
+        for _ in range(FAILURES):
+            restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
+        assert restarts.health.ejected
+        assert not restarts.health.available()
+        await looks.look(clock.monotonic())
+        assert restarts.health.available() is (ejection == 1)
+
+
 async def test_a_look_that_is_not_due_any_more_once_its_turn_comes_asks_nobody(clock: HandClock) -> None:
     (_, restarts), looks = several(clock, answers, answers)
     await looks.look(clock.monotonic())

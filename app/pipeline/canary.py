@@ -150,7 +150,7 @@ class Canary:
         health = deployment.health
         if health.silent is not None:
             log.warning("deployment %s has shown its vectors now", deployment.name)
-        health.unproved, health.silent = False, None
+        health.unproved, health.silent, health.compared = False, None, health.shown
         health.show()
         self._judge(deployment, vectors.cosine(vector, expected))
         deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
@@ -218,7 +218,7 @@ async def _ask(deployment: Deployment) -> bytes | GatewayError | None:
         return None
     if not isinstance(outcome, Embedding):
         return outcome
-    deployment.health.compared = True  # not once the others have answered: it may have been away again by then
+    deployment.health.shown = True  # not once the others have answered: it may have been away again by then
     return outcome.vector
 
 

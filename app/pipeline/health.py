@@ -73,8 +73,8 @@ class Health:
         """Whether it is not known to be in its vector space, where others are."""
         self.silent: str | None = None
         """Where it was to show its vectors, and did not: what is told of it until it does."""
-        self.compared = False
-        """Whether its vectors have been, since it was last away."""
+        self.shown = self.compared = False
+        """Whether it has shown its vectors, and whether these have been compared, since it was last away."""
         self.asked = 0.0
         """When it was asked last; 0 if it never was."""
         self.answered = False
@@ -204,7 +204,7 @@ class Health:
             if isinstance(error, _LASTING):
                 self._tell(told)
             if isinstance(error, UpstreamUnreachable):
-                self.compared = False
+                self.shown = self.compared = False
             self._failures += 1
             self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
             # While it is ejected it is asked only where all are, and what is then found is nothing new.

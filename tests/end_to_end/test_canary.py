@@ -587,6 +587,21 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
     assert first in looks._to_ask(clock.monotonic())
 
 
+async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_compared(clock: HandClock) -> None:
+    """By a change of configuration, while the look waits for the others."""
+    (first, second), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic())
+    second.embed = hangs
+    for each in (first, second):
+        each.health.end(UpstreamUnreachable("no connection"), each.health.begin())
+    clock.now += AGAIN
+    looking = asyncio.create_task(looks.look(clock.monotonic()))
+    await settle()
+    looking.cancel()
+    await asyncio.gather(looking, return_exceptions=True)
+    assert first in looks._to_ask(clock.monotonic())
+
+
 async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:
     """By another canary, after a change of configuration."""
     (first, second), looks = several(clock, answers, answers)

@@ -49,10 +49,16 @@ def built_in_upstreams(kinds: Mapping[str, Kind]) -> dict[str, Any]:
 
 
 def apply_overrides(environ: Mapping[str, str], tree: Tree) -> None:
-    """Puts every `EMBEDDING_GATEWAY__…` into the tree, whole sections before their parts."""
+    """Puts every `EMBEDDING_GATEWAY__…` into the tree, whole sections before their parts, and item 9 before item 10."""
     variables = [name for name in environ if name.upper().startswith(PREFIX)]
-    for variable in sorted(variables, key=lambda name: (name.count(_DELIMITER), name)):
+    for variable in sorted(variables, key=_turn):
         _Override(variable, tree).apply(environ[variable])
+
+
+def _turn(variable: str) -> tuple[int, list[tuple[int, str]]]:
+    """Of numbers the shorter one is the lower."""
+    steps = variable.split(_DELIMITER)
+    return len(steps), [(len(step) if step.isdecimal() else 0, step) for step in steps]
 
 
 class _OneVariable(EnvSettingsSource):

@@ -98,6 +98,13 @@ def test_a_list_that_is_not_there_begins_with_its_first_item(tmp_path: Path) -> 
     assert "0" in found.upstreams
 
 
+def test_the_tenth_item_of_a_list_comes_after_the_ninth(tmp_path: Path) -> None:
+    keys = [f"key-{number}" for number in range(12)]
+    variables = environ(**{f"UPSTREAMS__NEW__API_KEYS__{number}": key for number, key in enumerate(keys)})
+    found = settings_from(TEXT, tmp_path, variables | environ(UPSTREAMS__NEW__TYPE="alpha")).upstreams["new"]
+    assert [key.get_secret_value() for key in found.api_keys] == keys
+
+
 def test_lists_and_mappings_are_json(tmp_path: Path) -> None:
     variables = environ(
         UPSTREAMS='{"x": {"type": "alpha", "api_keys": ["1", "2"], "headers": {"X-A": "b"}}}',

@@ -172,9 +172,10 @@ def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
 
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
-    """OpenAI's model object, and beside it what we know: what any of its deployments takes is served, and what is too
-    long for one of them is too long."""
+    """OpenAI's model object, and beside it what we know: what any of its deployments takes is served, but images and
+    videos only where all take them, and what is too long for one of them is too long."""
     model, models = public.model, [deployment.model for deployment in public.deployments]
+    images, videos = all(each.images for each in models), all(each.videos for each in models)
     cuts = next((each.cuts for each in models if each.cuts is not None), None)
     return {
         "id": name,
@@ -182,13 +183,13 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "created": gateway.started,
         "owned_by": public.deployments[0].upstream,
         "dimensions": public.dimensions,
-        "modalities": ["text", *(["image"] if model.images else []), *(["video"] if model.videos else [])],
+        "modalities": ["text", *(["image"] if images else []), *(["video"] if videos else [])],
         "sparse": any(each.sparse for each in models),
         "dimension_choices": model.dimension_choices if cuts is None else None,
         "shortened_here": cuts,
         "max_input_tokens": _least(each.max_tokens_per_input for each in models),
         "max_input_characters": _least(each.max_characters_per_input for each in models),
-        "max_batch_tokens": public.deployments[0].limits.max_tokens_per_batch,
+        "max_batch_tokens": _least(deployment.limits.max_tokens_per_batch for deployment in public.deployments),
         "max_batch": min(deployment.limits.max_batch for deployment in public.deployments),
         "input_types": [role for role in ROLES if any(role in each.roles for each in models)],
         "prefixes": dict(zip(model.roles, model.prefixes, strict=True)) if model.prefixes else None,

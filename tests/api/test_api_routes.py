@@ -173,6 +173,27 @@ def test_a_model_is_described_with_what_any_of_its_deployments_takes(order: tupl
             assert gateway.post(wanted).status_code == 200
 
 
+@pytest.mark.parametrize("order", [("native", "other"), ("other", "native")])
+def test_images_are_told_of_where_all_deployments_take_them(order: tuple[str, str]) -> None:
+    deployments = [{"upstream": name, "model": "qwen3-vl-embedding", "space": "vl"} for name in order]
+    nowhere = "http://127.0.0.1:9"
+    upstreams = {
+        "native": {"type": "dashscope", "api_key": "sk-fake", "base_url": nowhere},
+        "other": {"type": "openai", "base_url": nowhere},
+    }
+    with running({"upstreams": upstreams, "models": {"own": {"deployments": deployments}}}) as gateway:
+        refusal = gateway.post({"model": "own", "input": [{"image": "https://x.example/a.png"}]})
+        assert error_of(refusal)["param"] == "input[0]"
+        assert gateway.get("/v1/models/own").json()["modalities"] == ["text"]
+
+
+def test_the_tokens_of_a_call_are_told_by_whichever_deployment_takes_least() -> None:
+    upstream = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+    deployments = [{"upstream": "up", "model": name, "space": "s"} for name in ("unknown", MODEL)]
+    with running({"upstreams": {"up": upstream}, "models": {"own": {"deployments": deployments}}}) as gateway:
+        assert gateway.get("/v1/models/own").json()["max_batch_tokens"] == 300_000
+
+
 def test_every_model_listed_can_be_looked_up_and_embeds(gateway: Running) -> None:
     for row in gateway.get("/v1/models").json()["data"]:
         assert gateway.get(f"/v1/models/{row['id']}").json() == row

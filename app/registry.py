@@ -93,6 +93,8 @@ class Registry:
         """Those that no name leads to any more, and that have calls under way."""
         self._in_force = before is None
         """Whether the metrics are told of what it has: of two, of one."""
+        self._over = False
+        """Whether another one has been in force since: what is found from then on is for those who are still inside."""
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
@@ -158,6 +160,7 @@ class Registry:
     def give_way(self, successor: Registry) -> None:
         """Another one is in force from now on; deployments it does not have leave the metrics."""
         self._in_force, successor._in_force = False, True
+        self._over = True
         kept = {each.health for each in successor.deployments}
         self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
 
@@ -261,6 +264,8 @@ class Registry:
         chain = build.chain(call, cache=self._cache, limits=limits, model=model)
         show = partial(self._metrics.show_deployment, upstream.name, model.name)
         health = Health(self._clock, show, f"{upstream.name}/{model.name}")
+        if self._over:
+            health.retire()
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.
         health.unproved = identity in self._spaces
         self._spaces.add(identity)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import re
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ import httpx
 import pytest
 import yaml
 
+from app.catalog import Model
 from app.clock import SystemClock
 from app.config import Settings
 from app.config.load import ConfigError
@@ -407,6 +409,30 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     assert (shown("one"), shown("two")) == (1, 1)
     (await app.gateway.find("one/lexical")).deployments[0].health.take_out("another model")
     assert (shown("one"), shown("two")) == (0, 1)
+    await app.gateway.aclose()
+
+
+async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the_change() -> None:
+    def settings(*names: str) -> Settings:
+        upstream = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+        return settings_of({"upstreams": dict.fromkeys(names, upstream)})
+
+    app = create_app(settings("one", "two"), stores=[])
+    await app.gateway.start()
+    old, first = app.gateway, app._now
+    first.inside += 1  # a request that takes its time
+    await app._change_to(settings("one"))
+    for name in ("one", "two"):
+        old.upstreams[name].models = {"new": Model("new")}
+    for gateway in (old, app.gateway):
+        gateway._registry.publish()
+    for name in ("one/new", "two/new"):
+        for _ in range(FAILURES):
+            old.names[name].deployments[0].health.end(UpstreamError("down"), 0)
+    told = app.gateway.metrics.exposition().decode()
+    assert re.findall(r'available\{model="new",upstream="(\w+)"\} (.*)', told) == [("one", "1.0")]
+    first.inside -= 1
+    await asyncio.gather(*app._tasks)
     await app.gateway.aclose()
 
 

@@ -259,7 +259,7 @@ class _Cutter:
     def _counted_end(self, start: int, most: int) -> int:
         """As far as so many tokens go. What was cut off may have been part of a token: then a little less."""
         # Looked at is about what a piece takes, and not all that is left, once for each piece.
-        window, ids, looked_at = "", list[int](), 2 * most
+        window, ids, looked_at = "", list[int](), max(1, 2 * most)
         while len(ids) <= most:
             window = self._text[start : start + min(looked_at, self._window)]
             ids = encode(window)

@@ -103,7 +103,10 @@ def test_a_text_without_any_good_border_is_cut_all_the_same() -> None:
     assert len(pieces) == 7  # 104 bytes hold 50 of them and what stands around
 
 
-@pytest.mark.parametrize("room", [Room(3, None), Room(None, 0), Room(-5, 100), Room(0, None, "han+words")])
+@pytest.mark.parametrize(
+    "room",
+    [Room(3, None), Room(None, 0), Room(-5, 100), Room(0, None, "han+words"), Room(0, None, "cl100k_base")],
+)
 def test_a_room_too_small_for_any_character_says_so(room: Room) -> None:
     with pytest.raises(ValueError, match="single character"):
         room.pieces("风")

@@ -6,6 +6,7 @@ size here and freed of secrets by whoever knows the secrets (`app.upstreams.reda
 
 from __future__ import annotations
 
+import html
 import math
 import re
 from collections.abc import Mapping
@@ -203,8 +204,8 @@ def _text(value: object) -> str:
 
 
 def _plain(body: bytes | bytearray) -> str:
-    """What a page that is no JSON says, without its markup."""
-    return re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", _beginning(body))
+    """What a page that is no JSON says, without its markup: a text that it quotes is then as it was sent."""
+    return html.unescape(re.sub(r"(?is)<(script|style)\b.*?(</\1>|$)|<[^>]*>", " ", _beginning(body)))
 
 
 def _beginning(body: bytes | bytearray) -> str:

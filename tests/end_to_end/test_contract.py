@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+
 import numpy as np
 import pytest
 
@@ -124,11 +126,11 @@ def test_a_page_instead_of_a_reply_is_told_of_in_few_words_and_without_our_key(n
 
 
 @every_upstream
-def test_a_page_that_quotes_a_text_is_not_told_of_to_others(name: str) -> None:
+@pytest.mark.parametrize("text", ["a text that is nobody else's", "it's <b>nobody</b> else's"])
+def test_a_page_that_quotes_a_text_is_not_told_of_to_others(name: str, text: str) -> None:
     case = CASES[name]()
-    text = "a text that is nobody else's"
     with gateway_for(case) as gateway:
-        page = f"<html>cannot embed {text}</html>".encode()
+        page = f"<html>cannot embed {html.escape(text)}</html>".encode()
         case.fake.fail(faults.http_error(200, page, {"content-type": "text/html"}), times=None)
         message = gateway.post({"model": case.model, "input": [text]}).json()["error"]["message"]
         assert "text/html) is not an embeddings reply" in message

@@ -429,6 +429,34 @@ async def test_a_query_has_its_call_to_itself_while_bulk_work_has_calls_of_its_o
     assert len(calls.batches) == 7
 
 
+async def test_bulk_work_that_only_a_busy_deployment_can_do_fills_up_its_calls_whatever_others_do() -> None:
+    sparse, dense = Calls(held=asyncio.Event()), Calls(held=asyncio.Event())
+    deployments = [
+        Deployment("up", Model("m", sparse=True), "m", Slots(1), Limits(10), healthy(), sparse),
+        Deployment("up", Model("m"), "m", Slots(4), Limits(10), healthy(), dense),
+    ]
+    embed = Batcher(Route(deployments, Metrics(), SystemClock()), Metrics(), SystemClock())
+    both = Params(output_type="dense&sparse")
+    wanted: list[tuple[str, Lane, Params]] = [
+        ("first", "query", both),
+        ("dense", "bulk", Params()),
+        ("bulk", "bulk", both),
+        ("second", "query", both),
+    ]
+    asked = []
+    for text, lane, params in wanted:
+        asked.append(asyncio.create_task(embed(request(text, lane=lane, params=params))))
+        await settle()
+    assert (sparse.batches, dense.batches) == ([["first"]], [["dense"]])
+    assert sparse.held
+    sparse.held.set()
+    await settle()
+    assert sparse.batches[1:] == [["second", "bulk"]]
+    assert dense.held
+    dense.held.set()
+    await asyncio.gather(*asked)
+
+
 async def test_bulk_work_leaves_slots_to_queries() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=1, slots=4)

@@ -227,6 +227,8 @@ class Room:
 
 _LENGTHS: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
 """Characters a token, in the longest piece."""
+_SPARE = 16
+"""Tokens looked at behind a piece: where what is looked at ends within a word, its last ones are not the text's."""
 
 
 class _Cutter:
@@ -259,13 +261,15 @@ class _Cutter:
     def _counted_end(self, start: int, most: int) -> int:
         """As far as so many tokens go. What was cut off may have been part of a token: then a little less."""
         # Looked at is about what a piece takes, and not all that is left, once for each piece.
-        window, ids, looked_at = "", list[int](), max(1, 2 * most)
-        while len(ids) <= most:
+        looked_at = 2 * max(most, _SPARE)
+        while True:
             window = self._text[start : start + min(looked_at, self._window)]
             ids = encode(window)
-            if len(ids) <= most and looked_at >= min(self._window, len(self._text) - start):
-                return start + len(window)
+            if len(ids) > most + _SPARE or looked_at >= min(self._window, len(self._text) - start):
+                break
             looked_at *= 4
+        if len(ids) <= most:
+            return start + len(window)
         # A character that the last token holds the first bytes of only is not in it.
         fits = len(_encoding().decode_bytes(ids[:most]).decode("utf-8", "ignore"))
         while fits > 0:

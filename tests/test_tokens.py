@@ -96,6 +96,11 @@ def test_to_cut_a_text_by_counted_tokens_takes_time_in_proportion_to_its_length(
     assert counted < 8 * len(whole)
 
 
+def test_a_cut_by_counted_tokens_is_the_texts_and_not_that_of_what_is_looked_at() -> None:
+    words = " gateway gateway embedding"
+    assert Room(3, None, "cl100k_base").pieces(words * 2) == [words, words]
+
+
 def test_a_text_without_any_good_border_is_cut_all_the_same() -> None:
     marks = "e" + "\u0301" * 300
     pieces = Room(104, None).pieces(marks)

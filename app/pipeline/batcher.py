@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from operator import attrgetter
 from typing import NamedTuple, TypeAlias
@@ -21,7 +20,7 @@ from typing import NamedTuple, TypeAlias
 from app.clock import Clock
 from app.errors import GatewayError, Overloaded, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
-from app.pipeline.deployment import Kind, kind
+from app.pipeline.deployment import kind
 from app.pipeline.outcome import collect, hopeless
 from app.pipeline.queue import ENOUGH, LANES, Flight, Group, Job, Line, Queue, Queues, Waiter
 from app.pipeline.route import Route, Slot
@@ -69,8 +68,6 @@ class Batcher:
         """When it last had a slot: among those who wait for one, longest ago is first."""
         self._abandoned = 0
         """Inputs that callers have left since they were last looked for."""
-        self._bulk = Counter[Kind]()
-        """Calls under way that bulk work has to itself, by kind: where one gets its slots another may get none."""
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
@@ -255,7 +252,8 @@ class Batcher:
             slots, limits = slot.deployment.slots, slot.deployment.limits
             portion = slots.pace.portion() if slots.pace else None
             # Bulk work that has calls of its own need not make queries wait for a full one, unless calls are counted.
-            lanes = LANES[:1] if lane == "query" and self._bulk[kind(queue.group[1])] and not slots.pace else LANES
+            apart = lane == "query" and not slots.pace and queue.line.bulk_goes(self._clock.monotonic())
+            lanes = LANES[:1] if apart else LANES
             jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion, lanes=lanes)
             if dropped:
                 self._forget(dropped)
@@ -264,7 +262,8 @@ class Batcher:
             batch = _batch(queue.group, jobs)
             slot.charge(batch.inputs)
             self._queues.taken_from(queue, served=True)
-            self._bulk[kind(batch.params)] += lane == "bulk"
+            if lane == "bulk":
+                queue.line.begin_bulk(self._clock.monotonic())
             return batch, jobs, slot, lane
         return None
 
@@ -293,7 +292,8 @@ class Batcher:
             self._rhythm = _SMALL_GROUPS if time.perf_counter() - began > LONG_CALL else _LARGE_GROUPS
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
-            self._bulk[kind(batch.params)] -= lane == "bulk"
+            if lane == "bulk":
+                self._queues.lines[kind(batch.params)].end_bulk()
             if result is not None and result.late:
                 jobs, result = self._put_again(batch, jobs, result, lane)
             self._land(jobs, result)

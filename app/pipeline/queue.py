@@ -23,6 +23,9 @@ ENOUGH = 128
 """Inputs that make a call worth its while. Beyond that, requests share one only where calls are scarce, for all of
 them wait for the whole of its reply."""
 
+HANGS = 10.0
+"""Seconds after which bulk work whose calls are all still under way has none that goes."""
+
 PASSED = 16
 """So many inputs that have no room in a call end it; before that, smaller ones behind them are taken."""
 
@@ -74,7 +77,7 @@ class Line:
     """The groups whose parameters are of one kind: where one of them gets no slot none does, and they all wait for the
     same."""
 
-    __slots__ = ("params", "soonest", "turns")
+    __slots__ = ("_bulk", "_bulk_began", "params", "soonest", "turns")
 
     def __init__(self, params: Params) -> None:
         """`params`: of one of the groups, for all."""
@@ -83,6 +86,20 @@ class Line:
         """Those that have inputs in a lane, whose turn is next first."""
         self.soonest: dict[Lane, float] = dict.fromkeys(LANES, math.inf)
         """No deadline of a lane's inputs is before this: a backlog is looked through when one may have come."""
+        self._bulk, self._bulk_began = 0, 0.0
+        """Calls under way that bulk work has to itself, and when the last of them began."""
+
+    def begin_bulk(self, now: float) -> None:
+        """Bulk work has a call to itself."""
+        self._bulk += 1
+        self._bulk_began = now
+
+    def end_bulk(self) -> None:
+        self._bulk -= 1
+
+    def bulk_goes(self, now: float) -> bool:
+        """Whether bulk work has calls of its own, and not only such as hang."""
+        return self._bulk > 0 and now - self._bulk_began < HANGS
 
     @property
     def waits(self) -> bool:

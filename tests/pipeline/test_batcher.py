@@ -18,9 +18,10 @@ from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
-from app.pipeline.queue import LANES
+from app.pipeline.queue import HANGS, LANES
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
+from tests.clock import HandClock
 
 
 def healthy() -> Health:
@@ -427,6 +428,22 @@ async def test_a_query_has_its_call_to_itself_while_bulk_work_has_calls_of_its_o
     calls.held.set()
     await asyncio.gather(bulk, query)
     assert len(calls.batches) == 7
+
+
+async def test_bulk_work_whose_calls_hang_fills_up_those_of_queries() -> None:
+    calls, clock = Calls(held=asyncio.Event()), HandClock()
+    deployment = Deployment("up", Model("m"), "m", Slots(4), Limits(2), healthy(), calls)
+    embed = Batcher(Route([deployment], Metrics(), clock), Metrics(), clock)
+    asked = [asyncio.create_task(embed(request(*"abcdefgh", lane="bulk")))]
+    await settle()
+    assert calls.batches == [["a", "b"], ["c", "d"], ["e", "f"]]
+    clock.now += HANGS
+    asked.append(asyncio.create_task(embed(request("query", lane="query"))))
+    await settle()
+    assert calls.batches[3:] == [["query", "g"]]
+    assert calls.held
+    calls.held.set()
+    await asyncio.gather(*asked)
 
 
 async def test_bulk_work_that_only_a_busy_deployment_can_do_fills_up_its_calls_whatever_others_do() -> None:

@@ -7,8 +7,8 @@ overrides a row in the configuration; an upstream that lists its models (`Upstre
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Literal, TypeAlias
@@ -73,6 +73,31 @@ class Model:
     def space(self, kind: str) -> str:
         """What its vector space is called behind an upstream of this type."""
         return f"{kind}/{self.same_as or self.name}{f'@{self.revision}' if self.revision else ''}"
+
+
+def together(models: Sequence[Model]) -> Model:
+    """What is true of one model behind several deployments, the first standing for all but in this: what any of them
+    takes is served, images and videos only where all take them; what is too long for one of them is too long; and made
+    to be shortened here is the model, whoever serves it."""
+    if len(models) == 1:
+        return models[0]
+    return replace(
+        models[0],
+        max_tokens_per_input=least(each.max_tokens_per_input for each in models),
+        max_characters_per_input=least(each.max_characters_per_input for each in models),
+        cuts_silently=any(each.cuts_silently for each in models),
+        roles=tuple(role for role in ROLES if any(role in each.roles for each in models)),
+        instruct=any(each.instruct for each in models),
+        cuts=next((each.cuts for each in models if each.cuts is not None), None),
+        sparse=any(each.sparse for each in models),
+        images=min(each.images for each in models),
+        videos=min(each.videos for each in models),
+    )
+
+
+def least(limits: Iterable[int | None]) -> int | None:
+    """Of those that are known."""
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _rows(*models: Model) -> Mapping[str, Model]:

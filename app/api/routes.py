@@ -6,7 +6,6 @@ each request brings the one that is to answer it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, Protocol
 
 import orjson
@@ -19,7 +18,7 @@ from starlette.responses import PlainTextResponse
 from app import __version__
 from app.api import openapi, render
 from app.api.auth import Keys, Tenant
-from app.catalog import ROLES
+from app.catalog import least, together
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
 from app.metrics import CONTENT_TYPE, Metrics
@@ -172,36 +171,30 @@ def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
 
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
-    """OpenAI's model object, and beside it what we know: what any of its deployments takes is served, but images and
-    videos only where all take them, and what is too long for one of them is too long."""
-    model, models = public.model, [deployment.model for deployment in public.deployments]
-    images, videos = all(each.images for each in models), all(each.videos for each in models)
-    cuts = next((each.cuts for each in models if each.cuts is not None), None)
+    """OpenAI's model object, and beside it what we know."""
+    model = public.model
+    facts = together([deployment.model for deployment in public.deployments])
     return {
         "id": name,
         "object": "model",
         "created": gateway.started,
         "owned_by": public.deployments[0].upstream,
         "dimensions": public.dimensions,
-        "modalities": ["text", *(["image"] if images else []), *(["video"] if videos else [])],
-        "sparse": any(each.sparse for each in models),
-        "dimension_choices": model.dimension_choices if cuts is None else None,
-        "shortened_here": cuts,
-        "max_input_tokens": _least(each.max_tokens_per_input for each in models),
-        "max_input_characters": _least(each.max_characters_per_input for each in models),
-        "max_batch_tokens": _least(deployment.limits.max_tokens_per_batch for deployment in public.deployments),
+        "modalities": ["text", *(["image"] if facts.images else []), *(["video"] if facts.videos else [])],
+        "sparse": facts.sparse,
+        "dimension_choices": model.dimension_choices if facts.cuts is None else None,
+        "shortened_here": facts.cuts,
+        "max_input_tokens": facts.max_tokens_per_input,
+        "max_input_characters": facts.max_characters_per_input,
+        "max_batch_tokens": least(deployment.limits.max_tokens_per_batch for deployment in public.deployments),
         "max_batch": min(deployment.limits.max_batch for deployment in public.deployments),
-        "input_types": [role for role in ROLES if any(role in each.roles for each in models)],
+        "input_types": facts.roles,
         "prefixes": dict(zip(model.roles, model.prefixes, strict=True)) if model.prefixes else None,
-        "instruct": any(each.instruct for each in models),
+        "instruct": facts.instruct,
         "upstreams": [deployment.name for deployment in public.deployments],
         "vector_space": public.space,
         "source": model.source or None,
     }
-
-
-def _least(limits: Iterable[int | None]) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _add_health(api: FastAPI) -> None:

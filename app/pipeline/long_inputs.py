@@ -16,7 +16,7 @@ from typing import TypeAlias, TypeVar
 from msgspec.structs import replace
 
 from app import tokens, vectors
-from app.catalog import Model, TokenRule
+from app.catalog import Model, TokenRule, together
 from app.config import ModelSettings
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamInvalidVector
 from app.pipeline.parts import mixed, put
@@ -58,13 +58,9 @@ class LongInputs:
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._model = models[0]
-        self._room = tokens.Room(
-            _least(model.max_tokens_per_input for model in models),
-            _least(model.max_characters_per_input for model in models),
-            models[0].counted_by,
-        )
-        self._asks = not any(model.cuts_silently for model in models)
+        self._model, facts = models[0], together(models)
+        self._room = tokens.Room(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
+        self._asks = not facts.cuts_silently
         self._usual: OnLongInput = settings.on_long_input if settings else "error"
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
@@ -334,7 +330,3 @@ def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embeddin
 def _worst(sources: Collection[Source]) -> Source:
     """What an input cost whose pieces came from here and there."""
     return next(each for each in (Source.UPSTREAM, Source.INFLIGHT, Source.CACHE) if each in sources)
-
-
-def _least(limits: Iterable[int | None]) -> int | None:
-    return min((limit for limit in limits if limit is not None), default=None)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from app.catalog import Model, Role
+from app.catalog import Model, Role, together
 from app.config import ModelSettings
 from app.errors import InvalidRequest, UnsupportedDimensions
 from app.pipeline.deployment import honours
@@ -23,12 +23,7 @@ class Prepare:
 
     def __init__(self, inner: Embedder, name: str, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner, self._name = inner, name
-        self._models, self._model = models, models[0]
-        # Made for it is the model, whoever serves it: of all deployments the full vector is asked, if of any.
-        self._cuts = next((model.cuts for model in models if model.cuts is not None), None)
-        self._roles = {role for model in models for role in model.roles}
-        self._sparse = any(model.sparse for model in models)
-        self._instruct = any(model.instruct for model in models)
+        self._models, self._model, self._facts = models, models[0], together(models)
         self._dimensions = settings.dimensions if settings else None
         self._input_type = settings.input_type if settings else None
         self._prepared: dict[Params, Params] = {}
@@ -50,9 +45,8 @@ class Prepare:
             if isinstance(media, str):
                 continue
             # By all deployments: any of them may be the one that is asked.
-            images = all(model.images for model in self._models)
-            if not (images if media.kind == "image" else all(model.videos for model in self._models)):
-                also = " and images" if images else ""
+            if not (self._facts.images if media.kind == "image" else self._facts.videos):
+                also = " and images" if self._facts.images else ""
                 raise InvalidRequest(
                     f"input[{i}] is {'an' if media.kind == 'image' else 'a'} {media.kind}; "
                     f"model {self._name!r} takes text{also} only",
@@ -72,9 +66,9 @@ class Prepare:
     def prepared(self, params: Params) -> Params:
         """`params` as the model knows them. Raises `InvalidRequest` for what it cannot do."""
         model = self._model
-        if params.output_type != "dense" and not self._sparse:
+        if params.output_type != "dense" and not self._facts.sparse:
             raise InvalidRequest(f"model {self._name!r} gives dense vectors only", param="output_type")
-        if params.instruct is not None and not self._instruct:
+        if params.instruct is not None and not self._facts.instruct:
             raise InvalidRequest(f"model {self._name!r} takes no instruction", param="instruct")
         role = self._role(params.input_type or self._input_type)
         if params.instruct is not None and model.prefixes and "{instruct}" not in self._prefix(role):
@@ -95,9 +89,9 @@ class Prepare:
 
     def _role(self, asked: Role | None) -> Role | None:
         """`asked` if it makes a difference; None where the model knows no roles, or takes this one unasked."""
-        if asked is None or asked == self._model.default_role or not self._roles:
+        if asked is None or asked == self._model.default_role or not self._facts.roles:
             return None
-        if asked not in self._roles:
+        if asked not in self._facts.roles:
             raise InvalidRequest(
                 f"model {self._name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
             )
@@ -109,7 +103,7 @@ class Prepare:
         model = self._model
         if asked is None or asked == model.dimensions:
             return None
-        choices = model.dimension_choices if self._cuts is None else self._cuts
+        choices = model.dimension_choices if self._facts.cuts is None else self._facts.cuts
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
             raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {asked}", param="dimensions")

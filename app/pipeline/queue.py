@@ -189,7 +189,7 @@ class Queue:
                 count -= some
 
     def _pick(
-        self, limits: Limits, most: int, portion: float | None, lanes: Sequence[Lane] = LANES
+        self, limits: Limits, most: int, portion: float | None, lanes: Sequence[Lane]
     ) -> tuple[list[Job], list[Job]]:
         """`most` inputs, or as many as are legal, looking at each. A few that do not fit any more are passed over for
         what is behind them, and are the next call's first; where tokens have to be waited for, each has its turn."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from app import vectors
-from app.catalog import Model
+from app.catalog import Model, together
 from app.config import ModelSettings
 from app.errors import UnsupportedDimensions
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult
@@ -22,7 +22,7 @@ class Shape:
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._cuts = any(model.cuts is not None for model in models)
+        self._cuts = together(models).cuts is not None
         self._normalises = settings is not None and settings.normalize
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:

@@ -63,7 +63,7 @@ def test_a_batch_is_what_looking_at_each_input_finds(
 ) -> None:
     quick, careful = Case(lanes), Case(lanes)
     taken, dropped = quick.queue.take(limits, scarce=True, portion=portion)
-    expected, abandoned = careful.queue._pick(limits, limits.max_batch, portion)
+    expected, abandoned = careful.queue._pick(limits, limits.max_batch, portion, LANES)
     assert (keys(taken), keys(dropped)) == (keys(expected), keys(abandoned))
     assert quick.state() == careful.state()
     assert all(left == len(waiting) for waiting, left in quick.state().values())

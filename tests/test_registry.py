@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
-from types import FrameType
-
 from app.cache.tiers import Tiers
 from app.clock import SystemClock
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.upstreams import UPSTREAMS
+from tests.counting import counting_calls
 from tests.harness import settings_of
 
 
@@ -26,18 +24,9 @@ def test_twice_as_many_models_are_twice_the_work() -> None:
         )
         metrics, clock = Metrics(), SystemClock()
         cache = Tiers([], metrics, clock)
-        calls = 0
-
-        def count_calls(frame: FrameType, event: str, _: object) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
-        sys.setprofile(count_calls)
-        try:
+        with counting_calls() as counted:
             Gateway(settings, UPSTREAMS, cache, metrics, clock)
-        finally:
-            sys.setprofile(None)
-        return calls
+        return counted.calls
 
     work(1)
     assert work(800) < 2.3 * work(400)

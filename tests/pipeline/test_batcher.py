@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from dataclasses import dataclass, field
 from itertools import chain
-from types import FrameType
 
 import pytest
 from msgspec.structs import replace
@@ -22,6 +20,7 @@ from app.pipeline.queue import HANGS, LANES
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 from tests.clock import HandClock
+from tests.counting import counting_calls
 
 
 def healthy() -> Health:
@@ -41,6 +40,10 @@ class Calls:
     most: int = 0
     now: int = 0
     errors: dict[str, GatewayError] = field(default_factory=dict)
+
+    def release(self) -> None:
+        assert self.held
+        self.held.set()
 
     async def __call__(self, batch: Batch) -> BatchResult:
         self.batches.append(list(map(str, batch.inputs)))
@@ -169,8 +172,7 @@ async def test_what_queues_while_slots_are_busy_goes_in_the_fewest_calls() -> No
     later = [asyncio.create_task(embed(request(f"later {i}"))) for i in range(20)]
     await settle()
     assert calls.batches == [["first"]]
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(first, *later)
     assert [len(batch) for batch in calls.batches] == [1, 10, 10]
 
@@ -182,8 +184,7 @@ async def test_equal_inputs_in_and_across_requests_are_embedded_once() -> None:
     await settle()
     other = asyncio.create_task(embed(request("b", "c")))
     await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     first, second = await asyncio.gather(one, other)
     assert texts_of(first) == ["a", "b", "a"]
     assert first.sources == [Source.UPSTREAM, Source.UPSTREAM, Source.INFLIGHT]
@@ -209,8 +210,7 @@ async def test_parameters_take_turns_whatever_they_ask_for(lane: Lane) -> None:
     for name, params in (("a", Params(instruct="a")), ("b", Params()), ("c", Params(instruct="c"))):
         asked.append(asyncio.create_task(embed(request(*(f"{name}{i}" for i in range(2)), lane=lane, params=params))))
         await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(*asked)
     assert [batch[0] for batch in calls.batches] == ["first", "a0", "b0", "c0", "a1", "b1", "c1"]
 
@@ -224,8 +224,7 @@ async def test_queries_go_before_bulk_work_with_other_parameters() -> None:
         lane: Lane = "query" if i == 2 else "bulk"
         asked.append(asyncio.create_task(embed(request(f"{lane} {i}", lane=lane, params=Params(instruct=f"{i}")))))
         await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(*asked)
     assert [batch[0] for batch in calls.batches] == ["first", "query 2", "bulk 0", "bulk 1"]
 
@@ -242,8 +241,7 @@ async def test_what_waits_for_a_deployment_that_is_busy_holds_up_nothing_that_an
     await settle()
     assert texts_of(await embed(request("plain"))) == ["plain"]
     assert (busy.batches, free.batches) == ([["0"]], [["plain"]])
-    assert busy.held
-    busy.held.set()
+    busy.release()
     await asyncio.gather(*waiting)
 
 
@@ -253,19 +251,10 @@ async def test_twice_as_many_requests_with_parameters_of_their_own_are_twice_the
 
     async def work(count: int) -> int:
         embed = batcher(Calls())
-        calls = 0
-
-        def count_calls(frame: FrameType, event: str, _: object) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
         requests = [request(f"{i}", lane=lane, params=Params(instruct=f"{i}")) for i in range(count)]
-        sys.setprofile(count_calls)
-        try:
+        with counting_calls() as counted:
             await asyncio.gather(*map(embed, requests))
-        finally:
-            sys.setprofile(None)
-        return calls
+        return counted.calls
 
     await work(10)
     assert await work(200) < 2.5 * await work(100)
@@ -278,20 +267,11 @@ async def test_callers_of_the_same_inputs_who_all_hang_up_are_no_more_work_each_
         embed = batcher(Calls(held=asyncio.Event()))
         asked = [asyncio.create_task(embed(request(*map(str, range(10))))) for _ in range(count)]
         await settle()
-        calls = 0
-
-        def count_calls(frame: FrameType, event: str, _: object) -> None:
-            nonlocal calls
-            calls += event in ("call", "c_call")
-
         for each in asked:
             each.cancel()
-        sys.setprofile(count_calls)
-        try:
+        with counting_calls() as counted:
             await asyncio.wait(asked)
-        finally:
-            sys.setprofile(None)
-        return calls
+        return counted.calls
 
     assert await work(200) < 2.5 * await work(100)
 
@@ -305,8 +285,7 @@ async def test_a_caller_that_hangs_up_fails_nobody_who_waits_for_the_same_input(
     await settle()
     leaving.cancel()
     await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     assert texts_of(await staying) == ["shared"]
     assert calls.batches == [["shared"]]
     with pytest.raises(asyncio.CancelledError):
@@ -323,8 +302,7 @@ async def test_inputs_nobody_waits_for_any_more_are_not_sent() -> None:
     await settle()
     leaving.cancel()
     await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(first, staying)
     assert calls.batches == [["first"], ["wanted"]]
 
@@ -340,7 +318,7 @@ async def test_a_call_that_failed_is_made_again_only_while_somebody_waits_for_it
     if leaves == "during the call":
         asked[1].cancel()
         await settle()
-    calls.held.set()
+    calls.release()
     await settle()
     if leaves == "before the retry":
         asked[1].cancel()
@@ -362,8 +340,7 @@ async def test_an_abandoned_input_that_is_wanted_again_before_it_was_sent_is_sen
     await settle()
     back = asyncio.create_task(embed(request("again")))
     await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await first
     assert texts_of(await back) == ["again"]
     assert calls.batches == [["first"], ["again"]]
@@ -382,7 +359,7 @@ async def test_what_a_caller_who_has_hung_up_had_asked_for_is_the_next_ones_to_p
         if len(asking) == (2 if leaves == "before" else 4):
             asking[1].cancel()
             await settle()
-    calls.held.set()
+    calls.release()
     _, _, second, third = await asyncio.gather(*asking, return_exceptions=True)
     assert isinstance(second, EmbedResult)
     assert isinstance(third, EmbedResult)
@@ -409,8 +386,7 @@ async def test_a_query_goes_before_bulk_work_that_came_earlier_and_bulk_fills_it
     await settle()
     query = asyncio.create_task(embed(request("query", lane="query")))
     await settle()
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(bulk, query)
     assert calls.batches[1][0] == "query"
     assert len(calls.batches[1]) == 10
@@ -424,8 +400,7 @@ async def test_a_query_has_its_call_to_itself_while_bulk_work_has_calls_of_its_o
     query = asyncio.create_task(embed(request("query", lane="query")))
     await settle()
     assert [len(batch) for batch in calls.batches] == [10, 10, 10, 1]
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(bulk, query)
     assert len(calls.batches) == 7
 
@@ -441,8 +416,7 @@ async def test_bulk_work_whose_calls_hang_fills_up_those_of_queries() -> None:
     asked.append(asyncio.create_task(embed(request("query", lane="query"))))
     await settle()
     assert calls.batches[3:] == [["query", "g"]]
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(*asked)
 
 
@@ -465,12 +439,10 @@ async def test_bulk_work_that_only_a_busy_deployment_can_do_fills_up_its_calls_w
         asked.append(asyncio.create_task(embed(request(text, lane=lane, params=params))))
         await settle()
     assert (sparse.batches, dense.batches) == ([["first"]], [["dense"]])
-    assert sparse.held
-    sparse.held.set()
+    sparse.release()
     await settle()
     assert sparse.batches[1:] == [["second", "bulk"]]
-    assert dense.held
-    dense.held.set()
+    dense.release()
     await asyncio.gather(*asked)
 
 
@@ -483,8 +455,7 @@ async def test_bulk_work_leaves_slots_to_queries() -> None:
     query = asyncio.create_task(embed(request("query", lane="query")))
     await settle()
     assert calls.batches[-1] == ["query"]
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(bulk, query)
 
 
@@ -558,8 +529,7 @@ async def test_the_queue_gauge_is_true_and_ends_at_zero() -> None:
     query = asyncio.create_task(embed(request("q1", "q2")))
     await settle()
     assert (queued("query"), queued("bulk")) == (2, 20)
-    assert calls.held
-    calls.held.set()
+    calls.release()
     await asyncio.gather(first, bulk, query)
     assert (queued("query"), queued("bulk")) == (0, 0)
 
@@ -573,8 +543,7 @@ async def test_what_may_be_cached_does_not_join_what_may_not() -> None:
     await settle()
     joins = asyncio.create_task(embed(replace(request("x"), write_cache=False)))
     await settle()
-    assert calls.held is not None
-    calls.held.set()
+    calls.release()
     results = await asyncio.gather(private, *storing, joins)
     assert calls.batches == [["x"], ["x"]]
     assert [result.sources[0] for result in results] == ["upstream", "upstream", "inflight", "inflight"]
@@ -592,8 +561,7 @@ async def test_what_is_dropped_is_told() -> None:
     under_way.cancel()
     queued.cancel()
     await asyncio.gather(under_way, queued, return_exceptions=True)
-    assert calls.held is not None
-    calls.held.set()
+    calls.release()
     await embed.aclose()
     assert sorted(dropped) == [b"y", b"z"], "and not what was sent"
     assert calls.batches == [["x"]]

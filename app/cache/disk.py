@@ -159,8 +159,7 @@ class DiskStore:
             self._writing.abandoned()
             raise
         except Exception as error:  # this tier's outermost door
-            held = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY
-            (self._writing.failed if held else self._writing.abandoned)()
+            (self._writing.failed if table.is_held(error) else self._writing.abandoned)()
             self._counts.set_error.inc(len(entries))
             self._failed("set", told(error))
         else:

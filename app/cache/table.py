@@ -43,8 +43,18 @@ CREATE INDEX IF NOT EXISTS by_use ON embeddings (used);
 
 def is_corrupt(error: BaseException) -> bool:
     """Whether the file itself is broken or no database, and opening it again will not help."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    return code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+    return _code(error) in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB)
+
+
+def is_held(error: BaseException) -> bool:
+    """Whether another process had the file to itself for longer than is waited."""
+    return _code(error) == sqlite3.SQLITE_BUSY
+
+
+def _code(error: BaseException) -> int:
+    """SQLite's primary one, 0 for what is none of its errors."""
+    code: int = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    return code
 
 
 class Table:

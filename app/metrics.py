@@ -1,4 +1,4 @@
-"""Every metric the gateway has, on a registry handed in. The only import of prometheus_client.
+"""Every metric the gateway has. The only import of prometheus_client.
 
 Label values are bounded: names from the configuration or discovery, enumerations of ours, and `other`.
 """
@@ -12,7 +12,7 @@ import logging
 import math
 import os
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,10 +28,8 @@ from prometheus_client import (
     generate_latest,
     values,
 )
-from prometheus_client.metrics_core import Metric
 from prometheus_client.mmap_dict import MmapedDict
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from prometheus_client.registry import Collector
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1)
@@ -236,7 +234,7 @@ class Spread(Told):
         self._counts, self._total = [0] * len(self._bounds), 0.0
 
 
-class Due(Collector):
+class Due:
     """The series that Prometheus is to be told of. Whoever asks this process is told first. Where others ask for it
     (several workers share their metrics), they are told at the end of the event loop's turn."""
 
@@ -257,10 +255,6 @@ class Due(Collector):
         waiting, self._waiting = self._waiting, []
         for series in waiting:
             series.tell()
-
-    def collect(self) -> Iterable[Metric]:
-        self.tell()
-        return ()
 
 
 class ConfigMetrics:
@@ -291,11 +285,9 @@ class ConfigMetrics:
 class Metrics(ConfigMetrics):
     """The gateway's metrics. One instance per gateway; two gateways in one process do not meet."""
 
-    def __init__(self, registry: CollectorRegistry | None = None) -> None:
-        self.registry = registry = registry or CollectorRegistry()
-        # Registered first, for collectors are asked in this order.
+    def __init__(self) -> None:
+        self._registry = registry = CollectorRegistry()
         self._due = Due(shared=_DIRECTORY in os.environ)
-        registry.register(self._due)
         super().__init__(registry)
         p = _PREFIX
 
@@ -380,11 +372,17 @@ class Metrics(ConfigMetrics):
         else:
             self.upstream_available.remove(upstream, model)
 
-    def exposition(self) -> bytes:
-        """Prometheus text. With several workers, of all of them."""
+    @property
+    def registry(self) -> CollectorRegistry:
+        """Its series, told of everything up to now."""
+        self._due.tell()
+        return self._registry
+
+    async def exposition(self) -> bytes:
+        """Prometheus text. With several workers, of all of them. Of hundreds of models in use it takes a quarter of a
+        second, in a thread."""
+        registry = self.registry
         if _DIRECTORY in os.environ:
-            self._due.tell()
-            merged = CollectorRegistry()
-            MultiProcessCollector(merged)  # type: ignore[no-untyped-call]
-            return generate_latest(merged)
-        return generate_latest(self.registry)
+            registry = CollectorRegistry()
+            MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        return await asyncio.to_thread(generate_latest, registry)

@@ -96,7 +96,7 @@ def test_files_have_their_blocks_before_they_are_written_to(tmp_path: Path) -> N
     assert [file for file in files if file.st_blocks * 512 < file.st_size] == []
 
 
-def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
+async def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with metrics.shared(str(tmp_path)):
@@ -105,7 +105,7 @@ def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
         with limited(resource.RLIMIT_FSIZE, 100_000):
             _many(told, 1000)
         told.requests.labels("first", "200", "c").inc()
-        text = told.exposition().decode()
+        text = (await told.exposition()).decode()
     assert P + 'requests_total{client="c",model="first",status="200"} 2.0' in text
     assert 'number 1"' in text
     assert 'number 999"' not in text

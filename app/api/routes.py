@@ -215,4 +215,4 @@ def _add_health(api: FastAPI) -> None:
 def _add_metrics(api: FastAPI, metrics: Metrics) -> None:
     @api.get("/metrics", tags=["operation"], summary="Prometheus metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
-        return Response(metrics.exposition(), media_type=CONTENT_TYPE)
+        return Response(await metrics.exposition(), media_type=CONTENT_TYPE)

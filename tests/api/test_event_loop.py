@@ -154,11 +154,20 @@ async def test_a_large_reply_is_not_parsed_while_others_wait() -> None:
 
 async def test_a_deployment_that_is_never_called_takes_no_room_in_a_scrape() -> None:
     metrics = Metrics()
-    before = metrics.exposition()
+    before = await metrics.exposition()
     call = call_that_gets(reply_of(NUMBERS), metrics)
-    assert metrics.exposition() == before
+    assert await metrics.exposition() == before
     await call(ASKED)
-    assert b'upstream_batch_inputs_count{model="%b",upstream="up"} 1.0' % MODEL.encode() in metrics.exposition()
+    assert b'upstream_batch_inputs_count{model="%b",upstream="up"} 1.0' % MODEL.encode() in await metrics.exposition()
+
+
+async def test_a_scrape_is_not_written_while_others_wait() -> None:
+    metrics = Metrics()
+    for number in range(100):
+        metrics.request_duration.labels(str(number)).observe(1)
+    async with turns() as others:
+        assert b'request_duration_seconds_count{model="99"} 1.0' in await metrics.exposition()
+        assert others.count > 0
 
 
 async def test_of_large_replies_that_come_together_each_has_a_turn_of_its_own() -> None:
@@ -208,7 +217,7 @@ async def test_a_call_whose_time_is_up_does_not_wait_for_its_reply_to_be_parsed(
         assert not over.is_set()
     finally:
         over.set()
-    assert b'outcome="upstream_timeout"' in metrics.exposition()
+    assert b'outcome="upstream_timeout"' in await metrics.exposition()
 
 
 def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,6 @@ from urllib.parse import quote
 import httpx
 import pytest
 import yaml
-from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from app import errors
@@ -414,7 +413,7 @@ CODES = {cls.code for _, cls in inspect.getmembers(errors, inspect.isclass) if i
 
 
 def _cache_labels() -> dict[str, set[str]]:
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics()
     for tier in ("memory", "disk", "redis"):
         Counts(metrics, tier)
     RedisStore("redis://127.0.0.1:9", 1.0, 1.0, SystemClock(), metrics)  # has some more
@@ -463,7 +462,7 @@ def _selectors() -> list[tuple[str, str, str]]:
 
 
 def test_alerts_and_dashboards_ask_for_labels_and_values_that_the_code_writes() -> None:
-    metrics = Metrics(CollectorRegistry())
+    metrics = Metrics()
     labels: dict[str, set[str]] = {}
     for family in vars(metrics).values():
         names = set(getattr(family, "_labelnames", ()))

@@ -429,7 +429,7 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
     for name in ("one/new", "two/new"):
         for _ in range(FAILURES):
             old.names[name].deployments[0].health.end(UpstreamError("down"), 0)
-    told = app.gateway.metrics.exposition().decode()
+    told = (await app.gateway.metrics.exposition()).decode()
     assert re.findall(r'available\{model="new",upstream="(\w+)"\} (.*)', told) == [("one", "1.0")]
     first.inside -= 1
     await asyncio.gather(*app._tasks)
@@ -441,7 +441,7 @@ async def test_who_only_tries_a_configuration_out_for_its_workers_shows_no_deplo
     parent = create_app(settings_of({"upstreams": {"one": {"type": "lexical"}}}), stores=[])
     with shared(str(tmp_path)):
         await parent.try_out(settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}}))
-        assert "upstream_available{" not in parent.gateway.metrics.exposition().decode()
+        assert "upstream_available{" not in (await parent.gateway.metrics.exposition()).decode()
     await parent.gateway.aclose()
 
 

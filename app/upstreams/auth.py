@@ -62,6 +62,8 @@ class HeaderKey:
         self._values = list(values)
         self._judge, self._clock = judge, clock
         self._out_until = [0.0] * len(self._values)
+        self._at_rate: set[int] = set()
+        """Keys that were last left out for their rate."""
         self._turn = 0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
@@ -78,7 +80,8 @@ class HeaderKey:
             refused[key] = error
             if isinstance(error, RateLimited):
                 limited.append((error.retry_after or 0.0, key, reply))
-            if len(refused) == len(self._values) or not self._fresh(refused):
+            # Before callers are told what does not pass, one that is at its rate is asked all the same.
+            if not self._fresh(refused) and (limited or self._at_rate <= refused.keys()):
                 if limited:  # where no key is taken callers are told what will pass first, if anything will
                     _, _, reply = min(limited)
                 break
@@ -92,7 +95,9 @@ class HeaderKey:
         """A rate passes soon. A refusal or a quota that is used up does not, and while other keys serve nobody else
         tells."""
         now, seconds = self._clock.monotonic(), KEY_REFUSED_FOR
+        self._at_rate.discard(key)
         if isinstance(error, RateLimited):
+            self._at_rate.add(key)
             # An upstream's word may be a date that was taken for a number of seconds.
             seconds = min(seconds, 1.0 if error.retry_after is None else error.retry_after)
         elif self._out_until[key] <= now:

@@ -418,6 +418,21 @@ async def test_a_key_that_is_refused_while_others_serve_is_told_to_the_operator(
     ]
 
 
+@pytest.mark.parametrize("reply", [refusal(401, "invalid_api_key"), refusal(429, "insufficient_quota")])
+async def test_while_a_key_is_at_its_rate_nobody_is_told_that_the_others_are_no_good(reply: WireReply) -> None:
+    limited = refusal(429, "rate_limit_exceeded", **{"retry-after": "7"})
+    service = Keyed(one=limited)
+    flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
+    await flow(embedding(), service.send)
+    service.against["two"] = reply
+    service.asked.clear()
+    assert await flow(embedding(), service.send) is limited
+    assert service.asked == ["two", "one"]
+    service.asked.clear()
+    assert await flow(embedding(), service.send) is limited
+    assert service.asked == ["one"], "the other one is not used now"
+
+
 async def test_a_rest_that_is_told_as_a_date_has_an_end() -> None:
     clock = HandClock()
     service = Keyed(one=refusal(429, "rate_limit_exceeded", **{"retry-after": "1732000000"}))

@@ -68,6 +68,8 @@ class Gateway:
             else:
                 self.upstreams[name] = Upstream(name, each, kinds[each.type], clock, transport, self._tokens)
                 self._slots[name] = Slots(each.max_concurrency, self._pace(name, each))
+                if known:
+                    self.upstreams[name].take_over(known)
         self._watching: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())

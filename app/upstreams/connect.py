@@ -82,6 +82,12 @@ class Upstream:
     def target(self, model: Model) -> Target:
         return Target(self.settings.base_url.rstrip("/"), model, self.settings)
 
+    def take_over(self, before: Upstream) -> None:
+        """Has the models of the one in whose place it comes, if that was the same server, until it has been asked: its
+        list may not be there at this very moment."""
+        if self.discovers and (self.kind, self.settings.base_url) == (before.kind, before.settings.base_url):
+            self.models, self.lists = before.models, before.lists
+
     async def discover(self) -> None:
         """Asks the upstream for its models, unless it was just asked. Who comes meanwhile waits for the same answer,
         but nobody for one that hangs; who does not wait for it takes it from nobody. `models` is another mapping once

@@ -32,7 +32,7 @@ from app.metrics import shared
 from app.pipeline.admit import Place
 from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
-from tests.fakes import FakeOpenAI
+from tests.fakes import FakeOpenAI, faults
 from tests.harness import Running, running, settings_of
 from tests.processes import Program, address, environment, free_port, metric, serving, until
 
@@ -135,6 +135,23 @@ def test_an_upstream_that_is_gone_leaves_the_metrics_and_one_that_changed_is_a_n
                 return 'upstream_available{model="lexical"' not in gateway.get("/metrics").text
 
             until(forgotten, lambda: gateway.get("/metrics").text)
+
+
+def test_a_list_that_cannot_be_had_while_its_upstream_is_changed_takes_no_model_away(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake, FakeOpenAI() as other, watched(tmp_path, config(fake)) as gateway:
+        served = names(gateway)
+        for each in (fake, other):
+            each.fail(faults.http_error(502, b"bad gateway"), times=None, path="/models")
+        changed = config(fake)
+        changed["upstreams"]["up"]["timeout"] = "20s"
+        write(tmp_path, changed)
+        until_reloads(gateway, "ok", 1)
+        assert gateway.get("/readyz").json()["upstreams"]["up"]["status"] == "down"
+        assert names(gateway) == served
+        assert gateway.post({"model": MODEL, "input": "a text"}).status_code == 200
+        write(tmp_path, config(other))
+        until_reloads(gateway, "ok", 2)
+        assert names(gateway) == set(), "another server may have others"
 
 
 def test_a_request_in_flight_ends_on_the_configuration_it_began_on(tmp_path: Path) -> None:

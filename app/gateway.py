@@ -139,7 +139,7 @@ class Gateway:
         """`ModelNotFound`, or what is the matter with an upstream that is named, or that may well have a model that is
         known to be one, and cannot be asked: "no such model" would be a guess, which callers take for the last word."""
         own = self.upstreams.get(name.partition("/")[0])
-        might = [own] if own else [each for each in self.upstreams.values() if each.away and not each.models]
+        might = [own] if own else [each for each in self.upstreams.values() if not each.models]
         mute = {each.name: each.trouble for each in might if each.trouble}
         if mute and (own or family(name)):
             why = next(iter(mute.values()))

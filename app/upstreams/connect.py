@@ -15,6 +15,7 @@ from app.config import UpstreamSettings
 from app.errors import (
     GatewayError,
     InvalidRequest,
+    UpstreamError,
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
     UpstreamTimeout,
@@ -72,8 +73,10 @@ class Upstream:
 
     @property
     def away(self) -> bool:
-        """Whether its models could not be listed because it is not there."""
-        return isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
+        """Whether its models could not be listed because it is not there, or what stands before it says that it is not,
+        or it fails in whatever it does (a 500 or 502)."""
+        gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
+        return gone or type(self.trouble) is UpstreamError
 
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""

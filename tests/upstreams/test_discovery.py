@@ -294,6 +294,22 @@ def test_what_is_wrong_with_an_upstream_that_has_never_listed_its_models_is_what
     assert "sk-refused" not in response.text
 
 
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [("auth", (502, "upstream_auth")), ("rate_limit", (429, "rate_limit_exceeded"))],
+)
+def test_a_well_known_model_that_an_upstream_without_a_list_may_have_is_not_said_to_be_nowhere(
+    kind: str, told: tuple[int, str]
+) -> None:
+    with FakeOpenAI() as fake:
+        fake.fail(faults.vendor_error(kind), times=None, path="/models")
+        up = {"type": "openai", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"up": up}}) as gateway:
+            response = gateway.post({"model": "bge-m3", "input": "hi"})
+            assert gateway.post({"model": "nobody-knows-it", "input": "hi"}).status_code == 404
+    assert (response.status_code, response.json()["error"]["code"]) == told
+
+
 def test_what_is_left_of_a_key_where_the_words_of_an_ollama_without_a_list_are_cut_is_not_shown() -> None:
     key, page = "canary-0123456789", b"<p title='" + b"x" * 4062 + b"'>you sent canary-012345"
     assert len(page) == 4096, "what is looked at"
@@ -500,10 +516,11 @@ def test_a_tag_of_latest_makes_no_other_model() -> None:
     assert settings_of({"upstreams": upstreams, "models": {"m": {"deployments": deployments}}}).models["m"].deployments
 
 
-def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before_it_embeds() -> None:
+@pytest.mark.parametrize("status", [500, 502, 503])
+def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before_it_embeds(status: int) -> None:
     models = {"docs": {"deployments": [{"upstream": "up", "model": "nomic-embed-text"}]}}
     with FakeOllama() as fake:
-        fake.fail(faults.http_error(503, b"starting"), times=1, path="/api/tags")
+        fake.fail(faults.http_error(status, b"starting"), times=1, path="/api/tags")
         upstreams = {"up": {"type": "ollama", "base_url": fake.url}}
         with running({"upstreams": upstreams, "models": models}) as gateway:
             assert gateway.get("/readyz").json()["upstreams"]["up"]["reason"]

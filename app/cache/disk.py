@@ -217,6 +217,9 @@ class DiskStore:
         return found, sum(value is None for value in found) - raws.count(None)
 
     def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> int:
+        if self._table is not None and self._table.gone:
+            log.warning("disk cache: %s is gone or another file; it is opened anew", self._path)
+            self._shut()
         opened = self._opened()
         opened.write([(key, values.encode(key, embedding)) for key, embedding in entries])
         return opened.size

@@ -115,6 +115,14 @@ class Table:
                 total += Path(self._path + suffix).stat().st_size
         return total
 
+    @property
+    def gone(self) -> bool:
+        """Whether the file was deleted or replaced: SQLite goes on with it, unseen, and it ends with the process."""
+        try:
+            return Path(self._path).stat().st_ino != self._inode
+        except FileNotFoundError:
+            return True
+
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key, or None."""
         now = int(self._now())

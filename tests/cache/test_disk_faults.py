@@ -88,6 +88,22 @@ async def test_a_file_that_breaks_while_it_is_used_is_replaced(opened: OpenDisk,
     assert store.status == "up"
 
 
+async def test_a_file_that_was_deleted_is_made_anew(
+    opened: OpenDisk, path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By all who have it open, one after the other; none takes anything from another's new one."""
+    stores = opened(), opened()
+    for number, store in enumerate(stores):
+        await store.put(entries([number]))
+    for file in path.parent.iterdir():
+        file.unlink()
+    for number, store in enumerate(stores, 2):
+        await store.put(entries([number]))
+    assert await present(opened(), 0, 1, 2, 3) == [2, 3]
+    assert await present(stores[0], 2, 3) == await present(stores[1], 2, 3) == [2, 3]
+    assert caplog.messages == [f"disk cache: {path} is gone or another file; it is opened anew"] * 2
+
+
 async def test_another_programs_database_is_left_alone(opened: OpenDisk, path: Path, metrics: Metrics) -> None:
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE invoices (id)")

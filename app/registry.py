@@ -87,6 +87,8 @@ class Registry:
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
         """Theirs."""
+        self._proved: set[tuple[str, str, str]] = set()
+        """What took traffic under the configuration before, and answers as it did: upstream, its model, space."""
         self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
@@ -103,6 +105,7 @@ class Registry:
         if before is not None:
             self._take_over(before)
         self.publish()
+        self._proved.clear()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -179,6 +182,10 @@ class Registry:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         self._spaces = {each.space for each in self.deployments}
+        as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
+        were = [each for each in before.deployments if each.upstream in as_before]
+        doubtful = {_identity(each) for each in were if each.health.unproved or each.health.out is not None}
+        self._proved = {_identity(each) for each in were} - doubtful
         known = {each.health for each in self.deployments}
         for members, served in before._batchers.items():
             if all(health in known for health, _, _ in members):
@@ -267,7 +274,8 @@ class Registry:
         if self._over:
             health.retire()
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.
-        health.unproved = identity in self._spaces
+        proved = (upstream.name, model.name, identity) in self._proved
+        health.unproved = identity in self._spaces and not proved
         self._spaces.add(identity)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment
@@ -306,6 +314,10 @@ class Registry:
             self._conflicts.add(name)
             listed = ", ".join(deployment.name for deployment in served)
             log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
+
+
+def _identity(deployment: Deployment) -> tuple[str, str, str]:
+    return deployment.upstream, deployment.model.name, deployment.space
 
 
 def _members(deployments: Iterable[Deployment]) -> _Members:

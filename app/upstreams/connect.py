@@ -39,6 +39,9 @@ LIST_TIMEOUT = 5.0
 HUNG_TIMEOUT = 0.2
 """The same, where it did not come the last time: it may hang for good while all else there works."""
 
+_PATIENCE = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
+"""Settings that say how much and how long an upstream is asked, and have no part in who answers and what."""
+
 
 class Upstream:
     """A configured upstream. Holds a connection pool: close it."""
@@ -84,6 +87,13 @@ class Upstream:
 
     def target(self, model: Model) -> Target:
         return Target(self.settings.base_url.rstrip("/"), model, self.settings)
+
+    def answers_as(self, before: Upstream | None) -> bool:
+        """Whether what the other one gave is what this one gives: all that may tell them apart is `_PATIENCE`."""
+        if before is None or type(self.settings) is not type(before.settings):
+            return False
+        same = {each: getattr(before.settings, each) for each in _PATIENCE}
+        return self.settings.model_copy(update=same) == before.settings
 
     def take_over(self, before: Upstream) -> None:
         """Has the models of the one in whose place it comes, if that was the same server, until it has been asked: its

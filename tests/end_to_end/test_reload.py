@@ -480,6 +480,39 @@ async def test_of_deployments_that_are_put_together_otherwise_no_earlier_set_is_
     await app.gateway.aclose()
 
 
+@pytest.mark.parametrize(
+    ("changed", "proved"),
+    [
+        ({"timeout": 20, "max_concurrency": 3}, True),
+        ({"max_batch": 7}, True),
+        ({"api_key": "sk-other"}, False),
+        ({"base_url": "http://127.0.0.1:10"}, False),
+    ],
+)
+async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_compared_anew(
+    changed: dict[str, Any], proved: bool
+) -> None:
+    """The others of its space may be down at that moment."""
+    server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+
+    def settings(max_batch: int | None = None, **more: Any) -> Settings:
+        models = {"m": {"max_batch": max_batch, "deployments": [{"upstream": name, "model": MODEL} for name in "ab"]}}
+        return settings_of({"upstreams": {"a": server, "b": {**server, **more}}, "models": models})
+
+    async def unproved(*states: bool) -> list[bool]:
+        for each, state in zip(app.gateway.names["m"].deployments, states, strict=True):
+            each.health.unproved = state
+        after = app._build_gateway(settings(**changed), app.gateway)
+        told = [each.health.unproved for each in after.names["m"].deployments]
+        await after.aclose(app.gateway)
+        return told
+
+    app = create_app(settings(), stores=[])
+    assert await unproved(False, False) == [False, not proved]
+    assert await unproved(False, True) == [False, True], "one that had not been compared still has not been"
+    await app.gateway.aclose()
+
+
 async def test_who_is_inside_counts_on() -> None:
     def settings(most: int) -> Settings:
         return settings_of({"server": {"max_inflight": most}, "upstreams": {"up": {"type": "lexical"}}})

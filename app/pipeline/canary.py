@@ -10,6 +10,7 @@ import asyncio
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeAlias
 
 from app import vectors
 from app.cache import keys
@@ -20,6 +21,9 @@ from app.pipeline.deployment import Deployment
 from app.types import Batch, Embedding, Params
 
 log = logging.getLogger(__name__)
+
+_Told: TypeAlias = dict[Deployment, bytes | GatewayError | None]
+"""Of each its vector, or what it failed with; None where it does not say in time."""
 
 _SILENT = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
@@ -123,20 +127,25 @@ class Canary:
         asked_at, answered = self._asked.get(deployment, (-math.inf, False))
         return now - asked_at >= (EVERY if answered and health.compared else AGAIN)
 
-    async def look(self, now: float) -> None:
+    async def look(self, now: float, mute: set[str]) -> None:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
-        has never answered takes no traffic while others do: it may have been away and have come back another."""
+        has never answered takes no traffic while others do: it may have been away and have come back another.
+
+        `mute`: upstreams that have let a look of this round wait, which this one adds to. Where what the space gives is
+        known they are not asked: the others, which may be all that serve, wait for this to be compared."""
         asked = self._to_ask(now)
         if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
             return
         self._looking = True
         try:
             known = await self._expected.recall(self._space)
-            told = await _told(asked, PATIENCE if known else AT_FIRST)
+            told: _Told = dict.fromkeys(asked)
+            told.update(await _told([each for each in asked if not known or each.upstream not in mute], known))
             answers = {each: said for each, said in told.items() if isinstance(said, bytes)}
             expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
+        mute.update(each.upstream for each, said in told.items() if said is None)
         if answers:
             self._unsettled = not self._expected.knows(self._space)
         for deployment, said in told.items():
@@ -190,12 +199,13 @@ def _right(answers: Mapping[Deployment, bytes]) -> bytes:
     return answers[min(answers, key=lambda each: not each.health.answered)]
 
 
-async def _told(asked: Sequence[Deployment], patience: float) -> dict[Deployment, bytes | GatewayError | None]:
-    """Of each its vector, in the order in which they are asked, or what it failed with; None where it does not say in
-    time."""
+async def _told(asked: Sequence[Deployment], known: bool) -> _Told:
+    """What each says in time, in the order in which they are asked. `known`: what the space gives."""
     tasks = {asyncio.create_task(_ask(each)): each for each in asked}
+    if not tasks:
+        return {}
     try:
-        done, waiting = await asyncio.wait(tasks, timeout=patience)
+        done, waiting = await asyncio.wait(tasks, timeout=PATIENCE if known else AT_FIRST)
         while waiting and not any(isinstance(task.result(), bytes) for task in done):
             more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             done |= more
@@ -243,8 +253,9 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
 
 
 async def _look(canaries: Sequence[Canary], clock: Clock) -> None:
+    mute: set[str] = set()
     for canary in canaries:
         try:
-            await canary.look(clock.monotonic())
+            await canary.look(clock.monotonic(), mute)
         except Exception:  # a bug of ours must not end the watch over all the others
             log.exception("a canary could not be looked at")

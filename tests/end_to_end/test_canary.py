@@ -297,7 +297,7 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
         def due(self, now: float) -> bool:
             return now > 0
 
-        async def look(self, now: float) -> None:
+        async def look(self, now: float, _mute: set[str]) -> None:
             looked.append(f"{self._name} at {now:.0f}")
             if self._name == "bad":
                 raise ZeroDivisionError
@@ -358,7 +358,7 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
     for text in ("under way", "queues"):
         asking.append(asyncio.create_task(embed(EmbedRequest("m", [text], Params(), deadline, keys=[text.encode()]))))
         await settle()
-    await canary.Canary([busy, other], Expected(None), from_start=True).look(clock.monotonic())
+    await canary.Canary([busy, other], Expected(None), from_start=True).look(clock.monotonic(), set())
     await settle()
     assert [task.done() for task in asking] == [False, True]
     assert (await asking[1]).deployments == ("other/m",)
@@ -382,6 +382,37 @@ async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandCloc
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert canaries[0].due(clock.monotonic()), "cut short with the watch, and so to be made again"
+
+
+async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is_known(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    asked: list[str] = []
+
+    async def counts_and_hangs(batch: Batch) -> BatchResult:
+        asked.append(batch.model)
+        return await hangs(batch)
+
+    def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
+        return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
+
+    expected, models = Expected(None), "abc"
+    for each in models:
+        await expected.of(each, np.ones(4, "<f4").tobytes())
+    pairs = [(deployment("well", each, answers), deployment("hangs", each, counts_and_hangs)) for each in models]
+    for well, mute in pairs:
+        well.health.unproved = mute.health.unproved = True
+    canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    while pairs[-1][0].health.unproved:
+        await asyncio.sleep(0.01)
+    assert asked == ["a"]
+    assert [(well.health.unproved, bool(mute.health.silent)) for well, mute in pairs] == [(False, True)] * 3
+    await clock.advance(canary.ROUND)
+    assert asked == ["a", "a"]
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
 
 
 async def test_an_upstreams_models_are_looked_at_one_after_another(clock: HandClock) -> None:
@@ -463,11 +494,11 @@ async def test_who_could_not_be_compared_is_looked_at_again_once_the_cache_can_b
     expected = Away(None)
     deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), answers)
     looks = canary.Canary([deployment], expected, from_start=True)
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     assert not looks.due(clock.monotonic()), "each look is paid for"
     expected.up = True
     assert looks.due(clock.monotonic())
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     assert not looks.due(clock.monotonic())
 
 
@@ -485,7 +516,7 @@ async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     monkeypatch.setattr(canary, "AT_FIRST", 0.05)
     (first, second), looks = several(clock, hangs, answers)
     second.health.unproved = True
-    await asyncio.wait_for(looks.look(clock.monotonic()), 5)
+    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
     assert (first.health.unproved, second.health.unproved) == (True, False)
     assert first.health.told
     assert looks.due(clock.monotonic()), "the one that hangs is asked again"
@@ -504,7 +535,7 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
         raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
 
     (first, second), looks = several(clock, away, late)
-    await asyncio.wait_for(looks.look(clock.monotonic()), 5)
+    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
     assert (first.health.compared, second.health.compared) == (False, True)
 
 
@@ -514,7 +545,7 @@ async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(c
         return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
 
     (first, second), looks = several(clock, slow, answers)
-    await asyncio.wait_for(looks.look(clock.monotonic()), 5)
+    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
     assert (first.health.out, bool(second.health.out)) == (None, True)
 
 
@@ -528,7 +559,7 @@ async def test_an_upstream_that_hangs_holds_up_no_look_at_another(clock: HandClo
         def due(self, now: float) -> bool:
             return now > 0
 
-        async def look(self, now: float) -> None:
+        async def look(self, now: float, _mute: set[str]) -> None:
             looked.append(f"{self.upstream} at {now:.0f}")
             if self.upstream == "hangs":
                 await asyncio.Event().wait()
@@ -552,22 +583,22 @@ async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared
         return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
 
     (stays, restarts), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     restarts.embed, up = changes, False
     for _ in range(FAILURES):
         restarts.health.end(UpstreamUnreachable("no connection"), restarts.health.begin())
     assert looks.due(clock.monotonic())
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     assert (stays.health.unproved, restarts.health.unproved) == (False, True)
     up = True
     clock.now += 2 * EJECTION
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     assert restarts.health.out, "it has another model now"
 
 
 async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock) -> None:
     (first, _), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     clock.now += AGAIN
     assert not looks.due(clock.monotonic())
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
@@ -579,7 +610,7 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.05)
     (first, _), looks = several(clock, answers, hangs)
-    looking = asyncio.create_task(looks.look(clock.monotonic()))
+    looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
     await settle()
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
     await asyncio.wait_for(looking, 5)
@@ -590,12 +621,12 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
 async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_compared(clock: HandClock) -> None:
     """By a change of configuration, while the look waits for the others."""
     (first, second), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     second.embed = hangs
     for each in (first, second):
         each.health.end(UpstreamUnreachable("no connection"), each.health.begin())
     clock.now += AGAIN
-    looking = asyncio.create_task(looks.look(clock.monotonic()))
+    looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
     await settle()
     looking.cancel()
     await asyncio.gather(looking, return_exceptions=True)
@@ -605,13 +636,13 @@ async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_co
 async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:
     """By another canary, after a change of configuration."""
     (first, second), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
 
     async def limited(batch: Batch) -> BatchResult:
         raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
 
     first.embed = limited
-    await canary.Canary([first, second], Expected(None), from_start=True).look(clock.monotonic())
+    await canary.Canary([first, second], Expected(None), from_start=True).look(clock.monotonic(), set())
     assert not first.health.unproved
 
 
@@ -624,19 +655,19 @@ async def test_one_that_was_ejected_for_the_first_time_may_have_a_call_once_it_h
             restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
         assert restarts.health.ejected
         assert not restarts.health.available()
-        await looks.look(clock.monotonic())
+        await looks.look(clock.monotonic(), set())
         assert restarts.health.available() is (ejection == 1)
 
 
 async def test_a_look_that_is_not_due_any_more_once_its_turn_comes_asks_nobody(clock: HandClock) -> None:
     (_, restarts), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     for _ in range(FAILURES):
         restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
     assert looks.due(clock.monotonic())
     clock.now += EJECTION
     restarts.health.end(None, restarts.health.begin())  # it answers a caller before
-    await looks.look(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
     assert not looks.due(clock.monotonic())
 
 
@@ -656,7 +687,7 @@ async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
     looks = canary.Canary([deployment], Expected(None), from_start=True)
     for _ in range(2):
         assert looks.due(clock.monotonic())
-        looking = asyncio.create_task(looks.look(clock.monotonic()))
+        looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
         await settle()
         assert not looks.due(clock.monotonic()), "one look at a time"
         looking.cancel()

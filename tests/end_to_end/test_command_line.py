@@ -160,6 +160,21 @@ def test_check_shows_what_would_be_served(tmp_path: Path) -> None:
     assert "canary" not in done.stdout + done.stderr
 
 
+def test_check_shows_what_all_deployments_of_a_model_take(tmp_path: Path) -> None:
+    """As `/v1/models` does: what is too long for one of them is refused."""
+    config = """
+upstreams: {oai: {type: openai, api_key: k}, zh: {type: baidu, api_key: k, secret_key: k}}
+models:
+  docs:
+    deployments:
+      - {upstream: oai, model: text-embedding-3-small, space: ours}
+      - {upstream: zh, model: bge-large-zh, space: ours}
+"""
+    (tmp_path / "config.yaml").write_text(config)
+    lines = [line.split() for line in run("check", cwd=tmp_path).stdout.splitlines()]
+    assert ["docs", "1536", "16", "512", "ours", "oai/text-embedding-3-small,", "zh/bge-large-zh"] in lines
+
+
 def test_check_probe_embeds_on_every_deployment_and_tells_what_is_wrong(tmp_path: Path) -> None:
     with FakeOpenAI(api_key="sk-right") as fake:
         env = {"OPENAI_API_KEY": "sk-right", "OPENAI_BASE_URL": fake.url + "/v1"}

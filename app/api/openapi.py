@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.api.schema import LONGEST_INSTRUCT
+from app.api.schema import CHOICES, LONGEST_INSTRUCT
 from app.types import MOST_DIMENSIONS
 
 _TEXT = {"type": "string", "minLength": 1}
@@ -51,25 +51,25 @@ REQUEST: dict[str, Any] = {
         },
         "encoding_format": {
             "type": ["string", "null"],
-            "enum": ["float", "base64", None],
+            "enum": [*CHOICES["encoding_format"], None],
             "description": "numbers (also when absent), or base64 of little-endian float32",
         },
         "dimensions": {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_DIMENSIONS},
         "user": {"type": ["string", "null"]},
         "input_type": {
             "type": ["string", "null"],
-            "enum": ["query", "document", None],
+            "enum": [*CHOICES["input_type"], None],
             "description": "what the texts are for, where the model tells the two apart; text_type is a synonym",
         },
         "output_type": {
             "type": ["string", "null"],
-            "enum": ["dense", "sparse", "dense&sparse", None],
+            "enum": [*CHOICES["output_type"], None],
             "description": "sparse vectors, from models that give them, stand beside the dense one or alone",
         },
         "instruct": {"type": ["string", "null"], "maxLength": LONGEST_INSTRUCT},
         "on_long_input": {
             "type": ["string", "null"],
-            "enum": ["error", "truncate", "split", None],
+            "enum": [*CHOICES["on_long_input"], None],
             "description": "a text longer than the model takes: refuse it, cut it, or take the mean of its pieces",
         },
     },

@@ -7,16 +7,17 @@ request costs a microsecond.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import orjson
 from msgspec import Struct
 
 from app import tokens
 from app.api import content
+from app.catalog import ROLES
 from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDimensions
-from app.types import MOST_DIMENSIONS, Input, Media, OnLongInput, Params
+from app.types import MOST_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
 """Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
@@ -24,13 +25,15 @@ MAX_IDS = 2**18
 OBJECTS, OBJECTS_PER_INPUT = 2**18, 32
 """Strings, keys among them, lists and objects of a body, at most: far more than any request that is taken needs."""
 
-_CHOICES: dict[str, tuple[str, ...]] = {
-    "encoding_format": ("float", "base64"),
-    "input_type": ("query", "document"),
-    "text_type": ("query", "document"),
-    "output_type": ("dense", "sparse", "dense&sparse"),
-    "on_long_input": ("error", "truncate", "split"),
+Encoding: TypeAlias = Literal["float", "base64"]
+CHOICES: Mapping[str, tuple[str, ...]] = {
+    "encoding_format": get_args(Encoding),
+    "input_type": ROLES,
+    "text_type": ROLES,
+    "output_type": get_args(OutputType),
+    "on_long_input": get_args(OnLongInput),
 }
+"""The words that may stand in a field."""
 
 LONGEST_INSTRUCT = 4096
 """Characters. An instruction is a sentence or a few, and goes with every call, or every text."""
@@ -44,7 +47,7 @@ class EmbeddingsBody(Struct):
     model: str
     inputs: Sequence[Input]
     params: Params
-    encoding: Literal["float", "base64"]
+    encoding: Encoding
     on_long_input: OnLongInput | None = None
     media: bool = False
     """Whether any of the inputs is no text."""
@@ -144,7 +147,7 @@ def _choice(body: dict[str, Any], field: str, usual: str | None = None) -> Any:
     value = body.get(field)
     if value is None:
         return usual
-    choices = _CHOICES[field]
+    choices = CHOICES[field]
     if value not in choices:
         shown = value[:40] if isinstance(value, str) else _kind(value)
         raise InvalidRequest(f"Invalid value for '{field}' = {shown}. Supported values: {list(choices)}.", param=field)

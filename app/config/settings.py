@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, fi
 from pydantic_core import PydanticKnownError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from app.catalog import Model
+from app.catalog import Model, Role
 from app.config.values import (
     Count,
     Duration,
@@ -30,7 +30,7 @@ from app.config.values import (
     proxy_text,
     redis_url_text,
 )
-from app.types import MOST_DIMENSIONS
+from app.types import MOST_DIMENSIONS, Lane, OnLongInput
 
 
 class Section(BaseModel):
@@ -77,7 +77,7 @@ class KeySettings(Section):
     models: tuple[ModelName, ...] | None = Field(default=None, min_length=1)
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
-    lane: Literal["query", "bulk"] | None = None
+    lane: Lane | None = None
     cache: Literal["shared", "own"] = "shared"
 
     @field_validator("sha256")
@@ -200,8 +200,8 @@ class ModelSettings(Section):
         min_length=1, description="a list of {upstream: ..., model: ...}"
     )
     dimensions: int | None = Field(default=None, ge=1, le=MOST_DIMENSIONS)
-    input_type: Literal["query", "document"] | None = None
-    on_long_input: Literal["error", "truncate", "split"] = "error"
+    input_type: Role | None = None
+    on_long_input: OnLongInput = "error"
     normalize: bool = False
     prefixes: PrefixSettings | None = None
     max_batch: int | None = Field(default=None, ge=1)

@@ -81,7 +81,7 @@ class Registry:
         """`slots`: each upstream's own. With `before` it shares what that one uses of the upstreams they share."""
         self._settings, self._upstreams, self._slots = settings, upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
-        self._remembers = settings.cache.disk is not None or settings.cache.redis is not None
+        self._remembers = cache.lasts
         self._expected: Expected = before._expected if before else Expected(cache if self._remembers else None)
         """Of canaries: what a space gives is what it gave under the configuration before."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}

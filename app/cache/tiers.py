@@ -45,6 +45,8 @@ class Tiers:
         self._memory = stores[0] if stores and isinstance(stores[0], MemoryStore) else None
         self._slow = tuple(store for store in stores if isinstance(store, SlowStore))
         self._stores = tuple(stores)
+        if len(self._slow) + (self._memory is not None) < len(stores):
+            raise TypeError("a tier is memory, which stands first, or a SlowStore: any other would never be asked")
         self._readers: list[Reader] = []
         self._claimers: list[Reader] = []
         """Readers, too, of which that of the shared tier claims what is missing."""
@@ -72,6 +74,11 @@ class Tiers:
         """Lets the tiers that can do so get ready, at once; one that cannot is down, which `status` says."""
         opened = [opener() for store in self._slow if (opener := getattr(store, "open", None))]
         await asyncio.gather(*opened)
+
+    @property
+    def lasts(self) -> bool:
+        """Whether what is kept here outlives this process."""
+        return bool(self._slow)
 
     @property
     def shared(self) -> bool:

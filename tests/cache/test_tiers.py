@@ -383,6 +383,30 @@ async def test_a_tier_that_answers_too_few_is_a_miss(clock: Clock, metrics: Metr
     await tiers.close()
 
 
+async def test_a_tier_that_would_never_be_asked_is_refused(clock: Clock, metrics: Metrics) -> None:
+    class Plain:
+        """Keeps `Store` and no more."""
+
+        name = "plain"
+
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            return [None] * len(keys)
+
+        async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None: ...
+
+        async def close(self) -> None: ...
+
+    never: list[list[Store]] = [[Plain()], [Slow(), memory(clock, metrics)]]
+    for built in never:
+        with pytest.raises(TypeError, match="never be asked"):
+            Tiers(built, metrics, clock)
+
+
+async def test_only_slow_tiers_outlive_the_process(clock: Clock, metrics: Metrics) -> None:
+    fast: list[Store] = [memory(clock, metrics)]
+    assert [Tiers(built, metrics, clock).lasts for built in ([], fast, [*fast, Slow()])] == [False, False, True]
+
+
 async def test_the_configuration_gives_the_tiers_in_their_order(
     clock: Clock, metrics: Metrics, tmp_path: object
 ) -> None:

@@ -43,7 +43,6 @@ class RedisServer:
         self._password = password
         self._options = (*options, "--requirepass", password) if password else options
         self._process: subprocess.Popen[str] | None = None
-        self._output: list[str] = []
 
     @property
     def url(self) -> str:
@@ -87,7 +86,7 @@ class RedisServer:
         self._process = process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        self._output = output = []
+        output: list[str] = []
         ready, ended = threading.Event(), threading.Event()
 
         def listen() -> None:

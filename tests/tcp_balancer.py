@@ -11,11 +11,10 @@ PROBE = 0.1
 
 
 class Balancer:
-    """Backends on loopback, by port. Connections go to those whose last `/readyz` said 200; a connection, once
-    made, stays where it is."""
+    """Backends on loopback, by port, each once it is watched. Connections go to those whose last `/readyz` said 200; a
+    connection, once made, stays where it is."""
 
-    def __init__(self, ports: Sequence[int]) -> None:
-        self._ports = tuple(ports)
+    def __init__(self) -> None:
         self.ready: set[int] = set()
         self.changed = asyncio.Condition()
         """Told when `ready` has changed."""
@@ -87,7 +86,7 @@ async def _is_ready(port: int) -> bool:
 @contextlib.asynccontextmanager
 async def balancing(ports: Sequence[int]) -> AsyncIterator[tuple[str, Balancer]]:
     """A balancer over these ports: its URL, and itself."""
-    balancer = Balancer(ports)
+    balancer = Balancer()
     server = await asyncio.start_server(balancer.serve, "127.0.0.1", 0)
     watches = [asyncio.create_task(balancer.watch(port)) for port in ports]
     try:

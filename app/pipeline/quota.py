@@ -48,7 +48,7 @@ class Quota:
         processes: int = 1,
     ) -> None:
         self._key = b"caller:" + name.encode()
-        self.rates, self._clock, self._shared, self._processes = rates, clock, shared, processes
+        self.rates, self._clock, self._shared = rates, clock, shared
         self._refused = metrics.rejected_requests.labels(RateLimited.code)
         now = clock.monotonic()
         self._limit = limits.minute(rates, now)

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
 import pytest_asyncio
@@ -15,8 +15,6 @@ from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
 from tests.redis_server import RedisServer
-
-Build = Callable[..., RedisStore]
 
 
 @pytest.fixture(scope="module")

@@ -34,8 +34,6 @@ class TcpProxy:
     def __init__(self, target: int, rng: random.Random) -> None:
         self.port = 0
         self.trouble = CALM
-        self.resets = 0
-        self.delays = 0
         self._target, self._rng = target, rng
         self._open: set[asyncio.StreamWriter] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -118,7 +116,6 @@ class TcpProxy:
             while piece := await reader.read(65536):
                 trouble = self.trouble
                 if trouble.delay:
-                    self.delays += 1
                     await asyncio.sleep(self._rng.uniform(0, trouble.delay))
                 if trouble.cut and self._rng.random() < trouble.cut:
                     writer.write(piece[: self._rng.randrange(len(piece))])
@@ -132,7 +129,6 @@ class TcpProxy:
 
     def _reset(self, writer: asyncio.StreamWriter) -> None:
         """Ends with RST instead of FIN."""
-        self.resets += 1
         sock = writer.get_extra_info("socket")
         if sock is not None and not writer.transport.is_closing():
             with contextlib.suppress(OSError):

@@ -302,7 +302,7 @@ class Metrics(ConfigMetrics):
 
         self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
         self.request_duration = histogram(
-            "request_duration_seconds", "From first byte in to answer.", _LATENCY, "model"
+            "request_duration_seconds", "From first byte in until the answer is ready to be sent.", _LATENCY, "model"
         )
         self.inputs = counter("inputs_total", "Inputs answered, by where the vector came from.", "model", "source")
         self.tokens = counter(
@@ -327,7 +327,9 @@ class Metrics(ConfigMetrics):
         self.cache_bytes = gauge("cache_bytes", "Bytes a tier holds, in the largest process.", "tier", merge="livemax")
         self.inflight_requests = gauge("inflight_requests", "Requests inside.")
         self.queued_inputs = gauge("queued_inputs", "Inputs waiting for an upstream slot.", "upstream", "lane")
-        self.rejected_requests = counter("rejected_requests_total", "Requests refused at the door.", "reason")
+        self.rejected_requests = counter(
+            "rejected_requests_total", "Requests refused, given up or not taken.", "reason"
+        )
         self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
 
         self.loop_lag = histogram(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -84,6 +85,20 @@ def test_imports_run_one_way(name: str, tree: ast.Module) -> None:
             continue
         other = room(target) if target != "app.__version__" else ""
         assert other == own or rank(other) < rank(own), f"{name} imports {target}"
+
+
+def test_the_readmes_table_of_rooms_has_all_of_them_and_imports_run_up_it() -> None:
+    """Rows are lines: what stands in one row is of one rank."""
+    text = (APP.parent / "README.md").read_text(encoding="utf-8")
+    first_cells = re.findall(r"(?m)^\| (`app/.*?) \|", text)
+    table = [re.findall(r"`app/(\w+)(?:\.py|/)`", cell) for cell in first_cells]
+    places = {name: place for place, row in enumerate(table) for name in row}
+    rooms = {room(name) for name, _ in modules()} - {"", "__main__", "data"}
+    assert set(places) == rooms
+    for name, tree in modules():
+        for target in imported(tree):
+            if room(name) in rooms and room(target) in rooms and target.startswith("app."):
+                assert places[room(target)] <= places[room(name)], f"{name} imports {target}"
 
 
 @every_module

@@ -23,6 +23,7 @@ from prometheus_client import Counter, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 from app.metrics import Metrics
+from app.upstreams import UPSTREAMS
 from tests import processes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -314,6 +315,11 @@ def test_unset_variables_reach_the_gateway_empty_and_never_as_an_error(
 ) -> None:
     for name, value in compose["services"]["gateway"]["environment"].items():
         assert "${" not in value or re.fullmatch(r"\$\{\w+:-[^}]*\}", value), name
+
+
+def test_every_variable_that_switches_an_upstream_on_reaches_the_gateway(compose: dict[str, Any]) -> None:
+    passed_on = compose["services"]["gateway"]["environment"]
+    assert {variable for kind in UPSTREAMS.values() for variable in kind.variables} <= set(passed_on)
 
 
 def test_docker_compose_accepts_the_file() -> None:

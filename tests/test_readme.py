@@ -22,6 +22,7 @@ from pydantic import BaseModel, create_model
 from pydantic.fields import FieldInfo
 
 from app import errors
+from app.cache.counts import Counts
 from app.catalog import ANY, CATALOG, FAMILIES, Model
 from app.config import Settings
 from app.config.settings import UpstreamSettings
@@ -238,6 +239,15 @@ def test_the_metrics_table_has_every_metric_with_its_labels() -> None:
     table = [row for row in rows(section("Metrics and logs")) if row[0] not in ("metric", "---")]
     shown = {(row[0], row[1], frozenset(filter(None, row[2].split(", ")))) for row in table}
     assert shown == expected
+
+
+def test_the_metrics_table_has_every_result_of_a_cache_tier() -> None:
+    metrics = Metrics()
+    Counts(metrics, "redis")
+    (row,) = [row for row in rows(section("Metrics and logs")) if row[0] == "cache_operations_total"]
+    (family,) = metrics.cache_operations.collect()
+    told = {sample.labels[label] for sample in family.samples for label in ("operation", "result")}
+    assert told <= set(re.findall(r"[a-z]+", row[3]))
 
 
 def _described(metric: MetricWrapperBase) -> tuple[str, str, frozenset[str]]:

@@ -154,6 +154,8 @@ class Deployment:
     embed: BatchEmbedder
     weight: float = 1
     priority: int = 1
+    """This and the weight a name may have its own word on. What else is made so has to be looked at where names share
+    calls (`app.registry._members`): else a name gets another's."""
 
     @property
     def name(self) -> str:

@@ -1,5 +1,5 @@
 """`python -m bench.growth`: what more of something costs. More inputs in a request, more workers, more gateways over
-one Redis, and with `--minutes` more time.
+one Redis, and (`minutes`) more time.
 
 Every answer of the first part and samples of all others are compared bit by bit.
 """
@@ -236,14 +236,24 @@ def _at_once(specs: Sequence[Spec]) -> float:
     return sum(each.total for each in results) * 64 / max(each.wall for each in results)
 
 
-def main() -> None:
-    """Prints tables. Raises `Failed` for any answer that is not right."""
+def chosen(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """What is asked for on the command line."""
     parts = ("inputs", "workers", "replicas", "minutes")
     parser = argparse.ArgumentParser("python -m bench.growth", description=__doc__)
-    parser.add_argument("parts", nargs="*", default=parts[:3], choices=parts, help="(default: all but minutes)")
+    # Without `choices`, which argparse holds an empty list to as well.
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all but minutes)")
     parser.add_argument("--minutes", type=float, default=10, help="of the part of that name (default: 10)")
     parser.add_argument("--cache", default="256MiB", help="size of the memory cache there (default: the gateway's own)")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
+    if unknown := set(options.parts) - set(parts):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    options.parts = options.parts or parts[:3]
+    return options
+
+
+def main() -> None:
+    """Prints tables. Raises `Failed` for any answer that is not right."""
+    options = chosen()
     cores = Cores.of_this_machine()
     with tempfile.TemporaryDirectory(prefix="eg-growth-") as work, contextlib.ExitStack() as stack:
         growth = Growth(stack, Path(work), cores)

@@ -7,6 +7,7 @@ thousand connect and say nothing.
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import contextlib
 import os
@@ -142,6 +143,7 @@ def _row(name: str, seen: Seen) -> str:
 
 def main() -> None:
     """Prints a table. Raises `Failed` for an answer that is neither a success nor a refusal."""
+    argparse.ArgumentParser("python -m bench.overload", description=__doc__).parse_args()
     cores = Cores.of_this_machine()
     os.sched_setaffinity(0, {cores.load})
     with tempfile.TemporaryDirectory(prefix="eg-overload-") as work, contextlib.ExitStack() as stack:

@@ -19,6 +19,7 @@ from app.errors import (
     ContextLengthExceeded,
     GatewayError,
     InvalidRequest,
+    Overloaded,
     QuotaExhausted,
     RateLimited,
     UnreadableMedia,
@@ -50,8 +51,9 @@ _WORDS: Mapping[type[GatewayError], str] = {
     UpstreamMisconfigured: "the upstream does not know the model, path or form it was asked for",
     UpstreamInvalidVector: "the upstream computed a vector that holds NaN or infinity",
     UpstreamTimeout: "the upstream took too long",
-    UpstreamUnavailable: "the upstream has no room",
+    Overloaded: "the upstream has no room",
 }
+"""Ours, for a class and those derived from it."""
 
 _STATUSES: Mapping[int, type[GatewayError]] = {
     401: UpstreamAuth,
@@ -121,8 +123,9 @@ def said(reply: WireReply) -> Said:
 
 def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
     """An error of this class, in our words and the upstream's."""
+    ours = next(_WORDS[each] for each in kind.__mro__ if each in _WORDS)
     words = " ".join(message.split())[:LONGEST]
-    text = f"{_WORDS[kind]}: {words}" if words else f"{_WORDS[kind]} (HTTP {reply.status})"
+    text = f"{ours}: {words}" if words else f"{ours} (HTTP {reply.status})"
     param = "dimensions" if kind is UnsupportedDimensions else None
     return kind(text, param=param, retry_after=retry_after(reply.headers))
 

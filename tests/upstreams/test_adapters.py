@@ -20,7 +20,7 @@ import app.errors
 from app.catalog import Model
 from app.errors import GatewayError
 from app.types import Adapter, Batch, Params, Parsed, Target, WireReply
-from app.upstreams import UPSTREAMS
+from app.upstreams import UPSTREAMS, replies
 from app.upstreams.kind import UpstreamKind
 
 REPLIES = Path(__file__).parent / "replies"
@@ -99,6 +99,19 @@ def test_a_sample_reply_is_read_as_its_table_says(subject: Subject, case: dict[s
     assert list(parsed.indexes) == expect["indexes"]
     assert list(parsed.vectors) == [np.array(numbers, "<f4").tobytes() for numbers in expect["vectors"]]
     assert parsed.tokens == expect["tokens"]
+
+
+def errors_of(kind: type[GatewayError]) -> Iterator[type[GatewayError]]:
+    for each in kind.__subclasses__():
+        yield each
+        yield from errors_of(each)
+
+
+@pytest.mark.parametrize("kind", [*errors_of(GatewayError)], ids=lambda kind: kind.__name__)
+def test_there_are_words_for_every_error_that_a_dialect_may_give(kind: type[GatewayError]) -> None:
+    error = replies.failure(kind, WireReply(500, {}, b""), "theirs")
+    assert type(error) is kind
+    assert replies.theirs(error) == "theirs"
 
 
 # --- the contract -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What `/docs` says of the embeddings route: schemas as data, for a route answered off the framework."""
+"""What `/docs` says: schemas as data, for a route answered off the framework and for answers made by hand."""
 
 from __future__ import annotations
 
@@ -119,6 +119,45 @@ _RESPONSE = {
     },
 }
 
+_NUMBER = {"type": ["integer", "null"]}
+_LENGTHS = {"type": ["array", "null"], "items": {"type": "integer"}}
+_WORDS = {"type": "array", "items": {"type": "string"}}
+
+MODEL: dict[str, Any] = {
+    "type": "object",
+    "description": "OpenAI's fields, and what is known of the model; null where nothing is",
+    "properties": {
+        "id": {"type": "string"},
+        "object": {"const": "model"},
+        "created": {"type": "integer", "description": "when the gateway started"},
+        "owned_by": {"type": "string", "description": "its first upstream"},
+        "dimensions": {**_NUMBER, "description": "of a vector when none are asked for"},
+        "modalities": _WORDS,
+        "sparse": {"type": "boolean"},
+        "dimension_choices": {
+            **_LENGTHS,
+            "description": "lengths that the upstream gives when asked: null, no other; empty, any that it takes",
+        },
+        "shortened_here": {**_LENGTHS, "description": "the same, where the gateway shortens: null, it does not"},
+        "max_input_tokens": _NUMBER,
+        "max_input_characters": _NUMBER,
+        "max_batch_tokens": {**_NUMBER, "description": "in one upstream call, as max_batch"},
+        "max_batch": {"type": "integer", "description": "inputs in one upstream call: requests may have more"},
+        "input_types": _WORDS,
+        "prefixes": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
+        "instruct": {"type": "boolean"},
+        "upstreams": {**_WORDS, "description": "its deployments, as upstream/model"},
+        "vector_space": {"type": "string"},
+        "source": {"type": ["string", "null"], "description": "where all this is from"},
+    },
+}
+
+MODELS: dict[str, Any] = {
+    "type": "object",
+    "required": ["object", "data"],
+    "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": MODEL}},
+}
+
 ERROR: dict[str, Any] = {
     "type": "object",
     "required": ["error"],
@@ -153,6 +192,11 @@ _ERRORS = {
 
 def _content(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
+
+
+def success(words: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The description of a 200."""
+    return {200: {"description": words, "content": _content(schema)}}
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:

@@ -150,16 +150,17 @@ def _add_models(api: FastAPI, key: list[Any]) -> None:
             raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
         return _json(_described(gateway, name, found))
 
-    errors = openapi.error_responses(401, 404)
+    whole = openapi.success("Every model that this key opens.", openapi.MODELS) | openapi.error_responses(401)
+    one = openapi.success("The model.", openapi.MODEL) | openapi.error_responses(401, 404)
     for base in ("/v1/models", "/models", "/openai/v1/models", "/openai/models"):
         shown = base == "/v1/models"
         for path in (base, base + "/"):
             api.get(
                 path, include_in_schema=shown and path == base, tags=["models"], summary="List models",
-                responses=openapi.error_responses(401), dependencies=key,
+                responses=whole, dependencies=key,
             )(list_models)  # fmt: skip
         api.get(
-            base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=errors,
+            base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=one,
             dependencies=key,
         )(get_model)  # fmt: skip
 

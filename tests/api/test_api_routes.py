@@ -303,6 +303,11 @@ def test_the_description_tells_the_embeddings_route_whole(gateway: Running) -> N
         assert shape["required"] == (["object", "data", "model", "usage"] if status == "200" else ["error"])
     assert set(described["paths"]["/v1/models/{model}"]["get"]["responses"]) == {"200", "401", "404", "default"}
     assert "HTTPValidationError" not in str(described), "which is never answered"
+    for path, told in (("/v1/models", "data"), ("/v1/models/{model}", "id")):
+        answer = described["paths"][path]["get"]["responses"]["200"]["content"]["application/json"]["schema"]
+        assert told in answer["properties"]
+    (model, *_) = gateway.get("/v1/models").json()["data"]
+    assert set(answer["properties"]) == set(model)
     assert "503" in described["paths"]["/readyz"]["get"]["responses"]
 
 

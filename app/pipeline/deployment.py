@@ -154,8 +154,8 @@ class Deployment:
     embed: BatchEmbedder
     weight: float = 1
     priority: int = 1
-    """This and the weight a name may have its own word on. What else is made so has to be looked at where names share
-    calls (`app.registry._members`): else a name gets another's."""
+    """Weight and priority are a name's own. A further option of that kind belongs into `app.registry._members`, too,
+    by which names share calls: else one name has another's."""
 
     @property
     def name(self) -> str:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
 from weakref import WeakSet
@@ -66,6 +67,11 @@ class Tiers:
         self._peek = waiting.get if self._memory is None else self._memory.peek
         """What has come of late, of which slower tiers may not know yet: without memory it is what waits to be written
         to the slowest, which is asked last."""
+        self._looked_for: dict[bytes, int] = {}
+        """Keys that slower tiers are asked for, and by how many look-ups."""
+        self._came: dict[bytes, Embedding] = {}
+        """What has come for these since, which may be written, and not be here any more, before a look-up ends that
+        found nothing."""
         self._letting_go: set[asyncio.Task[None]] = set()
         self.embedders: WeakSet[UnderWay] = WeakSet()
         """All that embeds here, for this configuration and for those before it."""
@@ -98,8 +104,10 @@ class Tiers:
 
     async def look_again(self, keys: Sequence[bytes]) -> Found:
         """As `get_or_claim`, for what another replica was embedding."""
-        embeddings, held = await self._claimer.get(keys)
-        embeddings = {**embeddings, **self._brought(key for key in keys if key not in embeddings)}
+        brought = self._brought(keys)
+        with self._looking(keys):
+            embeddings, held = await self._claimer.get(keys)
+            embeddings = {**brought, **embeddings, **self._brought(key for key in keys if key not in embeddings)}
         self._expired.inc(sum(key not in embeddings and key not in held for key in keys))
         return Found(embeddings, held)
 
@@ -124,13 +132,15 @@ class Tiers:
             return found, held
         missing = list(dict.fromkeys(key for key, value in zip(keys, found, strict=True) if value is None))
         fetched: dict[bytes, Embedding] = {}
-        for reader in readers:
-            embeddings, held = await reader.get(missing)
-            fetched.update(embeddings)
-            missing = [key for key in missing if key not in fetched]
-            if not missing:
-                break
-        if brought := self._brought(missing):
+        with self._looking(missing):
+            for reader in readers:
+                embeddings, held = await reader.get(missing)
+                fetched.update(embeddings)
+                missing = [key for key in missing if key not in fetched]
+                if not missing:
+                    break
+            brought = self._brought(missing)
+        if brought:
             fetched.update(brought)
             missing = [key for key in missing if key not in brought]
         if fetched:
@@ -140,10 +150,29 @@ class Tiers:
     def _brought(self, keys: Iterable[bytes]) -> dict[bytes, Embedding]:
         """What has come while slower tiers were asked: a call of this replica may have ended meanwhile, of which they
         do not know yet."""
-        return {key: embedding for key in keys if (embedding := self._peek(key)) is not None}
+        came, peek = self._came.get, self._peek
+        return {key: embedding for key in keys if (embedding := came(key) or peek(key)) is not None}
+
+    @contextmanager
+    def _looking(self, keys: Sequence[bytes]) -> Iterator[None]:
+        """While slower tiers are asked for these, each once: what comes for them is kept until then."""
+        looked_for = self._looked_for
+        for key in keys:
+            looked_for[key] = looked_for.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            for key in keys:
+                others = looked_for.pop(key) - 1
+                if others:
+                    looked_for[key] = others
+                else:
+                    self._came.pop(key, None)
 
     def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Keeps these: in memory at once, elsewhere soon. Must be called within the event loop."""
+        if self._looked_for:
+            self._came.update(entry for entry in entries if entry[0] in self._looked_for)
         self._put_above(len(self._writers), entries)
 
     async def close(self, timeout: float = 5.0) -> None:

@@ -11,7 +11,7 @@ from app.cache.reader import Found, Reader
 from app.cache.tiers import Tiers
 from app.config import CacheSettings
 from app.metrics import Metrics
-from app.types import Embedding, Store
+from app.types import Embedding, LookUp, Store
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 
 
@@ -260,6 +260,34 @@ async def test_without_memory_what_comes_while_a_tier_is_asked_is_found(clock: C
     assert await tiers.get(keys(2, 1)) == [None, embedding(1)]
     await tiers.close(timeout=0.01)
     assert tiers._writers[0].waiting == {}
+
+
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+async def test_what_comes_while_a_tier_is_asked_is_found_though_it_is_written_and_nowhere_here_by_then(
+    clock: Clock, metrics: Metrics, fast: bool, again: bool
+) -> None:
+    class Gated(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            found = await super().get(keys)
+            if not self.batches:
+                tiers.put(entries([1]))  # a call has ended
+                while tiers._writers[0].waiting:  # a turn or two
+                    await asyncio.sleep(0)
+            return found
+
+        async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
+            return await self.get(keys), ()
+
+        async def let_go(self, keys: Sequence[bytes]) -> None: ...
+
+    slow = Gated()
+    too_small = MemoryStore(1, 60, clock, metrics)
+    tiers = Tiers([too_small, slow] if fast else [slow], metrics, clock)
+    found = (await tiers.look_again(keys(2, 1))).embeddings if again else await tiers.get(keys(2, 1))
+    assert found == ({key(1): embedding(1)} if again else [None, embedding(1)])
+    assert (tiers._writers[0].waiting, tiers._came, tiers._looked_for) == ({}, {}, {}), "it is kept for no longer"
+    await tiers.close()
 
 
 async def test_writing_holds_nobody_up(clock: Clock, metrics: Metrics) -> None:

@@ -167,8 +167,6 @@ class Batch(Struct):
     """Where it takes several calls, what those that are over have brought, by key: kept where the rest is cut off."""
     wanted: Callable[[], bool] = lambda: True
     """Whether anybody still waits for any of it."""
-    joined: Callable[[], bool] = lambda: True
-    """Whether anybody does who has more time than the deadline says, having come since."""
 
 
 class BatchResult(Struct):

@@ -370,14 +370,12 @@ def _closed(reason: str) -> UpstreamUnavailable:
 
 def _batch(group: Group, jobs: list[Job]) -> Batch:
     model, params, store = group
-    deadline = max([job.deadline for job in jobs])
     return Batch(
         model=model,
         inputs=[job.input for job in jobs],
         keys=[job.key for job in jobs],
         params=params,
         store=store,
-        deadline=deadline,
+        deadline=max([job.deadline for job in jobs]),
         wanted=lambda: any(job.waiters for job in jobs),
-        joined=lambda: any(job.waiters and job.deadline > deadline for job in jobs),
     )

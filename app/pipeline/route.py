@@ -87,9 +87,9 @@ class Slot:
 
 
 class _Until(Deadline):
-    """A batch's. A call that all who wait for it have left less time than answers take has that time when it is due all
-    the same, as where they have hung up: it is paid for, and who asks again finds what it brings. For those who have
-    come since, and have more time, it is made again."""
+    """A batch's. A call that those who wait for it have left less time than answers take has that time when it is due
+    all the same, as where they have hung up: it is paid for, and who has come since or asks again finds what it brings.
+    Only where it does not answer then either is it made again for those who have come since, and have more time."""
 
     __slots__ = ("_batch", "_began", "_health", "_longer")
 
@@ -100,7 +100,7 @@ class _Until(Deadline):
 
     def more(self) -> float:
         had = self._batch.deadline - self._began
-        if self._longer or self._batch.joined() or self._health.had_time(2 * had):
+        if self._longer or self._health.had_time(2 * had):
             return 0.0
         self._longer = True
         return min(LONGER, self._health.enough - had)

@@ -483,6 +483,26 @@ async def test_a_call_that_was_left_too_little_time_is_seen_to_its_end(usual: fl
     assert started == calls
 
 
+@pytest.mark.parametrize(("usual", "calls"), [(0.3, 1), (0.02, 2)], ids=["too little time", "it hangs"])
+async def test_and_not_made_again_for_who_has_joined_it(usual: float, calls: int) -> None:
+    started = 0
+
+    async def slow(batch: Batch) -> BatchResult:
+        nonlocal started
+        started += 1
+        await asyncio.sleep(0.3)
+        return await answers(batch)
+
+    up = deployment("up", slow)
+    up.health.took(usual)
+    embed = batcher(up)
+    first = asyncio.create_task(embed(request("x", seconds=0.1)))
+    await settle()
+    assert [each.vector for each in (await embed(request("x"))).embeddings] == [b"x"]
+    assert started == calls
+    await asyncio.gather(first, return_exceptions=True)
+
+
 async def test_one_whose_answers_come_too_late_for_those_who_ask_leaves_the_rotation() -> None:
     async def slow(batch: Batch) -> BatchResult:
         await asyncio.sleep(0.15)
@@ -588,7 +608,10 @@ async def test_and_a_second_attempt_of_his_own(short: str) -> None:
     assert calls[-1] == ["x"]
 
 
-async def test_a_call_that_was_left_too_little_time_is_not_held_against_the_upstream() -> None:
+async def test_a_call_that_was_left_too_little_time_is_not_held_against_the_upstream(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.pipeline.route.LONGER", 0.0)
     up = deployment("up", after(0.1))
     one = route(up)
     assert isinstance((await run(one, batch("x"))).outcomes[0], Embedding)

@@ -139,8 +139,10 @@ class EmbedResult(Struct):
     """Inputs of which only the beginning was embedded."""
     split: int = 0
     """Inputs that were embedded in pieces."""
-    free_tokens: int = 0
-    """Tokens that cost nothing, within inputs of which other pieces did cost."""
+    cached_tokens: int = 0
+    shared_tokens: int = 0
+    """Tokens of pieces that were found in the cache, and of those asked once for several, within inputs of which other
+    pieces did cost."""
 
 
 NOTHING = Embedding(b"", 0)

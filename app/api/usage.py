@@ -20,21 +20,21 @@ class Usage(Struct):
 
     @classmethod
     def of(cls, result: EmbedResult) -> Usage:
-        """The tokens of pieces found in the cache count as cached, whatever became of the rest of their input."""
+        """The tokens of pieces that cost nothing count as what they are, whatever became of the rest of their input."""
         sources, each = result.sources, [embedding.tokens for embedding in result.embeddings]
-        count, tokens, free = len(sources), sum(each), result.free_tokens
+        count, tokens = len(sources), sum(each)
         upstream = sources.count(Source.UPSTREAM)
         if upstream == count:
-            return cls(tokens, upstream=count, cached_tokens=free)
+            return cls(tokens, count, cached_tokens=result.cached_tokens, shared_tokens=result.shared_tokens)
         cached = sources.count(Source.CACHE)
         if cached == count:
-            return cls(tokens, cached=count, cached_tokens=tokens + free)
+            return cls(tokens, cached=count, cached_tokens=tokens)
         pairs = list(zip(each, sources, strict=True))
         return cls(
             tokens,
             upstream,
             cached,
             shared=count - upstream - cached,
-            cached_tokens=sum(its for its, source in pairs if source is Source.CACHE) + free,
-            shared_tokens=sum(its for its, source in pairs if source is Source.INFLIGHT),
+            cached_tokens=sum(its for its, source in pairs if source is Source.CACHE) + result.cached_tokens,
+            shared_tokens=sum(its for its, source in pairs if source is Source.INFLIGHT) + result.shared_tokens,
         )

@@ -151,7 +151,8 @@ class LongInputs:
         await _aside(plan.cut(refused), [request.inputs[i] for i in refused])
         again = await self._ask(request, plan, refused, final=True)
         put(result, refused, again)
-        result.free_tokens += again.free_tokens
+        result.cached_tokens += again.cached_tokens
+        result.shared_tokens += again.shared_tokens
         result.too_long = {}
         if mixed(result.embeddings):  # the two were not compared with each other: asked together they are
             result = await self._ask(request, plan, everything, final=True)
@@ -237,17 +238,19 @@ class _Plan:
 
     def join(self, result: EmbedResult, which: Sequence[int]) -> EmbedResult:
         """One embedding for each of these inputs, made from its pieces'."""
-        embeddings, sources, free = [], [], 0
+        embeddings, sources, free = [], [], dict.fromkeys(Source, 0)
         found = iter(zip(result.embeddings, result.sources, strict=True))
         for i in which:
             pieces = self._pieces.get(i, ("",))
             parts = [next(found) for _ in pieces]
             source = _worst([each for _, each in parts])
             if source is Source.UPSTREAM:
-                free += sum(embedding.tokens for embedding, each in parts if each is not source)
+                for embedding, each in parts:
+                    free[each] += embedding.tokens
             embeddings.append(_mean(i, [embedding for embedding, _ in parts], pieces))
             sources.append(source)
-        return replace(result, embeddings=embeddings, sources=sources, free_tokens=free)
+        cached, shared = free[Source.CACHE], free[Source.INFLIGHT]
+        return replace(result, embeddings=embeddings, sources=sources, cached_tokens=cached, shared_tokens=shared)
 
 
 async def _aside(work: _Work[T], texts: Iterable[Input]) -> T:

@@ -219,6 +219,15 @@ def test_split_answers_the_mean_of_the_pieces_weighted_by_length_and_sums_the_us
         assert usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"] == fake.billed_tokens
 
 
+def test_pieces_that_a_text_has_twice_are_told_as_asked_once_and_not_as_cached(fake: FakeOpenAI) -> None:
+    with running(config(fake, on_long_input="split")) as gateway:
+        usage = gateway.post({"model": "public", "input": "far away " * 4000}).json()["usage"]
+        free = usage["prompt_tokens_details"]["cached_tokens"]
+        assert free == usage["prompt_tokens"] - fake.billed_tokens > 0
+        spared = {source: gateway.metric("tokens_total", source=source) for source in ("cached", "deduplicated")}
+        assert spared == {"cached": 0, "deduplicated": free}
+
+
 def test_pieces_are_cached_like_any_text_and_what_was_cached_of_them_cost_nothing(fake: FakeOpenAI) -> None:
     with running(config(fake, on_long_input="split") | {"cache": {}}) as gateway:
         first, *rest = Room(8192, None).pieces(LONG)

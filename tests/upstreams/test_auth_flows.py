@@ -346,9 +346,10 @@ async def test_where_no_key_is_taken_what_will_pass_is_told() -> None:
     assert await flow(embedding(), service.send) is limited
     assert service.asked == ["one", "two", "three"]
     first, later = (refusal(429, "rate_limit_exceeded", **{"retry-after": wait}) for wait in ("1", "50"))
-    for one, two in ((first, later), (later, first)):
-        flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
-        assert await flow(embedding(), Keyed(one=one, two=two).send) is first
+    for soon, late in ((first, later), (limited, first)):  # a limit that does not say how long has passed soonest
+        for one, two in ((soon, late), (late, soon)):
+            flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
+            assert await flow(embedding(), Keyed(one=one, two=two).send) is soon
     failed = refusal(500, "server_error")
     service = Keyed(one=limited, two=failed)
     flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())
@@ -366,6 +367,27 @@ async def test_a_key_that_is_no_good_leaves_the_rotation_alone_and_nobody_notice
     replies = [await flow(embedding(), service.send) for _ in range(6)]
     assert {reply.status for reply in replies} == {200}
     assert service.asked.count("two") == 1
+
+
+async def test_a_key_that_is_left_out_is_not_asked_where_another_is_at_its_rate() -> None:
+    service = Keyed(two=refusal(401, "invalid_api_key"))
+    flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
+    for _ in range(2):
+        await flow(embedding(), service.send)
+    service.against["one"] = refusal(429, "rate_limit_exceeded")
+    service.asked.clear()
+    assert (await flow(embedding(), service.send)).status == 429
+    assert service.asked == ["one"]
+
+
+async def test_where_all_are_left_out_the_one_that_is_back_first_is_asked_alone() -> None:
+    used_up, limited = refusal(429, "insufficient_quota"), refusal(429, "rate_limit_exceeded", **{"retry-after": "7"})
+    service = Keyed(one=used_up, two=limited, three=used_up)
+    flow = auth.bearer(["one", "two", "three"], openai.parse_error, HandClock())
+    await flow(embedding(), service.send)
+    service.asked.clear()
+    await flow(embedding(), service.send)
+    assert service.asked == ["two"]
 
 
 async def test_what_every_key_is_refused_for_leaves_none_of_them_out() -> None:

@@ -596,6 +596,19 @@ async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared
     assert restarts.health.out, "it has another model now"
 
 
+async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clock: HandClock) -> None:
+    async def limited(batch: Batch) -> BatchResult:
+        raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
+
+    (first, _), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic(), set())
+    first.embed = limited
+    clock.now += EVERY
+    await looks.look(clock.monotonic(), set())
+    clock.now += AGAIN
+    assert looks._to_ask(clock.monotonic()) == [first]
+
+
 async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock) -> None:
     (first, _), looks = several(clock, answers, answers)
     await looks.look(clock.monotonic(), set())

@@ -496,6 +496,15 @@ def test_a_call_cut_off_by_the_requests_deadline_is_counted_as_timed_out() -> No
         assert gateway.metric("upstream_requests_total", outcome="upstream_timeout") == 1
 
 
+@pytest.mark.parametrize("none", ["first", "last"])
+def test_a_call_that_brings_some_vectors_is_counted_as_one_that_succeeded(none: str) -> None:
+    with FakeOpenAI() as fake, running(config(fake)) as gateway:
+        fake.fail(faults.zero_vector.on(none))
+        assert gateway.post({"model": MODEL, "input": ["first", "last"]}).status_code == 200
+        assert [call.rows for call in fake.calls] == [2, 1], "asked again for the one that was none"
+        assert gateway.metric("upstream_requests_total", outcome="ok") == gateway.metric("upstream_requests_total") == 2
+
+
 def test_a_reply_that_is_no_answer_is_billed_all_the_same() -> None:
     with FakeOpenAI() as fake, running(config(fake)) as gateway:
         fake.fail(faults.one_vector_more, times=None)

@@ -248,6 +248,13 @@ async def test_where_all_hang_callers_are_told_to_wait() -> None:
     assert isinstance(outcome, UpstreamUnavailable)
 
 
+async def test_a_deadline_is_told_as_one_where_all_are_down_as_well() -> None:
+    one = deployment("one", held(asyncio.Event(), asyncio.Event()))
+    eject(one)
+    [outcome] = (await run(route(one), batch("x", seconds=0))).outcomes
+    assert isinstance(outcome, UpstreamTimeout)
+
+
 async def test_of_those_that_are_all_ejected_whichever_is_back_is_found_soon() -> None:
     dead = [deployment(name, failing(UpstreamError("down"))) for name in "ab"]
     back = deployment("back", answers)
@@ -872,6 +879,22 @@ async def test_a_bug_of_ours_says_nothing_of_a_deployment() -> None:
         await run(route(only), batch("x"))
     assert only.health.trouble == "upstream_error: down"
     assert not only.health.available()
+
+
+async def test_and_where_it_ends_the_call_that_was_to_tell_whether_one_is_back_the_next_one_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def fails(batch: Batch) -> BatchResult:
+        raise AttributeError(batch)
+
+    monkeypatch.setattr("app.pipeline.health.EJECTION", 0.0)
+    only = deployment("only", fails)
+    for _ in range(FAILURES):
+        only.health.end(UpstreamError("down"), only.health.begin())
+    with pytest.raises(AttributeError):
+        await run(route(only), batch("x"))
+    assert only.health.ejected
+    assert only.health.available()
 
 
 async def test_two_models_of_one_upstream_take_turns() -> None:

@@ -90,9 +90,10 @@ async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> No
 
 @pytest.mark.parametrize("kind", [InvalidRequest, ContextLengthExceeded])
 @pytest.mark.parametrize("words", TOKENS)
-async def test_tokens_of_a_call_are_learned_once(words: str, kind: type[InvalidRequest]) -> None:
+@pytest.mark.parametrize("known", [None, 100])
+async def test_tokens_of_a_call_are_learned_once(known: int | None, words: str, kind: type[InvalidRequest]) -> None:
     texts = [f"text {i:05}" for i in range(9)]  # 10 bytes each
-    upstream, limits = Upstream(words, tokens=40, kind=kind), Limits(100)
+    upstream, limits = Upstream(words, tokens=40, kind=kind), Limits(100, known)
     adapt = Adapt(upstream, limits)
     assert answers(await adapt(batch(*texts))) == texts
     assert [len(call) for call in upstream.calls] == [9, 4, 4, 1]

@@ -926,6 +926,32 @@ async def test_two_models_of_one_upstream_take_turns() -> None:
         always.cancel()
 
 
+async def test_the_model_that_was_served_longest_ago_is_next_however_often_it_has_asked_since() -> None:
+    slots, clock, metrics, ends = Slots(1), HandClock(), Metrics(), asyncio.Semaphore(0)
+    served: list[str] = []
+
+    def held(name: str) -> BatchEmbedder:
+        async def embed(batch: Batch) -> BatchResult:
+            served.append(name)
+            await ends.acquire()
+            return await answers(batch)
+
+        return embed
+
+    def over(name: str) -> Batcher:
+        return Batcher(Route([deployment("up", held(name), slots=slots)], metrics, clock), metrics, clock)
+
+    one, other = over("one"), over("other")
+    asked = []
+    for number, each in enumerate((one, other, one, other)):
+        asked.append(asyncio.create_task(each(request(f"{number}"))))
+        await clock.advance(1)
+    for _ in asked:
+        ends.release()
+    await asyncio.gather(*asked)
+    assert served == ["one", "other", "one"]
+
+
 async def test_inputs_nobody_waits_for_do_not_pile_up() -> None:
     held = asyncio.Event()
 

@@ -50,6 +50,16 @@ asyncio.run(main())
 """
 
 
+async def test_a_look_up_has_its_turn_between_the_pieces_of_a_large_write(opened: OpenDisk) -> None:
+    store = opened()
+    await store.put(entries([0]))
+    writing = asyncio.create_task(store.put(entries(range(1, 200), dimensions=1024)))
+    await asyncio.sleep(0)
+    assert await store.get([key(0)]) == [embedding(0)]
+    assert not writing.done()
+    await writing
+
+
 async def test_a_value_put_in_again_replaces_the_old_one(opened: OpenDisk) -> None:
     store = opened()
     await store.put([(key(1), embedding(7))])

@@ -539,6 +539,20 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
     assert (first.health.compared, second.health.compared) == (False, True)
 
 
+async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "AT_FIRST", 0.01)
+
+    async def late(batch: Batch) -> BatchResult:
+        await asyncio.sleep(0.2)
+        return await answers(batch)
+
+    (first, second), looks = several(clock, hangs, late)
+    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
+    assert (first.health.compared, second.health.compared) == (False, True)
+
+
 async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(clock: HandClock) -> None:
     async def slow(batch: Batch) -> BatchResult:
         await asyncio.sleep(0.2)

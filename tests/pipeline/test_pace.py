@@ -433,6 +433,17 @@ async def test_tokens_used_by_one_are_known_to_all(clock: HandClock, upstream: U
     assert len(upstream.calls) == 1
 
 
+async def test_and_are_told_once_as_soon_as_they_are_used(upstream: Upstream, replica: Replica) -> None:
+    upstream.billed = 1000
+    (one, slots, _), (_, others, _) = replica(tokens=60), replica(tokens=60)
+    await one(request("a"))
+    assert slots.pace is not None
+    lease = slots.pace._lease
+    assert lease is not None
+    await until(lambda: _is(not lease.in_debt()))
+    await until(lambda: _is(others.wait() > 100))
+
+
 async def _is(so: bool) -> bool:
     return so
 

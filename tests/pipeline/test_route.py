@@ -248,6 +248,17 @@ async def test_where_all_hang_callers_are_told_to_wait() -> None:
     assert isinstance(outcome, UpstreamUnavailable)
 
 
+async def test_what_one_says_is_told_as_it_is_while_another_is_in_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.pipeline.route.SHARE", 0.0)
+    fails, ejected = (
+        deployment("fails", failing(UpstreamError("no"))),
+        deployment("ejected", failing(UpstreamError("no"))),
+    )
+    eject(ejected)
+    [outcome] = (await run(route(fails, ejected), batch("x"))).outcomes
+    assert type(outcome) is UpstreamError
+
+
 async def test_a_deadline_is_told_as_one_where_all_are_down_as_well() -> None:
     one = deployment("one", held(asyncio.Event(), asyncio.Event()))
     eject(one)
@@ -804,6 +815,25 @@ async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
 
 
 # --- queues -------------------------------------------------------------------------------------------------
+
+
+async def test_who_waits_for_a_short_rest_is_not_held_up_by_who_waits_for_a_long_one() -> None:
+    clock, metrics = HandClock(), Metrics()
+    plain, roles = (
+        Deployment(name, Model("m", roles=able), "s", Slots(4), Limits(10), health(clock), answers)
+        for name, able in (("plain", ()), ("roles", ROLES))
+    )
+    for each, seconds in ((plain, 1), (roles, 20)):
+        each.health.end(RateLimited("slowly", retry_after=seconds), each.health.begin())
+    embed = Batcher(Route([plain, roles], metrics, clock), metrics, clock)
+    long = asyncio.create_task(embed(request("long", params=Params(input_type="query"))))
+    await settle()
+    short = asyncio.create_task(embed(request("short")))
+    await settle()
+    await clock.advance(1)
+    assert (short.done(), long.done()) == (True, False)
+    await clock.advance(19)
+    assert long.done()
 
 
 def rests_shortly(one: Deployment, why: str, monkeypatch: pytest.MonkeyPatch) -> None:

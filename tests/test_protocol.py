@@ -383,6 +383,7 @@ def test_a_request_that_comes_slowly_is_not_cut_off_as_idle(impatient: Running, 
         assert answered(connection, embed("before"))
         assert answered(connection, request[:cut], request[cut:], pause=1.3)
         assert answered(connection, embed("behind"))
+        assert connection.recv(1) == b"", "but once it is idle"
 
 
 def test_a_connection_over_which_nothing_ever_comes_is_closed(impatient: Running) -> None:

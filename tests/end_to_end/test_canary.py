@@ -623,6 +623,15 @@ async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clo
     assert looks._to_ask(clock.monotonic()) == [first]
 
 
+async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_is_down(clock: HandClock) -> None:
+    (alone,), looks = several(clock, answers)
+    await looks.look(clock.monotonic(), set())
+    for _ in range(FAILURES):
+        alone.health.end(UpstreamTimeout("no answer"), alone.health.begin())
+    clock.now += canary.ROUND
+    assert not looks.due(clock.monotonic())
+
+
 async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock) -> None:
     (first, _), looks = several(clock, answers, answers)
     await looks.look(clock.monotonic(), set())

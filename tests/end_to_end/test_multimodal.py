@@ -145,6 +145,7 @@ def test_a_text_is_not_billed_the_image_beside_it(fake: FakeDashScope, gateway: 
         ({"type": "image_url", "image_url": {}}, "string"),
         ({"image": "file:///etc/passwd"}, "http"),
         ({"image": "http://a b"}, "http"),
+        ({"image": "http://a\nb"}, "http"),
         ({"image": "data:image/png;base64,"}, "empty"),
         ({"image": "data:image/png;base64,!!!"}, "base64"),
         ({"video": PIXEL.replace("image/png", "video/mp4")}, "address"),

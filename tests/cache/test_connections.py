@@ -75,6 +75,23 @@ async def test_one_that_was_opened_for_a_caller_who_has_gone_is_closed_with_the_
     assert not made.all[0].is_connected
 
 
+async def test_one_that_is_in_use_when_all_are_closed_is_closed_when_it_comes_back() -> None:
+    made = Made()
+    opening = asyncio.create_task(made.ask())
+    await asyncio.sleep(0.01)
+    made.all[0].go.set()
+    await opening
+    made.all[0].go.clear()
+    asking = asyncio.create_task(made.ask())
+    await asyncio.sleep(0.01)
+    await made.connections.close()
+    assert made.all[0].is_connected
+    made.all[0].go.set()
+    async with asyncio.timeout(5):
+        assert await asking == [b"OK"]
+    assert not made.all[0].is_connected
+
+
 async def test_one_that_was_looked_at_for_a_caller_who_has_gone_makes_room() -> None:
     made = Made()
     opening = asyncio.create_task(made.ask())

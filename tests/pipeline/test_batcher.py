@@ -109,6 +109,20 @@ async def test_a_call_begins_in_the_turn_of_the_event_loop_after_its_inputs_came
     await asked
 
 
+async def test_what_comes_turn_after_turn_without_end_does_not_keep_a_call_from_beginning() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls)
+    asked = [asyncio.create_task(embed(request(f"{number}"))) for number in range(2)]
+    await settle()
+    calls.release()
+    await asyncio.gather(*asked)  # from now on others are expected
+    for number in range(2, 10):
+        asked.append(asyncio.create_task(embed(request(f"{number}"))))
+        await asyncio.sleep(0)
+    assert len(calls.batches) > 1
+    await asyncio.gather(*asked)
+
+
 @pytest.mark.parametrize(
     ("count", "rows", "sent"), [(50, 500, [2, 100]), (128, 500, [2, 128, 128]), (128, 127, [2, 127, 127, 2])]
 )

@@ -60,6 +60,16 @@ async def test_a_look_up_has_its_turn_between_the_pieces_of_a_large_write(opened
     await writing
 
 
+async def test_values_that_leave_half_of_their_pages_empty_are_kept_in_a_full_file(
+    opened: OpenDisk, metrics: Metrics
+) -> None:
+    store = opened(max_size=2**19)
+    for first in range(0, 400, 20):
+        await store.put(entries(range(first, first + 20), dimensions=520))
+    assert count(metrics, "disk", "set", "ok") == 400
+    assert await present(store, 399) == [399]
+
+
 async def test_a_value_put_in_again_replaces_the_old_one(opened: OpenDisk) -> None:
     store = opened()
     await store.put([(key(1), embedding(7))])

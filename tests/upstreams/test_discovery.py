@@ -398,6 +398,29 @@ async def test_a_list_that_did_not_come_the_last_time_keeps_nobody_waiting(
     assert (await gateway.find("one/new")).name == "new"
 
 
+async def test_and_who_asks_for_a_model_that_it_has_listed_does_not_ask_it(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock
+) -> None:
+    gateway, one, _ = two
+    upstream, asked = gateway.upstreams["one"], 0
+    one.models = [Model("known")]
+    await gateway.refresh()
+
+    async def times_out(settings: Any, send: Send) -> list[Model]:
+        nonlocal asked
+        del settings, send
+        asked += 1
+        raise UpstreamTimeout("the upstream did not answer within 30 s")
+
+    upstream.kind = dataclasses.replace(upstream.kind, discover=times_out)
+    await clock.advance(connect.FRESH)
+    await gateway.refresh()
+    await clock.advance(connect.AWAY)
+    assert upstream.away
+    await gateway.find("one/known")
+    assert asked == 1
+
+
 async def test_a_server_without_a_list_makes_nobody_wait_for_one(two: tuple[Gateway, Listing, Listing]) -> None:
     """Its models are those that are configured: another name is no model of anybody's."""
     gateway, _, _ = two

@@ -57,10 +57,12 @@ def test_indexes_that_are_no_permutation_are_no_answer(indexes: list[Any]) -> No
         (1, 4, 2, UpstreamInvalidResponse),  # neither
     ],
 )
+@pytest.mark.parametrize("beside", ["one like it", "an empty one"])
 def test_a_length_that_was_not_asked_for_is_no_answer(
-    asked: int | None, native: int | None, given: int, error: type[Exception] | None
+    beside: str, asked: int | None, native: int | None, given: int, error: type[Exception] | None
 ) -> None:
-    parsed = Parsed([0, 1], [vectors.from_numbers([1.0] * given)] * 2)
+    vector = vectors.from_numbers([1.0] * given)
+    parsed = Parsed([0, 1], [vector, b"" if beside == "an empty one" else vector])
     if error is None:
         assert len(contract.in_order(parsed, [1, 1], asked, native=native)) == 2
     else:

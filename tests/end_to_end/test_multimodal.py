@@ -160,7 +160,8 @@ def test_what_a_model_does_not_take_is_a_400_before_anything_is_sent(fake: FakeD
     response = gateway.post({"model": "text-embedding-v3", "input": ["a text", {"image": ADDRESS}]})
     refused(response, "input[1]", "image", "text only")
     big = "data:image/png;base64," + "A" * (4 * 2**20 + 400)
-    refused(gateway.post({"model": V1, "input": ["a text", {"image": big}]}), "input[1]", "bytes", str(3 * 2**20))
+    response = gateway.post({"model": V1, "input": ["a text", {"image": ADDRESS}, {"image": big}]})
+    refused(response, "input[2]", "bytes", str(3 * 2**20))
     refused(gateway.post({"model": V1, "input": ["word " * 600]}), "input[0]", "512")
     assert not fake.calls
 

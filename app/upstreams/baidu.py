@@ -140,7 +140,7 @@ def error_code(reply: WireReply) -> int:
     try:
         body = orjson.loads(reply.body)
         return int(body["error_code"]) if isinstance(body, dict) else 0
-    except (KeyError, TypeError, ValueError, OverflowError):
+    except (KeyError, TypeError, ValueError):
         return 0
 
 

@@ -513,6 +513,24 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
     await app.gateway.aclose()
 
 
+async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_though_it_is_named_first() -> None:
+    """Or both would serve, of which one may be another model by now."""
+
+    def settings(key: str, timeout: int) -> Settings:
+        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+        upstreams = {"a": {**server, "api_key": key}, "b": {**server, "timeout": timeout}}
+        models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in "ab"]}}
+        return settings_of({"upstreams": upstreams, "models": models})
+
+    app = create_app(settings("sk-one", 10), stores=[])
+    for each in app.gateway.names["m"].deployments:
+        each.health.unproved = False
+    after = app._build_gateway(settings("sk-other", 20), app.gateway)
+    assert [each.health.unproved for each in after.names["m"].deployments] == [True, False]
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
 async def test_who_is_inside_counts_on() -> None:
     def settings(most: int) -> Settings:
         return settings_of({"server": {"max_inflight": most}, "upstreams": {"up": {"type": "lexical"}}})

@@ -183,7 +183,7 @@ class Registry:
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
         were = [each for each in before.deployments if each.upstream in as_before]
-        doubtful = {_identity(each) for each in were if each.health.unproved or each.health.out is not None}
+        doubtful = {_identity(each) for each in were if each.health.doubtful}
         self._proved = {_identity(each) for each in were} - doubtful
         self._spaces = {each.space for each in self.deployments} | {space for _, _, space in self._proved}
         known = {each.health for each in self.deployments}

@@ -109,6 +109,11 @@ class Health:
         """Whether it has left the rotation for its failures, and nothing has succeeded since."""
         return self._ejections > 0
 
+    @property
+    def doubtful(self) -> bool:
+        """Whether it has to be compared before it takes traffic where others do: it may have come back another."""
+        return self.unproved or self.ejected or self.out is not None
+
     def available(self) -> bool:
         """Whether it may have a call now; after an ejection, one call at a time."""
         if self.ejected and (self._probing or self._clock.monotonic() < self._ejected_until):

@@ -510,6 +510,10 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
     app = create_app(settings(), stores=[])
     assert await unproved(False, False) == [False, not proved]
     assert await unproved(False, True) == [False, True], "one that had not been compared still has not been"
+    health = app.gateway.names["m"].deployments[1].health
+    for _ in range(FAILURES):
+        health.end(UpstreamError("down"), 0)
+    assert await unproved(False, False) == [False, True], "one that was left out may be back as another"
     await app.gateway.aclose()
 
 

@@ -105,6 +105,8 @@ class Canary:
         """Whether they stand in for each other."""
         self._unsettled = False
         """Whether they were compared with each other only, because the cache could not be read."""
+        self.waited = -math.inf
+        """When it last waited in vain for one of them."""
 
     def due(self, now: float) -> bool:
         """Those that were configured to stand in for each other are compared from the start; all else once it is used,
@@ -132,22 +134,27 @@ class Canary:
         has never answered takes no traffic while others do: it may have been away and have come back another.
 
         `mute`: upstreams that have let a look of this round wait, which this one adds to. Where what the space gives is
-        known they are not asked: the others, which may be all that serve, wait for this to be compared."""
+        known they are not asked: the others, which may be all that serve, wait for this to be compared. They may hang
+        for that model only: one that has traffic and was not asked keeps it."""
         asked = self._to_ask(now)
         if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
             return
         self._looking = True
         try:
             known = await self._expected.recall(self._space)
-            told: _Told = dict.fromkeys(asked)
-            told.update(await _told([each for each in asked if not known or each.upstream not in mute], known))
+            left = [each for each in asked if known and each.upstream in mute]
+            told = await _told([each for each in asked if each not in left], known)
             answers = {each: said for each, said in told.items() if isinstance(said, bytes)}
             expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
-        mute.update(each.upstream for each, said in told.items() if said is None)
+        hanging = {each.upstream for each, said in told.items() if said is None}
+        if hanging:
+            mute |= hanging
+            self.waited = now
         if answers:
             self._unsettled = not self._expected.knows(self._space)
+        told.update((each, None) for each in left if each.health.doubtful)
         for deployment, said in told.items():
             self._asked[deployment] = now, deployment in answers
             if isinstance(said, bytes):
@@ -253,8 +260,9 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
 
 
 async def _look(canaries: Sequence[Canary], clock: Clock) -> None:
+    """Those last that have waited last, so that each has its turn to ask where one lets others not be asked."""
     mute: set[str] = set()
-    for canary in canaries:
+    for canary in sorted(canaries, key=lambda each: each.waited):
         try:
             await canary.look(clock.monotonic(), mute)
         except Exception:  # a bug of ours must not end the watch over all the others

@@ -289,7 +289,7 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
     looked: list[str] = []
 
     class Looks:
-        waits, upstream = False, "up"
+        waits, upstream, waited = False, "up", 0.0
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -410,7 +410,38 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
     assert asked == ["a"]
     assert [(well.health.unproved, bool(mute.health.silent)) for well, mute in pairs] == [(False, True)] * 3
     await clock.advance(canary.ROUND)
-    assert asked == ["a", "a"]
+    assert asked == ["a", "b"]
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_round(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Meanwhile it keeps the traffic that it has."""
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+
+    async def hangs_for_one(batch: Batch) -> BatchResult:
+        return await (hangs if batch.model == "a" else answers)(batch)
+
+    def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
+        return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
+
+    expected, models = Expected(None), "abc"
+    for each in models:
+        await expected.of(each, np.ones(4, "<f4").tobytes())
+    pairs = [(deployment("well", each, answers), deployment("half", each, hangs_for_one)) for each in models]
+    halves = [half.health for _, half in pairs]
+    halves[0].unproved = halves[1].unproved = True
+    canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    while not pairs[-1][0].health.compared:
+        await asyncio.sleep(0.01)
+    assert [each.unproved for each in halves] == [True, True, False]
+    await clock.advance(canary.ROUND)
+    await settle()
+    assert [each.unproved for each in halves] == [True, False, False]
+    assert halves[2].compared
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 
@@ -567,6 +598,8 @@ async def test_an_upstream_that_hangs_holds_up_no_look_at_another(clock: HandClo
     looked: list[str] = []
 
     class Looks:
+        waited = 0.0
+
         def __init__(self, upstream: str) -> None:
             self.upstream = upstream
 

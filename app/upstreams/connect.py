@@ -37,7 +37,7 @@ AWAY = 1.0
 LIST_TIMEOUT = 5.0
 """Seconds for which callers wait for a list of models; from then on they go on with what is known."""
 HUNG_TIMEOUT = 0.2
-"""The same, where it did not come the last time: it may hang for good while all else there works."""
+"""The same, where it did not come the last time, or failed: it may hang or fail for good while all else there works."""
 
 _PATIENCE = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
 """Settings that say how much and how long an upstream is asked, and have no part in who answers and what."""
@@ -79,7 +79,11 @@ class Upstream:
         """Whether its models could not be listed because it is not there, or what stands before it says that it is not,
         or it fails in whatever it does (a 500 or 502)."""
         gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
-        return gone or type(self.trouble) is UpstreamError
+        return gone or self._fails
+
+    @property
+    def _fails(self) -> bool:
+        return type(self.trouble) is UpstreamError
 
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""
@@ -115,7 +119,7 @@ class Upstream:
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
         assert self._discovered_at is not None
-        patience = HUNG_TIMEOUT if isinstance(self.trouble, UpstreamTimeout) else LIST_TIMEOUT
+        patience = HUNG_TIMEOUT if isinstance(self.trouble, UpstreamTimeout) or self._fails else LIST_TIMEOUT
         _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + patience - now))
         if hanging and self.trouble is None:
             self.trouble = UpstreamTimeout("it does not answer")

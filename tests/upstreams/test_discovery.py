@@ -16,6 +16,7 @@ from app.clock import SystemClock
 from app.errors import (
     ModelNotFound,
     UpstreamAuth,
+    UpstreamError,
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
     UpstreamTimeout,
@@ -376,15 +377,16 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     assert other.asked == 1, "it answered just now, however long that took"
 
 
+@pytest.mark.parametrize("trouble", [UpstreamTimeout, UpstreamError])
 async def test_a_list_that_did_not_come_the_last_time_keeps_nobody_waiting(
-    two: tuple[Gateway, Listing, Listing], clock: HandClock
+    two: tuple[Gateway, Listing, Listing], clock: HandClock, trouble: type[UpstreamError]
 ) -> None:
     gateway, one, _ = two
     upstream = gateway.upstreams["one"]
 
     async def times_out(settings: Any, send: Send) -> list[Model]:
         del settings, send
-        raise UpstreamTimeout("the upstream did not answer within 30 s")
+        raise trouble("the upstream did not answer within 30 s")
 
     listed, upstream.kind = upstream.kind, dataclasses.replace(upstream.kind, discover=times_out)
     await gateway.refresh()

@@ -25,6 +25,8 @@ _ASIDE = 9
 """Broken files that are kept, where only one is certainly ours."""
 _PAGE = 2**16
 """Bytes of a file's first page, at most."""
+_LOG = ("-wal", "-shm")
+"""What SQLite keeps beside the file."""
 _EVICT = 16
 """Rows to let go at a time."""
 
@@ -76,6 +78,7 @@ class Table:
         except BaseException:
             self._db.close()
             raise
+        self._log = {path + suffix: _inode(path + suffix) for suffix in _LOG}
 
     def _prepare(self, max_size: int) -> None:
         if self._pragma("application_id") != _APPLICATION:
@@ -118,10 +121,7 @@ class Table:
     @property
     def gone(self) -> bool:
         """Whether the file was deleted or replaced: SQLite goes on with it, unseen, and it ends with the process."""
-        try:
-            return Path(self._path).stat().st_ino != self._inode
-        except FileNotFoundError:
-            return True
+        return _inode(self._path) != self._inode
 
     def read(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The value of each key, or None."""
@@ -150,7 +150,12 @@ class Table:
             self._transaction(lambda: self._insert(rows, needed))
 
     def close(self) -> None:
-        """Writes down what was used, folds the log in, closes."""
+        """Writes down what was used, folds the log in, closes. The log of a file that is gone is removed before that:
+        a new file would be read with it for as long as another process has it open."""
+        if self.gone:
+            for each, inode in self._log.items():
+                if inode is not None and _inode(each) == inode:
+                    Path(each).unlink(missing_ok=True)
         with suppress(sqlite3.Error):
             self._transaction(self._touch)
         self._db.close()
@@ -222,9 +227,15 @@ def set_aside(path: str, inode: int | None = None) -> Path | None:
                     each.unlink(missing_ok=True)
             place = next((each for each in places if not each.exists()), places[-1])
             Path(path).replace(place)
-            for suffix in ("-wal", "-shm"):
+            for suffix in _LOG:
                 Path(path + suffix).unlink(missing_ok=True)
             return place
+    return None
+
+
+def _inode(path: str) -> int | None:
+    with suppress(FileNotFoundError):
+        return Path(path).stat().st_ino
     return None
 
 

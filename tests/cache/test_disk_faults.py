@@ -4,7 +4,9 @@
 import asyncio
 import logging
 import os
+import shutil
 import sqlite3
+import sys
 from pathlib import Path
 
 import pytest
@@ -102,6 +104,38 @@ async def test_a_file_that_was_deleted_is_made_anew(
     assert await present(opened(), 0, 1, 2, 3) == [2, 3]
     assert await present(stores[0], 2, 3) == await present(stores[1], 2, 3) == [2, 3]
     assert caplog.messages == [f"disk cache: {path} is gone or another file; it is opened anew"] * 2
+
+
+async def test_the_log_of_a_file_that_was_deleted_or_replaced_is_not_taken_for_its_successors(
+    opened: OpenDisk, path: Path
+) -> None:
+    """Also while another process, which has nothing to write, goes on with the old file."""
+    store = opened()
+    for number in range(2):
+        await store.put(entries([number]))
+        other = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", HOLD, str(path), stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+        )
+        assert other.stdout is not None
+        assert await other.stdout.readline() == b"1\n"
+        if number:
+            shutil.copy(path, path.with_suffix(".copy"))
+            path.with_suffix(".copy").replace(path)
+        else:
+            path.unlink()
+        await store.put(entries(range(10, 30)))
+        assert store.status == "up"
+        assert await present(store, *range(10, 30)) == [*range(10, 30)]
+        assert (await other.communicate(b"."))[0] == b"1\n"
+
+
+HOLD = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1])
+for _ in range(2):
+    print(len(database.execute("SELECT key FROM embeddings LIMIT 1").fetchall()), flush=True)
+    sys.stdin.read(1)
+"""
 
 
 async def test_another_programs_database_is_left_alone(opened: OpenDisk, path: Path, metrics: Metrics) -> None:

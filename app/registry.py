@@ -89,6 +89,8 @@ class Registry:
         """Theirs."""
         self._proved: set[tuple[str, str, str]] = set()
         """What took traffic under the configuration before, and answers as it did: upstream, its model, space."""
+        self._out: dict[tuple[str, str, str], Health] = {}
+        """The same of what was taken out of the rotation."""
         self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
@@ -106,6 +108,7 @@ class Registry:
             self._take_over(before)
         self.publish()
         self._proved.clear()
+        self._out.clear()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -185,6 +188,7 @@ class Registry:
         were = [each for each in before.deployments if each.upstream in as_before]
         doubtful = {_identity(each) for each in were if each.health.doubtful}
         self._proved = {_identity(each) for each in were} - doubtful
+        self._out = {_identity(each): each.health for each in were if each.health.out is not None}
         self._spaces = {each.space for each in self.deployments} | {space for _, _, space in self._proved}
         known = {each.health for each in self.deployments}
         for members, served in before._batchers.items():
@@ -274,8 +278,10 @@ class Registry:
         if self._over:
             health.retire()
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.
-        proved = (upstream.name, model.name, identity) in self._proved
-        health.unproved = identity in self._spaces and not proved
+        known_as = (upstream.name, model.name, identity)
+        health.unproved = identity in self._spaces and known_as not in self._proved
+        if known_as in self._out:
+            health.stay_out(self._out[known_as])
         self._spaces.add(identity)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment

@@ -125,6 +125,10 @@ class Health:
         self.out = reason
         self.show()
 
+    def stay_out(self, before: Health) -> None:
+        """As that one is, in whose place it comes; and it is looked at as that one would be."""
+        self.out, self.asked, self.answered = before.out, before.asked, before.answered
+
     def let_in(self) -> None:
         if self.out is not None:
             self.out = None

@@ -517,6 +517,32 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
     await app.gateway.aclose()
 
 
+@pytest.mark.parametrize(
+    ("changed", "stays"), [({"timeout": 20}, True), ({"max_batch": 7}, True), ({"api_key": "sk-other"}, False)]
+)
+async def test_one_that_was_taken_out_and_is_only_asked_otherwise_stays_out(
+    changed: dict[str, Any], stays: bool, tmp_path: Path
+) -> None:
+    """Also where it is alone, and would be looked at only once it has answered somebody."""
+
+    def settings(max_batch: int | None = None, **more: Any) -> Settings:
+        upstreams = {"a": {"type": "openai", "base_url": "http://127.0.0.1:9", **more}}
+        models = {"m": {"max_batch": max_batch, "deployments": [{"upstream": "a", "model": MODEL}]}}
+        cache = {"disk": {"path": str(tmp_path / "cache")}}
+        return settings_of({"cache": cache, "upstreams": upstreams, "models": models})
+
+    app = create_app(settings())
+    health = app.gateway.names["m"].deployments[0].health
+    health.asked, health.answered = 1.0, True
+    health.take_out("another model")
+    after = app._build_gateway(settings(**changed), app.gateway)
+    assert after.names["m"].deployments[0].health.out == ("another model" if stays else None)
+    looked_at = [canary for canary in after._registry.canaries if canary.due(1000.0)]
+    assert bool(looked_at) == stays
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
 async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_though_it_is_named_first() -> None:
     """Or both would serve, of which one may be another model by now."""
 

@@ -87,10 +87,8 @@ class Registry:
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
         """Theirs."""
-        self._proved: set[tuple[str, str, str]] = set()
-        """What took traffic under the configuration before, and answers as it did: upstream, its model, space."""
-        self._out: dict[tuple[str, str, str], Health] = {}
-        """The same of what was taken out of the rotation."""
+        self._before: dict[tuple[str, str, str], Health] = {}
+        """How those were under the configuration before that answer as they did: by upstream, its model, space."""
         self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
@@ -107,8 +105,7 @@ class Registry:
         if before is not None:
             self._take_over(before)
         self.publish()
-        self._proved.clear()
-        self._out.clear()
+        self._before.clear()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -185,11 +182,11 @@ class Registry:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
-        were = [each for each in before.deployments if each.upstream in as_before]
-        doubtful = {_identity(each) for each in were if each.health.doubtful}
-        self._proved = {_identity(each) for each in were} - doubtful
-        self._out = {_identity(each): each.health for each in were if each.health.out is not None}
-        self._spaces = {each.space for each in self.deployments} | {space for _, _, space in self._proved}
+        # Of several the worst.
+        were = sorted(before.deployments, key=lambda each: (each.health.out is not None, each.health.doubtful))
+        self._before = {_identity(each): each.health for each in were if each.upstream in as_before}
+        proved = {space for (_, _, space), health in self._before.items() if not health.doubtful}
+        self._spaces = {each.space for each in self.deployments} | proved
         known = {each.health for each in self.deployments}
         for members, served in before._batchers.items():
             if all(health in known for health, _, _ in members):
@@ -277,11 +274,11 @@ class Registry:
         health = Health(self._clock, show, f"{upstream.name}/{model.name}")
         if self._over:
             health.retire()
+        before = self._before.get((upstream.name, model.name, identity))
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.
-        known_as = (upstream.name, model.name, identity)
-        health.unproved = identity in self._spaces and known_as not in self._proved
-        if known_as in self._out:
-            health.stay_out(self._out[known_as])
+        health.unproved = identity in self._spaces and (before is None or before.doubtful)
+        if before is not None and before.out is not None:
+            health.stay_out(before)
         self._spaces.add(identity)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment

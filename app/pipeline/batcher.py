@@ -254,8 +254,7 @@ class Batcher:
             # Bulk work that has calls of its own need not make queries wait for a full one, unless calls are counted.
             apart = lane == "query" and not slots.pace and queue.line.bulk_goes(self._clock.monotonic())
             lanes = LANES[:1] if apart else LANES
-            scarce = queue.crowds(limits, slots.spare(lane))
-            jobs, dropped = queue.take(limits, scarce=scarce, portion=portion, lanes=lanes)
+            jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion, lanes=lanes)
             if dropped:
                 self._forget(dropped)
             for job in jobs:

@@ -83,7 +83,7 @@ class Slots:
     def take(self, lane: Lane, *, ahead: bool = False) -> bool:
         """Takes a slot if one is free for this lane and the pace allows a call. `ahead` does not wait for the
         pace, which is paid back by those who come later."""
-        if self._free(lane) <= 0:
+        if not self._free(lane):
             return False
         if self.pace:
             if not ahead and self.pace.wait():
@@ -92,13 +92,13 @@ class Slots:
         self.busy += 1
         return True
 
-    def spare(self, lane: Lane) -> int:
-        """How many calls more could start at once and cost nothing: none where a pace counts them."""
-        return 0 if self.pace else max(0, self._free(lane))
+    def spare(self, lane: Lane) -> bool:
+        """Whether calls cost nothing here: another one could start at once, and no pace counts them."""
+        return self.pace is None and self._free(lane)
 
-    def _free(self, lane: Lane) -> int:
+    def _free(self, lane: Lane) -> bool:
         allowed = int(self._allowed)
-        return allowed - (allowed // 4 if lane == "bulk" else 0) - self.busy
+        return self.busy < allowed - (allowed // 4 if lane == "bulk" else 0)
 
     def give_back(self) -> None:
         """Frees a slot and tells those who wait."""

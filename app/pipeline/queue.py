@@ -126,16 +126,6 @@ class Queue:
             size += sum(first) * len(jobs) / max(1, len(first))
         return sum(map(len, self.lanes.values())), size
 
-    def crowds(self, limits: Limits, spare: int) -> bool:
-        """Whether more waits than a call of what is `ENOUGH` and `spare` full ones, which could start at once as well,
-        would take."""
-        more = sum(map(len, self.lanes.values())) - ENOUGH
-        if more <= spare * ENOUGH:
-            return more > 0 and not spare
-        inputs, size = self.size()
-        by_tokens = size / inputs / limits.max_tokens_per_batch if limits.max_tokens_per_batch else 0.0
-        return more * max(1 / limits.max_batch, by_tokens) > spare
-
     def drop_abandoned(self) -> list[Job]:
         """Takes inputs nobody waits for off the front of each lane, and returns them."""
         dropped: list[Job] = []

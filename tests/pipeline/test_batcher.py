@@ -178,17 +178,6 @@ async def test_the_last_slot_takes_all_that_fits() -> None:
     assert [len(batch) for batch in calls.batches] == [128, 384]
 
 
-@pytest.mark.parametrize(("rows", "tokens"), [(500, None), (2000, 500 * 9)])
-async def test_where_more_waits_than_the_other_slots_take_each_call_is_full(rows: int, tokens: int | None) -> None:
-    calls = Calls(held=asyncio.Event())
-    embed = batcher(calls, rows=rows, slots=3, tokens=tokens)
-    asked = [asyncio.create_task(embed(request(*(f"{n:03} {i:05}" for i in range(100))))) for n in range(14)]
-    await settle()
-    assert [len(batch) for batch in calls.batches] == [500, 500, 400], "nothing waits for a second round"
-    calls.release()
-    await asyncio.gather(*asked)
-
-
 async def test_what_queues_while_slots_are_busy_goes_in_the_fewest_calls() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=10, slots=1)

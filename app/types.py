@@ -8,6 +8,7 @@ Structs, because these are made, narrowed and compared with every request: each 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
@@ -169,6 +170,8 @@ class Batch(Struct):
     """Where it takes several calls, what those that are over have brought, by key: kept where the rest is cut off."""
     wanted: Callable[[], bool] = lambda: True
     """Whether anybody still waits for any of it."""
+    joined: Callable[[], float] = lambda: math.inf
+    """Until when they wait at least who have come since and have more time than the deadline says."""
 
 
 class BatchResult(Struct):

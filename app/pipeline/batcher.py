@@ -369,12 +369,18 @@ def _closed(reason: str) -> UpstreamUnavailable:
 
 def _batch(group: Group, jobs: list[Job]) -> Batch:
     model, params, store = group
+    deadline = max([job.deadline for job in jobs])
+
+    def joined() -> float:
+        return min([job.deadline for job in jobs if job.waiters and job.deadline > deadline], default=math.inf)
+
     return Batch(
         model=model,
         inputs=[job.input for job in jobs],
         keys=[job.key for job in jobs],
         params=params,
         store=store,
-        deadline=max([job.deadline for job in jobs]),
+        deadline=deadline,
         wanted=lambda: any(job.waiters for job in jobs),
+        joined=joined,
     )

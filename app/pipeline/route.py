@@ -89,7 +89,8 @@ class Slot:
 class _Until(Deadline):
     """A batch's. A call that those who wait for it have left less time than answers take has that time when it is due
     all the same, as where they have hung up: it is paid for, and who has come since or asks again finds what it brings.
-    Only where it does not answer then either is it made again for those who have come since, and have more time."""
+    Only where it does not answer then either is it made again for those who have come since, and have more time: half
+    of that is left for it."""
 
     __slots__ = ("_batch", "_began", "_health", "_longer")
 
@@ -103,7 +104,8 @@ class _Until(Deadline):
         if self._longer or self._health.had_time(2 * had):
             return 0.0
         self._longer = True
-        return min(LONGER, self._health.enough - had)
+        left = self._batch.joined() - self._batch.deadline
+        return min(LONGER, self._health.enough - had, left / 2)
 
 
 class Route:

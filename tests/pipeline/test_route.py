@@ -521,6 +521,26 @@ async def test_and_not_made_again_for_who_has_joined_it(usual: float, calls: int
     await asyncio.gather(first, return_exceptions=True)
 
 
+async def test_and_who_has_joined_one_that_hangs_has_time_for_another() -> None:
+    calls = 0
+
+    async def hangs_once(batch: Batch) -> BatchResult:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await asyncio.Event().wait()
+        return await answers(batch)
+
+    up = deployment("up", hangs_once)
+    up.health.took(2.0)
+    embed = batcher(up)
+    first = asyncio.create_task(embed(request("x", seconds=0.1)))
+    await settle()
+    async with asyncio.timeout(1.0):
+        assert [each.vector for each in (await embed(request("x", seconds=1.0))).embeddings] == [b"x"]
+    await asyncio.gather(first, return_exceptions=True)
+
+
 async def test_one_whose_answers_come_too_late_for_those_who_ask_leaves_the_rotation() -> None:
     async def slow(batch: Batch) -> BatchResult:
         await asyncio.sleep(0.15)

@@ -278,7 +278,7 @@ def test_a_body_in_many_chunks_is_no_head_without_end(gateway: Running) -> None:
 
 @pytest.mark.parametrize("one", [LAST.replace(b"close", b"keep-alive"), embed("x")], ids=["GET", "POST"])
 def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes) -> None:
-    queued = sent = 0
+    queued = unparsed = sent = 0
     with connected(gateway) as connection:
         connection.setblocking(False)
         began = time.monotonic()
@@ -294,8 +294,10 @@ def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes
                 if isinstance(each, protocol.Protocol) and each.client == connection.getsockname()
             ]
             queued = max([queued, *(len(each.pipeline) for each in ours)])
+            unparsed = max([unparsed, *(sum(map(len, tuple(each._unparsed))) for each in ours)])
     assert queued, "or nothing was seen"
     assert queued * len(one) <= 2 * 2**14, "a piece of what was read or two"
+    assert unparsed <= 2**18, "what one read brings: while there is any, nothing more is read"
 
 
 LARGE = {

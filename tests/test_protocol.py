@@ -102,6 +102,12 @@ def test_requests_one_after_the_other_each_get_their_answer(gateway: Running) ->
     assert [json.loads(body)["data"] for _, body in answers] == alone
 
 
+def test_and_so_do_more_than_are_parsed_at_once(gateway: Running) -> None:
+    with connected(gateway) as connection:
+        connection.sendall(LAST.replace(b"close", b"keep-alive") * 999 + LAST)
+        assert b"".join(iter(lambda: connection.recv(65536), b"")).count(b"HTTP/1.1 200 ") == 1000
+
+
 @pytest.mark.parametrize("texts", [["the same"] * 100, [f"text {i}" for i in range(100)]], ids=["hits", "misses"])
 def test_requests_leave_no_cycles_behind_for_the_garbage_collector_to_find(gateway: Running, texts: list[str]) -> None:
     requests = b"".join(map(embed, texts))
@@ -166,6 +172,15 @@ def test_nor_does_one_that_began_behind_another_request(gateway: Running, monkey
     answers = talk(gateway, embed("x") + b"GET / HTTP/1.1\r\nHost: x\r\n", last=b"")
     assert [status for status, _ in answers] == [200, 400]
     assert b"in time" in answers[1][1]
+
+
+def test_who_hangs_up_in_a_head_is_not_refused_as_well(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.2)
+    before = gateway.metric("rejected_requests_total", reason="invalid_http")
+    with connected(gateway) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\n")
+    talk(gateway, b"GET / HTTP/1.1\r\n", last=b"")  # whose time ends behind that one's
+    assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
 
 
 def test_the_time_for_a_head_does_not_run_while_the_request_before_it_is_answered(

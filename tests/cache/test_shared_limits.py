@@ -15,6 +15,7 @@ from app.cache.shared_limits import PREFIX, Ask, SharedLimits, Verdict
 from app.limits import Bucket, Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock
+from tests.clock import settle
 from tests.redis_server import RedisServer
 
 Replica = Callable[..., SharedLimits]
@@ -215,6 +216,19 @@ async def test_a_server_that_hangs_is_waited_for_as_long_as_told(
         server.resume()
     labels = {"tier": "redis", "operation": "limit", "result": "timeout"}
     assert metrics.registry.get_sample_value("embedding_gateway_cache_operations_total", labels) == 1
+
+
+async def test_at_the_end_what_is_asked_has_no_answer(server: RedisServer, replica: Replica) -> None:
+    shared = replica(timeout=LIMIT)
+    await shared.open()
+    server.pause()
+    try:
+        asking = asyncio.create_task(shared.ask(b"a", limit(), ONE))
+        await settle()
+        await shared.close()
+        assert await asyncio.wait_for(asking, 1) is None
+    finally:
+        server.resume()
 
 
 async def test_what_the_server_has_answered_while_this_process_was_at_other_work_counts(

@@ -371,3 +371,19 @@ async def test_who_hangs_up_while_redis_is_asked_ends_no_claim_of_what_is_under_
     calls.go["a"].set()
     await first
     await batcher.aclose()
+
+
+async def test_of_two_who_hang_up_while_redis_is_asked_neither_leaves_the_claim_to_the_other(
+    server: RedisServer, replica: Callable[[], Replica]
+) -> None:
+    one, other = replica(), replica()
+    await one.embed(request("x"))  # it is connected
+    server.pause()
+    both = [asyncio.create_task(one.embed(request("a"))) for _ in range(2)]
+    await settle()
+    for each in both:
+        each.cancel()
+    server.resume()
+    async with asyncio.timeout(CLAIM - 1):
+        while one.count("get", "miss") < 2 or await claimed(other.cache, "a"):
+            await asyncio.sleep(0.001)

@@ -330,6 +330,16 @@ async def test_what_was_refused_among_others_and_not_alone_is_not_told_that_it_i
     assert all(isinstance(each := result.outcomes[i], UpstreamUnavailable) and each.retryable for i in left)
 
 
+async def test_where_none_was_too_long_alone_nobody_is_told_so() -> None:
+    async def one_at_a_time(batch: Batch) -> BatchResult:
+        if len(batch.inputs) > 1:
+            raise ContextLengthExceeded("no")
+        return BatchResult([Embedding(b"", 1)])
+
+    result = await Adapt(one_at_a_time, Limits(64))(batch(*map(str, range(64))))
+    assert {type(each) for each in result.outcomes} == {Embedding, UpstreamUnavailable}
+
+
 async def test_a_batch_that_is_hopeless_is_refused_as_a_whole_after_a_few_calls() -> None:
     upstream = Choosy(InvalidRequest)
     result = await Adapt(upstream, Limits(64))(batch(*(f"bad {i}" for i in range(64))))

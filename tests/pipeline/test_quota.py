@@ -39,9 +39,9 @@ async def test_a_minutes_worth_goes_at_once_and_then_one_at_a_time(clock: HandCl
     limited = quota(clock, requests=30)
     for _ in range(30):
         await limited.take(1)
-    told = await refusal(limited)
+    told = await refusal(limited, tokens=5)
     assert told.retry_after == pytest.approx(2)
-    assert "30 requests per minute" in told.message
+    assert "30 requests per minute; try again" in told.message
     await clock.advance(2)
     await limited.take(1)
     await refusal(limited)

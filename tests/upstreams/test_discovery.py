@@ -130,6 +130,12 @@ async def test_what_ollama_has_that_nobody_knows_takes_whatever_it_takes() -> No
     assert (model.dimensions, model.dimension_choices, model.roles) == (768, ANY, ())
 
 
+async def test_a_model_of_which_no_digest_is_told_has_none_in_its_space() -> None:
+    tag = {key: value for key, value in NOMIC.items() if key != "digest"}
+    [model, _] = await pulled({"/api/tags": {"models": [tag]}})
+    assert model.revision == ""
+
+
 async def test_an_operator_who_wants_long_texts_cut_has_no_limit_on_them() -> None:
     found = await pulled({"/api/tags": {"models": [NOMIC]}}, truncate=True)
     assert {model.max_tokens_per_input for model in found} == {None}
@@ -374,6 +380,18 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     await settle()
     assert (await gateway.find("two/late")).name == "late"
     assert gateway.status()["upstreams"]["two"]["status"] == "up"
+
+
+async def test_nor_does_it_keep_the_end_waiting(two: tuple[Gateway, Listing, Listing], clock: HandClock) -> None:
+    gateway, _, other = two
+    asked = other.asked
+    other.ready.clear()
+    await clock.advance(31)
+    asking = asyncio.create_task(gateway.refresh())
+    await settle()
+    assert other.asked == asked + 1
+    await asyncio.wait_for(gateway.upstreams["two"].aclose(), 5)
+    await asking
     assert other.asked == 1, "it answered just now, however long that took"
 
 

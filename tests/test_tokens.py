@@ -54,7 +54,7 @@ def test_what_surely_fits_is_one_piece(text: str, room: Room) -> None:
 
 
 # Each of these costs less than half of any room below.
-WHOLE = ["a", "é", "é", "风", FAMILY, "👍🏽", "🇩🇪", "\r\n", "각", "é́", "1️⃣"]
+WHOLE = ["a", "é", "e\u0301", "风", FAMILY, "👍🏽", "🇩🇪", "\r\n", "\u1100\u1161\u11a8", "é́", "1️⃣"]
 
 
 @given(st.lists(st.sampled_from(WHOLE), max_size=80), st.integers(60, 120))
@@ -69,6 +69,14 @@ def test_a_cut_never_falls_within_a_character_as_a_reader_sees_it(characters: li
     for piece in Room(limit, None).pieces("".join(characters)):
         assert place in borders
         place += len(piece)
+
+
+@pytest.mark.parametrize("character", WHOLE, ids=ascii)
+def test_wherever_in_it_the_limit_is(character: str) -> None:
+    pair = len(character) + 1
+    for limit in range(60, 60 + len(f"{character}x".encode())):
+        first = Room(limit, None).first(f"{character}x" * 40)
+        assert len(first) % pair in (0, pair - 1)
 
 
 def test_a_cut_is_made_after_a_space_where_there_is_one_nearby() -> None:

@@ -220,6 +220,19 @@ async def test_closing_leaves_nobody_waiting(clock: Clock, metrics: Metrics, tur
     assert found == []
 
 
+async def test_who_hangs_up_as_the_answer_comes_has_hung_up_and_no_more(clock: Clock, metrics: Metrics) -> None:
+    class Leaving(Slow):
+        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+            asyncio.get_running_loop().call_soon(asking.cancel)
+            return [None]
+
+    reader = Reader(Leaving(), Counts(metrics, "disk"), lambda _: None, clock.monotonic)
+    asking = asyncio.create_task(reader.get(keys(1)))
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await reader.close()
+
+
 async def test_it_works_without_memory_and_without_any_tier(clock: Clock, metrics: Metrics) -> None:
     slow = Slow()
     tiers = Tiers([slow], metrics, clock)

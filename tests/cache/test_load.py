@@ -11,10 +11,11 @@ import pytest
 from app.cache.disk import DiskStore
 from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
-from app.cache.together import Together
+from app.cache.together import Together, Turns
 from app.metrics import Metrics
 from app.types import Embedding
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
+from tests.clock import settle
 from tests.redis_server import RedisServer
 
 
@@ -156,6 +157,15 @@ class Asked:
     async def turns(self) -> None:
         for _ in range(8):
             await asyncio.sleep(0)
+
+
+async def test_as_many_look_ups_go_at_once_as_may_and_no_more() -> None:
+    turns = Turns(3)
+    waiting = [asyncio.create_task(turns.wait(1)) for _ in range(4)]
+    await settle()
+    assert [each.done() for each in waiting] == [True, True, True, False]
+    turns.give_back(1)
+    await waiting[3]
 
 
 async def test_large_look_ups_go_a_few_at_a_time_in_the_order_they_came_and_small_ones_beside_them() -> None:

@@ -102,9 +102,10 @@ async def test_a_stuck_log_holds_nobody_up_and_goes_on_where_it_was(monkeypatch:
     assert [line.split()[-4] for line in taker.lines] == [b"inputs=1", b"inputs=2"]
 
 
+@pytest.mark.parametrize("often", [True, False], ids=["tried with each line", "tried once"])
 @pytest.mark.parametrize("error", [None, OSError(28, "No space left on device"), BrokenPipeError()])
 async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
-    error: OSError | None, monkeypatch: pytest.MonkeyPatch
+    error: OSError | None, monkeypatch: pytest.MonkeyPatch, often: bool
 ) -> None:
     monkeypatch.setattr(logs, "LONGEST_BACKLOG", 1000)
     taker = Taker()
@@ -114,7 +115,8 @@ async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
     log.on_drop = lambda: drops.append(1)
     for number in range(100):
         log.line(told(number))
-        log.flush()
+        if often or not number:
+            log.flush()
     taker.room = taker.error = None
     log.flush()
     log.line(told(100))

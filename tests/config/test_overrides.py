@@ -35,6 +35,12 @@ def test_an_override_wins_over_the_file(tmp_path: Path) -> None:
     assert settings_from(TEXT, tmp_path, environ(SERVER__PORT="9000")).server.port == 9000
 
 
+def test_a_name_may_be_a_number(tmp_path: Path) -> None:
+    found = settings_from("", tmp_path, environ(AUTH__KEYS__0__KEY="abc"))
+    assert found.auth is not None
+    assert list(found.auth.keys) == ["0"]
+
+
 def test_an_override_needs_no_file_and_no_section(tmp_path: Path) -> None:
     found = settings_from("", tmp_path, environ(CACHE__REDIS__URL="redis://x", CACHE__TTL="10m", SERVER__DRAIN="0"))
     assert found.cache.redis is not None

@@ -305,13 +305,15 @@ def test_space_that_fills_a_piece_is_not_embedded(fake: FakeOpenAI) -> None:
         assert all(str(each).strip() for call in fake.calls for each in call.texts)
 
 
-def test_where_one_piece_is_refused_all_the_same_that_is_told(fake: FakeOpenAI) -> None:
+@pytest.mark.parametrize("text", ["hay " * 100 + "needle " + "hay " * 100, "needle"], ids=["a piece", "a short text"])
+def test_what_is_refused_though_it_should_have_fitted_is_told_and_not_asked_again(fake: FakeOpenAI, text: str) -> None:
     with running(config(fake, on_long_input="split", max_tokens_per_input=100)) as gateway:
         refusal = faults.http_error(400, b'{"error":{"message":"input is too long"}}')
         fake.fail(refusal, times=None, when=lambda texts: any("needle" in text for text in texts))
-        response = gateway.post({"model": "public", "input": ["fine", "hay " * 100 + "needle " + "hay " * 100]})
+        response = gateway.post({"model": "public", "input": ["fine", text]})
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "input[1]")
+        assert len([call for call in fake.calls if len(call.texts) == 1 and "needle" in call.texts[0]]) == 1
 
 
 def test_a_request_that_would_make_too_many_pieces_is_refused_at_once(fake: FakeOpenAI) -> None:

@@ -62,7 +62,10 @@ def test_whoever_asks_again_does_not_wait_for_the_drain(
 
 
 @pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
-def test_ctrl_c_does_not_drain_but_requests_finish(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["the second SIGTERM", "Ctrl-C"])
+def test_what_does_not_wait_for_the_drain_lets_requests_finish(
+    tmp_path: Path, arguments: tuple[str, ...], number: signal.Signals
+) -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
         with start(tmp_path, "--port", "0", *arguments, EMBEDDING_GATEWAY__SERVER__DRAIN="10m", **env) as process:
@@ -74,11 +77,14 @@ def test_ctrl_c_does_not_drain_but_requests_finish(tmp_path: Path, arguments: tu
                     b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
                 )
                 fake.wait_for_calls(1)
-                process.send_signal(signal.SIGINT)
+                if number == signal.SIGTERM:
+                    process.send_signal(number)
+                    until(lambda: httpx.get(f"{url}/readyz").status_code == 503, (tmp_path / "log").read_text)
+                process.send_signal(number)
                 until(lambda: not answers(url), (tmp_path / "log").read_text)
                 fake.release()
                 assert raw.recv(65536).startswith(b"HTTP/1.1 200")
-            assert process.wait(30) == 130
+            assert process.wait(30) == (0 if number == signal.SIGTERM else 130)
             assert "Traceback" not in (tmp_path / "log").read_text()
 
 

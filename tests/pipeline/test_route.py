@@ -976,7 +976,12 @@ async def test_two_models_of_one_upstream_take_turns() -> None:
         always.cancel()
 
 
-async def test_the_model_that_was_served_longest_ago_is_next_however_often_it_has_asked_since() -> None:
+@pytest.mark.parametrize(
+    ("asking", "next_ones"), [("one other one other", "one other one"), ("one one other", "one other one")]
+)
+async def test_the_model_that_was_served_longest_ago_is_next_however_often_it_has_asked_since(
+    asking: str, next_ones: str
+) -> None:
     slots, clock, metrics, ends = Slots(1), HandClock(), Metrics(), asyncio.Semaphore(0)
     served: list[str] = []
 
@@ -991,15 +996,15 @@ async def test_the_model_that_was_served_longest_ago_is_next_however_often_it_ha
     def over(name: str) -> Batcher:
         return Batcher(Route([deployment("up", held(name), slots=slots)], metrics, clock), metrics, clock)
 
-    one, other = over("one"), over("other")
+    models = {name: over(name) for name in ("one", "other")}
     asked = []
-    for number, each in enumerate((one, other, one, other)):
-        asked.append(asyncio.create_task(each(request(f"{number}"))))
+    for number, name in enumerate(asking.split()):
+        asked.append(asyncio.create_task(models[name](request(f"{number}"))))
         await clock.advance(1)
     for _ in asked:
         ends.release()
     await asyncio.gather(*asked)
-    assert served == ["one", "other", "one"]
+    assert served == next_ones.split()
 
 
 async def test_inputs_nobody_waits_for_do_not_pile_up() -> None:

@@ -56,3 +56,8 @@ def test_a_vector_of_the_length_asked_for_stays_bit_for_bit() -> None:
 def test_what_cannot_be_shortened_says_so(numbers: tuple[float, ...], length: int) -> None:
     with pytest.raises(ValueError, match=r"dimensions|direction"):
         vectors.shorten(raw(*numbers), length)
+
+
+def test_vectors_of_different_lengths_are_in_no_angle() -> None:
+    assert vectors.cosine(raw(1, 0), raw(1, 0)) == 1
+    assert vectors.cosine(raw(1, 0), raw(1, 0, 0)) == 0

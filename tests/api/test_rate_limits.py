@@ -276,6 +276,15 @@ def test_without_redis_callers_are_let_in_by_each_gateways_part(fake: FakeOpenAI
         assert served[-1] == 429
 
 
+def test_a_gateway_that_nobody_has_asked_yet_has_its_part_too(fake: FakeOpenAI, redis: RedisServer) -> None:
+    cache = {"memory": None, "redis": {"url": redis.url, "timeout": 20}}
+    shared = config(fake, auth=keys(team={"requests_per_minute": 6}), cache=cache)
+    with running(shared) as one, running(shared):
+        assert ask(one, "team").status_code == 200
+        redis.kill()
+        assert [ask(one, "team").status_code for _ in range(4)][1:] == [200, 429, 429], "5 of 6 are left, for two"
+
+
 # --- upstreams' pace --------------------------------------------------------------------------------------
 
 

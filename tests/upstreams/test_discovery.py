@@ -354,6 +354,22 @@ def test_a_list_that_is_gone_for_a_moment_takes_no_model_away() -> None:
             assert gateway.post({"model": "up/other", "input": "hi"}).status_code == 404
 
 
+async def test_a_name_that_two_upstreams_have_in_different_spaces_is_neithers_and_a_warning_says_so_once(
+    two: tuple[Gateway, Listing, Listing], clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    gateway, one, other = two
+    one.models, other.models = [Model("same", revision="a")], [Model("same", revision="b")]
+    await gateway.refresh()
+    assert {"one/same", "two/same"} <= gateway.names.keys()
+    assert "same" not in gateway.names
+    other.models = [*other.models, Model("new")]
+    await clock.advance(31)
+    await gateway.refresh()
+    assert "new" in gateway.names
+    told = "model same: its deployments are in different vector spaces and are kept apart: one/same, two/same"
+    assert caplog.messages.count(told) == 1
+
+
 async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     two: tuple[Gateway, Listing, Listing], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

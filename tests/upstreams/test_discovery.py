@@ -151,6 +151,14 @@ async def test_a_length_that_the_list_lacks_is_asked_for_and_not_insisted_on(sta
     assert {(model.dimensions, model.max_tokens_per_input) for model in found} == {(768, None)}
 
 
+@pytest.mark.parametrize("length", ["768", True, 0, -1, [768], None])
+async def test_a_length_that_is_no_number_is_asked_for_as_well(length: Any) -> None:
+    tag = {**NOMIC, "details": {"embedding_length": length, "context_length": length}}
+    told = {"capabilities": ["embedding"], "model_info": {"x.embedding_length": 768, "x.context_length": 2048}}
+    found = await pulled({"/api/tags": {"models": [tag]}, "/api/show": told})
+    assert {(model.dimensions, model.max_tokens_per_input) for model in found} == {(768, 2048)}
+
+
 async def test_baidus_oldest_model_is_known_by_its_pages_name_too() -> None:
     known, written = CATALOG["baidu"]["embedding-v1"], baidu.unlisted("Embedding-V1")
     assert written == dataclasses.replace(known, name="Embedding-V1", same_as="embedding-v1")

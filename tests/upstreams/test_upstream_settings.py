@@ -86,6 +86,7 @@ class NoClock:
     [
         ({"type": "openai", "api_key": "k"}, HeaderKey),
         ({"type": "openai", "base_url": "http://localhost:8000/v1"}, NoAuth),
+        ({"type": "openai", "base_url": "http://localhost:8000/v1", "auth": "api-key"}, NoAuth),
         ({"type": "openai", "base_url": "http://localhost:8000/v1", "api_key": "k", "auth": "none"}, NoAuth),
         ({"type": "gemini", "api_keys": ["k", "l"]}, HeaderKey),
         ({"type": "ollama"}, NoAuth),

@@ -525,6 +525,7 @@ async def test_a_proxy_that_refuses_is_told_from_the_upstream() -> None:
     async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
         with pytest.raises(UpstreamUnreachable, match=r"proxy.*407"):
             await network.exchange(post("https://upstream.example/"), MOST)
+        await until(lambda: proxy.closed == 1)
 
 
 async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

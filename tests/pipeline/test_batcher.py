@@ -11,7 +11,14 @@ from msgspec.structs import replace
 
 from app.catalog import ROLES, Model
 from app.clock import SystemClock
-from app.errors import GatewayError, InvalidRequest, UpstreamAuth, UpstreamError, UpstreamUnavailable
+from app.errors import (
+    GatewayError,
+    InvalidRequest,
+    UnsupportedDimensions,
+    UpstreamAuth,
+    UpstreamError,
+    UpstreamUnavailable,
+)
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import Deployment, Limits, Slots
@@ -488,6 +495,12 @@ async def test_several_refused_inputs_are_all_named() -> None:
     calls = Calls(errors={"x": InvalidRequest("no"), "y": InvalidRequest("no")})
     with pytest.raises(InvalidRequest, match=r"no \(inputs 1, 3\)"):
         await batcher(calls)(request("a", "x", "b", "y"))
+
+
+async def test_a_refusal_of_something_else_names_none() -> None:
+    calls = Calls(errors={"x": UnsupportedDimensions("no 7"), "y": UnsupportedDimensions("no 7")})
+    with pytest.raises(UnsupportedDimensions, match=r"no 7$"):
+        await batcher(calls)(request("x", "y"))
 
 
 async def test_a_passing_failure_waits_for_the_rest_so_that_a_repeat_pays_only_for_it() -> None:

@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from app.cache.memory import MemoryStore
 from app.cache.tiers import Tiers
-from app.catalog import ROLES, Model
+from app.catalog import ANY, ROLES, Model
 from app.clock import SystemClock
 from app.errors import (
     GatewayError,
@@ -426,6 +426,15 @@ async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
         assert await prepare(request("x", params=params))
     with pytest.raises(InvalidRequest, match="together"):
         await prepare(request("x", params=Params(input_type="query", output_type="sparse")))
+
+
+async def test_what_clients_ask_for_fills_no_memory() -> None:
+    prepare = Prepare(_reached, "m", [Model("m", None, ANY, instruct=True)], None)
+    for number in range(300):
+        assert await prepare(request("x", params=Params(dimensions=number + 1)))
+        assert await prepare(request("x", params=Params(instruct=f"{number}")))
+    assert len(prepare._prepared) == 256
+    assert {params.instruct for params in prepare._prepared} == {None}
 
 
 async def test_an_image_is_taken_where_every_deployment_takes_it() -> None:

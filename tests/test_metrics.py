@@ -110,3 +110,9 @@ async def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
     assert 'number 1"' in text
     assert 'number 999"' not in text
     assert caplog.text.count("File too large") == 1
+
+
+def test_nothing_is_left_of_a_file_that_cannot_even_be_begun(tmp_path: Path) -> None:
+    with metrics.shared(str(tmp_path)), limited(resource.RLIMIT_FSIZE, 100):
+        _many(Metrics(), 1)
+        assert not list(tmp_path.iterdir())

@@ -121,6 +121,10 @@ async def test_what_is_read_again_outlives_what_is_not(opened: OpenDisk, clock: 
         clock.advance(1)
         await store.put(entries(range(start, start + 20), dimensions=1024))
     assert await present(store, *range(20)) == [3]
+    for start in range(200, 400, 20):
+        clock.advance(1)
+        await store.put(entries(range(start, start + 20), dimensions=1024))
+    assert await present(store, 3) == [], "as used as it was when it was read, and not with every write since"
 
 
 async def test_a_smaller_bound_than_last_time_shrinks_the_file(opened: OpenDisk, tmp_path: Path) -> None:

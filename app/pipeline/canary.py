@@ -135,7 +135,7 @@ class Canary:
 
         `mute`: upstreams that have let a look of this round wait, which this one adds to. Where what the space gives is
         known they are not asked: the others, which may be all that serve, wait for this to be compared. They may hang
-        for that model only: one that has traffic and was not asked keeps it."""
+        for that model only: one that has been compared and was not asked keeps its traffic."""
         asked = self._to_ask(now)
         if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
             return
@@ -154,7 +154,8 @@ class Canary:
             self.waited = now
         if answers:
             self._unsettled = not self._expected.knows(self._space)
-        told.update((each, None) for each in left if each.health.doubtful)
+        unseen = [each for each in left if each.health.doubtful or (self._several and not each.health.compared)]
+        told.update(dict.fromkeys(unseen))
         for deployment, said in told.items():
             self._asked[deployment] = now, deployment in answers
             if isinstance(said, bytes):

@@ -418,7 +418,7 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
 async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_round(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Meanwhile it keeps the traffic that it has."""
+    """Meanwhile it keeps the traffic that it has where it has been compared."""
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
 
     async def hangs_for_one(batch: Batch) -> BatchResult:
@@ -427,21 +427,23 @@ async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_
     def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
         return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
 
-    expected, models = Expected(None), "abc"
+    expected, models = Expected(None), "abcd"
     for each in models:
         await expected.of(each, np.ones(4, "<f4").tobytes())
     pairs = [(deployment("well", each, answers), deployment("half", each, hangs_for_one)) for each in models]
     halves = [half.health for _, half in pairs]
     halves[0].unproved = halves[1].unproved = True
+    halves[3].compared = True
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     while not pairs[-1][0].health.compared:
         await asyncio.sleep(0.01)
-    assert [each.unproved for each in halves] == [True, True, False]
+    assert [each.unproved for each in halves] == [True, True, True, False]
     await clock.advance(canary.ROUND)
     await settle()
-    assert [each.unproved for each in halves] == [True, False, False]
+    assert [each.unproved for each in halves] == [True, False, False, False]
     assert halves[2].compared
+    assert halves[3].shown
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 

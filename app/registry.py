@@ -66,7 +66,7 @@ class PublicModel:
 
 class Registry:
     """Every name there is, with what it takes to serve it: one deployment per upstream and set of facts, one batcher
-    per set of deployments, one canary per batcher that has something to compare with."""
+    per set of deployments, one canary per batcher."""
 
     def __init__(
         self,
@@ -81,8 +81,7 @@ class Registry:
         """`slots`: each upstream's own. With `before` it shares what that one uses of the upstreams they share."""
         self._settings, self._upstreams, self._slots = settings, upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
-        self._remembers = cache.lasts
-        self._expected: Expected = before._expected if before else Expected(cache if self._remembers else None)
+        self._expected: Expected = before._expected if before else Expected(cache if cache.lasts else None)
         """Of canaries: what a space gives is what it gave under the configuration before."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
@@ -113,7 +112,7 @@ class Registry:
 
     @property
     def canaries(self) -> list[Canary]:
-        return [canary for _, canary in self._batchers.values() if canary is not None]
+        return [canary for _, canary in self._batchers.values() if canary is not None and canary.compares]
 
     def outdated(self) -> bool:
         """Whether an upstream lists other models now."""
@@ -304,8 +303,7 @@ class Registry:
         members = _members(deployments)
         if members not in self._batchers:
             route, canary = Route(deployments, self._metrics, self._clock), None
-            # Without another deployment, or a memory that outlives us, there is nothing to compare with.
-            if len({each.space for each in deployments}) == 1 and (len(deployments) > 1 or self._remembers):
+            if len({each.space for each in deployments}) == 1:
                 canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
             self._cache.embedders.add(batcher)

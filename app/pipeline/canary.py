@@ -59,6 +59,11 @@ class Expected:
         return space in self._vectors
 
     @property
+    def lasts(self) -> bool:
+        """Whether it is known beyond this process."""
+        return self._cache is not None
+
+    @property
     def readable(self) -> bool:
         """Whether all tiers of the cache answer, as far as is known."""
         return self._cache is None or all(status.startswith("up") for status in self._cache.status().values())
@@ -108,11 +113,21 @@ class Canary:
         self.waited = -math.inf
         """When it last waited in vain for one of them."""
 
+    @property
+    def compares(self) -> bool:
+        """Whether there is anything to compare with: another deployment, or a memory that outlives us; or what took one
+        out, which nobody can use, and which may have been right again for long."""
+        return self._several or self._expected.lasts or self._any_out
+
+    @property
+    def _any_out(self) -> bool:
+        return any(each.health.out is not None for each in self._deployments)
+
     def due(self, now: float) -> bool:
-        """Those that were configured to stand in for each other are compared from the start; all else once it is used,
-        for to ask for a model may mean to load it."""
+        """Those that were configured to stand in for each other are compared from the start, and one that is out in any
+        case; all else once it is used, for to ask for a model may mean to load it."""
         used = any(each.health.asked if self._several else each.health.answered for each in self._deployments)
-        return (self._from_start or used) and not self._looking and bool(self._to_ask(now))
+        return (self._from_start or used or self._any_out) and not self._looking and bool(self._to_ask(now))
 
     def _to_ask(self, now: float) -> list[Deployment]:
         """Those whose last answer is so long ago, and those that have given none. All, once there is something to

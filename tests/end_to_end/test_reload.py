@@ -543,6 +543,28 @@ async def test_one_that_was_taken_out_and_is_only_asked_otherwise_stays_out(
     await app.gateway.aclose()
 
 
+@pytest.mark.parametrize("lasts", [True, False])
+@pytest.mark.parametrize("timeout", [10, 20])
+async def test_one_that_was_taken_out_and_is_alone_now_is_looked_at(timeout: int, lasts: bool, tmp_path: Path) -> None:
+    """Or it would be out for ever: nobody can use it before, and it may have served nobody yet."""
+
+    def settings(timeout: int, *names: str) -> Settings:
+        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+        upstreams = {"a": server, "b": {**server, "timeout": timeout}}
+        models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in names]}}
+        cache = {"disk": {"path": str(tmp_path / "cache")}} if lasts else {"memory": {}}
+        return settings_of({"cache": cache, "upstreams": upstreams, "models": models})
+
+    app = create_app(settings(10, "a", "b"))
+    app.gateway.names["m"].deployments[1].health.take_out("another model")
+    after = app._build_gateway(settings(timeout, "b"), app.gateway)
+    assert after.names["m"].deployments[0].health.out
+    looked_at = [canary for canary in after._registry.canaries if canary.due(1000.0)]
+    assert [canary.upstream for canary in looked_at] == ["b"]
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
 async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_though_it_is_named_first() -> None:
     """Or both would serve, of which one may be another model by now."""
 

@@ -78,7 +78,8 @@ class Table:
         except BaseException:
             self._db.close()
             raise
-        self._log = {path + suffix: _inode(path + suffix) for suffix in _LOG}
+        beside = str(file.resolve())  # SQLite keeps its log there, where the path is a link
+        self._log = {beside + suffix: _inode(beside + suffix) for suffix in _LOG}
 
     def _prepare(self, max_size: int) -> None:
         if self._pragma("application_id") != _APPLICATION:

@@ -106,10 +106,14 @@ async def test_a_file_that_was_deleted_is_made_anew(
     assert caplog.messages == [f"disk cache: {path} is gone or another file; it is opened anew"] * 2
 
 
+@pytest.mark.parametrize("link", [False, True])
 async def test_the_log_of_a_file_that_was_deleted_or_replaced_is_not_taken_for_its_successors(
-    opened: OpenDisk, path: Path
+    link: bool, opened: OpenDisk, path: Path
 ) -> None:
     """Also while another process, which has nothing to write, goes on with the old file."""
+    if link:
+        path.symlink_to(path.with_suffix(".elsewhere"))
+    file = path.resolve()
     store = opened()
     for number in range(2):
         await store.put(entries([number]))
@@ -120,9 +124,9 @@ async def test_the_log_of_a_file_that_was_deleted_or_replaced_is_not_taken_for_i
         assert await other.stdout.readline() == b"1\n"
         if number:
             shutil.copy(path, path.with_suffix(".copy"))
-            path.with_suffix(".copy").replace(path)
+            path.with_suffix(".copy").replace(file)
         else:
-            path.unlink()
+            file.unlink()
         await store.put(entries(range(10, 30)))
         assert store.status == "up"
         assert await present(store, *range(10, 30)) == [*range(10, 30)]

@@ -185,7 +185,7 @@ class Registry:
         were = sorted(before.deployments, key=lambda each: (each.health.out is not None, each.health.doubtful))
         self._before = {_identity(each): each.health for each in were if each.upstream in as_before}
         proved = {space for (_, _, space), health in self._before.items() if not health.doubtful}
-        self._spaces = {each.space for each in self.deployments} | proved
+        self._spaces = {each.space for each in self.deployments if not each.health.unproved} | proved
         known = {each.health for each in self.deployments}
         for members, served in before._batchers.items():
             if all(health in known for health, _, _ in members):

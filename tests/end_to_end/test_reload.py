@@ -583,6 +583,23 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
     await app.gateway.aclose()
 
 
+async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() -> None:
+    """Or neither would be known to be in its space, and both would serve."""
+
+    def settings(key: str) -> Settings:
+        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+        upstreams = {"a": {**server, "api_key": key}, "b": server}
+        models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in "ab"]}}
+        return settings_of({"upstreams": upstreams, "models": models})
+
+    app = create_app(settings("sk-one"), stores=[])
+    assert [each.health.unproved for each in app.gateway.names["m"].deployments] == [False, True]
+    after = app._build_gateway(settings("sk-other"), app.gateway)
+    assert [each.health.unproved for each in after.names["m"].deployments] == [False, True]
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
 async def test_who_is_inside_counts_on() -> None:
     def settings(most: int) -> Settings:
         return settings_of({"server": {"max_inflight": most}, "upstreams": {"up": {"type": "lexical"}}})

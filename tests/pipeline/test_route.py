@@ -344,6 +344,28 @@ async def test_one_that_has_shown_nothing_is_asked_only_where_no_other_may_be(er
     assert (await run(both, batch("x"))).deployments == ("unproved/m",)
 
 
+async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
+    """They may be of different spaces. Those that were looked at and have shown nothing may all be: they are away."""
+    first, served, silent = (deployment(name, answers) for name in ("first", "served", "silent"))
+    for each in (first, served, silent):
+        each.health.unproved = True
+    silent.health.silent = "it has not shown its vectors"
+
+    async def asked(*some: Deployment) -> set[str]:
+        results = [await run(route(*some), batch(text)) for text in "abcdefgh"]
+        return {name for result in results for name in result.deployments}
+
+    assert await asked(silent, first) == {"first/m"}
+    assert await asked(first, deployment("proved", answers)) == {"proved/m"}
+    served.health.answered = True
+    first.health.answered = False
+    assert await asked(first, served, silent) == {"served/m"}
+    first.health.silent = served.health.silent = "it neither"
+    both = route(first, served)
+    slots = [both.take("query", Params()) for _ in range(2)]
+    assert {slot.deployment for slot in slots if slot} == {first, served}
+
+
 async def test_and_not_where_they_are_busy() -> None:
     one, other, unproved = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
     unproved.health.unproved = True

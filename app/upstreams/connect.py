@@ -119,7 +119,8 @@ class Upstream:
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
         assert self._discovered_at is not None
-        patience = HUNG_TIMEOUT if isinstance(self.trouble, UpstreamTimeout) or self._fails else LIST_TIMEOUT
+        failed = self._fails or isinstance(self.trouble, UpstreamTimeout | UpstreamUnavailable)
+        patience = HUNG_TIMEOUT if failed else LIST_TIMEOUT
         _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + patience - now))
         if hanging and self.trouble is None:
             self.trouble = UpstreamTimeout("it does not answer")

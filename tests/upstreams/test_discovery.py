@@ -14,12 +14,14 @@ import pytest
 from app.catalog import ANY, CATALOG, Model
 from app.clock import SystemClock
 from app.errors import (
+    GatewayError,
     ModelNotFound,
     UpstreamAuth,
     UpstreamError,
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
     UpstreamTimeout,
+    UpstreamUnavailable,
     UpstreamUnreachable,
 )
 from app.gateway import REFRESH, Gateway
@@ -419,9 +421,9 @@ async def test_nor_does_it_keep_the_end_waiting(two: tuple[Gateway, Listing, Lis
     assert other.asked == 1, "it answered just now, however long that took"
 
 
-@pytest.mark.parametrize("trouble", [UpstreamTimeout, UpstreamError])
+@pytest.mark.parametrize("trouble", [UpstreamTimeout, UpstreamError, UpstreamUnavailable])
 async def test_a_list_that_did_not_come_the_last_time_keeps_nobody_waiting(
-    two: tuple[Gateway, Listing, Listing], clock: HandClock, trouble: type[UpstreamError]
+    two: tuple[Gateway, Listing, Listing], clock: HandClock, trouble: type[GatewayError]
 ) -> None:
     gateway, one, _ = two
     upstream = gateway.upstreams["one"]

@@ -119,11 +119,12 @@ class Registry:
         return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
 
     def unlisted(self, public: PublicModel) -> list[Upstream]:
-        """A model's upstreams, if all of them list what they have and none has been there to do so: what they then say
-        of it, a revision for example, may make it another vector space."""
+        """A model's upstreams, if all of them list what they have and none has been there to do so, or if one has only
+        just been: what they say of it, a revision for example, may make it another vector space."""
         for each in public.deployments:
             upstream = self._upstreams[each.upstream]
-            if not upstream.away or each.model.name in upstream.models:  # nearly always
+            published = upstream.models is self._listed[each.upstream]
+            if published and (not upstream.away or each.model.name in upstream.models):  # nearly always
                 return []
         return [self._upstreams[each.upstream] for each in public.deployments]
 

@@ -266,6 +266,28 @@ async def test_all_who_ask_for_a_new_model_at_once_get_it(two: tuple[Gateway, Li
     assert one.asked == 1
 
 
+async def test_a_list_that_comes_once_nobody_waits_for_it_any_more_counts_from_the_next_request_on(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connect, "HUNG_TIMEOUT", 0.01)
+    models = {"docs": {"deployments": [{"upstream": "one", "model": "m"}]}}
+    settings = settings_of(
+        {"upstreams": {"one": {"type": "ollama", "base_url": "http://127.0.0.1:9"}}, "models": models}
+    )
+    gateway, listing = create_app(settings, clock=clock).gateway, Listing()
+    upstream = gateway.upstreams["one"]
+    upstream.kind = dataclasses.replace(upstream.kind, discover=listing)
+    upstream.trouble = UpstreamError("it could not be listed")
+    listing.models = [Model("m", revision="a")]
+    listing.ready.clear()
+    assert (await gateway.find("docs")).space == "ollama/m"
+    listing.ready.set()
+    await settle()
+    assert (await gateway.find("docs")).space == "ollama/m@a"
+    assert listing.asked == 1
+    await gateway.aclose()
+
+
 async def test_a_new_model_is_there_although_who_asked_first_hung_up(
     two: tuple[Gateway, Listing, Listing], clock: HandClock
 ) -> None:

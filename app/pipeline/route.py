@@ -168,13 +168,14 @@ class Route:
     def _able(self, params: Params) -> list[Deployment]:
         """Those that honour the parameters and are known to be in their vector space, whatever state they are in. Where
         none is known to be, one of those that have not been looked at, which may be of different spaces: who has
-        answered callers, or else the first; or all: they will be soon after they are there to be asked."""
+        answered callers, or else the first that has not been ejected; or all: they will be soon after they are there
+        to be asked."""
         able = [each for each in self.deployments if each.can(params) and each.health.out is None]
         known = [each for each in able if not each.health.unproved]
         if known:
             return known
         unseen = [each for each in able if each.health.silent is None]
-        return sorted(unseen, key=lambda each: not each.health.answered)[:1] or able
+        return sorted(unseen, key=lambda each: (not each.health.answered, each.health.ejected))[:1] or able
 
     def _in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
         """Whether one that is not to be avoided may have a call now, or when a rate limit has passed, before the

@@ -366,6 +366,17 @@ async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
     assert {slot.deployment for slot in slots if slot} == {first, served}
 
 
+async def test_and_another_one_once_that_one_has_been_ejected() -> None:
+    """Where the first one hangs, its look may wait for those of other models. Who has answered callers is asked on."""
+    first, second = deployment("first", answers), deployment("second", answers)
+    for each in (first, second):
+        each.health.unproved = True
+    eject(first)
+    assert (await run(route(first, second), batch("x"))).deployments == ("second/m",)
+    first.health.answered, second.health.answered = True, False
+    assert (await run(route(first, second), batch("x"))).deployments == ("first/m",)
+
+
 async def test_and_not_where_they_are_busy() -> None:
     one, other, unproved = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
     unproved.health.unproved = True

@@ -30,17 +30,22 @@ async def test_a_value_that_was_tampered_with_is_a_miss_and_is_overwritten(
     assert await present(store, 1) == [1]
 
 
+@pytest.mark.parametrize("link", [False, True])
 @pytest.mark.parametrize("content", [b"this is no database" * 100, b"SQLite format 3\0" + b"\xff" * 8192])
 async def test_a_broken_file_is_moved_aside_and_replaced(
-    opened: OpenDisk, path: Path, content: bytes, caplog: pytest.LogCaptureFixture
+    opened: OpenDisk, path: Path, content: bytes, link: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    place = path.with_suffix(".elsewhere") if link else path
+    if link:
+        path.symlink_to(place)
     path.write_bytes(content)
     store = opened()
     with caplog.at_level(logging.WARNING):
         assert await present(store, 1) == []
         await store.put(entries([1]))
     assert await present(store, 1) == [1]
-    assert Path(f"{path}.corrupt").read_bytes() == content
+    assert Path(f"{place}.corrupt").read_bytes() == content
+    assert path.is_symlink() == link
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert store.status == "up"
 

@@ -223,7 +223,7 @@ def set_aside(path: str, inode: int | None = None) -> Path | None:
     it was set aside many times."""
     path = str(Path(path).resolve())
     with suppress(FileNotFoundError):
-        if inode is None or Path(path).stat().st_ino == inode:
+        if inode is None or _inode(path) == inode:
             places = [Path(f"{path}.corrupt{number}") for number in ("", *range(2, _ASIDE + 1))]
             for each in places:
                 if _is_ours(each):

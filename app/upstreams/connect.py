@@ -79,11 +79,7 @@ class Upstream:
         """Whether its models could not be listed because it is not there, or what stands before it says that it is not,
         or it fails in whatever it does (a 500 or 502)."""
         gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
-        return gone or self._fails
-
-    @property
-    def _fails(self) -> bool:
-        return type(self.trouble) is UpstreamError
+        return gone or type(self.trouble) is UpstreamError
 
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""
@@ -119,7 +115,7 @@ class Upstream:
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
         assert self._discovered_at is not None
-        failed = self._fails or isinstance(self.trouble, UpstreamTimeout | UpstreamUnavailable)
+        failed = self.away and not isinstance(self.trouble, UpstreamUnreachable)
         patience = HUNG_TIMEOUT if failed else LIST_TIMEOUT
         _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + patience - now))
         if hanging and self.trouble is None:

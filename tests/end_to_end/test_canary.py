@@ -74,6 +74,15 @@ async def hangs(batch: Batch) -> BatchResult:
     raise AssertionError
 
 
+async def late(batch: Batch) -> BatchResult:
+    await asyncio.sleep(0.2)
+    return await answers(batch)
+
+
+async def limited(batch: Batch) -> BatchResult:
+    raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
+
+
 def healthy(clock: HandClock, name: str) -> Health:
     return Health(clock, Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
 
@@ -560,10 +569,6 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.01)
 
-    async def late(batch: Batch) -> BatchResult:
-        await asyncio.sleep(0.2)
-        return await answers(batch)
-
     async def away(batch: Batch) -> BatchResult:
         raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
 
@@ -576,10 +581,6 @@ async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.01)
-
-    async def late(batch: Batch) -> BatchResult:
-        await asyncio.sleep(0.2)
-        return await answers(batch)
 
     (first, second), looks = several(clock, hangs, late)
     await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
@@ -646,9 +647,6 @@ async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared
 
 
 async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clock: HandClock) -> None:
-    async def limited(batch: Batch) -> BatchResult:
-        raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
-
     (first, _), looks = several(clock, answers, answers)
     await looks.look(clock.monotonic(), set())
     first.embed = limited
@@ -708,9 +706,6 @@ async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_b
     """By another canary, after a change of configuration."""
     (first, second), looks = several(clock, answers, answers)
     await looks.look(clock.monotonic(), set())
-
-    async def limited(batch: Batch) -> BatchResult:
-        raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
 
     first.embed = limited
     await canary.Canary([first, second], Expected(None), from_start=True).look(clock.monotonic(), set())

@@ -524,42 +524,35 @@ async def test_who_joins_a_call_has_time_of_his_own() -> None:
     assert started == 2
 
 
-@pytest.mark.parametrize(("usual", "calls"), [(0.3, 1), (0.02, 2)], ids=["too little time", "it hangs"])
-async def test_a_call_that_was_left_too_little_time_is_seen_to_its_end(usual: float, calls: int) -> None:
-    started = 0
+def slow_after_calls_of(usual: float) -> tuple[Batcher, list[Batch]]:
+    """Over one deployment whose calls have taken so many seconds and take 0.3 now, and the calls that it gets."""
+    got: list[Batch] = []
 
     async def slow(batch: Batch) -> BatchResult:
-        nonlocal started
-        started += 1
-        await asyncio.sleep(0.3)
-        return await answers(batch)
+        got.append(batch)
+        return await after(0.3)(batch)
 
     up = deployment("up", slow)
     up.health.took(usual)
-    embed = batcher(up)
+    return batcher(up), got
+
+
+@pytest.mark.parametrize(("usual", "calls"), [(0.3, 1), (0.02, 2)], ids=["too little time", "it hangs"])
+async def test_a_call_that_was_left_too_little_time_is_seen_to_its_end(usual: float, calls: int) -> None:
+    embed, got = slow_after_calls_of(usual)
     with pytest.raises((TimeoutError, UpstreamTimeout)):
         await asyncio.wait_for(embed(request("x", seconds=0.1)), 0.15)
     assert [each.vector for each in (await embed(request("x"))).embeddings] == [b"x"]
-    assert started == calls
+    assert len(got) == calls
 
 
 @pytest.mark.parametrize(("usual", "calls"), [(0.3, 1), (0.02, 2)], ids=["too little time", "it hangs"])
 async def test_and_not_made_again_for_who_has_joined_it(usual: float, calls: int) -> None:
-    started = 0
-
-    async def slow(batch: Batch) -> BatchResult:
-        nonlocal started
-        started += 1
-        await asyncio.sleep(0.3)
-        return await answers(batch)
-
-    up = deployment("up", slow)
-    up.health.took(usual)
-    embed = batcher(up)
+    embed, got = slow_after_calls_of(usual)
     first = asyncio.create_task(embed(request("x", seconds=0.1)))
     await settle()
     assert [each.vector for each in (await embed(request("x"))).embeddings] == [b"x"]
-    assert started == calls
+    assert len(got) == calls
     await asyncio.gather(first, return_exceptions=True)
 
 

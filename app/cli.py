@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from app import __version__, logs
-from app.catalog import together
 from app.config import Settings
 from app.config.load import ConfigError, load
 from app.config.source import Given, Source
@@ -263,12 +262,12 @@ def _listed(name: str, public: PublicModel) -> bool:
 
 
 def _row(name: str, public: PublicModel) -> tuple[str, ...]:
-    facts = together([deployment.model for deployment in public.deployments])
+    facts = public.facts
     shown = name if name == public.name else f"{name} (alias of {public.name})"
     return (
         shown,
         str(public.dimensions or "?"),
-        str(min(deployment.limits.max_batch for deployment in public.deployments)),
+        str(facts.max_batch),
         str(facts.max_tokens_per_input or "?"),
         public.space,
         ", ".join(deployment.name for deployment in public.deployments),

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TypeAlias
 
 from app.cache.tiers import Tiers
-from app.catalog import ROLES, Model
+from app.catalog import ROLES, Model, least, together
 from app.clock import Clock
 from app.config import WORDS, DeploymentSettings, ModelSettings, PrefixSettings, Settings
 from app.errors import InvalidRequest
@@ -62,6 +62,17 @@ class PublicModel:
     deployments: tuple[Deployment, ...]
     unfit: str | None = None
     """Why nothing but a request that says more than model and input can be served, if so."""
+
+    @property
+    def facts(self) -> Model:
+        """What is true of the model behind all its deployments; rows and tokens of a call as far as they are known now,
+        which may be less than the catalogue has."""
+        limits = [deployment.limits for deployment in self.deployments]
+        return replace(
+            together([deployment.model for deployment in self.deployments]),
+            max_batch=min(each.max_batch for each in limits),
+            max_tokens_per_batch=least(each.max_tokens_per_batch for each in limits),
+        )
 
 
 class Registry:

@@ -18,7 +18,6 @@ from starlette.responses import PlainTextResponse
 from app import __version__
 from app.api import openapi, render
 from app.api.auth import Keys, Tenant
-from app.catalog import least, together
 from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
 from app.metrics import CONTENT_TYPE, Metrics
@@ -173,8 +172,7 @@ def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
     """OpenAI's model object, and beside it what we know."""
-    model = public.model
-    facts = together([deployment.model for deployment in public.deployments])
+    model, facts = public.model, public.facts
     return {
         "id": name,
         "object": "model",
@@ -187,8 +185,8 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "shortened_here": facts.cuts,
         "max_input_tokens": facts.max_tokens_per_input,
         "max_input_characters": facts.max_characters_per_input,
-        "max_batch_tokens": least(deployment.limits.max_tokens_per_batch for deployment in public.deployments),
-        "max_batch": min(deployment.limits.max_batch for deployment in public.deployments),
+        "max_batch_tokens": facts.max_tokens_per_batch,
+        "max_batch": facts.max_batch,
         "input_types": facts.roles,
         "prefixes": dict(zip(model.roles, model.prefixes, strict=True)) if model.prefixes else None,
         "instruct": facts.instruct,

@@ -16,7 +16,7 @@ from app import vectors
 from app.cache import keys
 from app.cache.tiers import Tiers
 from app.clock import Clock
-from app.errors import GatewayError
+from app.errors import GatewayError, UpstreamTimeout, UpstreamUnreachable
 from app.pipeline.deployment import Deployment
 from app.types import Batch, Embedding, Params
 
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 _Told: TypeAlias = dict[Deployment, bytes | GatewayError | None]
 """Of each its vector, or what it failed with; None where it does not say in time."""
 
+_ABSENT = (UpstreamTimeout, UpstreamUnreachable)
+"""What says of an upstream that one waits for it in vain, where that took a while."""
 _SILENT = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 SAME = 0.999
@@ -148,29 +150,35 @@ class Canary:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
         has never answered takes no traffic while others do: it may have been away and have come back another.
 
-        `mute`: upstreams that have let a look of this round wait, which this one adds to. Where what the space gives is
-        known they are not asked: the others, which may be all that serve, wait for this to be compared. They may hang
-        for that model only: one that has been compared and was not asked keeps its traffic."""
+        `mute`: upstreams that have let a look of this round wait, which this one adds to. They are not asked where what
+        the space gives is known, or where another one can say that has as much of a right to: the others, which may be
+        all that serve, wait for this to be compared. They may hang for that model only: one that has been compared and
+        was not asked keeps its traffic."""
         asked = self._to_ask(now)
         if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
             return
-        self._looking = True
+        self._looking, time = True, asyncio.get_running_loop().time
+        began = time()
         try:
             known = await self._expected.recall(self._space)
-            left = [each for each in asked if known and each.upstream in mute]
+            left = [each for each in asked if each.upstream in mute and (known or not each.health.answered)]
+            if not known and len(left) == len(asked):
+                left = []
             told = await _told([each for each in asked if each not in left], known)
             answers = {each: said for each, said in told.items() if isinstance(said, bytes)}
             expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
-        hanging = {each.upstream for each, said in told.items() if said is None}
+        slow = _ABSENT if time() - began >= PATIENCE else ()
+        hanging = {each.upstream for each, said in told.items() if said is None or isinstance(said, slow)}
         if hanging:
             mute |= hanging
             self.waited = now
         if answers:
             self._unsettled = not self._expected.knows(self._space)
-        unseen = [each for each in left if each.health.doubtful or (self._several and not each.health.compared)]
-        told.update(dict.fromkeys(unseen))
+        if known or answers:  # else nothing speaks against them
+            doubted = [each for each in left if each.health.doubtful or (self._several and not each.health.compared)]
+            told.update(dict.fromkeys(doubted))
         for deployment, said in told.items():
             self._asked[deployment] = now, deployment in answers
             if isinstance(said, bytes):

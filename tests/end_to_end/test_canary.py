@@ -79,6 +79,16 @@ async def late(batch: Batch) -> BatchResult:
     return await answers(batch)
 
 
+async def refuses(batch: Batch) -> BatchResult:
+    await asyncio.sleep(0.02)
+    raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
+
+
+async def is_slow(batch: Batch) -> BatchResult:
+    await asyncio.sleep(0.02)
+    raise UpstreamTimeout(f"no answer for {len(batch.inputs)}")
+
+
 async def limited(batch: Batch) -> BatchResult:
     raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
 
@@ -424,6 +434,56 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
     await asyncio.gather(watching, return_exceptions=True)
 
 
+@pytest.mark.parametrize("absent", [hangs, refuses, is_slow])
+async def test_one_that_is_not_there_from_the_start_is_asked_once_a_round_though_it_is_named_first(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch, absent: BatchEmbedder
+) -> None:
+    """But where callers have had its vectors, or there is no other to ask."""
+    monkeypatch.setattr(canary, "AT_FIRST", 0.05)
+    monkeypatch.setattr(canary, "PATIENCE", 0.01)
+    asked: list[str] = []
+
+    async def counts(batch: Batch) -> BatchResult:
+        asked.append(batch.model)
+        return await absent(batch)
+
+    def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
+        return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
+
+    pairs = [(deployment("absent", each, counts), deployment("well", each, answers)) for each in "abcd"]
+    pairs[3] = pairs[3][0], deployment("absent", "d", answers)
+    for _, well in pairs:
+        well.health.unproved = True
+    pairs[2][0].health.answered = True
+    canaries = [canary.Canary(pair, Expected(None), from_start=True) for pair in pairs]
+    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
+    while pairs[-1][1].health.unproved:
+        await asyncio.sleep(0.01)
+    assert asked == ["a", "c", "d"]
+    assert [(bool(first.health.silent), well.health.unproved) for first, well in pairs] == [(True, False)] * 4
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_one_that_fails_at_once_is_asked_for_every_model(clock: HandClock) -> None:
+    """It lets nobody wait, and may be back at any moment."""
+    (refused, other), looks = several(clock, refuses, answers)
+    mute: set[str] = set()
+    await looks.look(clock.monotonic(), mute)
+    assert (bool(refused.health.silent), other.health.compared) == (True, True)
+    assert not mute
+
+
+async def test_and_keeps_its_place_where_the_other_cannot_say_either(clock: HandClock) -> None:
+    (first, second), looks = several(clock, answers, refuses)
+    second.health.unproved = True
+    await looks.look(clock.monotonic(), {first.upstream})
+    assert [each.health.unproved for each in (first, second)] == [False, True]
+    assert looks.due(clock.monotonic())
+    await looks.look(clock.monotonic(), set())
+    assert first.health.compared
+
+
 async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_round(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -569,10 +629,7 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.01)
 
-    async def away(batch: Batch) -> BatchResult:
-        raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
-
-    (first, second), looks = several(clock, away, late)
+    (first, second), looks = several(clock, refuses, late)
     await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
     assert (first.health.compared, second.health.compared) == (False, True)
 

@@ -247,31 +247,29 @@ class _Cutter:
     def _end(self, start: int) -> int:
         room, window = self._room, self._text[start : start + self._window]
         fits = len(window)
-        if room.rule == "cl100k_base" and room.tokens is not None:
-            return self._counted_end(start, room.tokens)
-        if room.tokens is not None:
-            fits = min(fits, _reach(_costs(window, room.rule), 10 * room.tokens - _AROUND[room.rule]))
         if room.characters is not None:
             fits = min(fits, _reach(1 + (_codes(window) > 0xFFFF).astype(np.int64), room.characters))
+        if room.rule == "cl100k_base" and room.tokens is not None:
+            return self._counted_end(start, fits, room.tokens)
+        if room.tokens is not None:
+            fits = min(fits, _reach(_costs(window, room.rule), 10 * room.tokens - _AROUND[room.rule]))
         if not fits:
             raise ValueError("there is no room for a single character")
-        end = start + fits
-        return end if end == len(self._text) else _border(self._text, start, end)
+        return _border(self._text, start, start + fits)
 
-    def _counted_end(self, start: int, most: int) -> int:
-        """As far as so many tokens go. What was cut off may have been part of a token: then a little less."""
+    def _counted_end(self, start: int, fits: int, most: int) -> int:
+        """As far as so many tokens go, of the next `fits` characters. What was cut off may have been part of a token:
+        then a little less."""
         # Looked at is about what a piece takes, and not all that is left, once for each piece.
         looked_at = 2 * max(most, _SPARE)
         while True:
-            window = self._text[start : start + min(looked_at, self._window)]
-            ids = encode(window)
-            if len(ids) > most + _SPARE or looked_at >= min(self._window, len(self._text) - start):
+            ids = encode(self._text[start : start + min(looked_at, fits)])
+            if len(ids) > most + _SPARE or looked_at >= fits:
                 break
             looked_at *= 4
-        if len(ids) <= most:
-            return start + len(window)
-        # A character that the last token holds the first bytes of only is not in it.
-        fits = len(_encoding().decode_bytes(ids[:most]).decode("utf-8", "ignore"))
+        if len(ids) > most:
+            # A character that the last token holds the first bytes of only is not in it.
+            fits = len(_encoding().decode_bytes(ids[:most]).decode("utf-8", "ignore"))
         while fits > 0:
             end = _border(self._text, start, start + fits)
             if len(encode(self._text[start:end])) <= most:
@@ -287,7 +285,9 @@ def _reach(costs: _Numbers, most: int) -> int:
 
 def _border(text: str, start: int, end: int) -> int:
     """The last good place to cut at or before `end`: after a space, if there is one in the last quarter;
-    else between two characters as a reader sees them; else, for want of one, `end`."""
+    else between two characters as a reader sees them; else, for want of one, `end`. Where the text ends is one."""
+    if end == len(text):
+        return end
     space = max(text.rfind(mark, end - (end - start) // 4, end) for mark in " \n\t\u3000")
     if space >= start:
         return space + 1

@@ -84,6 +84,16 @@ def test_a_cut_is_made_after_a_space_where_there_is_one_nearby() -> None:
     assert Room(None, 9).pieces("abcdefghijk") == ["abcdefghi", "jk"]
 
 
+def test_a_cut_by_counted_tokens_is_a_good_one_also_where_characters_are_what_ends_it() -> None:
+    room = Room(8192, 20, "cl100k_base")
+    assert room.pieces("one two three four five six") == ["one two three four ", "five six"]
+    assert room.pieces(f"{FAMILY}x" * 3) == [f"{FAMILY}x", f"{FAMILY}x", f"{FAMILY}x"]  # twelve UTF-16 units each
+    row = "|cell".ljust(80) + "|"  # 16 characters a token and more
+    first, second = Room(8192, None, "cl100k_base").pieces("a table ..." + row * 3_000)
+    assert first.endswith(" ")
+    assert second.startswith("||cell")
+
+
 @pytest.mark.parametrize(
     "text", ["今天天气很好我们去公园散步。", "The quick brown fox jumps over the lazy dog. ", "a", "👩‍👩‍👧‍👦"]
 )

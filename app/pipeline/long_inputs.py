@@ -247,7 +247,8 @@ class _Plan:
             if source is Source.UPSTREAM:
                 for embedding, each in parts:
                     free[each] += embedding.tokens
-            embeddings.append(_mean(i, [embedding for embedding, _ in parts], pieces))
+            of_pieces = self.whole and i in self._pieces
+            embeddings.append(_mean(i, [each for each, _ in parts], pieces) if of_pieces else parts[0][0])
             sources.append(source)
         cached, shared = free[Source.CACHE], free[Source.INFLIGHT]
         return replace(result, embeddings=embeddings, sources=sources, cached_tokens=cached, shared_tokens=shared)
@@ -318,9 +319,7 @@ def _text(inputs: Sequence[Input], i: int) -> str:
 
 
 def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embedding:
-    """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length."""
-    if len(parts) == 1:
-        return parts[0]
+    """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length; of one, too."""
     if any(not part.vector for part in parts):
         return Embedding(b"", 0)  # of these, one was refused, and an error is on its way
     try:

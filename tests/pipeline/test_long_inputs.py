@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+import struct
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from app.catalog import Model
 from app.pipeline.long_inputs import LongInputs
-from app.types import Embedding, EmbedRequest, EmbedResult, Params, Source
+from app.types import Embedding, EmbedRequest, EmbedResult, OnLongInput, Params, Source
 
 MODEL = Model("counted", max_tokens_per_input=8192, counted_by="cl100k_base")
 
@@ -29,3 +32,17 @@ async def test_threads_are_left_to_others_between_two_long_texts() -> None:
     order.append(await asyncio.to_thread(lambda: "other"))
     assert (await asked).split == len(texts)
     assert order == ["other", "cut"]
+
+
+@pytest.mark.parametrize(("policy", "found"), [("split", (0.6, 0.8)), ("truncate", (3, 4))])
+async def test_what_is_split_has_unit_length_also_where_but_one_piece_is_more_than_space(
+    policy: OnLongInput, found: tuple[float, float]
+) -> None:
+    async def embed(request: EmbedRequest) -> EmbedResult:
+        assert len(request.inputs) == 1
+        return EmbedResult([Embedding(struct.pack("<2f", 3, 4), 1)], [Source.UPSTREAM])
+
+    model = Model("bounded", max_characters_per_input=100)
+    request = EmbedRequest("bounded", ["word" + " " * 1_000], Params(), math.inf, on_long_input=policy)
+    result = await LongInputs(embed, [model], None)(request)
+    assert struct.unpack("<2f", result.embeddings[0].vector) == pytest.approx(found)

@@ -124,23 +124,38 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
         # Its own words last: half a key, where they are cut, is known by being there.
         raise UpstreamMisconfigured(f"(its base_url has no /api or /v1 at its end) {error.message}") from error
     found: list[Model] = []
+    unread: UpstreamError | None = None
     for tag in _objects(tags.get("models")):
         name = str(tag.get("name") or tag.get("model") or "")
-        told = tag
-        dimensions, longest = _length(tag, "embedding"), _length(tag, "context")
-        if _embeds(tag) is None or (_embeds(tag) and None in (dimensions, longest)):
-            try:  # an older server: it tells model by model
-                told = await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
-            except UpstreamMisconfigured:  # removed since, or it has no such route
-                if dimensions is None:
-                    continue
-            except GatewayError:
-                if dimensions is None:
-                    raise
+        try:
+            told = await _told(send, base_url, name, tag)
+        except UpstreamMisconfigured:  # removed since, or it has no such route
+            continue
+        except UpstreamError as error:
+            if type(error) is not UpstreamError:
+                raise
+            unread = error  # a file that it cannot read costs that model, and none of the others
+            continue
         if name and _embeds(told):
             digest = str(tag.get("digest") or "").removeprefix("sha256:")[:12]
             found += _models(name, told, digest, cuts=settings.truncate)
+    if unread and not found:
+        raise unread
     return found
+
+
+async def _told(send: Send, base_url: str, name: str, tag: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What is known of a model: its entry in the list, or what an older server tells model by model. Raises what
+    keeps that from us where the list is not enough."""
+    dimensions, longest = _length(tag, "embedding"), _length(tag, "context")
+    if _embeds(tag) is False or (_embeds(tag) and None not in (dimensions, longest)):
+        return tag
+    try:
+        return await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
+    except GatewayError:
+        if dimensions is None:
+            raise
+        return tag
 
 
 def _models(name: str, told: Mapping[str, Any], digest: str, *, cuts: bool) -> list[Model]:

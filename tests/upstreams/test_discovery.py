@@ -192,6 +192,18 @@ async def test_an_older_ollama_is_asked_model_by_model() -> None:
     assert (short.name, short.revision) == ("nomic-embed-text", "0a109f422b47")
 
 
+async def test_a_model_that_ollama_cannot_read_costs_none_of_the_others() -> None:
+    torn = (500, {"error": "unable to decode GGUF: unexpected EOF"})
+    shown = {"nomic-embed-text:latest": {"model_info": {"general.architecture": "bert", "bert.embedding_length": 768}}}
+    routes = {
+        "/api/tags": {"models": [{"name": "torn:1"}, old(NOMIC), {"name": "torn:2"}]},
+        "/api/show": lambda body: shown.get(body["model"], torn),
+    }
+    assert [model.name for model in await pulled(routes)] == ["nomic-embed-text:latest", "nomic-embed-text"]
+    with pytest.raises(UpstreamError, match="unable to decode GGUF"):  # and not: it has no models
+        await pulled(routes | {"/api/show": torn})
+
+
 @pytest.mark.parametrize(
     ("info", "embeds"),
     [

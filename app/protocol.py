@@ -220,6 +220,8 @@ class Protocol(Remembering):
                 self._hosts = hosts
             elif self.parser.get_http_version() != "1.0":
                 raise ValueError("Host")
+        if not self.parser.get_http_version().startswith("1."):
+            raise ValueError("HTTP version")
         if self.expect_100_continue and self.parser.get_http_version() == "1.0":
             self.expect_100_continue = False  # which knows no 100 (RFC 9110 10.1.1)
         scope: Any = self.scope

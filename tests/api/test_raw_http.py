@@ -206,6 +206,8 @@ def test_one_that_is_not_is_read(coding: str, fake: FakeOpenAI, gateway: Running
     "data",
     [
         b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        post(GOOD, AUTH).replace(b"HTTP/1.1", b"HTTP/2.0"),
+        post(GOOD, AUTH).replace(b"HTTP/1.1", b"HTTP/0.9"),
         b"nonsense\r\n\r\n",
         head("BREW", "/v1/embeddings"),
         post(GOOD, AUTH, target="/v1/embeddings\xff"),
@@ -213,7 +215,7 @@ def test_one_that_is_not_is_read(coding: str, fake: FakeOpenAI, gateway: Running
         post(GOOD, AUTH, "X: a\0b"),
         post(GOOD, AUTH, "X : y"),
     ],
-    ids=["HTTP/2", "nonsense", "method", "byte in path", "long path", "null byte", "space before colon"],
+    ids=["HTTP/2", "2.0", "0.9", "nonsense", "method", "byte in path", "long path", "null byte", "space before colon"],
 )
 def test_what_is_not_http_is_a_400_and_the_end(data: bytes, fake: FakeOpenAI, gateway: Running) -> None:
     said = answers(gateway.url, data)

@@ -62,11 +62,12 @@ class ServerSettings(Section):
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     drain: Pause = 5.0
 
-    @model_validator(mode="after")
-    def _ports_differ(self) -> Self:
-        if self.port and self.metrics_port == self.port:
-            raise ValueError("metrics_port: is the main port; give it another, or null to share the main one")
-        return self
+    @field_validator("metrics_port")
+    @classmethod
+    def _is_another(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value and value == others.data.get("port"):
+            raise ValueError("is the main port; give it another, or null to share the main one")
+        return value
 
 
 class KeySettings(Section):

@@ -74,7 +74,8 @@ class BaiduSettings(UpstreamSettings):
         elif self.api_keys:
             raise ValueError("api_keys: an access token is made from one api_key and its secret_key")
         else:
-            _need(self.api_key, "api_key", 'set it here, for instance to "${BAIDU_API_KEY}"')
+            besides = "" if self.secret_key else ", and secret_key"
+            _need(self.api_key, "api_key", f'set it here, for instance to "${{BAIDU_API_KEY}}"{besides}')
             _need(self.secret_key, "secret_key", 'set it here, for instance to "${BAIDU_SECRET_KEY}"')
         return self
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal, Self
 
 import orjson
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from app import vectors
 from app.catalog import ANY, CATALOG, Model, family
@@ -42,10 +42,15 @@ class OpenAISettings(UpstreamSettings):
     encoding_format: Literal["base64", "float", "omit"] = "base64"
     """What to ask for. Either form is understood whatever was asked; `omit` is for servers that refuse it."""
 
+    @field_validator("path")
+    @classmethod
+    def _is_a_path(cls, value: str) -> str:
+        if not value.startswith("/"):
+            raise ValueError("must begin with /")
+        return value
+
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if not self.path.startswith("/"):
-            raise ValueError("path: must begin with /")
         if self.auth != "none" and self.base_url.rstrip("/") == BASE_URL:
             auth.need_key(self, "OPENAI_API_KEY")
         return self

@@ -179,6 +179,10 @@ class Gateway:
         """A line for each model that is configured in a way in which it serves no plain request."""
         return self._registry.unfit()
 
+    def apart(self) -> list[str]:
+        """A line for each model that is configured to have deployments which turn out to be in different spaces."""
+        return self._registry.apart()
+
     def unserved(self) -> list[str]:
         """A line for each model that a key names and nobody serves now: likely misspelt, but it may come back."""
         keys = self.settings.auth.keys.items() if self.settings.auth else ()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -42,7 +42,7 @@ _FACTS = (
     "price_per_million_tokens",
 )
 """What an operator may know better than the catalogue, by one name here and there."""
-
+_APART = "its deployments are in different vector spaces"
 
 _Members: TypeAlias = tuple[tuple[Health, float, int], ...]
 """Of a set of deployments: for each its health, by which it is the same one whatever its weight, that, and its
@@ -156,7 +156,7 @@ class Registry:
         for name, served in self._by_plain_name().items():
             together = None
             if len({deployment.space for deployment in served}) > 1:
-                self._warn_of_spaces(name, served)
+                self._warn_of_spaces(name, served, "are kept apart")
             elif name not in names:
                 together = names[name] = self._public(name, tuple(served), None)
             for deployment in served:
@@ -182,6 +182,15 @@ class Registry:
         """A line for each model that is configured in a way in which it serves no plain request."""
         models = {public.name: public for public in self.names.values()}
         return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
+
+    def apart(self) -> list[str]:
+        """A line for each model that not all deployments serve which it is configured to have."""
+        configured = [(name, len(each.deployments), self.names[name]) for name, each in self._settings.models.items()]
+        return [
+            f"models.{name}.deployments: {_APART}; only {_named(public.deployments)} would serve it"
+            for name, count, public in configured
+            if len(public.deployments) < count
+        ]
 
     async def aclose(self, successor: Registry | None = None) -> None:
         """Waits for the calls under way but those of batchers that a `successor` shares."""
@@ -244,7 +253,7 @@ class Registry:
         # What the configuration alone could tell was refused at start; a revision may differ all the same.
         same = tuple(deployment for deployment in deployments if deployment.space == space)
         if len(same) < len(deployments):
-            self._warn_of_spaces(name, deployments)
+            self._warn_of_spaces(name, deployments, f"only {_named(same)} serves it")
         return self._public(name, same, settings)
 
     def _configured_deployment(self, wanted: DeploymentSettings, settings: ModelSettings) -> Deployment:
@@ -322,11 +331,14 @@ class Registry:
             self._batchers[members] = batcher, canary
         return self._batchers[members][0]
 
-    def _warn_of_spaces(self, name: str, served: list[Deployment]) -> None:
+    def _warn_of_spaces(self, name: str, served: Sequence[Deployment], so: str) -> None:
         if name not in self._conflicts:
             self._conflicts.add(name)
-            listed = ", ".join(deployment.name for deployment in served)
-            log.warning("model %s: its deployments are in different vector spaces and are kept apart: %s", name, listed)
+            log.warning("model %s: %s and %s: %s", name, _APART, so, _named(served))
+
+
+def _named(deployments: Iterable[Deployment]) -> str:
+    return ", ".join(deployment.name for deployment in deployments)
 
 
 def _identity(deployment: Deployment) -> tuple[str, str, str]:

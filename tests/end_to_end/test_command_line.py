@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from app.upstreams import UPSTREAMS
-from tests.fakes import FakeOpenAI, faults
+from tests.fakes import FakeOllama, FakeOpenAI, OllamaModel, faults
 from tests.processes import (
     address,
     answers,
@@ -235,6 +235,20 @@ models:
     wrong = [line.split(":")[0] for line in done.stderr.splitlines()]
     assert wrong == ["models.short", "models.ada", "models.query"]
     assert "model 'ada' gives only 1536, not 100" in done.stderr, "by the name it is asked for"
+
+
+def test_check_finds_deployments_of_a_model_that_turn_out_to_be_of_different_spaces(tmp_path: Path) -> None:
+    one, other = (FakeOllama({"m:latest": OllamaModel(size, 64, "bert")}) for size in (4, 8))
+    with one:
+        with other:
+            (tmp_path / "config.yaml").write_text(f"""
+upstreams: {{one: {{type: ollama, base_url: "{one.url}"}}, other: {{type: ollama, base_url: "{other.url}"}}}}
+models: {{docs: {{deployments: [{{upstream: one, model: m}}, {{upstream: other, model: m}}]}}}}
+""")
+            done = run("check", cwd=tmp_path)
+        told = "models.docs.deployments: its deployments are in different vector spaces; only one/m would serve it"
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
+        assert run("check", cwd=tmp_path).returncode == 0, "nobody says now which space that one is of"
 
 
 def test_check_finds_models_that_a_key_names_and_nobody_serves(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ class FakeOllama(FakeUpstream):
         tag: dict[str, Any] = {"name": name, "model": name, "details": details}
         tag["modified_at"] = "2026-08-21T10:00:00.000000000Z"
         tag["size"] = known.dimensions * 1_000_000
-        tag["digest"] = f"{known.dimensions:064x}"
+        tag["digest"] = f"{known.dimensions:x}".ljust(64, "0")  # of which the beginning is looked at
         if not self.old:
             details["context_length"] = known.context
             details["embedding_length"] = known.dimensions

@@ -33,6 +33,8 @@ SCRATCH = 16 * 2**10
 URLS = 64
 """Addresses remembered in the form in which they are sent: parsing one costs more than sending to it."""
 
+_REFUSED = (403, 407)
+"""What a proxy says that will say it again: it does not lead there, or not with this password."""
 
 _Addresses: TypeAlias = list[tuple[Any, ...]]
 """As `socket.getaddrinfo` gives them."""
@@ -204,7 +206,9 @@ class Network:
             asked = f"CONNECT {where} HTTP/1.1\r\n{headers}\r\n".encode()
             reply = await connection.exchange(asked, 0, tunnel=True)
             if reply.status // 100 != 2:
-                raise UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {reply.status})")
+                refused = UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {reply.status})")
+                refused.retryable = reply.status not in _REFUSED
+                raise refused
             transport = await loop.start_tls(
                 connection.transport, connection, self._context(), server_hostname=origin.host
             )

@@ -520,11 +520,14 @@ async def test_by_a_proxy_tls_is_with_the_upstream_itself(tmp_path: Path, monkey
         assert not any(b"proxy-" in head for head in server.heads), "what is the proxy's stays with it"
 
 
-async def test_a_proxy_that_refuses_is_told_from_the_upstream() -> None:
-    refusal = b"HTTP/1.1 407 Proxy Authentication Required\r\ncontent-length: 0\r\n\r\n"
+@pytest.mark.parametrize(("status", "passes"), [(407, False), (403, False), (502, True)])
+async def test_a_proxy_that_refuses_is_told_from_the_upstream(status: int, passes: bool) -> None:
+    """One that wants another password, or does not let anybody through to there, says so the next time as well."""
+    refusal = b"HTTP/1.1 %d No\r\ncontent-length: 0\r\n\r\n" % status
     async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
-        with pytest.raises(UpstreamUnreachable, match=r"proxy.*407"):
+        with pytest.raises(UpstreamUnreachable, match=rf"proxy.*{status}") as raised:
             await network.exchange(post("https://upstream.example/"), MOST)
+        assert raised.value.retryable == passes
         await until(lambda: proxy.closed == 1)
 
 

@@ -305,6 +305,9 @@ class Registry:
         return deployment
 
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
+        known = self.names.get(name)
+        if known is not None and known.name == name and known.deployments == deployments:
+            return known  # of a list of thousands that has one more, each would hold everybody up
         first = deployments[0]
         batcher = self._batcher(deployments, configured=settings is not None)
         embed = build.pipeline(

@@ -7,6 +7,7 @@ from app.clock import SystemClock
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.upstreams import UPSTREAMS
+from app.upstreams.openai import unlisted
 from tests.counting import counting_calls
 from tests.harness import settings_of
 
@@ -30,3 +31,25 @@ def test_twice_as_many_models_are_twice_the_work() -> None:
 
     work(1)
     assert work(800) < 2.3 * work(400)
+
+
+def test_a_list_that_has_one_model_more_costs_that_one() -> None:
+    """And what an upstream has had all along is the same model as before."""
+    settings = settings_of({"upstreams": {name: {"type": "openai", "base_url": "http://no/v1"} for name in ("a", "b")}})
+    metrics, clock = Metrics(), SystemClock()
+    gateway = Gateway(settings, UPSTREAMS, Tiers([], metrics, clock), metrics, clock)
+
+    def listing(count: int) -> int:
+        for upstream in gateway.upstreams.values():
+            upstream.models = {name: unlisted(name) for name in (f"model-{number}" for number in range(count))}
+        with counting_calls() as counted:
+            gateway._registry.publish()
+        return counted.calls
+
+    first = listing(400)
+    before = dict(gateway.names)
+    assert listing(401) < first / 4
+    assert len(gateway.names) == 3 * 401
+    assert all(gateway.names[name] is public for name, public in before.items())
+    listing(1)
+    assert set(gateway.names) == {"model-0", "a/model-0", "b/model-0"}

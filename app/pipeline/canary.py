@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TypeAlias
 
 from app import vectors
 from app.cache import keys
 from app.cache.tiers import Tiers
 from app.clock import Clock
-from app.errors import GatewayError, UpstreamTimeout, UpstreamUnreachable
+from app.errors import GatewayError
 from app.pipeline.deployment import Deployment
 from app.types import Batch, Embedding, Params
 
@@ -25,8 +25,8 @@ log = logging.getLogger(__name__)
 _Told: TypeAlias = dict[Deployment, bytes | GatewayError | None]
 """Of each its vector, or what it failed with; None where it does not say in time."""
 
-_ABSENT = (UpstreamTimeout, UpstreamUnreachable)
-"""What says of an upstream that one waits for it in vain, where that took a while."""
+_Asked: TypeAlias = asyncio.Task[bytes | GatewayError | None]
+
 _SILENT = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 SAME = 0.999
@@ -42,10 +42,11 @@ TIMEOUT = 600.0
 """Seconds a deployment has to answer; as a rule its upstream's own `timeout` is less. One that does not answer is
 judged by its traffic, not here."""
 PATIENCE = 2.0
-"""Seconds it has where another one has answered, which is to be used, and what the space gives is known: the rest can
-be asked again."""
+"""Seconds it has where what is to count is there: another one has answered, which is to be used, and what the space
+gives is known, or the first one has. The rest can be asked again."""
 AT_FIRST = 10.0
-"""The same, where it is not known: what the first one gives is to count, which may have to load its model."""
+"""The same, where it is not known: what the first one gives is to count, which may have to load its model. That is the
+first of those that have not failed; after so long it is whoever has answered."""
 
 
 class Expected:
@@ -150,35 +151,30 @@ class Canary:
         """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
         has never answered takes no traffic while others do: it may have been away and have come back another.
 
-        `mute`: upstreams that have let a look of this round wait, which this one adds to. They are not asked where what
-        the space gives is known, or where another one can say that has as much of a right to: the others, which may be
-        all that serve, wait for this to be compared. They may hang for that model only: one that has been compared and
-        was not asked keeps its traffic."""
+        `mute`: upstreams that have let a look of this round wait, which this one adds to. Where what the space gives is
+        known they are not asked, and where it is not they are not waited for as long: the others, which may be all that
+        serve, wait for this to be compared. They may hang for that model only: one that has been compared and was not
+        asked keeps its traffic."""
         asked = self._to_ask(now)
         if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
             return
-        self._looking, time = True, asyncio.get_running_loop().time
-        began = time()
+        self._looking = True
         try:
             known = await self._expected.recall(self._space)
-            left = [each for each in asked if each.upstream in mute and (known or not each.health.answered)]
-            if not known and len(left) == len(asked):
-                left = []
-            told = await _told([each for each in asked if each not in left], known)
+            left = [each for each in asked if known and each.upstream in mute]
+            told = await _told([each for each in asked if each not in left], mute, known=known)
             answers = {each: said for each, said in told.items() if isinstance(said, bytes)}
             expected = await self._expected.of(self._space, _right(answers)) if answers else b""
         finally:  # or by a change of configuration, whose gateway has the same canary
             self._looking = False
-        slow = _ABSENT if time() - began >= PATIENCE else ()
-        hanging = {each.upstream for each, said in told.items() if said is None or isinstance(said, slow)}
-        if hanging:
-            mute |= hanging
+        hanging = {each.upstream for each, said in told.items() if said is None}
+        mute |= hanging
+        if hanging and not left:  # or it would be the last again in the next round, and never ask these
             self.waited = now
         if answers:
             self._unsettled = not self._expected.knows(self._space)
-        if known or answers:  # else nothing speaks against them
-            doubted = [each for each in left if each.health.doubtful or (self._several and not each.health.compared)]
-            told.update(dict.fromkeys(doubted))
+        unseen = [each for each in left if each.health.doubtful or (self._several and not each.health.compared)]
+        told.update(dict.fromkeys(unseen))
         for deployment, said in told.items():
             self._asked[deployment] = now, deployment in answers
             if isinstance(said, bytes):
@@ -230,20 +226,37 @@ def _right(answers: Mapping[Deployment, bytes]) -> bytes:
     return answers[min(answers, key=lambda each: not each.health.answered)]
 
 
-async def _told(asked: Sequence[Deployment], known: bool) -> _Told:
-    """What each says in time, in the order in which they are asked. `known`: what the space gives."""
-    tasks = {asyncio.create_task(_ask(each)): each for each in asked}
+async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> _Told:
+    """What each says in time. `known`: what the space gives. `mute`: upstreams that let others wait."""
+    # In the order in which they count where it is not.
+    tasks = {asyncio.create_task(_ask(each)): each for each in sorted(asked, key=lambda each: not each.health.answered)}
     if not tasks:
         return {}
+    time = asyncio.get_running_loop().time
+    until = time() + AT_FIRST
     try:
-        done, waiting = await asyncio.wait(tasks, timeout=PATIENCE if known else AT_FIRST)
-        while waiting and not any(isinstance(task.result(), bytes) for task in done):
-            more, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            done |= more
-        return {each: task.result() if task in done else None for task, each in tasks.items()}
+        _, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
+        while waiting and not _enough(tasks, mute, anyone=known or time() >= until):
+            left = until - time()
+            _, waiting = await asyncio.wait(
+                waiting, timeout=left if left > 0 else None, return_when=asyncio.FIRST_COMPLETED
+            )
+        return {each: task.result() if task.done() else None for task, each in tasks.items()}
     finally:
         for task in tasks:
             task.cancel()
+
+
+def _enough(tasks: Mapping[_Asked, Deployment], mute: Collection[str], *, anyone: bool) -> bool:
+    """Whether one has answered that may count: `anyone`, or the first of those that have not failed, but for what is
+    mute and has answered no caller either."""
+    for task, each in tasks.items():
+        if not task.done():
+            if not anyone and (each.health.answered or each.upstream not in mute):
+                return False
+        elif isinstance(task.result(), bytes):
+            return True
+    return False
 
 
 async def _ask(deployment: Deployment) -> bytes | GatewayError | None:

@@ -80,13 +80,7 @@ async def late(batch: Batch) -> BatchResult:
 
 
 async def refuses(batch: Batch) -> BatchResult:
-    await asyncio.sleep(0.02)
     raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
-
-
-async def is_slow(batch: Batch) -> BatchResult:
-    await asyncio.sleep(0.02)
-    raise UpstreamTimeout(f"no answer for {len(batch.inputs)}")
 
 
 async def limited(batch: Batch) -> BatchResult:
@@ -434,54 +428,45 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
     await asyncio.gather(watching, return_exceptions=True)
 
 
-@pytest.mark.parametrize("absent", [hangs, refuses, is_slow])
-async def test_one_that_is_not_there_from_the_start_is_asked_once_a_round_though_it_is_named_first(
-    clock: HandClock, monkeypatch: pytest.MonkeyPatch, absent: BatchEmbedder
+@pytest.mark.parametrize("answered", [False, True])
+async def test_one_that_let_another_look_wait_is_not_waited_for_as_long_though_it_is_named_first(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
-    """But where callers have had its vectors, or there is no other to ask."""
-    monkeypatch.setattr(canary, "AT_FIRST", 0.05)
-    monkeypatch.setattr(canary, "PATIENCE", 0.01)
-    asked: list[str] = []
+    """But where callers have had its vectors, if only while it is asked: then these count."""
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
 
-    async def counts(batch: Batch) -> BatchResult:
-        asked.append(batch.model)
-        return await absent(batch)
+    async def others(batch: Batch) -> BatchResult:
+        first.health.answered = answered
+        return await answers(batch)
 
-    def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
-        return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
-
-    pairs = [(deployment("absent", each, counts), deployment("well", each, answers)) for each in "abcd"]
-    pairs[3] = pairs[3][0], deployment("absent", "d", answers)
-    for _, well in pairs:
-        well.health.unproved = True
-    pairs[2][0].health.answered = True
-    canaries = [canary.Canary(pair, Expected(None), from_start=True) for pair in pairs]
-    watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
-    while pairs[-1][1].health.unproved:
-        await asyncio.sleep(0.01)
-    assert asked == ["a", "c", "d"]
-    assert [(bool(first.health.silent), well.health.unproved) for first, well in pairs] == [(True, False)] * 4
-    watching.cancel()
-    await asyncio.gather(watching, return_exceptions=True)
-
-
-async def test_one_that_fails_at_once_is_asked_for_every_model(clock: HandClock) -> None:
-    """It lets nobody wait, and may be back at any moment."""
-    (refused, other), looks = several(clock, refuses, answers)
-    mute: set[str] = set()
-    await looks.look(clock.monotonic(), mute)
-    assert (bool(refused.health.silent), other.health.compared) == (True, True)
-    assert not mute
-
-
-async def test_and_keeps_its_place_where_the_other_cannot_say_either(clock: HandClock) -> None:
-    (first, second), looks = several(clock, answers, refuses)
+    (first, second), looks = several(clock, late, others)
     second.health.unproved = True
     await looks.look(clock.monotonic(), {first.upstream})
-    assert [each.health.unproved for each in (first, second)] == [False, True]
-    assert looks.due(clock.monotonic())
-    await looks.look(clock.monotonic(), set())
-    assert first.health.compared
+    assert first.health.compared == answered
+    assert bool(first.health.silent) == (not answered)
+    assert second.health.compared
+    assert looks.due(clock.monotonic()) == (not answered)
+
+
+async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_another(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be the last again, after those for whom it hangs."""
+    monkeypatch.setattr(canary, "PATIENCE", 0.01)
+    expected = Expected(None)
+    await expected.of("space", np.ones(4, "<f4").tobytes())
+    _, before = several(clock, hangs, answers, expected=expected)
+    (first, *_), looks = several(clock, answers, hangs, answers, expected=expected)
+    first.health.unproved = True
+    await asyncio.wait_for(canary._look([before, looks], clock), 5)
+    assert first.health.unproved
+    clock.now += canary.ROUND
+    round_two = asyncio.create_task(canary._look([before, looks], clock))
+    async with asyncio.timeout(5):
+        while not first.health.compared:
+            await asyncio.sleep(0.01)
+    round_two.cancel()
+    await asyncio.gather(round_two, return_exceptions=True)
 
 
 async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_round(
@@ -604,18 +589,21 @@ async def test_who_could_not_be_compared_is_looked_at_again_once_the_cache_can_b
     assert not looks.due(clock.monotonic())
 
 
-def several(clock: HandClock, *embedders: BatchEmbedder) -> tuple[list[Deployment], canary.Canary]:
+def several(
+    clock: HandClock, *embedders: BatchEmbedder, expected: Expected | None = None
+) -> tuple[list[Deployment], canary.Canary]:
     found = [
         Deployment(f"up{i}", Model("m"), "space", Slots(1), Limits(1), healthy(clock, f"up{i}"), embed)
         for i, embed in enumerate(embedders)
     ]
-    return found, canary.Canary(found, Expected(None), from_start=True)
+    return found, canary.Canary(found, expected or Expected(None), from_start=True)
 
 
 async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.05)
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second), looks = several(clock, hangs, answers)
     second.health.unproved = True
     await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
@@ -638,10 +626,25 @@ async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.01)
+    monkeypatch.setattr(canary, "PATIENCE", 0.01)
 
     (first, second), looks = several(clock, hangs, late)
     await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
     assert (first.health.compared, second.health.compared) == (False, True)
+
+
+async def test_whoever_counts_is_not_kept_waiting_by_those_behind_it(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    (first, second, third), looks = several(clock, refuses, answers, hangs)
+    second.health.unproved = third.health.unproved = True
+    await asyncio.wait_for(looks.look(clock.monotonic(), set()), canary.AT_FIRST / 2)
+    assert [each.health.unproved for each in (first, second, third)] == [True, False, True]
+    (first, second), looks = several(clock, hangs, answers)
+    second.health.answered = True
+    await asyncio.wait_for(looks.look(clock.monotonic(), set()), canary.AT_FIRST / 2)
+    assert [each.health.compared for each in (first, second)] == [False, True]
 
 
 async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(clock: HandClock) -> None:
@@ -735,6 +738,7 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "AT_FIRST", 0.05)
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, _), looks = several(clock, answers, hangs)
     looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
     await settle()

@@ -6,6 +6,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from typing import Any
+
+from msgspec import Struct
 
 _MOMENTS, _MOMENT = 4, 0.002
 """So many times so many seconds are for what came while the event loop was late to be read."""
@@ -29,7 +32,8 @@ class Deadlines:
     def waiting(self, seconds: float) -> Deadline:
         """A block that ends when it has waited so many seconds for another: those in which this thread was itself at
         work, as it may be for other requests, do not count."""
-        return Waiting(asyncio.get_running_loop().time(), seconds, self)
+        now = asyncio.get_running_loop().time()
+        return Waiting(now + seconds, self, _began=now, _seconds=seconds)
 
     def add(self, deadline: Deadline) -> None:
         self._running[deadline] = None
@@ -59,20 +63,18 @@ class Deadlines:
             self._look_at(min(each.when for each in self._running))
 
 
-class Deadline:
+class Deadline(Struct, eq=False):
     """Cancels the block at `when`, on the event loop's clock; the block then raises `TimeoutError`. To be entered
     once, within a task."""
 
-    __slots__ = ("_deadlines", "_end", "_task", "when")
-
-    def __init__(self, when: float, deadlines: Deadlines) -> None:
-        self.when, self._deadlines = when, deadlines
-        self._end: type[Exception] | None = None
+    when: float
+    _deadlines: Deadlines
+    _task: Any = None
+    """That entered it."""
+    _end: type[Exception] | None = None
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
+        self._task = asyncio.current_task()
         self._deadlines.add(self)
 
     def more(self) -> float:
@@ -97,11 +99,10 @@ class Deadline:
 class Waiting(Deadline):
     """One for what another does."""
 
-    __slots__ = ("_at_work", "_began", "_moments", "_seconds")
-
-    def __init__(self, now: float, seconds: float, deadlines: Deadlines) -> None:
-        Deadline.__init__(self, now + seconds, deadlines)
-        self._began, self._seconds, self._moments = now, seconds, _MOMENTS
+    _began: float = 0.0
+    _seconds: float = 0.0
+    _at_work: float = 0.0
+    _moments: int = _MOMENTS
 
     def __enter__(self) -> None:
         Deadline.__enter__(self)

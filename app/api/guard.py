@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, MutableMapping
 from typing import Any
 
-from app.deadlines import Deadline, Deadlines
+from app.deadlines import Deadline
 
 
 class ClientGone(Exception):
@@ -16,11 +16,7 @@ class Guard(Deadline):
     """A deadline that also ends the block, once `watch` was called, when the caller hangs up; it then raises
     `ClientGone`."""
 
-    __slots__ = ("_listeners",)
-
-    def __init__(self, when: float, deadlines: Deadlines) -> None:
-        super().__init__(when, deadlines)
-        self._listeners: set[Callable[[], None]] | None = None
+    _listeners: set[Callable[[], None]] | None = None
 
     def watch(self, scope: MutableMapping[str, Any]) -> None:
         """From now on nothing more is to come from the caller, whose connection calls back when it is lost

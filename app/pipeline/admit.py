@@ -3,6 +3,8 @@ has room for."""
 
 from __future__ import annotations
 
+from msgspec import Struct
+
 from app.errors import Overloaded
 from app.metrics import Metrics
 
@@ -26,15 +28,12 @@ class Room:
         self._whole = other._whole
 
 
-class Place:
+class Place(Struct, eq=False):
     """A request's, from before its body is read until its answer is taken: a context that leaves it in any case."""
 
-    __slots__ = ("_held", "_inside", "_room")
-
-    def __init__(self, room: Room) -> None:
-        self._room = room
-        self._held = 0
-        self._inside = False
+    _room: Room
+    _held: int = 0
+    _inside: bool = False
 
     def __enter__(self) -> Place:
         return self

@@ -38,15 +38,12 @@ class Flight(Struct, eq=False):
     """Names of those that embedded it."""
 
 
-class Waiter:
+class Waiter(Struct, eq=False):
     """A request waiting for its inputs: one future, however many they are."""
 
-    __slots__ = ("future", "missing")
-
-    def __init__(self, future: asyncio.Future[None]) -> None:
-        self.future = future
-        self.missing = 0
-        """Inputs still to come."""
+    future: asyncio.Future[None]
+    missing: int = 0
+    """Inputs still to come."""
 
     def release(self) -> None:
         if not self.future.done():

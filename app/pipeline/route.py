@@ -86,26 +86,24 @@ class Slot:
             pace.charge(result.calls - 1, billed - self._charged)
 
 
-class _Until(Deadline):
+class _Until(Deadline, kw_only=True):
     """A batch's. A call that those who wait for it have left less time than answers take has that time when it is due
     all the same, as where they have hung up: it is paid for, and who has come since or asks again finds what it brings.
     Only where it does not answer then either is it made again for those who have come since, and have more time: half
     of that is left for it."""
 
-    __slots__ = ("_batch", "_began", "_health", "_longer")
-
-    def __init__(self, batch: Batch, health: Health, began: float, deadlines: Deadlines) -> None:
-        Deadline.__init__(self, batch.deadline, deadlines)
-        self._batch, self._health, self._began = batch, health, began
-        self._longer = False
+    batch: Batch
+    health: Health
+    began: float
+    longer: bool = False
 
     def more(self) -> float:
-        had = self._batch.deadline - self._began
-        if self._longer or self._health.had_time(2 * had):
+        had = self.batch.deadline - self.began
+        if self.longer or self.health.had_time(2 * had):
             return 0.0
-        self._longer = True
-        left = self._batch.joined() - self._batch.deadline
-        return min(LONGER, self._health.enough - had, left / 2)
+        self.longer = True
+        left = self.batch.joined() - self.batch.deadline
+        return min(LONGER, self.health.enough - had, left / 2)
 
 
 class Route:
@@ -282,7 +280,7 @@ class Route:
         the deadline that ended it."""
         began = now()
         try:
-            with _Until(batch, health, began, self._deadlines):
+            with _Until(batch.deadline, self._deadlines, batch=batch, health=health, began=began):
                 result = await deployment.embed(batch)
             error, judged = verdict.of(result), True
             if error is None and now() > batch.deadline:

@@ -78,6 +78,8 @@ class Upstream:
     def away(self) -> bool:
         """Whether its models could not be listed because it is not there, or what stands before it says that it is not,
         or it fails in whatever it does (a 500 or 502)."""
+        if self.trouble is None:  # nearly always, and asked for every request
+            return False
         gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
         return gone or type(self.trouble) is UpstreamError
 

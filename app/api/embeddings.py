@@ -57,7 +57,9 @@ AT_ONCE = 256 * 2**10
 """Bytes of a body that are parsed between two turns of the event loop: 10 ms if they are token ids. A larger one is
 parsed in a thread, in which only the JSON itself holds up others."""
 
-_JSON = (b"content-type", b"application/json")
+_OK = b"HTTP/1.1 200 OK\r\n"
+_ALWAYS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"
+"""The headers of every answer, the last of them."""
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +118,7 @@ class Embeddings:
             exchange = _Exchange(sent, head.request_id(sent), now, began, place)
             error: GatewayError | None = None
             try:
-                headers, body = await self._answer(exchange, scope, receive, path_model)
+                lines, body = await self._answer(exchange, scope, receive, path_model)
             except ClientGone:
                 self._record(exchange, 499, None)
                 return
@@ -131,19 +133,19 @@ class Embeddings:
             status = 200
             if error is not None:
                 status = error.status
-                headers, body = self._refusal(exchange, error)
+                lines, body = self._refusal(exchange, error)
             if exchange.quota is not None:
                 if not exchange.counted:
                     exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
-                headers += render.limit_headers(exchange.quota.standings())
+                lines += render.lines(render.limit_headers(exchange.quota.standings()))
             self._record(exchange, status, error)
             exchange.result = None  # until it is taken an answer is in memory once, as bytes
-            await self._send(exchange, scope, receive, send, status, headers, body)
+            await self._send(exchange, scope, receive, send, status, lines, body)
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
-    ) -> tuple[list[render.Header], list[bytes]]:
-        """Headers, and the body in pieces."""
+    ) -> tuple[bytes, list[bytes]]:
+        """Headers, a line each, and the body in pieces."""
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
@@ -174,9 +176,9 @@ class Embeddings:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
-        return render.result_headers(result, usage, public.space), rendered
+        return render.result_head(result, usage, public.space), rendered
 
-    def _refusal(self, exchange: _Exchange, error: GatewayError) -> tuple[list[render.Header], list[bytes]]:
+    def _refusal(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
         """Headers and body for a request that comes to this. Its place is free from now on: there is little to send,
         but it may be long until the rest of the caller's body has come."""
         exchange.place.leave()
@@ -188,7 +190,7 @@ class Embeddings:
         if exchange.reading:
             # The rest of the body will not be read, so the connection cannot carry another request.
             headers.append((b"connection", b"close"))
-        return headers, [render.error_body(error)]
+        return render.lines(headers), [render.error_body(error)]
 
     def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
         self._check_size(head.length(headers))
@@ -268,27 +270,22 @@ class Embeddings:
         receive: Receive,
         send: Sender,
         status: int,
-        headers: list[render.Header],
+        lines: bytes,
         body: list[bytes],
     ) -> None:
         elapsed = time.perf_counter() - exchange.began
         size = sum(map(len, body))
-        headers += (
-            _JSON,
-            (b"content-length", b"%d" % size),
-            (b"x-request-id", exchange.id),
-            (b"openai-processing-ms", b"%d" % (elapsed * 1000)),
-        )
+        lines += _ALWAYS % (size, exchange.id, elapsed * 1000)
         respond = scope.get("extensions", {}).get("respond") if status == 200 else None
         if respond is not None:
             exchange.place.hold_answer(size)
             try:
-                await respond(render.head(headers), body, size, exchange.started + self._server.request_timeout)
+                await respond(_OK + lines, body, size, exchange.started + self._server.request_timeout)
             except TimeoutError:  # the connection is gone: there is nobody left to tell
                 self._metrics.rejected_requests.labels("answer_not_taken").inc()
             return
         whole = b"".join(body)
-        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.start", "status": status, "headers": render.headers(lines)})
         if exchange.reading:
             await send({"type": "http.response.body", "body": whole, "more_body": True})
             await _linger(receive, 2 * self._server.max_body)

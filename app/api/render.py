@@ -63,33 +63,43 @@ async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: st
     return pieces
 
 
-def result_headers(result: EmbedResult, usage: Usage, space: str) -> list[Header]:
-    """`x-embedding-*`: how the answer came about, and which vectors it may be compared with."""
+def result_head(result: EmbedResult, usage: Usage, space: str) -> bytes:
+    """`x-embedding-*`: how the answer came about, and which vectors it may be compared with; a line each."""
     cached = usage.cached
     state = b"hit" if cached == len(result.sources) else b"partial" if cached else b"miss"
-    # Sparse vectors have places in a vocabulary and no length.
-    length = vectors.dimensions(result.embeddings[0].vector) or "sparse"
-    headers = [
-        (b"x-embedding-cache", state),
-        (b"x-embedding-cached-inputs", b"%d" % cached),
-        (b"x-embedding-upstream-calls", b"%d" % result.calls),
-        (b"x-embedding-space", _field(f"{space};{length}")),
-    ]
+    lines = b"x-embedding-cache: %b\r\nx-embedding-cached-inputs: %d\r\nx-embedding-upstream-calls: %d\r\n%b" % (
+        state,
+        cached,
+        result.calls,
+        _origin(space, vectors.dimensions(result.embeddings[0].vector), result.deployments),
+    )
     if result.truncated:
-        headers.append((b"x-embedding-truncated-inputs", b"%d" % result.truncated))
+        lines += b"x-embedding-truncated-inputs: %d\r\n" % result.truncated
     if result.split:
-        headers.append((b"x-embedding-split-inputs", b"%d" % result.split))
-    if result.deployments:
-        headers.append((b"x-embedding-upstream", _field(", ".join(result.deployments))))
-    return headers
-
-
-def head(headers: Sequence[Header]) -> bytes:
-    """Status line and headers of a success, but for the empty line at their end."""
-    return b"HTTP/1.1 200 OK\r\n%b\r\n" % b"\r\n".join(map(b": ".join, headers))
+        lines += b"x-embedding-split-inputs: %d\r\n" % result.split
+    return lines
 
 
 @lru_cache(maxsize=1024)
+def _origin(space: str, length: int, deployments: tuple[str, ...]) -> bytes:
+    """What the vectors are, and who gave them. Sparse ones have places in a vocabulary and no length."""
+    headers = [(b"x-embedding-space", _field(f"{space};{length or 'sparse'}"))]
+    if deployments:
+        headers.append((b"x-embedding-upstream", _field(", ".join(deployments))))
+    return lines(headers)
+
+
+def lines(headers: Sequence[Header]) -> bytes:
+    """Headers as they are written."""
+    return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+def headers(lines: bytes) -> list[Header]:
+    """The same read again, for a server that wants them one by one."""
+    pairs = [line.partition(b": ") for line in lines.splitlines()]
+    return [(name, value) for name, _, value in pairs]
+
+
 def _field(text: str) -> bytes:
     """A header's value. Upstreams name models as they like, line ends and all."""
     return text.encode() if text.isprintable() else quote(text, safe=" /:;,@").encode()

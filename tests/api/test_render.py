@@ -29,3 +29,21 @@ async def test_every_row_has_its_own_index_and_vector(encoding: str, sparse: byt
     assert {row["object"] for row in body["data"]} == {"embedding"}
     assert [row.get("sparse_embedding") for row in body["data"]] == [json.loads(sparse or b"null")] * COUNT
     assert body["usage"]["prompt_tokens"] == COUNT
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_headers_of_a_result_read_one_by_one(sparse: bool) -> None:
+    """As a server wants them that is not handed whole responses; names come from upstreams, and hold what they like."""
+    result = EmbedResult([Embedding(b"" if sparse else bytes(8), 1, b"[]" if sparse else None)], [Source.UPSTREAM])
+    result.calls, result.deployments, result.truncated, result.split = 3, ("a/b\r\nx: y", "c/d"), 1, 2
+    lines = render.result_head(result, Usage.of(result), "vendor/m: 1")
+    assert lines.endswith(b"\r\n")
+    assert dict(render.headers(lines)) == {
+        b"x-embedding-cache": b"miss",
+        b"x-embedding-cached-inputs": b"0",
+        b"x-embedding-upstream-calls": b"3",
+        b"x-embedding-space": b"vendor/m: 1;sparse" if sparse else b"vendor/m: 1;2",
+        b"x-embedding-upstream": b"a/b%0D%0Ax: y, c/d",
+        b"x-embedding-truncated-inputs": b"1",
+        b"x-embedding-split-inputs": b"2",
+    }

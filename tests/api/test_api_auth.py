@@ -7,7 +7,11 @@ from collections.abc import Iterator
 
 import pytest
 
+from app.api.auth import Keys
+from app.config import AuthSettings
+from app.errors import InvalidApiKey
 from tests.api.support import FIXED_LENGTH, MODEL, OTHER_MODEL, RawReply, config, error_of, head, post, raw
+from tests.counting import counting_calls
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
 
@@ -220,3 +224,19 @@ def test_without_keys_everybody_is_let_in_whatever_they_present() -> None:
             assert gateway.post(GOOD, **headers).status_code == 200
         assert gateway.metric("requests_total", client="anonymous", status="200") == 3
         assert [call.bearer for call in fake.calls] == ["sk-fake"] * 3
+
+
+def test_whose_key_it_is_takes_as_long_among_thousands_and_where_digests_begin_alike() -> None:
+    def keys(count: int) -> Keys:
+        return Keys(AuthSettings.model_validate({"keys": {f"team-{i}": {"key": f"key-{i}"} for i in range(count)}}))
+
+    few, many = keys(1), keys(3000)
+    cost = []
+    for each in (few, many):
+        with counting_calls() as counted:
+            each.tenant({b"api-key": b"key-0"})
+        cost.append(counted.calls)
+    assert cost[1] <= cost[0] + 3
+    assert all(many.tenant({b"api-key": b"key-%d" % i}).caller.name == f"team-{i}" for i in range(3000))
+    with pytest.raises(InvalidApiKey):
+        many.tenant({b"api-key": b"key-3000"})

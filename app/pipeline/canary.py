@@ -57,6 +57,8 @@ class Expected:
         """`cache` None: nothing is kept beyond this process."""
         self._cache = cache
         self._vectors: dict[str, bytes] = {}
+        self._meanwhile: dict[str, bytes] = {}
+        """What counts for as long as the cache, which may know of something else, does not answer."""
 
     def knows(self, space: str) -> bool:
         return space in self._vectors
@@ -82,10 +84,12 @@ class Expected:
         return space in self._vectors
 
     async def of(self, space: str, now: bytes) -> bytes:
-        """`now` is what the first that answered gives: it counts where nothing else is known, and for this once where
-        a cache that may know of something else does not answer."""
+        """`now` is what the first that answered gives: it counts where nothing else is known, from then on. While a
+        cache that may know of something else does not answer it counts until it does: who is then compared alone would
+        be compared with itself."""
+        now = self._meanwhile.get(space, now)
         if not await self.recall(space) and not self.readable:
-            return now
+            return self._meanwhile.setdefault(space, now)
         expected = self._vectors.setdefault(space, now)
         if self._cache is not None:
             self._cache.put([(_key(space), Embedding(expected, 0))])

@@ -599,6 +599,29 @@ def several(
     return found, canary.Canary(found, expected or Expected(None), from_start=True)
 
 
+async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_be_read(clock: HandClock) -> None:
+    """By the name under which it is alone."""
+
+    class Away(Expected):
+        up = False
+
+        @property
+        def readable(self) -> bool:
+            return self.up
+
+    async def others(batch: Batch) -> BatchResult:
+        return BatchResult([Embedding((-np.ones(4, "<f4")).tobytes(), 1)] * len(batch.inputs))
+
+    expected = Away(None)
+    found, looks = several(clock, answers, others, expected=expected)
+    await looks.look(clock.monotonic(), set())
+    assert found[1].health.out is not None
+    alone = canary.Canary(found[1:], expected, from_start=False)
+    for expected.up in (False, True):
+        await alone.look(clock.monotonic(), set())
+        assert found[1].health.out is not None
+
+
 async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

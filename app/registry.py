@@ -184,12 +184,13 @@ class Registry:
         return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
 
     def apart(self) -> list[str]:
-        """A line for each model that not all deployments serve which it is configured to have."""
-        configured = [(name, len(each.deployments), self.names[name]) for name, each in self._settings.models.items()]
+        """A line for each model that not all deployments serve which it is configured to have, though all are there."""
+        away = {name for name, upstream in self._upstreams.items() if upstream.trouble}
+        configured = [(name, each.deployments, self.names[name]) for name, each in self._settings.models.items()]
         return [
             f"models.{name}.deployments: {_APART}; only {_named(public.deployments)} would serve it"
-            for name, count, public in configured
-            if len(public.deployments) < count
+            for name, wanted, public in configured
+            if len(public.deployments) < len(wanted) and away.isdisjoint(each.upstream for each in wanted)
         ]
 
     async def aclose(self, successor: Registry | None = None) -> None:

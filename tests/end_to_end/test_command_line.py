@@ -251,6 +251,21 @@ models: {{docs: {{deployments: [{{upstream: one, model: m}}, {{upstream: other, 
         assert run("check", cwd=tmp_path).returncode == 0, "nobody says now which space that one is of"
 
 
+def test_check_finds_them_also_while_an_upstream_that_has_no_part_in_it_is_away(tmp_path: Path) -> None:
+    one, other = (FakeOllama({"m:latest": OllamaModel(size, 64, "bert")}) for size in (4, 8))
+    with one, other:
+        (tmp_path / "config.yaml").write_text(f"""
+upstreams:
+  one: {{type: ollama, base_url: "{one.url}"}}
+  other: {{type: ollama, base_url: "{other.url}"}}
+  away: {{type: ollama, base_url: "http://127.0.0.1:9"}}
+models: {{docs: {{deployments: [{{upstream: one, model: m}}, {{upstream: other, model: m}}]}}}}
+""")
+        done = run("check", cwd=tmp_path)
+    told = "models.docs.deployments: its deployments are in different vector spaces; only one/m would serve it"
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
+
+
 def test_check_finds_models_that_a_key_names_and_nobody_serves(tmp_path: Path) -> None:
     config = """
 upstreams: {up: {type: ollama, base_url: "http://127.0.0.1:9"}, lexical: {type: lexical}}

@@ -42,11 +42,11 @@ TIMEOUT = 600.0
 """Seconds a deployment has to answer; as a rule its upstream's own `timeout` is less. One that does not answer is
 judged by its traffic, not here."""
 PATIENCE = 2.0
-"""Seconds it has where what is to count is there: another one has answered, which is to be used, and what the space
-gives is known, or the first one has. The rest can be asked again."""
+"""Seconds it has where another one has answered, which is to be used, and what the space gives is known, or the first
+ones have failed: the rest can be asked again."""
 AT_FIRST = 10.0
-"""The same, where it is not known: what the first one gives is to count, which may have to load its model. That is the
-first of those that have not failed; after so long it is whoever has answered."""
+"""The same, where it is not known: what the first one gives is to count, which may have to load its model. After so
+long it is whoever has answered."""
 
 
 class Expected:
@@ -231,16 +231,16 @@ def _right(answers: Mapping[Deployment, bytes]) -> bytes:
 
 
 async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> _Told:
-    """What each says in time. `known`: what the space gives. `mute`: upstreams that let others wait."""
-    # In the order in which they count where it is not.
-    tasks = {asyncio.create_task(_ask(each)): each for each in sorted(asked, key=lambda each: not each.health.answered)}
+    """What each says in time, in the order in which they are asked. `known`: what the space gives. `mute`: upstreams
+    that let others wait."""
+    tasks = {asyncio.create_task(_ask(each)): each for each in asked}
     if not tasks:
         return {}
     time = asyncio.get_running_loop().time
     until = time() + AT_FIRST
     try:
         _, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
-        while waiting and not _enough(tasks, mute, anyone=known or time() >= until):
+        while waiting and not _enough(tasks, mute, known=known, late=time() >= until):
             left = until - time()
             _, waiting = await asyncio.wait(
                 waiting, timeout=left if left > 0 else None, return_when=asyncio.FIRST_COMPLETED
@@ -251,14 +251,19 @@ async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bo
             task.cancel()
 
 
-def _enough(tasks: Mapping[_Asked, Deployment], mute: Collection[str], *, anyone: bool) -> bool:
-    """Whether one has answered that may count: `anyone`, or the first of those that have not failed, but for what is
-    mute and has answered no caller either."""
+def _enough(tasks: Mapping[_Asked, Deployment], mute: Collection[str], *, known: bool, late: bool) -> bool:
+    """Whether one has answered that is to be used before the rest have: where what the space gives is known, or the
+    ones before it have failed, or are mute and have answered no caller; and not one that was ejected: it may answer
+    this text and no other, while another one loads its model. `late`: whichever has."""
+    needed = known
     for task, each in tasks.items():
         if not task.done():
-            if not anyone and (each.health.answered or each.upstream not in mute):
+            if not known and not late and (each.health.answered or each.upstream not in mute):
                 return False
-        elif isinstance(task.result(), bytes):
+            needed = True
+        elif not isinstance(task.result(), bytes):
+            needed = True
+        elif late or (needed and not each.health.ejected):
             return True
     return False
 

@@ -656,7 +656,7 @@ async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
     assert (first.health.compared, second.health.compared) == (False, True)
 
 
-async def test_whoever_counts_is_not_kept_waiting_by_those_behind_it(
+async def test_whoever_counts_where_the_first_has_failed_is_not_kept_waiting_by_those_behind_it(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
@@ -664,10 +664,31 @@ async def test_whoever_counts_is_not_kept_waiting_by_those_behind_it(
     second.health.unproved = third.health.unproved = True
     await asyncio.wait_for(looks.look(clock.monotonic(), set()), canary.AT_FIRST / 2)
     assert [each.health.unproved for each in (first, second, third)] == [True, False, True]
-    (first, second), looks = several(clock, hangs, answers)
-    second.health.answered = True
-    await asyncio.wait_for(looks.look(clock.monotonic(), set()), canary.AT_FIRST / 2)
-    assert [each.health.compared for each in (first, second)] == [False, True]
+
+
+@pytest.mark.parametrize("known", [False, True])
+async def test_nobody_who_loads_its_model_is_hung_up_on_for_one_that_was_ejected(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    """It may answer this text and no caller's, while the other one begins anew each time."""
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    expected = Expected(None)
+    if known:
+        await expected.of("space", np.ones(4, "<f4").tobytes())
+    (ejected, loads), looks = several(clock, answers, late, expected=expected)
+    for _ in range(FAILURES):
+        ejected.health.end(UpstreamUnreachable("no"), ejected.health.begin())
+    await looks.look(clock.monotonic(), set())
+    assert loads.health.compared
+
+
+async def test_who_comes_behind_the_first_one_has_time_to_load_its_model_too(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    (_, loads), looks = several(clock, answers, late)
+    await looks.look(clock.monotonic(), set())
+    assert loads.health.compared
 
 
 async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(clock: HandClock) -> None:

@@ -254,11 +254,14 @@ async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bo
 def _enough(tasks: Mapping[_Asked, Deployment], mute: Collection[str], *, known: bool, late: bool) -> bool:
     """Whether one has answered that is to be used before the rest have: where what the space gives is known, or the
     ones before it have failed, or are mute and have answered no caller; and not one that was ejected: it may answer
-    this text and no other, while another one loads its model. `late`: whichever has."""
-    needed = known
+    this text and no other, while another one loads its model. Where nothing is known who has answered callers counts
+    wherever it stands. `late`: whichever has."""
+    needed, patient = known, not known and not late
+    if patient and any(each.health.answered and not task.done() for task, each in tasks.items()):
+        return False
     for task, each in tasks.items():
         if not task.done():
-            if not known and not late and (each.health.answered or each.upstream not in mute):
+            if patient and each.upstream not in mute:
                 return False
             needed = True
         elif not isinstance(task.result(), bytes):

@@ -666,6 +666,20 @@ async def test_whoever_counts_where_the_first_has_failed_is_not_kept_waiting_by_
     assert [each.health.unproved for each in (first, second, third)] == [True, False, True]
 
 
+async def test_whoever_has_answered_callers_counts_though_it_stands_behind_another_one_and_the_first_has_failed(
+    clock: HandClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+
+    async def others(batch: Batch) -> BatchResult:
+        return BatchResult([Embedding((-np.ones(4, "<f4")).tobytes(), 1)] * len(batch.inputs))
+
+    (_, second, third), looks = several(clock, refuses, others, late)
+    third.health.answered = True
+    await looks.look(clock.monotonic(), set())
+    assert (third.health.compared, third.health.out, bool(second.health.out)) == (True, None, True)
+
+
 @pytest.mark.parametrize("known", [False, True])
 async def test_nobody_who_loads_its_model_is_hung_up_on_for_one_that_was_ejected(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch, known: bool

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable
 from urllib.parse import urlsplit
 
 import orjson
@@ -10,7 +11,7 @@ import pytest
 
 from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
-from app.types import Auth, WireReply, WireRequest
+from app.types import Auth, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, baidu, openai
 from app.upstreams.access_token import AccessToken
 from app.upstreams.signature import BceSignature, bce_authorization
@@ -78,11 +79,11 @@ def json_reply(body: object, status: int = 200) -> WireReply:
     return WireReply(status, {"content-type": "application/json"}, orjson.dumps(body))
 
 
-def flow(clock: Clock) -> AccessToken:
+def flow(clock: Clock, store: TokenStore | None = None) -> AccessToken:
     settings = baidu.BaiduSettings.model_validate(
         {"type": "baidu", "api_key": "the-api-key", "secret_key": "the-secret-key"}
     )
-    made = baidu.KIND.auth(settings, clock, None)
+    made = baidu.KIND.auth(settings, clock, store)
     assert isinstance(made, AccessToken)
     return made
 
@@ -265,6 +266,44 @@ async def test_a_token_server_in_trouble_is_named_and_asked_again_by_the_next_ca
     if not isinstance(caught.value, UpstreamAuth):
         await token(embedding(), server.send)
         assert server.issued == 2
+
+
+class Shelf:
+    """Holds one token for two replicas; before a claim is given `meanwhile` happens, once."""
+
+    def __init__(self) -> None:
+        self.held: bytes | None = None
+        self.meanwhile: list[Awaitable[object]] = []
+        self.claims = 0
+
+    async def get(self, name: bytes) -> bytes | None:
+        del name
+        return self.held
+
+    async def put(self, name: bytes, sealed: bytes, seconds: float) -> None:
+        del name, seconds
+        self.held = sealed
+
+    async def claim(self, name: bytes, seconds: float) -> bool:
+        del name, seconds
+        if self.meanwhile:
+            await self.meanwhile.pop()
+        self.claims += 1
+        return True
+
+    async def release(self, name: bytes) -> None:
+        del name
+        self.claims -= 1
+
+
+async def test_a_token_that_another_replica_leaves_just_before_the_claim_is_taken() -> None:
+    server, shelf = Server(), Shelf()
+    one, other = flow(HandClock(), shelf), flow(HandClock(), shelf)
+    shelf.meanwhile.append(one(embedding(), server.send))
+    await other(embedding(), server.send)
+    assert server.issued == 1
+    assert server.served == ["24.token-1"] * 2
+    assert shelf.claims == 0
 
 
 async def test_a_caller_who_leaves_while_the_token_is_fetched_takes_it_from_nobody() -> None:

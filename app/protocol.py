@@ -213,16 +213,17 @@ class Protocol(Remembering):
             callback()
 
     def on_headers_complete(self) -> None:
-        """Exactly one sane Host with HTTP/1.1 (RFC 9112 3.2); raising makes the parser refuse the request."""
+        """HTTP/1, and exactly one sane Host with 1.1 (RFC 9112 3.2); raising makes the parser refuse the request."""
+        version = self.parser.get_http_version()
+        if not version.startswith("1."):
+            raise ValueError("HTTP version")
         hosts = [value for name, value in self.headers if name == b"host"]
         if hosts != self._hosts:
             if len(hosts) == 1 and _HOST.fullmatch(hosts[0]):
                 self._hosts = hosts
-            elif self.parser.get_http_version() != "1.0":
+            elif version != "1.0":
                 raise ValueError("Host")
-        if not self.parser.get_http_version().startswith("1."):
-            raise ValueError("HTTP version")
-        if self.expect_100_continue and self.parser.get_http_version() == "1.0":
+        if self.expect_100_continue and version == "1.0":
             self.expect_100_continue = False  # which knows no 100 (RFC 9110 10.1.1)
         scope: Any = self.scope
         super().on_headers_complete()

@@ -22,10 +22,8 @@ from app.types import Batch, Embedding, Params
 
 log = logging.getLogger(__name__)
 
-_Told: TypeAlias = dict[Deployment, bytes | GatewayError | None]
-"""Of each its vector, or what it failed with; None where it does not say in time."""
-
-_Asked: TypeAlias = asyncio.Task[bytes | GatewayError | None]
+_Said: TypeAlias = bytes | GatewayError | None
+"""A deployment's vector, or what it failed with; None where it does not say in time."""
 
 _SILENT = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
@@ -230,7 +228,7 @@ def _right(answers: Mapping[Deployment, bytes]) -> bytes:
     return answers[min(answers, key=lambda each: not each.health.answered)]
 
 
-async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> _Told:
+async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> dict[Deployment, _Said]:
     """What each says in time, in the order in which they are asked. `known`: what the space gives. `mute`: upstreams
     that let others wait."""
     tasks = {asyncio.create_task(_ask(each)): each for each in asked}
@@ -251,7 +249,7 @@ async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bo
             task.cancel()
 
 
-def _enough(tasks: Mapping[_Asked, Deployment], mute: Collection[str], *, known: bool, late: bool) -> bool:
+def _enough(tasks: Mapping[asyncio.Task[_Said], Deployment], mute: Collection[str], *, known: bool, late: bool) -> bool:
     """Whether one has answered that is to be used before the rest have: where what the space gives is known, or the
     ones before it have failed, or are mute and have answered no caller; and not one that was ejected: it may answer
     this text and no other, while another one loads its model. Where nothing is known who has answered callers counts
@@ -271,7 +269,7 @@ def _enough(tasks: Mapping[_Asked, Deployment], mute: Collection[str], *, known:
     return False
 
 
-async def _ask(deployment: Deployment) -> bytes | GatewayError | None:
+async def _ask(deployment: Deployment) -> _Said:
     """Its vector, or why there is none, if it says."""
     deadline = asyncio.get_running_loop().time() + TIMEOUT
     batch = Batch(deployment.model.name, [TEXT], [b"canary"], Params(), store=False, deadline=deadline)

@@ -68,6 +68,10 @@ async def answers(batch: Batch) -> BatchResult:
     return BatchResult([Embedding(np.ones(4, "<f4").tobytes(), 1)] * len(batch.inputs))
 
 
+async def answers_otherwise(batch: Batch) -> BatchResult:
+    return BatchResult([Embedding((-np.ones(4, "<f4")).tobytes(), 1)] * len(batch.inputs))
+
+
 async def hangs(batch: Batch) -> BatchResult:
     del batch
     await asyncio.Event().wait()
@@ -567,17 +571,17 @@ async def test_a_cache_that_does_not_answer_is_asked_again_before_anything_is_ta
             await cache.close()
 
 
+class Away(Expected):
+    """Of a cache that does not answer until it is `up`."""
+
+    up = False
+
+    @property
+    def readable(self) -> bool:
+        return self.up
+
+
 async def test_who_could_not_be_compared_is_looked_at_again_once_the_cache_can_be_read(clock: HandClock) -> None:
-    class Away(Expected):
-        up = False
-
-        @property
-        def readable(self) -> bool:
-            return self.up
-
-        async def of(self, space: str, now: bytes) -> bytes:
-            return await super().of(space, now) if self.up else now
-
     expected = Away(None)
     deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), answers)
     looks = canary.Canary([deployment], expected, from_start=True)
@@ -601,19 +605,8 @@ def several(
 
 async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_be_read(clock: HandClock) -> None:
     """By the name under which it is alone."""
-
-    class Away(Expected):
-        up = False
-
-        @property
-        def readable(self) -> bool:
-            return self.up
-
-    async def others(batch: Batch) -> BatchResult:
-        return BatchResult([Embedding((-np.ones(4, "<f4")).tobytes(), 1)] * len(batch.inputs))
-
     expected = Away(None)
-    found, looks = several(clock, answers, others, expected=expected)
+    found, looks = several(clock, answers, answers_otherwise, expected=expected)
     await looks.look(clock.monotonic(), set())
     assert found[1].health.out is not None
     alone = canary.Canary(found[1:], expected, from_start=False)
@@ -670,11 +663,7 @@ async def test_whoever_has_answered_callers_counts_though_it_stands_behind_anoth
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
-
-    async def others(batch: Batch) -> BatchResult:
-        return BatchResult([Embedding((-np.ones(4, "<f4")).tobytes(), 1)] * len(batch.inputs))
-
-    (_, second, third), looks = several(clock, refuses, others, late)
+    (_, second, third), looks = several(clock, refuses, answers_otherwise, late)
     third.health.answered = True
     await looks.look(clock.monotonic(), set())
     assert (third.health.compared, third.health.out, bool(second.health.out)) == (True, None, True)

@@ -237,33 +237,24 @@ models:
     assert "model 'ada' gives only 1536, not 100" in done.stderr, "by the name it is asked for"
 
 
-def test_check_finds_deployments_of_a_model_that_turn_out_to_be_of_different_spaces(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "another", ["", ', away: {type: ollama, base_url: "http://127.0.0.1:9"}'], ids=["", "one away"]
+)
+def test_check_finds_deployments_of_a_model_that_turn_out_to_be_of_different_spaces(
+    another: str, tmp_path: Path
+) -> None:
+    """Also while an upstream that has no part in it is away."""
     one, other = (FakeOllama({"m:latest": OllamaModel(size, 64, "bert")}) for size in (4, 8))
     with one:
         with other:
             (tmp_path / "config.yaml").write_text(f"""
-upstreams: {{one: {{type: ollama, base_url: "{one.url}"}}, other: {{type: ollama, base_url: "{other.url}"}}}}
+upstreams: {{one: {{type: ollama, base_url: "{one.url}"}}, other: {{type: ollama, base_url: "{other.url}"}}{another}}}
 models: {{docs: {{deployments: [{{upstream: one, model: m}}, {{upstream: other, model: m}}]}}}}
 """)
             done = run("check", cwd=tmp_path)
         told = "models.docs.deployments: its deployments are in different vector spaces; only one/m would serve it"
         assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
         assert run("check", cwd=tmp_path).returncode == 0, "nobody says now which space that one is of"
-
-
-def test_check_finds_them_also_while_an_upstream_that_has_no_part_in_it_is_away(tmp_path: Path) -> None:
-    one, other = (FakeOllama({"m:latest": OllamaModel(size, 64, "bert")}) for size in (4, 8))
-    with one, other:
-        (tmp_path / "config.yaml").write_text(f"""
-upstreams:
-  one: {{type: ollama, base_url: "{one.url}"}}
-  other: {{type: ollama, base_url: "{other.url}"}}
-  away: {{type: ollama, base_url: "http://127.0.0.1:9"}}
-models: {{docs: {{deployments: [{{upstream: one, model: m}}, {{upstream: other, model: m}}]}}}}
-""")
-        done = run("check", cwd=tmp_path)
-    told = "models.docs.deployments: its deployments are in different vector spaces; only one/m would serve it"
-    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
 
 
 def test_check_finds_models_that_a_key_names_and_nobody_serves(tmp_path: Path) -> None:

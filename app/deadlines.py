@@ -74,7 +74,9 @@ class Deadline(Struct, eq=False):
     _end: type[Exception] | None = None
 
     def __enter__(self) -> None:
-        self._task = asyncio.current_task()
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
         self._deadlines.add(self)
 
     def more(self) -> float:

@@ -19,6 +19,7 @@ from app.errors import (
     ContextLengthExceeded,
     GatewayError,
     InvalidRequest,
+    Overloaded,
     QuotaExhausted,
     RateLimited,
     UnsupportedDimensions,
@@ -57,6 +58,7 @@ _TOKENS = re.compile(
 )
 
 _MET_BY_ALL = (
+    Overloaded,
     RateLimited,
     QuotaExhausted,
     UnsupportedDimensions,
@@ -64,7 +66,6 @@ _MET_BY_ALL = (
     UpstreamIgnoredDimensions,
     UpstreamMisconfigured,
     UpstreamTimeout,
-    UpstreamUnavailable,
     UpstreamUnreachable,
 )
 """What the next call of a batch would meet as well, or wait for in vain."""

@@ -276,8 +276,8 @@ class Route:
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
         judged = late = False
-        """Whether how the call ended speaks for or against the deployment: a bug of ours does not. And whether it is
-        the deadline that ended it."""
+        """Whether how the call ended speaks for or against the deployment: a bug of ours, or no room here, does not.
+        And whether it is the deadline that ended it."""
         began = now()
         try:
             with _Until(batch.deadline, self._deadlines, batch=batch, health=health, began=began):
@@ -296,7 +296,7 @@ class Route:
             # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
             judged, late = health.had_time(now() - began), True
         finally:
-            if known_bad and isinstance(error, UpstreamInvalidVector):
+            if verdict.is_ours(error) or (known_bad and isinstance(error, UpstreamInvalidVector)):
                 judged = False
             if judged:
                 health.end(error, slot.era)

@@ -8,6 +8,7 @@ from typing import TypeGuard
 from app.errors import (
     GatewayError,
     InvalidRequest,
+    Overloaded,
     QuotaExhausted,
     RateLimited,
     UpstreamError,
@@ -55,6 +56,11 @@ def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
     if not isinstance(outcome, UpstreamUnreachable | UpstreamTimeout) and type(outcome) is not UpstreamError:
         return False
     return outcome.retryable
+
+
+def is_ours(error: GatewayError | None) -> bool:
+    """Whether no upstream has part in it: there was no room here to ask one."""
+    return type(error) is Overloaded
 
 
 def of(result: BatchResult) -> GatewayError | None:

@@ -15,11 +15,11 @@ from app.config import UpstreamSettings
 from app.errors import (
     GatewayError,
     InvalidRequest,
+    Overloaded,
     UpstreamError,
     UpstreamInvalidResponse,
     UpstreamMisconfigured,
     UpstreamTimeout,
-    UpstreamUnavailable,
     UpstreamUnreachable,
 )
 from app.types import Send, Target, TokenStore
@@ -80,7 +80,7 @@ class Upstream:
         or it fails in whatever it does (a 500 or 502)."""
         if self.trouble is None:  # nearly always, and asked for every request
             return False
-        gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | UpstreamUnavailable)
+        gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | Overloaded)
         return gone or type(self.trouble) is UpstreamError
 
     def model(self, name: str) -> Model:

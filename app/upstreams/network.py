@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple, TypeAlias
 import aiohappyeyeballs
 import httpx
 
-from app.errors import GatewayError, UpstreamMisconfigured, UpstreamUnreachable
+from app.errors import GatewayError, Overloaded, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams.connection import Connection, Stale
 
@@ -35,6 +36,9 @@ URLS = 64
 
 _REFUSED = (403, 407)
 """What a proxy says that will say it again: it does not lead there, or not with this password."""
+
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+"""Why no socket could be made here, which no upstream has part in."""
 
 _Addresses: TypeAlias = list[tuple[Any, ...]]
 """As `socket.getaddrinfo` gives them."""
@@ -155,7 +159,8 @@ class Network:
     # --- connections made ---------------------------------------------------------------------------------
 
     async def _connect(self, origin: _Origin) -> Connection:
-        """Raises `UpstreamUnreachable`; an exception's own text may hold a URL and stays out of it."""
+        """Raises `UpstreamUnreachable`, or `Overloaded` where the system gives this process no more sockets; an
+        exception's own text may hold a URL and stays out of it."""
         try:
             async with asyncio.timeout(self._connect_timeout):
                 if self._proxy is None:
@@ -277,6 +282,8 @@ def _origin(url: httpx.URL) -> _Origin:
 def _translate(error: OSError) -> GatewayError:
     why = _reason(error)
     told = f": {why}" if why else ""
+    if error.errno in _OURS:
+        return Overloaded(f"the gateway has no room for another connection{told}", retry_after=1)
     if isinstance(error, ssl.SSLError | ssl.CertificateError):
         failed = UpstreamUnreachable(f"the upstream's TLS certificate or handshake was refused{told}")
         failed.retryable = False  # the next handshake meets the same certificate

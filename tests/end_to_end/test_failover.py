@@ -12,7 +12,7 @@ import pytest
 from app.clock import SystemClock
 from app.pipeline import canary
 from tests.fakes import FakeDashScope, FakeOpenAI, faults, unused_url
-from tests.harness import Running, running
+from tests.harness import Running, no_descriptors, running
 
 MODEL = "text-embedding-3-small"
 
@@ -104,6 +104,24 @@ async def test_a_rate_limited_deployment_rests_as_long_as_it_says_and_the_other_
             assert set(statuses) == {200}
             assert len(one.calls) <= 5, "the canary, those under way when it first said so, and none after"
             assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 1
+
+
+async def test_out_of_descriptors_we_have_no_room_and_the_upstream_keeps_its_traffic() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake:  # of which no list is asked: there is no connection yet
+        upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
+        with running({"upstreams": {"up": upstream}}) as gateway:
+            texts = [{"model": "text-embedding-v4", "input": f"too many {i}"} for i in range(6)]  # 5 take it out
+            async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+                assert (await client.get("/healthz")).status_code == 200  # over the connection that is used below
+                with no_descriptors():
+                    refused = [await client.post("/v1/embeddings", json=each) for each in texts]
+                available = gateway.metric("upstream_available", upstream="up", model="text-embedding-v4")
+                served = await client.post("/v1/embeddings", json=texts[0])
+            for response in refused:
+                assert (response.status_code, response.json()["error"]["code"]) == (503, "overloaded"), response.text
+                assert "Too many open files" in response.json()["error"]["message"]
+                assert int(response.headers["retry-after"]) >= 1
+            assert (available, served.status_code, len(fake.calls)) == (1, 200, 1)
 
 
 async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:

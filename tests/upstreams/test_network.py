@@ -23,11 +23,12 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamMisconfigured, UpstreamUnreachable
+from app.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams import network as networks
 from app.upstreams.connection import Connection, Stale
 from app.upstreams.network import Network
+from tests.harness import no_descriptors
 
 MOST = 100_000
 
@@ -380,6 +381,14 @@ async def test_no_connection_is_told_with_its_reason() -> None:
             UpstreamUnreachable, match=r"^no connection to the upstream: \w[\w ]+$"
         ):  # as the system says
             await network.exchange(post("http://no-such-host.invalid/"), MOST)
+
+
+async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream() -> None:
+    async with serving(says(OK)) as server, connected() as network:
+        for host in ("127.0.0.1", "localhost"):  # whose name cannot be looked up without one
+            with no_descriptors(), pytest.raises(Overloaded, match="Too many open files") as caught:
+                await network.exchange(post(server.url(host=host)), MOST)
+            assert type(caught.value) is Overloaded, "and not the upstream's"
 
 
 # --- TLS -------------------------------------------------------------------------------------------------

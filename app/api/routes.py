@@ -26,6 +26,9 @@ from app.registry import PublicModel
 IN_FORCE = "embedding_gateway"
 """The key of a request's scope that holds who is to answer it: an `InForce`."""
 
+_NOT_KEPT = {"cache-control": "no-store"}
+"""What a cache on the way, which may know no key but `Authorization`, would give to others, or for too long."""
+
 
 class InForce(Protocol):
     """One configuration's gateway and what is in front of it."""
@@ -94,14 +97,14 @@ def build_admin(metrics: Metrics, described: FastAPI) -> FastAPI:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, media_type="application/json")
+    return Response(orjson.dumps(content), status, _NOT_KEPT, media_type="application/json")
 
 
 def _add_errors(api: FastAPI) -> None:
     @api.exception_handler(GatewayError)
     async def gateway_error(_: Request, error: GatewayError) -> Response:
         headers = {name.decode(): value.decode() for name, value in render.error_headers(error)}
-        return Response(render.error_body(error), error.status, headers, media_type="application/json")
+        return Response(render.error_body(error), error.status, headers | _NOT_KEPT, media_type="application/json")
 
     @api.exception_handler(Exception)
     async def bug(request: Request, _: Exception) -> Response:
@@ -214,4 +217,4 @@ def _add_health(api: FastAPI) -> None:
 def _add_metrics(api: FastAPI, metrics: Metrics) -> None:
     @api.get("/metrics", tags=["operation"], summary="Prometheus metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
-        return Response(await metrics.exposition(), media_type=CONTENT_TYPE)
+        return Response(await metrics.exposition(), 200, _NOT_KEPT, media_type=CONTENT_TYPE)

@@ -208,6 +208,15 @@ def test_a_model_that_a_key_does_not_open_is_not_shown_to_it(gateway: Running) -
         assert error_of(response)["code"] == "model_not_found"
 
 
+@pytest.mark.parametrize(
+    "path", ["/v1/models", f"/v1/models/{MODEL}", "/v1/models/no-such-model", "/healthz", "/readyz", "/metrics"]
+)
+def test_a_cache_on_the_way_is_told_to_keep_nothing(path: str, gateway: Running) -> None:
+    """It knows no key but `Authorization`: Varnish gives what came for `api-key` to whoever asks next."""
+    for headers in ((), (f"api-key: {ALL}",)):
+        assert said(gateway, head("GET", path, *headers)).headers["cache-control"] == "no-store"
+
+
 def test_a_refused_key_costs_no_room_and_counts_as_nobody(gateway: Running) -> None:
     before = gateway.metric("rejected_requests_total", reason="invalid_api_key")
     assert gateway.post(GOOD, api_key="wrong").status_code == 401

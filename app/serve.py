@@ -89,7 +89,6 @@ def config_of(
         access_log=False,
         proxy_headers=False,
         server_header=False,
-        date_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=_grace(settings),
         ws="none",

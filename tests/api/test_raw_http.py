@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import gzip
 import re
+import time
 from collections.abc import Iterator
+from email.utils import parsedate_to_datetime
 
 import orjson
 import pytest
@@ -600,3 +602,21 @@ def test_an_offer_to_upgrade_to_http_2_is_ignored(fake: FakeOpenAI, gateway: Run
     upgrade = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA"]
     assert must_raw(gateway.url, post(GOOD, AUTH, *upgrade)).status_code == 200
     assert len(fake.calls) == 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "status"),
+    [
+        (post(GOOD, AUTH), 200),
+        (post(GOOD), 401),
+        (post({"model": MODEL}, AUTH), 400),
+        (head("GET", "/v1/models", AUTH), 200),
+        (head("GET", "/nowhere"), 404),
+        (b"no HTTP\r\n\r\n", 400),
+    ],
+)
+def test_every_response_has_its_date(asked: bytes, status: int, gateway: Running) -> None:
+    """RFC 9110 6.6.1: whoever has a clock MUST say it."""
+    reply = must_raw(gateway.url, asked)
+    assert reply.status_code == status
+    assert abs(parsedate_to_datetime(reply.headers["date"]).timestamp() - time.time()) < 5

@@ -194,10 +194,13 @@ class Registry:
         ]
 
     async def aclose(self, successor: Registry | None = None) -> None:
-        """Waits for the calls under way but those of batchers that a `successor` shares."""
-        shared = successor._batchers if successor else {}
-        own = [batcher for members, (batcher, _) in self._batchers.items() if members not in shared]
-        await asyncio.gather(*(batcher.aclose() for batcher in (*own, *self._replaced)))
+        """Waits for the calls under way, but not those of batchers that a `successor` has as well."""
+        shared = successor._every_batcher() if successor else ()
+        own = [batcher for batcher in self._every_batcher() if batcher not in shared]
+        await asyncio.gather(*(batcher.aclose() for batcher in own))
+
+    def _every_batcher(self) -> list[Batcher]:
+        return [*(batcher for batcher, _ in self._batchers.values()), *self._replaced]
 
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}

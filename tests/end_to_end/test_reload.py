@@ -12,6 +12,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,26 @@ def test_a_gateway_that_cannot_start_is_closed_and_the_one_in_force_keeps_what_t
         assert gateway.app.gateway is before
         assert gateway.metric("config_valid") == 0
         assert gateway.post({"model": "docs", "input": "y"}).status_code == 200
+
+
+def test_a_gateway_that_cannot_start_leaves_alone_what_queues_under_a_name_it_would_have_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def start(_self: Gateway) -> None:
+        raise RuntimeError("cannot start")
+
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        values = config(fake, docs={}) | {"server": {"request_timeout": 10}}
+        values["upstreams"]["up"]["requests_per_minute"] = 20
+        values["models"]["docs"]["deployments"][0]["weight"] = 2  # so that it shares its queue with no other name
+        with watched(tmp_path, values) as gateway, ThreadPoolExecutor() as threads:
+            assert gateway.post({"model": "docs", "input": "goes at once"}).status_code == 200
+            waits = threads.submit(gateway.post, {"model": "docs", "input": "goes in three seconds"})
+            until(lambda: gateway.metric("queued_inputs") == 1, lambda: gateway.get("/metrics").text)
+            monkeypatch.setattr(Gateway, "start", start)
+            write(tmp_path, {**values, "models": {}})
+            until_reloads(gateway, "failed", 1)
+            assert waits.result().status_code == 200
 
 
 def test_a_file_that_is_gone_is_waited_for_and_not_taken_for_an_empty_one(tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
 
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, Model, least, together
@@ -43,10 +42,6 @@ _FACTS = (
 )
 """What an operator may know better than the catalogue, by one name here and there."""
 _APART = "its deployments are in different vector spaces"
-
-_Members: TypeAlias = tuple[tuple[Health, float, int], ...]
-"""Of a set of deployments: for each its health, by which it is the same one whatever its weight, that, and its
-priority."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +94,7 @@ class Registry:
         """Theirs."""
         self._before: dict[tuple[str, str, str], Health] = {}
         """How those were under the configuration before that answer as they did: by upstream, its model, space."""
-        self._batchers: dict[_Members, tuple[Batcher, Canary | None]] = {}
+        self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary | None]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
@@ -212,9 +207,9 @@ class Registry:
         proved = {space for (_, _, space), health in self._before.items() if not health.doubtful}
         self._spaces = {each.space for each in self.deployments if not each.health.unproved} | proved
         known = {each.health for each in self.deployments}
-        for members, served in before._batchers.items():
-            if all(health in known for health, _, _ in members):
-                self._batchers[members] = served
+        for deployments, served in before._batchers.items():
+            if all(each.health in known for each in deployments):
+                self._batchers[deployments] = served
 
     def _keep_to_names(self) -> list[Deployment]:
         models = self.names.values()
@@ -224,8 +219,8 @@ class Registry:
             del self._deployments[key]
         self._spaces = {each.space for each in self.deployments}
         # One of deployments that are still there goes, too: nobody comes to it, and its canary would pay for looks.
-        for members in self._batchers.keys() - {_members(public.deployments) for public in models}:
-            self._replaced.append(self._batchers.pop(members)[0])
+        for unused in self._batchers.keys() - {public.deployments for public in models}:
+            self._replaced.append(self._batchers.pop(unused)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
         return list(gone.values())
 
@@ -328,15 +323,14 @@ class Registry:
         return PublicModel(name, embed, first.model, dimensions, space, deployments, _unfit(embed))
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        members = _members(deployments)
-        if members not in self._batchers:
+        if deployments not in self._batchers:
             route, canary = Route(deployments, self._metrics, self._clock), None
             if len({each.space for each in deployments}) == 1:
                 canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
             self._cache.embedders.add(batcher)
-            self._batchers[members] = batcher, canary
-        return self._batchers[members][0]
+            self._batchers[deployments] = batcher, canary
+        return self._batchers[deployments][0]
 
     def _warn_of_spaces(self, name: str, served: Sequence[Deployment], so: str) -> None:
         if name not in self._conflicts:
@@ -350,10 +344,6 @@ def _named(deployments: Iterable[Deployment]) -> str:
 
 def _identity(deployment: Deployment) -> tuple[str, str, str]:
     return deployment.upstream, deployment.model.name, deployment.space
-
-
-def _members(deployments: Iterable[Deployment]) -> _Members:
-    return tuple((each.health, each.weight, each.priority) for each in deployments)
 
 
 def _unfit(prepare: Prepare) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from app import tokens
@@ -141,21 +141,20 @@ class Slots:
             self.pace.recover()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, unsafe_hash=True)
 class Deployment:
-    """One model on one upstream, with the chain that embeds a batch there."""
+    """One model on one upstream, with the chain that embeds a batch there, and the weight and priority that it has
+    under a name. Names whose deployments are equal share calls."""
 
     upstream: str
     model: Model
     space: str
     slots: Slots
-    limits: Limits
+    limits: Limits = field(compare=False)
     health: Health
-    embed: BatchEmbedder
+    embed: BatchEmbedder = field(compare=False)
     weight: float = 1
     priority: int = 1
-    """Weight and priority are a name's own. A further option of that kind belongs into `app.registry._members`, too,
-    by which names share calls: else one name has another's."""
 
     @property
     def name(self) -> str:

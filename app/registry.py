@@ -94,7 +94,7 @@ class Registry:
         """Theirs."""
         self._before: dict[tuple[str, str, str], Health] = {}
         """How those were under the configuration before that answer as they did: by upstream, its model, space."""
-        self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary | None]] = {}
+        self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
@@ -118,7 +118,7 @@ class Registry:
 
     @property
     def canaries(self) -> list[Canary]:
-        return [canary for _, canary in self._batchers.values() if canary is not None and canary.compares]
+        return [canary for _, canary in self._batchers.values() if canary.compares]
 
     def outdated(self) -> bool:
         """Whether an upstream lists other models now."""
@@ -324,9 +324,8 @@ class Registry:
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
         if deployments not in self._batchers:
-            route, canary = Route(deployments, self._metrics, self._clock), None
-            if len({each.space for each in deployments}) == 1:
-                canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
+            route = Route(deployments, self._metrics, self._clock)
+            canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
             self._cache.embedders.add(batcher)
             self._batchers[deployments] = batcher, canary

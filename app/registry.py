@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Literal
 
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, Model, least, together
@@ -98,10 +99,9 @@ class Registry:
         """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
-        self._in_force = before is None
-        """Whether the metrics are told of what it has: of two, of one."""
-        self._over = False
-        """Whether another one has been in force since: what is found from then on is for those who are still inside."""
+        self._in_force: Literal["not yet", "now", "no more"] = "now" if before is None else "not yet"
+        """The metrics show the deployments of the one that is. One that was serves the requests that it still has; the
+        deployments it finds from then on are for these alone."""
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
@@ -137,7 +137,7 @@ class Registry:
     def publish(self) -> None:
         """Every name anew, and what none leads to any more is let go: a model that its upstream replaced or dropped."""
         gone = self._name_all()
-        if self._in_force:
+        if self._in_force == "now":
             self._leave(gone, self.deployments)
 
     def _name_all(self) -> list[Deployment]:
@@ -168,8 +168,7 @@ class Registry:
 
     def give_way(self, successor: Registry) -> None:
         """Another one is in force from now on; deployments it does not have leave the metrics."""
-        self._in_force, successor._in_force = False, True
-        self._over = True
+        self._in_force, successor._in_force = "no more", "now"
         kept = {each.health for each in successor.deployments}
         self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
 
@@ -291,7 +290,7 @@ class Registry:
         chain = build.chain(call, cache=self._cache, limits=limits, model=model)
         show = partial(self._metrics.show_deployment, upstream.name, model.name)
         health = Health(self._clock, show, f"{upstream.name}/{model.name}")
-        if self._over:
+        if self._in_force == "no more":
             health.retire()
         before = self._before.get((upstream.name, model.name, identity))
         # Until they are compared the others of its space are asked in its place: in doubt the first is right.

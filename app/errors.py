@@ -1,4 +1,4 @@
-"""The error tree. A class knows its HTTP status, OpenAI `type`, `code`, and whether asking again can help.
+"""The error tree. A class knows its HTTP status, OpenAI `type`, `code`, and what may be done about it.
 
     GatewayError
     ├── InvalidRequest                400   invalid_value: the caller's input; `param` names the field
@@ -45,6 +45,10 @@ class GatewayError(Exception):
     """Whether the same call, made again or elsewhere, may succeed."""
     blames_input: bool = False
     """Whether one input may be at fault, so that the batch's other inputs would do without it."""
+    stops_batch: bool = False
+    """Whether the batch's other calls to the deployment would meet it as well, or wait in vain."""
+    lasts: bool = False
+    """Whether it does not pass by itself: an operator must see to it, and is told."""
 
     def __init__(
         self,
@@ -106,6 +110,7 @@ class UnreadableMedia(InvalidRequest):
 class UnsupportedDimensions(InvalidRequest):
     code = "unsupported_dimensions"
     blames_input = False
+    stops_batch = True
 
 
 class InvalidApiKey(InvalidRequest):
@@ -153,12 +158,15 @@ class RateLimited(GatewayError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
     retryable = True
+    stops_batch = True
 
 
 class QuotaExhausted(GatewayError):
     status = 429
     type = "rate_limit_error"
     code = "insufficient_quota"
+    stops_batch = True
+    lasts = True
 
 
 class UpstreamError(GatewayError):
@@ -171,18 +179,23 @@ class UpstreamError(GatewayError):
 class UpstreamAuth(UpstreamError):
     code = "upstream_auth"
     retryable = False
+    stops_batch = True
+    lasts = True
 
 
 class UpstreamUnreachable(UpstreamError):
     code = "upstream_unreachable"
+    stops_batch = True
 
 
 class UpstreamInvalidResponse(UpstreamError):
     code = "upstream_invalid_response"
+    lasts = True
 
 
 class UpstreamIgnoredDimensions(UpstreamInvalidResponse):
     retryable = False
+    stops_batch = True
 
 
 class UpstreamWrongCount(UpstreamInvalidResponse):
@@ -195,11 +208,14 @@ class UpstreamInvalidVector(UpstreamInvalidResponse):
 
 class UpstreamMisconfigured(UpstreamError):
     retryable = False
+    stops_batch = True
+    lasts = True
 
 
 class UpstreamTimeout(UpstreamError):
     status = 504
     code = "upstream_timeout"
+    stops_batch = True
 
 
 class Overloaded(GatewayError):
@@ -208,6 +224,7 @@ class Overloaded(GatewayError):
     code = "overloaded"
     # Ours, not the upstream's: asking ourselves again at once is what overload is made of.
     retryable = False
+    stops_batch = True
 
 
 class UpstreamUnavailable(Overloaded):

@@ -19,16 +19,7 @@ from app.errors import (
     ContextLengthExceeded,
     GatewayError,
     InvalidRequest,
-    Overloaded,
-    QuotaExhausted,
-    RateLimited,
-    UnsupportedDimensions,
-    UpstreamAuth,
-    UpstreamIgnoredDimensions,
-    UpstreamMisconfigured,
-    UpstreamTimeout,
     UpstreamUnavailable,
-    UpstreamUnreachable,
     UpstreamWrongCount,
 )
 from app.pipeline.deployment import Limits, Room
@@ -57,18 +48,6 @@ _TOKENS = re.compile(
     re.IGNORECASE,
 )
 
-_MET_BY_ALL = (
-    Overloaded,
-    RateLimited,
-    QuotaExhausted,
-    UnsupportedDimensions,
-    UpstreamAuth,
-    UpstreamIgnoredDimensions,
-    UpstreamMisconfigured,
-    UpstreamTimeout,
-    UpstreamUnreachable,
-)
-"""What the next call of a batch would meet as well, or wait for in vain."""
 IN_VAIN = 2
 """Inputs, one after another, for which a server has given no vector, alone in their calls: the next ones will hardly
 fare better."""
@@ -159,8 +138,8 @@ class Adapt:
             batch.brought.update((key, each) for key, each in pairs if isinstance(each, Embedding))
             outcomes.update(zip(places, result.outcomes, strict=True))
             calls += result.calls
-            met = _MET_BY_ALL if budget.in_vain < IN_VAIN else (*_MET_BY_ALL, UpstreamWrongCount)
-            trouble = next((each for each in result.outcomes if isinstance(each, met)), None)
+            errors = (each for each in result.outcomes if isinstance(each, GatewayError))
+            trouble = next((error for error in errors if _stops(error, budget)), None)
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
@@ -182,6 +161,11 @@ class Adapt:
         """Whether a limit of so many tokens may be one input's, whatever the words: it is no more than one may have,
         and one of these may have more."""
         return self._longest is not None and most <= self._longest and any(tokens.bound(each) > most for each in sent)
+
+
+def _stops(error: GatewayError, budget: _Budget) -> bool:
+    """Whether a part's error is a reason not to send the batch's other parts."""
+    return budget.in_vain >= IN_VAIN if isinstance(error, UpstreamWrongCount) else error.stops_batch
 
 
 def _decide(

@@ -6,16 +6,7 @@ import logging
 from collections.abc import Callable
 
 from app.clock import Clock
-from app.errors import (
-    GatewayError,
-    InvalidRequest,
-    QuotaExhausted,
-    RateLimited,
-    UpstreamAuth,
-    UpstreamInvalidResponse,
-    UpstreamMisconfigured,
-    UpstreamUnreachable,
-)
+from app.errors import GatewayError, InvalidRequest, RateLimited, UpstreamUnreachable
 
 log = logging.getLogger(__name__)
 
@@ -43,9 +34,6 @@ LONG_REST = 30.0
 """Seconds of rest from which an operator is told."""
 QUIET = 60.0
 """Seconds in which the log is told of trouble once, where it comes and goes."""
-
-_LASTING = (UpstreamAuth, QuotaExhausted, UpstreamMisconfigured, UpstreamInvalidResponse)
-"""What does not pass by itself: an operator must see to it, and is told."""
 
 
 class Health:
@@ -210,7 +198,7 @@ class Health:
                 self._say(self._rest)
         else:
             told = f"{error.code}: {error.message}"
-            if isinstance(error, _LASTING):
+            if error.lasts:
                 self._tell(told)
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False

@@ -250,7 +250,8 @@ async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
         for row in rows:
             _show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
-        wrong = gateway.unfit() + gateway.apart() + (gateway.unserved() if complete else [])
+        registry = gateway.registry
+        wrong = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
         return wrong + (await _probe(gateway) if probe else [])
     finally:
         await gateway.aclose()

@@ -76,23 +76,23 @@ class Gateway:
         """Since when the models are there, as far as a caller is told: seconds since the epoch."""
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
-        self._registry: Registry = Registry(
-            settings, self.upstreams, self._slots, cache, metrics, clock, before._registry if before else None
+        self.registry: Registry = Registry(
+            settings, self.upstreams, self._slots, cache, metrics, clock, before.registry if before else None
         )
 
     @property
     def names(self) -> Mapping[str, PublicModel]:
         """Every name that can be asked for, aliases included."""
-        return self._registry.names
+        return self.registry.names
 
     async def start(self) -> None:
         """Asks the upstreams that list their models; one that is away only lacks them until it is back."""
         await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
         if self._shared and (self.quotas or any(slots.pace for slots in self._slots.values())):
             await self._shared.open()
-        for trouble in (*self.unfit(), *self.unserved()):
+        for trouble in (*self.registry.unfit(), *self.unserved()):
             log.warning("%s", trouble)
-        self._watching.append(asyncio.create_task(canary.watch(lambda: self._registry.canaries, self._clock)))
+        self._watching.append(asyncio.create_task(canary.watch(lambda: self.registry.canaries, self._clock)))
         if any(upstream.discovers for upstream in self.upstreams.values()):
             self._watching.append(asyncio.create_task(self._keep_fresh()))
         self.draining = False
@@ -101,7 +101,7 @@ class Gateway:
         """Another one serves from now on, with who is inside."""
         self.room.alter(successor.room)
         successor.room = self.room
-        self._registry.give_way(successor._registry)
+        self.registry.give_way(successor.registry)
         for task in self._watching:
             task.cancel()
 
@@ -112,7 +112,7 @@ class Gateway:
         """
         for task in self._watching:
             task.cancel()
-        await self._registry.aclose(successor._registry if successor else None)
+        await self.registry.aclose(successor.registry if successor else None)
         kept_slots = successor._slots.values() if successor else ()
         paces = [slots.pace for slots in self._slots.values() if slots not in kept_slots]
         await asyncio.gather(*(pace.aclose() for pace in paces if pace))
@@ -128,7 +128,7 @@ class Gateway:
     async def find(self, name: str) -> PublicModel:
         """The model of this name. Raises `ModelNotFound`, having asked upstreams that might have got it since."""
         public = self.names.get(name)
-        if upstreams := self._registry.unlisted(public) if public else self.upstreams.values():  # hardly ever
+        if upstreams := self.registry.unlisted(public) if public else self.upstreams.values():  # hardly ever
             await self.refresh(upstreams)
             public = self.names.get(name)
         if public is None:
@@ -163,8 +163,8 @@ class Gateway:
         asked = self.upstreams.values() if upstreams is None else upstreams
         await asyncio.gather(*(upstream.discover() for upstream in asked))
         # By what is published and not by who asked: that may have been another gateway, or a caller who hung up.
-        if self._registry.outdated():
-            self._registry.publish()
+        if self.registry.outdated():
+            self.registry.publish()
 
     async def _keep_fresh(self) -> None:
         """Asks now and then: a model that was pulled anew is another one, of a vector space of its own."""
@@ -174,14 +174,6 @@ class Gateway:
                 await self.refresh()
             except Exception:  # a bug of ours must not end this for good
                 log.exception("upstreams could not be asked for their models")
-
-    def unfit(self) -> list[str]:
-        """A line for each model that is configured in a way in which it serves no plain request."""
-        return self._registry.unfit()
-
-    def apart(self) -> list[str]:
-        """A line for each model that is configured to have deployments which turn out to be in different spaces."""
-        return self._registry.apart()
 
     def unserved(self) -> list[str]:
         """A line for each model that a key names and nobody serves now: likely misspelt, but it may come back."""
@@ -196,7 +188,7 @@ class Gateway:
             | ({"reason": upstream.trouble.message} if upstream.trouble else {})
             for name, upstream in self.upstreams.items()
         }
-        for deployment in self._registry.deployments:
+        for deployment in self.registry.deployments:
             health = deployment.health
             for word, told in (("out", health.out), ("trouble", health.told)):
                 if told is not None:

@@ -43,7 +43,7 @@ def test_a_list_that_has_one_model_more_costs_that_one() -> None:
         for upstream in gateway.upstreams.values():
             upstream.models = {name: unlisted(name) for name in (f"model-{number}" for number in range(count))}
         with counting_calls() as counted:
-            gateway._registry.publish()
+            gateway.registry.publish()
         return counted.calls
 
     first = listing(400)

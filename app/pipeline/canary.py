@@ -22,8 +22,8 @@ from app.types import Batch, Embedding, Params
 
 log = logging.getLogger(__name__)
 
-_Said: TypeAlias = bytes | GatewayError | None
-"""A deployment's vector, or what it failed with; None where it does not say in time."""
+_Answer: TypeAlias = bytes | GatewayError | None
+"""A deployment's vector, or the error it failed with; None where it does not answer in time."""
 
 _SILENT = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
@@ -32,31 +32,32 @@ SAME = 0.999
 EVERY = 4 * 3600.0
 """Seconds between two looks."""
 AGAIN = 60.0
-"""The same, where the last one brought no answer."""
+"""The same, where the last one brought no answer, or the deployment has been away since."""
 ROUND = 10.0
-"""Seconds between two rounds of asking which look is due. In each those are looked at that take no traffic until they
-have been compared: when they answer, they are to be judged and used."""
+"""Seconds between two rounds, in each of which the looks that are due are made. A deployment that takes no traffic
+until it has been compared is looked at in every round, so that it is used soon after it answers."""
 TIMEOUT = 600.0
 """Seconds a deployment has to answer; as a rule its upstream's own `timeout` is less. One that does not answer is
 judged by its traffic, not here."""
 PATIENCE = 2.0
-"""Seconds it has where another one has answered, which is to be used, and what the space gives is known, or the first
-ones have failed: the rest can be asked again."""
+"""Seconds it has where another one has answered that callers need now (`_enough`): it is asked again in the next
+round."""
 AT_FIRST = 10.0
-"""The same, where it is not known: what the first one gives is to count, which may have to load its model. After so
-long it is whoever has answered."""
+"""Seconds it has where nothing is known of the space: what the first deployment gives is to count, which may have to
+load its model. After that whichever has answered counts."""
 
 
 class Expected:
-    """What each vector space gives for the text, from the first look on: whoever is compared, under whatever name and
-    configuration, is compared with that. A cache that outlives us knows it for as long as what it vouches for."""
+    """The vector that each space gives for the text, from the first look on: deployments are compared with it whatever
+    their names, and after a change of configuration too. A cache that outlives this process keeps it for as long as the
+    embeddings that it vouches for."""
 
     def __init__(self, cache: Tiers | None) -> None:
         """`cache` None: nothing is kept beyond this process."""
         self._cache = cache
         self._vectors: dict[str, bytes] = {}
         self._meanwhile: dict[str, bytes] = {}
-        """What counts for as long as the cache, which may know of something else, does not answer."""
+        """What counts while the cache, which may have another vector, does not answer."""
 
     def knows(self, space: str) -> bool:
         return space in self._vectors
@@ -72,7 +73,7 @@ class Expected:
         return self._cache is None or all(status.startswith("up") for status in self._cache.status().values())
 
     async def recall(self, space: str) -> bool:
-        """Whether it is known what this space gives, if need be by the cache."""
+        """Whether it is known what this space gives; the cache is asked if need be."""
         if self._cache is not None and space not in self._vectors:
             (stored,) = await self._cache.get([_key(space)])
             if stored is None:  # or there was no time to look, and what is there must not be written over
@@ -82,9 +83,9 @@ class Expected:
         return space in self._vectors
 
     async def of(self, space: str, now: bytes) -> bytes:
-        """`now` is what the first that answered gives: it counts where nothing else is known, from then on. While a
-        cache that may know of something else does not answer it counts until it does: who is then compared alone would
-        be compared with itself."""
+        """What this space gives. `now`, which a deployment has just given, becomes that where nothing is known. While a
+        cache that may have another vector does not answer, the first such `now` counts until it does: a later one would
+        compare a deployment that is looked at alone with itself."""
         now = self._meanwhile.get(space, now)
         if not await self.recall(space) and not self.readable:
             return self._meanwhile.setdefault(space, now)
@@ -103,7 +104,7 @@ class Canary:
     """Compares the deployments of one vector space with each other and with what it gave before."""
 
     def __init__(self, deployments: Sequence[Deployment], expected: Expected, *, from_start: bool) -> None:
-        # In the order in which they would be asked: in doubt the first is right, of those that have served if any has.
+        # In the order in which callers' requests go to them: in doubt the first is right (`_right`).
         self._deployments = deployments
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
         self._expected = expected
@@ -120,8 +121,8 @@ class Canary:
 
     @property
     def compares(self) -> bool:
-        """Whether there is anything to compare with: another deployment, or a memory that outlives us; or what took one
-        out, which nobody can use, and which may have been right again for long."""
+        """Whether there is anything to compare with: another deployment, or a cache that outlives this process. Also
+        while one is out of the rotation: no request goes there, so only a look can find that it is right again."""
         return self._several or self._expected.lasts or self._any_out
 
     @property
@@ -129,20 +130,20 @@ class Canary:
         return any(each.health.out is not None for each in self._deployments)
 
     def due(self, now: float) -> bool:
-        """Those that were configured to stand in for each other are compared from the start, and one that is out in any
-        case; all else once it is used, for to ask for a model may mean to load it."""
+        """Whether it is time for a look. Deployments that were configured to stand in for each other are compared from
+        the start, and so is one that is out. The others are once they are used: to ask a model may mean to load it."""
         used = any(each.health.asked if self._several else each.health.answered for each in self._deployments)
         return (self._from_start or used or self._any_out) and not self._looking and bool(self._to_ask(now))
 
     def _to_ask(self, now: float) -> list[Deployment]:
-        """Those whose last answer is so long ago, and those that have given none. All, once there is something to
-        compare them with. Of several that stand in for each other, also one that was ejected, and may come back another
-        model, and one that has not been compared."""
+        """Those that are due. All of them, once the cache can be read after they were compared without it."""
         if self._unsettled and self._expected.readable:
             return list(self._deployments)
         return [each for each in self._deployments if self._is_due(each, now)]
 
     def _is_due(self, deployment: Deployment, now: float) -> bool:
+        """Whether its last look is long enough ago. Of several that stand in for each other, one that was ejected, and
+        may come back as another model, is always due, and so is one that has not been compared yet."""
         health = deployment.health
         if self._several and (health.ejected or health.unproved):
             return True
@@ -150,52 +151,51 @@ class Canary:
         return now - asked_at >= (EVERY if answered and health.compared else AGAIN)
 
     async def look(self, now: float, mute: set[str]) -> None:
-        """Asks each deployment that is due once; one whose vector is another is taken out, or let in again. One that
-        has never answered takes no traffic while others do: it may have been away and have come back another.
+        """Asks each deployment that is due once. One that has another vector is taken out of the rotation, one that has
+        the right one is let in again. One that does not answer takes no traffic while others do, unless it was compared
+        before and has not been away since: it may have come back as another model.
 
-        `mute`: upstreams that have let a look of this round wait, which this one adds to. Where what the space gives is
-        known they are not asked, and where it is not they are not waited for as long: the others, which may be all that
-        serve, wait for this to be compared. They may hang for that model only: one that has been compared and was not
-        asked keeps its traffic."""
+        `mute`: upstreams that did not answer a look of this round in time; this look adds to them. Where it is known
+        what the space gives they are not asked, and where it is not they are waited for less long: the other
+        deployments, which may be all that serve, are compared only after that. An upstream may hang for one model
+        alone, so a deployment that was compared before and is not asked keeps its traffic."""
         asked = self._to_ask(now)
         if not asked:  # it waited for others' looks, and what made it due has passed meanwhile
             return
         self._looking = True
         try:
             known = await self._expected.recall(self._space)
-            left = [each for each in asked if known and each.upstream in mute]
-            told = await _told([each for each in asked if each not in left], mute, known=known)
-            answers = {each: said for each, said in told.items() if isinstance(said, bytes)}
-            expected = await self._expected.of(self._space, _right(answers)) if answers else b""
-        finally:  # or by a change of configuration, whose gateway has the same canary
+            spared = [each for each in asked if known and each.upstream in mute]
+            answers = await _ask_all([each for each in asked if each not in spared], mute, known=known)
+            shown = {each: answer for each, answer in answers.items() if isinstance(answer, bytes)}
+            expected = await self._expected.of(self._space, _right(shown)) if shown else b""
+        finally:  # also when it is cancelled by a change of configuration: the next gateway has the same canary
             self._looking = False
-        hanging = {each.upstream for each, said in told.items() if said is None}
+        hanging = {each.upstream for each, answer in answers.items() if answer is None}
         mute |= hanging
-        if hanging and not left:  # or it would be the last again in the next round, and never ask these
+        if hanging and not spared:  # or it would be the last again in the next round, and never ask those it spared
             self.waited = now
-        if answers:
+        if shown:
             self._unsettled = not self._expected.knows(self._space)
-        unseen = [each for each in left if each.health.doubtful or (self._several and not each.health.compared)]
-        told.update(dict.fromkeys(unseen))
-        for deployment, said in told.items():
-            self._asked[deployment] = now, deployment in answers
-            if isinstance(said, bytes):
-                self._compare(deployment, said, expected)
+        unseen = [each for each in spared if each.health.doubtful or (self._several and not each.health.compared)]
+        answers.update(dict.fromkeys(unseen))
+        for deployment, answer in answers.items():
+            self._asked[deployment] = now, deployment in shown
+            if isinstance(answer, bytes):
+                self._compare(deployment, answer, expected)
             elif self._several:
-                self._keep_out(deployment, said)
+                self._keep_out(deployment, answer)
 
     def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
-        health = deployment.health
-        if health.silent is not None:
+        if deployment.health.silent is not None:
             log.warning("deployment %s has shown its vectors now", deployment.name)
-        health.unproved, health.silent, health.compared = False, None, health.shown
-        health.show()
+        deployment.health.prove()
         self._judge(deployment, vectors.cosine(vector, expected))
         deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
 
     def _keep_out(self, deployment: Deployment, error: GatewayError | None) -> None:
-        """Unless it has been compared and is in rotation: it may be busy. Says what it failed with, if it has: no
-        caller's call will meet it."""
+        """Takes it out of traffic until it answers a look, unless it has been compared and is not ejected: then it may
+        only be busy. The log tells the error, for no caller's call will meet it."""
         health, why = deployment.health, f" ({error.code}: {error.message})" if error else ""
         if health.compared and not health.ejected:
             return
@@ -204,8 +204,7 @@ class Canary:
                 "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does%s",
                 *(deployment.name, self._space, why),
             )
-        health.unproved, health.silent = True, _SILENT + why
-        health.show()
+        health.keep_out(_SILENT + why)
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:
@@ -223,14 +222,15 @@ class Canary:
         deployment.health.take_out(reason)
 
 
-def _right(answers: Mapping[Deployment, bytes]) -> bytes:
-    """What counts where nothing else is known: what callers have been given already, or else the first."""
-    return answers[min(answers, key=lambda each: not each.health.answered)]
+def _right(shown: Mapping[Deployment, bytes]) -> bytes:
+    """The vector that counts where nothing is known: the first one's of those that have answered callers, or else the
+    first one's of all."""
+    return shown[min(shown, key=lambda each: not each.health.answered)]
 
 
-async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> dict[Deployment, _Said]:
-    """What each says in time, in the order in which they are asked. `known`: what the space gives. `mute`: upstreams
-    that let others wait."""
+async def _ask_all(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> dict[Deployment, _Answer]:
+    """What each answers in time, in their order. `known`: whether it is known what the space gives. `mute`: upstreams
+    that are not waited for as long."""
     tasks = {asyncio.create_task(_ask(each)): each for each in asked}
     if not tasks:
         return {}
@@ -249,11 +249,15 @@ async def _told(asked: Sequence[Deployment], mute: Collection[str], *, known: bo
             task.cancel()
 
 
-def _enough(tasks: Mapping[asyncio.Task[_Said], Deployment], mute: Collection[str], *, known: bool, late: bool) -> bool:
-    """Whether one has answered that is to be used before the rest have: where what the space gives is known, or the
-    ones before it have failed, or are mute and have answered no caller; and not one that was ejected: it may answer
-    this text and no other, while another one loads its model. Where nothing is known who has answered callers counts
-    wherever it stands. `late`: whichever has."""
+def _enough(
+    tasks: Mapping[asyncio.Task[_Answer], Deployment], mute: Collection[str], *, known: bool, late: bool
+) -> bool:
+    """Whether one has answered that callers need before the rest have answered.
+
+    Where it is known what the space gives, that is any but an ejected one, which may answer this text and no other
+    while another one loads its model. Where it is not, the first in order serves callers meanwhile: then another one is
+    needed once all before it have failed, or hang at a `mute` upstream; and while one that has answered callers may yet
+    answer, wherever it stands, it is waited for: its vector counts. `late`: any that has answered will do."""
     needed, patient = known, not known and not late
     if patient and any(each.health.answered and not task.done() for task, each in tasks.items()):
         return False
@@ -269,8 +273,8 @@ def _enough(tasks: Mapping[asyncio.Task[_Said], Deployment], mute: Collection[st
     return False
 
 
-async def _ask(deployment: Deployment) -> _Said:
-    """Its vector, or why there is none, if it says."""
+async def _ask(deployment: Deployment) -> _Answer:
+    """Its vector, or the error it failed with; None where it does not answer within `TIMEOUT`."""
     deadline = asyncio.get_running_loop().time() + TIMEOUT
     batch = Batch(deployment.model.name, [TEXT], [b"canary"], Params(), store=False, deadline=deadline)
     try:
@@ -287,8 +291,9 @@ async def _ask(deployment: Deployment) -> _Said:
 
 
 async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
-    """Looks where it is time, now and then, for as long as the gateway lives: one model after another at an upstream,
-    which may have to load each, and at no upstream later because another one hangs."""
+    """Makes the looks that are due, round after round, until it is cancelled. At one upstream they are made one after
+    the other, for it may have to load each model; at different ones side by side, so that none waits for one that
+    hangs."""
     looking: dict[str, asyncio.Task[None]] = {}
     try:
         while True:
@@ -307,7 +312,8 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
 
 
 async def _look(canaries: Sequence[Canary], clock: Clock) -> None:
-    """Those last that have waited last, so that each has its turn to ask where one lets others not be asked."""
+    """One after the other, those that waited in vain most recently last: an upstream that one finds mute those behind
+    it do not ask, and each is to have its turn."""
     mute: set[str] = set()
     for canary in sorted(canaries, key=lambda each: each.waited):
         try:

@@ -25,9 +25,10 @@ COOLING = 1.0
 LONGEST_REST = 300.0
 """Seconds of rest at the most. What an upstream says may be a date that it took for a number of seconds."""
 FADES = 0.98
-"""What is left, after another call, of how long the longest took: short ones between long ones say little of these."""
+"""What each further call leaves of the longest one's time, which is forgotten slowly: short calls between long ones say
+little of these."""
 DOUBTED = 0.8
-"""What is left of it after a call that came to nothing."""
+"""What a call that got no answer in its time leaves of it."""
 TIME_ENOUGH = 30.0
 """Seconds in which a call should be answered, however long they may take."""
 LONG_REST = 30.0
@@ -60,7 +61,7 @@ class Health:
         self.unproved = False
         """Whether it is not known to be in its vector space, where others are."""
         self.silent: str | None = None
-        """Where it was to show its vectors, and did not: what is told of it until it does."""
+        """Why it is `unproved`, where it was asked for its vectors and gave none; operators are told until it does."""
         self.shown = self.compared = False
         """Whether it has shown its vectors, and whether these have been compared, since it was last away."""
         self.asked = 0.0
@@ -68,7 +69,7 @@ class Health:
         self.answered = False
         """Whether it ever has."""
         self.trouble: str | None = None
-        """What somebody must see to, or why it was left out, since it last answered: code and message."""
+        """What an operator must see to, or why it was left out, since it last answered: code and message."""
         self._rest = ""
         """The same of its last long rest."""
         self._retired = False
@@ -99,7 +100,8 @@ class Health:
 
     @property
     def doubtful(self) -> bool:
-        """Whether it has to be compared before it takes traffic where others do: it may have come back another."""
+        """Whether it has to be compared before it takes traffic that others can take: it may have come back as another
+        model."""
         return self.unproved or self.ejected or self.out is not None
 
     def available(self) -> bool:
@@ -114,7 +116,7 @@ class Health:
         self.show()
 
     def stay_out(self, before: Health) -> None:
-        """As that one is, in whose place it comes; and it is looked at as that one would be."""
+        """Out for the same reason as the one in whose place it comes, and looked at as that one would be."""
         self.out, self.asked, self.answered = before.out, before.asked, before.answered
 
     def let_in(self) -> None:
@@ -122,9 +124,19 @@ class Health:
             self.out = None
             self.show()
 
+    def prove(self) -> None:
+        """Its vectors have been compared, which counts only if it was not away since it showed them."""
+        self.unproved, self.silent, self.compared = False, None, self.shown
+        self.show()
+
+    def keep_out(self, reason: str) -> None:
+        """It was to show its vectors and did not: others are asked in its place."""
+        self.unproved, self.silent = True, reason
+        self.show()
+
     def answers(self) -> None:
-        """It has answered, if no caller. After its first ejection it may have a call at once, for the others may be at
-        their limit by now; the later ones last, for there are servers that answer a short text and nobody else."""
+        """It has answered a look, if no caller. After its first ejection it may then have a call at once, for the
+        others may be at their limit by now. Later ejections run their time: some servers answer a short text alone."""
         if self._ejections == 1:
             self._ejected_until = 0.0
 
@@ -149,7 +161,7 @@ class Health:
         self._longest = max(seconds, self._longest * FADES)
 
     def had_time(self, seconds: float) -> bool:
-        """Whether a call should have been answered in so many seconds, or is judged in any case: after an ejection."""
+        """Whether a call that got no answer in so many seconds speaks against it. After an ejection each does."""
         return self.ejected or seconds >= self.enough
 
     @property
@@ -158,9 +170,8 @@ class Health:
         return min(2 * self._longest, TIME_ENOUGH)
 
     def drop(self, era: int) -> None:
-        """A call that began in this era came to nothing, for which it may have had too little time. Others are asked
-        first for a moment; and with each that goes unanswered less counts as too little, or one that hangs would never
-        be found."""
+        """A call that began in this era got no answer, and may have had too little time for one. Others are asked first
+        for a moment; and each such call lowers what counts as too little, or one that hangs would never be found."""
         if era == self._era:
             self._suspect_until = self._clock.monotonic() + SUSPECT
             self._longest *= DOUBTED
@@ -169,10 +180,11 @@ class Health:
         """What a call that began in this era brought is good in part only: others are asked first for a while."""
         if era == self._era:
             self._suspect_until = self._clock.monotonic() + DOUBTFUL
-            self._tell(why)
+            self._note_trouble(why)
 
     def abandon(self, era: int) -> None:
-        """A call that began in this era says nothing of the deployment; if it was to tell, the next one is."""
+        """A call that began in this era says nothing of the deployment. If it was the one call after an ejection, the
+        next one takes its place."""
         if era == self._era:
             self._probing = False
 
@@ -195,11 +207,11 @@ class Health:
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
             if wait >= LONG_REST:
                 self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
-                self._say(self._rest)
+                self._warn(self._rest)
         else:
             told = f"{error.code}: {error.message}"
             if error.lasts:
-                self._tell(told)
+                self._note_trouble(told)
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False
             self._failures += 1
@@ -208,13 +220,13 @@ class Health:
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
                 self._eject(told)
 
-    def _tell(self, trouble: str) -> None:
+    def _note_trouble(self, trouble: str) -> None:
         """Shown until it answers, and a line in the log now and then."""
         if self.trouble is None:
-            self._say(trouble)
+            self._warn(trouble)
         self.trouble = trouble
 
-    def _say(self, what: str) -> None:
+    def _warn(self, what: str) -> None:
         if self._clock.monotonic() >= self._quiet_until:
             self._log("%s: %s", self._name, what)
             self._quiet_until = self._clock.monotonic() + QUIET

@@ -1,5 +1,5 @@
-"""What must not take longer than its time. For what is done with every request or call, where `asyncio.timeout` would
-start and stop a timer each time, at 6 µs: here one timer looks after all of them.
+"""Time limits on blocks of code, for what is done with every request or call: `asyncio.timeout` would start and stop a
+timer each time, at 6 µs, and here one timer looks after all of them.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 from msgspec import Struct
 
 _MOMENTS, _MOMENT = 4, 0.002
-"""So many times so many seconds are for what came while the event loop was late to be read."""
+"""How many times, and for how many seconds, a block that is due goes on: its answer may have come, and not been read
+yet, while the event loop was late."""
 
 
 class Deadlines:
-    """Those that are running, of one event loop."""
+    """The running ones of one owner, on one event loop."""
 
     def __init__(self) -> None:
         self._running: dict[Deadline, None] = {}
@@ -23,15 +24,15 @@ class Deadlines:
         self._due = 0.0
         """When the timer will look, on the event loop's clock."""
         self.at_work = 0.0
-        """Seconds this thread had been at work when the timer was set. Asked with each block it would cost 2 µs."""
+        """Seconds of processor time this thread had used when the timer was set. To ask for each block costs 2 µs."""
 
     def within(self, seconds: float) -> Deadline:
         """A block that ends in so many seconds from now."""
         return Deadline(asyncio.get_running_loop().time() + seconds, self)
 
     def waiting(self, seconds: float) -> Deadline:
-        """A block that ends when it has waited so many seconds for another: those in which this thread was itself at
-        work, as it may be for other requests, do not count."""
+        """A block that ends when it has waited so many seconds for what is done elsewhere. Time in which this thread
+        was itself at work, as it may be for other requests, does not count."""
         now = asyncio.get_running_loop().time()
         return Waiting(now + seconds, self, _began=now, _seconds=seconds)
 
@@ -50,7 +51,7 @@ class Deadlines:
         self._timer = asyncio.get_running_loop().call_at(when, self._look)
 
     def _look(self) -> None:
-        """Nobody tells the timer of what ends in time: when it comes, most that it was set for is long over."""
+        """Ends what is due. A block that ends in time does not stop the timer, so often nothing is."""
         self._timer = None
         now = asyncio.get_running_loop().time()
         for deadline in [each for each in self._running if each.when <= now]:
@@ -80,11 +81,11 @@ class Deadline(Struct, eq=False):
         self._deadlines.add(self)
 
     def more(self) -> float:
-        """Seconds it has yet, now that it is due."""
+        """Seconds by which it is put off, now that it is due; 0: it is not."""
         return 0.0
 
     def stop(self, end: type[Exception]) -> None:
-        """Has the block raise this, unless something else has ended it."""
+        """Cancels the block, which then raises this; the first call of it counts."""
         if self._end is None:
             self._end = end
             self._task.cancel()
@@ -99,7 +100,7 @@ class Deadline(Struct, eq=False):
 
 
 class Waiting(Deadline):
-    """One for what another does."""
+    """A limit on waiting for what is done elsewhere: see `Deadlines.waiting`."""
 
     _began: float = 0.0
     _seconds: float = 0.0
@@ -108,13 +109,13 @@ class Waiting(Deadline):
 
     def __enter__(self) -> None:
         Deadline.__enter__(self)
-        # Up to a time limit before this began: to a thread that was at work then, a little more time is given.
+        # Read when the timer was set, up to a time limit ago: work done since then only adds to this block's time.
         self._at_work = self._deadlines.at_work
 
     def more(self) -> float:
         waited = asyncio.get_running_loop().time() - self._began - (time.thread_time() - self._at_work)
         if waited < self._seconds:
             return max(self._seconds - max(waited, 0.0), _MOMENT)
-        # Where not this thread was at work but the machine had no turn for it, the answer may be here, unread.
+        # Where this thread was not at work but had no turn on the machine, the answer may be here, unread.
         self._moments -= 1
         return _MOMENT if self._moments >= 0 else 0.0

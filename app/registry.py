@@ -41,7 +41,7 @@ _FACTS = (
     "videos",
     "price_per_million_tokens",
 )
-"""What an operator may know better than the catalogue, by one name here and there."""
+"""What an operator may know better than the catalogue: fields of both `ModelSettings` and `Model`."""
 _APART = "its deployments are in different vector spaces"
 
 
@@ -53,16 +53,16 @@ class PublicModel:
     embed: Embedder
     model: Model
     dimensions: int | None
-    """What callers get who ask for none."""
+    """Length of the vectors for callers that ask for none."""
     space: str
     deployments: tuple[Deployment, ...]
     unfit: str | None = None
-    """Why nothing but a request that says more than model and input can be served, if so."""
+    """Why a request that says no more than model and input is refused, if it is."""
 
     @property
     def facts(self) -> Model:
-        """What is true of the model behind all its deployments; rows and tokens of a call as far as they are known now,
-        which may be less than the catalogue has."""
+        """What is true of the model behind all its deployments. Rows and tokens of a call are those learned so far,
+        which may be fewer than the catalogue has."""
         limits = [deployment.limits for deployment in self.deployments]
         return replace(
             together([deployment.model for deployment in self.deployments]),
@@ -85,18 +85,19 @@ class Registry:
         clock: Clock,
         before: Registry | None = None,
     ) -> None:
-        """`slots`: each upstream's own. With `before` it shares what that one uses of the upstreams they share."""
+        """`slots`: each upstream's own. Of upstreams that `before` has as well, what it uses is shared with it."""
         self._settings, self._upstreams, self._slots = settings, upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
         self._expected: Expected = before._expected if before else Expected(cache if cache.lasts else None)
-        """Of canaries: what a space gives is what it gave under the configuration before."""
+        """Canaries': what a space is expected to give outlives a change of configuration."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
-        """Theirs."""
+        """Those in which a deployment is known or taken to be right: another one there has to be compared first."""
         self._before: dict[tuple[str, str, str], Health] = {}
-        """How those were under the configuration before that answer as they did: by upstream, its model, space."""
+        """While the first names are made: the health, under the configuration before, of deployments that still answer
+        as they did. By upstream, its model, and space."""
         self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
-        """One per set of deployments, so that names which lead to the same share calls; and who looks after these."""
+        """One per set of deployments, so that names which lead to the same ones share calls; and their canary."""
         self._replaced: list[Batcher] = []
         """Those that no name leads to any more, and that have calls under way."""
         self._in_force: Literal["not yet", "now", "no more"] = "now" if before is None else "not yet"
@@ -106,7 +107,7 @@ class Registry:
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
         self._listed: dict[str, Mapping[str, Model]] = {}
-        """Of each upstream, the models that `names` was made of."""
+        """By upstream, the list of models that `names` was made from."""
         if before is not None:
             self._take_over(before)
         self.publish()
@@ -125,8 +126,9 @@ class Registry:
         return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
 
     def unlisted(self, public: PublicModel) -> list[Upstream]:
-        """A model's upstreams, if all of them list what they have and none has been there to do so, or if one has only
-        just been: what they say of it, a revision for example, may make it another vector space."""
+        """The upstreams to ask for their lists before this model is used; nearly always none. All of its upstreams,
+        unless one has the list that `names` was made from and is in reach, or had the model in it: what a list says of
+        a model, a revision for example, may make it another vector space."""
         for each in public.deployments:
             upstream = self._upstreams[each.upstream]
             published = upstream.models is self._listed[each.upstream]
@@ -135,14 +137,16 @@ class Registry:
         return [self._upstreams[each.upstream] for each in public.deployments]
 
     def publish(self) -> None:
-        """Every name anew, and what none leads to any more is let go: a model that its upstream replaced or dropped."""
+        """Makes every name anew, and lets go of deployments that none leads to any more, whose model its upstream has
+        replaced or dropped."""
         gone = self._name_all()
         if self._in_force == "now":
             self._leave(gone, self.deployments)
 
     def _name_all(self) -> list[Deployment]:
-        """Configured models and aliases, then upstreams' own names, then `upstream/model`, also of what an operator has
-        there and the upstream does not list. Returns the deployments that none of them leads to any more."""
+        """Configured models and their aliases; then the upstreams' own names, plain and as `upstream/model`; then
+        `upstream/model` of what is configured and not listed. Returns the deployments that no name leads to any more.
+        """
         names: dict[str, PublicModel] = {}
         for name, settings in self._settings.models.items():
             public = self._configured(name, settings)
@@ -200,7 +204,7 @@ class Registry:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
-        # Of several the worst.
+        # Of several that are one and the same the worst comes last, and counts.
         were = sorted(before.deployments, key=lambda each: (each.health.out is not None, each.health.doubtful))
         self._before = {_identity(each): each.health for each in were if each.upstream in as_before}
         proved = {space for (_, _, space), health in self._before.items() if not health.doubtful}
@@ -217,7 +221,7 @@ class Registry:
         for key in gone:
             del self._deployments[key]
         self._spaces = {each.space for each in self.deployments}
-        # One of deployments that are still there goes, too: nobody comes to it, and its canary would pay for looks.
+        # Also where its deployments are still there: no request comes to it, and its canary would pay for looks.
         for unused in self._batchers.keys() - {public.deployments for public in models}:
             self._replaced.append(self._batchers.pop(unused)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
@@ -293,7 +297,7 @@ class Registry:
         if self._in_force == "no more":
             health.retire()
         before = self._before.get((upstream.name, model.name, identity))
-        # Until they are compared the others of its space are asked in its place: in doubt the first is right.
+        # Until it has been compared the others of its space are asked in its place: in doubt the first is right.
         health.unproved = identity in self._spaces and (before is None or before.doubtful)
         if before is not None and before.out is not None:
             health.stay_out(before)
@@ -305,7 +309,7 @@ class Registry:
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
         known = self.names.get(name)
         if known is not None and known.name == name and known.deployments == deployments:
-            return known  # of a list of thousands that has one more, each would hold everybody up
+            return known  # to make thousands anew because a list has one more would hold everybody up
         first = deployments[0]
         batcher = self._batcher(deployments, configured=settings is not None)
         embed = build.pipeline(
@@ -353,8 +357,8 @@ def _unfit(prepare: Prepare) -> str | None:
 
 
 def _mark(prefixes: PrefixSettings) -> str:
-    """Of these prefixes. They alter vectors, so that vectors made with others are in another space, whatever that is
-    called: what is cached from before they were changed is not found any more."""
+    """Tells these prefixes from others in a space's name. They alter vectors, so vectors made with others are in
+    another space, even one an operator has named: what was cached before they were changed is not found any more."""
     return hashlib.sha256("\0".join(getattr(prefixes, role) for role in ROLES).encode()).hexdigest()[:8]
 
 

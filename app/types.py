@@ -65,7 +65,7 @@ class Caller(Struct, frozen=True):
     lane: Lane | None = None
     """None lets the size of the request decide."""
     namespace: str = ""
-    """Keeps this caller's cached and awaited embeddings apart from those of all with another one."""
+    """Callers with different ones share neither cached embeddings nor those under way."""
 
 
 class EmbedRequest(Struct):
@@ -87,7 +87,7 @@ class EmbedRequest(Struct):
     keys: Sequence[bytes] = ()
     """Cache keys, one per input, once the cache stage has derived them."""
     held: Collection[bytes] = ()
-    """Those of inputs that another replica is embedding."""
+    """The keys among them that another replica has claimed: it is embedding these inputs."""
     positions: Sequence[int] | None = None
     """Where each input stood in the caller's request, once a stage has left some out or cut some in pieces."""
     on_long_input: OnLongInput | None = None
@@ -98,8 +98,8 @@ class EmbedRequest(Struct):
 
     @property
     def shares(self) -> bool:
-        """Whether replicas pay once for it: who reads no cache waits for nobody, and for who writes none nobody could
-        wait."""
+        """Whether replicas share the work on it. A request that reads no cache cannot wait for what another replica
+        embeds, and nobody can wait for one that writes none."""
         return self.read_cache and self.write_cache
 
 
@@ -142,8 +142,8 @@ class EmbedResult(Struct):
     """Inputs that were embedded in pieces."""
     cached_tokens: int = 0
     shared_tokens: int = 0
-    """Tokens of pieces that were found in the cache, and of those asked once for several, within inputs of which other
-    pieces did cost."""
+    """Of inputs that were embedded in pieces, some of which did cost: tokens of the pieces that were found in the
+    cache, and of those that were asked once for several."""
 
 
 NOTHING = Embedding(b"", 0)
@@ -167,11 +167,13 @@ class Batch(Struct):
     """Whether what comes back may be cached."""
     deadline: float
     brought: dict[bytes, Embedding] | None = None
-    """Where it takes several calls, what those that are over have brought, by key: kept where the rest is cut off."""
+    """By key, what the finished calls of a batch that takes several have brought: kept where the deadline cuts off the
+    others. None while there is one call."""
     wanted: Callable[[], bool] = lambda: True
     """Whether anybody still waits for any of it."""
     joined: Callable[[], float] = lambda: math.inf
-    """Until when they wait at least who have come since and have more time than the deadline says."""
+    """The earliest deadline, later than the batch's own, of an input that callers have joined since; infinite where
+    there is none."""
 
 
 class BatchResult(Struct):
@@ -182,7 +184,7 @@ class BatchResult(Struct):
     late: bool = False
     """Whether what failed might have been embedded before a later deadline."""
     deployments: tuple[str, ...] = ()
-    """Names of those that embedded it, once a route has seen to it."""
+    """Names of those that embedded it; the route fills them in."""
 
 
 class BatchEmbedder(Protocol):
@@ -203,7 +205,7 @@ class WireRequest(Struct):
     body: bytes = b""
     query: dict[str, str] = field(default_factory=dict)
     max_reply: int | None = None
-    """Bytes that its reply may have, where that is less than any may."""
+    """Bytes that its reply may have, where that is less than the client lets any reply have."""
 
 
 class WireReply(Struct):
@@ -212,7 +214,7 @@ class WireReply(Struct):
     status: int
     headers: dict[str, str]
     body: bytes | bytearray
-    """Nobody else's, and not to be changed: a long one is handed on as it was received, not copied."""
+    """Held by the reply alone, and not to be changed: a long one is passed on as it was received, without a copy."""
 
 
 Send: TypeAlias = Callable[[WireRequest], Awaitable[WireReply]]
@@ -233,7 +235,7 @@ class Target(Struct, frozen=True):
     """Without a trailing slash."""
     model: Model
     settings: Any
-    """The upstream's own, of the class its type brought; for its adapter alone."""
+    """The upstream's, of its type's own class; only its adapter looks into them."""
 
 
 class Parsed(Struct):
@@ -271,8 +273,8 @@ class TokenStore(Protocol):
     async def put(self, name: bytes, sealed: bytes, seconds: float) -> None: ...
 
     async def claim(self, name: bytes, seconds: float) -> bool:
-        """Whether the caller is the one to fetch a new one: nobody else is, for so long or until `release`. True, too,
-        where nobody can tell."""
+        """Claims the fetching of a new token for so many seconds, or until `release`. Whether the caller has it now;
+        also true where the store does not answer."""
         ...
 
     async def release(self, name: bytes) -> None: ...
@@ -303,7 +305,7 @@ class SlowStore(Store, Protocol):
     """A tier that is waited for."""
 
     at_once: int
-    """Look-ups of a few keys that it is asked at once."""
+    """How many look-ups of a few keys it may have under way."""
 
     def time_limit(self, keys: int, /) -> float:
         """Seconds a look-up of so many keys may take."""
@@ -315,12 +317,12 @@ class SharedStore(SlowStore, Protocol):
     """A tier of all replicas, who tell each other there what they are embedding. Never raises either."""
 
     async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
-        """As `get`; what is missing and nobody's is then claimed for this replica, for `CLAIM` seconds at most, unless
-        nobody can tell."""
+        """As `get`. What is missing and not claimed yet is then claimed for this replica, for `CLAIM` seconds at most;
+        where the tier cannot do that, nothing is."""
         ...
 
     async def let_go(self, keys: Sequence[bytes]) -> None:
-        """Ends this replica's claims on them: for what will not come."""
+        """Ends this replica's claims on keys for which no embedding will come."""
         ...
 
 

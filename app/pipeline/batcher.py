@@ -32,14 +32,14 @@ BULK = 16
 
 class _Rhythm(NamedTuple):
     turns: int
-    """Of the event loop, for which an input waits for others that arrive with it. None waits for time to pass."""
+    """Of the event loop, for which an input waits for others to arrive with it. It never waits for time to pass."""
     together: int
-    """Requests answered in one turn: who is answered together asks again together, and is then slowed by the rest."""
+    """Requests answered in one turn: callers answered together ask again together, and then hold each other up."""
 
 
 _LARGE_GROUPS, _SMALL_GROUPS = _Rhythm(2, 16), _Rhythm(1, 4)
-"""Large ones for short calls, whose cost is what counts. Small ones for long calls, among which there is time to spare:
-these stay out of each other's way."""
+"""Large ones for short upstream calls, where each call's cost is what counts. Small ones for long calls, during which
+there is time to spare: callers then stay out of each other's way."""
 LONG_CALL = 0.01
 """Seconds from which a call is long."""
 
@@ -48,9 +48,9 @@ _Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
 
 
 class Batcher:
-    """Embeds requests over a model's route. What may queue is bounded by who is let in (`app.pipeline.admit`).
+    """Embeds requests over a model's route. What may queue is bounded by what is let in (`app.pipeline.admit`).
 
-    `on_drop` is told the keys of inputs that nobody waited for any more and that will not be embedded."""
+    `on_drop` is told the keys of inputs that nobody waits for any more and that will not be embedded."""
 
     def __init__(
         self, route: Route, metrics: Metrics, clock: Clock, on_drop: Callable[[Sequence[bytes]], None] = lambda _: None
@@ -61,11 +61,11 @@ class Batcher:
         self._arrived = self._gathered = self._turns = 0
         self._rhythm = _LARGE_GROUPS
         self._crowded = False
-        """Whether several requests came at once the last time: then they may do so again."""
+        """Whether several requests came together the last time: then they may do so again."""
         self._alarm: asyncio.Task[None] | None = None
         self._alarm_at = 0.0
         self._served = 0.0
-        """When it last had a slot: among those who wait for one, longest ago is first."""
+        """When it last had a slot: batchers that wait for one go in this order, the longest ago first."""
         self._abandoned = 0
         """Inputs that callers have left since they were last looked for."""
         self._tasks: set[asyncio.Task[None]] = set()
@@ -85,7 +85,7 @@ class Batcher:
         except asyncio.CancelledError:
             if any(job.begun for job in jobs) or asyncio.get_running_loop().time() < request.deadline:
                 raise
-            # Nobody was slow with it: there were too many before it.
+            # No upstream was slow: there was too much before it in the queue.
             raise Overloaded("no upstream call was free before the request's deadline", retry_after=1) from None
         finally:
             if waiter.missing:
@@ -95,7 +95,7 @@ class Batcher:
         return collect(jobs, sources, request)
 
     def under_way(self, key: bytes) -> bool:
-        """Whether an input is being embedded, or queues for it, and what comes may be cached."""
+        """Whether an input is being embedded or queues for that, and its embedding may be cached."""
         job = self._jobs.get(key)
         return job is not None and job.store
 
@@ -112,8 +112,8 @@ class Batcher:
             await asyncio.wait(self._tasks)
 
     def _enlist(self, request: EmbedRequest, waiter: Waiter) -> tuple[list[Job], list[Source]]:
-        """A job per input: the one already on its way where there is one, a new one in the queue otherwise; what may
-        be cached does not join what may not. The waiter waits for all of them."""
+        """A job per input: the one already on its way where there is one, a new one in the queue otherwise. An input
+        that may be cached does not join one that may not. The waiter waits for all of them."""
         jobs: list[Job] = []
         new: list[Job] = []
         sources: list[Source] = []
@@ -142,8 +142,8 @@ class Batcher:
         return jobs, sources
 
     def _leave(self, waiter: Waiter, jobs: Iterable[Job]) -> None:
-        """The request waits no longer. What nobody else waits for is dropped when it comes to the front, or once more
-        than half of what is here is of that kind: it takes no room of anybody's any more."""
+        """The request waits no longer. Inputs that nobody else waits for are dropped when they come to the front of
+        the queue, or all at once when they are more than half of what is here."""
         for job in dict.fromkeys(jobs):
             if job.outcome is None:
                 place = job.waiters.index(waiter)  # in C: there may be a thousand, who all leave at once
@@ -154,8 +154,8 @@ class Batcher:
             self._forget(self._queues.drop_all_abandoned())
 
     def _schedule(self) -> None:
-        """Fills slots at the end of this turn of the event loop; where the last call was shared, once a turn brings
-        nothing more, or after a few of them."""
+        """Fills slots at the end of this turn of the event loop; where several requests came together the last time,
+        at the end of the first turn that brings no more, or after a few turns."""
         if not self._scheduled:
             self._scheduled = True
             self._turns, self._gathered = self._rhythm.turns if self._crowded else 0, 0
@@ -167,8 +167,8 @@ class Batcher:
         task.add_done_callback(self._tasks.discard)
 
     async def _serve(self) -> None:
-        """Gathers what arrives together and makes the calls there are slots for, the first of them itself: in a task of
-        its own it would begin a turn later."""
+        """Gathers what arrives together and makes the calls that there are slots for. It makes the first of them
+        itself: in a task of its own it would begin a turn later."""
         while self._more():  # noqa: ASYNC110  # a few turns, at the most
             await asyncio.sleep(0)
         calls = self._pump()
@@ -178,7 +178,7 @@ class Batcher:
             await self._fly(*calls[0])
 
     def _more(self) -> bool:
-        """Whether to wait a turn for what it may bring."""
+        """Whether to wait for another turn and what it may bring."""
         arrived, self._arrived = self._arrived, 0
         self._gathered += arrived
         if arrived and self._turns:
@@ -188,9 +188,10 @@ class Batcher:
         return False
 
     def _pump(self) -> list[_Call]:
-        """While there is an input that can have a slot: the fullest legal batch goes, queries first."""
+        """Takes slots and fills each with the fullest legal batch, queries first, as long as there are inputs that can
+        have one."""
         self._scheduled = False
-        # Asked before trying: a rest that ends in between would else be neither tried nor waited for.
+        # Asked before slots are: a rest that ended in between would be neither used nor waited for.
         rests = [(line, self._route.rests(line.params)) for line in self._queues.lines.values() if line.waits]
         waiting = self._queues.groups
         calls: list[_Call] = []
@@ -209,15 +210,15 @@ class Batcher:
         return calls
 
     def _wait_out(self, line: Line, rests: Sequence[float]) -> None:
-        """For a deployment that rests, after a rate limit or an ejection, or for its pace: until the first is back,
-        though another one may be free before. Where all rest, those who cannot wait so long are told now."""
+        """Where deployments rest, after a rate limit or an ejection, or for their pace: waits until the first is back,
+        though another one may come free before. Where all rest, callers that cannot wait so long are told now."""
         if reason := self._route.closed(line.params):
-            # Who has queued for deployments that were taken out since is told at once, as those who come now are.
+            # Callers that queue for deployments which were taken out since are told now, as new callers are.
             for _, jobs in self._queues.take_due(line, math.inf):
                 self._land(jobs, BatchResult([_closed(reason)] * len(jobs), calls=0))
         elif rest := min(rests, default=0.0):
             for queue, jobs in self._queues.take_due(line, asyncio.get_running_loop().time() + rest):
-                # Those who stay go first, and each byte is a quarter of a token or a little more.
+                # The inputs that stay go first; a byte of them is about a quarter of a token.
                 inputs, size = queue.size()
                 wait = max(rest, self._route.time_for(line.params, inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
@@ -241,13 +242,13 @@ class Batcher:
         self._schedule()
 
     def _call(self, lane: Lane) -> _Call | None:
-        """One for the queue that was served longest ago, of those that have inputs in this lane and can have a slot."""
+        """A call for the queue that was served longest ago, of those with inputs in this lane that can have a slot."""
         firsts = [first for line in self._queues.lines.values() if (first := self._first(line, lane))]
         if len(firsts) > 1:
             firsts.sort(key=attrgetter("turn"))
         for queue in firsts:
             slot = self._route.take(lane, queue.group[1])
-            if slot is None:  # nor is there one for those after it in its line
+            if slot is None:  # nor is there for the queues behind it in its line
                 continue
             slots, limits = slot.deployment.slots, slot.deployment.limits
             portion = slots.pace.portion() if slots.pace else None
@@ -268,7 +269,7 @@ class Batcher:
         return None
 
     def _first(self, line: Line, lane: Lane) -> Queue | None:
-        """Whose turn is next in this lane, by an input that somebody waits for."""
+        """The queue whose turn is next in this lane, of those with an input that somebody waits for."""
         while queue := next(iter(line.turns[lane]), None):
             dropped = queue.drop_abandoned()
             if not dropped:
@@ -301,8 +302,8 @@ class Batcher:
     def _put_again(
         self, batch: Batch, jobs: list[Job], result: BatchResult, lane: Lane
     ) -> tuple[list[Job], BatchResult]:
-        """Where the deadline of those who asked first has ended a call, or left no time to repeat it, its inputs for
-        which others have come since, who have more time, go into the queue again. Returns the others."""
+        """Where the deadline of the first callers has ended a call, or left no time to repeat it, inputs for which
+        callers with more time have come since go into the queue again. Returns the other jobs and their result."""
         later: list[Job] = []
         done: list[Job] = []
         outcomes: list[Embedding | GatewayError] = []
@@ -344,7 +345,7 @@ class Batcher:
             self._on_drop(gone)
 
     def _release(self, ready: list[Waiter]) -> None:
-        """So many in each turn of the event loop as the rhythm has it."""
+        """As many in each turn of the event loop as the rhythm says."""
         now, later = ready[: self._rhythm.together], ready[self._rhythm.together :]
         for waiter in now:
             waiter.release()
@@ -353,8 +354,8 @@ class Batcher:
 
 
 def _reckon(jobs: Sequence[Job], sources: list[Source], waiter: Waiter) -> None:
-    """Who waits longest for an input is who pays for it: not one who has come to those that wait, but one who has come
-    when they had hung up, or whom they have left since."""
+    """The caller that has waited longest for an input pays for it. One that joined an input on its way pays nothing,
+    unless those before it had hung up, or have since."""
     seen = set()
     for i, job in enumerate(jobs):
         if sources[i] is Source.INFLIGHT and job.waiters[0] is waiter and job.key not in seen:

@@ -20,14 +20,14 @@ from app.types import Embedding, Input, Lane, Params
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order in which they are served."""
 ENOUGH = 128
-"""Inputs that make a call worth its while. Beyond that, requests share one only where calls are scarce, for all of
-them wait for the whole of its reply."""
+"""Inputs that make a call worth its while. Requests share a larger one only where calls are scarce, for each of them
+waits for the whole reply."""
 
 HANGS = 10.0
-"""Seconds after which bulk work whose calls are all still under way has none that goes."""
+"""Seconds since the last call for bulk work began, after which those under way are taken for hanging."""
 
 PASSED = 16
-"""So many inputs that have no room in a call end it; before that, smaller ones behind them are taken."""
+"""Inputs without room in a call after which it goes; until then smaller ones behind them are taken."""
 
 
 class Flight(Struct, eq=False):
@@ -71,23 +71,23 @@ Group: TypeAlias = tuple[str, Params, bool]
 
 
 class Line:
-    """The groups whose parameters are of one kind: where one of them gets no slot none does, and they all wait for the
-    same."""
+    """The groups whose parameters are of one kind, which the same deployments serve: where one of them gets no slot
+    none does."""
 
     __slots__ = ("_bulk", "_bulk_began", "params", "soonest", "turns")
 
     def __init__(self, params: Params) -> None:
-        """`params`: of one of the groups, for all."""
+        """`params`: those of any of the groups."""
         self.params = params
         self.turns: dict[Lane, OrderedDict[Queue, None]] = {lane: OrderedDict() for lane in LANES}
-        """Those that have inputs in a lane, whose turn is next first."""
+        """By lane, the queues that have inputs in it, the next to be served first."""
         self.soonest: dict[Lane, float] = dict.fromkeys(LANES, math.inf)
-        """No deadline of a lane's inputs is before this: a backlog is looked through when one may have come."""
+        """By lane, the earliest deadline its inputs may have: before it is due a backlog is not looked through."""
         self._bulk, self._bulk_began = 0, 0.0
-        """Calls under way that bulk work has to itself, and when the last of them began."""
+        """Calls under way that were made for bulk work, and when the last of them began."""
 
     def begin_bulk(self, now: float) -> None:
-        """Bulk work has a call to itself."""
+        """A call was made for bulk work."""
         self._bulk += 1
         self._bulk_began = now
 
@@ -95,7 +95,7 @@ class Line:
         self._bulk -= 1
 
     def bulk_goes(self, now: float) -> bool:
-        """Whether bulk work has calls of its own, and not only such as hang."""
+        """Whether bulk work has calls of its own under way that do not hang."""
         return self._bulk > 0 and now - self._bulk_began < HANGS
 
     @property
@@ -110,13 +110,14 @@ class Queue:
     __slots__ = ("_waiting", "group", "lanes", "line", "turn")
 
     def __init__(self, group: Group, line: Line, turn: int, waiting: Mapping[Lane, Tally]) -> None:
-        """`turn`: whose is lower was served longer ago."""
+        """`turn`: lower than that of a queue that was served later."""
         self.group, self.line, self.turn = group, line, turn
         self.lanes: dict[Lane, deque[Job]] = {"query": deque(), "bulk": deque()}
         self._waiting = waiting
 
     def size(self) -> tuple[int, float]:
-        """Inputs, and about how many bytes are in them, by the first of each lane: a backlog may be long."""
+        """How many inputs there are, and about how many bytes: a backlog may be long, so the first of each lane stand
+        for all."""
         size = 0.0
         for jobs in self.lanes.values():
             first = [tokens.bound(job.input) for job in islice(jobs, ENOUGH)]
@@ -188,8 +189,8 @@ class Queue:
     def _pick(
         self, limits: Limits, most: int, portion: float | None, lanes: Sequence[Lane]
     ) -> tuple[list[Job], list[Job]]:
-        """`most` inputs, or as many as are legal, looking at each. A few that do not fit any more are passed over for
-        what is behind them, and are the next call's first; where tokens have to be waited for, each has its turn."""
+        """`most` inputs, or as many as are legal, looking at each. A few that have no room left are passed over, and
+        are first in the next call. Where tokens have to be waited for (`portion`) none is: each has its turn."""
         batch: list[Job] = []
         dropped: list[Job] = []
         room, most_passed = Room(limits, portion), PASSED if portion is None else 1
@@ -236,7 +237,7 @@ class Queues:
             line.soonest[lane] = soonest
 
     def taken_from(self, queue: Queue, *, served: bool = False) -> None:
-        """It has a turn only where it has inputs left; if it was `served`, after all the others."""
+        """Keeps the queue's place in a lane only where it has inputs left; if it was `served`, behind all others."""
         turns, left = queue.line.turns, False
         for lane, jobs in queue.lanes.items():
             if not jobs:

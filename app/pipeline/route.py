@@ -28,14 +28,14 @@ BACKOFF = 0.2
 SHARE = 0.2
 """Retries allowed per call: a dead upstream costs a fifth more, not three times as much."""
 FLOOR, CEILING = 3.0, 20.0
-"""Retries a gateway may make at once that has just started, which its first calls then earn, and those a busy one may
-have saved up."""
+"""Retries that may be made before any were earned, on credit that the first calls then earn, and the most that can be
+saved up."""
 
 LONGER = 8.0
-"""Seconds that a call has beyond its callers' deadline at the most: whoever stops the gateway waits for it."""
+"""Seconds that a call may go on beyond its callers' deadline, at the most: stopping the gateway waits for it."""
 DOWN = 5.0
-"""Seconds after which a caller may ask again of a model whose deployments are all down: each call still tries one of
-them, so that it is back with the first that is."""
+"""Seconds after which a caller may ask again where all deployments of a model are down: each call still tries one of
+them, so the model is back as soon as one of them is."""
 
 
 class Budget:
@@ -76,8 +76,8 @@ class Slot:
             pace.charge(0, self._charged)
 
     def settle(self, result: BatchResult) -> None:
-        """What the call came to beyond that: calls it was split into, and tokens by the upstream's own bill if that is
-        whole."""
+        """Charges what the call came to beyond that: the further calls it was split into, and the tokens of the
+        upstream's own bill, if all inputs have one."""
         pace = self.deployment.slots.pace
         if pace:
             outcomes = result.outcomes
@@ -87,10 +87,10 @@ class Slot:
 
 
 class _Until(Deadline, kw_only=True):
-    """A batch's. A call that those who wait for it have left less time than answers take has that time when it is due
-    all the same, as where they have hung up: it is paid for, and who has come since or asks again finds what it brings.
-    Only where it does not answer then either is it made again for those who have come since, and have more time: half
-    of that is left for it."""
+    """A batch's deadline. Callers that have waited long may leave a call less time than answers take. When it is due
+    such a call goes on for that time, as it does for callers that have hung up: it is paid for, and callers that have
+    joined since, or ask again, find what it brings. Of the time that those who have joined have beyond the deadline
+    half is left, in which it can be made again."""
 
     batch: Batch
     health: Health
@@ -107,8 +107,8 @@ class _Until(Deadline, kw_only=True):
 
 
 class Route:
-    """A model's deployments, all in one vector space: those that have not just failed first, of these the
-    lowest priority number, of these the least busy.
+    """A model's deployments, all in one vector space. Those that have not just failed go first, among these those of
+    the lowest priority number, among these the least busy.
 
     `jitter` gives random numbers from 0 to 1.
     """
@@ -130,8 +130,8 @@ class Route:
     ) -> Slot | None:
         """A slot on the best deployment that honours `params` and has one free for this lane, or None.
 
-        With `avoid` it is for a retry, which goes ahead of the pace: it would find those who queue always there
-        before it, and there are few. `others_only` does not take what is to be avoided even as the last.
+        With `avoid` it is for a retry, which does not wait for the pace: there are few retries, and batches that queue
+        would always be before them. `others_only`: not on the one to avoid, even if there is no other.
         """
         candidates = self._usable(params)
         if others_only:
@@ -145,9 +145,9 @@ class Route:
         return None
 
     def _rank(self, deployment: Deployment) -> tuple[float, ...]:
-        """The least goes first. Of those in rotation, one that is as little busy for its weight as another is it as
-        often as its weight has it, as nearly always where one call follows another (Efraimidis, Spirakis 2006). Where
-        none is, whichever has not been asked for longest: any of them may be back."""
+        """The lowest goes first. Deployments in rotation that are equally busy for their weights, as idle ones are,
+        take turns at random in proportion to these (Efraimidis, Spirakis 2006). Where none is in rotation, the one that
+        has not been asked for longest: any of them may be back."""
         health, weight = deployment.health, deployment.weight
         if not health.available():
             return (health.asked,)
@@ -155,8 +155,8 @@ class Route:
         return health.suspect, deployment.priority, load, -turn
 
     def _usable(self, params: Params) -> list[Deployment]:
-        """Those in rotation; when all have been ejected, these: a call that may fail is better than none. Not where one
-        only rests, and will soon be back."""
+        """Those in rotation. Where there is none, those that were ejected, for a call that may fail is better than
+        none; but not while one only rests for a rate limit and will soon be back."""
         able = self._able(params)
         available = [each for each in able if each.health.available()]
         if available or any(0 < each.health.cooling() <= DOWN and not each.health.ejected for each in able):
@@ -164,10 +164,10 @@ class Route:
         return [each for each in able if not each.health.cooling()]
 
     def _able(self, params: Params) -> list[Deployment]:
-        """Those that honour the parameters and are known to be in their vector space, whatever state they are in. Where
-        none is known to be, one of those that have not been looked at, which may be of different spaces: who has
-        answered callers, or else the first that has not been ejected; or all: they will be soon after they are there
-        to be asked."""
+        """Those that honour the parameters and are known to be in their vector space, ejected or resting ones too.
+        Where none is known to be, a single one, for they may be of different spaces: of those that have not been asked
+        for their vectors in vain the first that has answered callers, or else the first that is not ejected. Where
+        there is no such one, all: they are compared as soon as they can be asked."""
         able = [each for each in self.deployments if each.can(params) and each.health.out is None]
         known = [each for each in able if not each.health.unproved]
         if known:
@@ -176,8 +176,8 @@ class Route:
         return sorted(unseen, key=lambda each: (not each.health.answered, each.health.ejected))[:1] or able
 
     def _in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
-        """Whether one that is not to be avoided may have a call now, or when a rate limit has passed, before the
-        deadline."""
+        """Whether another deployment than `avoid` may have a call before the deadline: now, or once its rate limit has
+        passed."""
         usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
         others = [each for each in self._able(batch.params) if each is not avoid]
         return any(each in usable or 0 < each.health.cooling() < left for each in others)
@@ -191,9 +191,8 @@ class Route:
         return reasons[0] if reasons and all(reasons) else None
 
     def rests(self, params: Params) -> list[float]:
-        """Seconds until each deployment may have a call after a rate limit or an ejection, or for its pace, 0 where
-        nothing is in the way, or the one call under way after an ejection, which may end at any moment; empty if none
-        rests."""
+        """Seconds that each deployment rests yet, after a rate limit or an ejection or for its pace; empty if none
+        does. 0 where nothing is in the way, or only the one call after an ejection, which may end at any moment."""
         if not any(each.slots.pace or each.health.resting() for each in self.deployments):
             return []
         able, usable = self._able(params), self._usable(params)
@@ -205,7 +204,7 @@ class Route:
         return min((each.slots.time_for(inputs / each.limits.max_batch, tokens) for each in usable), default=0.0)
 
     def wake(self) -> None:
-        """Tells all who wait for one of these deployments, in their order."""
+        """Calls back all that wait for a slot on one of these deployments, in their order."""
         for deployment in self.deployments:
             deployment.slots.notify()
 
@@ -220,12 +219,12 @@ class Route:
             deployment.slots.forget(callback)
 
     async def run(self, batch: Batch, slot: Slot, lane: Lane) -> BatchResult:
-        """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`:
-        what failed is an outcome, so that a caller pays only for its own inputs' failures.
+        """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`: a failure is the
+        outcome of an input, so that callers are told only of their own inputs' failures.
 
-        What a retry can help is asked once more, of another deployment if there is one; what is this one's own trouble
-        (its key, its quota, its configuration, its dimensions) only of another one. What nobody waits for any more is
-        not asked again.
+        What a retry can help is asked once more, of another deployment if there is one. What failed for trouble of this
+        deployment's own (its key, its quota, its configuration, its dimensions) is asked of another one only. What
+        nobody waits for any more is not asked again.
         """
         self._budget.earn()
         result = await self._attempt(batch, slot)
@@ -236,7 +235,7 @@ class Route:
         return result
 
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
-        """Puts into `result`, what the call on `slot` came to, what another one brings."""
+        """Makes a second call, and puts what it brings into `result`, which is what the call on `slot` came to."""
         elsewhere = self._in_reach(batch, slot.deployment)
         pending = [i for i, outcome in enumerate(result.outcomes) if verdict.worth_asking_again(outcome, elsewhere)]
         if not pending or not batch.wanted():
@@ -259,9 +258,9 @@ class Route:
         result.deployments = (*others, again.deployment.name)
 
     def _tell_all_down(self, batch: Batch, result: BatchResult) -> None:
-        """Where every deployment has been ejected, or is at its rate, what may pass is told as an outage of the model,
-        with a wait. What will not pass by itself (a key, a certificate, a name, replies that are none) and a deadline
-        are told as what they are."""
+        """Where every deployment has been ejected or is at its rate limit, an error that may pass is turned into an
+        outage of the model, with a time to wait. An error that lasts (a key, a certificate, a name, replies that are
+        none) stays what it is, and so does a passed deadline."""
         states = [each.health for each in self._able(batch.params)]
         down = all(each.ejected or each.cooling() for each in states) and any(each.ejected for each in states)
         if result.late or not down:
@@ -272,19 +271,19 @@ class Route:
                 result.outcomes[i] = UpstreamUnavailable(told, retry_after=DOWN)
 
     async def _attempt(self, batch: Batch, slot: Slot, *, known_bad: bool = False) -> BatchResult:
-        """`known_bad`: these inputs have had no vector before, so that to get none again speaks against nobody."""
+        """`known_bad`: these inputs have got no vector before, so getting none again says nothing of the deployment."""
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
         error: GatewayError | None = None
         judged = late = False
-        """Whether how the call ended speaks for or against the deployment: a bug of ours, or no room here, does not.
-        And whether it is the deadline that ended it."""
+        """Whether the call's end says anything of the deployment: a bug of ours, or no room here, does not. Whether the
+        deadline ended it."""
         began = now()
         try:
             with _Until(batch.deadline, self._deadlines, batch=batch, health=health, began=began):
                 result = await deployment.embed(batch)
             error, judged = verdict.of(result), True
             if error is None and now() > batch.deadline:
-                judged = False  # for one that is too slow for all who ask is not to be asked for ever
+                judged = False  # or one that is always too slow for its callers would be asked for ever
             elif error is None:
                 health.took(now() - began)
             slot.settle(result)
@@ -293,7 +292,7 @@ class Route:
             error, judged = failure, True
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
-            # Callers who have waited long leave a call little time. That it was too little is no fault of the upstream.
+            # Callers that have waited long leave a call little time: too little is no fault of the upstream.
             judged, late = health.had_time(now() - began), True
         finally:
             if verdict.is_ours(error) or (known_bad and isinstance(error, UpstreamInvalidVector)):
@@ -315,8 +314,8 @@ class Route:
     async def _again(
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool
     ) -> Slot | None:
-        """Waits, holding nothing, then for a slot. None when budget or deadline leave no room for a retry, or nobody
-        waits for it by then."""
+        """A slot for a retry, after a pause in which none is held. None where budget or deadline leave no room for one,
+        or nobody waits for it by then."""
         # Of a batch that was split the parts may have failed in different ways.
         errors = [error for i in pending if isinstance(error := result.outcomes[i], GatewayError)]
         # A Retry-After is about the deployment that sent it; another one can be asked soon.
@@ -346,7 +345,7 @@ class Route:
         try:
             async with asyncio.timeout_at(batch.deadline):
                 while True:
-                    # First: a rest that ends after a slot was looked for would be waited for without end.
+                    # Asked before a slot is: a rest that ended in between would be waited for without end.
                     rests = [each.health.resting() for each in self._able(batch.params)]
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None or not self._in_reach(batch, avoid if others_only else None):
@@ -356,7 +355,7 @@ class Route:
             return None
 
     async def _freed(self, since: float, rest: float | None) -> None:
-        """Until a slot may have come free, or the first deployment that rests, for so many seconds, is back."""
+        """Waits until a slot may have come free, or `rest` seconds until the first deployment that rests is back."""
         freed = asyncio.Event()
         back = asyncio.get_running_loop().call_later(rest, freed.set) if rest else None
         self.when_free(freed.set, since)
@@ -369,8 +368,8 @@ class Route:
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:
-    """Too much has failed of late, and there is no other to ask: the caller is told not to try again at once either, or
-    its attempts and ours would multiply."""
+    """Too much has failed lately, and there is no other deployment to ask. The caller is told not to try again at once
+    either, or its attempts and ours would multiply."""
     for i in pending:
         outcome = result.outcomes[i]
         if isinstance(outcome, GatewayError):

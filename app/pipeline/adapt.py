@@ -49,8 +49,8 @@ _TOKENS = re.compile(
 )
 
 IN_VAIN = 2
-"""Inputs, one after another, for which a server has given no vector, alone in their calls: the next ones will hardly
-fare better."""
+"""Calls for one input each, one after another, to which a server gave no vector, after which the batch's other inputs
+are not tried: they would hardly fare better."""
 
 
 class Adapt:
@@ -99,7 +99,8 @@ class Adapt:
         return BatchResult([error] * len(batch.inputs), calls=0)
 
     async def _with_fewer(self, error: UpstreamWrongCount, batch: Batch, budget: _Budget) -> BatchResult:
-        """It may do better with fewer inputs. Where it does not even with one this soon ends, so it takes no budget."""
+        """The server may do better with fewer inputs. Where it does not even with one, `IN_VAIN` soon ends this, so it
+        takes none of the budget."""
         count = len(batch.inputs)
         if count == 1:
             budget.in_vain += 1
@@ -118,17 +119,18 @@ class Adapt:
         return await self._embed_parts(batch, [places[:middle], places[middle:]], budget)
 
     async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
-        """Parts are told by their inputs' places. One after the other: the batch holds one slot. A part that fails is
-        that part's own failure, unless it is one that all would meet: then the others are not sent, and whether and
-        where they are asked again is not decided here. Nor are they once nobody waits for any of the batch."""
+        """`parts`: the places of each one's inputs. They go one after the other, for the batch holds one slot. A part's
+        error is its own, unless the other parts would meet it too (`stops_batch`): then these are not sent and have the
+        same error; the route decides whether and where they are asked again. Once nobody waits for any of the batch no
+        further part is sent either."""
         if batch.brought is None:
-            batch.brought = {}  # and the parts', and theirs: there is one for all
+            batch.brought = {}  # which its parts share, and theirs
         outcomes: dict[int, Embedding | GatewayError] = {}
         calls = 0
         trouble: GatewayError | None = None
         for places in parts:
             if trouble is None and not batch.wanted():
-                trouble = InvalidRequest("nobody waits for it any more")  # who is not there reads it; it blames nobody
+                trouble = InvalidRequest("nobody waits for it any more")  # nobody reads it, and nobody is blamed
             if trouble is not None:
                 outcomes.update(dict.fromkeys(places, trouble))
                 continue
@@ -143,8 +145,8 @@ class Adapt:
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
-        """Takes the rows or tokens a call may have from the upstream's own words; True if that was news. Words that
-        quote an input teach nothing: a caller's text would set a limit for all."""
+        """Takes the rows or tokens that a call may have from the upstream's words. True if they taught something new.
+        Words that quote an input teach nothing, or a caller's text could set a limit for all."""
         limits = self._limits
         most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
         if (most or rows) and quotes(theirs(error), sent):
@@ -158,8 +160,8 @@ class Adapt:
         return False
 
     def _is_about_one(self, most: int, sent: Sequence[Input]) -> bool:
-        """Whether a limit of so many tokens may be one input's, whatever the words: it is no more than one may have,
-        and one of these may have more."""
+        """Whether a limit of so many tokens may be a single input's, whatever the words say: it is no more than the
+        model takes in one input, and one of these may be longer."""
         return self._longest is not None and most <= self._longest and any(tokens.bound(each) > most for each in sent)
 
 
@@ -171,9 +173,9 @@ def _stops(error: GatewayError, budget: _Budget) -> bool:
 def _decide(
     inputs: Sequence[Input], outcomes: list[Embedding | GatewayError], undecided: Sequence[GatewayError]
 ) -> None:
-    """Of inputs that were refused together and not looked at one by one: they are told so where others of the batch
-    were embedded, for they may be good, and asking again helps. What is as long as one that alone was too long is too
-    long as well."""
+    """Settles inputs that were refused together and never tried alone. Where others of the batch were embedded these
+    may be good, so their error becomes one that says to ask again; except for an input at least as long as one that was
+    too long by itself, which surely is too long as well."""
     if not any(isinstance(each, Embedding) for each in outcomes):
         return
     told = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
@@ -198,8 +200,8 @@ def _named(limit: re.Pattern[str], words: str) -> int:
 
 
 def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
-    """The places of the inputs that go in each call, in order: `Queue.take`'s rule but that none is passed over, for
-    limits that have since been learned or are another deployment's. An input over the token limit goes alone."""
+    """The places of each call's inputs, in order. The batch was filled by `Queue.take`; since then limits may have been
+    learned, or it goes to another deployment. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
         return [range(len(inputs))]
     parts: list[list[int]] = []
@@ -214,8 +216,8 @@ def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
 
 
 class _Budget:
-    """Extra calls one batch may still cause, the refusals for which there were none left, and the calls for one input,
-    one after another, that brought no vector."""
+    """The extra calls that one batch may still cause; the refusals for which none were left; and how many calls for a
+    single input, one after another, have brought no vector."""
 
     def __init__(self, calls: int) -> None:
         self._calls = calls

@@ -1,4 +1,4 @@
-"""Of texts that several replicas miss at once, one pays; the others wait for what it brings."""
+"""Where several replicas miss the same texts at once, one embeds and pays for them, and the others wait for that."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _LOOK = 0.02
 
 
 class Claim:
-    """Embeds what no other replica is embedding, and then what others have not brought: they have failed or died, or
-    take longer than a claim lasts. Waiting leaves half of the request's time for that."""
+    """Embeds what no other replica has claimed, and then what others have not brought: they failed, died, or took
+    longer than a claim lasts. At least half of the request's time is left for that."""
 
     def __init__(self, inner: Embedder, cache: Tiers) -> None:
         self._inner, self._cache = inner, cache
@@ -33,7 +33,7 @@ class Claim:
             if not theirs:
                 return whole
             if not ours:
-                # All who wait look in one turn of the event loop, and so together.
+                # All requests that wait look in the same turn of the event loop, and so in one look-up.
                 await asyncio.sleep(_LOOK - asyncio.get_running_loop().time() % _LOOK)
             late = asyncio.get_running_loop().time() >= until
             found, held = await self._cache.look_again(list(dict.fromkeys(keys[i] for i in theirs)))
@@ -46,12 +46,12 @@ class Claim:
         try:
             result = await self._inner(request)
         except Exception:
-            # But of what is under way: its call goes on, and what it brings is cached; it may be others' as well.
+            # Not of inputs under way, which `let_go` sees to: their calls go on, and what they bring is cached.
             if request.shares:
                 self._cache.let_go(request.keys)
             raise
-        # Who hangs up lets go of nothing here, for the same reason. What was still queued, or fails when nobody waits
-        # for it any more, the batcher tells of.
+        # A caller that hangs up lets go of nothing here, for the same reason: of what is dropped from the queue, or
+        # fails when nobody waits for it any more, the batcher tells (`on_drop`).
         if request.shares and result.too_long:
             self._cache.let_go([request.keys[i] for i in result.too_long])
         return result

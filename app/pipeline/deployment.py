@@ -23,7 +23,8 @@ class Limits:
     videos: int = 0
 
     def surely_allow(self, inputs: Sequence[Input]) -> bool:
-        """Whether one call may carry these, as far as that shows at a glance, which for texts it nearly always does."""
+        """Whether one call may carry these. False may also mean that it does not show at a glance; for texts it nearly
+        always does."""
         most = self.max_tokens_per_batch
         return (
             len(inputs) <= self.max_batch
@@ -33,7 +34,7 @@ class Limits:
 
 
 class Room:
-    """What is left of a call, while it is filled."""
+    """What room a call has left while it is filled."""
 
     __slots__ = ("_empty", "_media", "_portion", "_tokens")
 
@@ -44,7 +45,7 @@ class Room:
         self._empty = True
 
     def take(self, given: Input) -> bool:
-        """Whether it takes this one: the first text has room in any case."""
+        """Takes the input, if there is room for it, and says whether. The first text always has room."""
         kind = given.kind if type(given) is Media else None
         if kind and not self._media[kind]:
             return False
@@ -63,8 +64,8 @@ class Room:
 
 
 class Slots:
-    """How many calls an upstream takes at once and at which pace, shared by all its models: who was served
-    longest ago comes first.
+    """How many calls an upstream takes at once and at which pace, shared by all its models. Of those that wait, the one
+    that was served longest ago comes first.
 
     A rate limit halves both, and successes give them back. Bulk work leaves a quarter of the slots to queries.
     """
@@ -75,7 +76,7 @@ class Slots:
         self.busy = 0
         """Calls under way."""
         self.pace = pace
-        """What calls and their tokens are counted by, where the upstream has limits of its own."""
+        """Counts calls and their tokens, where the upstream has rate limits."""
         self._waiting: dict[Callable[[], None], float] = {}
         if pace:
             pace.on_ready = self.notify
@@ -106,13 +107,13 @@ class Slots:
         self.notify()
 
     def notify(self) -> None:
-        """Tells those who wait, in their order; each takes a slot or waits anew."""
+        """Calls back all that wait, in their order: each takes a slot or waits anew."""
         waiting, self._waiting = self._waiting, {}
         for callback in sorted(waiting, key=waiting.__getitem__):
             callback()
 
     def when_free(self, callback: Callable[[], None], since: float) -> None:
-        """Calls back once, when a slot may have come free; before those who wait `since` later."""
+        """Calls back once, when a slot may have come free. Callbacks with an earlier `since` go first."""
         self._waiting[callback] = since
 
     def forget(self, callback: Callable[[], None]) -> None:
@@ -134,8 +135,8 @@ class Slots:
             self.pace.slow_down()
 
     def grow(self) -> None:
-        """A call succeeded: one more at once after as many of these as are allowed now, and a little more of the
-        pace."""
+        """A call succeeded. As many of these as calls are allowed at once allow one more; and the pace regains a
+        little."""
         self._allowed = min(float(self._most), self._allowed + 1 / self._allowed)
         if self.pace:
             self.pace.recover()
@@ -175,8 +176,8 @@ def kind(params: Params) -> Kind:
 
 
 def honours(model: Model, params: Params) -> bool:
-    """Whether a model honours these parameters, and does not just ignore them: one model may be reached in a dialect
-    that lacks a word for them."""
+    """Whether a model honours these parameters. In a dialect that has no word for them they would be left out, and the
+    vector be that of another request."""
     return (
         (params.input_type is None or params.input_type in model.roles)
         and (params.instruct is None or model.instruct)

@@ -1,7 +1,7 @@
 """The rate at which calls go to an upstream, kept by waiting. Knows no queue: whoever waits is called back.
 
-A call may start while the balance is positive and is charged when it is known what it carries, so that the balance
-may end below zero: then the next one waits for longer. On the average the rate is kept exactly.
+A call may start while the balance is positive, and is charged when it is known what it carries. The balance may then
+be below zero, and the next call waits for longer: on average the rate is kept exactly.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ RECOVERY = 0.05
 LOST = 1.0
 """Seconds for which a replica whose Redis does not answer keeps its own part of the rate before it asks again."""
 AHEAD = 2.0
-"""Seconds' worth of tokens in one call at the most: a query may find that bulk work has just taken so much."""
+"""Seconds' worth of tokens that one call may carry: a query waits for so long where bulk work has just taken them."""
 PENDING = 0.05
-"""Seconds that an answer from Redis is assumed to be away; whoever waits is called when it is there."""
+"""Seconds within which an answer from Redis is expected; whoever waits is called when it is there."""
 
 
 class Pace:
@@ -64,7 +64,7 @@ class Pace:
         return PENDING
 
     def charge(self, requests: float, tokens: float) -> None:
-        """A call, or what was not known of it before; negative tokens are given back."""
+        """Counts a call, or what was not known of it when it began; negative tokens are given back."""
         requests, tokens = requests / self._worth, tokens / self._worth
         if self._lease is None or self._alone_until is not None:
             self._limit.take(self._clock.monotonic(), requests, tokens)
@@ -74,15 +74,15 @@ class Pace:
             self._renew(self._lease)  # the others are to know at once what this one has used
 
     def portion(self) -> float | None:
-        """Tokens that one call may carry, None where they are not counted: `AHEAD` seconds' worth, or as many as each
-        call has to carry for the rate of tokens to be used where that of calls is lower."""
+        """Tokens that one call may carry; None where tokens are not counted. `AHEAD` seconds' worth, or more where each
+        call has to carry more for the rate of tokens to be used up within the rate of calls."""
         calls, tokens = self._limit.requests, self._limit.tokens
         if tokens is None:
             return None
         return max(tokens.rate * self._worth * AHEAD, tokens.rate / calls.rate if calls else 0.0)
 
     def time_for(self, requests: float, tokens: float) -> float:
-        """Seconds that so much takes at this rate, beginning now."""
+        """Seconds until so much would have gone at this rate, beginning now."""
         rates = ((requests, self._limit.requests), (tokens, self._limit.tokens))
         longest = max((amount * 60 / bucket.per_minute for amount, bucket in rates if bucket), default=0.0)
         return self.wait() + longest / self._worth
@@ -142,8 +142,8 @@ class _Lease:
         return self.requests < 0 or self.tokens < 0
 
     async def renew(self) -> float | None:
-        """Reports what was used and not had, and asks for more. Seconds until there is some, 0 if there was; None
-        where Redis does not answer."""
+        """Reports what was used beyond the lease, and asks for more. Seconds until there is some, 0 if it was given;
+        None where Redis does not answer."""
         owed = (max(0.0, -self.requests), max(0.0, -self.tokens))
         requests, tokens = self._size
         take = (requests if self.requests < requests else 0.0, tokens if self.tokens < tokens else 0.0)

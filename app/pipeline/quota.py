@@ -1,9 +1,9 @@
 """What a caller's key allows per minute: asked at the door, before anything is spent. Knows no HTTP.
 
-With Redis all processes keep one limit. It is asked again after a tenth of a second, or once this process has let in
-its part of a hundredth of the limit: of small limits, and of what is left near the end, each admission is one round
-trip. What is surely over the limit is refused without one. Without Redis, or while it is away, each process keeps its
-part.
+With Redis all processes keep one limit together. It is asked again after a tenth of a second, or once this process has
+let in its part of a hundredth of the limit: where the limit is small, or little of it is left, that is for every
+request. What is surely over the limit is refused without asking. Without Redis, or while it is away, each process keeps
+its own part of the limit.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from app.limits import TICK, Bucket, Rates
 from app.metrics import Metrics
 
 _MOST_TEXT = 2**13
-"""Tokens that a body is taken to be at the most, for when to come back: an image in it counts as one."""
+"""Tokens that a body of unknown content is taken for at most, to say when to come back: an image in it counts as
+one."""
 SLACK = 0.01
 """Of a limit: what all processes together may let in before Redis hears of it."""
 
@@ -36,7 +37,7 @@ class Standing:
 
 
 class Quota:
-    """One caller's. `processes`: how many keep it where Redis does not."""
+    """One caller's limits. `processes`: how many share them where there is no Redis."""
 
     def __init__(
         self,
@@ -52,18 +53,18 @@ class Quota:
         self._refused = metrics.rejected_requests.labels(RateLimited.code)
         now = clock.monotonic()
         self._limit = limits.minute(rates, now)
-        """With Redis, what it said last; there can only be less by now, for others take from it."""
+        """With Redis, what that said last: there is no more than that now, for others take from it."""
         if shared is None:
             self._limit.divide(processes, now)
         self._owed = [0.0, 0.0]
         """Requests and tokens counted here that Redis has yet to hear of."""
         self._asking: set[asyncio.Task[float]] = set()
         self._known_until = 0.0
-        """Until when what Redis has said last may be relied on, but for the slack."""
+        """Until when what Redis said last holds, within the slack."""
 
     def check(self, size: int) -> None:
-        """Raises `RateLimited` where not even the smallest request fits, with the time until one would of which no more
-        is known than its body's `size`, at three bytes a token; but of a large one less may be text. Asks nobody."""
+        """Raises `RateLimited` where not even the smallest request fits. The time it tells is until this one would, by
+        all that is known of it yet, its body's `size`: a token for three bytes, up to `_MOST_TEXT`. Asks nobody."""
         now = self._clock.monotonic()
         if self._limit.wait(now, 1, 1):
             raise self._over(self._limit.wait(now, 1, min(max(1, size // 3), _MOST_TEXT)), now, 1)
@@ -86,7 +87,7 @@ class Quota:
         if self._shared is None or self._covers(self._shared.replicas, tokens, now):
             self.owe(1, tokens)
         else:
-            # Seen to its end though the caller hangs up: what Redis has counted is not told it again.
+            # Goes on where the caller hangs up: what Redis has counted must not be reported to it again.
             asking = asyncio.get_running_loop().create_task(self._ask(self._shared, tokens))
             self._asking.add(asking)
             asking.add_done_callback(self._asking.discard)
@@ -94,7 +95,7 @@ class Quota:
                 raise self._over(wait, self._clock.monotonic(), tokens)
 
     def owe(self, requests: int, tokens: int) -> None:
-        """Counts what was not known, or not right, when it was taken. Negative gives back."""
+        """Counts what was not known, or wrong, when the request was taken. Negative amounts are given back."""
         self._limit.take(self._clock.monotonic(), requests, tokens)
         if self._shared is not None:
             self._owed[0] += requests
@@ -110,7 +111,7 @@ class Quota:
         ]
 
     def _covers(self, replicas: int, tokens: int, now: float) -> bool:
-        """Whether this fits into what Redis is known to have, and it need not hear of it at once."""
+        """Whether this surely fits, by what Redis said last, and Redis need not hear of it at once."""
         if now >= self._known_until:
             return False
         for bucket, owed, amount in (
@@ -135,8 +136,8 @@ class Quota:
                 self._limit.tokens.set(now, verdict.tokens - self._owed[1])
             self._known_until = now + TICK
             return verdict.wait
-        # Fail open, by the part that is ours; Redis hears of it when it is back, but never of more than that part. It
-        # may have counted all the same, and only its answer was late: so what was to be given back is not.
+        # Fails open, within this process's own part. Redis hears of it when it is back, but never of more than that
+        # part. It may have counted this question and only answered late: so nothing is given back a second time.
         self._limit.divide(shared.replicas, now)
         wait = self._limit.wait(now, 1, tokens)
         taken = (0, 0) if wait else (1, tokens)

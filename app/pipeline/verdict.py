@@ -26,8 +26,8 @@ def whole(result: BatchResult) -> bool:
 
 
 def has_what_was_none(result: BatchResult, pending: Sequence[int], retried: BatchResult) -> bool:
-    """Whether there is a vector after all of inputs of which a deployment's were none, while of others it had some.
-    Where it had not one, that was its failure already."""
+    """Whether another deployment has vectors of inputs for which the first had none, while it had some for others:
+    where it had not a single one, that has counted as its failure already."""
     if len(pending) == len(result.outcomes):
         return False
     pairs = zip((result.outcomes[i] for i in pending), retried.outcomes, strict=True)
@@ -35,16 +35,16 @@ def has_what_was_none(result: BatchResult, pending: Sequence[int], retried: Batc
 
 
 def worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
-    """`elsewhere`: another deployment can be asked, for which trouble with this one's key, quota, names or lengths of
-    vectors is none."""
+    """`elsewhere`: another deployment can be asked, which does not share trouble with this one's key, quota, names or
+    lengths of vectors."""
     if isinstance(outcome, Embedding):
         return False
     return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
 
 
 def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayError) -> bool:
-    """Whether a deployment's trouble says nothing of the first one, which may do better when it is asked again: it has
-    a lasting one of its own where the first one's may pass, or gives lengths of its own."""
+    """Whether the second deployment's error is its own trouble (it lasts, or is a length of vectors that only it
+    gives), so that the caller is better told the first one's error, which may pass."""
     if isinstance(outcome, UpstreamIgnoredDimensions):
         return True
     lasts = isinstance(outcome, UpstreamError | QuotaExhausted) and not outcome.retryable
@@ -52,7 +52,8 @@ def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayErro
 
 
 def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
-    """Whether it is trouble that may pass by itself, and says nothing more special than that."""
+    """Whether the error says no more than that the upstream failed, could not be reached or did not answer, and may
+    pass by itself."""
     if not isinstance(outcome, UpstreamUnreachable | UpstreamTimeout) and type(outcome) is not UpstreamError:
         return False
     return outcome.retryable
@@ -64,9 +65,9 @@ def is_ours(error: GatewayError | None) -> bool:
 
 
 def of(result: BatchResult) -> GatewayError | None:
-    """What a batch tells of its deployment: a limit reached in any part of it, or that all of it failed and was not
-    refused. Where every vector is none, that is no input's doing; where it gives its own length whatever is asked for,
-    it serves those who ask for none."""
+    """What a batch says of its deployment: the error of a limit that any part of it reached, or the first error where
+    all of it failed. Refused inputs are not held against it, nor that it gives its own length whatever is asked for: it
+    serves callers that ask for none. That all vectors are none is, for it is no single input's doing."""
     if whole(result):
         return None
     spared = Embedding | InvalidRequest | UpstreamIgnoredDimensions

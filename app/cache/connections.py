@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 CONNECT_TIMEOUT = 2.0
-"""Seconds a handshake may take. Longer than a look-up waits: who gives up leaves a connection to those who follow."""
+"""Seconds a handshake may take. Longer than a look-up waits: one that gives up leaves its connection to the next."""
 
 Command: TypeAlias = tuple[bytes, ...]
 
@@ -36,7 +36,7 @@ class Connection(Protocol):
 
 
 class Connections:
-    """At most `limit` connections, made by `make` when needed. A `refusal` is an error that is itself a reply."""
+    """At most `limit` connections, made by `make` when needed. A `refusal` is raised for a reply that is an error."""
 
     def __init__(self, make: Callable[[], Connection], limit: int, refusal: type[Exception]) -> None:
         self._make = make

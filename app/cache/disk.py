@@ -36,13 +36,13 @@ _CLOSE = 5.0
 class DiskStore:
     """Values in the file `path`, `max_size` bytes with its log, gone after `ttl` seconds by the wall clock.
 
-    `timeout`: seconds a look-up may take, what it waits for the thread included. A disk that gets nothing done in them,
-    be it for this look-up or for another, does not answer. Nothing is ever raised.
+    `timeout`: seconds a look-up may take, waiting for the thread included. Only where the thread finishes nothing in
+    that time, for this look-up or another, does the disk count as not answering. Nothing is ever raised.
     """
 
     name = "disk"
     at_once = 1
-    """As it has one thread: what comes meanwhile is read in one go."""
+    """There is one thread: look-ups that come while it is busy are read in one go."""
 
     def __init__(
         self, path: str, max_size: int, ttl: float, clock: Clock, metrics: Metrics, *, timeout: float = 1.0
@@ -55,14 +55,14 @@ class DiskStore:
         self._bytes = metrics.cache_bytes.labels(self.name)
         self._breaker = Breaker(clock.monotonic)
         self._writing = Breaker(clock.monotonic)
-        """Of writes alone: one that another process holds up holds up the thread, for which look-ups wait."""
+        """For writes alone: one that has to wait for another process's lock holds up the thread, and so look-ups."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache-disk")
         self._table: Table | None = None
         """Touched by the thread alone."""
         self._done = 0
-        """Pieces of work that the thread has come to the end of."""
+        """Pieces of work that the thread has finished."""
         self._stuck = -1
-        """How many it had done when a look-up was given up: until there is one more, others do not wait for it too."""
+        """What `_done` was when a look-up was given up: until it is more, no other look-up waits for the thread."""
         self._write_size = 2**16
         self._closed = False
         self._troubles = Troubles(self.name)
@@ -79,7 +79,7 @@ class DiskStore:
         await self.get(())
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        """In pieces, as `put`. Where one fails or the time is over, what is left is not there."""
+        """In pieces, as `put`. Where one fails or the time is over, the rest counts as not found."""
         found: list[Embedding | None] = []
         if self._done == self._stuck or not self._breaker.allow():
             self._counts.get_skipped.inc(len(keys))
@@ -169,7 +169,7 @@ class DiskStore:
             self._bytes.set(size)
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """What is given up before its turn has come is not done."""
+        """In the thread, one after the other. Work that is cancelled before its turn is not done."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._guarded, work)
 
     def _succeeded(self, operation: str) -> None:

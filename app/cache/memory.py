@@ -30,7 +30,7 @@ class _Entry(Struct, gc=False):
     size: int
     """Bytes, overhead and text included."""
     asked: bool = False
-    """Whether its numbers were asked for since it is here."""
+    """Whether its numbers were asked for since it was inserted."""
 
 
 class MemoryStore:
@@ -91,13 +91,13 @@ class MemoryStore:
         return found
 
     def peek(self, key: bytes) -> Embedding | None:
-        """As `lookup` of one, for who has looked before: nothing is counted, and it is no use of the entry."""
+        """One entry, for a second look: it is neither counted nor makes the entry recently used."""
         entry = self._entries.get(key)
         return entry.embedding if entry is not None and entry.expires > self._now() else None
 
     def _keep_texts(self, entries: Iterable[_Entry]) -> None:
-        """Makes the texts of entries whose numbers are asked for the second time. They may take half the room:
-        each is three times its vector, and vectors save more."""
+        """Makes the texts of entries whose numbers are asked for the second time. All texts together may take half the
+        room: each takes three times what its vector does, and a vector saves more."""
         made = 0
         for entry in entries:
             if not entry.asked:

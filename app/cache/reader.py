@@ -1,4 +1,4 @@
-"""Look-ups in a slow tier: those that come together or while it is busy are one, and a key is asked for once."""
+"""Look-ups in a slow tier: those that come together, or while it is busy, become one, which asks for each key once."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from app.types import Embedding, SharedStore, SlowStore
 log = logging.getLogger(__name__)
 
 _TOGETHER = 64
-"""Keys up to which requests share a look-up: vectors of 1,024 numbers are 256 KiB then, for which all of them wait."""
+"""Keys that a shared look-up has, at most: all its requests wait for their vectors, 256 KiB if of 1,024 numbers
+each."""
 _LOG_EVERY = 60.0
 """Seconds between two reports of a tier that raises although it must not."""
 
 
 class Found(NamedTuple):
-    """What a look-up brought. `held`: keys of what another replica is embedding; all that is in neither is missing."""
+    """What a look-up brought. `held`: keys that another replica is embedding. What is in neither is missing."""
 
     embeddings: Mapping[bytes, Embedding]
     held: Collection[bytes] = ()
@@ -30,8 +31,9 @@ _NONE = Found({})
 
 
 class Reader:
-    """`on_found` is told what a look-up has found, once. `now` gives a monotonic clock's seconds. With `let_go` it
-    claims what is missing in a shared tier, and hands there what was claimed for a caller who has hung up meanwhile."""
+    """`on_found` is told once what a look-up has found. `now` gives a monotonic clock's seconds. With `let_go` the
+    reader claims what is missing in a shared tier; `let_go` gets the keys claimed for a caller who has hung up since.
+    """
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
-"""The tier all replicas share. Its connections are borrowed by `shared_limits` and `shared_tokens`.
+"""The tier that all replicas share. `shared_limits` and `shared_tokens` make their connections as it does.
 
-One MGET per look-up, behind a script that claims what is missing; one pipeline of SETs per write; each a round trip
-and within a time limit whatever the server does. One that does not answer costs a few look-ups and is then left alone
-for a while. What is read is verified, never trusted.
+A look-up is one MGET, behind a script that claims what is missing; a write is one pipeline of SETs. Each is one round
+trip with a time limit, whatever the server does. A server that does not answer costs a few look-ups and is then left
+alone for a while. What is read is verified, never trusted.
 
 Of redis-py we take the connections (URL, TLS, AUTH, RESP). Its client and pool are left out: they retry, take several
 locks per command and a task per write, and lose a handshake that outlasts the caller who began it.
@@ -62,15 +62,15 @@ for i = 1, #KEYS, 2 do
 end
 return held
 """)
-"""Pairs of keys, a value's and its claim's; who claims; milliseconds. Gives the places of those that are neither there
-nor for the asker to make."""
+"""Takes pairs of keys, a value's and its claim's; then who claims, and for how many milliseconds. Gives the places of
+the values that are not there and that another claims."""
 
 LET_GO = Script(b"""
 for i = 1, #KEYS do
   if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
 end
 """)
-"""Claims; who made them. Those of others stay."""
+"""Takes the keys of claims, and who made them. Claims of others stay."""
 
 _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 """The server is not, or no longer, the one to ask: a name may by now lead to another."""
@@ -78,8 +78,8 @@ _REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
 _CLUSTER = (MovedError, ClusterCrossSlotError)
 
 _KEYS_IN_TIME = 256
-"""Keys for which a look-up has its time limit; one of more has so much more time. 2,048 vectors of 1,024 numbers are
-8 MiB, for which a network of 1 Gbit/s takes 70 ms."""
+"""Keys up to which a look-up has the configured time limit; for more it is longer in proportion. 2,048 vectors of 1,024
+numbers are 8 MiB, for which a network of 1 Gbit/s takes 70 ms."""
 _CLAIM_BATCH = 128
 """Keys that one script claims, for which the server lets everybody else wait: about half a millisecond."""
 _REST = 5.0
@@ -141,8 +141,8 @@ class RedisStore:
         self._claims_from = 0.0
         """No claims before that: a server that refuses them, a read-only one for example, is still good to read."""
         self._large_from = 0.0
-        """No look-ups before that which have more time than others: one has waited in vain, and for as long those who
-        stood in line behind it do not wait as well."""
+        """No large look-ups before that: one has waited in vain for its longer time limit, and those in line behind it
+        are not to do so as well."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
         self._claim_errors = metrics.cache_operations.labels(self.name, "claim", "error")
         self._troubles = Troubles(self.name)
@@ -255,7 +255,7 @@ class RedisStore:
         except TimeoutError:
             return self._skipped(operation, count)
         try:
-            # Asked last: those who wait for a place learn here that the ones before them were not answered.
+            # Asked only now: while this one waited for its place the breaker may have opened.
             if (large and self._now() < self._large_from) or not self._breaker.allow():
                 return self._skipped(operation, count)
             try:

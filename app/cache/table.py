@@ -217,10 +217,10 @@ class Table:
 
 
 def set_aside(path: str, inode: int | None = None) -> Path | None:
-    """Moves the file, where the path is a link what it leads to, to `….corrupt` and removes its log; with `inode`, only
-    if it is still that file. Returns where it is now, if it was moved. What lies there already goes if it is a file of
-    ours, so that broken ones do not add up; if not, it may be somebody's document, named by a slip, and stays, unless
-    it was set aside many times."""
+    """Moves the file (where the path is a link, the file that it leads to) to `….corrupt` and removes its log; with
+    `inode`, only if it is still that file. Returns where it is now, if it was moved. Files set aside earlier are
+    removed if they are ours, so that broken ones do not add up. If not, one may be somebody's document, named by a slip
+    in the configuration: it stays, until there are `_ASIDE` of them."""
     path = str(Path(path).resolve())
     with suppress(FileNotFoundError):
         if inode is None or _inode(path) == inode:

@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 class UnderWay(Protocol):
-    """What embeds for requests, and knows of which keys the embeddings are yet to come."""
+    """What embeds for requests (a batcher), and knows the keys of embeddings that are yet to come."""
 
     @property
     def busy(self) -> bool: ...
@@ -50,7 +50,7 @@ class Tiers:
             raise TypeError("a tier is memory, which stands first, or a SlowStore: any other would never be asked")
         self._readers: list[Reader] = []
         self._claimers: list[Reader] = []
-        """Readers, too, of which that of the shared tier claims what is missing."""
+        """As `_readers`, but the shared tier's claims what is missing."""
         self._writers: list[Writer] = []
         self._shared: SharedStore | None = None
         for place, store in enumerate(self._slow):
@@ -65,16 +65,16 @@ class Tiers:
             self._writers.append(Writer(store, counts, write_buffer))
         waiting: Mapping[bytes, Embedding] = self._writers[-1].waiting if self._writers else {}
         self._peek = waiting.get if self._memory is None else self._memory.peek
-        """What has come of late, of which slower tiers may not know yet: without memory it is what waits to be written
-        to the slowest, which is asked last."""
+        """Finds, by key, what has just come and slower tiers may not have yet: in memory, or without that among what
+        waits to be written to the slowest tier, which is asked last."""
         self._looked_for: dict[bytes, int] = {}
         """Keys that slower tiers are asked for, and by how many look-ups."""
         self._came: dict[bytes, Embedding] = {}
-        """What has come for these since, which may be written, and not be here any more, before a look-up ends that
-        found nothing."""
+        """What has come for these meanwhile: by the time a look-up ends that found nothing, it may have been written
+        and be gone from here."""
         self._letting_go: set[asyncio.Task[None]] = set()
         self.embedders: WeakSet[UnderWay] = WeakSet()
-        """All that embeds here, for this configuration and for those before it."""
+        """Everything that embeds over this cache, also for earlier configurations."""
 
     async def open(self) -> None:
         """Lets the tiers that can do so get ready, at once; one that cannot is down, which `status` says."""
@@ -99,11 +99,11 @@ class Tiers:
         return (await self._get(keys, numbers, self._readers))[0]
 
     async def get_or_claim(self, keys: Sequence[bytes], *, numbers: bool = False) -> LookUp:
-        """As `get`; what is missing and held by nobody is then the caller's to embed, or to let go."""
+        """As `get`. What is missing and held by no other replica is then the caller's to embed, or to let go."""
         return await self._get(keys, numbers, self._claimers)
 
     async def look_again(self, keys: Sequence[bytes]) -> Found:
-        """As `get_or_claim`, for what another replica was embedding."""
+        """As `get_or_claim`, for keys that another replica held."""
         brought = self._brought(keys)
         with self._looking(keys):
             embeddings, held = await self._claimer.get(keys)
@@ -112,8 +112,8 @@ class Tiers:
         return Found(embeddings, held)
 
     def let_go(self, keys: Sequence[bytes]) -> None:
-        """What was claimed will not come: another replica that waits for it may embed it. But not what is under way
-        here for anybody, whose claim it then is. Waits for nothing."""
+        """Ends the claims on keys for which nothing will come, so that another replica that waits may embed them. Keeps
+        the claim on what is under way here for another request. Waits for nothing."""
         if self._shared is None:
             return
         busy = [each for each in self.embedders if each.busy]
@@ -148,14 +148,13 @@ class Tiers:
         return found, held and {key for key in missing if key in held}  # and not those of others who asked with us
 
     def _brought(self, keys: Iterable[bytes]) -> dict[bytes, Embedding]:
-        """What has come while slower tiers were asked: a call of this replica may have ended meanwhile, of which they
-        do not know yet."""
+        """What has come while slower tiers were asked, from a call of this replica that they do not know of yet."""
         came, peek = self._came.get, self._peek
         return {key: embedding for key in keys if (embedding := came(key) or peek(key)) is not None}
 
     @contextmanager
     def _looking(self, keys: Sequence[bytes]) -> Iterator[None]:
-        """While slower tiers are asked for these, each once: what comes for them is kept until then."""
+        """Keeps what comes for these keys, each given once, while slower tiers are asked for them."""
         looked_for = self._looked_for
         for key in keys:
             looked_for[key] = looked_for.get(key, 0) + 1
@@ -190,8 +189,8 @@ class Tiers:
         return {store.name: getattr(store, "status", "up") for store in self._stores}
 
     def _found(self, place: int, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """A tier has these, and those above it had not. What has come into memory since is newer and is everywhere, or
-        will be soon."""
+        """A tier has these, and the tiers above it had not. What has come into memory since is newer, and is in all
+        tiers or soon will be."""
         if self._memory is not None:
             entries = [entry for entry in entries if self._memory.peek(entry[0]) is None]
         self._put_above(place, entries)

@@ -1,5 +1,5 @@
-"""Questions to a server or a file: those of one turn of the event loop are asked together, and those that come while
-it is at as many as it may have at once."""
+"""Questions to a server or a file, asked together: those of one turn of the event loop, and those that come while as
+many as may be are under way."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ Q = TypeVar("Q")
 A = TypeVar("A")
 
 _HEAVY = 8
-"""Times `most` that heavy questions under way weigh in all, unless there is only one. More at once would share the same
-network and the same event loop, and none of them would be answered in the time that it has."""
+"""Times `most` that all heavy questions under way may weigh, unless there is only one. More would share the same
+network and event loop, and none of them would be answered in its time."""
 _PATIENCE = 4
-"""Times what an answer may take that a question waits for its turn: one that is answered slower than questions come
-must not hold them up for as long as its line is."""
+"""Times what an answer may take that a question waits for its turn: where answers are slower than questions come, the
+line must not hold them up for as long as it is."""
 
 
 class Together(Generic[Q, A]):
-    """`answer` gives one answer per question; it is called in a task of its own, so that a caller who hangs up takes
-    nobody's answer along. Should it fail, all are told `nothing`.
+    """`answer` gives one answer per question. It is called in a task of its own, so that a caller who hangs up takes
+    nobody's answer along. Where it fails, all askers get `nothing`.
 
-    Those that go together weigh `most` at most, by what `weigh` says of each; a heavier one goes alone, and waits its
-    turn until few of its kind are under way. The others never wait for these, but until less than `at_once` of their
-    own are under way: until then more may join them.
+    Questions that go together weigh `most` at most, by what `weigh` says of each. A heavier one goes alone, and waits
+    until few of its kind are under way. The light ones never wait for these, only until fewer than `at_once` groups of
+    their own are under way; while a group waits more may join it.
 
-    `limit` says how many seconds an answer may take to questions that weigh so much. Those whose turn does not come in
-    `_PATIENCE` times that, while this thread is not itself at work, are told `nothing`, and `late` is told of them.
+    `limit` says how many seconds an answer to questions of a weight may take. Questions whose turn does not come in
+    `_PATIENCE` times that, not counting the time that this thread is itself at work, get `nothing`, and `late` is told
+    of them.
 
-    `gone` is told of a question that was answered when its asker had hung up: of the answer, and of the questions of
-    those who were answered with it.
+    `gone` is told of a question that was answered after its asker had hung up: with its answer, and the questions of
+    the other askers who got theirs with it.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class Together(Generic[Q, A]):
         self._answer, self._nothing, self._most, self._weigh = answer, nothing, most, weigh
         self._limit, self._late, self._gone = limit, late, gone
         self._next: list[tuple[Q, asyncio.Future[A]]] | None = None
-        """The last in line, which others may join until it is full or their turn has come."""
+        """The last group in line, which others may join until it is full or its turn has come."""
         self._weight = 0
         self._light, self._heavy = Turns(at_once), Turns(_HEAVY * most)
         self._deadlines = Deadlines()
@@ -111,7 +112,7 @@ class Together(Generic[Q, A]):
                     future.set_result(self._nothing)
 
     async def _tell(self, asked: list[tuple[Q, asyncio.Future[A]]]) -> None:
-        asked = [each for each in asked if not each[1].done()]  # of those who have hung up, nothing is asked
+        asked = [each for each in asked if not each[1].done()]  # without those of askers who have hung up
         if asked:
             answers = await self._answer([question for question, _ in asked])
             for (_, future), answer in zip(asked, answers, strict=True):
@@ -127,7 +128,8 @@ def _stayed(other: asyncio.Future[A], gone: asyncio.Future[A]) -> bool:
 
 
 class Turns:
-    """For `most` at once by weight, or for one that is heavier, alone; in the order they came."""
+    """Turns for as many at once as weigh `most` together, or for a heavier one alone, in the order in which they
+    came."""
 
     def __init__(self, most: int) -> None:
         self._most = most

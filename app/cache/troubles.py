@@ -22,7 +22,7 @@ def told(error: BaseException) -> str:
 
 
 class Troubles:
-    """One tier's, by operation: what was last wrong with it, where something is."""
+    """What is wrong with one tier, by operation."""
 
     def __init__(self, tier: str) -> None:
         self._tier = tier

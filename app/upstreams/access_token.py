@@ -22,7 +22,7 @@ from app.upstreams.sealed import SealedTokens, SharedToken
 REFUSED_FOR = 60.0
 """Seconds for which a refused key, or a token server that fails while the old token serves, is not asked again."""
 FETCHING = 5.0
-"""Seconds for which one replica has the fetching of a token to itself. One that dies holds the others up no longer."""
+"""Seconds for which one replica alone fetches a token. Should it die, it holds the others up for no longer."""
 LOOK = 0.1
 """Seconds between looks at whether it has come."""
 
@@ -51,7 +51,7 @@ class AccessToken:
         clock: Clock,
         shared: SealedTokens | None = None,
     ) -> None:
-        """`shared`: where other replicas look before they fetch one, and this one."""
+        """`shared`: where this and other replicas look before they fetch a token, and leave it."""
         self._ask = ask
         self._is_stale = is_stale
         self._clock = clock
@@ -70,7 +70,7 @@ class AccessToken:
             reply = await send(_with_token(request, token))
             if not self._is_stale(reply):
                 return reply
-            if self._token is token:  # of many calls refused with one token, the first drops it for all
+            if self._token is token:  # where many calls are refused with one token, the first drops it for all
                 self._token, self._stale = None, token.text
         return await send(_with_token(request, await self._current(send)))
 
@@ -102,7 +102,7 @@ class AccessToken:
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
-        # Remembered, so that neither a wrong key nor a renewal that fails is tried with every call.
+        # Remembered, so that a wrong key, or a renewal that fails, is not tried with every call.
         self._refused_until = self._clock.monotonic() + REFUSED_FOR
         self._refusal = error.message if isinstance(error, UpstreamAuth) else ""
 
@@ -130,7 +130,7 @@ class AccessToken:
         return token
 
     async def _known(self, shared: SealedTokens) -> _Token | None:
-        """What another replica has left, if it is neither what was just refused nor due to be renewed."""
+        """The token another replica has left, unless it was just refused or is due to be renewed."""
         known = await shared.get()
         if known is None or known.text == self._stale or known.renew_at <= self._clock.time():
             return None

@@ -80,20 +80,20 @@ class HeaderKey:
             refused[key] = error
             if isinstance(error, RateLimited):
                 limited.append((error.retry_after or 0.0, key, reply))
-            # Before callers are told what does not pass, one that is at its rate is asked all the same.
+            # Before callers are told of what does not pass, keys that are out for their rate are tried all the same.
             if not self._fresh(refused) and (limited or self._at_rate <= refused.keys()):
                 if limited:  # where no key is taken callers are told what will pass first, if anything will
                     _, _, reply = min(limited)
                 break
-        # What every key is refused for, a model that the account may not use for example, is not about the keys.
+        # Where every key is refused it is not about the keys: the account may not use the model, for example.
         if len(refused) < len(self._values) or not all(isinstance(each, UpstreamAuth) for each in refused.values()):
             for key, error in refused.items():
                 self._leave_out(key, error, request)
         return reply
 
     def _leave_out(self, key: int, error: GatewayError, request: WireRequest) -> None:
-        """A rate passes soon. A refusal or a quota that is used up does not, and while other keys serve nobody else
-        tells."""
+        """For its rate only as long as that takes. A refusal or a quota that is used up does not pass soon, and is
+        logged here: while other keys serve, nothing else shows it."""
         now, seconds = self._clock.monotonic(), KEY_REFUSED_FOR
         self._at_rate.discard(key)
         if isinstance(error, RateLimited):
@@ -116,7 +116,7 @@ class HeaderKey:
         return any(until <= now and key not in tried for key, until in enumerate(self._out_until))
 
     def _next(self, tried: Collection[int]) -> int:
-        """The next in turn that is in; if all are out, the one that comes back first."""
+        """The next key in turn that is not left out; if all are, the one that comes back first."""
         now, count = self._clock.monotonic(), len(self._values)
         turns = [(self._turn + step) % count for step in range(count)]
         left = [key for key in turns if key not in tried]

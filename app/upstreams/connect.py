@@ -31,16 +31,16 @@ from app.upstreams.redact import Redactor
 log = logging.getLogger(__name__)
 
 FRESH = 10.0
-"""Seconds for which a list of models is taken as it is: an unknown name asks the upstream at most this often."""
+"""Seconds for which a list of models is not asked for again, however many unknown names are asked for."""
 AWAY = 1.0
 """The same, where the upstream was not there to be asked."""
 LIST_TIMEOUT = 5.0
-"""Seconds for which callers wait for a list of models; from then on they go on with what is known."""
+"""Seconds for which callers wait for a list of models; then they go on with what is known."""
 HUNG_TIMEOUT = 0.2
-"""The same, where it did not come the last time, or failed: it may hang or fail for good while all else there works."""
+"""The same, where the list failed or did not come in time before: it may do so for good while embeddings work."""
 
 _PATIENCE = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
-"""Settings that say how much and how long an upstream is asked, and have no part in who answers and what."""
+"""Settings that say how much and how long an upstream is asked, and alter neither who answers nor what."""
 
 
 class Upstream:
@@ -76,8 +76,8 @@ class Upstream:
 
     @property
     def away(self) -> bool:
-        """Whether its models could not be listed because it is not there, or what stands before it says that it is not,
-        or it fails in whatever it does (a 500 or 502)."""
+        """Whether its models could not be listed because it is not there, or what stands in front of it says so, or it
+        fails altogether (a 500 or 502)."""
         if self.trouble is None:  # nearly always, and asked for every request
             return False
         gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | Overloaded)
@@ -91,22 +91,22 @@ class Upstream:
         return Target(self.settings.base_url.rstrip("/"), model, self.settings)
 
     def answers_as(self, before: Upstream | None) -> bool:
-        """Whether what the other one gave is what this one gives: all that may tell them apart is `_PATIENCE`."""
+        """Whether this one gives what the other one gave: their settings differ in nothing but `_PATIENCE`."""
         if before is None or type(self.settings) is not type(before.settings):
             return False
         same = {each: getattr(before.settings, each) for each in _PATIENCE}
         return self.settings.model_copy(update=same) == before.settings
 
     def take_over(self, before: Upstream) -> None:
-        """Has the models of the one in whose place it comes, if that was the same server, until it has been asked: its
-        list may not be there at this very moment."""
+        """Takes the models of the one in whose place it comes, if that is the same server, until it has been asked: its
+        list may not be to be had at this very moment."""
         if self.discovers and (self.kind, self.settings.base_url) == (before.kind, before.settings.base_url):
             self.models, self.lists = before.models, before.lists
 
     async def discover(self) -> None:
-        """Asks the upstream for its models, unless it was just asked. Who comes meanwhile waits for the same answer,
-        but nobody for one that hangs; who does not wait for it takes it from nobody. `models` is another mapping once
-        it has changed."""
+        """Asks the upstream for its models, unless it was just asked. Callers that come meanwhile wait for the same
+        answer, none of them for long, and one that leaves does not cancel it for the others. `models` is another
+        mapping object once it has changed."""
         if not self.discovers:
             return
         now = self._clock.monotonic()

@@ -19,8 +19,8 @@ LONGEST_HEAD = 64 * 2**10
 """Bytes of status line and headers; a reply whose head goes on is not read further."""
 
 AT_FIRST = 2**20
-"""Bytes that a body has room for at first, and each time it is full as many again as there are: what a reply announces
-takes no memory, what has come does."""
+"""Bytes that a body has room for at first; when it is full its room is doubled. Memory is taken for what has come, not
+for what a reply announces."""
 
 _BODILESS = frozenset((204, 304))
 
@@ -34,8 +34,8 @@ def too_large(limit: int) -> UpstreamInvalidResponse:
 
 
 class Connection(asyncio.BufferedProtocol):
-    """One exchange at a time. `scratch` is what heads are received into; connections of one event loop may share it,
-    for it is read from at once."""
+    """One exchange at a time. Heads are received into `scratch`, which connections of one event loop may share: it is
+    read as soon as it is written."""
 
     def __init__(self, scratch: memoryview) -> None:
         self._scratch = scratch
@@ -55,7 +55,7 @@ class Connection(asyncio.BufferedProtocol):
         self._ends_with_connection = False
         self._body: bytearray | None = None
         self._length = 0
-        """Of a body that is told beforehand."""
+        """Of a body whose length is told beforehand."""
         self._chunks = bytearray()
         """A body whose length is not told beforehand, as far as it has come."""
 

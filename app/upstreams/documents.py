@@ -1,12 +1,11 @@
 """An upstream's reply as a document, its vectors as vectors from the start.
 
-As many numbers as a batch has cost more to make into Python floats than everything else that is done to them;
-simdjson reads them into memory directly. Base64 is decoded where it stands: as strings, which a parser makes of it, it
-would be written to memory once more, all over the heap. What is unusual in any way goes by orjson, which then has the
-last word.
+To make Python floats of a batch's numbers costs more than everything else that is done to them; simdjson reads them
+into memory directly. Base64 is decoded where it stands: a parser would first make strings of it, another copy all over
+the heap. A reply that is unusual in any way is parsed by orjson, which has the last word.
 
-Either way vectors are cut out before the rest is parsed, and marks stand in their place. That takes a reply without
-escapes: then each quote begins or ends a string, and no string but a mark begins with a NUL, which takes an escape.
+Vectors are cut out before the rest is parsed, and marks put in their place. This is done only where a reply has no
+escapes: then every quote begins or ends a string, and only a mark begins with a NUL, which takes an escape.
 """
 
 from __future__ import annotations
@@ -28,11 +27,12 @@ except ImportError:  # where it has no wheel (pyproject.toml): orjson does the s
     simdjson = None  # type: ignore[assignment]
 
 DEEPEST = 8
-"""Levels of a reply of embeddings, at the most; the deepest known has five."""
+"""Levels of nesting in a reply of embeddings, at most; the deepest known has five."""
 
 _TURN = 16
-"""Lists of numbers after which a thread gives the event loop's a turn, which takes asking: numpy lets go of the
-interpreter for each, too briefly for it, and so often that it never waits long enough to be given it."""
+"""Lists of numbers after which a thread gives the event loop's thread a turn. It must do so itself: numpy lets go of
+the interpreter for each list, too briefly for the other thread to take it, and so often that this one is never made
+to."""
 
 _TEXT = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*"')
 """What stands before a vector in base64."""
@@ -113,7 +113,7 @@ def _around_numbers(raw: bytes | bytearray) -> Any:
 
 
 def _without_escapes(text: bytes, marks: int) -> Any:
-    """The document that has these marks and no other escape: what was cut out had none, or it were no vector."""
+    """The document, if it has this number of marks and no other escape; what was cut out has none, or was no vector."""
     if text.count(b"\\") != marks:
         raise ValueError("unusual")
     return orjson.loads(text)

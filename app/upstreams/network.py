@@ -1,8 +1,9 @@
 """The engine that reaches the network: connections to each origin, kept alive and used again, direct or by a proxy.
 
-An HTTP client of our own because no kept one leaves room for the rest: with 16 calls at once, one costs httpx 1,100 µs
-of processor time, aiohttp 82 and this 20 (bench/README.md). Addresses are tried as RFC 8305 has it (aiohappyeyeballs),
-TLS is the standard library's, framing llhttp's. No cookies, no redirects, no compression, no environment.
+An HTTP client of our own, for those there are would cost more than all the rest of the gateway: with 16 calls at once,
+a call costs httpx 1,100 µs of processor time, aiohttp 82 and this one 20 (bench/README.md). Addresses are tried as in
+RFC 8305 (aiohappyeyeballs), TLS is the standard library's, framing llhttp's. No cookies, no redirects, no compression,
+no environment.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ KEEP_ALIVE = 30.0
 ADDRESS_DELAY = 0.25
 """Seconds after which the next address of a name is tried as well (RFC 8305, 8)."""
 SCRATCH = 16 * 2**10
-"""Bytes taken from the network at once, until a body has memory of its own: what comes with a head is copied twice."""
+"""Bytes received at once until a body has memory of its own. What comes along with a head is copied once more."""
 URLS = 64
-"""Addresses remembered in the form in which they are sent: parsing one costs more than sending to it."""
+"""URLs remembered in their parsed form: parsing one costs more than sending to it."""
 
 _REFUSED = (403, 407)
-"""What a proxy says that will say it again: it does not lead there, or not with this password."""
+"""Statuses with which a proxy refuses for good: it does not lead there, or not with this password."""
 
 _OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 """Why no socket could be made here, which no upstream has part in."""
@@ -189,8 +190,8 @@ class Network:
         return connection
 
     async def _addresses(self, origin: _Origin) -> _Addresses:
-        """Where its name leads. One look-up of it at a time, which outlasts those who wait for it: a name server that
-        does not answer is not asked once for each of them."""
+        """The addresses of its name. There is one look-up of it at a time, which goes on though callers give up: a name
+        server that does not answer is not asked once for each of them."""
         looking = self._looking.get(origin)
         if looking is None:
             looking = self._looking[origin] = _look_up(origin.host, origin.port)
@@ -200,7 +201,7 @@ class Network:
     def _looked(self, origin: _Origin, looking: asyncio.Future[_Addresses]) -> None:
         del self._looking[origin]
         if not looking.cancelled():
-            looking.exception()  # all who waited have gone, perhaps
+            looking.exception()  # so that it counts as seen, where all callers have gone
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
         """TLS with the origin, by a proxy that sees only where it leads (RFC 9110, 9.3.6)."""

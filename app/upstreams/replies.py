@@ -36,8 +36,8 @@ from app.types import WireReply
 LONGEST = 8192
 """Characters of an upstream's own words that are looked at; the redactor, which must see a key whole, cuts further."""
 LARGEST = 2**20
-"""Bytes of an error body that are read. Of a larger one, which no vendor sends and FastAPI where it quotes what it was
-sent, only the beginning is looked at."""
+"""Bytes of an error body that are read. Of a larger one only the beginning is looked at: no vendor sends one, but
+FastAPI may, which quotes what it was sent."""
 
 _WORDS: Mapping[type[GatewayError], str] = {
     InvalidRequest: "the upstream refused the input",
@@ -53,7 +53,7 @@ _WORDS: Mapping[type[GatewayError], str] = {
     UpstreamTimeout: "the upstream took too long",
     Overloaded: "the upstream has no room",
 }
-"""Ours, for a class and those derived from it."""
+"""Our words for a class and those derived from it."""
 
 _STATUSES: Mapping[int, type[GatewayError]] = {
     401: UpstreamAuth,
@@ -149,7 +149,7 @@ def refusal(message: str) -> type[InvalidRequest]:
 
 
 def page(reply: WireReply) -> str:
-    """What a page says, that came where no error was announced; empty for what is none."""
+    """The words of a page (HTML) that came in place of a reply; empty for what is no page."""
     return " ".join(_plain(reply.body).split()) if _beginning(reply.body).lstrip().startswith("<") else ""
 
 

@@ -1,4 +1,4 @@
-"""Access tokens that replicas share, sealed: only who has the upstream's own secret can read or make one."""
+"""Access tokens that replicas share, sealed: only a holder of the upstream's own secret can read or make one."""
 
 from __future__ import annotations
 

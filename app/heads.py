@@ -1,4 +1,4 @@
-"""Heads that come again: a client writes one for every request, and from one to the next only its length is another."""
+"""Request heads that come again: a client sends one with every request, and only the body's length in it differs."""
 
 from __future__ import annotations
 
@@ -10,42 +10,42 @@ from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 LONGEST = 4 * 2**10
-"""Bytes of a head that is worth keeping, for as long as its connection lives."""
+"""Bytes up to which a head is worth keeping, for as long as its connection lives."""
 LESSONS = 4
-"""Heads that a connection keeps, one in place of the other: where each is another, none comes again."""
+"""Heads that a connection keeps in all, each in place of the one before. Where all differ, no more are kept."""
 
 _LENGTH = b"content-length"
 _PARSED_ONLY = {b"transfer-encoding", b"upgrade", b"expect"}
-"""What the parser must see to, each time anew."""
+"""Headers that the parser must see to each time anew."""
 
 
 class Head(Struct, frozen=True):
-    """A head as it came, in two parts around the digits of its length, and what the parser made of it."""
+    """A head as it came, in two parts around the digits of its `content-length`, and what the parser made of it."""
 
     before: bytes
     behind: bytes
     scope: Mapping[str, Any]
-    """ASGI's, but for what belongs to one request alone."""
+    """ASGI's scope, without what belongs to one request alone."""
     place: int
-    """Of the length, among the headers."""
+    """Of `content-length` among the headers."""
 
     def digits(self, data: bytes, end: int) -> bytes | None:
-        """Those of the length, if the head that is the first `end` bytes of `data` is this one but for them: then the
-        parser would find nothing in it that it did not find in this one."""
+        """The digits of the length, if the first `end` bytes of `data` are this head in all else: then the parser would
+        find nothing in them that it did not find in this one."""
         digits = data[len(self.before) : end - len(self.behind)]
         alike = data.startswith(self.before) and data.startswith(self.behind, end - len(self.behind))
         return digits if alike and digits.isdigit() and len(digits) < 16 else None
 
     def again(self, digits: bytes) -> dict[str, Any]:
-        """What the parser would make of it, with this length."""
+        """What the parser would make of this head with another length."""
         headers = self.scope["headers"].copy()
         headers[self.place] = (_LENGTH, digits)
         return {**self.scope, "headers": headers}
 
 
 def learn(head: bytes, scope: Mapping[str, Any]) -> Head | None:
-    """This head, of which the parser made this scope; None where the next one like it is better parsed, too. That is
-    so wherever the plainest way to read it does not come to the same."""
+    """This head and the scope that the parser made of it, to be known again. None where one like it had better be
+    parsed again: wherever the plainest way to read it does not give the same headers."""
     lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     pairs = [line.partition(b":") for line in lines[1:]]
     headers = [(name.lower(), value.strip(b" \t")) for name, _, value in pairs]
@@ -63,7 +63,7 @@ def learn(head: bytes, scope: Mapping[str, Any]) -> Head | None:
 
 
 class Remembering(HttpToolsProtocol):
-    """uvicorn's protocol with a memory of one head a connection, which is not parsed when it comes again."""
+    """uvicorn's protocol, which remembers one head a connection and does not parse it when it comes again."""
 
     _known: Head | None = None
     _given = b""
@@ -73,8 +73,9 @@ class Remembering(HttpToolsProtocol):
     """Bytes still to come of a body whose head was known: the parser is told of neither."""
 
     def begin_known(self, data: bytes, end: int) -> bytes | None:
-        """Begins the request whose head is the first `end` bytes of `data`, as the server does with what it has parsed,
-        and returns what is behind its body; None if it is not known or has others before it, and is to be parsed."""
+        """Begins the request whose head is the first `end` bytes of `data`, as the server does once it has parsed one,
+        and returns what is behind its body. None if it is to be parsed: its head is not known, or a request before it
+        is not answered yet."""
         head = self._known
         digits = head.digits(data, end) if head else None
         if head is None or digits is None or not self.cycle.response_complete:
@@ -107,7 +108,7 @@ class Remembering(HttpToolsProtocol):
         return b""
 
     def take_in(self, data: bytes) -> bytes:
-        """A piece of the body that is owed. Returns what is behind it."""
+        """Takes a piece of the body that is still owed. Returns what is behind the body."""
         body, behind = data[: self._owed], data[self._owed :]
         self._owed -= len(body)
         if body:

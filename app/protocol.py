@@ -28,13 +28,13 @@ HEAD_TIMEOUT = 30.0
 """Seconds from a request's first byte, and from the end of the answer before it, to the end of its headers; at most,
 for a request's time in all may be shorter."""
 LONGEST_HEAD = 64 * 2**10
-"""Bytes of request line and headers, or of what is neither these nor a body (trailers); what goes on is refused."""
+"""Bytes of request line and headers, or of what is neither these nor a body (trailers); more are refused."""
 
 LAST_CALL = 5
-"""Seconds in which a caller must take some of its answer when the server stops, or it is waited for no longer."""
+"""Seconds in which a caller must take some of its answer when the server stops, or the server stops waiting for it."""
 
 FEW = 16
-"""Requests that wait for the one before them, up to which more is read."""
+"""Requests that wait for the one before them: with fewer, more is read."""
 
 _PIECE = 16 * 2**10
 """Bytes that are parsed before it is looked again how many requests wait. A read of the socket has up to 256 KiB, which
@@ -47,8 +47,9 @@ _OFFER = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
 
 
 class _Flow(FlowControl):
-    """Reads nothing while many requests wait, or much of their heads and bodies: the server resumes whenever a body is
-    asked for, and they would pile up. While few do, it reads on, or a caller who hangs up would not be noticed."""
+    """Reads nothing while many requests wait, or many bytes of their heads and bodies: the server alone would go on
+    reading whenever a body is asked for, and they would pile up. While few wait it reads on, or a caller who hangs up
+    would not be noticed."""
 
     pipeline: Collection[tuple[RequestResponseCycle, Any]] = ()
 
@@ -87,17 +88,17 @@ class Protocol(Remembering):
     _head_timer: asyncio.TimerHandle | None = None
     _between_requests = True
     _first_byte = 0.0
-    """When the head that comes in pieces began, on the event loop's clock; 0 where none does."""
+    """On the event loop's clock, when the head began that is coming in pieces; 0 where none is."""
     _fed = 0
-    """Bytes the parser has had since it last had a whole head, or a piece of a body, to show for it."""
+    """Bytes given to the parser since the last whole head or piece of a body that it found."""
     _hosts: Sequence[bytes] = ()
-    """The Host lines, one of them, that were last found sane."""
+    """The values of the Host header, a single one, that were last found sane."""
     _idle_since = 0.0
     _in_head = False
     """Whether the parser has a piece of a head, which came behind the request before it."""
     _untaken = (0, 0, 0.0)
-    """Bytes of answers that the caller had not taken at the last look, here and in the system's buffer, and since when
-    it was idle."""
+    """As of the last look: bytes of answers that the caller had not taken, here and in the system's buffer, and
+    `_idle_since`."""
 
     def __init__(
         self, *args: Any, outbox: Outbox, refused: Callable[[], None], timeout: Callable[[], float], **kwargs: Any
@@ -107,7 +108,7 @@ class Protocol(Remembering):
         self._hang_up: set[Callable[[], None]] = set()
         self._running: RequestResponseCycle | None = None
         self._unparsed: deque[bytes] = deque()
-        """Pieces of what was read behind more requests than a few: while there are any, nothing more is read."""
+        """Pieces of what was read behind `FEW` waiting requests: they are parsed before anything more is."""
 
     def data_received(self, data: bytes) -> None:
         if len(data) <= _PIECE and not self._unparsed:
@@ -157,8 +158,8 @@ class Protocol(Remembering):
         self._look_again_in(self.timeout_keep_alive)
 
     def _keep(self, head: bytes) -> None:
-        """Waits for the rest of a head, unless it is too long: the parser gets it whole, or an offer could hide in its
-        seams."""
+        """Waits for the rest of a head, unless it is too long. The parser gets it whole, or an `Upgrade` could hide
+        where two pieces meet."""
         if len(head) > LONGEST_HEAD:
             self.send_400_response("The request's headers are too large.")
         elif not head.strip(b"\r\n"):
@@ -180,7 +181,8 @@ class Protocol(Remembering):
         return min(HEAD_TIMEOUT, self._timeout())
 
     def _late(self) -> None:
-        """While a request is being answered nobody waits for the next, and it may be that nothing is read."""
+        """Refuses a head that is late. While a request is being answered the next one's head has time: nobody waits for
+        it, and it may be that nothing is read."""
         self._head_timer = None
         running = self._running
         answering = running is not None and not running.response_complete
@@ -206,7 +208,7 @@ class Protocol(Remembering):
         super().connection_lost(exc)
         self.pipeline.clear()
         self._unparsed.clear()
-        # The server tells the request that came last; with others behind it that is not the one being answered.
+        # The server tells the request that came last, which is not the one being answered where others are behind that.
         if self._running is not None and not self._running.response_complete:
             self._running.disconnected = True
         for callback in tuple(self._hang_up):
@@ -245,7 +247,7 @@ class Protocol(Remembering):
             self._first_byte = 0.0
 
     def _body(self) -> bytes | None:
-        """What `receive` gives where it need not wait."""
+        """The whole body, where `receive` would not wait for any of it."""
         cycle = self._running
         assert cycle is not None
         if cycle.more_body or cycle.disconnected:
@@ -255,10 +257,10 @@ class Protocol(Remembering):
         return body
 
     async def _respond(self, head: bytes, body: list[bytes], size: int, until: float, *, last: bool = False) -> None:
-        """What `send` does with a response that is all there and has a content-length, which is `size`; and waits until
-        it is taken, but for what a transport keeps without a word (64 KiB; what reading takes is as much). `last` makes
-        it the last on its connection. Raises `TimeoutError` if it was not by `until`, on the event loop's clock, or the
-        server waits no longer: then the connection was ended."""
+        """Does what `send` does with a response that is complete and has a content-length, `size`. Waits until the
+        caller has taken it, but for what a transport buffers without saying so (64 KiB, as much as reading takes).
+        `last` makes it the last on its connection. Raises `TimeoutError` if it was not taken by `until`, on the event
+        loop's clock, or the server waits no longer: then the connection was ended."""
         cycle = self._running
         assert cycle is not None
         if self.flow.write_paused and not cycle.disconnected:
@@ -286,8 +288,8 @@ class Protocol(Remembering):
         return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
 
     async def _take(self, until: float) -> None:
-        """Waits until the caller has taken what was written, or is gone; by `until` it is, and when the server no
-        longer waits."""
+        """Waits until the caller has taken what was written, or is gone. At `until`, or when the server no longer
+        waits, ends the connection and raises `TimeoutError`."""
         try:
             async with asyncio.timeout_at(until):
                 await self.flow.drain()
@@ -339,10 +341,10 @@ class Protocol(Remembering):
         return self.transport.get_write_buffer_size(), _unsent(self.transport), self._idle_since
 
     def _unset_keepalive_if_required(self) -> None:
-        """Whatever arrives, the timer stays."""
+        """Does nothing: the timer stays, whatever arrives."""
 
     def shutdown(self) -> None:
-        """As the server does it; and who takes nothing is not waited for as long as usual."""
+        """As the server does it; and a caller that takes nothing is not waited for as long as usual."""
         self._outbox.flush()
         super().shutdown()
         super()._unset_keepalive_if_required()
@@ -382,7 +384,7 @@ class Protocol(Remembering):
         self._refused()
         error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
         body = orjson.dumps({"error": error})
-        # Between requests what was parsed last is the one before; of one whose head is broken, as much as was parsed.
+        # Between requests the scope is that of the one before; of a broken head it is as much as was parsed.
         own = {} if self._between_requests else dict(self.scope["headers"])
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"

@@ -12,7 +12,7 @@ from app.errors import InvalidApiKey, ModelNotAllowed
 from app.types import Caller
 
 _BEGINNING = 2
-"""Bytes of a digest that are enough to have few others to compare with."""
+"""Bytes of a digest by which keys are looked up: enough to leave few whole digests to compare with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Keys:
 
     def __init__(self, settings: AuthSettings | None) -> None:
         self._tenants: dict[bytes, list[tuple[bytes, Tenant]]] = {}
-        """With their keys' digests, by the beginning of these: a digest's tells nothing of the key."""
+        """Digest and tenant of each key, by the digest's first bytes: that these match tells nothing of the key."""
         for name, key in settings.keys.items() if settings else ():
             models = frozenset(key.models) if key.models is not None else None
             tenant = Tenant(Caller(name, key.lane, namespace=name if key.cache == "own" else ""), models)

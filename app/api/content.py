@@ -42,7 +42,7 @@ def _told(item: Mapping[str, Any], where: str) -> tuple[str, Any]:
 
 
 def _source(kind: str, value: str, where: str) -> str:
-    """An address, or an image by itself. Nobody here ever asks for an address."""
+    """Checks an address or an image in a data URI. The gateway never fetches an address."""
     if value.lower().startswith(("http://", "https://")) and value.isprintable() and " " not in value:
         return value
     found = DATA_URI.match(value)

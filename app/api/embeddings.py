@@ -59,7 +59,7 @@ parsed in a thread, in which only the JSON itself holds up others."""
 
 _OK = b"HTTP/1.1 200 OK\r\n"
 _ALWAYS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"
-"""The headers of every answer, the last of them."""
+"""The headers that every answer ends with."""
 
 log = logging.getLogger(__name__)
 
@@ -76,14 +76,14 @@ class _Exchange(Struct):
     """What is known of one exchange, for its metrics and its log line."""
 
     headers: Mapping[bytes, bytes]
-    """The caller's; of several of one name the last."""
+    """The caller's; where a name is there several times, the last."""
     id: bytes
     started: float
-    """On the event loop's clock, which deadlines are on and which may tell milliseconds only."""
+    """On the event loop's clock, as deadlines are; it may tell milliseconds only."""
     began: float
     """On `time.perf_counter`, for durations."""
     place: Place
-    """Among those inside, until the answer is taken."""
+    """In the gateway, until the answer is taken."""
     tenant: Tenant = ANONYMOUS
     quota: Quota | None = None
     counted: bool = True
@@ -94,7 +94,7 @@ class _Exchange(Struct):
     """Of the result."""
     inputs: int = 0
     reading: bool = True
-    """Whether the caller's body is still to come: then a passed deadline is the caller's."""
+    """Whether the caller's body is still to come: then it is the caller who misses the deadline."""
 
 
 class Embeddings:
@@ -124,7 +124,7 @@ class Embeddings:
                 return
             except GatewayError as failure:
                 error = failure
-            except asyncio.CancelledError:  # the server waits no longer; nor for the rest of a body
+            except asyncio.CancelledError:  # the server waits no longer, not for the rest of a body either
                 exchange.reading = False
                 error = Overloaded("the gateway is stopping")
             except Exception:
@@ -145,14 +145,14 @@ class Embeddings:
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
     ) -> tuple[bytes, list[bytes]]:
-        """Headers, a line each, and the body in pieces."""
+        """The answer's headers, a line each, and its body in pieces."""
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
         exchange.tenant = self._keys.tenant(exchange.headers)
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
-            # Before it takes room: who floods takes none from others.
+            # Before it takes room: a caller that floods takes none from others.
             exchange.quota.check(head.length(exchange.headers))
             exchange.counted = False
         deadline, place = exchange.started + self._server.request_timeout, exchange.place
@@ -179,8 +179,8 @@ class Embeddings:
         return render.result_head(result, usage, public.space), rendered
 
     def _refusal(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
-        """Headers and body for a request that comes to this. Its place is free from now on: there is little to send,
-        but it may be long until the rest of the caller's body has come."""
+        """Headers and body for a request that ends in this error. Gives up its place: there is little to send, but it
+        may be long until the rest of the caller's body has come."""
         exchange.place.leave()
         if error.model is not None:
             exchange.public = self._gateway.names.get(error.model)
@@ -202,12 +202,12 @@ class Embeddings:
             raise BodyTooLarge(f"the request body is larger than {self._server.max_body} bytes")
 
     def _take_in(self, size: int, place: Place) -> None:
-        """So much of the body has come: that counts, not what is announced, which takes no room and costs nothing."""
+        """Counts what has come of the body, `size` bytes so far. What is only announced takes no room."""
         self._check_size(size)
         place.hold(size)
 
     def _at_hand(self, scope: Scope, place: Place) -> bytes | None:
-        """The whole body, where the server says that it is here (`app.protocol`)."""
+        """The whole body, if the server has all of it already (`app.protocol`)."""
         body = scope.get("extensions", {}).get("body")
         raw: bytes | None = body() if body else None
         if raw:
@@ -335,7 +335,7 @@ class Embeddings:
 
 
 async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
-    """Embeds what the quota has room for. It is asked for an estimate, and told in the end what it was."""
+    """Embeds the request if the quota has room for its estimated tokens, which are set right in the end."""
     estimated = sum(tokens.estimates(request.inputs))
     exchange.counted = True
     await quota.take(estimated)

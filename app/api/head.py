@@ -24,17 +24,18 @@ def request_id(headers: Mapping[bytes, bytes]) -> bytes:
 
 
 def length(headers: Mapping[bytes, bytes]) -> int:
-    """Bytes of the body, as far as is told; 0 where it comes in chunks."""
+    """Bytes of the body by its `content-length`; 0 where it comes in chunks."""
     # Python reads no number of more than 4,300 digits; the parser none of 2**64 or more, but zeros before any.
     told = headers.get(b"content-length", b"").lstrip(b"0")
     return int(told) if told.isdigit() else 0
 
 
 def compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
-    """Whether the body is, as such or for its transfer; `headers` are the `lines`, of several of one name the last."""
+    """Whether the body is compressed, as such or for its transfer. `headers`: the `lines` by name, of several the
+    last."""
     if b"content-encoding" in headers and not _members(lines, b"content-encoding") <= _PLAIN:
         return True
-    # That the last of its codings is `chunked` the server has seen to.
+    # The server has seen to it that the last of the codings is `chunked`.
     return b"transfer-encoding" in headers and not _members(lines, b"transfer-encoding") <= _PLAIN | {b"chunked"}
 
 

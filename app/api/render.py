@@ -19,7 +19,7 @@ from app.types import EmbedResult
 Header = tuple[bytes, bytes]
 
 SLICES = {"float": 64, "base64": 512}
-"""Vectors rendered in one go; then others get a turn on the event loop. 64 as numbers, of 1,024 each, take 2 ms."""
+"""Vectors rendered in one go; then other requests get a turn on the event loop. 64 of 1,024 numbers each take 2 ms."""
 
 
 _QUOTE = {"float": b"", "base64": b'"'}
@@ -27,8 +27,8 @@ _QUOTE = {"float": b"", "base64": b'"'}
 
 
 def _before(index: int, encoding: str, more: bytes = b"") -> bytes:
-    """What stands between the vector before this one and this one, their quotes included. `more`: members of its own,
-    each with a comma behind it."""
+    """What is printed between the previous vector and this one, with their quotes. `more`: further members of this
+    one's object, each with a comma behind it."""
     end = _QUOTE[encoding] + b"}," if index else b""
     return b'%b{"object":"embedding","index":%d,%b"embedding":%b' % (end, index, more, _QUOTE[encoding])
 
@@ -82,7 +82,7 @@ def result_head(result: EmbedResult, usage: Usage, space: str) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _origin(space: str, length: int, deployments: tuple[str, ...]) -> bytes:
-    """What the vectors are, and who gave them. Sparse ones have places in a vocabulary and no length."""
+    """The headers that say which space the vectors are in and who gave them. Sparse ones have no length."""
     headers = [(b"x-embedding-space", _field(f"{space};{length or 'sparse'}"))]
     if deployments:
         headers.append((b"x-embedding-upstream", _field(", ".join(deployments))))
@@ -95,7 +95,7 @@ def lines(headers: Sequence[Header]) -> bytes:
 
 
 def headers(lines: bytes) -> list[Header]:
-    """The same read again, for a server that wants them one by one."""
+    """What `lines` was given, for a server that wants headers one by one."""
     pairs = [line.partition(b": ") for line in lines.splitlines()]
     return [(name, value) for name, _, value in pairs]
 
@@ -119,7 +119,7 @@ def limit_headers(standings: Sequence[Standing]) -> list[Header]:
 
 
 def duration(seconds: float) -> bytes:
-    """As Go writes one, which is OpenAI's form: `12ms`, `1s`, `8.64s`, `6m0s`; up to a millisecond too long."""
+    """As Go and OpenAI write it: `12ms`, `1s`, `8.64s`, `6m0s`. Rounded up to whole milliseconds."""
     milliseconds = math.ceil(seconds * 1000)
     if 0 < milliseconds < 1000:
         return b"%dms" % milliseconds

@@ -1,7 +1,7 @@
 """The routes on the framework: models, health, metrics and docs; errors in OpenAI's shape throughout.
 
-The framework keeps the functions that it is given, and with them all that they refer to. So they refer to no gateway:
-each request brings the one that is to answer it.
+The framework keeps the functions it is given, and whatever they refer to. So they refer to no gateway: each request
+brings the one that is to answer it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from app.metrics import CONTENT_TYPE, Metrics
 from app.registry import PublicModel
 
 IN_FORCE = "embedding_gateway"
-"""The key of a request's scope that holds who is to answer it: an `InForce`."""
+"""The key in a request's scope of the `InForce` that is to answer it."""
 
 _NOT_KEPT = {"cache-control": "no-store"}
 """What a cache on the way, which may know no key but `Authorization`, would give to others, or for too long."""
@@ -168,7 +168,7 @@ def _add_models(api: FastAPI, key: list[Any]) -> None:
 
 
 def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
-    """Who is to answer, and whom. Raises `InvalidApiKey`."""
+    """The gateway that is to answer, and the tenant that asks. Raises `InvalidApiKey`."""
     now = _in_force(request)
     return now.gateway, now.keys.tenant(dict(request.scope["headers"]))
 

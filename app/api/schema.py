@@ -20,7 +20,7 @@ from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDim
 from app.types import MOST_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
-"""Token ids of one input: twice what the longest model takes, and decoded without holding up others."""
+"""Token ids of one input, at most: twice what the longest model takes, and decoded fast enough to hold up nobody."""
 
 OBJECTS, OBJECTS_PER_INPUT = 2**18, 32
 """Strings, keys among them, lists and objects of a body, at most: far more than any request that is taken needs."""
@@ -75,12 +75,13 @@ def parse_body(raw: bytes, *, max_inputs: int, max_decoded: int, path_model: str
 
 
 def check_weight(raw: bytes, *, max_inputs: int) -> None:
-    """To be asked before a large body is parsed: `[],` is 3 bytes and 70 once it is parsed. Numbers, which a body of
-    token ids is full of, take up to 15 times their text, and do not count. Raises `InvalidRequest`."""
+    """Refuses a body that would take too much memory, before it is parsed: `[],` has 3 bytes, and takes 70 once it is
+    parsed. Numbers, of which token ids are made, take up to 15 times their text and do not count. Raises
+    `InvalidRequest`."""
     most = OBJECTS + OBJECTS_PER_INPUT * max_inputs
     if raw.count(b'"') + raw.count(b"[") + raw.count(b"{") <= most:
         return
-    # What stands in texts does not count, so texts are left out: every second piece between quotes.
+    # Brackets within texts do not count, so texts are left out: every second piece between quotes.
     plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     strings = plain.count(b'"') // 2
     if strings <= most:
@@ -143,7 +144,7 @@ def _dimensions(value: Any) -> int | None:
 
 
 def _choice(body: dict[str, Any], field: str, usual: str | None = None) -> Any:
-    """One of the words that may stand there."""
+    """The field's value, one of its `CHOICES`; `usual` where it is absent."""
     value = body.get(field)
     if value is None:
         return usual
@@ -210,7 +211,8 @@ def _text(text: str, where: str) -> str:
 
 
 def _tokens(ids: list[Any], where: str, before: int, most: int) -> str:
-    """Their text, which may have `most` bytes with the `before` of those before it: `58040,` stands for 128."""
+    """The ids' text. With the `before` bytes of the inputs before it, it may have `most`: an id of five digits may
+    stand for 128 bytes."""
     if not ids:
         raise InvalidRequest(f"{where} must not be an empty list of token ids", param=where)
     if len(ids) > MAX_IDS:
@@ -230,8 +232,8 @@ def _tokens(ids: list[Any], where: str, before: int, most: int) -> str:
 
 
 def _mixed(value: list[Any]) -> InvalidRequest:
-    """What is wrong with a list that is neither all strings nor all lists of ids: its first item that may never
-    stand there, else its first that is not like the one before it."""
+    """What is wrong with a list that is neither all strings nor all lists of ids: its first item of a kind that is
+    never allowed, or else its first of another kind than its first item."""
     first = type(value[0])
     never = (i for i, item in enumerate(value) if type(item) not in (str, list, int, dict))
     odd = next(never, None)

@@ -13,7 +13,8 @@ INPUT = 1024
 
 
 class Room:
-    """How much is left, over all models. What queues for an upstream is inside: this bounds the queues."""
+    """How much room is left, over all models. It bounds the queues too: what queues for an upstream counts as
+    inside."""
 
     def __init__(self, requests: int, size: int, metrics: Metrics) -> None:
         """`size`: bytes of request bodies, and of answers that are not taken yet."""
@@ -22,14 +23,15 @@ class Room:
         self.inside = metrics.tally(metrics.inflight_requests)
 
     def alter(self, other: Room) -> None:
-        """Becomes as large as the other is while it is empty; who is inside stays."""
+        """Becomes as large as the other one is when empty; requests inside stay."""
         self.requests += other._whole[0] - self._whole[0]
         self.size += other._whole[1] - self._whole[1]
         self._whole = other._whole
 
 
 class Place(Struct, eq=False):
-    """A request's, from before its body is read until its answer is taken: a context that leaves it in any case."""
+    """A request's place in the room, from before its body is read until its answer is taken. A context, so that it is
+    left in any case."""
 
     _room: Room
     _held: int = 0
@@ -48,7 +50,7 @@ class Place(Struct, eq=False):
         self._inside = True
 
     def hold(self, size: int) -> None:
-        """Takes room for so many bytes, in all, of the request. Raises `Overloaded` at once if there is none."""
+        """Takes room for `size` bytes of the request in all. Raises `Overloaded` at once if there is none."""
         more = size - self._held
         if more > 0:
             if more > self._room.size:
@@ -57,8 +59,8 @@ class Place(Struct, eq=False):
             self._held = size
 
     def hold_answer(self, size: int) -> None:
-        """Takes room for so many bytes in place of the request's, whether there is any or not: what is answered was
-        paid for. It is those who come next that are refused."""
+        """Takes room for `size` bytes of the answer in place of the request's, whether there is any or not: the answer
+        is paid for. Requests that come next are refused instead."""
         self._room.size += self._held - size
         self._held = size
 

@@ -26,14 +26,15 @@ AT_ONCE = 8 * 2**20
 """Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
 parsed in a thread."""
 LARGE = 2**20
-"""Bytes of a reply from which it is the only one of its deployment in a turn of the event loop: calls that were made
-together are answered together, and would hold up others for ten times as long."""
+"""Bytes of a reply from which on only one of a deployment is parsed in a turn of the event loop: calls made together
+are answered together, and would hold up everything else for ten times as long."""
 
 REPLY, REPLY_PER_INPUT = 2**20, 2**21
 """Bytes that a reply may have, and as many more for each input: `MOST_DIMENSIONS` numbers with 17 digits, signs and
 exponents are 1.7 MiB."""
 QUOTES = 4
-"""Times that it may hold what was sent, besides: some refuse an input by quoting all, for each form that it has not."""
+"""Times that a reply may hold what was sent, besides: some servers refuse an input by quoting all of it, once for each
+form that it does not have."""
 
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 """What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
@@ -59,7 +60,7 @@ class Call:
         self._tokens, self._cost = metrics.tallies(metrics.tokens), metrics.tallies(metrics.cost)
         self._parsing = asyncio.Lock()
 
-    # Series from the first call on: an upstream may list thousands of models, and each scrape would tell of all.
+    # Made with the first call: an upstream may list thousands of models, and every scrape would have all their series.
 
     @cached_property
     def _duration(self) -> Spread:
@@ -88,7 +89,7 @@ class Call:
             self._count(error.code)
             raise
         except asyncio.CancelledError:
-            # Calls are cut off by one thing only: the last of their callers' deadlines.
+            # Only one thing cuts off calls: their callers' last deadline.
             self._count(UpstreamTimeout.code)
             raise
         finally:
@@ -128,7 +129,8 @@ class Call:
             raise self._no_reply(reply, batch) from fault
 
     def _no_reply(self, reply: WireReply, batch: Batch) -> UpstreamInvalidResponse:
-        """With what a page says that came in its place: a proxy's, a login's. Half a reply may be vectors."""
+        """The error for a reply that is none, with the words of a page (a proxy's, a login's) that came in its place.
+        Nothing else is quoted: it may be half a reply, of vectors."""
         kind = reply.headers.get("content-type", "no content type")
         words = replies.page(reply)
         told = f": {words}" if words and not quotes(words, batch.inputs) else ""
@@ -137,23 +139,23 @@ class Call:
         )
 
     def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
-        """What those who share the call, the log and `/readyz` may be told of it."""
+        """The error as all callers that share the call, the log and `/readyz` may see it: without any caller's text."""
         theirs = replies.theirs(error)
         if isinstance(error, UnsupportedDimensions):
             texts = [each for each in batch.inputs if type(each) is str]
             speaking = [each for each in texts if replies.refusal(each) is UnsupportedDimensions]
             if batch.params.dimensions is None or quotes(theirs, speaking):
-                # Nobody has asked for any: these may be an image's, and one input be at fault. Or the word is a text's.
+                # No dimensions were asked for, so it may mean an image's, of one input. Or the word is a quoted text's.
                 error = replies.failure(InvalidRequest, reply, theirs)
-        # Of one refused input only those are told who sent it.
+        # A refusal of one input is told only to the callers that sent it.
         shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
         if shared and quotes(theirs, batch.inputs):
             error.message = replies.failure(type(error), reply).message
         return error
 
     def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:
-        """The batch's bill in tokens, counted; where the upstream states none that can be, our estimate: what is
-        charged here callers and upstreams are in debt for."""
+        """Counts the batch's bill in tokens, and returns it: the upstream's, or our estimate where it states none that
+        is credible, for callers' and upstreams' limits are charged with it."""
         total = sum(weights) if stated is None or not tokens.credible(stated, batch.inputs, weights) else stated
         model = self._target.model
         # By the name callers know the model by; several may lead here.

@@ -71,7 +71,7 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
 
 
 def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) -> dict[int, str]:
-    """What is wrong with each vector that is none, by its place."""
+    """By place, what is wrong with each vector that is no embedding."""
     lengths = set(map(len, whole))
     if len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")

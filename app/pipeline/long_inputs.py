@@ -25,22 +25,22 @@ from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnL
 
 T = TypeVar("T")
 _Work: TypeAlias = Generator[None, None, T]
-"""What can be left off before each text."""
+"""Work on texts that can be interrupted before each of them."""
 
 PIECES = 2048
 """The most that one request's inputs may be cut into, besides one each."""
 _LOOK = 100
 """Characters a token that are looked at to tell that a text is too long."""
 _FAR = 2
-"""How many times the limit an input has by estimate that surely does not fit: of Chinese a token of some vocabularies
-has 1.8 characters. It is not tried, nor left to an upstream that cuts without a word."""
+"""How many times the limit an input's estimate must be for it surely not to fit: in some vocabularies a token of
+Chinese has 1.8 characters. Such an input is not tried, nor left to an upstream that cuts without a word."""
 _LETTERS = 8
 """Characters a token that no text has which is worth trying; English has 5."""
 _IN_A_THREAD = 100_000
 """Characters beyond which texts are looked at in a thread: some milliseconds' worth, of short Chinese texts 25."""
 _AT_ONCE = 0.02
-"""Seconds for which a thread looks at one request's texts, or at one of them; then others get their turn, for there are
-few threads, and who has hung up or is late is done with."""
+"""Seconds for which a thread looks at one request's texts, though at one text at least; then others get their turn, for
+there are few threads, and a request whose caller has hung up, or that is late, ends."""
 
 # "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
 # process. increase the physical batch size (current batch size: 512)", "Range of input length should be [1, 8192]"
@@ -114,8 +114,8 @@ class LongInputs:
         return plan
 
     def _refuse(self, i: int, before: str, text: str) -> None:
-        """Raises `ContextLengthExceeded` for an input that no way of counting could let pass, and for one that by far
-        will not where nobody would say that it did not."""
+        """Raises `ContextLengthExceeded` for an input that is too long however its tokens are counted; and for one that
+        is far too long by estimate, where the upstream would cut it without a word."""
         room, whole = self._room, before + text
         # Enough to tell, however long it is.
         looked_at = whole[: _LOOK * room.tokens] if room.tokens is not None else ""
@@ -143,7 +143,7 @@ class LongInputs:
         refused = sorted({plan.owners[place] for place in result.too_long})
         for place, error in result.too_long.items():
             if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
-                raise error  # it should have fitted: nothing we could do would be more than a guess
+                raise error  # a piece that surely fits was refused: how to cut it now would be a guess
         if plan.room.unbounded:
             if plan.whole:
                 _check_dense(request)
@@ -154,7 +154,7 @@ class LongInputs:
         result.cached_tokens += again.cached_tokens
         result.shared_tokens += again.shared_tokens
         result.too_long = {}
-        if mixed(result.embeddings):  # the two were not compared with each other: asked together they are
+        if mixed(result.embeddings):  # the two results were checked apart; asked together they are of one model
             result = await self._ask(request, plan, everything, final=True)
         result.calls = plan.calls
         return result
@@ -276,7 +276,7 @@ def _go_on(work: _Work[T], seconds: float) -> StopIteration | None:
 
 
 def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
-    """Those of them that do not fit when counted; `first`: none behind the first one that is known not to."""
+    """Those of `which` that do not fit when counted. `first`: stops at the first one that is counted and does not."""
     over: list[int] = []
     for i in which:
         yield
@@ -288,13 +288,13 @@ def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, f
 
 
 def _check_dense(request: EmbedRequest) -> None:
-    """Raises `InvalidRequest` where there is more to a vector than a mean can be made of."""
+    """Raises `InvalidRequest` where sparse vectors are asked for: of these no mean is made."""
     if request.params.output_type != "dense":
         raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
 
 
 def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> tokens.Room:
-    """The room that those leave who refused inputs. Raises a refusal that does not say."""
+    """The room for an input by the words of upstreams that refused some. Raises a refusal that names no limit."""
     most_tokens, most_characters = [], []
     for refusal in refusals:
         if found := _TOKENS.search(refusal.message):
@@ -321,7 +321,7 @@ def _text(inputs: Sequence[Input], i: int) -> str:
 def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embedding:
     """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length; of one, too."""
     if any(not part.vector for part in parts):
-        return Embedding(b"", 0)  # of these, one was refused, and an error is on its way
+        return Embedding(b"", 0)  # one of them was refused: what becomes of the input is decided in `_embed`
     try:
         vector = vectors.mean([part.vector for part in parts], [len(piece) for piece in pieces])
     except ValueError:
@@ -330,5 +330,5 @@ def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embeddin
 
 
 def _worst(sources: Collection[Source]) -> Source:
-    """What an input cost whose pieces came from here and there."""
+    """Where an input counts as coming from, whose pieces came from these: the costliest of them."""
     return next(each for each in (Source.UPSTREAM, Source.INFLIGHT, Source.CACHE) if each in sources)

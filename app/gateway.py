@@ -1,4 +1,4 @@
-"""Owns the upstreams and the cache, their start and their end; answers for what models there are."""
+"""Owns the upstreams and the cache, from start to end, and knows what models there are."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Gateway:
         transport: httpx.AsyncBaseTransport | None = None,
         before: Gateway | None = None,
     ) -> None:
-        """`before` is the gateway this one takes over from: what is configured as it was is shared with it, so
-        that connections, tokens, health and limits learned stay. `cache` and `metrics` are then its own, too."""
+        """`before` is the gateway this one takes over from. Whatever is configured as before is shared with it, so that
+        connections, tokens, health and learned limits stay; `cache` and `metrics` must be the same ones."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         server = settings.server
-        largest = server.max_body + INPUT * server.max_inputs  # for which there must be room at least when it is alone
+        largest = server.max_body + INPUT * server.max_inputs  # one whole request, for which there must be room
         self.room = Room(server.max_inflight, max(server.max_inflight_size, largest), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
@@ -73,7 +73,7 @@ class Gateway:
         self._watching: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())
-        """Since when the models are there, as far as a caller is told: seconds since the epoch."""
+        """What callers are told as the time of the models' creation: seconds since the epoch."""
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
         self.registry: Registry = Registry(
@@ -86,7 +86,8 @@ class Gateway:
         return self.registry.names
 
     async def start(self) -> None:
-        """Asks the upstreams that list their models; one that is away only lacks them until it is back."""
+        """Asks the upstreams for their models and opens the cache. An upstream that is away is served once it is
+        back."""
         await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
         if self._shared and (self.quotas or any(slots.pace for slots in self._slots.values())):
             await self._shared.open()
@@ -98,7 +99,7 @@ class Gateway:
         self.draining = False
 
     def give_way(self, successor: Gateway) -> None:
-        """Another one serves from now on, with who is inside."""
+        """Another gateway serves from now on, and counts the requests that are inside."""
         self.room.alter(successor.room)
         successor.room = self.room
         self.registry.give_way(successor.registry)
@@ -126,7 +127,8 @@ class Gateway:
         await asyncio.gather(*(upstream.aclose() for upstream in self.upstreams.values() if upstream not in held))
 
     async def find(self, name: str) -> PublicModel:
-        """The model of this name. Raises `ModelNotFound`, having asked upstreams that might have got it since."""
+        """The model of this name. Asks upstreams that may have got it since, then raises `ModelNotFound`, or why they
+        cannot be asked."""
         public = self.names.get(name)
         if upstreams := self.registry.unlisted(public) if public else self.upstreams.values():  # hardly ever
             await self.refresh(upstreams)
@@ -136,8 +138,8 @@ class Gateway:
         return public
 
     def _unknown(self, name: str) -> GatewayError:
-        """`ModelNotFound`, or what is the matter with an upstream that is named, or that may well have a model that is
-        known to be one, and cannot be asked: "no such model" would be a guess, which callers take for the last word."""
+        """`ModelNotFound`; or the trouble of an upstream that cannot be asked, if the name begins with its own, or is
+        one of a well-known model: "no such model" would be a guess, and callers take it for the last word."""
         own = self.upstreams.get(name.partition("/")[0])
         might = [own] if own else [each for each in self.upstreams.values() if not each.models]
         mute = {each.name: each.trouble for each in might if each.trouble}
@@ -151,7 +153,7 @@ class Gateway:
         return ModelNotFound(self._instead(name) or told, param="model")
 
     def _instead(self, name: str) -> str | None:
-        """What to use for a model that an upstream has and nobody here serves."""
+        """What to use in place of a model that an upstream has and the gateway cannot serve."""
         for upstream in self.upstreams.values():
             told = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
             if told:
@@ -159,15 +161,16 @@ class Gateway:
         return None
 
     async def refresh(self, upstreams: Iterable[Upstream] | None = None) -> None:
-        """Asks these, or all upstreams that list their models, each at most every few seconds, what they have now."""
+        """Asks these upstreams, or all, for their lists of models (each at most every few seconds), and publishes what
+        has changed."""
         asked = self.upstreams.values() if upstreams is None else upstreams
         await asyncio.gather(*(upstream.discover() for upstream in asked))
-        # By what is published and not by who asked: that may have been another gateway, or a caller who hung up.
+        # Compared with what is published: the list may have come for another gateway, or a caller who hung up.
         if self.registry.outdated():
             self.registry.publish()
 
     async def _keep_fresh(self) -> None:
-        """Asks now and then: a model that was pulled anew is another one, of a vector space of its own."""
+        """Refreshes now and then: a model that was pulled anew is another one, in a vector space of its own."""
         while True:
             await self._clock.sleep(RETURN if any(each.away for each in self.upstreams.values()) else REFRESH)
             try:
@@ -176,7 +179,8 @@ class Gateway:
                 log.exception("upstreams could not be asked for their models")
 
     def unserved(self) -> list[str]:
-        """A line for each model that a key names and nobody serves now: likely misspelt, but it may come back."""
+        """A line for each model that a key names and no upstream has now: misspelt, most likely, but it may come
+        back."""
         keys = self.settings.auth.keys.items() if self.settings.auth else ()
         named = [(name, model) for name, key in keys for model in key.models or ()]
         return [f"auth.keys.{name}.models: there is no model {m} now" for name, m in named if m not in self.names]

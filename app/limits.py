@@ -1,11 +1,11 @@
-"""Rates as token buckets: pure arithmetic on a clock's seconds. Knows nobody who asks and no store."""
+"""Rates as token buckets: pure arithmetic on a clock's seconds. Knows neither callers nor a store."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 _ENOUGH = 1e-6
-"""What may be missing: a float's rounding is nothing to wait for."""
+"""How much may be missing without a wait: it is a float's rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Bucket:
         self._level, self._at = level, now
 
     def divide(self, share: int, now: float) -> None:
-        """From now on one of `share` equal parts, of what is there as of what comes."""
+        """From now on this is one of `share` equal parts, of what is there as well as of what comes."""
         if share != self._share:
             self._level, self._at = self.level(now) * self._share / share, now
             self._share = share
@@ -99,7 +99,7 @@ class Limit:
 
 
 def minute(rates: Rates, now: float) -> Limit:
-    """For callers: who was quiet may use a whole minute's worth at once."""
+    """For callers: one that was quiet may use a whole minute's worth at once."""
     return Limit(
         Bucket(rates.requests, rates.requests, now) if rates.requests else None,
         Bucket(rates.tokens, rates.tokens, now) if rates.tokens else None,

@@ -30,14 +30,14 @@ RETRY = 0.25
 _PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
 """What logfmt takes without quotes."""
 _QUOTE, _EQUALS = b'"='
-"""Numbers: to look for a `bytes` in another one makes an exception first, each time."""
+"""As numbers: looking for `bytes` within `bytes` raises and catches an exception inside, each time."""
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]").sub
 _MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
-"""How a timestamp ends: looked up sooner than written."""
+"""How a timestamp ends: looking it up is quicker than formatting it."""
 
 
 class RequestLine(Struct):
-    """What is told of a request, in this order: names and numbers, never texts or keys."""
+    """What the log says of a request, in this order: names and numbers, never texts or keys."""
 
     request_id: bytes
     """Printable ASCII without spaces."""

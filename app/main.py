@@ -31,11 +31,11 @@ from app.upstreams.kind import UpstreamKind
 log = logging.getLogger(__name__)
 
 GRACE = 10.0
-"""Seconds on top of a request's own time after which requests are waited for no longer, be it that their gateway was
-replaced or that the listener has closed."""
+"""Seconds beyond a request's own time for which requests are waited for, after their gateway was replaced or the
+listener has closed."""
 
 LAG_EVERY = 0.5
-"""Seconds between two looks at how late the event loop comes."""
+"""Seconds between two measurements of how late the event loop is."""
 
 BuildGateway = Callable[[Settings, Gateway | None], Gateway]
 
@@ -79,14 +79,14 @@ class App:
         self.admin = routes.build_admin(self._metrics, self._now.api) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
         self.draining = False
-        """Every answer is its connection's last, so that clients come back to where they are still welcome."""
+        """Whether every answer is its connection's last, so that clients connect anew, to a replica that goes on."""
         self._watch = source and Watch(source, clock, self._change_to, self._metrics.reloaded)
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Lock()
 
     def refused(self) -> None:
-        """To be told of what came over a connection and was no request, or none that HTTP allows."""
+        """Counts what came over a connection and was no valid HTTP request."""
         self._metrics.rejected_requests.labels("invalid_http").inc()
 
     def request_timeout(self) -> float:
@@ -126,7 +126,7 @@ class App:
             now.inside -= 1
 
     def drain(self) -> None:
-        """From now on not ready; requests are answered as ever, and no other configuration comes into force."""
+        """From now on the gateway is not ready. Requests are answered as ever; no further configuration takes over."""
         self.draining = self.gateway.draining = True
         if self._watching:
             self._watching.cancel()
@@ -163,8 +163,7 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch_lag(self) -> None:
-        """Measures by how much the event loop comes late: what holds it up holds up everybody. By the loop's own
-        clock, for it is the loop that is measured."""
+        """Measures how late the event loop is, by its own clock: what holds it up holds up every request."""
         now = asyncio.get_running_loop().time
         while True:
             due = now() + LAG_EVERY
@@ -205,7 +204,7 @@ class App:
         task.add_done_callback(self._tasks.discard)
 
     async def try_out(self, settings: Settings) -> None:
-        """Builds what would serve with these settings, and lets go of it. Raises what building it does."""
+        """Builds what would serve with these settings, and drops it again. Raises what building raises."""
         before = self.gateway
         gateway = self._build_gateway(settings, before)
         try:
@@ -214,8 +213,8 @@ class App:
             await gateway.aclose(before)
 
     async def _retire(self, old: _Generation, successor: Gateway) -> None:
-        """Closes a gateway once its requests are answered. One after the other: what a gateway shares with its
-        successor is the successor's to close, and that must not be sooner."""
+        """Closes a gateway once its requests are answered. Gateways are closed one after the other, in their order:
+        what one shares with its successor the successor closes, which must not be sooner."""
         async with self._closing:
             left = old.settings.server.request_timeout + GRACE
             while old.inside and left > 0:
@@ -225,7 +224,7 @@ class App:
 
 
 def warn_if_open(settings: Settings) -> None:
-    """Says so where anybody who is not on this machine may embed."""
+    """Warns where anybody on another machine may embed."""
     if settings.auth is None and not _is_loopback(settings.server.host):
         _warn_of_open(settings)
 

@@ -64,7 +64,7 @@ _ENTRY = 40
 _Merge = Literal["livesum", "livemin", "livemax"]
 
 _once = functools.lru_cache(maxsize=4096)
-"""Makes what is made for label values once for each, of so many."""
+"""Remembers what was made for each tuple of label values, up to so many."""
 
 
 @contextlib.contextmanager
@@ -152,8 +152,8 @@ class Histogram(prometheus_client.Histogram):
 
 
 class Told:
-    """A series that is counted in plain numbers and told to Prometheus later: counting costs a tenth, and what goes
-    up and down again meanwhile costs nothing. Not for threads."""
+    """A series that is counted in plain numbers, which Prometheus is told later: counting costs a tenth of that, and
+    what goes up and down again meanwhile costs nothing. Not for threads."""
 
     __slots__ = ("_due", "_waiting")
 
@@ -235,8 +235,8 @@ class Spread(Told):
 
 
 class Due:
-    """The series that Prometheus is to be told of. Whoever asks this process is told first. Where others ask for it
-    (several workers share their metrics), they are told at the end of the event loop's turn."""
+    """The series that have counted something Prometheus is yet to be told. It is told before this process's metrics are
+    read; where another process may read them (several workers share theirs), at the end of the event loop's turn."""
 
     def __init__(self, *, shared: bool) -> None:
         self._shared = shared

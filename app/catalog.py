@@ -43,7 +43,7 @@ class Model:
     roles: tuple[Role, ...] = ()
     """What a text can be said to be for; empty where the model does not tell queries from documents."""
     default_role: Role | None = None
-    """What the upstream takes a text for when it is not told: asking for it by name is asking for nothing."""
+    """The role that the upstream assumes where it is told none: to ask for this one is the same as to ask for none."""
     prefixes: tuple[str, ...] = ()
     """Where a role is told within the text: what goes before the text, one for each of `roles`. `{instruct}` in
     it is the caller's instruction."""
@@ -76,9 +76,9 @@ class Model:
 
 
 def together(models: Sequence[Model]) -> Model:
-    """What is true of one model behind several deployments, the first standing for all but in this: what any of them
-    takes is served, images and videos only where all take them; what is too long for one of them is too long; and made
-    to be shortened here is the model, whoever serves it."""
+    """What is true of one model behind several deployments. The first stands for all, with these exceptions: roles,
+    instructions and sparse vectors are served where any deployment has them, images and videos where all do; an input
+    is too long where it is for any; and where the catalogue has lengths to cut to for any, they hold for all."""
     if len(models) == 1:
         return models[0]
     return replace(
@@ -96,7 +96,7 @@ def together(models: Sequence[Model]) -> Model:
 
 
 def least(limits: Iterable[int | None]) -> int | None:
-    """Of those that are known."""
+    """The least of the limits that are known; None where none is."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 

@@ -32,7 +32,7 @@ KEEP_ALIVE = 75
 BACKLOG = 2048
 """Connections that wait to be accepted, at most."""
 MOMENT = 0.25
-"""Seconds from when the listener closes in which a request that is on its way over an idle connection is answered."""
+"""Seconds after the listener has closed in which a request that was on its way over an idle connection is answered."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """mallopt(3)'s."""
@@ -130,7 +130,7 @@ class Server(uvicorn.Server):
             signal.signal(number, signal.SIG_IGN)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # The event loop closes what it cannot listen on, without a word: it is asked for again.
+        # The event loop closes a socket that it cannot listen on without a word. Listening again raises what it hid.
         again = [listener.dup() for listener in sockets or ()]
         await super().startup(sockets)
         try:
@@ -155,7 +155,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _let_in(self, server: asyncio.Server, listener: socket.socket) -> None:
-        """Accepts those who wait for it, and closes the listener."""
+        """Closes the listener, and accepts the connections that wait in its backlog."""
         protocol: Any = self.config.http_protocol_class
 
         def connected() -> asyncio.BaseProtocol:

@@ -228,7 +228,8 @@ class Room:
 _LENGTHS: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
 """Characters a token, in the longest piece."""
 _SPARE = 16
-"""Tokens looked at behind a piece: where what is looked at ends within a word, its last ones are not the text's."""
+"""Tokens looked at beyond a piece: where what is looked at ends within a word, its last tokens are not the text's
+own."""
 
 
 class _Cutter:
@@ -358,15 +359,15 @@ _OF_MEDIA = 2**20
 
 
 def credible(total: int, inputs: Sequence[Input], weights: Sequence[int]) -> bool:
-    """Whether a call's inputs may have come to so many tokens; an unsigned -1 is none. `weights` are their estimates,
-    to each unit of which a text has four characters at most."""
+    """Whether a call's inputs can have come to `total` tokens; to an unsigned -1, for example, they cannot. `weights`
+    are their estimates: for each unit of it a text has four characters at most."""
     most = 4 * _SAFE * sum(weights) + _BESIDES * len(weights)
     return total <= most or total <= most + _OF_MEDIA * sum(isinstance(each, Media) for each in inputs)
 
 
 def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
-    """What each of a call's inputs has of its `total`. `weights` are their estimates; nobody can tell what an image or
-    a video comes to, so these share what the texts beside them leave."""
+    """Each input's part of a call's `total`. `weights` are their estimates. Nobody can tell what an image or a video
+    comes to, so these share what the texts beside them leave."""
     if Media not in set(map(type, inputs)):
         return share(total, weights)
     of_texts = [0 if isinstance(each, Media) else weight for each, weight in zip(inputs, weights, strict=True)]

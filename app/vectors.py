@@ -89,7 +89,7 @@ def fault(vector: bytes) -> str | None:
 
 
 _TOGETHER = 32
-"""Vectors looked at in one go: copied side by side they stay in the processor's own cache."""
+"""Vectors looked at in one go: copied side by side, so many stay in the processor's cache."""
 
 
 def faultless(rows: Sequence[bytes]) -> bool:
@@ -126,7 +126,7 @@ def dimensions(vector: bytes) -> int:
 
 
 def cosine(one: bytes, other: bytes) -> float:
-    """Of the angle between two vectors; 0 for vectors of different lengths, which are in no angle."""
+    """The cosine of the angle between two vectors; 0 where their lengths differ, which leaves no angle."""
     if len(one) != len(other):
         return 0.0
     a, b = (np.frombuffer(vector, "<f4").astype(np.float64) for vector in (one, other))

@@ -2,10 +2,10 @@
 application.
 
 A pair of sockets joins parent and worker. The worker says that it is up, and goes on saying so: one that falls silent
-hangs, for good as far as anybody can tell, and is replaced like one that has died. The parent says what settings are in
-force, first of all and whenever they change, so that a worker which comes later has what its siblings have whatever
-the file holds by then; and by closing its end, which it also does by dying, when to stop without hurry. Signals are
-for hurry alone: so whoever signals a whole group of processes, as systemd does, gives no order twice.
+is taken to hang for good, and is replaced like one that has died. The parent says what settings are in force, at first
+and whenever they change: a worker that is started later has the same as its siblings, whatever the file holds by then.
+By closing its end, which its death does too, the parent says to stop in order. Signals only hurry a worker: so a signal
+to a whole group of processes, as systemd sends it, is not a second order to stop.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ UP = b"u"
 BEAT = 1.0
 """Seconds after which a worker says again that it is up."""
 SILENCE = 30.0
-"""Seconds without a word from a worker that is up, after two of which it is ended. Two, for the first may have passed
-while this process was itself suspended, with all of them."""
+"""Seconds without a word from a worker that is up; after two such times in a row it is ended. Not after one, which may
+have passed while this process and all the workers were suspended."""
 LONGEST_PAUSE = 30.0
 """Seconds before a worker that cannot start is started again, at most."""
 
@@ -78,7 +78,7 @@ class Orders:
         loop.add_reader(self._socket, told)
 
     def report_up(self) -> None:
-        """Now, and from then on as long as the event loop turns."""
+        """Says so now, and again every `BEAT` seconds as long as the event loop turns."""
         try:
             with contextlib.suppress(BlockingIOError):  # a parent that is suspended
                 self._socket.send(UP)
@@ -87,7 +87,7 @@ class Orders:
         asyncio.get_running_loop().call_later(BEAT, self.report_up)
 
     def _last(self) -> str | None:
-        """The settings that were said last, of those that have come whole since."""
+        """The latest settings, of those that have arrived whole and were not given yet; None where there are none."""
         text = None
         while len(self._received) >= (end := _SIZE + int.from_bytes(self._received[:_SIZE])):
             text = self._received[_SIZE:end].decode()
@@ -106,7 +106,7 @@ class _Worker:
         self._listening = asyncio.create_task(self._listen(reader))
 
     async def _listen(self, reader: asyncio.StreamReader) -> None:
-        """Takes in what it says, until it will say no more; ends it where it hangs."""
+        """Reads what the worker says until it has closed its end, and ends it if it hangs."""
         with contextlib.suppress(OSError):
             self.was_up = await reader.read(1) == UP
             silences = 0

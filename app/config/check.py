@@ -139,7 +139,8 @@ def _means_an_upstream(path: Path, name: str, tree: Tree) -> Iterator[Mistake]:
 
 
 def _spaces_differ(settings: Settings, tree: Tree) -> Iterator[Mistake]:
-    """A space that is named belongs to one set of deployments: two models' vectors would have one cache key."""
+    """A space that is named belongs to one set of deployments, or two models' vectors would have the same cache
+    keys."""
     taken: dict[str, tuple[str, set[tuple[str, str]]]] = {}
     for name, model in settings.models.items():
         served = {(each.upstream, each.model) for each in model.deployments}
@@ -187,8 +188,8 @@ def _one_space(
 
 
 def _can_be_told(path: Path, settings: Settings, model: ModelSettings, kinds: Mapping[str, Kind]) -> Iterator[Mistake]:
-    """What an operator says that a model takes, an upstream of it has words for; a model inside this process is one
-    that it has."""
+    """An upstream of the model must have a word for what the operator says that it takes; and a built-in upstream must
+    have the model."""
     told: set[str] = set()
     for index, deployment in enumerate(model.deployments):
         upstream = settings.upstreams.get(deployment.upstream)

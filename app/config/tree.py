@@ -47,7 +47,8 @@ class Tree:
         self.note(Mistake(path, text))
 
     def note(self, mistake: Mistake) -> None:
-        """A place that lacks a variable has its mistake: what else is wrong with what it holds is not known."""
+        """Adds a mistake, unless it is about what stands in a place whose variable is not set: that is the mistake
+        there, and what else is wrong cannot be known."""
         if mistake.whatever_it_holds or not any(at[: len(mistake.path)] == mistake.path for at in self.unfilled):
             self.mistakes.append(mistake)
 

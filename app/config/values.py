@@ -192,7 +192,7 @@ Pause = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), AfterVali
 """A duration that may be none at all."""
 Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), AfterValidator(not_endless)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
-"""Of what is reckoned with as a number of any kind: Python's whole numbers have no end, and others do."""
+"""A bounded whole number: Python's have no end, but these are turned into numbers of other kinds, which do."""
 Name = Annotated[str, AfterValidator(plain_name)]
 ModelName = Annotated[str, AfterValidator(model_name)]
 Key = Annotated[SecretStr, AfterValidator(key_text)]

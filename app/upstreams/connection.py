@@ -173,7 +173,7 @@ class Connection(asyncio.BufferedProtocol):
             self._chunks += chunk
 
     def on_message_complete(self) -> None:
-        if self._status < 200 and not self._tunnel:  # "100 Continue" and its like: the reply is still to come
+        if self._status < 200:  # "100 Continue" and its like: the reply is still to come
             self._headers.clear()
         elif self._done is not None:
             self._succeed(self._chunks)

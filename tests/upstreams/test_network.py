@@ -514,10 +514,21 @@ async def test_by_a_proxy_in_the_clear_the_whole_address_is_asked_for() -> None:
         assert b"proxy-authorization: Basic " + b64encode(b"me:pass:word") in lines
 
 
-async def test_by_a_proxy_tls_is_with_the_upstream_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "interim",
+    [b"", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"],
+    ids=["at once", "after interim replies"],
+)
+async def test_by_a_proxy_tls_is_with_the_upstream_itself(
+    interim: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def leads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+        writer.write(interim)
+        await tunnel(reader, writer, head)
+
     context, trusted = certificate(tmp_path)
     monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
-    async with serving(says(OK), context) as server, serving(tunnel) as proxy:
+    async with serving(says(OK), context) as server, serving(leads) as proxy:
         async with connected(f"http://me:word@127.0.0.1:{proxy.port}") as network:
             for _ in range(2):
                 reply = await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.main import create_app
-from app.serve import Server, config_of, listen
+from app.serve import CannotListen, Server, _admin, config_of, listen
 from tests.api.support import head, post
 from tests.harness import settings_of
 
@@ -90,5 +90,21 @@ def test_a_request_that_comes_over_an_idle_connection_as_the_listener_closes_is_
             assert b"connection: close" in answer
             writer.close()
             await stopped
+
+    run(test())
+
+
+def test_a_port_for_metrics_that_is_lost_while_starting_is_told() -> None:
+    """Who binds a port with SO_REUSEADDR has it only once it listens; and the event loop would close it in silence."""
+
+    async def test() -> None:
+        with listen("127.0.0.1", 0) as ours, socket.socket() as rival:
+            rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            rival.bind(ours.getsockname())
+            rival.listen()
+            port = rival.getsockname()[1]
+            with pytest.raises(CannotListen, match=rf"^cannot listen on 127\.0\.0\.1:{port}: Address already in use$"):
+                async with _admin(create_app(settings_of({})), ours):
+                    pass
 
     run(test())

@@ -527,6 +527,7 @@ def test_a_connection_lives_on_after_an_error_whose_request_was_read(
             reply = connection.must_reply()
             assert reply.status_code == status
             assert "connection" not in reply.headers
+            assert ("allow" in reply.headers) == (status == 405)
             error_of(reply)
         connection.send(post(GOOD, AUTH))
         assert connection.must_reply().status_code == 200
@@ -548,6 +549,7 @@ def test_a_connection_is_closed_after_an_error_whose_body_was_not_read(
     said = answers(gateway.url, bad + SMUGGLED)
     assert [reply.status_code for reply in said] == [status]
     assert said[0].headers["connection"] == "close"
+    assert "allow" not in said[0].headers
     error_of(said[0])
     assert not fake.calls
 

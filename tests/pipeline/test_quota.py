@@ -72,11 +72,13 @@ async def test_what_is_refused_costs_nothing(clock: HandClock) -> None:
 
 
 async def test_more_than_a_minute_allows_is_the_callers_mistake(clock: HandClock) -> None:
-    limited = quota(clock, tokens=100)
+    limited = quota(clock, requests=2, tokens=100)
     with pytest.raises(InvalidRequest, match="about 101 tokens, more than the 100 tokens per minute") as refused:
         await limited.take(101)
     assert (refused.value.status, refused.value.param) == (400, "input")
     await limited.take(100)
+    await clock.advance(29)
+    await refusal(limited)  # it counts as a request
 
 
 async def test_an_estimate_is_put_right_afterwards(clock: HandClock) -> None:
@@ -258,6 +260,7 @@ async def test_of_who_hangs_up_while_redis_is_asked_it_hears_once(clock: HandClo
     await clock.advance(1)
     await limited.take(1)
     assert slow.asked == [(0, 900), (0, 0)]
+    assert not limited._asking, "what is over is kept no longer"
 
 
 async def test_what_redis_may_have_heard_is_not_given_back_again(clock: HandClock) -> None:

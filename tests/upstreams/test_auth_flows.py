@@ -244,6 +244,7 @@ async def test_a_refused_key_is_asked_about_once_a_minute(status: int) -> None:
         (json_reply({"error": "rate_limit_exceeded"}, 400), RateLimited),
         (json_reply({"error": "unknown_error"}, 400), UpstreamError),
         (json_reply({"error": "unsupported_grant_type"}, 400), UpstreamAuth),
+        (json_reply({"error": "internal_error"}, 500), UpstreamError),
         (WireReply(503, {}, b"<html>"), GatewayError),
         (WireReply(500, {}, b"[]"), UpstreamError),
         (WireReply(200, {}, b"<html>"), UpstreamInvalidResponse),
@@ -262,8 +263,9 @@ async def test_a_token_server_in_trouble_is_named_and_asked_again_by_the_next_ca
     with pytest.raises(kind) as caught:
         await token(embedding(), server.send)
     assert "the-secret-key" not in str(caught.value)
+    assert isinstance(caught.value, UpstreamAuth) == (kind is UpstreamAuth)
     server.refuse = None
-    if not isinstance(caught.value, UpstreamAuth):
+    if kind is not UpstreamAuth:
         await token(embedding(), server.send)
         assert server.issued == 2
 

@@ -261,6 +261,12 @@ async def test_a_reply_too_many_is_nobody_s() -> None:
             assert server.connections == 2
 
 
+async def test_a_connection_that_a_reply_ends_is_not_left_to_the_upstream_to_close() -> None:
+    async with serving(says(OK.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))) as server, connected() as network:
+        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        await until(lambda: server.closed == 1)
+
+
 async def test_a_connection_on_which_somebody_speaks_unasked_is_closed() -> None:
     answered = asyncio.Event()
 
@@ -389,6 +395,23 @@ async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream() -> None:
             with no_descriptors(), pytest.raises(Overloaded, match="Too many open files") as caught:
                 await network.exchange(post(server.url(host=host)), MOST)
             assert type(caught.value) is Overloaded, "and not the upstream's"
+
+
+@pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
+async def test_an_address_without_a_port_leads_to_its_scheme_s(
+    scheme: str, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[tuple[Any, ...]] = []
+
+    def look_up(*asked: Any, **kwargs: Any) -> Any:
+        looked.append(asked)
+        raise socket.gaierror("no answer")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    async with connected() as network:
+        with pytest.raises(UpstreamUnreachable):
+            await network.exchange(post(f"{scheme}://upstream.example/v1"), MOST)
+    assert looked == [(b"upstream.example", port)]
 
 
 # --- TLS -------------------------------------------------------------------------------------------------
@@ -549,6 +572,7 @@ async def test_a_proxy_that_refuses_is_told_from_the_upstream(status: int, passe
             await network.exchange(post("https://upstream.example/"), MOST)
         assert raised.value.retryable == passes
         await until(lambda: proxy.closed == 1)
+        assert proxy.heads[0].startswith(b"CONNECT upstream.example:443 HTTP/1.1\r\nhost: upstream.example:443\r\n")
 
 
 async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -322,25 +322,28 @@ async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(t
         assert await broken.run() == 3
 
 
-async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(tmp_path: Path) -> None:
-    """Until one is up again, whose end is none of its fault."""
-    scripts = iter(["up", *["broken"] * 7, "up", *["broken"] * 2])
+async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Until one is up again, whose end is none of its fault. The system may have no room for one, too."""
+    kinds = iter(["up", "no room", *["broken"] * 7, "up", *["broken"] * 2])
 
     def command(orders: int) -> list[str]:
-        up = next(scripts) == "up"
-        script = f"import socket; socket.socket(fileno={orders}).send(b'u')" if up else "raise SystemExit(3)"
-        return [sys.executable, "-c", script]
+        kind = next(kinds)
+        script = f"import socket; socket.socket(fileno={orders}).send(b'u')" if kind == "up" else "raise SystemExit(3)"
+        return [str(tmp_path / "none") if kind == "no room" else sys.executable, "-c", script]
 
     class Hasty(Workers):
         async def _rest(self, seconds: float) -> None:
             rests.append(seconds)
-            if len(rests) == 9:
+            if len(rests) == 10:
                 self.stop(signal.SIGTERM)
 
     rests: list[float] = []
     with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         assert await asyncio.wait_for(Hasty(command, settings_of({}), listener).run(), 60) == 0
-    assert rests == [1, 2, 4, 8, 16, 30, 30, 1, 2]
+    assert rests == [30, 1, 2, 4, 8, 16, 30, 30, 1, 2]
+    assert "a worker cannot be started: No such file or directory" in caplog.text
 
 
 @pytest.mark.parametrize("up", [True, False], ids=["up", "still starting"])

@@ -148,6 +148,17 @@ async def test_a_connection_says_the_same_whether_heads_are_remembered_or_not(
     own = chance.choice([*HEADS, *HEADS[:1] * 10])
     whole = [request(chance, own) for _ in range(chance.randrange(2, 12))]
     data = pieces(chance, whole)
+    await _says_the_same(data, monkeypatch)
+
+
+@pytest.mark.parametrize("digits", [20, 5000])
+async def test_nor_does_a_length_that_no_body_has_make_a_difference(
+    digits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await _says_the_same([PLAIN % 1 + b"x", PLAIN % 10 + b"y" * 10, PLAIN.replace(b"%d", b"9" * digits)], monkeypatch)
+
+
+async def _says_the_same(data: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     requests, written, _ = await told(data)
     monkeypatch.setattr(Protocol, "_lessons", 0)
     expected, answers, _ = await told(data)

@@ -295,14 +295,33 @@ async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
             writer.write(OK)
 
     async with serving(late) as server, connected() as network:
+        troubles: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, told: troubles.append(told))
         await network.exchange(post(server.url()), MOST)
         waiting = asyncio.create_task(network.exchange(post(server.url(), headers={"x-late": "1"}), MOST))
         await until(lambda: len(server.heads) == 2)
         waiting.cancel()
         release.set()
         await asyncio.gather(waiting, return_exceptions=True)
+        await until(lambda: server.closed == 1)
         assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
         assert server.connections == 2
+        assert not troubles
+
+
+async def test_at_the_end_what_lies_idle_is_closed() -> None:
+    async with serving(says(OK)) as server:
+        async with connected() as network:
+            await network.exchange(post(server.url()), MOST)
+            assert server.closed == 0
+        await until(lambda: server.closed == 1)
+
+
+async def test_an_empty_body_has_a_length_where_one_is_expected() -> None:
+    async with serving(says(OK)) as server, connected() as network:
+        for method in ("POST", "GET"):
+            await network.exchange(WireRequest(method, server.url(), {}, b""), MOST)
+        assert [b"\r\ncontent-length: 0\r\n" in head for head in server.heads] == [True, False]  # RFC 9110 8.6
 
 
 async def test_what_a_reply_announces_takes_no_memory_until_it_comes() -> None:
@@ -601,6 +620,25 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
         with pytest.raises(UpstreamUnreachable):
             await dead.exchange(post("http://dead.invalid/v1"), MOST)
         assert looked.count("dead.invalid") == 2
+
+
+async def test_who_hangs_up_takes_a_name_s_address_from_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, answer, real = threading.Event(), threading.Event(), socket.getaddrinfo
+
+    def look_up(_host: Any, *args: Any, **kwargs: Any) -> Any:
+        asked.set()
+        answer.wait(20)
+        return real("127.0.0.1", *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    async with serving(says(OK)) as server, connected() as network:
+        url = server.url(host="slow.invalid")
+        leaves, stays = (asyncio.create_task(network.exchange(post(url), MOST)) for _ in range(2))
+        await until(asked.is_set)
+        leaves.cancel()
+        await asyncio.gather(leaves, return_exceptions=True)
+        answer.set()
+        assert (await stays).body == b"[1,2]"
 
 
 async def test_a_connection_that_has_ended_says_so() -> None:

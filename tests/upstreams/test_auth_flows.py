@@ -184,6 +184,7 @@ async def test_a_token_is_renewed_before_it_expires_while_the_old_one_serves(
     await token(embedding(), server.send)
     clock.now += renewed_at - 1
     await token(embedding(), server.send)
+    await settle()
     assert server.issued == 1
     clock.now += 2
     server.gate.clear()

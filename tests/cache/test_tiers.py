@@ -336,6 +336,7 @@ async def test_what_comes_while_a_write_is_under_way_is_written_together(clock: 
     await asyncio.sleep(0)
     for number in range(1, 600):
         tiers.put(entries([number]))
+        await asyncio.sleep(0)
     slow.open_for_writes.set()
     await tiers.close()
     assert slow.batches == [1, 256, 256, 87]

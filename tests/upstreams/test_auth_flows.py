@@ -13,8 +13,9 @@ from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, baidu, openai
-from app.upstreams.access_token import AccessToken
+from app.upstreams.access_token import FETCHING, LOOK, AccessToken
 from app.upstreams.signature import BceSignature, bce_authorization
+from tests import clock as clocks
 
 
 class HandClock:
@@ -278,6 +279,7 @@ class Shelf:
         self.held: bytes | None = None
         self.meanwhile: list[Awaitable[object]] = []
         self.claims = 0
+        self.claimed_elsewhere = False
 
     async def get(self, name: bytes) -> bytes | None:
         del name
@@ -292,7 +294,7 @@ class Shelf:
         if self.meanwhile:
             await self.meanwhile.pop()
         self.claims += 1
-        return True
+        return not self.claimed_elsewhere
 
     async def release(self, name: bytes) -> None:
         del name
@@ -307,6 +309,32 @@ async def test_a_token_that_another_replica_leaves_just_before_the_claim_is_take
     assert server.issued == 1
     assert server.served == ["24.token-1"] * 2
     assert shelf.claims == 0
+
+
+async def test_a_token_of_another_replica_is_renewed_in_time_and_not_taken_again() -> None:
+    clock, server, shelf = clocks.HandClock(), Server(lifetime=100), Shelf()
+    one, other, third = (flow(clock, shelf) for _ in range(3))
+    await one(embedding(), server.send)
+    await other(embedding(), server.send)
+    assert server.issued == 1
+    clock.now += 91  # it is good for another nine seconds
+    await other(embedding(), server.send)
+    await settle()
+    assert server.issued == 2
+    assert shelf.held is not None
+    clock.now += 91
+    await third(embedding(), server.send)
+    assert (server.issued, server.served[-1]) == (3, "24.token-3")
+
+
+async def test_who_has_the_fetching_to_itself_holds_others_up_for_as_long_as_that_may_take() -> None:
+    clock, server, shelf = clocks.HandClock(), Server(), Shelf()
+    shelf.claimed_elsewhere = True
+    asked = asyncio.create_task(flow(clock, shelf)(embedding(), server.send))
+    while not asked.done() and clock.now < 1000 + 2 * FETCHING:
+        await clock.advance(LOOK)
+        assert not server.issued or clock.now > 1000 + FETCHING
+    assert (await asyncio.wait_for(asked, 30)).body == b'{"data":[]}'
 
 
 async def test_a_caller_who_leaves_while_the_token_is_fetched_takes_it_from_nobody() -> None:

@@ -221,9 +221,9 @@ def test_a_complaint_without_end_holds_nobody_up(subject: Subject, size: int) ->
         b'{"error_code":1,"error":"' + words + b'"}',
         words,
     ):
-        started = time.perf_counter()
+        started = time.thread_time()
         error = subject.adapter.parse_error(WireReply(400, {}, body))
-        assert time.perf_counter() - started < 0.2
+        assert time.thread_time() - started < 0.2
         assert error is not None
         assert error.retry_after is None
 

@@ -174,6 +174,25 @@ def test_nor_does_one_that_began_behind_another_request(gateway: Running, monkey
     assert b"in time" in answers[1][1]
 
 
+@pytest.mark.parametrize("before", [b"", LAST.replace(b"Connection: close\r\n", b"")], ids=["first", "behind another"])
+def test_the_time_for_a_head_ends_with_it_and_begins_anew_with_the_next(
+    gateway: Running, before: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(gateway.url.rpartition(":")[2])
+    with connected(gateway) as connection:
+        connection.sendall(before + b"GET /healthz HTTP/1.1\r\n")
+        wait_for(lambda: [each._head_timer is not None for each in open_connections(port)] == [True])
+        (served,) = open_connections(port)
+        connection.sendall(b"Host: x\r\n\r\n")
+        answers = b""
+        while answers.count(b'{"status":"ok"}') < (2 if before else 1):
+            answers += connection.recv(65536)
+        assert served._head_timer is None, "or it would be refused while it is idle"
+        monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.05)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\n")
+        assert connection.recv(65536).startswith(b"HTTP/1.1 400 ")
+
+
 def test_who_hangs_up_in_a_head_is_not_refused_as_well(gateway: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(protocol, "HEAD_TIMEOUT", 0.2)
     before = gateway.metric("rejected_requests_total", reason="invalid_http")

@@ -247,19 +247,21 @@ class Slow:
 
 async def test_of_who_hangs_up_while_redis_is_asked_it_hears_once(clock: HandClock) -> None:
     slow = Slow()
-    slow.answer = Verdict(0, 0, 99)
-    limited = Quota("team", Rates(None, 1000), clock, Metrics(), cast("SharedLimits", slow))
+    slow.answer = Verdict(0, 49, 99)
+    limited = Quota("team", Rates(50, 1000), clock, Metrics(), cast("SharedLimits", slow))
     limited.owe(0, 900)
     gone = asyncio.create_task(limited.take(1))
     await settle()
     gone.cancel()
     await settle()
+    limited.owe(2, 9)
     slow.go.set()
     await settle()
-    assert limited.standings()[0].remaining == 99, "the answer is taken in all the same"
+    left = [each.remaining for each in limited.standings()]
+    assert left == [47, 90], "the answer is taken in all the same, less what it does not know of"
     await clock.advance(1)
     await limited.take(1)
-    assert slow.asked == [(0, 900), (0, 0)]
+    assert slow.asked == [(0, 900), (2, 9)]
     assert not limited._asking, "what is over is kept no longer"
 
 

@@ -51,9 +51,9 @@ def test_an_open_model_is_known_by_its_name_whoever_serves_it(name: str, known: 
     ["a-q4" + "_q4" * 14 + "!", "-4bit" * 50 + "x", "-fp16" * 50 + ":", "/" * 255 + "\n", "-q4" + "_q4" * 10**6 + "!"],
 )
 def test_no_name_that_a_caller_or_an_upstream_may_think_up_takes_long(name: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     assert family(name) is None
-    assert time.perf_counter() - started < 0.1
+    assert time.thread_time() - started < 0.1
 
 
 def test_every_row_is_found_by_its_own_name() -> None:

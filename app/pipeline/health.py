@@ -182,11 +182,13 @@ class Health:
             self._suspect_until = self._clock.monotonic() + DOUBTFUL
             self._note_trouble(why)
 
-    def abandon(self, era: int) -> None:
+    def abandon(self, era: int, *, others_first: bool = False) -> None:
         """A call that began in this era says nothing of the deployment. If it was the one call after an ejection, the
-        next one takes its place."""
+        next one takes its place. `others_first`: for a moment, as those may have what it lacked."""
         if era == self._era:
             self._probing = False
+            if others_first:
+                self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
 
     def end(self, error: GatewayError | None, era: int) -> None:
         """What a call that began in this era came to. A refused input speaks for a deployment, not against it."""

@@ -223,8 +223,8 @@ class Route:
         outcome of an input, so that callers are told only of their own inputs' failures.
 
         What a retry can help is asked once more, of another deployment if there is one. What failed for trouble of this
-        deployment's own (its key, its quota, its configuration, its dimensions) is asked of another one only. What
-        nobody waits for any more is not asked again.
+        deployment's own (its key, its quota, its configuration, its dimensions), or because there was no room here for
+        a connection to it, is asked of another one only. What nobody waits for any more is not asked again.
         """
         self._budget.earn()
         result = await self._attempt(batch, slot)
@@ -302,7 +302,7 @@ class Route:
             elif late:
                 health.drop(slot.era)
             else:
-                health.abandon(slot.era)
+                health.abandon(slot.era, others_first=verdict.is_ours(error))
             if isinstance(error, RateLimited):
                 deployment.slots.shrink()
             elif judged and error is None:

@@ -36,10 +36,12 @@ def has_what_was_none(result: BatchResult, pending: Sequence[int], retried: Batc
 
 def worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
     """`elsewhere`: another deployment can be asked, which does not share trouble with this one's key, quota, names or
-    lengths of vectors."""
+    lengths of vectors, and may have a connection already where there is no room for a new one."""
     if isinstance(outcome, Embedding):
         return False
-    return outcome.retryable or (elsewhere and isinstance(outcome, UpstreamError | QuotaExhausted))
+    return outcome.retryable or (
+        elsewhere and (isinstance(outcome, UpstreamError | QuotaExhausted) or is_ours(outcome))
+    )
 
 
 def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayError) -> bool:
@@ -48,7 +50,7 @@ def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayErro
     if isinstance(outcome, UpstreamIgnoredDimensions):
         return True
     lasts = isinstance(outcome, UpstreamError | QuotaExhausted) and not outcome.retryable
-    return lasts and isinstance(first, GatewayError) and first.retryable
+    return lasts and isinstance(first, GatewayError) and (first.retryable or is_ours(first))
 
 
 def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
@@ -59,7 +61,7 @@ def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
     return outcome.retryable
 
 
-def is_ours(error: GatewayError | None) -> bool:
+def is_ours(error: Embedding | GatewayError | None) -> bool:
     """Whether no upstream has part in it: there was no room here to ask one."""
     return type(error) is Overloaded
 

@@ -124,6 +124,21 @@ async def test_out_of_descriptors_we_have_no_room_and_the_upstream_keeps_its_tra
             assert (available, served.status_code, len(fake.calls)) == (1, 200, 1)
 
 
+async def test_out_of_descriptors_the_deployment_that_has_a_connection_is_asked() -> None:
+    with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
+        with running(two(one.url, other.url), clock=FastClock()) as gateway:
+            await asyncio.gather(one.calls_arrived(1), other.calls_arrived(1))  # the canary's
+            await asyncio.gather(one.idle(), other.idle())
+            async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
+                assert (await client.get("/healthz")).status_code == 200  # over the connection that is used below
+                one.stop()  # which closes its connections
+                with no_descriptors():
+                    texts = [{"model": "m", "input": f"text {i}"} for i in range(30)]
+                    statuses = [(await client.post("/v1/embeddings", json=each)).status_code for each in texts]
+            assert statuses == [200] * 30
+            assert gateway.metric("upstream_available", upstream="one", model=MODEL) == 1
+
+
 async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
     clock = FastClock()
     with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:

@@ -193,12 +193,11 @@ class Registry:
 
     async def aclose(self, successor: Registry | None = None) -> None:
         """Waits for the calls under way, but not those of batchers that a `successor` has as well."""
-        shared = successor._every_batcher() if successor else ()
-        own = [batcher for batcher in self._every_batcher() if batcher not in shared]
-        await asyncio.gather(*(batcher.aclose() for batcher in own))
+        shared = successor._every_batcher() if successor else set()
+        await asyncio.gather(*(batcher.aclose() for batcher in self._every_batcher() - shared))
 
-    def _every_batcher(self) -> list[Batcher]:
-        return [*(batcher for batcher, _ in self._batchers.values()), *self._replaced]
+    def _every_batcher(self) -> set[Batcher]:
+        return {*(batcher for batcher, _ in self._batchers.values()), *self._replaced}
 
     def _take_over(self, before: Registry) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from app.cache.tiers import Tiers
 from app.clock import SystemClock
 from app.gateway import Gateway
 from app.metrics import Metrics
+from app.pipeline.batcher import Batcher
 from app.upstreams import UPSTREAMS
 from app.upstreams.openai import unlisted
 from tests.counting import counting_calls
@@ -53,3 +56,26 @@ def test_a_list_that_has_one_model_more_costs_that_one() -> None:
     assert all(gateway.names[name] is public for name, public in before.items())
     listing(1)
     assert set(gateway.names) == {"model-0", "a/model-0", "b/model-0"}
+
+
+async def test_to_close_what_another_one_has_taken_over_compares_no_model_with_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compared = 0
+
+    def equal(one: object, other: object) -> bool:
+        nonlocal compared
+        compared += 1
+        return one is other
+
+    settings = settings_of({"upstreams": {"up": {"type": "openai", "base_url": "http://no/v1"}}})
+    metrics, clock = Metrics(), SystemClock()
+    cache = Tiers([], metrics, clock)
+    gateway = Gateway(settings, UPSTREAMS, cache, metrics, clock)
+    gateway.upstreams["up"].models = {name: unlisted(name) for name in (f"model-{number}" for number in range(200))}
+    gateway.registry.publish()
+    successor = Gateway(settings, UPSTREAMS, cache, metrics, clock, before=gateway)
+    monkeypatch.setattr(Batcher, "__eq__", equal)
+    monkeypatch.setattr(Batcher, "__hash__", object.__hash__, raising=False)
+    await gateway.registry.aclose(successor.registry)
+    assert compared < 400

@@ -226,8 +226,10 @@ class Network:
         return connection
 
     def _context(self) -> ssl.SSLContext:
-        """Made when first needed: it reads the system's certificates."""
+        """Made when first needed: it reads the system's certificates. Raises `OSError` where it has no descriptor for
+        that: OpenSSL would say nothing, and trust nobody for as long as this process lives."""
         if self._tls is None:
+            _need_descriptor()
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
         return self._tls
@@ -278,6 +280,11 @@ def _origin(url: httpx.URL) -> _Origin:
     tls = url.scheme == "https"
     host = url.raw_host.decode("ascii")
     return _Origin(tls, host, url.port or (443 if tls else 80), url.netloc.decode("ascii"))
+
+
+def _need_descriptor() -> None:
+    """Raises `OSError` where there is none, before somebody needs one who would not say so."""
+    socket.socket(socket.AF_UNIX).close()  # as the event loop has them: it takes no file that may not be there
 
 
 def _translate(error: OSError) -> GatewayError:

@@ -475,6 +475,18 @@ async def test_tls_is_spoken_with_who_can_prove_its_name(tmp_path: Path, monkeyp
         assert server.bodies == [big, big]
 
 
+async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_read_the_next_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    async with serving(says(OK), context) as server, connected() as network:
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            network._context()  # as where the connection that it is for has the last one
+        assert (await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)).status == 200
+
+
 @pytest.mark.parametrize("wrong", ["not trusted", "other name", "expired"])
 async def test_tls_with_anyone_else_is_refused_for_good(
     wrong: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -252,6 +252,7 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
         addresses: _Addresses = []
         failed: Exception | None = None
         try:
+            _need_descriptor()  # the first look-up of a process would say that there is no such host
             addresses = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
         except Exception as error:
             failed = error

@@ -408,7 +408,17 @@ async def test_no_connection_is_told_with_its_reason() -> None:
             await network.exchange(post("http://no-such-host.invalid/"), MOST)
 
 
-async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream() -> None:
+async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    look_up = socket.getaddrinfo
+
+    def first_of_a_process(*args: Any, **more: Any) -> Any:
+        """Without a descriptor it cannot read how names are to be looked up, and finds none."""
+        try:
+            return look_up(*args, **more)
+        except OSError as error:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known") from error
+
+    monkeypatch.setattr(socket, "getaddrinfo", first_of_a_process)
     async with serving(says(OK)) as server, connected() as network:
         for host in ("127.0.0.1", "localhost"):  # whose name cannot be looked up without one
             with no_descriptors(), pytest.raises(Overloaded, match="Too many open files") as caught:

@@ -14,7 +14,7 @@ _LOOK = 0.02
 
 class Claim:
     """Embeds what no other replica has claimed, and then what others have not brought: they failed, died, or took
-    longer than a claim lasts. At least half of the request's time is left for that."""
+    longer than a claim lasts. Waiting for others ends with half of the request's time, so as to leave some for that."""
 
     def __init__(self, inner: Embedder, cache: Tiers) -> None:
         self._inner, self._cache = inner, cache

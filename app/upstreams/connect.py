@@ -77,7 +77,7 @@ class Upstream:
     @property
     def away(self) -> bool:
         """Whether its models could not be listed because it is not there, or what stands in front of it says so, or it
-        fails altogether (a 500 or 502)."""
+        fails altogether (a 500 or 502), or there was no room here for a connection."""
         if self.trouble is None:  # nearly always, and asked for every request
             return False
         gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | Overloaded)

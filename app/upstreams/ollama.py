@@ -9,16 +9,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
 
 import orjson
+from pydantic import AfterValidator
 
 from app import vectors
 from app.catalog import ANY, Model, family
 from app.clock import Clock
 from app.config import UpstreamSettings
-from app.config.values import Count
+from app.config.values import DURATIONS, Count, parse_duration
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -36,11 +37,24 @@ MAX_BATCH = 16
 """It has no limit, but one input that fails fails its call, and a batch is no faster than its inputs."""
 
 
+def stay_text(value: str | int) -> str | int:
+    """As Ollama reads it: seconds, below 0 for ever, or a duration of Go's, which has no days and always a unit."""
+    if isinstance(value, int):
+        return value
+    if re.fullmatch(r"-?[0-9]{1,10}", value):  # from the environment, where everything is text
+        return int(value)
+    if re.fullmatch(r"-?([0-9]+(\.[0-9]+)?(ms|s|m|h))+", value):
+        return value
+    if value.endswith("d"):
+        return int(parse_duration(value))
+    raise ValueError(f"must be a duration: {DURATIONS}; -1 is for ever")
+
+
 class OllamaSettings(UpstreamSettings):
     type: Literal["ollama"] = "ollama"
     base_url: str = f"http://localhost:{PORT}"
     max_concurrency: Count = 2
-    keep_alive: str | int | None = None
+    keep_alive: Annotated[str | int, AfterValidator(stay_text)] | None = None
     truncate: bool = False
     """Ollama's own default is true: a long text is cut and nobody is told."""
 

@@ -63,12 +63,33 @@ def test_the_base_url_is_what_each_vendor_documents(given: dict[str, Any], base_
         ({"type": "baidu", "mode": "v2"}, "api_key: needed"),
         ({"type": "dashscope", "mode": "nativ", "api_key": "k"}, "Input should be 'native' or 'compatible'"),
         ({"type": "ollama", "trunkate": True}, "Extra inputs are not permitted"),
+        ({"type": "ollama", "keep_alive": "for ever"}, "must be a duration: 250ms, 30s, 10m, 1h, 30d, or a number"),
+        ({"type": "ollama", "keep_alive": "2 d 3 h d"}, "must be a duration: 250ms, 30s, 10m, 1h, 30d, or a number"),
     ],
 )
 def test_a_mistake_is_told_readably(given: dict[str, Any], says: str) -> None:
     with pytest.raises(ValidationError) as caught:
         settings_of(**given)
     assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "sent"),
+    [
+        ("10m", "10m"),
+        ("1h30m", "1h30m"),
+        ("-1s", "-1s"),
+        (90, 90),
+        (-1, -1),
+        ("90", 90),
+        ("-1", -1),
+        ("30d", 2592000),
+        ("1.5d", 129600),
+    ],
+)
+def test_how_long_a_model_stays_is_written_as_ollama_reads_it(written: str | int, sent: str | int) -> None:
+    """Its durations are Go's: no days, and no text without a unit, which is how the environment gives a number."""
+    assert settings_of(type="ollama", keep_alive=written).keep_alive == sent
 
 
 class NoClock:

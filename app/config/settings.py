@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, Protocol, Self, get_args
+from typing import Annotated, Any, Literal, Protocol, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
@@ -209,7 +209,9 @@ class ModelSettings(Section):
     max_tokens_per_input: int | None = Field(default=None, ge=1)
     max_characters_per_input: int | None = Field(default=None, ge=1)
     max_tokens_per_batch: int | None = Field(default=None, ge=1)
-    dimension_choices: tuple[int, ...] | None = Field(default=None, min_length=1)
+    dimension_choices: tuple[Annotated[int, Field(ge=1, le=MOST_DIMENSIONS)], ...] | None = Field(
+        default=None, min_length=1
+    )
     instruct: bool | None = None
     sparse: bool | None = None
     images: int | None = Field(default=None, ge=0)

@@ -260,7 +260,9 @@ def _arctic() -> _ByPattern:
     page, name = _CARD + "Snowflake/snowflake-arctic-embed-", "snowflake-arctic-embed"
     model = partial(Model, roles=ROLES, prefixes=(_SEARCH, ""))
     # The first ones were not made to be cut; which size a server has under the bare name, its tag tells.
-    yield rf"{name}(-(xs|s|m|l|m-long))?", model(name, source=page + "l")
+    yield name, model(name, source=page + "l")
+    for size, dimensions in (("xs", 384), ("s", 384), ("m", 768), ("m-long", 768), ("l", 1024)):
+        yield f"{name}-{size}", model(f"{name}-{size}", dimensions, source=page + size)
     yield rf"{name}-m-v1\.5", model(f"{name}-m-v1.5", 768, cuts=(768, 256), source=page + "m-v1.5")
     model = partial(Model, roles=ROLES, prefixes=("query: ", ""))
     yield rf"{name}(2|-l-v2\.0)", model(f"{name}-l-v2.0", 1024, cuts=(1024, 256), source=page + "l-v2.0")

@@ -31,6 +31,7 @@ ROWS = [*(model for models in CATALOG.values() for model in models.values()), *(
         ("mixedbread-ai/mxbai-embed-large-v1", "mxbai-embed-large-v1"),
         ("mxbai-embed-large:335m-v1-fp16", "mxbai-embed-large-v1"),
         ("snowflake-arctic-embed:22m", "snowflake-arctic-embed"),
+        ("Snowflake/snowflake-arctic-embed-m-long", "snowflake-arctic-embed-m-long"),
         ("snowflake-arctic-embed2", "snowflake-arctic-embed-l-v2.0"),
         ("Qwen/Qwen3-Embedding-0.6B", "qwen3-embedding-0.6b"),
         ("qwen3-embedding:8b", "qwen3-embedding"),
@@ -54,6 +55,15 @@ def test_no_name_that_a_caller_or_an_upstream_may_think_up_takes_long(name: str)
     started = time.thread_time()
     assert family(name) is None
     assert time.thread_time() - started < 0.1
+
+
+def test_a_name_that_tells_the_size_tells_the_length() -> None:
+    """It may be asked for, and without it is refused like any length of a model that gives one alone."""
+    lengths = {"xs": 384, "s": 384, "m": 768, "m-long": 768, "l": 1024}
+    for size, length in lengths.items():
+        found = family(f"Snowflake/snowflake-arctic-embed-{size}")
+        assert found
+        assert found.dimensions == length
 
 
 def test_every_row_is_found_by_its_own_name() -> None:

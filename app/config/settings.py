@@ -19,6 +19,7 @@ from app.catalog import Model, Role
 from app.config.values import (
     Count,
     Duration,
+    FilePath,
     Key,
     ModelName,
     Name,
@@ -110,7 +111,7 @@ class MemorySettings(Section):
 
 
 class DiskSettings(Section):
-    path: str = Field(description="the file to keep embeddings in")
+    path: FilePath = Field(description="the file to keep embeddings in")
     max_size: Size = 2 * 2**30
 
 

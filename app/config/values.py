@@ -96,6 +96,13 @@ def key_text(value: SecretStr) -> SecretStr:
     return SecretStr(text)
 
 
+def file_path(value: str) -> str:
+    """A file's path, which no shell has read: `~` would be a directory of that name."""
+    if value.startswith("~"):
+        raise ValueError("begins with ~ as a shell has it; write ${HOME} or the whole path")
+    return value
+
+
 def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
     """An absolute URL without a trailing slash, or ValueError. Messages never hold the URL: it may hold a password."""
     written = " or ".join(f"{scheme}://" for scheme in schemes)
@@ -194,5 +201,6 @@ Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), AfterValidator(n
 Count = Annotated[int, Field(ge=1, le=10**12)]
 """A bounded whole number: Python's have no end, but these are turned into numbers of other kinds, which do."""
 Name = Annotated[str, AfterValidator(plain_name)]
+FilePath = Annotated[str, AfterValidator(file_path)]
 ModelName = Annotated[str, AfterValidator(model_name)]
 Key = Annotated[SecretStr, AfterValidator(key_text)]

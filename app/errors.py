@@ -34,6 +34,8 @@ a key, a token or a URL: what upstreams say is freed of them (`app.upstreams.red
 
 from __future__ import annotations
 
+from typing import Self
+
 
 class GatewayError(Exception):
     """Base of everything the gateway answers with. `str(error)` is the message the caller reads."""
@@ -74,6 +76,13 @@ class GatewayError(Exception):
 
     def __str__(self) -> str:
         return self.message
+
+    def bare(self) -> Self:
+        """Itself, without where it comes from. For whoever keeps an error it has caught: its traceback has the frame in
+        which it is kept, and in the frames below are bodies and inputs. They would stay until the collector of cycles
+        comes, which goes by the number of objects and not by their size."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
     def at_input(self, index: int) -> GatewayError:
         """The same error, told about `input[index]` of the caller's request.

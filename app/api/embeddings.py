@@ -123,7 +123,7 @@ class Embeddings:
                 self._record(exchange, 499, None)
                 return
             except GatewayError as failure:
-                error = failure
+                error = failure.bare()
             except asyncio.CancelledError:  # the server waits no longer, not for the rest of a body either
                 exchange.reading = False
                 error = Overloaded("the gateway is stopping")

@@ -81,7 +81,7 @@ class Adapt:
             budget.in_vain = 0
             return result
         except GatewayError as error:
-            refusal = error
+            refusal = error.bare()
         result = await self._after(refusal, batch, budget)
         result.calls += 1
         return result

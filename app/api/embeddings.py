@@ -56,6 +56,9 @@ LINGER = 5.0
 AT_ONCE = 256 * 2**10
 """Bytes of a body that are parsed between two turns of the event loop: 10 ms if they are token ids. A larger one is
 parsed in a thread, in which only the JSON itself holds up others."""
+HEAVY = 2 * 2**20
+"""Bytes of a body from which it is the only one that is parsed: token ids take up to 15 times their text meanwhile, and
+the place among those inside counts the text."""
 
 _OK = b"HTTP/1.1 200 OK\r\n"
 _ALWAYS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"
@@ -104,6 +107,7 @@ class Embeddings:
         self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
+        self._parsing = asyncio.Lock()
         self._requests, self._inputs = metrics.tallies(metrics.requests), metrics.tallies(metrics.inputs)
         self._tokens = metrics.tallies(metrics.tokens)
         self._durations = metrics.spreads(metrics.request_duration)
@@ -167,7 +171,8 @@ class Embeddings:
                 if len(raw) <= AT_ONCE:
                     body = self._parse(raw, path_model)
                 else:
-                    body = await asyncio.to_thread(self._parse_large, raw, path_model)
+                    async with self._parsing if len(raw) > HEAVY else contextlib.nullcontext():
+                        body = await asyncio.to_thread(self._parse_large, raw, path_model)
                 place.hold(max(len(raw), body.decoded) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)

@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from app import main
 from app.api import embeddings, render
+from app.api.guard import Guard
 from app.api.usage import Usage
 from app.catalog import Model
 from app.clock import SystemClock
@@ -234,6 +235,34 @@ async def test_a_call_whose_time_is_up_does_not_wait_for_its_reply_to_be_parsed(
     finally:
         over.set()
     assert b'outcome="upstream_timeout"' in await metrics.exposition()
+
+
+def test_of_heavy_bodies_one_is_parsed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, come, inside = Guard.watch, [], [0]
+
+    def watched(guard: Guard, scope: Any) -> None:
+        come.append(scope)  # a body is here
+        watch(guard, scope)
+
+    async def to_thread(work: Any, *args: Any) -> Any:
+        if work.__name__ != "_parse_large":
+            return work(*args)
+        inside.append(inside[-1] + 1)
+        while len(come) < 3:  # the others' may be parsed as well now, if they may at all
+            await asyncio.sleep(0)
+        for _ in range(10):
+            await asyncio.sleep(0)
+        inside.append(inside[-1] - 1)
+        return work(*args)
+
+    monkeypatch.setattr(embeddings, "HEAVY", embeddings.AT_ONCE)
+    monkeypatch.setattr(Guard, "watch", watched)
+    with FakeOpenAI() as fake, running(config(fake)) as gateway, ThreadPoolExecutor() as callers:
+        monkeypatch.setattr(asyncio, "to_thread", to_thread)
+        body = {"model": MODEL, "input": ["text " * 1000] * 100}
+        answers = list(callers.map(gateway.post, [body] * 3))
+    assert [answer.status_code for answer in answers] == [200] * 3
+    assert max(inside) == 1
 
 
 def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,7 +138,8 @@ class App:
 
     async def _lifespan(self, receive: embeddings.Receive, send: embeddings.Sender) -> None:
         """ASGI's start and stop messages around the gateway's."""
-        assert (await receive())["type"] == "lifespan.startup"
+        started = await receive()
+        assert started["type"] == "lifespan.startup"
         try:
             await self.gateway.start()
         except Exception as error:
@@ -153,7 +154,8 @@ class App:
             self._watching = asyncio.create_task(self._watch.run())
             background.append(self._watching)
         await send({"type": "lifespan.startup.complete"})
-        assert (await receive())["type"] == "lifespan.shutdown"
+        stopped = await receive()
+        assert stopped["type"] == "lifespan.shutdown"
         for task in background:
             task.cancel()
         await asyncio.gather(*background, return_exceptions=True)

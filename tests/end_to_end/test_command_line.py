@@ -49,6 +49,11 @@ def test_with_a_vendors_key_in_the_environment_its_models_are_simply_there(tmp_p
     assert "canary" not in (tmp_path / "log").read_text()
 
 
+def test_it_serves_where_python_leaves_assertions_out(tmp_path: Path) -> None:
+    with serving(tmp_path, PYTHONOPTIMIZE="1") as (url, _):
+        assert httpx.get(f"{url}/readyz").status_code == 200
+
+
 def test_several_workers_answer_and_one_scrape_tells_of_all(tmp_path: Path) -> None:
     with serving(tmp_path, "--workers", "2") as (url, process):
         for i in range(40):  # a new connection each, so that both workers get some

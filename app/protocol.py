@@ -12,6 +12,7 @@ import fcntl
 import re
 import sys
 import termios
+import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.head import request_id
+from app.api.render import last_lines
 from app.heads import Remembering
 from app.outbox import Outbox
 
@@ -271,8 +273,8 @@ class Protocol(Remembering):
             cycle.keep_alive = False
         cycle.response_started = True
         cycle.waiting_for_100_continue = False
-        end = b"\r\n" if cycle.keep_alive else b"connection: close\r\n\r\n"
-        self._outbox.put(self.transport, head + self._date() + end, body, size, close=not cycle.keep_alive)
+        head += last_lines(int(time.time()), cycle.keep_alive)
+        self._outbox.put(self.transport, head, body, size, close=not cycle.keep_alive)
         if len(self.tasks) == 1 or not cycle.keep_alive:
             # There is nobody else to wait for; or nothing may begin behind this one.
             self._outbox.flush()
@@ -282,10 +284,6 @@ class Protocol(Remembering):
         cycle.on_response()
         if self.flow.write_paused:
             await self._take(until)
-
-    def _date(self) -> bytes:
-        """What the server, once a second, says is to be in every response (RFC 9110 6.6.1); nothing before that."""
-        return b"".join([b"%b: %b\r\n" % header for header in self.server_state.default_headers])
 
     async def _take(self, until: float) -> None:
         """Waits until the caller has taken what was written, or is gone. At `until`, or when the server no longer
@@ -388,7 +386,7 @@ class Protocol(Remembering):
         own = {} if self._between_requests else dict(self.scope["headers"])
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"x-request-id: %b\r\n%bconnection: close\r\n\r\n%b" % (len(body), request_id(own), self._date(), body)
+            b"x-request-id: %b\r\n%b%b" % (len(body), request_id(own), last_lines(int(time.time()), False), body)
         )
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # or its answer would be written to a connection that is closed

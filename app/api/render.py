@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Sequence
+from email.utils import formatdate
 from functools import lru_cache
 from urllib.parse import quote
 
@@ -92,6 +93,14 @@ def _origin(space: str, length: int, deployments: tuple[str, ...]) -> bytes:
 def lines(headers: Sequence[Header]) -> bytes:
     """Headers as they are written."""
     return b"".join([b"%b: %b\r\n" % header for header in headers])
+
+
+@lru_cache(maxsize=2)
+def last_lines(second: int, keep_alive: bool) -> bytes:
+    """How a head ends: with its date (RFC 9110 6.6.1; where the server writes the head, it has one of its own), and
+    whether it is the last on its connection. `second`: since the epoch."""
+    date = formatdate(second, usegmt=True).encode()
+    return b"date: %b\r\n%b\r\n" % (date, b"" if keep_alive else b"connection: close\r\n")
 
 
 def headers(lines: bytes) -> list[Header]:

@@ -257,21 +257,21 @@ class _Plan:
 async def _aside(work: _Work[T], texts: Iterable[Input]) -> T:
     """What this work on these texts comes to; in a thread where they are long, by turns with others."""
     long = sum(len(text) for text in texts if type(text) is str) > _IN_A_THREAD
-    over: StopIteration | None = None
-    while over is None:
-        over = await asyncio.to_thread(_go_on, work, _AT_ONCE) if long else _go_on(work, math.inf)
-    result: T = over.value
-    return result
+    came: tuple[T] | None = None
+    while came is None:
+        came = await asyncio.to_thread(_go_on, work, _AT_ONCE) if long else _go_on(work, math.inf)
+    return came[0]
 
 
-def _go_on(work: _Work[T], seconds: float) -> StopIteration | None:
-    """Some of it; how it ended, if it did."""
+def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
+    """Some of it; what it came to, if that was the rest. Not the exception that says so: whoever kept it would be in
+    its traceback, and the request with it until the collector of cycles comes."""
     until = time.perf_counter() + seconds
     try:
         while time.perf_counter() < until:
             next(work)
     except StopIteration as over:
-        return over
+        return (over.value,)
     return None
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import struct
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -46,3 +48,24 @@ async def test_what_is_split_has_unit_length_also_where_but_one_piece_is_more_th
     request = EmbedRequest("bounded", ["word" + " " * 1_000], Params(), math.inf, on_long_input=policy)
     result = await LongInputs(embed, [model], None)(request)
     assert struct.unpack("<2f", result.embeddings[0].vector) == pytest.approx(found)
+
+
+class Texts(list[str]):
+    """Of which it can be told whether they are gone."""
+
+
+@pytest.mark.parametrize("policy", ["error", "truncate"])
+async def test_texts_that_were_looked_at_are_gone_without_the_garbage_collector(policy: OnLongInput) -> None:
+    async def embed(request: EmbedRequest) -> EmbedResult:
+        return EmbedResult([Embedding(b"\0\0\x80?", 1)] * len(request.inputs), [Source.UPSTREAM] * len(request.inputs))
+
+    model, texts = Model("bounded", max_tokens_per_input=400), Texts(["word " * 100])
+    gone = weakref.ref(texts)
+    gc.collect()
+    gc.disable()
+    try:
+        await LongInputs(embed, [model], None)(EmbedRequest("bounded", texts, Params(), math.inf, on_long_input=policy))
+        del texts
+        assert gone() is None
+    finally:
+        gc.enable()

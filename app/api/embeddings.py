@@ -170,9 +170,10 @@ class Embeddings:
                 guard.watch(scope)
                 if len(raw) <= AT_ONCE:
                     body = self._parse(raw, path_model)
+                elif len(raw) <= HEAVY:
+                    body = await asyncio.to_thread(self._parse_large, raw, path_model)
                 else:
-                    async with self._parsing if len(raw) > HEAVY else contextlib.nullcontext():
-                        body = await asyncio.to_thread(self._parse_large, raw, path_model)
+                    body = await self._parse_alone(raw, path_model)
                 place.hold(max(len(raw), body.decoded) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)
@@ -240,6 +241,14 @@ class Embeddings:
     def _parse_large(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         check_weight(raw, max_inputs=self._server.max_inputs)
         return self._parse(raw, path_model)
+
+    async def _parse_alone(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
+        """One body at a time. A thread goes on though its caller has gone, and the next one waits for it all the
+        same."""
+        await self._parsing.acquire()
+        parsed = asyncio.ensure_future(asyncio.to_thread(self._parse_large, raw, path_model))
+        parsed.add_done_callback(lambda _: self._parsing.release())
+        return await asyncio.shield(parsed)
 
     async def _embed(
         self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope

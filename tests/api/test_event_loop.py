@@ -42,7 +42,7 @@ from app.types import (
 from app.upstreams import openai
 from app.upstreams.auth import NoAuth
 from app.upstreams.redact import Redactor
-from tests.api.support import MODEL, PATIENCE, config, settled
+from tests.api.support import MODEL, PATIENCE, config, log_lines, post, settled, wire
 from tests.fakes import FakeOpenAI
 from tests.harness import running, settings_of
 
@@ -263,6 +263,44 @@ def test_of_heavy_bodies_one_is_parsed_at_a_time(monkeypatch: pytest.MonkeyPatch
         answers = list(callers.map(gateway.post, [body] * 3))
     assert [answer.status_code for answer in answers] == [200] * 3
     assert max(inside) == 1
+
+
+def test_a_heavy_body_whose_caller_has_gone_is_still_parsed_and_the_next_one_waits_for_that(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    watch, to_thread, come, begun = Guard.watch, asyncio.to_thread, [], []
+    released = threading.Event()
+
+    def watched(guard: Guard, scope: Any) -> None:
+        come.append(scope)  # a body is here
+        watch(guard, scope)
+
+    async def held(work: Any, *args: Any) -> Any:
+        def later() -> Any:
+            released.wait(PATIENCE)
+            return work(*args)
+
+        if work.__name__ != "_parse_large":
+            return await to_thread(work, *args)
+        begun.append(work)
+        return await to_thread(later)
+
+    monkeypatch.setattr(embeddings, "HEAVY", embeddings.AT_ONCE)
+    monkeypatch.setattr(Guard, "watch", watched)
+    body = {"model": MODEL, "input": ["text " * 1000] * 100}
+    with FakeOpenAI() as fake, running(config(fake)) as gateway, ThreadPoolExecutor() as callers:
+        monkeypatch.setattr(asyncio, "to_thread", held)
+        with wire(gateway.url) as leaver:
+            leaver.send(post(body))
+            settled(gateway, lambda: len(begun) == 1)
+        settled(gateway, lambda: any(line["status"] == "499" for line in log_lines(gateway)))
+        answer = callers.submit(gateway.post, body)
+        settled(gateway, lambda: len(come) == 2)
+        assert gateway.get("/healthz").status_code == 200
+        before = len(begun)
+        released.set()
+        assert answer.result().status_code == 200
+        assert (before, len(begun)) == (1, 2)
 
 
 def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -246,9 +246,15 @@ class Embeddings:
         """One body at a time. A thread goes on though its caller has gone, and the next one waits for it all the
         same."""
         await self._parsing.acquire()
-        parsed = asyncio.ensure_future(asyncio.to_thread(self._parse_large, raw, path_model))
-        parsed.add_done_callback(lambda _: self._parsing.release())
-        return await asyncio.shield(parsed)
+        parsing = asyncio.create_task(asyncio.to_thread(self._parse_large, raw, path_model))
+        parsing.add_done_callback(self._parsed)
+        await asyncio.wait([parsing])
+        return parsing.result()
+
+    def _parsed(self, parsing: asyncio.Task[EmbeddingsBody]) -> None:
+        self._parsing.release()
+        if not parsing.cancelled():
+            parsing.exception()  # which nobody may be there to hear
 
     async def _embed(
         self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope

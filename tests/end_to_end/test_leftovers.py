@@ -35,7 +35,7 @@ def left_behind() -> list[str]:
     [
         (b'{"model": ', 400),
         ({"model": MODEL, "input": [*TEXTS, ""]}, 400),
-        (b'{"model": "%b", "input": [%b[1]]}' % (MODEL.encode(), b"[1]," * 400_000), 400),
+        (b'{"model": "%b", "input": [%b[1]]}' % (MODEL.encode(), b"[1]," * 600_000), 400),
         ({"model": "nobody's", "input": TEXTS}, 404),
     ],
     ids=["json", "value", "weight, in a thread", "model"],

@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from msgspec import Struct
@@ -107,7 +108,8 @@ class Embeddings:
         self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
-        self._parsing = asyncio.Lock()
+        self._alone = ThreadPoolExecutor(1, thread_name_prefix="parse")
+        """For heavy bodies: one is parsed to its end, though its caller may have gone, before the next one is."""
         self._requests, self._inputs = metrics.tallies(metrics.requests), metrics.tallies(metrics.inputs)
         self._tokens = metrics.tallies(metrics.tokens)
         self._durations = metrics.spreads(metrics.request_duration)
@@ -173,7 +175,8 @@ class Embeddings:
                 elif len(raw) <= HEAVY:
                     body = await asyncio.to_thread(self._parse_large, raw, path_model)
                 else:
-                    body = await self._parse_alone(raw, path_model)
+                    alone = asyncio.get_running_loop().run_in_executor
+                    body = await alone(self._alone, self._parse_large, raw, path_model)
                 place.hold(max(len(raw), body.decoded) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)
@@ -241,20 +244,6 @@ class Embeddings:
     def _parse_large(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
         check_weight(raw, max_inputs=self._server.max_inputs)
         return self._parse(raw, path_model)
-
-    async def _parse_alone(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
-        """One body at a time. A thread goes on though its caller has gone, and the next one waits for it all the
-        same."""
-        await self._parsing.acquire()
-        parsing = asyncio.create_task(asyncio.to_thread(self._parse_large, raw, path_model))
-        parsing.add_done_callback(self._parsed)
-        await asyncio.wait([parsing])
-        return parsing.result()
-
-    def _parsed(self, parsing: asyncio.Task[EmbeddingsBody]) -> None:
-        self._parsing.release()
-        if not parsing.cancelled():
-            parsing.exception()  # which nobody may be there to hear
 
     async def _embed(
         self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope

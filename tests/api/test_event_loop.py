@@ -17,6 +17,7 @@ from msgspec.structs import replace
 
 from app import main
 from app.api import embeddings, render
+from app.api.embeddings import Embeddings
 from app.api.guard import Guard
 from app.api.usage import Usage
 from app.catalog import Model
@@ -237,64 +238,59 @@ async def test_a_call_whose_time_is_up_does_not_wait_for_its_reply_to_be_parsed(
     assert b'outcome="upstream_timeout"' in await metrics.exposition()
 
 
-def test_of_heavy_bodies_one_is_parsed_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    watch, come, inside = Guard.watch, [], [0]
+@pytest.fixture
+def come(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Requests whose bodies are here; one that is parsed in a thread is heavy."""
+    watch, come = Guard.watch, []
 
     def watched(guard: Guard, scope: Any) -> None:
-        come.append(scope)  # a body is here
+        come.append(scope)
         watch(guard, scope)
-
-    async def to_thread(work: Any, *args: Any) -> Any:
-        if work.__name__ != "_parse_large":
-            return work(*args)
-        inside.append(inside[-1] + 1)
-        while len(come) < 3:  # the others' may be parsed as well now, if they may at all
-            await asyncio.sleep(0)
-        for _ in range(10):
-            await asyncio.sleep(0)
-        inside.append(inside[-1] - 1)
-        return work(*args)
 
     monkeypatch.setattr(embeddings, "HEAVY", embeddings.AT_ONCE)
     monkeypatch.setattr(Guard, "watch", watched)
+    return come
+
+
+HEAVY: dict[str, Any] = {"model": MODEL, "input": ["text " * 1000] * 100}
+
+
+def test_of_heavy_bodies_one_is_parsed_at_a_time(come: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    parse, inside, most = Embeddings._parse_large, [0], [0]
+
+    def counted(self: Embeddings, *args: Any) -> Any:
+        inside[0] += 1
+        while len(come) < 3:  # the others' may be parsed as well now, if they may at all
+            time.sleep(0.001)
+        time.sleep(0.05)
+        most[0] = max(most[0], inside[0])
+        inside[0] -= 1
+        return parse(self, *args)
+
+    monkeypatch.setattr(Embeddings, "_parse_large", counted)
     with FakeOpenAI() as fake, running(config(fake)) as gateway, ThreadPoolExecutor() as callers:
-        monkeypatch.setattr(asyncio, "to_thread", to_thread)
-        body = {"model": MODEL, "input": ["text " * 1000] * 100}
-        answers = list(callers.map(gateway.post, [body] * 3))
+        answers = list(callers.map(gateway.post, [HEAVY] * 3))
     assert [answer.status_code for answer in answers] == [200] * 3
-    assert max(inside) == 1
+    assert most[0] == 1
 
 
 def test_a_heavy_body_whose_caller_has_gone_is_still_parsed_and_the_next_one_waits_for_that(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    come: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    watch, to_thread, come, begun = Guard.watch, asyncio.to_thread, [], []
-    released = threading.Event()
+    parse, begun, released = Embeddings._parse_large, [], threading.Event()
 
-    def watched(guard: Guard, scope: Any) -> None:
-        come.append(scope)  # a body is here
-        watch(guard, scope)
+    def held(self: Embeddings, *args: Any) -> Any:
+        begun.append(args)
+        released.wait(PATIENCE)
+        return parse(self, *args)
 
-    async def held(work: Any, *args: Any) -> Any:
-        def later() -> Any:
-            released.wait(PATIENCE)
-            return work(*args)
-
-        if work.__name__ != "_parse_large":
-            return await to_thread(work, *args)
-        begun.append(work)
-        return await to_thread(later)
-
-    monkeypatch.setattr(embeddings, "HEAVY", embeddings.AT_ONCE)
-    monkeypatch.setattr(Guard, "watch", watched)
-    body: dict[str, Any] = {"model": MODEL, "input": ["text " * 1000] * 100}
+    monkeypatch.setattr(Embeddings, "_parse_large", held)
     with FakeOpenAI() as fake, running(config(fake)) as gateway, ThreadPoolExecutor() as callers:
-        monkeypatch.setattr(asyncio, "to_thread", held)
         with wire(gateway.url) as leaver:
-            leaver.send(post({**body, "input": [*body["input"], ""]}))  # which is refused, but nobody is told
+            leaver.send(post({**HEAVY, "input": [*HEAVY["input"], ""]}))  # which is refused, but nobody is told
             settled(gateway, lambda: len(begun) == 1)
         settled(gateway, lambda: any(line["status"] == "499" for line in log_lines(gateway)))
-        answer = callers.submit(gateway.post, body)
+        answer = callers.submit(gateway.post, HEAVY)
         settled(gateway, lambda: len(come) == 2)
         assert gateway.get("/healthz").status_code == 200
         before = len(begun)

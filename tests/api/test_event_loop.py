@@ -274,6 +274,22 @@ def test_of_heavy_bodies_one_is_parsed_at_a_time(come: list[Any], monkeypatch: p
     assert most[0] == 1
 
 
+def test_one_that_is_not_parsed_in_its_time_finds_the_gateway_overloaded(
+    come: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = threading.Event()
+    monkeypatch.setattr(Embeddings, "_parse_large", lambda *_: late.wait(PATIENCE))
+    try:
+        with FakeOpenAI() as fake, running(config(fake, server={"request_timeout": 0.2})) as gateway:
+            answer = gateway.post(HEAVY)
+            late.set()
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+            assert answer.headers["retry-after"] == "1"
+            assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
+    finally:
+        late.set()
+
+
 def test_a_heavy_body_whose_caller_has_gone_is_still_parsed_and_the_next_one_waits_for_that(
     come: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

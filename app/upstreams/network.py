@@ -17,7 +17,7 @@ import ssl
 import threading
 from base64 import b64encode
 from functools import partial
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import aiohappyeyeballs
 import httpx
@@ -176,7 +176,10 @@ class Network:
     async def _dial(self, origin: _Origin) -> Connection:
         loop = asyncio.get_running_loop()
         addresses = await self._addresses(origin)
-        link = await aiohappyeyeballs.start_connection(addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1)
+        connects = cast("asyncio.AbstractEventLoop", _Connects())
+        link = await aiohappyeyeballs.start_connection(
+            addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1, loop=connects
+        )
         try:
             _, connection = await loop.create_connection(
                 lambda: Connection(self._scratch),
@@ -261,6 +264,25 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
 
     threading.Thread(target=look, name="look-up", daemon=True).start()
     return found
+
+
+class _Connects:
+    """Connects in place of the event loop: uvloop looks up even an address that is one, in its two threads for names,
+    where a name of Redis that no name server answers for would keep all upstreams waiting."""
+
+    async def sock_connect(self, sock: socket.socket, address: Any) -> None:
+        loop = asyncio.get_running_loop()
+        error = sock.connect_ex(address)
+        if error == errno.EINPROGRESS:
+            settled = asyncio.Event()
+            loop.add_writer(sock, settled.set)
+            try:
+                await settled.wait()
+            finally:
+                loop.remove_writer(sock)
+            error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
 
 
 class _Proxy:

@@ -18,6 +18,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
+import uvloop
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -642,6 +643,22 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
         with pytest.raises(UpstreamUnreachable):
             await dead.exchange(post("http://dead.invalid/v1"), MOST)
         assert looked.count("dead.invalid") == 2
+
+
+class NoNames(uvloop.Loop):
+    """An event loop whose threads for names all wait: for a name of Redis, whose name server does not answer."""
+
+    async def getaddrinfo(self, *_args: Any, **_kwargs: Any) -> Any:
+        await asyncio.Event().wait()
+
+
+def test_a_name_of_redis_that_is_not_found_holds_up_no_upstream() -> None:
+    async def exchange() -> WireReply:
+        async with serving(says(OK)) as server, connected(connect_timeout=1.0) as network:
+            return await network.exchange(post(server.url()), MOST)
+
+    with asyncio.Runner(loop_factory=NoNames) as runner:
+        assert runner.run(exchange()).body == b"[1,2]"
 
 
 async def test_who_hangs_up_takes_a_name_s_address_from_nobody(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,8 +95,11 @@ class Network:
     async def _over(self, connection: Connection, origin: _Origin, message: bytes, max_reply: int) -> WireReply:
         try:
             reply = await connection.exchange(message, max_reply)
-        except BaseException:
+        except BaseException as fault:
             connection.close()  # left unread, it can carry nothing else
+            if isinstance(fault, asyncio.CancelledError):  # no answer: where the way there has died, these have, too
+                for _, idle in self._idle.pop(origin, ()):
+                    idle.close()
             raise
         if not connection.closed:
             self._keep(origin, connection)

@@ -310,6 +310,28 @@ async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
         assert not troubles
 
 
+async def test_after_a_call_without_an_answer_nothing_is_sent_on_what_lay_idle_meanwhile() -> None:
+    """A firewall that forgets connections drops what comes over them without a word."""
+    forgotten: set[asyncio.StreamWriter] = set()
+
+    async def behind_a_firewall(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+        if b"x-forget" in head:
+            forgotten.add(writer)
+            await until(lambda: len(forgotten) == 3)
+        elif writer in forgotten:
+            return
+        writer.write(OK)
+
+    async with serving(behind_a_firewall) as server, connected() as network:
+        await asyncio.gather(*(network.exchange(post(server.url(), headers={"x-forget": "1"}), MOST) for _ in range(3)))
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await network.exchange(post(server.url()), MOST)
+        async with asyncio.timeout(1):
+            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        await until(lambda: server.closed == 3)
+
+
 async def test_at_the_end_what_lies_idle_is_closed() -> None:
     async with serving(says(OK)) as server:
         async with connected() as network:

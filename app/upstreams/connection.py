@@ -187,8 +187,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def _succeed(self, body: bytes | bytearray) -> None:
         if self._ends_with_connection or not (self._tunnel or self._parser.should_keep_alive()):
-            self.closed = True
-            self.transport.close()
+            self.close()  # which over TLS does not wait for the other side's goodbye
         reply = WireReply(self._status, self._headers, body)
         self._end(lambda done: done.set_result(reply))
 

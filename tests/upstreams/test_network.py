@@ -508,6 +508,37 @@ async def test_tls_is_spoken_with_who_can_prove_its_name(tmp_path: Path, monkeyp
         assert server.bodies == [big, big]
 
 
+async def test_a_connection_that_a_reply_ends_does_not_wait_for_the_upstream_s_goodbye(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    release, lost = threading.Event(), asyncio.Event()
+
+    class Watched(Connection):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.set()
+
+    def without_goodbye() -> None:
+        with context.wrap_socket(listener.accept()[0], server_side=True) as talk:
+            talk.recv(65536)
+            talk.sendall(OK.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))
+            release.wait(20)
+
+    monkeypatch.setattr(networks, "Connection", Watched)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        serve = asyncio.create_task(asyncio.to_thread(without_goodbye))
+        url = f"https://localhost:{listener.getsockname()[1]}/v1/embeddings"
+        try:
+            async with connected() as network, asyncio.timeout(5):
+                assert (await network.exchange(post(url), MOST)).body == b"[1,2]"
+                await lost.wait()
+        finally:
+            release.set()
+            await serve
+
+
 async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_read_the_next_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -74,7 +74,7 @@ end
 
 _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 """The server is not, or no longer, the one to ask: a name may by now lead to another."""
-_REFUSED = (AuthenticationError, AuthorizationError, NoPermissionError)
+_REFUSED = (AuthenticationError, AuthorizationError)
 _CLUSTER = (MovedError, ClusterCrossSlotError)
 
 _KEYS_IN_TIME = 256
@@ -304,6 +304,8 @@ class RedisStore:
             self._troubles.end(operation)
         elif isinstance(error, _REFUSED) or isinstance(error.__cause__, _REFUSED):
             self._troubles.begin(operation, "the server refuses our credentials", logging.ERROR)
+        elif isinstance(error, NoPermissionError):
+            self._troubles.begin(operation, told(error), logging.ERROR)  # it says which right our user lacks
         elif isinstance(error, _CLUSTER):
             why = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
             self._troubles.begin(operation, why)

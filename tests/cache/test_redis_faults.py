@@ -204,6 +204,25 @@ async def test_a_wrong_password_is_said_loudly_and_once(
             await store.close()
 
 
+async def test_a_right_that_our_user_lacks_is_named(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+) -> None:
+    with RedisServer(port=unused_tcp_port) as server, caplog.at_level(logging.ERROR):
+        async with redis.asyncio.Redis.from_url(server.url) as admin:
+            await admin.execute_command("ACL", "SETUSER", "gw", "on", ">s3cret", "~eg:*", "+mget", "+set", "+evalsha")
+            store = build(server, clock, metrics, url=f"redis://gw:s3cret@127.0.0.1:{unused_tcp_port}/0")
+            await store.get_or_claim([key(1)])
+            assert store.status.startswith("up; claims fail: NoPermissionError: ")
+            assert "'eval'" in store.status
+            await admin.execute_command("ACL", "SETUSER", "gw", "-mget")
+            await store.get([key(1)])
+            assert store.status.startswith("down: NoPermissionError: ")
+            assert "'mget'" in store.status
+        await store.close()
+    assert len(caplog.records) == 2
+    assert "s3cret" not in caplog.text
+
+
 async def test_a_password_that_the_server_quotes_is_not_said(
     clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -13,12 +13,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 
 from pydantic import SecretStr
-from redis.asyncio import ConnectionPool
+from redis.asyncio import ConnectionPool, SSLConnection
+from redis.asyncio.connection import RedisSSLContext
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
@@ -34,7 +36,7 @@ from redis.exceptions import (
 
 from app.cache import values
 from app.cache.breaker import Breaker
-from app.cache.connections import CONNECT_TIMEOUT, Command, Connections
+from app.cache.connections import CONNECT_TIMEOUT, Command, Connection, Connections
 from app.cache.counts import Counts
 from app.cache.script import Script
 from app.cache.troubles import Troubles, told
@@ -89,8 +91,12 @@ _WRITE_BATCH = 64
 _WRITE_TIMEOUT = 1.0
 """Seconds one pipeline may take where `timeout` is shorter: nobody waits for a write."""
 
+_TLS_LASTS = 60.0
+"""Seconds for which connections share what one of them has read of certificates: to read those that the system trusts
+takes up to 100 ms, in which nobody is served. Then they are read anew, for they are renewed."""
 
-def connections(url: SecretStr | str, limit: int) -> Connections:
+
+def connections(url: SecretStr | str, limit: int, now: Callable[[], float] = time.monotonic) -> Connections:
     """Raises `ValueError`, without the URL or a piece of it, for what is none."""
     try:
         pool = ConnectionPool.from_url(
@@ -104,7 +110,19 @@ def connections(url: SecretStr | str, limit: int) -> Connections:
         pool.make_connection()  # type: ignore[no-untyped-call]  # an option it does not know fails here
     except (ValueError, TypeError):
         raise ValueError("not a Redis URL; write redis://, rediss:// or unix://") from None
-    return Connections(pool.make_connection, limit, ResponseError)
+    tls: RedisSSLContext | None = None
+    until = 0.0
+
+    def make() -> Connection:
+        nonlocal tls, until
+        connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
+        if isinstance(connection, SSLConnection):
+            if tls is None or now() >= until:
+                tls, until = connection.ssl_context, now() + _TLS_LASTS
+            connection.ssl_context = tls
+        return connection
+
+    return Connections(make, limit, ResponseError)
 
 
 class RedisStore:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import ssl
 from collections.abc import AsyncIterator, Iterator
 
 import pytest
@@ -10,7 +11,7 @@ import pytest_asyncio
 import redis.asyncio
 from pydantic import SecretStr
 
-from app.cache.redis import PREFIX, RedisStore
+from app.cache.redis import PREFIX, RedisStore, connections
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
@@ -187,3 +188,31 @@ async def test_a_tls_url_is_spoken_to_in_tls(clock: Clock, metrics: Metrics) -> 
         assert await store.get([key(1)]) == [None]
         assert (await first)[:2] == b"\x16\x03"  # a TLS handshake record
         await store.close()
+
+
+async def test_connections_in_tls_read_the_certificates_once_in_a_while(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    create = ssl.create_default_context
+
+    def counted() -> ssl.SSLContext:
+        nonlocal read
+        read += 1
+        return create()
+
+    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    monkeypatch.setattr(ssl, "create_default_context", counted)
+    async with listening(server) as port:
+        shared = connections(f"rediss://127.0.0.1:{port}/0", 8, clock.monotonic)
+        for seen in (1, 2):
+            asked = [shared.exchange([(b"PING",)]) for _ in range(8)]
+            assert all(
+                isinstance(end, redis.exceptions.ConnectionError)
+                for end in await asyncio.gather(*asked, return_exceptions=True)
+            )
+            assert read == seen
+            clock.advance(60)
+        await shared.close()

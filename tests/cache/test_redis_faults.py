@@ -209,12 +209,14 @@ async def test_a_right_that_our_user_lacks_is_named(
 ) -> None:
     with RedisServer(port=unused_tcp_port) as server, caplog.at_level(logging.ERROR):
         async with redis.asyncio.Redis.from_url(server.url) as admin:
-            await admin.execute_command("ACL", "SETUSER", "gw", "on", ">s3cret", "~eg:*", "+mget", "+set", "+evalsha")
+            await admin.acl_setuser(
+                "gw", True, passwords="+s3cret", keys="eg:*", commands=["+mget", "+set", "+evalsha"]
+            )
             store = build(server, clock, metrics, url=f"redis://gw:s3cret@127.0.0.1:{unused_tcp_port}/0")
             await store.get_or_claim([key(1)])
             assert store.status.startswith("up; claims fail: NoPermissionError: ")
             assert "'eval'" in store.status
-            await admin.execute_command("ACL", "SETUSER", "gw", "-mget")
+            await admin.acl_setuser("gw", True, commands=["-mget"], reset_passwords=False)
             await store.get([key(1)])
             assert store.status.startswith("down: NoPermissionError: ")
             assert "'mget'" in store.status

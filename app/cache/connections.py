@@ -36,11 +36,19 @@ class Connection(Protocol):
 
 
 class Connections:
-    """At most `limit` connections, made by `make` when needed. A `refusal` is raised for a reply that is an error."""
+    """At most `limit` connections, made by `make` when needed. A `refusal` is raised for a reply that is an error. One
+    that is `moved` says that the server is not, or no longer, the one to ask: no connection to it is kept."""
 
-    def __init__(self, make: Callable[[], Connection], limit: int, refusal: type[Exception]) -> None:
+    def __init__(
+        self,
+        make: Callable[[], Connection],
+        limit: int,
+        refusal: type[Exception],
+        moved: tuple[type[Exception], ...] = (),
+    ) -> None:
         self._make = make
         self._refusal = refusal
+        self._moved = moved
         # One slot per possible connection: an idle one, or None, the right to open one. Last in, first out: what was
         # used last is least likely to have been closed by the other side.
         self._slots: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
@@ -73,7 +81,10 @@ class Connections:
                 # What killed this one has most likely killed those that lie idle.
                 await self.drop_idle()
             raise
-        if self._closed:
+        if any(isinstance(reply, self._moved) for reply in replies):
+            await self._discard(connection)
+            await self.drop_idle()
+        elif self._closed:
             await self._discard(connection)
         else:
             self._slots.put_nowait(connection)

@@ -122,7 +122,7 @@ def connections(url: SecretStr | str, limit: int, now: Callable[[], float] = tim
             connection.ssl_context = tls
         return connection
 
-    return Connections(make, limit, ResponseError)
+    return Connections(make, limit, ResponseError, _MOVED)
 
 
 class RedisStore:
@@ -280,7 +280,6 @@ class RedisStore:
                 with self._deadlines.waiting(limit):
                     replies = await exchange()
                     if any(isinstance(reply, _MOVED) for reply in replies):
-                        await self._connections.drop_idle()
                         replies = await exchange()
             except asyncio.CancelledError:
                 self._breaker.abandoned()

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -51,6 +53,11 @@ async def client(server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
 def limit(requests: float | None = 5, tokens: float | None = None) -> Limit:
     """A burst of so many, of which one a minute comes back."""
     return Limit(Bucket(1, requests, 0) if requests else None, Bucket(1, tokens, 0) if tokens else None)
+
+
+def lead(name: Path, server: RedisServer) -> None:
+    name.unlink(missing_ok=True)
+    name.symlink_to(server.socket_url.removeprefix("unix://"))
 
 
 async def must(shared: SharedLimits, name: bytes, limit: Limit, ask: Ask = ONE) -> Verdict:
@@ -204,6 +211,21 @@ async def test_without_an_answer_there_is_no_verdict_and_after_three_times_no_qu
     for _ in range(2):
         assert (await must(shared, b"b", limit())).wait == 0
     assert caplog.text.count("shared by the replicas again") == 1
+
+
+async def test_a_server_that_has_become_a_replica_is_left_for_the_one_that_its_name_leads_to(
+    server: RedisServer, clock: Clock, metrics: Metrics, client: redis.asyncio.Redis
+) -> None:
+    with RedisServer() as other, tempfile.TemporaryDirectory(prefix="eg-") as directory:
+        name = Path(directory, "name")
+        lead(name, server)
+        shared = SharedLimits(f"unix://{name}", LIMIT, clock, metrics)
+        await must(shared, b"a", limit())
+        await client.replicaof("127.0.0.1", "1")
+        lead(name, other)
+        assert await shared.ask(b"a", limit(), ONE) is None
+        assert (await must(shared, b"a", limit())).requests == pytest.approx(4, abs=0.1)
+        await shared.close()
 
 
 async def test_a_server_that_hangs_is_waited_for_as_long_as_told(

@@ -250,7 +250,9 @@ class RedisStore:
         commands: list[Command] = [
             (b"SET", PREFIX + key, values.encode(key, embedding), b"PX", self._px) for key, embedding in entries
         ]
-        return await self._connections.exchange(commands)
+        # Nobody is to wait for a value that the server has not taken, or has thrown out again.
+        over = (b"DEL", *(CLAIM_PREFIX + key for key, _ in entries))
+        return (await self._connections.exchange([*commands, over]))[:-1]
 
     async def let_go(self, keys: Sequence[bytes]) -> None:
         if self._now() >= self._claims_from:

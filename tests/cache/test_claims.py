@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import redis.asyncio
 
-from app.cache.redis import CLAIM_PREFIX, RedisStore
+from app.cache.redis import CLAIM_PREFIX, PREFIX, RedisStore
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from app.types import CLAIM
@@ -17,8 +18,8 @@ from tests.redis_server import RedisServer
 
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    with RedisServer() as redis:
-        yield redis
+    with RedisServer() as server:
+        yield server
 
 
 def keys(*numbers: int) -> list[bytes]:
@@ -43,6 +44,16 @@ async def test_what_one_misses_is_held_for_the_others_until_it_is_there(server: 
     assert count(metrics, "redis", "get", "miss") == 1
     await one.put(entries([2]))
     assert await other.get_or_claim(keys(2, 1)) == ([embedding(2), None], {key(1)})
+    await close(one, other)
+
+
+async def test_nobody_waits_for_what_the_server_has_thrown_out_again(server: RedisServer, clock: Clock) -> None:
+    one, other = store(server, clock), store(server, clock)
+    await one.get_or_claim(keys(1, 2))
+    await one.put(entries([1]))
+    async with redis.asyncio.Redis.from_url(server.url) as admin:
+        assert await admin.delete(PREFIX + key(1)) == 1  # as a server does that is full
+    assert await other.get_or_claim(keys(1, 2)) == ([None, None], {key(2)})
     await close(one, other)
 
 

@@ -47,6 +47,8 @@ def writing_when(written: asyncio.Event) -> Callable[[asyncio.StreamReader, asyn
             if line == b"SET\r\n":
                 await written.wait()
                 writer.write(b"+OK\r\n")
+            elif line == b"DEL\r\n":
+                writer.write(b":0\r\n")
             elif line == b"MGET\r\n":
                 await asyncio.sleep(0.6)
                 writer.write(b"*1\r\n$-1\r\n")

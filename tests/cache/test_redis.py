@@ -2,9 +2,11 @@
 
 import asyncio
 import logging
+import re
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -12,10 +14,15 @@ import redis.asyncio
 from pydantic import SecretStr
 
 from app.cache.redis import PREFIX, RedisStore, connections
+from app.cache.shared_limits import Ask, SharedLimits
+from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
+from app.limits import Bucket, Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
 from tests.redis_server import RedisServer
+
+README = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -216,3 +223,39 @@ async def test_connections_in_tls_read_the_certificates_once_in_a_while(
             assert read == seen
             clock.advance(60)
         await shared.close()
+
+
+async def test_the_rights_that_readme_names_are_enough_and_none_is_too_many(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+) -> None:
+    found = re.search(r"^ *(~eg:.*)$", README, re.MULTILINE)
+    assert found
+    rights = found[1].split()
+    with RedisServer(port=unused_tcp_port) as server, caplog.at_level(logging.WARNING):
+        async with redis.asyncio.Redis.from_url(server.url) as admin:
+            for left_out in (None, *rights):
+                caplog.clear()
+                keys = [right[1:] for right in rights if right[0] == "~" and right != left_out]
+                commands = [right for right in rights if right[0] == "+" and right != left_out]
+                await admin.acl_setuser("gw", True, passwords="+pw", keys=keys, commands=commands, reset=True)
+                await admin.flushdb()
+                await admin.script_flush()
+                await use_all(f"redis://gw:pw@127.0.0.1:{unused_tcp_port}", clock, metrics)
+                assert bool(caplog.messages) == (left_out is not None), left_out
+
+
+async def use_all(url: str, clock: Clock, metrics: Metrics) -> None:
+    """All that a gateway asks of Redis."""
+    store, limits = RedisStore(url, LIMIT, 60, clock, metrics), SharedLimits(url, LIMIT, clock, metrics)
+    tokens = SharedTokens(url, LIMIT, metrics)
+    await store.open()
+    await store.get_or_claim([key(1), key(2)])
+    await store.put(entries([1]))
+    await store.let_go([key(2)])
+    await limits.ask(b"a", Limit(Bucket(60, 60, 0), None), Ask((0, 0), (1, 0), (1, 0)))
+    assert await tokens.claim(b"a", 60)
+    await tokens.put(b"a", b"sealed", 60)
+    await tokens.get(b"a")
+    await tokens.release(b"a")
+    for each in (store, limits, tokens):
+        await each.close()

@@ -134,7 +134,10 @@ class Connection(asyncio.BufferedProtocol):
             self.close()  # there is more than was asked for
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Names in lower case; lines of one name are one, and what is not UTF-8 is replaced (RFC 9110 5.3, 5.5)."""
+        """Names in lower case; lines of one name are one, and what is not UTF-8 is replaced (RFC 9110 5.3, 5.5).
+        What comes behind the head is not of it: trailers (6.5.1), or a second reply."""
+        if self._status >= 200:
+            return
         key, text = name.decode("latin-1").lower(), value.decode("utf-8", "replace")
         self._headers[key] = f"{self._headers[key]}, {text}" if key in self._headers else text
 

@@ -173,6 +173,22 @@ async def test_headers_of_one_name_are_one_and_names_are_lower_case() -> None:
         assert (headers["x-one"], headers["x-two"]) == ("a, b", "\ufffd")
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        CHUNKED.replace(b"\r\n0\r\n", b"\r\n0\r\nretry-after: 9\r\n"),
+        OK + OK.replace(b"\r\n", b"\r\nretry-after: 9\r\n", 1),
+    ],
+    ids=["trailers", "a second reply"],
+)
+async def test_what_comes_behind_a_reply_s_head_is_none_of_its_headers(message: bytes) -> None:
+    async with serving(says(message)) as server, connected() as network:
+        reply = await network.exchange(post(server.url()), MOST)
+        assert reply.body == b"[1,2]"
+        assert "retry-after" not in reply.headers
+        assert reply.headers.get("content-length", "5") == "5"
+
+
 async def test_a_connection_that_went_stale_is_replaced_without_a_word() -> None:
     async with serving(says(OK, close=True)) as server, connected() as network:
         for _ in range(3):  # the server closes each time, and says so to nobody

@@ -117,6 +117,10 @@ class Remembering(HttpToolsProtocol):
             self.on_message_complete()
         return behind
 
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """The parser leaves the white space behind a value, which is no part of it (RFC 9110 5.5)."""
+        super().on_header(name, value.rstrip(b" \t"))
+
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
         if self._given:

@@ -130,6 +130,16 @@ def test_zeros_before_a_length_do_not_alter_it(size: int, status: int, fake: Fak
         assert connection.must_reply().status_code == status
 
 
+@pytest.mark.parametrize("space", [" ", "\t", " \t "])
+def test_white_space_behind_a_header_is_no_part_of_it(space: str, fake: FakeOpenAI, gateway: Running) -> None:
+    lines = ["Host: gateway", AUTH, "X-Request-ID: mine", f"Content-Length: {len(BODY)}"]
+    written = "".join(f"{line}{space}\r\n" for line in lines)
+    reply = must_raw(gateway.url, f"POST /v1/embeddings HTTP/1.1\r\n{written}\r\n".encode() + BODY)
+    assert (reply.status_code, reply.headers.get("x-request-id")) == (200, "mine")
+    too_large = f"Content-Length: {2**16 + 1}{space}"
+    assert must_raw(gateway.url, head("POST", "/v1/embeddings", AUTH, too_large)).status_code == 413
+
+
 @pytest.mark.parametrize(
     "chunks",
     [

@@ -24,8 +24,12 @@ class Mistake(NamedTuple):
 def dotted(path: Path) -> str:
     """`models.docs.deployments[0].upstream`, on one line whatever names there are."""
     parts = (f"[{step}]" if isinstance(step, int) else f".{step}" for step in path)
-    told = "".join(parts).removeprefix(".")
-    return told if told.isprintable() else told.encode("unicode_escape").decode()
+    return _printable("".join(parts).removeprefix("."))
+
+
+def _printable(text: str) -> str:
+    """On one line, and without what a terminal would obey, whatever the file holds."""
+    return text if text.isprintable() else text.encode("unicode_escape").decode()
 
 
 @dataclass(slots=True)
@@ -67,7 +71,8 @@ class Tree:
 
     def lines(self) -> list[str]:
         """One line per mistake: where it is from, its path, what is wrong."""
-        return [": ".join(filter(None, (self._origin(path), dotted(path), text))) for path, text, _ in self.mistakes]
+        found = [(self._origin(path), dotted(path), text) for path, text, _ in self.mistakes]
+        return [": ".join(map(_printable, filter(None, parts))) for parts in found]
 
     def _origin(self, path: Path) -> str:
         for length in range(len(path), 0, -1):

@@ -43,10 +43,11 @@ _AT_ONCE = 0.02
 there are few threads, and a request whose caller has hung up, or that is late, ends."""
 
 # "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
-# process. increase the physical batch size (current batch size: 512)", "Range of input length should be [1, 8192]"
+# process. increase the physical batch size (current batch size: 512)", "is larger than the max context size (512
+# tokens)", "Range of input length should be [1, 8192]"
 _TOKENS = re.compile(
     r"(?:(less than)|length (?:is|of)|at most|limit(?: is| of)?|max(?:imum)?(?: of)?):? (\d[\d,]{0,9}) tokens\b"
-    r"|(?:current batch size: |length should be \[1, )(\d{1,9})\b",
+    r"|(?:current batch size: |context size \(|length should be \[1, )(\d{1,9})\b",
     re.IGNORECASE,
 )
 # "the max input characters is 1000", "String should have at most 122880 characters"

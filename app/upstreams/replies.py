@@ -83,7 +83,7 @@ _CLASSES: Mapping[int, type[GatewayError]] = {3: UpstreamMisconfigured, 4: Inval
 _DIMENSIONS = re.compile(r"\bdimensions?\b|matryoshka", re.IGNORECASE)
 # Not "array too long": that is too many inputs.
 _TOO_LONG = re.compile(
-    r"context.?length|context window|input length|(?<!array )\btoo long|too large to process"
+    r"context.?(length|size)|context window|input length|(?<!array )\btoo long|too large to process"
     r"|maximum.{0,30}\btokens|less than \d+ tokens|at most \d+ characters|max input (characters|tokens)"
     r"|\bmax tokens\b",
     re.IGNORECASE,
@@ -137,6 +137,8 @@ def theirs(error: GatewayError) -> str:
 
 def by_status(status: int, message: str) -> type[GatewayError]:
     """What a status of 300 or more means where the vendor's code does not say it better."""
+    if status == 500 and "too large to process" in message:  # llama-server, of one input that is too long
+        return ContextLengthExceeded
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     return refusal(message) if kind is InvalidRequest else kind
 

@@ -409,6 +409,7 @@ def test_a_limit_is_learned_from_the_refusal_that_states_it(fake: FakeOpenAI, po
         ("String should have at most 1,000 characters", Room(None, 1000)),
         ("Range of input length should be [1, 100]", Room(100, None)),
         ("This model's maximum context length is 100 tokens", Room(100, None)),
+        ("input (602 tokens) is larger than the max context size (100 tokens). skipping", Room(100, None)),
     ],
 )
 def test_whatever_it_is_stated_in(fake: FakeOpenAI, says: str, room: Room) -> None:

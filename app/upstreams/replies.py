@@ -88,6 +88,8 @@ _TOO_LONG = re.compile(
     r"|\bmax tokens\b",
     re.IGNORECASE,
 )
+# How LiteLLM's and infinity's 400 begins; what a caller sent may stand further on.
+_NO_SUCH_MODEL = re.compile(r"(/\S+: )?Invalid model( name passed in model=|: )")
 
 
 _SAYS = re.compile(r'"(?:message|msg|error_msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)*+)"')
@@ -140,7 +142,9 @@ def by_status(status: int, message: str) -> type[GatewayError]:
     if status == 500 and "too large to process" in message:  # llama-server, of one input that is too long
         return ContextLengthExceeded
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
-    return refusal(message) if kind is InvalidRequest else kind
+    if kind is InvalidRequest:
+        return UpstreamMisconfigured if _NO_SUCH_MODEL.match(message) else refusal(message)
+    return kind
 
 
 def refusal(message: str) -> type[InvalidRequest]:

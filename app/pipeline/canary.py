@@ -32,7 +32,7 @@ SAME = 0.999
 EVERY = 4 * 3600.0
 """Seconds between two looks."""
 AGAIN = 60.0
-"""The same, where the last one brought no answer, or the deployment has been away since."""
+"""The same, where the last one brought no answer, or the deployment is out or has been away since."""
 ROUND = 10.0
 """Seconds between two rounds, in each of which the looks that are due are made. A deployment that takes no traffic
 until it has been compared is looked at in every round, so that it is used soon after it answers."""
@@ -148,7 +148,8 @@ class Canary:
         if self._several and (health.ejected or health.unproved):
             return True
         asked_at, answered = self._asked.get(deployment, (-math.inf, False))
-        return now - asked_at >= (EVERY if answered and health.compared else AGAIN)
+        settled = answered and health.compared and health.out is None
+        return now - asked_at >= (EVERY if settled else AGAIN)
 
     async def look(self, now: float, mute: set[str]) -> None:
         """Asks each deployment that is due once. One that has another vector is taken out of the rotation, one that has

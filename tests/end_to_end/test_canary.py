@@ -763,6 +763,19 @@ async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clo
     assert looks._to_ask(clock.monotonic()) == [first]
 
 
+async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None:
+    """Its model may have been put right, and no request goes there that could tell."""
+    (_, second), looks = several(clock, answers, answers)
+    await looks.look(clock.monotonic(), set())
+    second.health.take_out("its vectors were not those of the space")
+    clock.now += AGAIN
+    assert looks._to_ask(clock.monotonic()) == [second]
+    await looks.look(clock.monotonic(), set())
+    assert second.health.out is None
+    clock.now += AGAIN
+    assert not looks.due(clock.monotonic())
+
+
 async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_is_down(clock: HandClock) -> None:
     (alone,), looks = several(clock, answers)
     await looks.look(clock.monotonic(), set())

@@ -33,6 +33,7 @@ _FACTS = (
     "max_batch",
     "max_tokens_per_input",
     "max_characters_per_input",
+    "cuts_silently",
     "max_tokens_per_batch",
     "dimension_choices",
     "instruct",

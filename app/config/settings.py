@@ -209,6 +209,7 @@ class ModelSettings(Section):
     max_batch: int | None = Field(default=None, ge=1)
     max_tokens_per_input: int | None = Field(default=None, ge=1)
     max_characters_per_input: int | None = Field(default=None, ge=1)
+    cuts_silently: bool | None = None
     max_tokens_per_batch: int | None = Field(default=None, ge=1)
     dimension_choices: tuple[Annotated[int, Field(ge=1, le=MOST_DIMENSIONS)], ...] | None = Field(
         default=None, min_length=1

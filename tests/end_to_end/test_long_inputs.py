@@ -191,6 +191,13 @@ def test_what_is_far_too_long_is_not_left_to_a_vendor_that_cuts_in_silence(text:
             assert gateway.post({"model": "gemini-embedding-001", "input": text[:3000]}).status_code == 200
 
 
+def test_nor_does_a_server_of_which_the_operator_says_so(fake: FakeOpenAI) -> None:
+    with running(config(fake, cuts_silently=True)) as gateway:
+        response = gateway.post({"model": "public", "input": FITS, "on_long_input": "truncate"})
+        assert np.array_equal(vectors_of(response)[0], fake.expected(MODEL, Room(8192, None).first(FITS)))
+        assert counted(response) == (1, 0)
+
+
 def test_ollama_is_cut_to_the_context_its_server_tells() -> None:
     with FakeOllama() as fake:
         with running({"upstreams": {"up": {"type": "ollama", "base_url": fake.url}}}) as gateway:

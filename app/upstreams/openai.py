@@ -178,10 +178,16 @@ async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | No
         raise error
     try:
         rows = orjson.loads(reply.body)["data"]
-        names = [str(row["id"]) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]]
+        found = {row["id"]: _listed(row) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]}
     except (KeyError, TypeError, ValueError) as fault:
         raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
-    return [unlisted(name) for name in dict.fromkeys(names)]
+    return list(found.values())
+
+
+def _listed(row: Mapping[str, Any]) -> Model:
+    """vLLM and SGLang say how long an input may be, which is what the server was started with."""
+    model, limit = unlisted(str(row["id"])), row.get("max_model_len")
+    return replace(model, max_tokens_per_input=limit) if type(limit) is int and limit > 0 else model
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:

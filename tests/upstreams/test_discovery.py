@@ -70,6 +70,14 @@ async def test_infinitys_object_in_place_of_a_list_is_understood() -> None:
     assert [model.name for model in await listed({"data": {"id": "BAAI/bge-small"}})] == ["BAAI/bge-small"]
 
 
+async def test_how_long_an_input_may_be_is_what_the_server_was_started_with() -> None:
+    lengths: list[Any] = [256, None, 0, "256", 2.5]
+    found = await listed({"data": [{"id": f"e{i}", "max_model_len": length} for i, length in enumerate(lengths)]})
+    assert [model.max_tokens_per_input for model in found] == [256, None, None, None, None]
+    [known] = await listed({"data": [{"id": "text-embedding-3-large", "max_model_len": 512}]})
+    assert known.max_tokens_per_input == 512
+
+
 async def test_an_entry_without_a_name_is_no_model() -> None:
     found = await listed({"data": [{"id": "e5"}, {"id": None}, {"id": ""}]})
     assert [model.name for model in found] == ["e5"]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import nullcontext
@@ -118,6 +119,7 @@ def connections(url: SecretStr | str, limit: int, now: Callable[[], float] = tim
         connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         if isinstance(connection, SSLConnection):
             if tls is None or now() >= until:
+                socket.socket(socket.AF_UNIX).close()  # without a descriptor none are read: nobody would be trusted
                 tls, until = connection.ssl_context, now() + _TLS_LASTS
             connection.ssl_context = tls
         return connection

@@ -20,6 +20,7 @@ from app.cache.tiers import Tiers
 from app.limits import Bucket, Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
+from tests.harness import no_descriptors
 from tests.redis_server import RedisServer
 
 README = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
@@ -197,22 +198,28 @@ async def test_a_tls_url_is_spoken_to_in_tls(clock: Clock, metrics: Metrics) -> 
         await store.close()
 
 
-async def test_connections_in_tls_read_the_certificates_once_in_a_while(
-    clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    read = 0
+@pytest.fixture
+def contexts(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLContext]:
+    """What is made of the system's certificates."""
+    made: list[ssl.SSLContext] = []
     create = ssl.create_default_context
 
-    def counted() -> ssl.SSLContext:
-        nonlocal read
-        read += 1
-        return create()
+    def made_as_well() -> ssl.SSLContext:
+        made.append(create())
+        return made[-1]
 
-    async def server(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.close()
+    monkeypatch.setattr(ssl, "create_default_context", made_as_well)
+    return made
 
-    monkeypatch.setattr(ssl, "create_default_context", counted)
-    async with listening(server) as port:
+
+async def hang_up(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    writer.close()
+
+
+async def test_connections_in_tls_read_the_certificates_once_in_a_while(
+    clock: Clock, contexts: list[ssl.SSLContext]
+) -> None:
+    async with listening(hang_up) as port:
         shared = connections(f"rediss://127.0.0.1:{port}/0", 8, clock.monotonic)
         for seen in (1, 2):
             asked = [shared.exchange([(b"PING",)]) for _ in range(8)]
@@ -220,8 +227,22 @@ async def test_connections_in_tls_read_the_certificates_once_in_a_while(
                 isinstance(end, redis.exceptions.ConnectionError)
                 for end in await asyncio.gather(*asked, return_exceptions=True)
             )
-            assert read == seen
+            assert len(contexts) == seen
             clock.advance(60)
+        await shared.close()
+
+
+async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_read_for_the_next_connection(
+    clock: Clock, contexts: list[ssl.SSLContext]
+) -> None:
+    async with listening(hang_up) as port:
+        shared = connections(f"rediss://127.0.0.1:{port}/0", 8, clock.monotonic)
+        with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
+            await shared.exchange([(b"PING",)])
+        assert not contexts  # it would have been one that trusts nobody
+        with pytest.raises(redis.exceptions.ConnectionError):
+            await shared.exchange([(b"PING",)])
+        assert len(contexts) == 1
         await shared.close()
 
 

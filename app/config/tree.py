@@ -29,7 +29,7 @@ def dotted(path: Path) -> str:
 
 def _printable(text: str) -> str:
     """On one line, and without what a terminal would obey, whatever the file holds."""
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
 @dataclass(slots=True)

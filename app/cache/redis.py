@@ -323,10 +323,12 @@ class RedisStore:
         """What an operation came to, for the log and `status`."""
         if error is None:
             self._troubles.end(operation)
-        elif isinstance(error, _REFUSED) or isinstance(error.__cause__, _REFUSED):
+            return
+        said = error.__cause__ or error  # redis-py puts what is said on a unix socket while connecting into another
+        if isinstance(said, _REFUSED):
             self._troubles.begin(operation, "the server refuses our credentials", logging.ERROR)
-        elif isinstance(error, NoPermissionError):
-            self._troubles.begin(operation, told(error), logging.ERROR)  # it says which right our user lacks
+        elif isinstance(said, NoPermissionError):
+            self._troubles.begin(operation, told(said), logging.ERROR)  # it says which right our user lacks
         elif isinstance(error, _CLUSTER):
             why = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
             self._troubles.begin(operation, why)

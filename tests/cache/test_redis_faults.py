@@ -221,7 +221,12 @@ async def test_a_right_that_our_user_lacks_is_named(
             assert store.status.startswith("down: NoPermissionError: ")
             assert "'mget'" in store.status
         await store.close()
-    assert len(caplog.records) == 2
+        store = build(server, clock, metrics, url=f"{server.socket_url}?username=gw&password=s3cret&db=1")
+        await store.get([key(1)])
+        assert store.status.startswith("down: NoPermissionError: ")
+        assert "'select'" in store.status
+        await store.close()
+    assert len(caplog.records) == 3
     assert "s3cret" not in caplog.text
 
 

@@ -242,11 +242,11 @@ class RedisStore:
             replies = await self._ask("set", partial(self._write, part), len(part))
             if replies is None:
                 continue
-            errors = [reply for reply in replies if isinstance(reply, Exception)]
+            errors = [reply for reply in replies[: len(part)] if isinstance(reply, Exception)]
             full = sum(isinstance(error, OutOfMemoryError) for error in errors)
             self._counts.set_dropped.inc(full)
             self._counts.set_error.inc(len(errors) - full)
-            self._counts.ok.inc(len(replies) - len(errors))
+            self._counts.ok.inc(len(part) - len(errors))
 
     async def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[object]:
         commands: list[Command] = [
@@ -254,7 +254,7 @@ class RedisStore:
         ]
         # Nobody is to wait for a value that the server has not taken, or has thrown out again.
         over = (b"DEL", *(CLAIM_PREFIX + key for key, _ in entries))
-        return (await self._connections.exchange([*commands, over]))[:-1]
+        return await self._connections.exchange([*commands, over])
 
     async def let_go(self, keys: Sequence[bytes]) -> None:
         if self._now() >= self._claims_from:

@@ -213,6 +213,13 @@ async def test_a_right_that_our_user_lacks_is_named(
                 "gw", True, passwords="+s3cret", keys="eg:*", commands=["+mget", "+set", "+evalsha"]
             )
             store = build(server, clock, metrics, url=f"redis://gw:s3cret@127.0.0.1:{unused_tcp_port}/0")
+            await store.put(entries([1]))
+            assert store.status.startswith("up; writes fail: NoPermissionError: ")
+            assert "'del'" in store.status  # the value is there, and a claim would outlive it
+            assert count(metrics, "redis", "set", "ok") == 1
+            await admin.acl_setuser("gw", True, commands=["+del"], reset_passwords=False)
+            await store.put(entries([1]))
+            assert store.status == "up"
             await store.get_or_claim([key(1)])
             assert store.status.startswith("up; claims fail: NoPermissionError: ")
             assert "'eval'" in store.status
@@ -226,7 +233,7 @@ async def test_a_right_that_our_user_lacks_is_named(
         assert store.status.startswith("down: NoPermissionError: ")
         assert "'select'" in store.status
         await store.close()
-    assert len(caplog.records) == 3
+    assert len(caplog.records) == 4
     assert "s3cret" not in caplog.text
 
 

@@ -184,8 +184,8 @@ class Embeddings:
         except TimeoutError:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
-            if not exchange.inputs:  # no upstream's fault: it has not been read
-                raise Overloaded("the request body waited too long for other large ones to be read") from None
+            if not exchange.inputs:  # no upstream's fault: it came late, or waited for other large ones
+                raise Overloaded("the request body could not be read in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
         return render.result_head(result, usage, public.space), rendered
 

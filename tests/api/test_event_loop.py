@@ -283,7 +283,9 @@ def test_one_that_is_not_parsed_in_its_time_finds_the_gateway_overloaded(
         with FakeOpenAI() as fake, running(config(fake, server={"request_timeout": 0.2})) as gateway:
             answer = gateway.post(HEAVY)
             late.set()
-            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "overloaded")
+            told = answer.json()["error"]
+            assert (answer.status_code, told["code"]) == (503, "overloaded")
+            assert told["message"] == "the request body could not be read in time"  # there were no others
             assert answer.headers["retry-after"] == "1"
             assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
     finally:

@@ -81,13 +81,13 @@ class Connections:
                 # What killed this one has most likely killed those that lie idle.
                 await self.drop_idle()
             raise
-        if any(isinstance(reply, self._moved) for reply in replies):
-            await self._discard(connection)
-            await self.drop_idle()
-        elif self._closed:
+        moved = any(isinstance(reply, self._moved) for reply in replies)
+        if moved or self._closed:
             await self._discard(connection)
         else:
             self._slots.put_nowait(connection)
+        if moved:
+            await self.drop_idle()
         return replies
 
     async def drop_idle(self) -> None:

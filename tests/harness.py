@@ -114,6 +114,16 @@ def no_descriptors() -> Iterator[None]:
             os.close(each)
 
 
+@contextmanager
+def no_threads() -> Iterator[None]:
+    """The system gives this process no more threads than it has: there is nowhere to put their stacks."""
+    before = threading.stack_size(2**46)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
 def _tasks(loop: asyncio.AbstractEventLoop | None) -> list[str]:
     return [repr(task) for task in asyncio.all_tasks(loop)] if loop else []
 

@@ -38,8 +38,8 @@ URLS = 64
 _REFUSED = (403, 407)
 """Statuses with which a proxy refuses for good: it does not lead there, or not with this password."""
 
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
-"""Why no socket could be made here, which no upstream has part in."""
+_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
+"""Why no socket, or no thread to look its address up, could be had here, which no upstream has part in."""
 
 _Addresses: TypeAlias = list[tuple[Any, ...]]
 """As `socket.getaddrinfo` gives them."""
@@ -265,7 +265,10 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
         with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
             loop.call_soon_threadsafe(tell, addresses, failed)
 
-    threading.Thread(target=look, name="look-up", daemon=True).start()
+    try:
+        threading.Thread(target=look, name="look-up", daemon=True).start()
+    except RuntimeError as error:  # the system gives no more of them, which Python tells in words alone
+        raise OSError(errno.EAGAIN, str(error)) from error
     return found
 
 

@@ -29,7 +29,7 @@ from app.types import WireReply, WireRequest
 from app.upstreams import network as networks
 from app.upstreams.connection import Connection, Stale
 from app.upstreams.network import Network
-from tests.harness import no_descriptors
+from tests.harness import no_descriptors, no_threads
 
 MOST = 100_000
 
@@ -463,6 +463,14 @@ async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream(monkeypatch:
             with no_descriptors(), pytest.raises(Overloaded, match="Too many open files") as caught:
                 await network.exchange(post(server.url(host=host)), MOST)
             assert type(caught.value) is Overloaded, "and not the upstream's"
+
+
+async def test_to_be_out_of_threads_is_no_fault_of_the_upstream() -> None:
+    async with serving(says(OK)) as server, connected() as network:
+        with no_threads(), pytest.raises(Overloaded, match="no room for another connection") as caught:
+            await network.exchange(post(server.url(host="localhost")), MOST)
+        assert type(caught.value) is Overloaded, "and not the upstream's"
+        await network.exchange(post(server.url(host="localhost")), MOST)
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])

@@ -56,6 +56,7 @@ Any value of the configuration can be set in the environment: EMBEDDING_GATEWAY_
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The program. Exits 0, or 2 with one readable line per mistake."""
+    _fill_standard()
     options = _parser().parse_args(arguments)
     commands = {"serve": _serve, "check": _check, "worker": _work}
     try:
@@ -66,6 +67,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail([str(error)])
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _fill_standard() -> None:
+    """Nothing of ours is to have the number of a standard stream that was closed: workers have another in its place,
+    and the event loop's library ends a process that closes one."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
 
 
 def _parser() -> argparse.ArgumentParser:

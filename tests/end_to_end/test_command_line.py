@@ -19,6 +19,8 @@ import pytest
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOllama, FakeOpenAI, OllamaModel, faults
 from tests.processes import (
+    PATIENCE,
+    Program,
     address,
     answers,
     environment,
@@ -52,6 +54,22 @@ def test_with_a_vendors_key_in_the_environment_its_models_are_simply_there(tmp_p
 def test_it_serves_where_python_leaves_assertions_out(tmp_path: Path) -> None:
     with serving(tmp_path, PYTHONOPTIMIZE="1") as (url, _):
         assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_streams_that_are_closed_are_not_missed(tmp_path: Path, closed: str, workers: str) -> None:
+    command = [sys.executable, "-m", "app", "serve", "--port", "0", "--workers", workers]
+    with (tmp_path / "log").open("w") as log:
+        process = Program(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *command],
+            env=environment(EMBEDDING_GATEWAY__SERVER__DRAIN="0s"), cwd=tmp_path, stderr=log, text=True,
+        )  # fmt: skip
+    with process:
+        url = address(tmp_path / "log", process)
+        assert httpx.post(f"{url}/v1/embeddings", json={"model": "lexical", "input": "x"}).status_code == 200
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
 
 
 def test_several_workers_answer_and_one_scrape_tells_of_all(tmp_path: Path) -> None:

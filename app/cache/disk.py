@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 _KEYS_AT_ONCE = 128
 """Keys read in one go: others get their turn after a few milliseconds."""
+_TRIES = 3
+"""Times that the file is found broken until it counts as that: SQLite says so too of one that the system could not
+read for once (EIO). What was read the first time is not read again."""
 _CLOSE = 5.0
 """Seconds closing may take before the file is left to SQLite's recovery."""
 
@@ -189,7 +192,7 @@ class DiskStore:
     def _guarded(self, work: Callable[[], T]) -> T:
         """Does it; a broken file is set aside and it is done once more, on a new one."""
         try:
-            return work()
+            return self._insisting(work)
         except sqlite3.DatabaseError as error:
             if not table.is_corrupt(error):
                 raise
@@ -203,6 +206,15 @@ class DiskStore:
             return work()
         finally:
             self._done += 1
+
+    def _insisting(self, work: Callable[[], T]) -> T:
+        for _ in range(_TRIES - 1):
+            try:
+                return work()
+            except sqlite3.DatabaseError as error:
+                if not table.is_corrupt(error):
+                    raise
+        return work()
 
     def _opened(self) -> Table:
         if self._table is None:

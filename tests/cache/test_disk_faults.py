@@ -7,10 +7,12 @@ import os
 import shutil
 import sqlite3
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from app.cache.table import Table
 from app.metrics import Metrics
 from tests.cache.support import Clock, OpenDisk, count, entries, key, present, run
 
@@ -48,6 +50,25 @@ async def test_a_broken_file_is_moved_aside_and_replaced(
     assert path.is_symlink() == link
     assert [record.levelname for record in caplog.records] == ["ERROR"]
     assert store.status == "up"
+
+
+async def test_a_file_that_could_not_be_read_for_once_stays_where_it_is(
+    opened: OpenDisk, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = opened()
+    await store.put(entries([1]))
+    read, failed = Table.read, iter([1, 2])
+
+    def sometimes(table: Table, keys: Sequence[bytes]) -> list[bytes | None]:
+        if next(failed, None):
+            error = sqlite3.DatabaseError("database disk image is malformed")  # SQLite's word for EIO
+            error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+            raise error
+        return read(table, keys)
+
+    monkeypatch.setattr(Table, "read", sometimes)
+    assert await present(store, 1) == [1]
+    assert list(path.parent.glob("*.corrupt*")) == []
 
 
 async def test_what_was_moved_aside_stays(opened: OpenDisk, path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -132,6 +132,13 @@ def _say_left_out(directory: Path, trouble: str) -> None:
     log.error("metrics of this process are incomplete: %s: %s", directory, trouble)
 
 
+def _make_anew(directory: Path) -> None:
+    """Where somebody has tidied up. What is counted by those who begin after that is seen again."""
+    if not directory.is_dir():
+        _say_left_out(directory, "it was removed; workers that had begun before count unseen")
+        directory.mkdir(0o700, parents=True, exist_ok=True)
+
+
 values.MmapedDict = _File  # type: ignore[attr-defined, assignment]
 
 
@@ -384,7 +391,8 @@ class Metrics(ConfigMetrics):
         """Prometheus text. With several workers, of all of them. Of hundreds of models in use it takes a quarter of a
         second, in a thread."""
         registry = self.registry
-        if _DIRECTORY in os.environ:
+        if directory := os.environ.get(_DIRECTORY):
+            _make_anew(Path(directory))
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return await asyncio.to_thread(generate_latest, registry)

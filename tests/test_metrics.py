@@ -116,3 +116,14 @@ def test_nothing_is_left_of_a_file_that_cannot_even_be_begun(tmp_path: Path) -> 
     with metrics.shared(str(tmp_path)), limited(resource.RLIMIT_FSIZE, 100):
         _many(Metrics(), 1)
         assert not list(tmp_path.iterdir())
+
+
+async def test_a_directory_that_somebody_has_removed_is_made_anew_and_that_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = tmp_path / "shared" / "by-workers"
+    with metrics.shared(str(directory)):
+        for _ in range(2):
+            await Metrics().exposition()
+    assert directory.is_dir()
+    assert caplog.text.count("it was removed") == 1

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import fcntl
 import ipaddress
 import logging
 import os
@@ -11,7 +13,7 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from app import __version__, logs
@@ -162,8 +164,20 @@ def _serve(options: argparse.Namespace) -> None:
     except OSError as error:
         _fail([f"several workers need a temporary directory: {error.strerror}"])
     app = create_app(settings, stores=[])  # its own metrics are to be none of those that are shared
-    with temporary as directory, shared(directory):
+    with temporary as directory, _kept(directory), shared(directory):
         sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
+
+
+@contextlib.contextmanager
+def _kept(directory: str) -> Iterator[None]:
+    """A lock on it tells systemd-tmpfiles that it is in use: else it goes when its files have lain there for ten days,
+    and those that are mapped look as old as they were made (python/cpython#81831)."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _work(options: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import os
 import re
@@ -301,6 +302,16 @@ def test_workers_do_not_outlive_their_parent(tmp_path: Path) -> None:
         process.kill()
         process.wait(30)
         until(lambda: not answers(url), (tmp_path / "log").read_text)
+
+
+def test_who_tidies_temporary_directories_is_told_that_theirs_is_in_use(tmp_path: Path) -> None:
+    with start(tmp_path, "--port", "0", *TWO, TMPDIR=str(tmp_path)) as process:
+        address(tmp_path / "log", process)
+        [directory] = tmp_path.glob("embedding-gateway-*")
+        descriptor = os.open(directory, os.O_RDONLY)
+        with pytest.raises(BlockingIOError):  # as systemd-tmpfiles asks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.close(descriptor)
 
 
 def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) -> None:

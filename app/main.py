@@ -184,7 +184,7 @@ class App:
 
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)
-        if settings == self.settings:
+        if _alike(settings, self.settings):
             log.info("configuration read again: nothing to change")
             return
         before = self._now
@@ -223,6 +223,12 @@ class App:
                 await self._clock.sleep(0.1)
                 left -= 0.1
             await old.gateway.aclose(successor)
+
+
+def _alike(one: Settings, other: Settings) -> bool:
+    """Whether nothing differs, nor the order of upstreams and models: what is named first counts."""
+    orders = [(*each.upstreams, *each.models) for each in (one, other)]
+    return one == other and orders[0] == orders[1]
 
 
 def warn_if_open(settings: Settings) -> None:

@@ -501,6 +501,23 @@ async def test_of_deployments_that_are_put_together_otherwise_no_earlier_set_is_
     await app.gateway.aclose()
 
 
+async def test_upstreams_and_models_in_another_order_are_another_configuration() -> None:
+    """What is named first counts, and lists are in the file's order."""
+    models = {f"m-{name}": {"deployments": [{"upstream": name, "model": "lexical"}]} for name in ("one", "two")}
+    before = settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}, "models": models})
+    turned = {part: dict(reversed(getattr(before, part).items())) for part in ("upstreams", "models")}
+    app = create_app(before)
+    await app.gateway.start()
+    await app._change_to(before.model_copy(update=turned))
+    names, gateway = app.gateway.names, app.gateway
+    assert [each.name for each in names["lexical"].deployments] == ["two/lexical", "one/lexical"]
+    assert list(names)[:2] == ["m-two", "m-one"]
+    await app._change_to(before.model_copy(update=turned))
+    assert app.gateway is gateway
+    await asyncio.gather(*app._tasks)
+    await app.gateway.aclose()
+
+
 @pytest.mark.parametrize(
     ("changed", "proved"),
     [

@@ -16,7 +16,7 @@ FIXED = ("host", "port", "workers", "metrics_port")
 
 
 class Source:
-    """The file that counts, or the environment alone; decided once.
+    """The file that counts, decided once; or the environment alone, until there is one.
 
     A file that is gone later, or empty and was not before, is a mistake then: otherwise the environment would silently
     take its place, and whoever reaches the gateway that of its callers.
@@ -37,6 +37,8 @@ class Source:
 
     def load(self) -> Settings:
         """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
+        if self.file is None:  # or the environment would take its place when it is gone again
+            self._path = self.file = find_file(None, {}, self._cwd)
         self.loaded = self.signature()
         settings, self._said = load_and_tell(
             self._path, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._said

@@ -305,6 +305,20 @@ def test_a_file_that_is_gone_is_waited_for_and_not_taken_for_an_empty_one(tmp_pa
         assert gateway.post({"model": "docs", "input": "x"}).status_code == 200
 
 
+def test_a_file_that_came_after_the_start_is_followed_and_opens_the_gateway_to_nobody_when_it_is_gone(
+    tmp_path: Path,
+) -> None:
+    source = Source(None, {}, UPSTREAMS, tmp_path)
+    assert source.load().auth is None
+    assert source.signature() is None
+    write(tmp_path, {"upstreams": {"built-in": {"type": "lexical"}}, "auth": {"keys": {"team": {"key": "k"}}}})
+    assert source.load().auth is not None
+    assert source.loaded == source.signature() is not None
+    (tmp_path / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
+        source.load()
+
+
 async def _reload(gateway: Running) -> None:
     gateway.app.reload()
 

@@ -45,13 +45,13 @@ class Source:
         )
         return settings
 
-    def signature(self) -> tuple[int, int, int] | None:
-        """Differs when the file does; None while there is no file."""
+    def signature(self) -> tuple[int, int, int, int] | None:
+        """Differs when the file does, or who may read it; None while there is no file."""
         try:
             stat = (self._cwd / self.file).stat() if self.file else None
         except OSError:
             return None
-        return stat and (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        return stat and (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
 
 
 class Given:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import os
 import re
 import signal
 import socket
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -317,6 +318,27 @@ def test_a_file_that_came_after_the_start_is_followed_and_opens_the_gateway_to_n
     (tmp_path / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config\.yaml: no such file"):
         source.load()
+
+
+def test_a_file_that_may_be_read_again_or_was_copied_with_its_time_is_another(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("one")
+    source = Source("config.yaml", {}, UPSTREAMS, tmp_path)
+    before, times = source.signature(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+
+    def differs(change: Callable[[], object]) -> bool:
+        change()
+        return source.signature() != before
+
+    def copied() -> None:
+        file.write_text("two")
+        os.utime(file, ns=times)
+
+    until(
+        lambda: differs(lambda: file.chmod(0o644)), source.signature
+    )  # the system's clock for this goes by some milliseconds
+    before = source.signature()
+    until(lambda: differs(copied), source.signature)
 
 
 async def _reload(gateway: Running) -> None:

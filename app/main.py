@@ -74,9 +74,11 @@ class App:
         self._metrics = gateway.metrics
         self._apis: dict[bool, Any] = {}
         """The framework's applications, by whether callers need a key: all that a configuration changes in them."""
+        self._described: Any = None
+        """The latest configuration's, be it in force here or in the workers."""
         self._now = self._generation(settings, gateway)
         apart = settings.server.metrics_port is not None
-        self.admin = routes.build_admin(self._metrics, self._now.api) if apart else None
+        self.admin = routes.build_admin(self._metrics, lambda: self._described) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
         self.draining = False
         """Whether every answer is its connection's last, so that clients connect anew, to a replica that goes on."""
@@ -180,7 +182,8 @@ class App:
         if keys.needed not in self._apis:
             admin = settings.server.metrics_port is None
             self._apis[keys.needed] = routes.build(self._metrics, admin=admin, keys=keys.needed)
-        return _Generation(settings, gateway, keys, route, self._apis[keys.needed])
+        self._described = self._apis[keys.needed]
+        return _Generation(settings, gateway, keys, route, self._described)
 
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)

@@ -6,6 +6,7 @@ brings the one that is to answer it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import orjson
@@ -79,8 +80,8 @@ def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
     return api
 
 
-def build_admin(metrics: Metrics, described: FastAPI) -> FastAPI:
-    """/metrics and /docs for a port of their own; the description is the main application's."""
+def build_admin(metrics: Metrics, described: Callable[[], FastAPI]) -> FastAPI:
+    """/metrics and /docs for a port of their own; the description is the main application's of that moment."""
     api = FastAPIOffline(
         title="embedding-gateway",
         version=__version__,
@@ -90,7 +91,7 @@ def build_admin(metrics: Metrics, described: FastAPI) -> FastAPI:
         swagger_ui_parameters={"supportedSubmitMethods": []},
     )
     api.add_middleware(_HeadAsGet)
-    api.openapi = described.openapi  # type: ignore[method-assign]  # FastAPI's documented way to replace it
+    api.openapi = lambda: described().openapi()  # type: ignore[method-assign]  # FastAPI's documented way to replace it
     _add_errors(api)
     _add_metrics(api, metrics)
     return api

@@ -699,6 +699,24 @@ async def test_who_is_inside_counts_on() -> None:
     await app.gateway.aclose()
 
 
+async def test_the_description_on_a_port_of_its_own_follows_the_configuration() -> None:
+    """Also where it is told for workers, which serve the configuration that is only tried out here."""
+    upstreams = {"upstreams": {"up": {"type": "lexical"}}, "server": {"metrics_port": 1234}}
+    opened, closed = settings_of(upstreams), settings_of({**upstreams, "auth": {"keys": {"a": {"key": "k"}}}})
+    app, parent = create_app(opened), create_app(opened, stores=[])
+    await app.gateway.start()
+    await app._change_to(closed)
+    await parent.try_out(closed)
+    for each in (app, parent):
+        assert each.admin is not None
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(each.admin), base_url="http://admin") as client:
+            described = (await client.get("/openapi.json")).json()
+        assert "securitySchemes" in described["components"]
+    await asyncio.gather(*app._tasks)
+    for each in (app, parent):
+        await each.gateway.aclose()
+
+
 async def test_a_configuration_that_is_no_longer_in_force_leaves_nothing_behind() -> None:
     def settings(most: int, auth: dict[str, Any]) -> Settings:
         server = {"max_inputs": most, "metrics_port": 1234}

@@ -208,7 +208,9 @@ class Registry:
         were = sorted(before.deployments, key=lambda each: (each.health.out is not None, each.health.doubtful))
         self._before = {_identity(each): each.health for each in were if each.upstream in as_before}
         proved = {space for (_, _, space), health in self._before.items() if not health.doubtful}
-        self._spaces = {each.space for each in self.deployments if not each.health.unproved} | proved
+        # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
+        right = {each.space for each in self.deployments if each.health.answered or not each.health.unproved}
+        self._spaces = right | proved
         known = {each.health for each in self.deployments}
         for deployments, served in before._batchers.items():
             if all(each.health in known for each in deployments):

@@ -674,6 +674,25 @@ async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() 
     await app.gateway.aclose()
 
 
+async def test_beside_one_that_has_answered_callers_alone_a_new_one_waits_though_it_is_named_first() -> None:
+    """It came when another served its space, has nothing to be compared with since, and is right all the same."""
+
+    def settings(*names: str) -> Settings:
+        upstreams = {name: {"type": "openai", "base_url": "http://127.0.0.1:9"} for name in {"a", "b", *names}}
+        models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in names]}}
+        return settings_of({"upstreams": upstreams, "models": models})
+
+    app = create_app(settings("a"), stores=[])
+    alone = app._build_gateway(settings("b"), app.gateway)
+    alone.names["m"].deployments[0].health.answered = True
+    after = app._build_gateway(settings("new", "b"), alone)
+    assert [each.upstream for each in after.names["m"].deployments] == ["new", "b"]
+    assert after.names["m"].deployments[0].health.unproved
+    await alone.aclose(after)
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
 async def test_who_is_inside_counts_on() -> None:
     def settings(most: int) -> Settings:
         return settings_of({"server": {"max_inflight": most}, "upstreams": {"up": {"type": "lexical"}}})

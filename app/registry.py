@@ -207,7 +207,8 @@ class Registry:
         # Of several that are one and the same the worst comes last, and counts.
         were = sorted(before.deployments, key=lambda each: (each.health.out is not None, each.health.doubtful))
         self._before = {_identity(each): each.health for each in were if each.upstream in as_before}
-        proved = {space for (_, _, space), health in self._before.items() if not health.doubtful}
+        sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
+        proved = {space for space, health in sound if health.answered or not health.unproved}
         # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
         right = {each.space for each in self.deployments if each.health.answered or not each.health.unproved}
         self._spaces = right | proved
@@ -301,8 +302,10 @@ class Registry:
         before = self._before.get((upstream.name, model.name, identity))
         # Until it has been compared the others of its space are asked in its place: in doubt the first is right.
         health.unproved = identity in self._spaces and (before is None or before.doubtful)
-        if before is not None and before.out is not None:
-            health.stay_out(before)
+        if before is not None:
+            health.answered = before.answered  # or the first by name would be right, whatever callers have been given
+            if before.out is not None:
+                health.stay_out(before)
         self._spaces.add(identity)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment

@@ -117,7 +117,7 @@ class Health:
 
     def stay_out(self, before: Health) -> None:
         """Out for the same reason as the one in whose place it comes, and looked at as that one would be."""
-        self.out, self.asked, self.answered = before.out, before.asked, before.answered
+        self.out, self.asked = before.out, before.asked
 
     def let_in(self) -> None:
         if self.out is not None:

@@ -657,6 +657,26 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
     await app.gateway.aclose()
 
 
+@pytest.mark.parametrize("unproved", [False, True])
+async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_otherwise_now(unproved: bool) -> None:
+    """Beside one that is named first. They are compared before it has answered anybody anew."""
+
+    def settings(timeout: int, *names: str) -> Settings:
+        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+        upstreams = {"new": server, "b": {**server, "timeout": timeout}}
+        models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in names]}}
+        return settings_of({"upstreams": upstreams, "models": models})
+
+    app = create_app(settings(10, "b"), stores=[])
+    health = app.gateway.names["m"].deployments[0].health
+    health.answered, health.unproved = True, unproved
+    after = app._build_gateway(settings(20, "new", "b"), app.gateway)
+    deployments = after.names["m"].deployments
+    assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (unproved, True)]
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
 async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() -> None:
     """Or neither would be known to be in its space, and both would serve."""
 

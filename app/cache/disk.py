@@ -143,7 +143,7 @@ class DiskStore:
             async with asyncio.timeout(_CLOSE):
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._shut)
         except (TimeoutError, sqlite3.Error, OSError) as error:
-            log.warning("disk cache: not closed in order: %s", error)
+            log.warning("disk cache: not closed in order: %s", str(error) or f"no answer within {_CLOSE:g} s")
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _put(self, entries: list[tuple[bytes, Embedding]]) -> None:

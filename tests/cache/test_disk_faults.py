@@ -7,11 +7,13 @@ import os
 import shutil
 import sqlite3
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from app.cache import disk
 from app.cache.table import Table
 from app.metrics import Metrics
 from tests.cache.support import Clock, OpenDisk, count, entries, key, present, run
@@ -277,3 +279,18 @@ async def test_a_file_that_another_process_holds_is_not_written_to_again_and_aga
     await store.put(entries([9]))
     assert await present(store, 9) == [9]
     assert store.status == "up"
+
+
+async def test_a_disk_that_does_not_answer_does_not_hold_up_the_end_and_is_told_of(
+    opened: OpenDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers = threading.Event()
+    monkeypatch.setattr(disk, "_CLOSE", 0.05)
+    monkeypatch.setattr(Table, "close", lambda _: answers.wait(60))
+    store = opened()
+    assert await present(store, 1) == []
+    try:
+        await store.close()
+    finally:
+        answers.set()
+    assert caplog.messages[-1:] == ["disk cache: not closed in order: no answer within 0.05 s"]

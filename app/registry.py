@@ -204,9 +204,10 @@ class Registry:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
         as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
-        # Of several that are one and the same the worst comes last, and counts.
-        were = sorted(before.deployments, key=lambda each: (each.health.out is not None, each.health.doubtful))
-        self._before = {_identity(each): each.health for each in were if each.upstream in as_before}
+        # Of several that are one and the same the worst comes last, and counts; of those that take traffic the one that
+        # callers know, for one that has not been compared under a name nobody uses says nothing.
+        were = sorted((each for each in before.deployments if each.upstream in as_before), key=_how_bad)
+        self._before = {_identity(each): each.health for each in were}
         sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
         proved = {space for space, health in sound if health.answered or not health.unproved}
         # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
@@ -351,6 +352,11 @@ def _named(deployments: Iterable[Deployment]) -> str:
 
 def _identity(deployment: Deployment) -> tuple[str, str, str]:
     return deployment.upstream, deployment.model.name, deployment.space
+
+
+def _how_bad(deployment: Deployment) -> tuple[bool, ...]:
+    health = deployment.health
+    return health.out is not None, health.ejected, health.answered, not health.unproved
 
 
 def _unfit(prepare: Prepare) -> str | None:

@@ -34,6 +34,7 @@ from app.metrics import shared
 from app.pipeline.admit import Place
 from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
+from app.upstreams.openai import unlisted
 from tests.fakes import FakeOpenAI, faults
 from tests.harness import Running, running, settings_of
 from tests.processes import Program, address, environment, free_port, metric, serving, until
@@ -673,6 +674,28 @@ async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_o
     after = app._build_gateway(settings(20, "new", "b"), app.gateway)
     deployments = after.names["m"].deployments
     assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (unproved, True)]
+    await after.aclose(app.gateway)
+    await app.gateway.aclose()
+
+
+async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_list_says_something_else_of_it() -> None:
+    """The upstream's own name for it leads to a deployment of other facts, which nobody has used or compared."""
+
+    def settings(timeout: int, *names: str) -> Settings:
+        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+        upstreams = {"new": server, "b": {**server, "timeout": timeout}}
+        models = {"m": {"max_batch": 16, "deployments": [{"upstream": name, "model": MODEL} for name in names]}}
+        return settings_of({"upstreams": upstreams, "models": models})
+
+    app = create_app(settings(10, "b"), stores=[])
+    app.gateway.upstreams["b"].models = {MODEL: unlisted(MODEL)}
+    app.gateway.registry.publish()
+    used, unused = (app.gateway.names[name].deployments[0].health for name in ("m", f"b/{MODEL}"))
+    used.answered = True
+    assert unused.unproved
+    after = app._build_gateway(settings(20, "new", "b"), app.gateway)
+    deployments = after.names["m"].deployments
+    assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (False, True)]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 

@@ -95,8 +95,8 @@ class Registry:
         self._spaces: set[str] = set()
         """Those in which a deployment is known or taken to be right: another one there has to be compared first."""
         self._before: dict[tuple[str, str, str], Health] = {}
-        """While the first names are made: the health, under the configuration before, of deployments that still answer
-        as they did. By upstream, its model, and space."""
+        """While names are made: the health of deployments that are out, and, under the configuration before, of those
+        that still answer as they did. By upstream, its model, and space."""
         self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
         """One per set of deployments, so that names which lead to the same ones share calls; and their canary."""
         self._replaced: list[Batcher] = []
@@ -112,7 +112,6 @@ class Registry:
         if before is not None:
             self._take_over(before)
         self.publish()
-        self._before.clear()
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -140,7 +139,10 @@ class Registry:
     def publish(self) -> None:
         """Makes every name anew, and lets go of deployments that none leads to any more, whose model its upstream has
         replaced or dropped."""
+        # Out it stays also where the list only says something else of it, as how long an input may be.
+        self._before |= {_identity(each): each.health for each in self.deployments if each.health.out is not None}
         gone = self._name_all()
+        self._before.clear()
         if self._in_force == "now":
             self._leave(gone, self.deployments)
 

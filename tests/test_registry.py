@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from app.cache.tiers import Tiers
@@ -56,6 +58,21 @@ def test_a_list_that_has_one_model_more_costs_that_one() -> None:
     assert all(gateway.names[name] is public for name, public in before.items())
     listing(1)
     assert set(gateway.names) == {"model-0", "a/model-0", "b/model-0"}
+
+
+async def test_one_that_is_out_stays_out_when_a_list_says_something_else_of_it() -> None:
+    """As vLLM's does once it was started with another `--max-model-len`: callers would get vectors of another model."""
+    settings = settings_of({"upstreams": {name: {"type": "openai", "base_url": "http://no/v1"} for name in ("a", "b")}})
+    metrics, clock = Metrics(), SystemClock()
+    gateway = Gateway(settings, UPSTREAMS, Tiers([], metrics, clock), metrics, clock)
+    for length in (512, 256):
+        for upstream in gateway.upstreams.values():
+            upstream.models = {"m": replace(unlisted("m"), max_tokens_per_input=length)}
+        gateway.registry.publish()
+        out = [each.health.out for name in ("m", "b/m") for each in gateway.names[name].deployments]
+        assert out == ([None] * 3 if length == 512 else [None, "another model", "another model"])
+        gateway.names["b/m"].deployments[0].health.take_out("another model")
+    assert [each.due(1000.0) for each in gateway.registry.canaries] == [True, True]
 
 
 async def test_to_close_what_another_one_has_taken_over_compares_no_model_with_all_others(

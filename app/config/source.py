@@ -16,7 +16,7 @@ FIXED = ("host", "port", "workers", "metrics_port")
 
 
 class Source:
-    """The file that counts, decided once; or the environment alone, until there is one.
+    """The file that counts, decided once; or the environment alone, until SIGHUP finds a config.yaml.
 
     A file that is gone later, or empty and was not before, is a mistake then: otherwise the environment would silently
     take its place, and whoever reaches the gateway that of its callers.

@@ -88,6 +88,8 @@ _TOO_LONG = re.compile(
     r"|\bmax tokens\b",
     re.IGNORECASE,
 )
+# How llama-server's 500 tells of an input that is too long; fewer words may be those of a text that is quoted.
+_TOO_LARGE = "is too large to process. increase the physical batch size"
 # How LiteLLM's and infinity's 400 begins; what a caller sent may stand further on.
 _NO_SUCH_MODEL = re.compile(r"(/\S+: )?Invalid model( name passed in model=|: )")
 
@@ -139,7 +141,7 @@ def theirs(error: GatewayError) -> str:
 
 def by_status(status: int, message: str) -> type[GatewayError]:
     """What a status of 300 or more means where the vendor's code does not say it better."""
-    if status == 500 and "too large to process" in message:  # llama-server, of one input that is too long
+    if status == 500 and _TOO_LARGE in message:
         return ContextLengthExceeded
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     if kind is InvalidRequest:

@@ -73,10 +73,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fill_standard() -> None:
     """Nothing of ours is to have the number of a standard stream that was closed: workers have another in its place,
-    and the event loop's library ends a process that closes one."""
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
+    and the event loop's library ends a process that closes one. In a jail without a /dev they stay as they are."""
+    with contextlib.suppress(OSError):
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -16,6 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from app.cli import main
 from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOllama, FakeOpenAI, OllamaModel, faults
 from tests.processes import (
@@ -70,6 +71,16 @@ def test_streams_that_are_closed_are_not_missed(tmp_path: Path, closed: str, wor
         assert httpx.post(f"{url}/v1/embeddings", json={"model": "lexical", "input": "x"}).status_code == 200
         process.terminate()
         assert process.wait(PATIENCE) == 0
+
+
+def test_where_there_is_nothing_to_put_in_place_of_a_closed_stream_the_program_starts_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a jail without a /dev."""
+    monkeypatch.setattr(os, "devnull", str(tmp_path / "none"))
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
 
 
 def test_several_workers_answer_and_one_scrape_tells_of_all(tmp_path: Path) -> None:

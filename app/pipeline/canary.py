@@ -32,7 +32,8 @@ SAME = 0.999
 EVERY = 4 * 3600.0
 """Seconds between two looks."""
 AGAIN = 60.0
-"""The same, where the last one brought no answer, or the deployment is out or has been away since."""
+"""The same, where the last one brought no answer, the deployment has been away since, or is out, or was in the last
+`EVERY`: two models may take turns behind its address, of which one may only have had its turn."""
 ROUND = 10.0
 """Seconds between two rounds, in each of which the looks that are due are made. A deployment that takes no traffic
 until it has been compared is looked at in every round, so that it is used soon after it answers."""
@@ -148,7 +149,7 @@ class Canary:
         if self._several and (health.ejected or health.unproved):
             return True
         asked_at, answered = self._asked.get(deployment, (-math.inf, False))
-        settled = answered and health.compared and health.out is None
+        settled = answered and health.compared and health.out is None and now - health.back >= EVERY
         return now - asked_at >= (EVERY if settled else AGAIN)
 
     async def look(self, now: float, mute: set[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 
 from app.clock import Clock
@@ -58,6 +59,8 @@ class Health:
         self._quiet_until = 0.0
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
+        self.back = -math.inf
+        """When it was last let in again."""
         self.unproved = False
         """Whether it is not known to be in its vector space, where others are."""
         self.silent: str | None = None
@@ -121,7 +124,7 @@ class Health:
 
     def let_in(self) -> None:
         if self.out is not None:
-            self.out = None
+            self.out, self.back = None, self._clock.monotonic()
             self.show()
 
     def prove(self) -> None:

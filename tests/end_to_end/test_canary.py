@@ -772,8 +772,25 @@ async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None
     assert looks._to_ask(clock.monotonic()) == [second]
     await looks.look(clock.monotonic(), set())
     assert second.health.out is None
-    clock.now += AGAIN
-    assert not looks.due(clock.monotonic())
+
+
+async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock) -> None:
+    """Two models may take turns behind its address: for each right vector it would serve for hours."""
+    (_, turns), looks = several(clock, answers, answers)
+
+    async def passes(seconds: float, embed: BatchEmbedder) -> str | None:
+        turns.embed = embed
+        clock.now += seconds
+        await looks.look(clock.monotonic(), set())
+        return turns.health.out
+
+    assert await passes(0, answers_otherwise)
+    assert not await passes(AGAIN, answers)
+    assert await passes(AGAIN, answers_otherwise)
+    assert not await passes(AGAIN, answers)
+    assert not await passes(EVERY, answers)
+    assert not await passes(AGAIN, answers_otherwise), "it is not asked any more"
+    assert await passes(EVERY, answers_otherwise)
 
 
 async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_is_down(clock: HandClock) -> None:

@@ -284,9 +284,14 @@ async def test_a_file_that_another_process_holds_is_not_written_to_again_and_aga
 async def test_a_disk_that_does_not_answer_does_not_hold_up_the_end_and_is_told_of(
     opened: OpenDisk, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers = threading.Event()
+    answers, close = threading.Event(), Table.close
+
+    def late(table: Table) -> None:
+        answers.wait(60)
+        close(table)
+
     monkeypatch.setattr(disk, "_CLOSE", 0.05)
-    monkeypatch.setattr(Table, "close", lambda _: answers.wait(60))
+    monkeypatch.setattr(Table, "close", late)
     store = opened()
     assert await present(store, 1) == []
     try:

@@ -66,6 +66,7 @@ class Connections:
         """
         connection = await self._take()
         replies: list[object] = []
+        moved = False
         try:
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
             for _ in commands:
@@ -75,13 +76,13 @@ class Connections:
                     if not connection.is_connected:
                         raise
                     replies.append(refusal)
+                    moved = moved or isinstance(refusal, self._moved)
         except BaseException as fault:
             await self._discard(connection)
             if isinstance(fault, Exception):
                 # What killed this one has most likely killed those that lie idle.
                 await self.drop_idle()
             raise
-        moved = any(isinstance(reply, self._moved) for reply in replies)
         if moved or self._closed:
             await self._discard(connection)
         else:

@@ -190,31 +190,28 @@ class DiskStore:
     # --- in the thread ------------------------------------------------------------------------------
 
     def _guarded(self, work: Callable[[], T]) -> T:
-        """Does it; a broken file is set aside and it is done once more, on a new one."""
+        """Does it. A file that is found broken each time is set aside, and it is done once more, on a new one."""
         try:
-            return self._insisting(work)
-        except sqlite3.DatabaseError as error:
-            if not table.is_corrupt(error):
-                raise
-            if self._table is None:
-                place = table.set_aside(self._path)
-            else:
-                broken, self._table = self._table, None
-                place = broken.set_aside()
-            now = f"moved to {place}" if place else "another process has replaced it"
-            log.error("disk cache: %s is broken (%s); %s", self._path, error, now)
+            for _ in range(_TRIES):
+                try:
+                    return work()
+                except sqlite3.DatabaseError as error:
+                    if not table.is_corrupt(error):
+                        raise
+                    why = str(error)
+            self._set_aside(why)
             return work()
         finally:
             self._done += 1
 
-    def _insisting(self, work: Callable[[], T]) -> T:
-        for _ in range(_TRIES - 1):
-            try:
-                return work()
-            except sqlite3.DatabaseError as error:
-                if not table.is_corrupt(error):
-                    raise
-        return work()
+    def _set_aside(self, why: str) -> None:
+        if self._table is None:
+            place = table.set_aside(self._path)
+        else:
+            broken, self._table = self._table, None
+            place = broken.set_aside()
+        now = f"moved to {place}" if place else "another process has replaced it"
+        log.error("disk cache: %s is broken (%s); %s", self._path, why, now)
 
     def _opened(self) -> Table:
         if self._table is None:

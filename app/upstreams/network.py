@@ -87,10 +87,8 @@ class Network:
         if self._sweeping is not None:
             self._sweeping.cancel()
             self._sweeping = None
-        for connections in self._idle.values():
-            for _, connection in connections:
-                connection.close()
-        self._idle.clear()
+        for origin in list(self._idle):
+            self._drop_idle(origin)
 
     async def _over(self, connection: Connection, origin: _Origin, message: bytes, max_reply: int) -> WireReply:
         try:
@@ -98,8 +96,7 @@ class Network:
         except BaseException as fault:
             connection.close()  # left unread, it can carry nothing else
             if isinstance(fault, asyncio.CancelledError):  # no answer: where the way there has died, these have, too
-                for _, idle in self._idle.pop(origin, ()):
-                    idle.close()
+                self._drop_idle(origin)
             raise
         if not connection.closed:
             self._keep(origin, connection)
@@ -146,6 +143,10 @@ class Network:
         self._idle.setdefault(origin, []).append((loop.time(), connection))
         if self._sweeping is None:
             self._sweeping = loop.call_later(KEEP_ALIVE, self._sweep)
+
+    def _drop_idle(self, origin: _Origin) -> None:
+        for _, connection in self._idle.pop(origin, ()):
+            connection.close()
 
     def _sweep(self) -> None:
         """Closes what has been idle too long; comes back while there is anything."""

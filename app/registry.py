@@ -211,10 +211,9 @@ class Registry:
         were = sorted((each for each in before.deployments if each.upstream in as_before), key=_how_bad)
         self._before = {_identity(each): each.health for each in were}
         sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
-        proved = {space for space, health in sound if health.answered or not health.unproved}
+        sound += [(each.space, each.health) for each in self.deployments]
         # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
-        right = {each.space for each in self.deployments if each.health.answered or not each.health.unproved}
-        self._spaces = right | proved
+        self._spaces = {space for space, health in sound if health.answered or not health.unproved}
         known = {each.health for each in self.deployments}
         for deployments, served in before._batchers.items():
             if all(each.health in known for each in deployments):

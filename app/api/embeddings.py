@@ -172,11 +172,10 @@ class Embeddings:
                 guard.watch(scope)
                 if len(raw) <= AT_ONCE:
                     body = self._parse(raw, path_model)
-                elif len(raw) <= HEAVY:
-                    body = await asyncio.to_thread(self._parse_large, raw, path_model)
                 else:
-                    alone = asyncio.get_running_loop().run_in_executor
-                    body = await alone(self._alone, self._parse_large, raw, path_model)
+                    threads = self._alone if len(raw) > HEAVY else None  # None: the common ones
+                    loop = asyncio.get_running_loop()
+                    body = await loop.run_in_executor(threads, self._parse_large, raw, path_model)
                 place.hold(max(len(raw), body.decoded) + INPUT * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)

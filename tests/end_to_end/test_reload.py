@@ -658,20 +658,21 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
     await app.gateway.aclose()
 
 
+def of_new_and_b(timeout: int, *names: str, **facts: int) -> Settings:
+    """A model at these of two upstreams; `timeout` is b's, and `facts` are the model's."""
+    server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
+    upstreams = {"new": server, "b": {**server, "timeout": timeout}}
+    models = {"m": {**facts, "deployments": [{"upstream": name, "model": MODEL} for name in names]}}
+    return settings_of({"upstreams": upstreams, "models": models})
+
+
 @pytest.mark.parametrize("unproved", [False, True])
 async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_otherwise_now(unproved: bool) -> None:
     """Beside one that is named first. They are compared before it has answered anybody anew."""
-
-    def settings(timeout: int, *names: str) -> Settings:
-        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
-        upstreams = {"new": server, "b": {**server, "timeout": timeout}}
-        models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in names]}}
-        return settings_of({"upstreams": upstreams, "models": models})
-
-    app = create_app(settings(10, "b"), stores=[])
+    app = create_app(of_new_and_b(10, "b"), stores=[])
     health = app.gateway.names["m"].deployments[0].health
     health.answered, health.unproved = True, unproved
-    after = app._build_gateway(settings(20, "new", "b"), app.gateway)
+    after = app._build_gateway(of_new_and_b(20, "new", "b"), app.gateway)
     deployments = after.names["m"].deployments
     assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (unproved, True)]
     await after.aclose(app.gateway)
@@ -680,20 +681,13 @@ async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_o
 
 async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_list_says_something_else_of_it() -> None:
     """The upstream's own name for it leads to a deployment of other facts, which nobody has used or compared."""
-
-    def settings(timeout: int, *names: str) -> Settings:
-        server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
-        upstreams = {"new": server, "b": {**server, "timeout": timeout}}
-        models = {"m": {"max_batch": 16, "deployments": [{"upstream": name, "model": MODEL} for name in names]}}
-        return settings_of({"upstreams": upstreams, "models": models})
-
-    app = create_app(settings(10, "b"), stores=[])
+    app = create_app(of_new_and_b(10, "b", max_batch=16), stores=[])
     app.gateway.upstreams["b"].models = {MODEL: unlisted(MODEL)}
     app.gateway.registry.publish()
     used, unused = (app.gateway.names[name].deployments[0].health for name in ("m", f"b/{MODEL}"))
     used.answered = True
     assert unused.unproved
-    after = app._build_gateway(settings(20, "new", "b"), app.gateway)
+    after = app._build_gateway(of_new_and_b(20, "new", "b", max_batch=16), app.gateway)
     deployments = after.names["m"].deployments
     assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (False, True)]
     await after.aclose(app.gateway)

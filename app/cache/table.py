@@ -82,11 +82,12 @@ class Table:
         self._log = {beside + suffix: _inode(beside + suffix) for suffix in _LOG}
 
     def _prepare(self, max_size: int) -> None:
+        # Asked in this order: another process that makes the file meanwhile marks it as ours before it has tables.
+        has_tables = self._pragma("schema_version")
         if self._pragma("application_id") != _APPLICATION:
-            if self._pragma("schema_version"):
+            if has_tables:
                 raise sqlite3.OperationalError("the file is another program's database")
             self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
-            # Before the tables, or another process that opens it meanwhile takes it for somebody else's.
             self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
         self._db.execute("PRAGMA journal_mode = WAL")
         # A crash of the machine may lose the last writes, which a cache may; the file stays whole.

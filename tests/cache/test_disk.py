@@ -3,8 +3,10 @@
 
 import asyncio
 import sys
+import time
 from pathlib import Path
 
+from app.cache.table import Table
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, OpenDisk, count, embedding, entries, held, key, present, run
 
@@ -171,6 +173,22 @@ async def main():
     await store.close()
 asyncio.run(main())
 """
+
+
+def test_a_file_that_another_process_makes_meanwhile_is_ours(path: Path) -> None:
+    class Late(Table):
+        def _pragma(self, name: str) -> int:
+            said = super()._pragma(name)
+            if not others:
+                others.append(Table(str(path), 2**20, 60, time.time))
+            return said
+
+    others: list[Table] = []
+    late = Late(str(path), 2**20, 60, time.time)
+    late.write([(b"key", b"value")])
+    assert others[0].read([b"key"]) == [b"value"]
+    for each in (late, *others):
+        each.close()
 
 
 async def test_only_its_owner_may_read_the_file(opened: OpenDisk, path: Path) -> None:

@@ -98,6 +98,7 @@ class Table:
         # Three quarters for the file, one eighth for the log before it is folded in, one for the transaction that
         # comes on top of it.
         self._limit = max(max_size * 3 // 4 // self._page, 16)
+        self._longest_log = max_size // 4
         log = max(min(max_size // 8 // self._page, 1000), 4)
         self._db.execute(f"PRAGMA wal_autocheckpoint = {log}")
         self._db.execute(f"PRAGMA journal_size_limit = {log * self._page}")
@@ -114,11 +115,7 @@ class Table:
     @property
     def size(self) -> int:
         """Bytes on disk, the log included."""
-        total = 0
-        for suffix in ("", "-wal"):
-            with suppress(FileNotFoundError):
-                total += Path(self._path + suffix).stat().st_size
-        return total
+        return _size(self._path) + _size(self._path + "-wal")
 
     @property
     def gone(self) -> bool:
@@ -150,6 +147,10 @@ class Table:
             # Rows that spread worse than reckoned. If it is the disk that is full, this fails as well.
             self._transaction(lambda: self._make_room(needed * 2))
             self._transaction(lambda: self._insert(rows, needed))
+        if _size(self._path + "-wal") > self._longest_log:
+            # Other processes' look-ups were in the way each time that SQLite would have begun the log anew: it does not
+            # wait for them by itself, and where there is always one the log has no end.
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Writes down what was used, folds the log in, closes. The log of a file that is gone is removed before that:
@@ -241,6 +242,12 @@ def _inode(path: str) -> int | None:
     with suppress(FileNotFoundError):
         return Path(path).stat().st_ino
     return None
+
+
+def _size(path: str) -> int:
+    with suppress(FileNotFoundError):
+        return Path(path).stat().st_size
+    return 0
 
 
 def _is_ours(file: Path) -> bool:

@@ -2,9 +2,12 @@
 """What the disk tier does with a file that is well. What it does with one that is not: test_disk_faults.py."""
 
 import asyncio
+import sqlite3
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
+from threading import Event
 
 from app.cache.table import Table
 from app.metrics import Metrics
@@ -101,6 +104,38 @@ async def test_file_and_log_together_stay_within_the_bound(opened: OpenDisk, tmp
     # The youngest, and as many as the bound is meant for.
     assert kept == list(range(1500 - len(kept), 1500))
     assert len(kept) * 4096 > bound // 2
+
+
+async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
+    opened: OpenDisk, path: Path, tmp_path: Path
+) -> None:
+    """SQLite by itself begins it anew only when nobody happens to read in it."""
+    bound = 2**20
+    store = opened(max_size=bound)
+    await store.put(entries([0]))
+    over = Event()
+
+    def reader() -> sqlite3.Connection:
+        return sqlite3.connect(path, isolation_level=None)
+
+    def read() -> None:
+        with closing(reader()) as one, closing(reader()) as other:
+            one.execute("BEGIN")
+            one.execute("SELECT max(id) FROM embeddings").fetchone()
+            while not over.is_set():
+                other.execute("BEGIN")
+                other.execute("SELECT max(id) FROM embeddings").fetchone()
+                one.execute("COMMIT")
+                one, other = other, one
+
+    reading = asyncio.create_task(asyncio.to_thread(read))
+    for start in range(0, 1500, 50):
+        await store.put(entries(range(start, start + 50), dimensions=1024))
+    size = on_disk(tmp_path)
+    over.set()
+    await reading
+    assert size <= bound * 2
+    assert store.status == "up"
 
 
 async def test_values_of_every_size_stay_within_the_bound(opened: OpenDisk, tmp_path: Path, clock: Clock) -> None:

@@ -72,13 +72,14 @@ class Table:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch(0o600)
         self._inode = file.stat().st_ino
+        beside = str(file.resolve())  # SQLite keeps its log there, where the path is a link
+        self._wal = beside + "-wal"
         self._db = sqlite3.connect(path, timeout=_BUSY, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(max_size)
         except BaseException:
             self._db.close()
             raise
-        beside = str(file.resolve())  # SQLite keeps its log there, where the path is a link
         self._log = {beside + suffix: _inode(beside + suffix) for suffix in _LOG}
 
     def _prepare(self, max_size: int) -> None:
@@ -115,7 +116,7 @@ class Table:
     @property
     def size(self) -> int:
         """Bytes on disk, the log included."""
-        return _size(self._path) + _size(self._path + "-wal")
+        return _size(self._path) + _size(self._wal)
 
     @property
     def gone(self) -> bool:
@@ -147,7 +148,7 @@ class Table:
             # Rows that spread worse than reckoned. If it is the disk that is full, this fails as well.
             self._transaction(lambda: self._make_room(needed * 2))
             self._transaction(lambda: self._insert(rows, needed))
-        if _size(self._path + "-wal") > self._longest_log:
+        if _size(self._wal) > self._longest_log:
             # Other processes' look-ups were in the way each time that SQLite would have begun the log anew: it does not
             # wait for them by itself, and where there is always one the log has no end.
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")

@@ -175,6 +175,14 @@ async def test_a_smaller_bound_than_last_time_shrinks_the_file(opened: OpenDisk,
     assert await present(small, 899) == [899]
 
 
+async def test_a_file_behind_a_link_counts_with_its_log(opened: OpenDisk, path: Path, metrics: Metrics) -> None:
+    there = path.with_name("there")
+    there.mkdir()
+    path.symlink_to(there / path.name)
+    await opened().put(entries(range(10)))
+    assert held(metrics, "disk") == on_disk(there)
+
+
 async def test_two_processes_share_one_file(opened: OpenDisk, path: Path, metrics: Metrics) -> None:
     store = opened(max_size=2**22)
     await store.open()

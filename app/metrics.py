@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Literal
 
 import prometheus_client
+from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
 from prometheus_client import (
-    CONTENT_TYPE_LATEST,
     CollectorRegistry,
     Counter,
     Gauge,
@@ -37,13 +37,12 @@ _BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
 
 log = logging.getLogger(__name__)
 
-CONTENT_TYPE = CONTENT_TYPE_LATEST
-
 # A second series for each counter, saying since when it counts, which nobody asks for.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 __all__ = [
     "CONTENT_TYPE",
+    "NAME",
     "ConfigMetrics",
     "Counter",
     "Histogram",
@@ -51,12 +50,14 @@ __all__ = [
     "Metrics",
     "Spread",
     "Tally",
-    "forget_process",
+    "forget",
     "shared",
 ]
 
 _PREFIX = "embedding_gateway_"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
+NAME = "EMBEDDING_GATEWAY_METRICS"
+"""Says what a process calls its files there, to go on with those of the one before: else each leaves some for good."""
 _FIRST_SIZE = 2**16
 """Bytes of a file of metrics; it is doubled when it is full."""
 _ENTRY = 40
@@ -80,9 +81,9 @@ def shared(directory: str) -> Iterator[None]:
         values.ValueClass = values.MutexValue
 
 
-def forget_process(pid: int) -> None:
-    """A process that has ended: what it counted stays, what it held is gone."""
-    mark_process_dead(pid)  # type: ignore[no-untyped-call]
+def forget(name: str) -> None:
+    """It has ended: what it counted stays, what it held is gone."""
+    mark_process_dead(name)  # type: ignore[no-untyped-call]
 
 
 class _File(MmapedDict):
@@ -98,15 +99,14 @@ class _File(MmapedDict):
         """Asked once for each series, before it is written."""
         try:
             if not self._capacity:
-                self._create()
+                self._open()
             if self._used + len(key.encode()) + _ENTRY > self._capacity:
                 with self._path.open("ab") as file:
                     file.write(bytes(self._capacity))
-            value: tuple[float, float] = super().read_value(key)  # type: ignore[no-untyped-call]
+            return super().read_value(key)  # type: ignore[no-any-return, no-untyped-call]
         except OSError as error:
             _say_left_out(self._path.parent, error.strerror)
             return 0.0, 0.0
-        return value
 
     def write_value(self, key: str, value: float, timestamp: float) -> None:
         if key in self._positions:
@@ -116,13 +116,14 @@ class _File(MmapedDict):
         if self._capacity:
             super().close()  # type: ignore[no-untyped-call]
 
-    def _create(self) -> None:
-        whole = self._path.with_suffix(".new")  # which nobody reads
-        try:
-            whole.write_bytes(bytes(_FIRST_SIZE))
-            whole.rename(self._path)
-        finally:
-            whole.unlink(missing_ok=True)
+    def _open(self) -> None:
+        if not self._path.exists():
+            whole = self._path.with_suffix(".new")  # which nobody reads
+            try:
+                whole.write_bytes(bytes(_FIRST_SIZE))
+                whole.rename(self._path)
+            finally:
+                whole.unlink(missing_ok=True)
         super().__init__(str(self._path))  # type: ignore[no-untyped-call]
 
 
@@ -140,6 +141,8 @@ def _make_anew(directory: Path) -> None:
 
 
 values.MmapedDict = _File  # type: ignore[attr-defined, assignment]
+if (_name := os.environ.get(NAME)) and _DIRECTORY in os.environ:
+    values.ValueClass = values.MultiProcessValue(lambda: _name)  # type: ignore[no-untyped-call]
 
 
 class Histogram(prometheus_client.Histogram):
@@ -338,7 +341,6 @@ class Metrics(ConfigMetrics):
             "rejected_requests_total", "Requests refused, given up or not taken.", "reason"
         )
         self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
-
         self.loop_lag = histogram(
             "event_loop_lag_seconds", "How late the event loop came back to a timer: time nobody was served.", _LAG
         )

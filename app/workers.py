@@ -151,7 +151,7 @@ class Workers:
     async def run(self) -> int:
         """Until `stop`, or until it is clear that they cannot start. Returns the exit code."""
         self._environ = {**os.environ, "PYTHONPATH": _python_path()}
-        await asyncio.gather(*(self._keep() for _ in range(self._settings.server.workers)))
+        await asyncio.gather(*(self._keep(f"worker{i}") for i in range(self._settings.server.workers)))
         return self._code
 
     async def change(self, wanted: Settings) -> None:
@@ -181,12 +181,12 @@ class Workers:
         for worker in self._live:
             worker.stop()
 
-    async def _keep(self) -> None:
-        """One worker, and the next in its place."""
+    async def _keep(self, name: str) -> None:
+        """One worker, and the next in its place and by its name."""
         pause = 0.5
         while not self._stopping.is_set():
             try:
-                worker = await self._start()
+                worker = await self._start(name)
             except OSError as error:
                 log.error("a worker cannot be started: %s", error.strerror)
                 await self._rest(LONGEST_PAUSE)
@@ -194,7 +194,7 @@ class Workers:
             code = await worker.process.wait()
             await worker.close()
             self._live.discard(worker)
-            metrics.forget_process(worker.process.pid)
+            metrics.forget(name)
             if self._stopping.is_set():
                 return
             if not worker.was_up and not self._have_served and not any(each.was_up for each in self._live):
@@ -212,14 +212,14 @@ class Workers:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
 
-    async def _start(self) -> _Worker:
+    async def _start(self, name: str) -> _Worker:
         ours, theirs = socket.socketpair()
         try:
             # First of all, or a stop may come in between, which closes the listener.
             process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                env=self._environ,
+                env=self._environ | {metrics.NAME: name},
                 pass_fds=(self._listener.fileno(), theirs.fileno()),
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, which tells them
             )

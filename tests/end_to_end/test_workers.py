@@ -11,6 +11,7 @@ import resource
 import signal
 import socket
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -234,6 +235,28 @@ def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path)
             assert metric(text, "requests_total") == 1
             said = re.findall(r"worker (\d+) was ended by SIGKILL and is replaced", (tmp_path / "log").read_text())
             assert set(map(int, said)) == set(before)
+
+
+def test_workers_that_are_replaced_go_on_counting_where_the_last_ones_ended(tmp_path: Path) -> None:
+    """Files of each that has died would fill /tmp one day, and every scrape reads all of them."""
+    port, temporary, log = free_port(), tmp_path / "tmp", (tmp_path / "log").read_text
+    temporary.mkdir()
+    env = {"EMBEDDING_GATEWAY__SERVER__METRICS_PORT": str(port), "TMPDIR": str(temporary)}
+    with serving(tmp_path, *TWO, **env) as (url, process):
+        for round_ in range(1, 4):
+            for i in range(10):  # a new connection each, so that both workers get some
+                assert embed(url, f"{i}").status_code == 200
+            assert metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "requests_total") == 10 * round_
+            _replace(process.pid, url, log)
+        assert len(list(temporary.rglob("counter_*.db"))) <= 3, "the parent's and one for each worker"
+
+
+def _replace(process_id: int, url: str, log: Callable[[], str]) -> None:
+    """Its two workers by others."""
+    before = set(workers(process_id))
+    for each in before:
+        os.kill(each, signal.SIGKILL)
+    until(lambda: len(set(workers(process_id)) - before) == 2 and answers(url), log)
 
 
 def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_like_its_siblings(

@@ -139,9 +139,7 @@ _FLAGS = ("host", "port", "workers")
 
 
 def _serve(options: argparse.Namespace) -> None:
-    # Until there is something to stop or to reload; a stop is no failure.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop; that is no failure
     logs.configure(options.log_format, options.log_level)
     source = Source(options.config, os.environ, UPSTREAMS)
     settings = _load(source, options)
@@ -183,7 +181,6 @@ def _kept(directory: str) -> Iterator[None]:
 
 def _work(options: argparse.Namespace) -> None:
     """One of several worker processes, which its parent has given a listener."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     logs.configure(options.log_format, options.log_level)
     try:
         orders = Orders(options.orders, UPSTREAMS)

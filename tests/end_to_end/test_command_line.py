@@ -21,6 +21,7 @@ from app.upstreams import UPSTREAMS
 from tests.fakes import FakeOllama, FakeOpenAI, OllamaModel, faults
 from tests.processes import (
     PATIENCE,
+    ROOT,
     Program,
     address,
     answers,
@@ -55,6 +56,24 @@ def test_with_a_vendors_key_in_the_environment_its_models_are_simply_there(tmp_p
 def test_it_serves_where_python_leaves_assertions_out(tmp_path: Path) -> None:
     with serving(tmp_path, PYTHONOPTIMIZE="1") as (url, _):
         assert httpx.get(f"{url}/readyz").status_code == 200
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_signals_are_heard_while_the_program_is_still_being_read(tmp_path: Path, number: signal.Signals) -> None:
+    """Process 1 of a container is given none that has no handler, and a reload must not be its end."""
+    (tmp_path / "uvicorn.py").write_text("import time\nprint('reading', flush=True)\ntime.sleep(60)\n")
+    command = [sys.executable, "-m", "app", "serve", "--port", "0"]
+    env = environment(PYTHONPATH=f"{tmp_path}{os.pathsep}{ROOT}")
+    with Program(
+        command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        assert process.stdout is not None
+        with process.stdout as said:
+            assert said.readline() == "reading\n"
+            process.send_signal(signal.SIGHUP)
+            process.send_signal(number)
+            assert process.wait(PATIENCE) == 128 + number
+            assert said.read() == ""
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "<&- >&-"])

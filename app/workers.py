@@ -198,8 +198,8 @@ class Workers:
             if self._stopping.is_set():
                 return
             if not worker.was_up and not self._have_served and not any(each.was_up for each in self._live):
-                log.error("workers cannot start")
-                self._code = code or 1
+                log.error("workers cannot start: one %s", _ended(code))
+                self._code = 128 - code if code < 0 else code or 1  # of a signal as shells tell it
                 self._stop()
                 return
             self._have_served = True

@@ -349,11 +349,21 @@ def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) 
         assert log.count("File too large") == 3, "once by each process"
 
 
-async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("script", "code", "why"),
+    [
+        ("raise SystemExit(3)", 3, "ended with code 3"),
+        ("import os; os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL"),  # as where memory is short
+    ],
+)
+async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(
+    tmp_path: Path, script: str, code: int, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     settings = settings_of({"server": {"workers": 2}})
     with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
-        broken = Workers(lambda _: [sys.executable, "-c", "raise SystemExit(3)"], settings, listener)
-        assert await broken.run() == 3
+        broken = Workers(lambda _: [sys.executable, "-c", script], settings, listener)
+        assert await broken.run() == code
+    assert f"workers cannot start: one {why}" in caplog.text
 
 
 async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(

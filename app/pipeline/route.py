@@ -178,9 +178,11 @@ class Route:
     def _in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
         """Whether another deployment than `avoid` may have a call before the deadline: now, or once its rate limit has
         passed."""
-        usable, left = self._usable(batch.params), batch.deadline - asyncio.get_running_loop().time()
-        others = [each for each in self._able(batch.params) if each is not avoid]
-        return any(each in usable or 0 < each.health.cooling() < left for each in others)
+        left = batch.deadline - asyncio.get_running_loop().time()
+        # Before it is asked who is usable: a rest that ended in between would be in nobody's reach.
+        others = [(each, each.health.cooling()) for each in self._able(batch.params) if each is not avoid]
+        usable = self._usable(batch.params)
+        return any(each in usable or 0 < rest < left for each, rest in others)
 
     def closed(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice, if so."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections import Counter
 from itertools import product, starmap
@@ -932,6 +933,31 @@ async def test_a_retry_does_not_wait_for_the_busy_one_either(why: str, monkeypat
     assert result.deployments == ("rests/m",)
     end.set()
     await under_way
+
+
+class WokenEarly(HandClock):
+    """Wakes who sleeps a moment too early, as uvloop does. The moment has passed after so many readings."""
+
+    def __init__(self, readings: int) -> None:
+        super().__init__()
+        self._readings, self._left = readings, math.inf
+
+    def monotonic(self) -> float:
+        self._left -= 1
+        return self.now if self._left >= 0 else self.now + 0.001
+
+    async def sleep(self, seconds: float) -> None:
+        self.now += seconds - 0.001
+        self._left = self._readings
+
+
+@pytest.mark.parametrize("readings", range(16))
+async def test_a_retry_is_made_at_whichever_reading_of_the_clock_a_rest_ends(readings: int) -> None:
+    clock, calls = WokenEarly(readings), iter([failing(RateLimited("slowly")), answers])
+    one = deployment("one", lambda batch: next(calls)(batch))
+    one.health = health(clock)
+    result = await run(Route([one], Metrics(), clock, jitter=lambda: 0.0), batch("x"))
+    assert result.outcomes == [Embedding(b"x", 1)]
 
 
 async def test_a_retry_that_waited_leaves_nothing_behind() -> None:

@@ -50,10 +50,11 @@ class Budget:
         else:
             self._left = min(CEILING, self._left + SHARE)
 
-    def spend(self) -> bool:
-        if self._left < 1:
+    def spend(self, *, on_credit: bool) -> bool:
+        """Whether there is one to spend, or it may be earned afterwards."""
+        if self._left < 1 and not on_credit:
             return False
-        self._left -= 1
+        self._left = max(-CEILING, self._left - 1)
         return True
 
 
@@ -327,14 +328,16 @@ class Route:
         if asyncio.get_running_loop().time() + pause >= batch.deadline:
             result.late = True
             return None
-        if not self._budget.spend():
+        others_only = not any(each.retryable for each in errors)
+        # Trouble of its own takes a deployment out of the rotation soon; one that is in it is not asked in vain.
+        others = [each for each in self._able(batch.params) if each is not failed.deployment]
+        if not self._budget.spend(on_credit=others_only and any(each.health.available() for each in others)):
             if not elsewhere:
                 _give_up(result, pending)
             return None
         await self._clock.sleep(pause)
         if not batch.wanted():
             return None
-        others_only = not any(each.retryable for each in errors)
         slot = await self._slot(batch, lane, failed.deployment, others_only=others_only)
         if slot is not None:
             self._metrics.upstream_retries.labels(slot.deployment.upstream, errors[0].code).inc()

@@ -40,7 +40,7 @@ from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
 from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
 from app.pipeline.queue import LANES
-from app.pipeline.route import Route, Slot
+from app.pipeline.route import SHARE, Route, Slot
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params
 from tests.clock import HandClock, settle
 
@@ -229,12 +229,36 @@ async def test_a_retry_goes_to_one_in_rotation_before_one_that_is_to_tell_whethe
     assert (await all_three.run(batch("x"), slot, "query")).deployments == ("c/m",)
 
 
+@pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?")])
+async def test_trouble_of_one_alone_is_asked_of_another_however_much_has_failed_of_late(error: GatewayError) -> None:
+    both = route(deployment("bad", failing(error)), deployment("good", answers))
+    while both._budget.spend(on_credit=False):
+        pass
+    slot = Slot(both.deployments[0], both.deployments[0].health.begin())
+    both.deployments[0].slots.busy += 1
+    assert (await both.run(batch("x"), slot, "query")).outcomes == [Embedding(b"x", 1)]
+
+
+async def test_where_none_is_in_rotation_trouble_of_one_alone_is_asked_of_another_within_the_budget() -> None:
+    asked = 0
+
+    async def refuses(batch: Batch) -> BatchResult:
+        nonlocal asked
+        asked += 1
+        return await failing(UpstreamAuth("no"))(batch)
+
+    both = route(deployment("bad", refuses), deployment("worse", refuses))
+    for _ in range(100):
+        await run(both, batch("x"))
+    assert 100 < asked <= 100 * (1 + SHARE)
+
+
 async def test_callers_are_told_to_stay_away_only_where_no_other_can_be_asked() -> None:
     down = UpstreamError("down")
     for others, final in (((), True), ((deployment("good", answers),), False)):
         bad = deployment("bad", failing(down))
         found = route(bad, *others)
-        while found._budget.spend():
+        while found._budget.spend(on_credit=False):
             pass
         [outcome] = (await run(found, batch("x"))).outcomes
         assert isinstance(outcome, GatewayError)

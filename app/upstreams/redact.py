@@ -20,6 +20,9 @@ _SHAPES = re.compile(
 )
 
 
+_LEAST = 4
+"""Characters of a secret. What has fewer stands in for a key where a server wants none, and is in many a word: limits
+that an upstream states would be read from what is left of its own words."""
 _HALF = 8
 """Characters of a secret that are taken for its beginning, where it is not whole."""
 LONGEST = 400
@@ -32,7 +35,7 @@ class Redactor:
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
         # As they are, and as they stand in a URL. The longest first: one secret may be a part of another.
-        forms = {form for secret in secrets for form in (secret, quote(secret, safe="")) if form}
+        forms = {form for secret in secrets for form in (secret, quote(secret, safe="")) if len(form) >= _LEAST}
         self._secrets = sorted(forms, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:

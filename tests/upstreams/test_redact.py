@@ -37,6 +37,12 @@ def test_a_known_secret_is_taken_out_wherever_it_stands_and_whole() -> None:
     assert redact("xcanary-and-morex, canary") == "x***x, ***"
 
 
+def test_a_stand_in_for_a_key_leaves_words_and_numbers_whole() -> None:
+    said = "it exceeds the context of 512 tokens"
+    assert Redactor(["x", "1", "the"])(said) == said
+    assert Redactor(["cont"])(said) == "it exceeds the ***ext of 512 tokens"
+
+
 def test_half_a_secret_is_not_left_where_a_message_is_cut() -> None:
     secret = "canary-0123456789"
     for before in range(LONGEST - len(secret) - 5, LONGEST + 5):

@@ -63,10 +63,8 @@ class Tiers:
             self._readers.append(reader)
             self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer))
-        waiting: Mapping[bytes, Embedding] = self._writers[-1].waiting if self._writers else {}
-        self._peek = waiting.get if self._memory is None else self._memory.peek
-        """Finds, by key, what has just come and slower tiers may not have yet: in memory, or without that among what
-        waits to be written to the slowest tier, which is asked last."""
+        self._waiting: Mapping[bytes, Embedding] = self._writers[-1].waiting if self._writers else {}
+        """By key, what waits to be written to the slowest tier, which is asked last. Memory may have no room for it."""
         self._looked_for: dict[bytes, int] = {}
         """Keys that slower tiers are asked for, and by how many look-ups."""
         self._came: dict[bytes, Embedding] = {}
@@ -124,33 +122,33 @@ class Tiers:
 
     async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookUp:
         memory = self._memory
-        found = list(map(self._peek, keys)) if memory is None else memory.lookup(keys, numbers=numbers)
+        found: list[Embedding | None] = [None] * len(keys) if memory is None else memory.lookup(keys, numbers=numbers)
         if all(found):  # an embedding is always true; `None in` would compare each
             return found, ()
         held: Collection[bytes] = ()
         if not readers:
             return found, held
         missing = list(dict.fromkeys(key for key, value in zip(keys, found, strict=True) if value is None))
-        fetched: dict[bytes, Embedding] = {}
+        fetched = self._brought(missing)
+        missing = [key for key in missing if key not in fetched]
         with self._looking(missing):
             for reader in readers:
+                if not missing:
+                    break
                 embeddings, held = await reader.get(missing)
                 fetched.update(embeddings)
                 missing = [key for key in missing if key not in fetched]
-                if not missing:
-                    break
-            brought = self._brought(missing)
-        if brought:
-            fetched.update(brought)
-            missing = [key for key in missing if key not in brought]
+            fetched.update(self._brought(missing))
+        missing = [key for key in missing if key not in fetched]
         if fetched:
             found = [fetched.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
         return found, held and {key for key in missing if key in held}  # and not those of others who asked with us
 
     def _brought(self, keys: Iterable[bytes]) -> dict[bytes, Embedding]:
-        """What has come while slower tiers were asked, from a call of this replica that they do not know of yet."""
-        came, peek = self._came.get, self._peek
-        return {key: embedding for key in keys if (embedding := came(key) or peek(key)) is not None}
+        """What has come from a call of this replica that slower tiers may not know of yet."""
+        came, waiting, memory = self._came.get, self._waiting.get, self._memory
+        peek = came if memory is None else memory.peek
+        return {key: embedding for key in keys if (embedding := came(key) or waiting(key) or peek(key)) is not None}
 
     @contextmanager
     def _looking(self, keys: Sequence[bytes]) -> Iterator[None]:

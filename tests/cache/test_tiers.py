@@ -260,6 +260,17 @@ async def test_without_memory_what_waits_to_be_written_is_found(clock: Clock, me
     assert tiers._writers[1].waiting == {}, "it is kept for no longer"
 
 
+async def test_what_memory_has_no_room_for_is_found_until_it_is_written(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([MemoryStore(2000, 60, clock, metrics), slow], metrics, clock)
+    tiers.put(entries(range(9)))  # one call's, of which memory keeps the last two
+    assert await tiers.get(keys(8, 0, 300)) == [embedding(8), embedding(0), None]
+    assert slow.asked == [keys(300)], "what waits to be written is not asked for"
+    slow.open_for_writes.set()
+    await tiers.close()
+
+
 async def test_without_memory_what_comes_while_a_tier_is_asked_is_found(clock: Clock, metrics: Metrics) -> None:
     class Gated(Slow):
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:

@@ -125,11 +125,9 @@ def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """Numbers or base64, whichever came."""
     body = documents.load(reply.body)
     rows = body["data"]
-    return Parsed(
-        [row["index"] for row in rows],
-        vectors.parse([row["embedding"] for row in rows]),
-        replies.billed(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens"),
-    )
+    found = vectors.parse([row["embedding"] for row in rows])
+    indexes = [row.get("index", 0) for row in rows]  # Gemini's route of this form leaves out what is 0
+    return Parsed(indexes, found, replies.billed(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens"))
 
 
 def adapter(settings: OpenAISettings) -> Adapter:

@@ -20,6 +20,7 @@ from app.config import UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
+    InvalidRequest,
     QuotaExhausted,
     UpstreamAuth,
     UpstreamError,
@@ -85,6 +86,7 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "invalid_api_key": UpstreamAuth,
     "model_not_found": UpstreamMisconfigured,
     "deploymentnotfound": UpstreamMisconfigured,
+    "operationnotsupported": UpstreamMisconfigured,  # Azure: a deployment of a model that is none of embeddings
     "context_length_exceeded": ContextLengthExceeded,
     "string_above_max_length": ContextLengthExceeded,
 }
@@ -96,6 +98,8 @@ def parse_error(reply: WireReply) -> GatewayError | None:
         return _error_in_success(reply)
     told = replies.said(reply)
     kind = _by_code(told) or replies.by_status(reply.status, told.message)
+    if kind is InvalidRequest and told.param == "model":  # whose name is the configuration's, and not the caller's
+        kind = UpstreamMisconfigured
     return replies.failure(kind, reply, told.message)
 
 

@@ -90,8 +90,16 @@ _TOO_LONG = re.compile(
 )
 # How llama-server's 500 tells of an input that is too long; fewer words may be those of a text that is quoted.
 _TOO_LARGE = "is too large to process. increase the physical batch size"
-# How LiteLLM's and infinity's 400 begins; what a caller sent may stand further on.
-_NO_SUCH_MODEL = re.compile(r"(/\S+: )?Invalid model( name passed in model=|: )")
+# How 400s begin that are about what is configured, and about no input. A model's name: LiteLLM, infinity; Xinference,
+# SiliconFlow, OpenRouter; OpenRouter, BigModel. A model that is none of embeddings, or not loaded: LM Studio,
+# llama-server. An address that should be https: nginx, Go. What a caller sent may stand further on.
+_NOT_THE_INPUT = re.compile(
+    r"(/\S+: )?Invalid model( name passed in model=|: )"
+    r"|(\[address=\S+ pid=\d+\] )?Model (\S+ )?(not found|does not exist)\b"
+    r"|\S+ is not a valid model ID|模型不存在"
+    r"|No models loaded|Pooling type 'none'"
+    r"|\s*400 The plain HTTP request was sent to HTTPS port|Client sent an HTTP request to an HTTPS server"
+)
 
 
 _SAYS = re.compile(r'"(?:message|msg|error_msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)*+)"')
@@ -104,6 +112,7 @@ class Said(NamedTuple):
     code: str
     type: str
     message: str
+    param: str = ""
 
 
 def said(reply: WireReply) -> Said:
@@ -122,7 +131,8 @@ def said(reply: WireReply) -> Said:
     source = cast("dict[str, Any]", inner) if isinstance(inner, dict) else body
     fields = ("message", "msg", "error_msg", "error_description", "detail", "error")
     message = next((text for field in fields if (text := _text(source.get(field)))), "")
-    return Said(_word(source.get("code")), _word(source.get("type")), message[:LONGEST])
+    code, kind, param = (_word(source.get(name)) for name in ("code", "type", "param"))
+    return Said(code, kind, message[:LONGEST], param)
 
 
 def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
@@ -145,7 +155,7 @@ def by_status(status: int, message: str) -> type[GatewayError]:
         return ContextLengthExceeded
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     if kind is InvalidRequest:
-        return UpstreamMisconfigured if _NO_SUCH_MODEL.match(message) else refusal(message)
+        return UpstreamMisconfigured if _NOT_THE_INPUT.match(message) else refusal(message)
     return kind
 
 

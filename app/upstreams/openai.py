@@ -83,6 +83,8 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "insufficient_quota": QuotaExhausted,
     "billing_hard_limit_reached": QuotaExhausted,
     "billing_not_active": QuotaExhausted,
+    "budget_exceeded": QuotaExhausted,  # LiteLLM, with a 422, 400 or 429
+    "insufficient_user_quota": QuotaExhausted,  # one-api, with a 403
     "invalid_api_key": UpstreamAuth,
     "model_not_found": UpstreamMisconfigured,
     "deploymentnotfound": UpstreamMisconfigured,

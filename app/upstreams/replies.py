@@ -100,6 +100,12 @@ _NOT_THE_INPUT = re.compile(
     r"|No models loaded|Pooling type 'none'"
     r"|\s*400 The plain HTTP request was sent to HTTPS port|Client sent an HTTP request to an HTTPS server"
 )
+# What is said of money that is used up with the status of a rate or of a key: BigModel, SiliconFlow; Gemini.
+_USED_UP = re.compile(
+    r"insufficient (account )?balance|balance is insufficient|余额不足|欠费"
+    r"|credits are depleted|monthly spending cap",
+    re.IGNORECASE,
+)
 
 
 _SAYS = re.compile(r'"(?:message|msg|error_msg|detail|error)"\s*:\s*"((?:[^"\\]|\\.)*+)"')
@@ -154,6 +160,8 @@ def by_status(status: int, message: str) -> type[GatewayError]:
     if status == 500 and _TOO_LARGE in message:
         return ContextLengthExceeded
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
+    if kind in (RateLimited, UpstreamAuth) and _USED_UP.search(message):
+        return QuotaExhausted
     if kind is InvalidRequest:
         return UpstreamMisconfigured if _NOT_THE_INPUT.match(message) else refusal(message)
     return kind

@@ -38,13 +38,15 @@ _ROWS = re.compile(
 )
 # "Requested 300001 tokens, max 300000 tokens per request", "at most 8192 tokens can be in one batch", "the limit is
 # 8192 tokens summed across all inputs", "the max allowed tokens per submitted batch is 120000", "batch … not be larger
-# than 8192 tokens". Not "maximum context length is 8192 tokens", which is one input's.
+# than 8192 tokens", "tokens per min (TPM): Limit 40000, Requested 75000" (where some are "Used", that is what is in the
+# way). Not "maximum context length is 8192 tokens", which is one input's.
 _CALL = r"(?:per|in|for|across)\s+(?:an? |one |each |all |the )?(?:single |submitted )?(?:batch|request|call|inputs)\b"
 _TOKENS = re.compile(
     r"(?:\bmax(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?"
     rf"(\d[\d,]*) (?:input )?tokens?\s+(?:summed |in total |total |can be |allowed )?{_CALL}"
     rf"|\btokens? {_CALL}\D{{0,40}}?(\d[\d,]*)"
-    r"|\bbatch[^.\d]{0,40}(?:at most|maximum of|larger than)\s*:?\s*(\d[\d,]*) tokens?\b",
+    r"|\bbatch[^.\d]{0,40}(?:at most|maximum of|larger than)\s*:?\s*(\d[\d,]*) tokens?\b"
+    r"|\btokens per min \(TPM\): Limit (\d[\d,]*), Requested\b",
     re.IGNORECASE,
 )
 

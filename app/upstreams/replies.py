@@ -90,6 +90,8 @@ _TOO_LONG = re.compile(
 )
 # How llama-server's 500 tells of an input that is too long; fewer words may be those of a text that is quoted.
 _TOO_LARGE = "is too large to process. increase the physical batch size"
+# How OpenAI's 429 begins for a call that has more tokens than a minute may: to wait does not help, to split does.
+_MORE_THAN_A_MINUTE = "Request too large for "
 # How 400s begin that are about what is configured, and about no input. A model's name: LiteLLM, infinity; Xinference,
 # SiliconFlow, OpenRouter; OpenRouter, BigModel. A model that is none of embeddings, or not loaded: LM Studio,
 # llama-server. An address that should be https: nginx, Go. What a caller sent may stand further on.
@@ -159,6 +161,8 @@ def by_status(status: int, message: str) -> type[GatewayError]:
     """What a status of 300 or more means where the vendor's code does not say it better."""
     if status == 500 and _TOO_LARGE in message:
         return ContextLengthExceeded
+    if status == 429 and message.startswith(_MORE_THAN_A_MINUTE):
+        return InvalidRequest
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     if kind in (RateLimited, UpstreamAuth) and _USED_UP.search(message):
         return QuotaExhausted

@@ -37,6 +37,7 @@ TOKENS = [
     "at most 40 tokens in one batch",
     "maximum of 40 input tokens per batch",
     "the limit is 40 tokens summed across all inputs",
+    "Request too large for x in organization org-y on tokens per min (TPM): Limit 40, Requested 90. Reduce the tokens.",
     "tokens per request must not exceed 40",
     "at most 40 tokens can be in one batch",
     "The max allowed tokens per submitted batch is 40. Your batch has 90 tokens after truncation.",

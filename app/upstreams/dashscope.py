@@ -94,7 +94,6 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "invalidparameter": InvalidRequest,
     "invalidparameter.datainspection": UnreadableMedia,
     "invalid_parameter_error": InvalidRequest,
-    "invalid_request_error": InvalidRequest,
     "badrequest": InvalidRequest,
     "datainspectionfailed": InvalidRequest,
     "data_inspection_failed": InvalidRequest,
@@ -141,7 +140,10 @@ _CODES: Mapping[str, type[GatewayError]] = {
 }
 # The one code for a rate (passes within a minute) and for a quota (does not) is told apart by its words.
 _USED_UP = re.compile(r"\b(free|hour|week|month) allocated quota exceeded|free quota", re.IGNORECASE)
-_NO_MODEL = re.compile(r"model (does )?not exist|does not support (a?synchronous) calls", re.IGNORECASE)
+# "url error": the model has another path.
+_NO_MODEL = re.compile(r"model (does )?not exist|does not support (a?synchronous) calls|^url error\b", re.IGNORECASE)
+# The algorithm's own refusals, which arrive under other codes and statuses as well.
+_REFUSED = re.compile(r"internalerror\.algo\.(invalidparameter|datainspectionfailed)")
 
 
 def parse_error(reply: WireReply) -> GatewayError | None:
@@ -157,9 +159,8 @@ def parse_error(reply: WireReply) -> GatewayError | None:
 
 def _kind(status: int, told: replies.Said) -> type[GatewayError]:
     code = (told.code or told.type).lower()
-    # The algorithm's own refusal arrives under other codes and statuses as well.
-    if "internalerror.algo.invalidparameter" in f"{code} {told.message.lower()}":
-        code = "invalidparameter"
+    if refused := _REFUSED.search(f"{code} {told.message.lower()}"):
+        code = refused[1]
     kind = _CODES.get(code) or _CODES.get(code.partition(".")[0]) or replies.by_status(status, told.message)
     if kind is RateLimited and _USED_UP.search(told.message):
         return QuotaExhausted

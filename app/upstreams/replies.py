@@ -137,7 +137,7 @@ def said(reply: WireReply) -> Said:
         return Said("", "", _text(body)[:LONGEST])
     inner = body.get("error")
     source = cast("dict[str, Any]", inner) if isinstance(inner, dict) else body
-    fields = ("message", "msg", "error_msg", "error_description", "detail", "error")
+    fields = ("message", "msg", "error_msg", "error_description", "detail", "error", "errors")
     message = next((text for field in fields if (text := _text(source.get(field)))), "")
     code, kind, param = (_word(source.get(name)) for name in ("code", "type", "param"))
     return Said(code, kind, message[:LONGEST], param)
@@ -227,13 +227,16 @@ def _word(value: object) -> str:
 
 
 def _text(value: object) -> str:
-    """A message: text, or the list of objects in which FastAPI's `detail` comes."""
-    if isinstance(value, str):
-        return value
-    if isinstance(value, list):
-        parts = (each.get("msg") if isinstance(each, dict) else each for each in value[:5])
-        return "; ".join(part for part in parts if isinstance(part, str))
-    return ""
+    """A message: text, an object that has one (DeepInfra's `detail`), or a list of these (FastAPI's, Cloudflare's
+    `errors`)."""
+    texts = map(_one_text, value[:5] if isinstance(value, list) else [value])
+    return "; ".join(filter(None, texts))
+
+
+def _one_text(value: object) -> str:
+    if isinstance(value, dict):
+        value = next((value[name] for name in ("msg", "message", "error") if name in value), "")
+    return value if isinstance(value, str) else ""
 
 
 def _plain(body: bytes | bytearray) -> str:

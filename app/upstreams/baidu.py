@@ -168,10 +168,7 @@ _V2_CODES: Mapping[str, type[GatewayError]] = {
     "account_overdue": QuotaExhausted,
     "characters_too_long": ContextLengthExceeded,
     "tokens_too_long": ContextLengthExceeded,
-    "image_url_unsafe": InvalidRequest,
-    "system_unsafe": InvalidRequest,
-    "user_setting_unsafe": InvalidRequest,
-    "functions_unsafe": InvalidRequest,
+    "unsafe_request": InvalidRequest,  # a type, which comes with a 403 too
 }
 
 
@@ -179,7 +176,7 @@ def parse_error_v2(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
     told = replies.said(reply)
-    kind = _V2_CODES.get(told.code) or replies.by_status(reply.status, told.message)
+    kind = _V2_CODES.get(told.code) or _V2_CODES.get(told.type) or replies.by_status(reply.status, told.message)
     return replies.failure(kind, reply, told.message)
 
 

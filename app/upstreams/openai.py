@@ -85,6 +85,7 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "billing_not_active": QuotaExhausted,
     "budget_exceeded": QuotaExhausted,  # LiteLLM, with a 422, 400 or 429
     "insufficient_user_quota": QuotaExhausted,  # one-api, with a 403
+    "accountoverdueerror": QuotaExhausted,  # Ark, with a 403
     "invalid_api_key": UpstreamAuth,
     "model_not_found": UpstreamMisconfigured,
     "deploymentnotfound": UpstreamMisconfigured,

@@ -29,11 +29,13 @@ from app.upstreams.redact import quotes
 from app.upstreams.replies import theirs
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
-# "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16."
+# "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16.", "batchSize must
+# be 1 but the entered value was 56".
 _ROWS = re.compile(
     r"batch.{0,40}(?:not be larger than|maximum allowed batch size|at most|maximum of)\s*:?\s*(\d++)(?! tokens?\b)"
     r"|at most (\d+) (?!tokens?\b)\w+ can be in one batch"
-    r"|max(?:imum)? number of inputs is (\d+)",
+    r"|max(?:imum)? number of inputs is (\d+)"
+    r"|batchSize must be (\d+) but",
     re.IGNORECASE | re.DOTALL,
 )
 # "Requested 300001 tokens, max 300000 tokens per request", "at most 8192 tokens can be in one batch", "the limit is

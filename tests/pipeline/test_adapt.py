@@ -30,6 +30,7 @@ ROWS = [
     "<400> InternalError.Algo.InvalidParameter: Value error, batch size is invalid, it should not be larger than 10.",
     "batch size 33 > maximum allowed batch size 10",
     "* BatchEmbedContentsRequest.requests: at most 10 requests can be in one batch",
+    "too many instances. Unable to submit request because batchSize must be 10 but the entered value was 56.",
     "Too many inputs. The max number of inputs is 10.  We hope to increase the number of inputs per request soon.",
 ]
 TOKENS = [

@@ -99,7 +99,7 @@ _NOT_THE_INPUT = re.compile(
     r"(/\S+: )?Invalid model( name passed in model=|: )"
     r"|(\[address=\S+ pid=\d+\] )?Model (\S+ )?(not found|does not exist)\b"
     r"|\S+ is not a valid model ID|模型不存在"
-    r"|No models loaded|Pooling type 'none'"
+    r"|No models loaded|model is not loaded|Pooling type 'none'"
     r"|\s*400 The plain HTTP request was sent to HTTPS port|Client sent an HTTP request to an HTTPS server"
 )
 # What is said of money that is used up with the status of a rate or of a key: BigModel, SiliconFlow; Gemini.

@@ -20,7 +20,6 @@ from app import __version__, logs
 from app.config import Settings
 from app.config.load import ConfigError, load
 from app.config.source import Given, Source
-from app.errors import GatewayError
 from app.gateway import Gateway
 from app.main import App, create_app, warn_if_open
 from app.metrics import shared
@@ -317,8 +316,5 @@ async def _probe(gateway: Gateway) -> list[str]:
 async def _try(deployment: Deployment) -> str | None:
     deadline = asyncio.get_running_loop().time() + 30
     batch = Batch("probe", ["probe"], [b"probe"], Params(), False, deadline)
-    try:
-        outcome = (await deployment.embed(batch)).outcomes[0]
-    except GatewayError as error:
-        outcome = error
+    (outcome,) = (await deployment.embed(batch)).outcomes
     return None if isinstance(outcome, Embedding) else f"{outcome.code}: {outcome.message}"

@@ -188,7 +188,8 @@ class BatchResult(Struct):
 
 
 class BatchEmbedder(Protocol):
-    """A stage below the batcher. Raises `GatewayError` when the whole batch failed."""
+    """A stage below the batcher. Raises `GatewayError` when the whole batch failed; a deployment's outermost one
+    (`app.pipeline.adapt`) does not, and then has that as each input's outcome."""
 
     async def __call__(self, batch: Batch) -> BatchResult: ...
 

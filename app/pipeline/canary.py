@@ -282,8 +282,6 @@ async def _ask(deployment: Deployment) -> _Answer:
     try:
         async with asyncio.timeout_at(deadline):
             (outcome,) = (await deployment.embed(batch)).outcomes
-    except GatewayError as error:
-        return error
     except TimeoutError:
         return None
     if not isinstance(outcome, Embedding):

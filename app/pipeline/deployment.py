@@ -154,6 +154,7 @@ class Deployment:
     limits: Limits = field(compare=False)
     health: Health
     embed: BatchEmbedder = field(compare=False)
+    """Never raises `GatewayError`: what fails is an input's outcome."""
     weight: float = 1
     priority: int = 1
 

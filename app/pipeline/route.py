@@ -291,8 +291,6 @@ class Route:
                 health.took(now() - began)
             slot.settle(result)
             return result
-        except GatewayError as failure:
-            error, judged = failure, True
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers that have waited long leave a call little time: too little is no fault of the upstream.

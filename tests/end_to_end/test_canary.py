@@ -84,11 +84,11 @@ async def late(batch: Batch) -> BatchResult:
 
 
 async def refuses(batch: Batch) -> BatchResult:
-    raise UpstreamUnreachable(f"no connection for {len(batch.inputs)}")
+    return BatchResult([UpstreamUnreachable("no connection")] * len(batch.inputs))
 
 
 async def limited(batch: Batch) -> BatchResult:
-    raise RateLimited(f"slowly with {len(batch.inputs)}", retry_after=1)
+    return BatchResult([RateLimited("slowly", retry_after=1)] * len(batch.inputs))
 
 
 def healthy(clock: HandClock, name: str) -> Health:
@@ -334,7 +334,7 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
 
     async def embed(batch: Batch) -> BatchResult:
         if not up:
-            raise UpstreamUnreachable("no connection")
+            return await refuses(batch)
         return await answers(batch)
 
     def deployment(name: str) -> Deployment:
@@ -736,7 +736,7 @@ async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared
 
     async def changes(batch: Batch) -> BatchResult:
         if not up:
-            raise UpstreamUnreachable("no connection")
+            return await refuses(batch)
         return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
 
     (stays, restarts), looks = several(clock, answers, answers)

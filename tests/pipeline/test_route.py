@@ -56,8 +56,8 @@ def deployment(
     limits: Limits | None = None,
 ) -> Deployment:
     health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
-    model = model or Model("m", roles=ROLES)
-    return Deployment(name, model, "s", slots or Slots(4), limits or Limits(10), health, embed)
+    model, limits = model or Model("m", roles=ROLES), limits or Limits(10)
+    return Deployment(name, model, "s", slots or Slots(4), limits, health, Adapt(embed, limits))
 
 
 def route(*deployments: Deployment) -> Route:
@@ -319,7 +319,7 @@ async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> 
         return await answers(batch)
 
     limits = Limits(1)
-    up = deployment("up", Adapt(fails_twice, limits), limits=limits)
+    up = deployment("up", fails_twice, limits=limits)
     both = Route([up, other], Metrics(), SystemClock(), jitter=lambda: 0.5)
     result = await run(both, batch("x", "y"))
     assert [type(each) for each in result.outcomes] == [Embedding] * 2
@@ -434,7 +434,7 @@ async def test_it_is_told_who_embedded_it() -> None:
         return await answers(batch)
 
     limits = Limits(1)
-    half = deployment("half", Adapt(fails_once, limits), limits=limits)
+    half = deployment("half", fails_once, limits=limits)
     whole = deployment("whole", answers, limits=limits)
     result = await run(route(half, whole), batch("x", "y"))
     assert result.deployments == ("half/m", "whole/m")
@@ -672,7 +672,7 @@ async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> Non
         return await answers(batch)
 
     limits = Limits(10)
-    embed = batcher(deployment("up", Adapt(takes_one_and_hangs_at_the_third, limits), limits=limits))
+    embed = batcher(deployment("up", takes_one_and_hangs_at_the_third, limits=limits))
     first = asyncio.create_task(embed(request(*"abcd", seconds=0.2)))
     await settle()
     second = asyncio.create_task(embed(request(*"abcd")))
@@ -793,14 +793,14 @@ async def test_trouble_is_told_at_once_when_the_last_one_is_taken_out_meanwhile(
 
 async def test_a_rate_limit_within_a_split_batch_is_one() -> None:
     limits = Limits(2)
-    up = deployment("up", Adapt(failing(RateLimited("slow", retry_after=20)), limits), limits=limits)
+    up = deployment("up", failing(RateLimited("slow", retry_after=20)), limits=limits)
     await run(route(up), batch(*"abcd", seconds=1))
     assert up.health.cooling() > 10
 
 
 async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
     limits = Limits(2)
-    up = deployment("up", Adapt(failing(UpstreamAuth("no")), limits), limits=limits)
+    up = deployment("up", failing(UpstreamAuth("no")), limits=limits)
     one = route(up)
     for _ in range(FAILURES):
         await run(one, batch(*"abcd"))

@@ -197,6 +197,10 @@ class BatchEmbedder(Protocol):
 # --- the wire ---------------------------------------------------------------------------------------
 
 
+MAX_REPLY = 256 * 2**20
+"""Bytes that any reply may have. 2,048 vectors of 3,072 numbers are 160 MB as text."""
+
+
 class WireRequest(Struct):
     """An HTTP request as plain data. `headers` have lower-case names; `query` is appended encoded."""
 
@@ -205,8 +209,8 @@ class WireRequest(Struct):
     headers: dict[str, str] = field(default_factory=dict)
     body: bytes = b""
     query: dict[str, str] = field(default_factory=dict)
-    max_reply: int | None = None
-    """Bytes that its reply may have, where that is less than the client lets any reply have."""
+    max_reply: int = MAX_REPLY
+    """Bytes that its reply may have."""
 
 
 class WireReply(Struct):

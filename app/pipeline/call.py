@@ -18,7 +18,7 @@ from app.errors import (
 )
 from app.metrics import Metrics, Spread, Tally
 from app.pipeline import contract
-from app.types import Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
+from app.types import MAX_REPLY, Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
 from app.upstreams import replies
 from app.upstreams.redact import Redactor, quotes
 
@@ -106,7 +106,8 @@ class Call:
 
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)
-        request.max_reply = REPLY + len(batch.inputs) * REPLY_PER_INPUT + QUOTES * len(request.body)
+        expected = REPLY + len(batch.inputs) * REPLY_PER_INPUT + QUOTES * len(request.body)
+        request.max_reply = min(expected, MAX_REPLY)
         reply = await self._auth(request, self._send)
         if len(reply.body) > AT_ONCE:
             return await asyncio.to_thread(self._parse, reply, batch)

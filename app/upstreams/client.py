@@ -18,9 +18,6 @@ from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, U
 from app.types import WireReply, WireRequest
 from app.upstreams.connection import too_large
 
-MAX_REPLY = 256 * 2**20
-"""Bytes. 2,048 vectors of 3,072 numbers are 160 MB as text."""
-
 _HEADERS = {"user-agent": f"embedding-gateway/{__version__}", "accept-encoding": "identity"}
 
 
@@ -47,27 +44,23 @@ class Client:
         *,
         timeout: float,
         headers: Mapping[str, str] = MappingProxyType({}),
-        max_reply: int = MAX_REPLY,
     ) -> None:
         self._engine = OverHttpx(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
         self._timeout = timeout
         self._headers = {name.lower(): value for name, value in headers.items()}
         self._deadlines = Deadlines()
-        self._max_reply = max_reply
 
     async def send(self, request: WireRequest) -> WireReply:
         """One exchange within `timeout` seconds in total, however slowly the bytes come.
 
         Raises `UpstreamTimeout`, `UpstreamUnreachable` (no connection, or one that broke), and
-        `UpstreamInvalidResponse` (a reply over `max_reply`, the request's or our own, or compressed although we refuse
-        that).
+        `UpstreamInvalidResponse` (a reply over the request's `max_reply`, or compressed although we refuse that).
         """
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
         complete = WireRequest(request.method, url, {**_HEADERS, **request.headers, **self._headers}, request.body)
         try:
             with self._deadlines.within(self._timeout):
-                most = self._max_reply if request.max_reply is None else min(request.max_reply, self._max_reply)
-                reply = await self._engine.exchange(complete, most)
+                reply = await self._engine.exchange(complete, request.max_reply)
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None
         if reply.headers.get("content-encoding", "identity") != "identity":

@@ -7,7 +7,6 @@ to stay: neither the parser nor a list of chunks sees it.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, cast
 
 import httptools
@@ -119,13 +118,13 @@ class Connection(asyncio.BufferedProtocol):
         try:
             self._parser.feed_data(self._scratch[:nbytes])
         except httptools.HttpParserUpgrade:
-            self._refuse("the upstream switched to another protocol")
+            self._refuse(UpstreamInvalidResponse("the upstream switched to another protocol"))
         except httptools.HttpParserError:
-            self._refuse("the upstream's reply is not HTTP")
+            self._refuse(UpstreamInvalidResponse("the upstream's reply is not HTTP"))
         if not self._status and self._received > LONGEST_HEAD:
-            self._refuse("the headers of the upstream's reply are too large")
+            self._refuse(UpstreamInvalidResponse("the headers of the upstream's reply are too large"))
         if self._received > 2 * self._max_reply + LONGEST_HEAD:  # chunks of a byte, trailers without end
-            self._refuse_size()
+            self._refuse(too_large(self._max_reply))
 
     # --- what the parser calls ------------------------------------------------------------------------------
 
@@ -149,7 +148,7 @@ class Connection(asyncio.BufferedProtocol):
             self._succeed(b"")
             return
         if status < 100:
-            self._refuse("the upstream's reply is not HTTP")
+            self._refuse(UpstreamInvalidResponse("the upstream's reply is not HTTP"))
         if status < 200 or status in _BODILESS:
             return
         length = self._headers.get("content-length")
@@ -158,7 +157,7 @@ class Connection(asyncio.BufferedProtocol):
         if length is None:
             self._ends_with_connection = True
         elif int(length) > self._max_reply:
-            self._refuse_size()
+            self._refuse(too_large(self._max_reply))
         elif int(length):
             self._length = int(length)
             self._body = bytearray(min(self._length, AT_FIRST))
@@ -171,7 +170,7 @@ class Connection(asyncio.BufferedProtocol):
             self._body[before : self._size] = chunk
             self._finish_if_whole()
         elif self._size > self._max_reply:
-            self._refuse_size()
+            self._refuse(too_large(self._max_reply))
         else:
             self._chunks += chunk
 
@@ -191,26 +190,19 @@ class Connection(asyncio.BufferedProtocol):
     def _succeed(self, body: bytes | bytearray) -> None:
         if self._ends_with_connection or not (self._tunnel or self._parser.should_keep_alive()):
             self.close()  # which over TLS does not wait for the other side's goodbye
-        reply = WireReply(self._status, self._headers, body)
-        self._end(lambda done: done.set_result(reply))
+        if done := self._over():
+            done.set_result(WireReply(self._status, self._headers, body))
 
-    def _refuse(self, why: str) -> None:
-        self._refuse_for(UpstreamInvalidResponse(why))
-
-    def _refuse_size(self) -> None:
-        self._refuse_for(too_large(self._max_reply))
-
-    def _refuse_for(self, error: UpstreamInvalidResponse) -> None:
-        if self._done is None:
-            return
+    def _refuse(self, error: UpstreamInvalidResponse) -> None:
         self._fail(error)
         self.close()
 
     def _fail(self, error: GatewayError) -> None:
-        self._end(lambda done: done.set_exception(error))
+        if done := self._over():
+            done.set_exception(error)
 
-    def _end(self, settle: Callable[[asyncio.Future[WireReply]], None]) -> None:
+    def _over(self) -> asyncio.Future[WireReply] | None:
+        """Ends the exchange. Returns who waits for it, if anybody does."""
         done, self._done, self._body = self._done, None, None
         self._chunks = bytearray()  # or they would be kept for as long as it lies idle
-        if done is not None and not done.done():
-            settle(done)
+        return done if done is not None and not done.done() else None

@@ -24,7 +24,7 @@ from app.pipeline.deployment import Deployment, Limits, Slots
 from app.pipeline.health import Health
 from app.pipeline.prepare import Prepare
 from app.pipeline.route import Route
-from app.types import Embedder, Params
+from app.types import Params
 from app.upstreams.connect import Upstream
 
 log = logging.getLogger(__name__)
@@ -51,14 +51,11 @@ class PublicModel:
     """A model as callers know it: its own name, its pipeline, and what can be said about it."""
 
     name: str
-    embed: Embedder
-    model: Model
+    embed: Prepare
     dimensions: int | None
     """Length of the vectors for callers that ask for none."""
     space: str
     deployments: tuple[Deployment, ...]
-    unfit: str | None = None
-    """Why a request that says no more than model and input is refused, if it is."""
 
     @property
     def facts(self) -> Model:
@@ -180,9 +177,10 @@ class Registry:
         self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
 
     def unfit(self) -> list[str]:
-        """A line for each model that is configured in a way in which it serves no plain request."""
-        models = {public.name: public for public in self.names.values()}
-        return [f"models.{name}: {public.unfit}" for name, public in models.items() if public.unfit]
+        """A line for each model that is configured in a way in which it refuses requests that say no more than model
+        and input."""
+        models = {public.name: public.embed for public in self.names.values()}
+        return [f"models.{name}: {why}" for name, embed in models.items() if (why := _unfit(embed))]
 
     def apart(self) -> list[str]:
         """A line for each model that not all deployments serve which it is configured to have, though all are there."""
@@ -330,7 +328,7 @@ class Registry:
         # Brought to unit length they compare differently from what the upstream gives, whoever else serves that.
         space = f"{first.space};normalized" if settings and settings.normalize else first.space
         dimensions = (settings and settings.dimensions) or first.model.dimensions
-        return PublicModel(name, embed, first.model, dimensions, space, deployments, _unfit(embed))
+        return PublicModel(name, embed, dimensions, space, deployments)
 
     def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
         if deployments not in self._batchers:

@@ -176,7 +176,7 @@ def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
 
 def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
     """OpenAI's model object, and beside it what we know."""
-    model, facts = public.model, public.facts
+    model, facts = public.deployments[0].model, public.facts
     return {
         "id": name,
         "object": "model",

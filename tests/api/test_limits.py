@@ -10,13 +10,14 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
 import httpx
 import numpy as np
 import pytest
 
 from app import protocol
+from app.pipeline.prepare import Prepare
 from app.types import EmbedRequest, EmbedResult
 from tests.api.support import MODEL, Wire, config, error_of, head, log_lines, post, settled, wire
 from tests.fakes import FakeOpenAI, faults
@@ -518,7 +519,7 @@ def test_a_bug_of_ours_is_a_500_in_the_same_shape_that_tells_nothing(
 
     with running(config(fake)) as gateway:
         names = gateway.app.gateway.names
-        monkeypatch.setitem(names, MODEL, dataclasses.replace(names[MODEL], embed=broken))
+        monkeypatch.setitem(names, MODEL, dataclasses.replace(names[MODEL], embed=cast("Prepare", broken)))
         monkeypatch.setattr(gateway.app.gateway, "status", broken_status)
         for response in (gateway.post(body("x")), gateway.get("/readyz")):
             assert response.status_code == 500

@@ -37,8 +37,7 @@ class Engine:
         self.seconds = 0.0
         """Spent here, which is none of the gateway's."""
 
-    async def exchange(self, request: WireRequest, max_reply: int) -> WireReply:
-        del max_reply
+    async def exchange(self, request: WireRequest) -> WireReply:
         if request.method == "GET":
             return WireReply(200, {}, b'{"data":[]}')  # the models it has, which the configuration tells
         began = time.perf_counter()

@@ -24,10 +24,10 @@ _HEADERS = {"user-agent": f"embedding-gateway/{__version__}", "accept-encoding":
 class Engine(Protocol):
     """Sends a request whose `url` is complete and has the query in it; reads the reply to its end.
 
-    Raises `UpstreamUnreachable`, `UpstreamTimeout`, and `UpstreamInvalidResponse` for a reply over `max_reply` bytes.
+    Raises `UpstreamUnreachable`, `UpstreamTimeout`, and `UpstreamInvalidResponse` for a reply over its `max_reply`.
     """
 
-    async def exchange(self, request: WireRequest, max_reply: int) -> WireReply: ...
+    async def exchange(self, request: WireRequest) -> WireReply: ...
 
     async def aclose(self) -> None: ...
 
@@ -57,10 +57,11 @@ class Client:
         `UpstreamInvalidResponse` (a reply over the request's `max_reply`, or compressed although we refuse that).
         """
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
-        complete = WireRequest(request.method, url, {**_HEADERS, **request.headers, **self._headers}, request.body)
+        headers = {**_HEADERS, **request.headers, **self._headers}
+        complete = WireRequest(request.method, url, headers, request.body, max_reply=request.max_reply)
         try:
             with self._deadlines.within(self._timeout):
-                reply = await self._engine.exchange(complete, request.max_reply)
+                reply = await self._engine.exchange(complete)
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None
         if reply.headers.get("content-encoding", "identity") != "identity":
@@ -77,7 +78,7 @@ class OverHttpx:
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
 
-    async def exchange(self, request: WireRequest, max_reply: int) -> WireReply:
+    async def exchange(self, request: WireRequest) -> WireReply:
         message = httpx.Request(request.method, request.url, headers=request.headers, content=request.body)
         try:
             response = await self._transport.handle_async_request(message)
@@ -86,8 +87,8 @@ class OverHttpx:
                 size = 0
                 async for chunk in response.aiter_raw():
                     size += len(chunk)
-                    if size > max_reply:
-                        raise too_large(max_reply)
+                    if size > request.max_reply:
+                        raise too_large(request.max_reply)
                     chunks.append(chunk)
             finally:
                 await response.aclose()

@@ -71,17 +71,17 @@ class Network:
         self._tls: ssl.SSLContext | None = None
         self._looking: dict[_Origin, asyncio.Future[_Addresses]] = {}
 
-    async def exchange(self, request: WireRequest, max_reply: int) -> WireReply:
+    async def exchange(self, request: WireRequest) -> WireReply:
         """Sends; and once more, unasked, where a kept-alive connection turns out to have been closed."""
         origin, target = self._parsed(request.url)
         message = self._message(request, origin, target)
         kept = self._kept(origin)
         if kept is not None:
             try:
-                return await self._over(kept, origin, message, max_reply)
+                return await self._over(kept, origin, message, request.max_reply)
             except Stale:
                 pass
-        return await self._over(await self._connect(origin), origin, message, max_reply)
+        return await self._over(await self._connect(origin), origin, message, request.max_reply)
 
     async def aclose(self) -> None:
         if self._sweeping is not None:

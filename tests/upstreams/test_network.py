@@ -113,8 +113,10 @@ async def connected(proxy: str | None = None, connect_timeout: float = 5.0) -> A
         await network.aclose()
 
 
-def post(url: str, body: bytes = b"{}", headers: Mapping[str, str] = MappingProxyType({})) -> WireRequest:
-    return WireRequest("POST", url, {"content-type": "application/json", **headers}, body)
+def post(
+    url: str, body: bytes = b"{}", headers: Mapping[str, str] = MappingProxyType({}), most: int = MOST
+) -> WireRequest:
+    return WireRequest("POST", url, {"content-type": "application/json", **headers}, body, max_reply=most)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -131,7 +133,7 @@ TO_THE_END = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n[1,2]"
 async def test_a_request_is_whole_and_a_connection_is_used_again() -> None:
     async with serving(says(OK)) as server, connected() as network:
         for number in range(3):
-            reply = await network.exchange(post(server.url("/a b?c=d"), b"[%d]" % number, {"authorization": "x"}), MOST)
+            reply = await network.exchange(post(server.url("/a b?c=d"), b"[%d]" % number, {"authorization": "x"}))
             assert reply == WireReply(200, {"content-type": "application/json", "content-length": "5"}, b"[1,2]")
         assert server.connections == 1
         assert server.bodies == [b"[0]", b"[1]", b"[2]"]
@@ -146,7 +148,7 @@ async def test_a_reply_may_come_in_any_pieces(message: bytes) -> None:
     for size in (1, 2, 7, len(message)):
         pieces = [message[at : at + size] for at in range(0, len(message), size)]
         async with serving(says(*pieces, close=message is TO_THE_END)) as server, connected() as network:
-            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+            assert (await network.exchange(post(server.url()))).body == b"[1,2]"
 
 
 @pytest.mark.parametrize(
@@ -161,7 +163,7 @@ async def test_a_reply_may_come_in_any_pieces(message: bytes) -> None:
 )
 async def test_replies_of_every_form_are_read(message: bytes, status: int, body: bytes) -> None:
     async with serving(says(message)) as server, connected() as network:
-        reply = await network.exchange(post(server.url()), MOST)
+        reply = await network.exchange(post(server.url()))
         assert (reply.status, reply.body) == (status, body)
         assert "link" not in reply.headers
 
@@ -169,7 +171,7 @@ async def test_replies_of_every_form_are_read(message: bytes, status: int, body:
 async def test_headers_of_one_name_are_one_and_names_are_lower_case() -> None:
     message = b"HTTP/1.1 200 OK\r\nX-One: a\r\nx-one: b\r\nx-two: \xe4\r\ncontent-length: 0\r\n\r\n"
     async with serving(says(message)) as server, connected() as network:
-        headers = (await network.exchange(post(server.url()), MOST)).headers
+        headers = (await network.exchange(post(server.url()))).headers
         assert (headers["x-one"], headers["x-two"]) == ("a, b", "\ufffd")
 
 
@@ -183,7 +185,7 @@ async def test_headers_of_one_name_are_one_and_names_are_lower_case() -> None:
 )
 async def test_what_comes_behind_a_reply_s_head_is_none_of_its_headers(message: bytes) -> None:
     async with serving(says(message)) as server, connected() as network:
-        reply = await network.exchange(post(server.url()), MOST)
+        reply = await network.exchange(post(server.url()))
         assert reply.body == b"[1,2]"
         assert "retry-after" not in reply.headers
         assert reply.headers.get("content-length", "5") == "5"
@@ -192,7 +194,7 @@ async def test_what_comes_behind_a_reply_s_head_is_none_of_its_headers(message: 
 async def test_a_connection_that_went_stale_is_replaced_without_a_word() -> None:
     async with serving(says(OK, close=True)) as server, connected() as network:
         for _ in range(3):  # the server closes each time, and says so to nobody
-            assert (await network.exchange(post(server.url()), MOST)).status == 200
+            assert (await network.exchange(post(server.url()))).status == 200
         assert server.connections == 3
         assert len(server.heads) == 3
 
@@ -200,7 +202,7 @@ async def test_a_connection_that_went_stale_is_replaced_without_a_word() -> None
 async def test_a_new_connection_that_breaks_is_not_tried_again() -> None:
     async with serving(says(close=True)) as server, connected() as network:
         with pytest.raises(UpstreamUnreachable):
-            await network.exchange(post(server.url()), MOST)
+            await network.exchange(post(server.url()))
         assert len(server.heads) == 1
 
 
@@ -210,7 +212,7 @@ async def test_a_new_connection_that_breaks_is_not_tried_again() -> None:
 async def test_half_a_reply_is_no_reply(message: bytes) -> None:
     async with serving(says(message, close=True)) as server, connected() as network:
         with pytest.raises(UpstreamUnreachable, match="broke"):
-            await network.exchange(post(server.url()), MOST)
+            await network.exchange(post(server.url()))
 
 
 async def test_a_reset_is_the_end_of_a_reply_that_has_no_other() -> None:
@@ -222,7 +224,7 @@ async def test_a_reset_is_the_end_of_a_reply_that_has_no_other() -> None:
 
     async with serving(reset) as server, connected() as network:
         try:
-            reply = await network.exchange(post(server.url()), MOST)
+            reply = await network.exchange(post(server.url()))
         except UpstreamUnreachable:
             return
         assert reply.body == b"[1,"  # where the reset looks like an end, the body shows it
@@ -243,7 +245,7 @@ async def test_a_reset_is_the_end_of_a_reply_that_has_no_other() -> None:
 async def test_reading_stops_at_the_limit(message: bytes) -> None:
     async with serving(says(message)) as server, connected() as network:
         with pytest.raises(UpstreamInvalidResponse, match="large"):
-            await network.exchange(post(server.url()), 100)
+            await network.exchange(post(server.url(), most=100))
         await until(lambda: server.closed == 1)
 
 
@@ -263,7 +265,7 @@ async def test_reading_stops_at_the_limit(message: bytes) -> None:
 async def test_what_is_not_an_http_reply_is_refused(message: bytes) -> None:
     async with serving(says(message)) as server, connected() as network:
         with pytest.raises(GatewayError) as caught:
-            await network.exchange(post(server.url()), MOST)
+            await network.exchange(post(server.url()))
         assert isinstance(caught.value, UpstreamInvalidResponse)
 
 
@@ -272,15 +274,15 @@ async def test_a_reply_too_many_is_nobody_s() -> None:
     wrong = OK.replace(b"[1,2]", b"[6,6]")
     for pieces in ((OK + wrong,), (OK, wrong)):
         async with serving(says(*pieces)) as server, connected() as network:
-            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+            assert (await network.exchange(post(server.url()))).body == b"[1,2]"
             await until(lambda: all(each.closed for kept in network._idle.values() for _, each in kept))
-            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+            assert (await network.exchange(post(server.url()))).body == b"[1,2]"
             assert server.connections == 2
 
 
 async def test_a_connection_that_a_reply_ends_is_not_left_to_the_upstream_to_close() -> None:
     async with serving(says(OK.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))) as server, connected() as network:
-        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        assert (await network.exchange(post(server.url()))).body == b"[1,2]"
         await until(lambda: server.closed == 1)
 
 
@@ -294,10 +296,10 @@ async def test_a_connection_on_which_somebody_speaks_unasked_is_closed() -> None
         writer.write(OK.replace(b"[1,2]", b"[6,6]"))
 
     async with serving(speaks_up) as server, connected() as network:
-        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        assert (await network.exchange(post(server.url()))).body == b"[1,2]"
         answered.set()
         await until(lambda: server.closed == 1)
-        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        assert (await network.exchange(post(server.url()))).body == b"[1,2]"
         assert server.connections == 2
 
 
@@ -314,14 +316,14 @@ async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
     async with serving(late) as server, connected() as network:
         troubles: list[dict[str, Any]] = []
         asyncio.get_running_loop().set_exception_handler(lambda _, told: troubles.append(told))
-        await network.exchange(post(server.url()), MOST)
-        waiting = asyncio.create_task(network.exchange(post(server.url(), headers={"x-late": "1"}), MOST))
+        await network.exchange(post(server.url()))
+        waiting = asyncio.create_task(network.exchange(post(server.url(), headers={"x-late": "1"})))
         await until(lambda: len(server.heads) == 2)
         waiting.cancel()
         release.set()
         await asyncio.gather(waiting, return_exceptions=True)
         await until(lambda: server.closed == 1)
-        assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+        assert (await network.exchange(post(server.url()))).body == b"[1,2]"
         assert server.connections == 2
         assert not troubles
 
@@ -339,19 +341,19 @@ async def test_after_a_call_without_an_answer_nothing_is_sent_on_what_lay_idle_m
         writer.write(OK)
 
     async with serving(behind_a_firewall) as server, connected() as network:
-        await asyncio.gather(*(network.exchange(post(server.url(), headers={"x-forget": "1"}), MOST) for _ in range(3)))
+        await asyncio.gather(*(network.exchange(post(server.url(), headers={"x-forget": "1"})) for _ in range(3)))
         with pytest.raises(TimeoutError):
             async with asyncio.timeout(0.1):
-                await network.exchange(post(server.url()), MOST)
+                await network.exchange(post(server.url()))
         async with asyncio.timeout(1):
-            assert (await network.exchange(post(server.url()), MOST)).body == b"[1,2]"
+            assert (await network.exchange(post(server.url()))).body == b"[1,2]"
         await until(lambda: server.closed == 3)
 
 
 async def test_at_the_end_what_lies_idle_is_closed() -> None:
     async with serving(says(OK)) as server:
         async with connected() as network:
-            await network.exchange(post(server.url()), MOST)
+            await network.exchange(post(server.url()))
             assert server.closed == 0
         await until(lambda: server.closed == 1)
 
@@ -359,7 +361,7 @@ async def test_at_the_end_what_lies_idle_is_closed() -> None:
 async def test_an_empty_body_has_a_length_where_one_is_expected() -> None:
     async with serving(says(OK)) as server, connected() as network:
         for method in ("POST", "GET"):
-            await network.exchange(WireRequest(method, server.url(), {}, b""), MOST)
+            await network.exchange(WireRequest(method, server.url()))
         assert [b"\r\ncontent-length: 0\r\n" in head for head in server.heads] == [True, False]  # RFC 9110 8.6
 
 
@@ -369,7 +371,7 @@ async def test_what_a_reply_announces_takes_no_memory_until_it_comes() -> None:
         connected() as network,
     ):
         tracemalloc.start()
-        call = asyncio.create_task(network.exchange(post(server.url()), 10**8))
+        call = asyncio.create_task(network.exchange(post(server.url(), most=10**8)))
         await until(lambda: len(server.heads) == 1)
         await asyncio.sleep(0.1)
         peak = tracemalloc.get_traced_memory()[1]
@@ -384,7 +386,7 @@ async def test_a_connection_that_lies_idle_keeps_nothing_of_the_last_reply() -> 
     chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n" + chunk * 50 + b"0\r\n\r\n"
     async with serving(says(chunked)) as server, connected() as network:
         tracemalloc.start()
-        reply: WireReply | None = await network.exchange(post(server.url()), 10**8)
+        reply: WireReply | None = await network.exchange(post(server.url(), most=10**8))
         assert reply is not None
         assert len(reply.body) == 5 * 10**6
         reply = None
@@ -392,7 +394,7 @@ async def test_a_connection_that_lies_idle_keeps_nothing_of_the_last_reply() -> 
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert held < 10**6
-        await network.exchange(post(server.url()), 10**8)
+        await network.exchange(post(server.url(), most=10**8))
         assert server.connections == 1, "it was kept"
 
 
@@ -404,7 +406,7 @@ async def test_calls_at_once_have_a_connection_each_and_never_each_other_s_reply
 
     async with serving(echo) as server, connected() as network:
         for _ in range(3):
-            calls = [network.exchange(post(server.url(), headers={"x-number": str(n)}), MOST) for n in range(20)]
+            calls = [network.exchange(post(server.url(), headers={"x-number": str(n)})) for n in range(20)]
             assert [reply.body for reply in await asyncio.gather(*calls)] == [b"%d" % n for n in range(20)]
         assert server.connections == 20
 
@@ -412,7 +414,7 @@ async def test_calls_at_once_have_a_connection_each_and_never_each_other_s_reply
 async def test_a_connection_that_lay_idle_too_long_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(networks, "KEEP_ALIVE", 0.01)
     async with serving(says(OK)) as server, connected() as network:
-        await network.exchange(post(server.url()), MOST)
+        await network.exchange(post(server.url()))
         await until(lambda: server.closed == 1)
         assert not network._idle
 
@@ -421,7 +423,7 @@ async def test_a_connection_that_lay_idle_too_long_is_closed(monkeypatch: pytest
 async def test_a_header_with_a_line_break_is_not_sent(line_break: str) -> None:
     async with serving(says(OK)) as server, connected() as network:
         with pytest.raises(UpstreamMisconfigured):
-            await network.exchange(post(server.url(), headers={"x": f"a{line_break}y: b"}), MOST)
+            await network.exchange(post(server.url(), headers={"x": f"a{line_break}y: b"}))
         assert not server.heads
 
 
@@ -431,7 +433,7 @@ async def test_no_connection_is_told_without_the_address() -> None:
     async with connected() as network:
         for url in (f"http://127.0.0.1:{port}/?token=secret", "http://no-such-host.invalid/?token=secret"):
             with pytest.raises(UpstreamUnreachable) as caught:
-                await network.exchange(post(url), MOST)
+                await network.exchange(post(url))
             assert "secret" not in caught.value.message
 
 
@@ -440,11 +442,11 @@ async def test_no_connection_is_told_with_its_reason() -> None:
         port = server.port
     async with connected() as network:
         with pytest.raises(UpstreamUnreachable, match=r"^no connection to the upstream: Connection refused$"):
-            await network.exchange(post(f"http://127.0.0.1:{port}/"), MOST)
+            await network.exchange(post(f"http://127.0.0.1:{port}/"))
         with pytest.raises(
             UpstreamUnreachable, match=r"^no connection to the upstream: \w[\w ]+$"
         ):  # as the system says
-            await network.exchange(post("http://no-such-host.invalid/"), MOST)
+            await network.exchange(post("http://no-such-host.invalid/"))
 
 
 async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -461,16 +463,16 @@ async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream(monkeypatch:
     async with serving(says(OK)) as server, connected() as network:
         for host in ("127.0.0.1", "localhost"):  # whose name cannot be looked up without one
             with no_descriptors(), pytest.raises(Overloaded, match="Too many open files") as caught:
-                await network.exchange(post(server.url(host=host)), MOST)
+                await network.exchange(post(server.url(host=host)))
             assert type(caught.value) is Overloaded, "and not the upstream's"
 
 
 async def test_to_be_out_of_threads_is_no_fault_of_the_upstream() -> None:
     async with serving(says(OK)) as server, connected() as network:
         with no_threads(), pytest.raises(Overloaded, match="no room for another connection") as caught:
-            await network.exchange(post(server.url(host="localhost")), MOST)
+            await network.exchange(post(server.url(host="localhost")))
         assert type(caught.value) is Overloaded, "and not the upstream's"
-        await network.exchange(post(server.url(host="localhost")), MOST)
+        await network.exchange(post(server.url(host="localhost")))
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])
@@ -486,7 +488,7 @@ async def test_an_address_without_a_port_leads_to_its_scheme_s(
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with connected() as network:
         with pytest.raises(UpstreamUnreachable):
-            await network.exchange(post(f"{scheme}://upstream.example/v1"), MOST)
+            await network.exchange(post(f"{scheme}://upstream.example/v1"))
     assert looked == [(b"upstream.example", port)]
 
 
@@ -526,7 +528,7 @@ async def test_tls_is_spoken_with_who_can_prove_its_name(tmp_path: Path, monkeyp
     message = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(big), big)
     async with serving(says(message), context) as server, connected() as network:
         for _ in range(2):
-            reply = await network.exchange(post(server.url(scheme="https", host="localhost"), big), 6_000_000)
+            reply = await network.exchange(post(server.url(scheme="https", host="localhost"), big, most=6_000_000))
             assert reply.body == big
         assert server.connections == 1
         assert server.bodies == [big, big]
@@ -556,7 +558,7 @@ async def test_a_connection_that_a_reply_ends_does_not_wait_for_the_upstream_s_g
         url = f"https://localhost:{listener.getsockname()[1]}/v1/embeddings"
         try:
             async with connected() as network, asyncio.timeout(5):
-                assert (await network.exchange(post(url), MOST)).body == b"[1,2]"
+                assert (await network.exchange(post(url))).body == b"[1,2]"
                 await lost.wait()
         finally:
             release.set()
@@ -572,7 +574,7 @@ async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_rea
     async with serving(says(OK), context) as server, connected() as network:
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
             network._context()  # as where the connection that it is for has the last one
-        assert (await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)).status == 200
+        assert (await network.exchange(post(server.url(scheme="https", host="localhost")))).status == 200
 
 
 @pytest.mark.parametrize("wrong", ["not trusted", "other name", "expired"])
@@ -585,7 +587,7 @@ async def test_tls_with_anyone_else_is_refused_for_good(
         monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     async with serving(says(OK), context) as server, connected() as network:
         with pytest.raises(UpstreamUnreachable, match="TLS") as caught:
-            await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)
+            await network.exchange(post(server.url(scheme="https", host="localhost")))
         assert not caught.value.retryable
         assert not server.heads
         reasons = {
@@ -606,7 +608,7 @@ async def test_a_server_without_tls_is_told_from_one_with_a_bad_certificate() ->
     port = listener.sockets[0].getsockname()[1]
     async with listener, connected() as network:
         with pytest.raises(UpstreamUnreachable, match=r"TLS.* was refused: [a-z][a-z ]+$"):
-            await network.exchange(post(f"https://127.0.0.1:{port}/"), MOST)
+            await network.exchange(post(f"https://127.0.0.1:{port}/"))
 
 
 async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_timeout() -> None:
@@ -621,7 +623,7 @@ async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_ti
     port = listener.sockets[0].getsockname()[1]
     async with listener, connected(connect_timeout=0.05) as network:
         with pytest.raises(UpstreamUnreachable, match="in time"):
-            await network.exchange(post(f"https://127.0.0.1:{port}/"), MOST)
+            await network.exchange(post(f"https://127.0.0.1:{port}/"))
         await gone.wait()
 
 
@@ -649,7 +651,7 @@ async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, hea
 async def test_by_a_proxy_in_the_clear_the_whole_address_is_asked_for() -> None:
     async with serving(says(OK)) as server:
         async with connected(f"http://me:pass%3Aword@127.0.0.1:{server.port}") as network:
-            await network.exchange(post("http://upstream.example/v1/embeddings?a=b"), MOST)
+            await network.exchange(post("http://upstream.example/v1/embeddings?a=b"))
         lines = server.heads[0].split(b"\r\n")
         assert lines[0] == b"POST http://upstream.example/v1/embeddings?a=b HTTP/1.1"
         assert b"host: upstream.example" in lines
@@ -673,7 +675,7 @@ async def test_by_a_proxy_tls_is_with_the_upstream_itself(
     async with serving(says(OK), context) as server, serving(leads) as proxy:
         async with connected(f"http://me:word@127.0.0.1:{proxy.port}") as network:
             for _ in range(2):
-                reply = await network.exchange(post(server.url(scheme="https", host="localhost")), MOST)
+                reply = await network.exchange(post(server.url(scheme="https", host="localhost")))
                 assert reply.body == b"[1,2]"
         assert len(proxy.heads) == 1
         assert proxy.heads[0].startswith(b"CONNECT localhost:%d HTTP/1.1\r\n" % server.port)
@@ -688,7 +690,7 @@ async def test_a_proxy_that_refuses_is_told_from_the_upstream(status: int, passe
     refusal = b"HTTP/1.1 %d No\r\ncontent-length: 0\r\n\r\n" % status
     async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
         with pytest.raises(UpstreamUnreachable, match=rf"proxy.*{status}") as raised:
-            await network.exchange(post("https://upstream.example/"), MOST)
+            await network.exchange(post("https://upstream.example/"))
         assert raised.value.retryable == passes
         await until(lambda: proxy.closed == 1)
         assert proxy.heads[0].startswith(b"CONNECT upstream.example:443 HTTP/1.1\r\nhost: upstream.example:443\r\n")
@@ -710,15 +712,15 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with serving(says(OK)) as server, connected(connect_timeout=0.2) as dead, connected() as other:
         failed = await asyncio.gather(
-            *(dead.exchange(post("http://dead.invalid/v1"), MOST) for _ in range(50)), return_exceptions=True
+            *(dead.exchange(post("http://dead.invalid/v1")) for _ in range(50)), return_exceptions=True
         )
         assert {type(each) for each in failed} == {UpstreamUnreachable}
         assert looked == ["dead.invalid"]
-        assert (await other.exchange(post(server.url(host="localhost")), MOST)).body == b"[1,2]"
+        assert (await other.exchange(post(server.url(host="localhost")))).body == b"[1,2]"
         answer.set()
         await until(lambda: not dead._looking)
         with pytest.raises(UpstreamUnreachable):
-            await dead.exchange(post("http://dead.invalid/v1"), MOST)
+            await dead.exchange(post("http://dead.invalid/v1"))
         assert looked.count("dead.invalid") == 2
 
 
@@ -732,7 +734,7 @@ class NoNames(uvloop.Loop):
 def test_a_name_of_redis_that_is_not_found_holds_up_no_upstream() -> None:
     async def exchange() -> WireReply:
         async with serving(says(OK)) as server, connected(connect_timeout=1.0) as network:
-            return await network.exchange(post(server.url()), MOST)
+            return await network.exchange(post(server.url()))
 
     with asyncio.Runner(loop_factory=NoNames) as runner:
         assert runner.run(exchange()).body == b"[1,2]"
@@ -749,7 +751,7 @@ async def test_who_hangs_up_takes_a_name_s_address_from_nobody(monkeypatch: pyte
     monkeypatch.setattr(socket, "getaddrinfo", look_up)
     async with serving(says(OK)) as server, connected() as network:
         url = server.url(host="slow.invalid")
-        leaves, stays = (asyncio.create_task(network.exchange(post(url), MOST)) for _ in range(2))
+        leaves, stays = (asyncio.create_task(network.exchange(post(url))) for _ in range(2))
         await until(asked.is_set)
         leaves.cancel()
         await asyncio.gather(leaves, return_exceptions=True)

@@ -176,13 +176,13 @@ class Health:
         """A call that began in this era got no answer, and may have had too little time for one. Others are asked first
         for a moment; and each such call lowers what counts as too little, or one that hangs would never be found."""
         if era == self._era:
-            self._suspect_until = self._clock.monotonic() + SUSPECT
+            self._ask_others_first(SUSPECT)
             self._longest *= DOUBTED
 
     def doubt(self, why: str, era: int) -> None:
         """What a call that began in this era brought is good in part only: others are asked first for a while."""
         if era == self._era:
-            self._suspect_until = self._clock.monotonic() + DOUBTFUL
+            self._ask_others_first(DOUBTFUL)
             self._note_trouble(why)
 
     def abandon(self, era: int, *, others_first: bool = False) -> None:
@@ -191,7 +191,7 @@ class Health:
         if era == self._era:
             self._probing = False
             if others_first:
-                self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
+                self._ask_others_first(SUSPECT)
 
     def end(self, error: GatewayError | None, era: int) -> None:
         """What a call that began in this era came to. A refused input speaks for a deployment, not against it."""
@@ -220,10 +220,13 @@ class Health:
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False
             self._failures += 1
-            self._suspect_until = max(self._suspect_until, self._clock.monotonic() + SUSPECT)
+            self._ask_others_first(SUSPECT)
             # While it is ejected it is asked only where all are, and what is then found is nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
                 self._eject(told)
+
+    def _ask_others_first(self, seconds: float) -> None:
+        self._suspect_until = max(self._suspect_until, self._clock.monotonic() + seconds)
 
     def _note_trouble(self, trouble: str) -> None:
         """Shown until it answers, and a line in the log now and then."""

@@ -211,7 +211,6 @@ class Canary:
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:
             deployment.health.let_in()
-            deployment.health.answers()
             return
         reason = f"its vectors are not those of {self._space} (cosine {cosine:.4f} to the expected one)"
         if deployment.health.out is None:

@@ -123,6 +123,10 @@ class Health:
         self.out, self.asked = before.out, before.asked
 
     def let_in(self) -> None:
+        """Its vectors are right. After its first ejection it may then have a call at once, for the others may be at
+        their limit by now. Later ejections run their time: some servers answer a short text alone."""
+        if self._ejections == 1:
+            self._ejected_until = 0.0
         if self.out is not None:
             self.out, self.back = None, self._clock.monotonic()
             self.show()
@@ -136,12 +140,6 @@ class Health:
         """It was to show its vectors and did not: others are asked in its place."""
         self.unproved, self.silent = True, reason
         self.show()
-
-    def answers(self) -> None:
-        """It has answered a look, if no caller. After its first ejection it may then have a call at once, for the
-        others may be at their limit by now. Later ejections run their time: some servers answer a short text alone."""
-        if self._ejections == 1:
-            self._ejected_until = 0.0
 
     def cooling(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from enum import StrEnum
-from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
+from typing import Literal, Protocol, TypeAlias, runtime_checkable
 
 from msgspec import Struct, field
 
@@ -239,8 +239,6 @@ class Target(Struct, frozen=True):
     base_url: str
     """Without a trailing slash."""
     model: Model
-    settings: Any
-    """The upstream's, of its type's own class; only its adapter looks into them."""
 
 
 class Parsed(Struct):

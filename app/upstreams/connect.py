@@ -88,7 +88,7 @@ class Upstream:
         return self.models.get(name) or self.kind.unlisted(name)
 
     def target(self, model: Model) -> Target:
-        return Target(self.settings.base_url.rstrip("/"), model, self.settings)
+        return Target(self.settings.base_url.rstrip("/"), model)
 
     def answers_as(self, before: Upstream | None) -> bool:
         """Whether this one gives what the other one gave: their settings differ in nothing but `_PATIENCE`."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal, cast
+from functools import partial
+from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
 import orjson
@@ -59,8 +60,7 @@ class OllamaSettings(UpstreamSettings):
     """Ollama's own default is true: a long text is cut and nobody is told."""
 
 
-def build_request(batch: Batch, target: Target) -> WireRequest:
-    settings = cast("OllamaSettings", target.settings)
+def build_request(settings: OllamaSettings, batch: Batch, target: Target) -> WireRequest:
     body: dict[str, object] = {
         "model": target.model.name,
         "input": batch.inputs,
@@ -101,8 +101,8 @@ def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     return Parsed(range(len(found)), found, replies.billed(body, "prompt_eval_count"))
 
 
-def adapter(_settings: OllamaSettings) -> Adapter:
-    return Adapter(build_request, parse_error, parse_response)
+def adapter(settings: OllamaSettings) -> Adapter:
+    return Adapter(partial(build_request, settings), parse_error, parse_response)
 
 
 def credentials(settings: OllamaSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:

@@ -149,7 +149,7 @@ def call_that_gets(body: bytes, metrics: Metrics, adapter: Adapter = DIALECT) ->
     async def send(_request: WireRequest) -> WireReply:
         return WireReply(200, {}, body)
 
-    target = Target("http://up.invalid", Model(MODEL, 1024), None)
+    target = Target("http://up.invalid", Model(MODEL, 1024))
     return Call(target, adapter, NoAuth(), send, Redactor(), metrics, "up")
 
 

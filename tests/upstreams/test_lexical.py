@@ -125,7 +125,7 @@ def test_tokens_are_words_and_chinese_characters() -> None:
 
 SETTINGS = lexical.LexicalSettings()
 MODEL = lexical.models(SETTINGS)["lexical"]
-TARGET = Target(SETTINGS.base_url, MODEL, SETTINGS)
+TARGET = Target(SETTINGS.base_url, MODEL)
 
 
 @pytest.mark.parametrize("copies", [1, 5000], ids=["on the loop", "in a thread"])

@@ -195,7 +195,7 @@ def built(given: dict[str, Any], model: str, params: Params) -> tuple[WireReques
     kind, settings = UPSTREAMS[given["type"]], settings_of(**given)
     facts = kind.models(settings).get(model) or kind.unlisted(model)
     batch = Batch("public", ["a", "b"], [b"", b""], params, True, 0.0)
-    request = kind.adapter(settings).build_request(batch, Target(settings.base_url, facts, settings))
+    request = kind.adapter(settings).build_request(batch, Target(settings.base_url, facts))
     return request, orjson.loads(request.body)
 
 

@@ -22,6 +22,7 @@ from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.admit import INPUT, Room
 from app.pipeline.deployment import Slots
+from app.pipeline.fleet import Fleet
 from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
 from app.registry import PublicModel, Registry
@@ -76,9 +77,8 @@ class Gateway:
         """What callers are told as the time of the models' creation: seconds since the epoch."""
         self.draining = True
         """Not ready for traffic: before the start, and while stopping."""
-        self.registry: Registry = Registry(
-            settings, self.upstreams, self._slots, cache, metrics, clock, before.registry if before else None
-        )
+        self.fleet: Fleet = Fleet(self.upstreams, self._slots, cache, metrics, clock, before.fleet if before else None)
+        self.registry = Registry(settings, self.upstreams, self.fleet, cache)
 
     @property
     def names(self) -> Mapping[str, PublicModel]:
@@ -93,7 +93,7 @@ class Gateway:
             await self._shared.open()
         for trouble in (*self.registry.unfit(), *self.unserved()):
             log.warning("%s", trouble)
-        self._watching.append(asyncio.create_task(canary.watch(lambda: self.registry.canaries, self._clock)))
+        self._watching.append(asyncio.create_task(canary.watch(lambda: self.fleet.canaries, self._clock)))
         if any(upstream.discovers for upstream in self.upstreams.values()):
             self._watching.append(asyncio.create_task(self._keep_fresh()))
         self.draining = False
@@ -102,7 +102,7 @@ class Gateway:
         """Another gateway serves from now on, and counts the requests that are inside."""
         self.room.alter(successor.room)
         successor.room = self.room
-        self.registry.give_way(successor.registry)
+        self.fleet.give_way(successor.fleet)
         for task in self._watching:
             task.cancel()
 
@@ -113,7 +113,7 @@ class Gateway:
         """
         for task in self._watching:
             task.cancel()
-        await self.registry.aclose(successor.registry if successor else None)
+        await self.fleet.aclose(successor.fleet if successor else None)
         kept_slots = successor._slots.values() if successor else ()
         paces = [slots.pace for slots in self._slots.values() if slots not in kept_slots]
         await asyncio.gather(*(pace.aclose() for pace in paces if pace))
@@ -192,7 +192,7 @@ class Gateway:
             | ({"reason": upstream.trouble.message} if upstream.trouble else {})
             for name, upstream in self.upstreams.items()
         }
-        for deployment in self.registry.deployments:
+        for deployment in self.fleet.deployments:
             health = deployment.health
             for word, told in (("out", health.out), ("trouble", health.told)):
                 if told is not None:

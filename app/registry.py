@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Literal
 
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, Model, least, together
-from app.clock import Clock
 from app.config import WORDS, DeploymentSettings, ModelSettings, PrefixSettings, Settings
 from app.errors import InvalidRequest
-from app.metrics import Metrics
 from app.pipeline import build
-from app.pipeline.batcher import Batcher
-from app.pipeline.call import Call
-from app.pipeline.canary import Canary, Expected
-from app.pipeline.deployment import Deployment, Limits, Slots
-from app.pipeline.health import Health
+from app.pipeline.deployment import Deployment
+from app.pipeline.fleet import Fleet
 from app.pipeline.prepare import Prepare
-from app.pipeline.route import Route
 from app.types import Params
 from app.upstreams.connect import Upstream
 
@@ -70,53 +61,16 @@ class PublicModel:
 
 
 class Registry:
-    """Every name there is, with what it takes to serve it: one deployment per upstream and set of facts, one batcher
-    per set of deployments, one canary per batcher."""
+    """Every name there is, made of what the configuration names and the upstreams list, over what serves it."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        upstreams: Mapping[str, Upstream],
-        slots: Mapping[str, Slots],
-        cache: Tiers,
-        metrics: Metrics,
-        clock: Clock,
-        before: Registry | None = None,
-    ) -> None:
-        """`slots`: each upstream's own. Of upstreams that `before` has as well, what it uses is shared with it."""
-        self._settings, self._upstreams, self._slots = settings, upstreams, slots
-        self._cache, self._metrics, self._clock = cache, metrics, clock
-        self._expected: Expected = before._expected if before else Expected(cache if cache.lasts else None)
-        """Canaries': what a space is expected to give outlives a change of configuration."""
-        self._deployments: dict[tuple[str, Model, str], Deployment] = {}
-        self._spaces: set[str] = set()
-        """Those in which a deployment is known or taken to be right: another one there has to be compared first."""
-        self._before: dict[tuple[str, str, str], Health] = {}
-        """While names are made: the health of deployments that are out, and, under the configuration before, of those
-        that still answer as they did. By upstream, its model, and space."""
-        self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
-        """One per set of deployments, so that names which lead to the same ones share calls; and their canary."""
-        self._replaced: list[Batcher] = []
-        """Those that no name leads to any more, and that have calls under way."""
-        self._in_force: Literal["not yet", "now", "no more"] = "now" if before is None else "not yet"
-        """The metrics show the deployments of the one that is. One that was serves the requests that it still has; the
-        deployments it finds from then on are for these alone."""
+    def __init__(self, settings: Settings, upstreams: Mapping[str, Upstream], fleet: Fleet, cache: Tiers) -> None:
+        self._settings, self._upstreams, self._fleet, self._cache = settings, upstreams, fleet, cache
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be asked for, aliases included."""
         self._listed: dict[str, Mapping[str, Model]] = {}
         """By upstream, the list of models that `names` was made from."""
-        if before is not None:
-            self._take_over(before)
         self.publish()
-
-    @property
-    def deployments(self) -> Iterable[Deployment]:
-        return self._deployments.values()
-
-    @property
-    def canaries(self) -> list[Canary]:
-        return [canary for _, canary in self._batchers.values() if canary.compares]
 
     def outdated(self) -> bool:
         """Whether an upstream lists other models now."""
@@ -136,17 +90,13 @@ class Registry:
     def publish(self) -> None:
         """Makes every name anew, and lets go of deployments that none leads to any more, whose model its upstream has
         replaced or dropped."""
-        # Out it stays also where the list only says something else of it, as how long an input may be.
-        self._before |= {_identity(each): each.health for each in self.deployments if each.health.out is not None}
-        gone = self._name_all()
-        self._before.clear()
-        if self._in_force == "now":
-            self._leave(gone, self.deployments)
+        self._fleet.begin()
+        self._name_all()
+        self._fleet.keep({public.deployments for public in self.names.values()})
 
-    def _name_all(self) -> list[Deployment]:
+    def _name_all(self) -> None:
         """Configured models and their aliases; then the upstreams' own names, plain and as `upstream/model`; then
-        `upstream/model` of what is configured and not listed. Returns the deployments that no name leads to any more.
-        """
+        `upstream/model` of what is configured and not listed."""
         names: dict[str, PublicModel] = {}
         for name, settings in self._settings.models.items():
             public = self._configured(name, settings)
@@ -165,16 +115,10 @@ class Registry:
             for wanted in settings.deployments:
                 if (name := f"{wanted.upstream}/{wanted.model}") not in names:
                     facts = self._facts(wanted, settings)
-                    names[name] = self._public(name, (self._deployment(self._upstreams[wanted.upstream], facts),), None)
+                    deployment = self._fleet.deployment(self._upstreams[wanted.upstream], facts)
+                    names[name] = self._public(name, (deployment,), None)
         self.names = names
         self._listed = {name: upstream.models for name, upstream in self._upstreams.items()}
-        return self._keep_to_names()
-
-    def give_way(self, successor: Registry) -> None:
-        """Another one is in force from now on; deployments it does not have leave the metrics."""
-        self._in_force, successor._in_force = "no more", "now"
-        kept = {each.health for each in successor.deployments}
-        self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
 
     def unfit(self) -> list[str]:
         """A line for each model that is configured in a way in which it refuses requests that say no more than model
@@ -192,61 +136,13 @@ class Registry:
             if len(public.deployments) < len(wanted) and away.isdisjoint(each.upstream for each in wanted)
         ]
 
-    async def aclose(self, successor: Registry | None = None) -> None:
-        """Waits for the calls under way, but not those of batchers that a `successor` has as well."""
-        shared = successor._every_batcher() if successor else set()
-        await asyncio.gather(*(batcher.aclose() for batcher in self._every_batcher() - shared))
-
-    def _every_batcher(self) -> set[Batcher]:
-        return {*(batcher for batcher, _ in self._batchers.values()), *self._replaced}
-
-    def _take_over(self, before: Registry) -> None:
-        same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
-        self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
-        as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
-        # Of several that are one and the same the worst comes last, and counts; of those that take traffic the one that
-        # callers know, for one that has not been compared under a name nobody uses says nothing.
-        were = sorted((each for each in before.deployments if each.upstream in as_before), key=_how_bad)
-        self._before = {_identity(each): each.health for each in were}
-        sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
-        sound += [(each.space, each.health) for each in self.deployments]
-        # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
-        self._spaces = {space for space, health in sound if health.answered or not health.unproved}
-        known = {each.health for each in self.deployments}
-        for deployments, served in before._batchers.items():
-            if all(each.health in known for each in deployments):
-                self._batchers[deployments] = served
-
-    def _keep_to_names(self) -> list[Deployment]:
-        models = self.names.values()
-        used = {each.health for public in models for each in public.deployments}
-        gone = {key: each for key, each in self._deployments.items() if each.health not in used}
-        for key in gone:
-            del self._deployments[key]
-        self._spaces = {each.space for each in self.deployments}
-        # Also where its deployments are still there: no request comes to it, and its canary would pay for looks.
-        for unused in self._batchers.keys() - {public.deployments for public in models}:
-            self._replaced.append(self._batchers.pop(unused)[0])
-        self._replaced = [batcher for batcher in self._replaced if batcher.busy]
-        return list(gone.values())
-
-    def _leave(self, gone: Iterable[Deployment], kept: Iterable[Deployment]) -> None:
-        """Tells the metrics of deployments that get no more calls: their names are others' now, or nobody's."""
-        for each in gone:
-            each.health.retire()
-        names = {(each.upstream, each.model.name) for each in kept}
-        for upstream, model in {(each.upstream, each.model.name) for each in gone} - names:
-            self._metrics.forget_deployment(upstream, model)
-        for each in kept:
-            each.health.show()
-
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
         """A model whose name begins with another upstream's, as a proxy's list may have it, has no plain name: that one
         means the other's own models, whether or not they are there."""
         served: dict[str, list[Deployment]] = {}
         for upstream in self._upstreams.values():
             for model in upstream.models.values():
-                deployment = self._deployment(upstream, model)
+                deployment = self._fleet.deployment(upstream, model)
                 first, slash, _ = model.name.partition("/")
                 others = slash and first != upstream.name and first in self._upstreams
                 served.setdefault(deployment.name if others else model.name, []).append(deployment)
@@ -267,7 +163,7 @@ class Registry:
             mark = _mark(settings.prefixes)
             facts = _told_by(facts, settings.prefixes, mark)
             space = f"{space}+{mark}" if space else None
-        deployment = self._deployment(self._upstreams[wanted.upstream], facts, space)
+        deployment = self._fleet.deployment(self._upstreams[wanted.upstream], facts, space)
         return replace(deployment, weight=wanted.weight, priority=wanted.priority)
 
     def _facts(self, wanted: DeploymentSettings, settings: ModelSettings) -> Model:
@@ -283,40 +179,12 @@ class Registry:
             known = replace(known, cuts=None)
         return replace(known, **better)
 
-    def _deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
-        """One deployment per upstream and set of facts, shared by all names that lead to it."""
-        identity = space or model.space(upstream.kind.name)
-        known = self._deployments.get((upstream.name, model, identity))
-        if known is not None:
-            return known
-        limits = Limits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
-        call = Call(
-            upstream.target(model), upstream.adapter, upstream.auth, upstream.send, upstream.redact,
-            self._metrics, upstream.name,
-        )  # fmt: skip
-        chain = build.chain(call, cache=self._cache, limits=limits, model=model)
-        show = partial(self._metrics.show_deployment, upstream.name, model.name)
-        health = Health(self._clock, show, f"{upstream.name}/{model.name}")
-        if self._in_force == "no more":
-            health.retire()
-        before = self._before.get((upstream.name, model.name, identity))
-        # Until it has been compared the others of its space are asked in its place: in doubt the first is right.
-        health.unproved = identity in self._spaces and (before is None or before.doubtful)
-        if before is not None:
-            health.answered = before.answered  # or the first by name would be right, whatever callers have been given
-            if before.out is not None:
-                health.stay_out(before)
-        self._spaces.add(identity)
-        deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
-        self._deployments[(upstream.name, model, identity)] = deployment
-        return deployment
-
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
         known = self.names.get(name)
         if known is not None and known.name == name and known.deployments == deployments:
             return known  # to make thousands anew because a list has one more would hold everybody up
         first = deployments[0]
-        batcher = self._batcher(deployments, configured=settings is not None)
+        batcher = self._fleet.batcher(deployments, configured=settings is not None)
         embed = build.pipeline(
             batcher,
             name=name,
@@ -330,15 +198,6 @@ class Registry:
         dimensions = (settings and settings.dimensions) or first.model.dimensions
         return PublicModel(name, embed, dimensions, space, deployments)
 
-    def _batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        if deployments not in self._batchers:
-            route = Route(deployments, self._metrics, self._clock)
-            canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
-            batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
-            self._cache.embedders.add(batcher)
-            self._batchers[deployments] = batcher, canary
-        return self._batchers[deployments][0]
-
     def _warn_of_spaces(self, name: str, served: Sequence[Deployment], so: str) -> None:
         if name not in self._conflicts:
             self._conflicts.add(name)
@@ -347,15 +206,6 @@ class Registry:
 
 def _named(deployments: Iterable[Deployment]) -> str:
     return ", ".join(deployment.name for deployment in deployments)
-
-
-def _identity(deployment: Deployment) -> tuple[str, str, str]:
-    return deployment.upstream, deployment.model.name, deployment.space
-
-
-def _how_bad(deployment: Deployment) -> tuple[bool, ...]:
-    health = deployment.health
-    return health.out is not None, health.ejected, health.answered, not health.unproved
 
 
 def _unfit(prepare: Prepare) -> str | None:

@@ -72,7 +72,7 @@ async def test_one_that_is_out_stays_out_when_a_list_says_something_else_of_it()
         out = [each.health.out for name in ("m", "b/m") for each in gateway.names[name].deployments]
         assert out == ([None] * 3 if length == 512 else [None, "another model", "another model"])
         gateway.names["b/m"].deployments[0].health.take_out("another model")
-    assert [each.due(1000.0) for each in gateway.registry.canaries] == [True, True]
+    assert [each.due(1000.0) for each in gateway.fleet.canaries] == [True, True]
 
 
 async def test_to_close_what_another_one_has_taken_over_compares_no_model_with_all_others(
@@ -94,5 +94,5 @@ async def test_to_close_what_another_one_has_taken_over_compares_no_model_with_a
     successor = Gateway(settings, UPSTREAMS, cache, metrics, clock, before=gateway)
     monkeypatch.setattr(Batcher, "__eq__", equal)
     monkeypatch.setattr(Batcher, "__hash__", object.__hash__, raising=False)
-    await gateway.registry.aclose(successor.registry)
+    await gateway.fleet.aclose(successor.fleet)
     assert compared < 400

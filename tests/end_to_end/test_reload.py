@@ -532,8 +532,8 @@ async def test_of_deployments_that_are_put_together_otherwise_no_earlier_set_is_
     for weight, *names in ((3, "one", "two"), (4, "one", "two"), (4, "two", "one"), (4, "one")):
         await app._change_to(settings(weight, *names))
         await asyncio.gather(*app._tasks)
-        registry = app.gateway.registry
-        shown.append((len(registry._batchers), len(registry.canaries)))
+        fleet = app.gateway.fleet
+        shown.append((len(fleet._batchers), len(fleet.canaries)))
     assert shown == [(4, 2)] * 3 + [(4, 1)], "`m`, `lexical`, and each upstream's alone; two pairs, and then one"
     await app.gateway.aclose()
 
@@ -612,7 +612,7 @@ async def test_one_that_was_taken_out_and_is_only_asked_otherwise_stays_out(
     health.take_out("another model")
     after = app._build_gateway(settings(**changed), app.gateway)
     assert after.names["m"].deployments[0].health.out == ("another model" if stays else None)
-    looked_at = [canary for canary in after.registry.canaries if canary.due(1000.0)]
+    looked_at = [canary for canary in after.fleet.canaries if canary.due(1000.0)]
     assert bool(looked_at) == stays
     await after.aclose(app.gateway)
     await app.gateway.aclose()
@@ -634,7 +634,7 @@ async def test_one_that_was_taken_out_and_is_alone_now_is_looked_at(timeout: int
     app.gateway.names["m"].deployments[1].health.take_out("another model")
     after = app._build_gateway(settings(timeout, "b"), app.gateway)
     assert after.names["m"].deployments[0].health.out
-    looked_at = [canary for canary in after.registry.canaries if canary.due(1000.0)]
+    looked_at = [canary for canary in after.fleet.canaries if canary.due(1000.0)]
     assert [canary.upstream for canary in looked_at] == ["b"]
     await after.aclose(app.gateway)
     await app.gateway.aclose()

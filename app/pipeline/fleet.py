@@ -1,0 +1,174 @@
+"""What serves, by whatever name: one deployment per upstream and set of facts, one batcher per set of deployments, one
+canary per batcher. What a change of configuration leaves as it is goes on in the next one's fleet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Mapping, Set
+from functools import partial
+from typing import Literal
+
+from app.cache.tiers import Tiers
+from app.catalog import Model
+from app.clock import Clock
+from app.metrics import Metrics
+from app.pipeline import build
+from app.pipeline.batcher import Batcher
+from app.pipeline.call import Call
+from app.pipeline.canary import Canary, Expected
+from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.health import Health
+from app.pipeline.route import Route
+from app.upstreams.connect import Upstream
+
+
+class Fleet:
+    """All deployments and batchers of one configuration. Names are made over them anew each time a list of models has
+    changed: between `begin` and `keep`."""
+
+    def __init__(
+        self,
+        upstreams: Mapping[str, Upstream],
+        slots: Mapping[str, Slots],
+        cache: Tiers,
+        metrics: Metrics,
+        clock: Clock,
+        before: Fleet | None = None,
+    ) -> None:
+        """`slots`: each upstream's own. Of upstreams that `before` has as well, what it uses is shared with it."""
+        self._upstreams, self._slots = upstreams, slots
+        self._cache, self._metrics, self._clock = cache, metrics, clock
+        self._expected: Expected = before._expected if before else Expected(cache if cache.lasts else None)
+        """Canaries': what a space is expected to give outlives a change of configuration."""
+        self._deployments: dict[tuple[str, Model, str], Deployment] = {}
+        self._spaces: set[str] = set()
+        """Those in which a deployment is known or taken to be right: another one there has to be compared first."""
+        self._before: dict[tuple[str, str, str], Health] = {}
+        """While names are made: the health of deployments that are out, and, under the configuration before, of those
+        that still answer as they did. By upstream, its model, and space."""
+        self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
+        """One per set of deployments, so that names which lead to the same ones share calls; and their canary."""
+        self._replaced: list[Batcher] = []
+        """Those that no name leads to any more, and that have calls under way."""
+        self._in_force: Literal["not yet", "now", "no more"] = "now" if before is None else "not yet"
+        """The metrics show the deployments of the one that is. One that was serves the requests that it still has; the
+        deployments it finds from then on are for these alone."""
+        if before is not None:
+            self._take_over(before)
+
+    @property
+    def deployments(self) -> Iterable[Deployment]:
+        return self._deployments.values()
+
+    @property
+    def canaries(self) -> list[Canary]:
+        return [canary for _, canary in self._batchers.values() if canary.compares]
+
+    def begin(self) -> None:
+        """Names are about to be made anew. A deployment that is out stays so also where the list only says something
+        else of it, as how long an input may be."""
+        self._before |= {_identity(each): each.health for each in self.deployments if each.health.out is not None}
+
+    def deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
+        """One deployment per upstream and set of facts, shared by all names that lead to it."""
+        identity = space or model.space(upstream.kind.name)
+        known = self._deployments.get((upstream.name, model, identity))
+        if known is not None:
+            return known
+        limits = Limits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
+        call = Call(
+            upstream.target(model), upstream.adapter, upstream.auth, upstream.send, upstream.redact,
+            self._metrics, upstream.name,
+        )  # fmt: skip
+        chain = build.chain(call, cache=self._cache, limits=limits, model=model)
+        show = partial(self._metrics.show_deployment, upstream.name, model.name)
+        health = Health(self._clock, show, f"{upstream.name}/{model.name}")
+        if self._in_force == "no more":
+            health.retire()
+        before = self._before.get((upstream.name, model.name, identity))
+        # Until it has been compared the others of its space are asked in its place: in doubt the first is right.
+        health.unproved = identity in self._spaces and (before is None or before.doubtful)
+        if before is not None:
+            health.answered = before.answered  # or the first by name would be right, whatever callers have been given
+            if before.out is not None:
+                health.stay_out(before)
+        self._spaces.add(identity)
+        deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
+        self._deployments[(upstream.name, model, identity)] = deployment
+        return deployment
+
+    def batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
+        """`configured`: whether it is the operator who has them stand in for each other."""
+        if deployments not in self._batchers:
+            route = Route(deployments, self._metrics, self._clock)
+            canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
+            batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
+            self._cache.embedders.add(batcher)
+            self._batchers[deployments] = batcher, canary
+        return self._batchers[deployments][0]
+
+    def keep(self, used: Set[tuple[Deployment, ...]]) -> None:
+        """Names are made, each over one of these sets of deployments: lets go of all others, and of their batchers."""
+        self._before.clear()
+        stay = {each.health for deployments in used for each in deployments}
+        gone = {key: each for key, each in self._deployments.items() if each.health not in stay}
+        for key in gone:
+            del self._deployments[key]
+        self._spaces = {each.space for each in self.deployments}
+        # Also where its deployments are still there: no request comes to it, and its canary would pay for looks.
+        for unused in self._batchers.keys() - used:
+            self._replaced.append(self._batchers.pop(unused)[0])
+        self._replaced = [batcher for batcher in self._replaced if batcher.busy]
+        if self._in_force == "now":
+            self._leave(gone.values(), self.deployments)
+
+    def give_way(self, successor: Fleet) -> None:
+        """Another one is in force from now on; deployments it does not have leave the metrics."""
+        self._in_force, successor._in_force = "no more", "now"
+        kept = {each.health for each in successor.deployments}
+        self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
+
+    async def aclose(self, successor: Fleet | None = None) -> None:
+        """Waits for the calls under way, but not those of batchers that a `successor` has as well."""
+        shared = successor._every_batcher() if successor else set()
+        await asyncio.gather(*(batcher.aclose() for batcher in self._every_batcher() - shared))
+
+    def _every_batcher(self) -> set[Batcher]:
+        return {*(batcher for batcher, _ in self._batchers.values()), *self._replaced}
+
+    def _take_over(self, before: Fleet) -> None:
+        same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
+        self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
+        as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
+        # Of several that are one and the same the worst comes last, and counts; of those that take traffic the one that
+        # callers know, for one that has not been compared under a name nobody uses says nothing.
+        were = sorted((each for each in before.deployments if each.upstream in as_before), key=_how_bad)
+        self._before = {_identity(each): each.health for each in were}
+        sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
+        sound += [(each.space, each.health) for each in self.deployments]
+        # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
+        self._spaces = {space for space, health in sound if health.answered or not health.unproved}
+        known = {each.health for each in self.deployments}
+        for deployments, served in before._batchers.items():
+            if all(each.health in known for each in deployments):
+                self._batchers[deployments] = served
+
+    def _leave(self, gone: Iterable[Deployment], kept: Iterable[Deployment]) -> None:
+        """Tells the metrics of deployments that get no more calls: their names are others' now, or nobody's."""
+        for each in gone:
+            each.health.retire()
+        names = {(each.upstream, each.model.name) for each in kept}
+        for upstream, model in {(each.upstream, each.model.name) for each in gone} - names:
+            self._metrics.forget_deployment(upstream, model)
+        for each in kept:
+            each.health.show()
+
+
+def _identity(deployment: Deployment) -> tuple[str, str, str]:
+    return deployment.upstream, deployment.model.name, deployment.space
+
+
+def _how_bad(deployment: Deployment) -> tuple[bool, ...]:
+    health = deployment.health
+    return health.out is not None, health.ejected, health.answered, not health.unproved

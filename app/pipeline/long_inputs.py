@@ -1,6 +1,6 @@
 """Inputs longer than the model takes: refused, cut, or embedded in pieces, never without a word.
 
-What fits is a matter of bounds (`app.tokens`), for the tokenizer is the upstream's. An input that may fit and
+What fits is a matter of bounds (`app.pipeline.lengths`), for the tokenizer is the upstream's. An input that may fit and
 may not is the upstream's to judge; one that it refuses is cut to what surely fits.
 """
 
@@ -19,6 +19,7 @@ from app import tokens, vectors
 from app.catalog import Model, TokenRule, together
 from app.config import ModelSettings
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamInvalidVector
+from app.pipeline import lengths
 from app.pipeline.parts import mixed, put
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
@@ -60,7 +61,7 @@ class LongInputs:
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
         self._model, facts = models[0], together(models)
-        self._room = tokens.Room(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
+        self._room = lengths.Room(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
         self._asks = not facts.cuts_silently
         self._usual: OnLongInput = settings.on_long_input if settings else "error"
 
@@ -92,7 +93,7 @@ class LongInputs:
             result.truncated = plan.count
         return result
 
-    def _plan(self, request: EmbedRequest, policy: OnLongInput, room: tokens.Room, before: str) -> _Work[_Plan | None]:
+    def _plan(self, request: EmbedRequest, policy: OnLongInput, room: lengths.Room, before: str) -> _Work[_Plan | None]:
         """How the inputs are to be cut; None where all are sent as they are. Raises `InvalidRequest`."""
         long: list[int] = []
         for i, text in enumerate(request.inputs):
@@ -122,8 +123,8 @@ class LongInputs:
         looked_at = whole[: _LOOK * room.tokens] if room.tokens is not None else ""
         if room.characters is not None and len(whole) > room.characters:
             size, limit = f"{len(whole)} characters", room.characters
-        elif room.tokens is not None and (count := tokens.at_least(looked_at, room.rule)) > room.tokens:
-            exact = room.rule == "cl100k_base" and len(looked_at) == len(whole) <= tokens.LONGEST
+        elif room.tokens is not None and (count := lengths.at_least(looked_at, room.rule)) > room.tokens:
+            exact = room.rule == "cl100k_base" and len(looked_at) == len(whole) <= lengths.LONGEST
             size, limit = f"{count} tokens" if exact else f"at least {count} tokens", room.tokens
         elif room.tokens is not None and not self._asks and (about := tokens.estimate(whole)) > _FAR * room.tokens:
             size, limit = f"about {about} tokens", room.tokens
@@ -172,7 +173,7 @@ class _Plan:
     """Which pieces each input is embedded in."""
 
     def __init__(
-        self, inputs: Sequence[Input], long: Collection[int], room: tokens.Room, *, whole: bool, asks: bool
+        self, inputs: Sequence[Input], long: Collection[int], room: lengths.Room, *, whole: bool, asks: bool
     ) -> None:
         """`long`: the inputs that do not surely fit. `whole`: an input's pieces are all embedded, and not only the
         first. `asks`: what may fit is tried."""
@@ -204,7 +205,7 @@ class _Plan:
             return True
         if room.rule == "bytes" and (len(text) > _LETTERS * room.tokens or tokens.estimate(text) > _FAR * room.tokens):
             return False
-        return tokens.at_least(text, room.rule) <= room.tokens
+        return lengths.at_least(text, room.rule) <= room.tokens
 
     def cut(self, which: Sequence[int]) -> _Work[None]:
         for i in which:
@@ -276,7 +277,7 @@ def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
     return None
 
 
-def _over(room: tokens.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
+def _over(room: lengths.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
     """Those of `which` that do not fit when counted. `first`: stops at the first one that is counted and does not."""
     over: list[int] = []
     for i in which:
@@ -294,7 +295,7 @@ def _check_dense(request: EmbedRequest) -> None:
         raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
 
 
-def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> tokens.Room:
+def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.Room:
     """The room for an input by the words of upstreams that refused some. Raises a refusal that names no limit."""
     most_tokens, most_characters = [], []
     for refusal in refusals:
@@ -305,7 +306,7 @@ def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> tokens.Room:
         else:
             refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
             raise refusal
-    return tokens.Room(min(most_tokens, default=None), min(most_characters, default=None), rule)
+    return lengths.Room(min(most_tokens, default=None), min(most_characters, default=None), rule)
 
 
 def _number(digits: str) -> int:

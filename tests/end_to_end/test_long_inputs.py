@@ -10,7 +10,8 @@ import httpx
 import numpy as np
 import pytest
 
-from app.tokens import Room, encode
+from app.pipeline.lengths import Room
+from app.tokens import encode
 from tests.fakes import FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOpenAI, Vector, baidu_tokens, faults
 from tests.harness import running
 

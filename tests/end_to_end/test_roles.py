@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from app.tokens import Room
+from app.pipeline.lengths import Room
 from tests.fakes import FakeDashScope, FakeOllama, FakeOpenAI, Vector
 from tests.harness import Running, running
 

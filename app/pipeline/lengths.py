@@ -123,11 +123,31 @@ class Room:
     def first(self, text: str) -> str:
         """The longest beginning that surely fits, up to a good border. Raises `ValueError` where not even one
         character does."""
-        return next(iter(_Cutter(text, self)))
+        return next(self._cut(text))
 
     def pieces(self, text: str) -> Sequence[str]:
         """The text in pieces that surely fit, each as long as can be; joined they are the text. Raises `ValueError`."""
-        return list(_Cutter(text, self))
+        return list(self._cut(text))
+
+    def _cut(self, text: str) -> Iterator[str]:
+        start = 0
+        while start < len(text):
+            end = self._end(text, start)
+            yield text[start:end]
+            start = end
+
+    def _end(self, text: str, start: int) -> int:
+        window = text[start : start + self.most_characters]
+        fits = len(window)
+        if self.characters is not None:
+            fits = min(fits, _reach(1 + (_codes(window) > 0xFFFF).astype(np.int64), self.characters))
+        if self.rule == "cl100k_base" and self.tokens is not None:
+            return _counted_end(text, start, fits, self.tokens)
+        if self.tokens is not None:
+            fits = min(fits, _reach(_costs(window, self.rule), 10 * self.tokens - _AROUND[self.rule]))
+        if not fits:
+            raise ValueError("there is no room for a single character")
+        return _border(text, start, start + fits)
 
 
 _LENGTHS: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
@@ -137,51 +157,25 @@ _SPARE = 16
 own."""
 
 
-class _Cutter:
-    """Goes through a text and cuts it where a room ends."""
-
-    def __init__(self, text: str, room: Room) -> None:
-        self._text, self._room, self._window = text, room, room.most_characters
-
-    def __iter__(self) -> Iterator[str]:
-        start = 0
-        while start < len(self._text):
-            end = self._end(start)
-            yield self._text[start:end]
-            start = end
-
-    def _end(self, start: int) -> int:
-        room, window = self._room, self._text[start : start + self._window]
-        fits = len(window)
-        if room.characters is not None:
-            fits = min(fits, _reach(1 + (_codes(window) > 0xFFFF).astype(np.int64), room.characters))
-        if room.rule == "cl100k_base" and room.tokens is not None:
-            return self._counted_end(start, fits, room.tokens)
-        if room.tokens is not None:
-            fits = min(fits, _reach(_costs(window, room.rule), 10 * room.tokens - _AROUND[room.rule]))
-        if not fits:
-            raise ValueError("there is no room for a single character")
-        return _border(self._text, start, start + fits)
-
-    def _counted_end(self, start: int, fits: int, most: int) -> int:
-        """As far as so many tokens go, of the next `fits` characters. What was cut off may have been part of a token:
-        then a little less."""
-        # Looked at is about what a piece takes, and not all that is left, once for each piece.
-        looked_at = 2 * max(most, _SPARE)
-        while True:
-            ids = tokens.encode(self._text[start : start + min(looked_at, fits)])
-            if len(ids) > most + _SPARE or looked_at >= fits:
-                break
-            looked_at *= 4
-        if len(ids) > most:
-            # A character that the last token holds the first bytes of only is not in it.
-            fits = len(tokens.beginning(ids[:most]))
-        while fits > 0:
-            end = _border(self._text, start, start + fits)
-            if len(tokens.encode(self._text[start:end])) <= most:
-                return end
-            fits = end - start - 1
-        raise ValueError("there is no room for a single character")
+def _counted_end(text: str, start: int, fits: int, most: int) -> int:
+    """As far as so many tokens go, of the next `fits` characters. What was cut off may have been part of a token:
+    then a little less."""
+    # Looked at is about what a piece takes, and not all that is left, once for each piece.
+    looked_at = 2 * max(most, _SPARE)
+    while True:
+        ids = tokens.encode(text[start : start + min(looked_at, fits)])
+        if len(ids) > most + _SPARE or looked_at >= fits:
+            break
+        looked_at *= 4
+    if len(ids) > most:
+        # A character that the last token holds the first bytes of only is not in it.
+        fits = len(tokens.beginning(ids[:most]))
+    while fits > 0:
+        end = _border(text, start, start + fits)
+        if len(tokens.encode(text[start:end])) <= most:
+            return end
+        fits = end - start - 1
+    raise ValueError("there is no room for a single character")
 
 
 def _reach(costs: _Numbers, most: int) -> int:

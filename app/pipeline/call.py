@@ -8,6 +8,7 @@ import time
 from functools import cached_property
 
 from app import tokens
+from app.catalog import Model
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -18,9 +19,10 @@ from app.errors import (
 )
 from app.metrics import Metrics, Spread, Tally
 from app.pipeline import contract
-from app.types import MAX_REPLY, Adapter, Auth, Batch, BatchResult, Embedding, Parsed, Send, Target, WireReply
+from app.types import MAX_REPLY, Batch, BatchResult, Embedding, Parsed, Target, WireReply
 from app.upstreams import replies
-from app.upstreams.redact import Redactor, quotes
+from app.upstreams.connect import Upstream
+from app.upstreams.redact import quotes
 
 AT_ONCE = 8 * 2**20
 """Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
@@ -43,20 +45,11 @@ _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
 class Call:
     """Embeds a batch on one deployment. Raises `GatewayError`, its message free of secrets."""
 
-    def __init__(
-        self,
-        target: Target,
-        adapter: Adapter,
-        auth: Auth,
-        send: Send,
-        redact: Redactor,
-        metrics: Metrics,
-        upstream: str,
-    ) -> None:
-        self._target, self._adapter = target, adapter
-        self._auth, self._send, self._redact = auth, send, redact
-        self._upstream, self._metrics = upstream, metrics
-        self._labels = upstream, target.model.name
+    def __init__(self, upstream: Upstream, model: Model, metrics: Metrics) -> None:
+        self._target = Target(upstream.settings.base_url.rstrip("/"), model)
+        self._adapter, self._auth, self._send = upstream.adapter, upstream.auth, upstream.send
+        self._redact, self._upstream, self._metrics = upstream.redact, upstream.name, metrics
+        self._labels = upstream.name, model.name
         self._tokens, self._cost = metrics.tallies(metrics.tokens), metrics.tallies(metrics.cost)
         self._parsing = asyncio.Lock()
 
@@ -102,7 +95,7 @@ class Call:
         return BatchResult(checked)
 
     def _count(self, outcome: str) -> None:
-        self._metrics.upstream_requests.labels(self._upstream, self._target.model.name, outcome).inc()
+        self._metrics.upstream_requests.labels(*self._labels, outcome).inc()
 
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)

@@ -77,11 +77,7 @@ class Fleet:
         if known is not None:
             return known
         limits = Limits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
-        call = Call(
-            upstream.target(model), upstream.adapter, upstream.auth, upstream.send, upstream.redact,
-            self._metrics, upstream.name,
-        )  # fmt: skip
-        chain = build.chain(call, cache=self._cache, limits=limits, model=model)
+        chain = build.chain(Call(upstream, model, self._metrics), cache=self._cache, limits=limits, model=model)
         show = partial(self._metrics.show_deployment, upstream.name, model.name)
         health = Health(self._clock, show, f"{upstream.name}/{model.name}")
         if self._in_force == "no more":

@@ -22,7 +22,7 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from app.types import Send, Target, TokenStore
+from app.types import Send, TokenStore
 from app.upstreams.client import Client
 from app.upstreams.kind import UpstreamKind
 from app.upstreams.network import Network, basic_credentials
@@ -86,9 +86,6 @@ class Upstream:
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""
         return self.models.get(name) or self.kind.unlisted(name)
-
-    def target(self, model: Model) -> Target:
-        return Target(self.settings.base_url.rstrip("/"), model)
 
     def answers_as(self, before: Upstream | None) -> bool:
         """Whether this one gives what the other one gave: their settings differ in nothing but `_PATIENCE`."""

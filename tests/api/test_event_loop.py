@@ -36,13 +36,11 @@ from app.types import (
     Params,
     Parsed,
     Source,
-    Target,
     WireReply,
     WireRequest,
 )
 from app.upstreams import openai
-from app.upstreams.auth import NoAuth
-from app.upstreams.redact import Redactor
+from app.upstreams.connect import Upstream
 from tests.api.support import MODEL, PATIENCE, config, log_lines, post, settled, wire
 from tests.fakes import FakeOpenAI
 from tests.harness import running, settings_of
@@ -139,7 +137,8 @@ async def test_an_answer_of_many_vectors_is_written_in_slices() -> None:
         assert others.count >= count // render.SLICES["float"] - 1
 
 
-DIALECT = Adapter(openai.request_builder("/embeddings", {}, None), openai.parse_error, openai.parse_response)
+AT = openai.OpenAISettings(base_url="http://up.invalid", auth="none", encoding_format="omit")
+DIALECT = openai.adapter(AT)
 ASKED = Batch(MODEL, ["a"], [b""], Params(), True, 0.0)
 
 
@@ -149,8 +148,9 @@ def call_that_gets(body: bytes, metrics: Metrics, adapter: Adapter = DIALECT) ->
     async def send(_request: WireRequest) -> WireReply:
         return WireReply(200, {}, body)
 
-    target = Target("http://up.invalid", Model(MODEL, 1024))
-    return Call(target, adapter, NoAuth(), send, Redactor(), metrics, "up")
+    upstream = Upstream("up", AT, openai.KIND, SystemClock())
+    upstream.adapter, upstream.send = adapter, send
+    return Call(upstream, Model(MODEL, 1024), metrics)
 
 
 def reply_of(numbers: str, size: int = 0) -> bytes:

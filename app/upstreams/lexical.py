@@ -173,8 +173,7 @@ def _answer(texts: list[str], dimensions: int) -> dict[str, object]:
 
 
 def _reply(status: int, body: object) -> httpx.Response:
-    stream = httpx.ByteStream(orjson.dumps(body))
-    return httpx.Response(status, headers={"content-type": "application/json"}, stream=stream)
+    return httpx.Response(status, headers={"content-type": "application/json"}, content=orjson.dumps(body))
 
 
 class LexicalSettings(UpstreamSettings):

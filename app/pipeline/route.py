@@ -295,6 +295,8 @@ class Route:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers that have waited long leave a call little time: too little is no fault of the upstream.
             judged, late = health.had_time(now() - began), True
+            brought = batch.brought or {}
+            return BatchResult([brought.get(key, error) for key in batch.keys], late=True)
         finally:
             if verdict.is_ours(error) or (known_bad and isinstance(error, UpstreamInvalidVector)):
                 judged = False
@@ -309,8 +311,6 @@ class Route:
             elif judged and error is None:
                 deployment.slots.grow()
             deployment.slots.give_back()
-        brought = (late and batch.brought) or {}
-        return BatchResult([brought.get(key, error) for key in batch.keys], late=late)
 
     async def _again(
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool

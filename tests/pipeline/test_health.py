@@ -6,7 +6,7 @@ import pytest
 
 from app.errors import InvalidRequest, RateLimited, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
-from app.pipeline.health import EJECTION, FAILURES, LONG_REST, MOST_EJECTIONS, Health
+from app.pipeline.health import DOUBTFUL, EJECTION, FAILURES, LONG_REST, MOST_EJECTIONS, Health
 from tests.clock import HandClock
 
 
@@ -54,6 +54,23 @@ async def test_it_comes_back_by_one_call_at_a_time(health: Health, clock: HandCl
     assert not health.available(), "the one under way decides"
     health.end(None, era)
     assert health.available()
+
+
+@pytest.mark.parametrize("reason", ["late", "no room here", "failed"])
+async def test_no_later_reason_shortens_the_time_for_which_others_are_asked_first(
+    reason: str, health: Health, clock: HandClock
+) -> None:
+    health.doubt("it has no vectors of some inputs", health.begin())
+    if reason == "late":
+        health.drop(health.begin())
+    elif reason == "no room here":
+        health.abandon(health.begin(), others_first=True)
+    else:
+        fails(health)
+    await clock.advance(DOUBTFUL - 0.1)
+    assert health.suspect
+    await clock.advance(0.2)
+    assert not health.suspect
 
 
 @pytest.mark.parametrize("answer", [None, InvalidRequest("too long")], ids=["success", "a refused input"])

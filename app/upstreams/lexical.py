@@ -44,13 +44,8 @@ _WIDE = np.array([0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7B0, 0xF900, 0xFB00
 _SEPARATORS = re.compile(r"[\W_]+")
 
 
-def embed(text: str, dimensions: int) -> bytes:
-    """The text's vector: unit length, float32, never zero."""
-    return embed_all([text], dimensions)[0]
-
-
-def embed_all(texts: Sequence[str], dimensions: int) -> list[bytes]:
-    """One vector a text. What stands beside a text in the list does not alter its vector."""
+def embed(texts: Sequence[str], dimensions: int) -> list[bytes]:
+    """One vector a text: unit length, float32, never zero. What stands beside a text does not alter its vector."""
     found: list[bytes] = []
     words: list[str] = []
     letters = 0
@@ -166,7 +161,7 @@ class LexicalTransport(httpx.AsyncBaseTransport):
 def _answer(texts: list[str], dimensions: int) -> dict[str, object]:
     rows = [
         {"index": index, "embedding": vectors.to_base64(vector).decode()}
-        for index, vector in enumerate(embed_all(texts, dimensions))
+        for index, vector in enumerate(embed(texts, dimensions))
     ]
     tokens = sum(map(count_tokens, texts))
     return {"object": "list", "data": rows, "usage": {"prompt_tokens": tokens, "total_tokens": tokens}}

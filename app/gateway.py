@@ -15,7 +15,7 @@ from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
 from app.catalog import UNSERVED, family
 from app.clock import Clock
-from app.config import Settings, UpstreamSettings
+from app.config import Settings, UpstreamKind, UpstreamSettings
 from app.errors import GatewayError, ModelNotFound
 from app.limits import Rates
 from app.metrics import Metrics
@@ -27,7 +27,6 @@ from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
 from app.registry import PublicModel, Registry
 from app.upstreams.connect import Upstream
-from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 

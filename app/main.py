@@ -19,14 +19,13 @@ from app.api.auth import Keys
 from app.cache import build
 from app.cache.tiers import Tiers
 from app.clock import Clock, SystemClock
-from app.config import Settings
+from app.config import Settings, UpstreamKind
 from app.config.source import Given, Source, applicable
 from app.config.watch import Watch
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.types import Store
 from app.upstreams import UPSTREAMS
-from app.upstreams.kind import UpstreamKind
 
 log = logging.getLogger(__name__)
 

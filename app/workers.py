@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from app import metrics
-from app.config import Kind, Settings
+from app.config import Settings, UpstreamKind
 from app.config.load import as_text
 from app.config.source import Given, applicable
 
@@ -43,7 +43,7 @@ _SIZE = 4
 class Orders:
     """A worker's end: what its parent tells it."""
 
-    def __init__(self, descriptor: int, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, descriptor: int, kinds: Mapping[str, UpstreamKind]) -> None:
         """Waits for the first settings. Raises `EOFError` if the parent is gone."""
         self._socket = socket.socket(fileno=descriptor)
         self._received = bytearray()

@@ -1,12 +1,12 @@
 """The configuration: what may be said (`settings`), and how it is read and held to that (`load`)."""
 
+from app.config.kind import UpstreamKind
 from app.config.settings import (
     WORDS,
     AuthSettings,
     CacheSettings,
     DeploymentSettings,
     KeySettings,
-    Kind,
     ModelSettings,
     PrefixSettings,
     RedisSettings,
@@ -21,11 +21,11 @@ __all__ = [
     "CacheSettings",
     "DeploymentSettings",
     "KeySettings",
-    "Kind",
     "ModelSettings",
     "PrefixSettings",
     "RedisSettings",
     "ServerSettings",
     "Settings",
+    "UpstreamKind",
     "UpstreamSettings",
 ]

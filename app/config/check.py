@@ -11,13 +11,14 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from app.config.explain import did_you_mean, explain, unknown_key
-from app.config.settings import WORDS, Kind, ModelSettings, Settings, UpstreamSettings, facts, vector_space
+from app.config.kind import UpstreamKind
+from app.config.settings import WORDS, DeploymentSettings, ModelSettings, Settings, UpstreamSettings
 from app.config.tree import Mistake, Path, Tree, dotted
 
 _MAPPING = "must be a mapping (key: value)"
 
 
-def settings_of(tree: Tree, kinds: Mapping[str, Kind]) -> Settings | None:
+def settings_of(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | None:
     """The settings, or None with all that stands against them noted in the tree.
 
     What has a mistake is left out and the rest looked at as a whole, so that one mistake hides no other.
@@ -38,7 +39,7 @@ def settings_of(tree: Tree, kinds: Mapping[str, Kind]) -> Settings | None:
     return None if tree.mistakes else sound
 
 
-def _upstreams(tree: Tree, kinds: Mapping[str, Kind]) -> dict[str, UpstreamSettings]:
+def _upstreams(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> dict[str, UpstreamSettings]:
     entries = tree.values["upstreams"]
     if not isinstance(entries, dict):
         tree.wrong(("upstreams",), _MAPPING)
@@ -47,7 +48,7 @@ def _upstreams(tree: Tree, kinds: Mapping[str, Kind]) -> dict[str, UpstreamSetti
     return {name: settings for name, settings in checked.items() if settings is not None}
 
 
-def _upstream(path: Path, entry: Any, tree: Tree, kinds: Mapping[str, Kind]) -> UpstreamSettings | None:
+def _upstream(path: Path, entry: Any, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> UpstreamSettings | None:
     choices = f"one of {', '.join(sorted(kinds))}"
     if not isinstance(entry, dict):
         tree.wrong(path, _MAPPING)
@@ -93,7 +94,7 @@ def _innermost(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]
 # --- what must fit together -------------------------------------------------------------------------
 
 
-def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, Kind]) -> Iterator[Mistake]:
+def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Iterator[Mistake]:
     yield from _callers_differ(settings)
     yield from _names_differ(settings, tree)
     yield from _spaces_differ(settings, tree)
@@ -168,7 +169,7 @@ def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> Iterator
 
 
 def _one_space(
-    path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, Kind]
+    path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, UpstreamKind]
 ) -> Iterator[Mistake]:
     spaces: dict[str, str] = {}
     for index, deployment in enumerate(model.deployments):
@@ -181,13 +182,22 @@ def _one_space(
                     "space": deployment.space and tree.shown((*path, index, "space"), deployment.space),
                 }
             )
-            spaces[vector_space(kind, upstream, deployment)] = vector_space(kind, upstream, shown)
+            spaces[_space(kind, upstream, deployment)] = _space(kind, upstream, shown)
     if len(spaces) > 1:
         listed = ", ".join(spaces.values())
         yield Mistake(path, f"different vector spaces ({listed}); deployments of one model must share one")
 
 
-def _can_be_told(path: Path, settings: Settings, model: ModelSettings, kinds: Mapping[str, Kind]) -> Iterator[Mistake]:
+def _space(kind: UpstreamKind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:
+    """Two deployments give comparable vectors if and only if this is equal."""
+    if deployment.space is not None:
+        return deployment.space
+    return kind.facts(settings, deployment.model).space(kind.name)
+
+
+def _can_be_told(
+    path: Path, settings: Settings, model: ModelSettings, kinds: Mapping[str, UpstreamKind]
+) -> Iterator[Mistake]:
     """An upstream of the model must have a word for what the operator says that it takes; and a built-in upstream must
     have the model."""
     told: set[str] = set()
@@ -196,7 +206,7 @@ def _can_be_told(path: Path, settings: Settings, model: ModelSettings, kinds: Ma
         if upstream is None:
             return
         kind = kinds[upstream.type]
-        listed, known = kind.models(upstream), facts(kind, upstream, deployment)
+        listed, known = kind.models(upstream), kind.facts(upstream, deployment.model)
         told |= kind.adapter(upstream).words | {fact for fact in WORDS if getattr(known, fact)}
         if kind.built_in and deployment.model not in listed:
             yield Mistake((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")

@@ -18,7 +18,8 @@ from pydantic.fields import FieldInfo
 from pydantic_settings import EnvSettingsSource, SettingsError
 
 from app.config.explain import unknown_key
-from app.config.settings import Kind, Settings
+from app.config.kind import UpstreamKind
+from app.config.settings import Settings
 from app.config.tree import Path, Tree
 
 PREFIX = str(Settings.model_config["env_prefix"])
@@ -30,7 +31,7 @@ Listening = Callable[[str, int], bool]
 
 
 def environment_upstreams(
-    environ: Mapping[str, str], kinds: Mapping[str, Kind], listening: Listening
+    environ: Mapping[str, str], kinds: Mapping[str, UpstreamKind], listening: Listening
 ) -> dict[str, Any]:
     """Upstreams that vendors' variables switch on, or that are found running where their type listens by default."""
     found: dict[str, Any] = {}
@@ -43,7 +44,7 @@ def environment_upstreams(
     return found
 
 
-def built_in_upstreams(kinds: Mapping[str, Kind]) -> dict[str, Any]:
+def built_in_upstreams(kinds: Mapping[str, UpstreamKind]) -> dict[str, Any]:
     """What serves when nothing else is there."""
     return {name: {"type": name} for name, kind in kinds.items() if kind.built_in}
 

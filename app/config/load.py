@@ -18,7 +18,8 @@ from pydantic import SecretStr
 from app.config.check import settings_of
 from app.config.environ import Listening, apply_overrides, built_in_upstreams, environment_upstreams
 from app.config.file import read_yaml
-from app.config.settings import Kind, Settings
+from app.config.kind import UpstreamKind
+from app.config.settings import Settings
 from app.config.tree import Tree
 
 VARIABLE = "EMBEDDING_GATEWAY_CONFIG"
@@ -46,7 +47,7 @@ def listens(host: str, port: int) -> bool:
 def load(
     path: str | None,
     environ: Mapping[str, str],
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, UpstreamKind],
     *,
     cwd: Path | None = None,
     listening: Listening = listens,
@@ -61,7 +62,7 @@ def load(
 def load_and_tell(
     path: str | None,
     environ: Mapping[str, str],
-    kinds: Mapping[str, Kind],
+    kinds: Mapping[str, UpstreamKind],
     *,
     cwd: Path | None = None,
     listening: Listening = listens,
@@ -94,7 +95,7 @@ def as_text(settings: Settings) -> str:
     return json.dumps(said, default=SecretStr.get_secret_value)
 
 
-def from_text(text: str, kinds: Mapping[str, Kind]) -> Settings:
+def from_text(text: str, kinds: Mapping[str, UpstreamKind]) -> Settings:
     """What `as_text` was given, by the same program."""
     tree = Tree(label="parent", values=json.loads(text))
     settings = settings_of(tree, kinds)
@@ -129,7 +130,7 @@ def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -
 
 
 def _completed(
-    tree: Tree, environ: Mapping[str, str], kinds: Mapping[str, Kind], listening: Listening
+    tree: Tree, environ: Mapping[str, str], kinds: Mapping[str, UpstreamKind], listening: Listening
 ) -> Settings | None:
     values = tree.values
     _drop_empty(values)

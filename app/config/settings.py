@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from typing import Annotated, Any, Literal, Protocol, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
-from app.catalog import Model, Role
+from app.catalog import Role
 from app.config.values import (
     Count,
     Duration,
@@ -248,43 +247,3 @@ class Settings(Section, BaseSettings):
 
 WORDS = ("instruct", "sparse", "images", "videos")
 """What a model may take or give that not every dialect can tell it, or ask of it."""
-
-
-class Dialect(Protocol):
-    """What loading needs of an upstream's adapter."""
-
-    @property
-    def words(self) -> frozenset[str]: ...
-
-
-class Kind(Protocol):
-    """What loading needs of an upstream type; `app.upstreams.kind.UpstreamKind` is one."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def settings(self) -> type[UpstreamSettings]: ...
-    @property
-    def adapter(self) -> Callable[[Any], Dialect]: ...
-    @property
-    def models(self) -> Callable[[Any], Mapping[str, Model]]: ...
-    @property
-    def unlisted(self) -> Callable[[str], Model]: ...
-    @property
-    def environment(self) -> Callable[[Mapping[str, str]], dict[str, Any] | None]: ...
-    @property
-    def default_address(self) -> tuple[str, int] | None: ...
-    @property
-    def built_in(self) -> bool: ...
-
-
-def vector_space(kind: Kind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:
-    """Two deployments give comparable vectors if and only if this is equal."""
-    if deployment.space is not None:
-        return deployment.space
-    return facts(kind, settings, deployment).space(kind.name)
-
-
-def facts(kind: Kind, settings: UpstreamSettings, deployment: DeploymentSettings) -> Model:
-    """What is known beforehand of the model that a deployment names."""
-    return kind.models(settings).get(deployment.model) or kind.unlisted(deployment.model)

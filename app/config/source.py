@@ -6,8 +6,9 @@ import logging
 from collections.abc import Mapping
 from pathlib import Path
 
+from app.config.kind import UpstreamKind
 from app.config.load import VARIABLE, find_file, from_text, load_and_tell
-from app.config.settings import Kind, Settings
+from app.config.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ class Source:
     """
 
     def __init__(
-        self, path: str | None, environ: Mapping[str, str], kinds: Mapping[str, Kind], cwd: Path | None = None
+        self, path: str | None, environ: Mapping[str, str], kinds: Mapping[str, UpstreamKind], cwd: Path | None = None
     ) -> None:
         self._environ, self._kinds, self._cwd = environ, kinds, cwd or Path()
         present = {name: value for name, value in environ.items() if value}
@@ -59,7 +60,7 @@ class Given:
 
     loaded = None
 
-    def __init__(self, text: str, kinds: Mapping[str, Kind]) -> None:
+    def __init__(self, text: str, kinds: Mapping[str, UpstreamKind]) -> None:
         self.text, self._kinds = text, kinds
 
     def load(self) -> Settings:

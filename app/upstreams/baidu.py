@@ -16,7 +16,7 @@ from pydantic import SecretStr, model_validator
 
 from app.catalog import CATALOG, Model
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -31,7 +31,6 @@ from app.errors import (
 from app.types import Adapter, Auth, Batch, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, openai, replies
 from app.upstreams.access_token import AccessToken
-from app.upstreams.kind import UpstreamKind
 from app.upstreams.sealed import SealedTokens
 from app.upstreams.signature import BceSignature
 

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from app.catalog import Model
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -24,7 +24,6 @@ from app.errors import (
 )
 from app.types import Send, TokenStore
 from app.upstreams.client import Client
-from app.upstreams.kind import UpstreamKind
 from app.upstreams.network import Network, basic_credentials
 from app.upstreams.redact import Redactor
 

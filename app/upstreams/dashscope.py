@@ -16,7 +16,7 @@ from pydantic import model_validator
 from app import vectors
 from app.catalog import CATALOG, Model
 from app.clock import Clock
-from app.config import WORDS, UpstreamSettings
+from app.config import WORDS, UpstreamKind, UpstreamSettings
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -31,7 +31,6 @@ from app.errors import (
 )
 from app.types import Adapter, Auth, Batch, Input, Parsed, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
-from app.upstreams.kind import UpstreamKind
 
 _BASE_URLS = {
     "native": "https://dashscope.aliyuncs.com/api/v1",

@@ -16,11 +16,10 @@ from pydantic import model_validator
 from app import vectors
 from app.catalog import ANY, CATALOG, Model
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
 from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
-from app.upstreams.kind import UpstreamKind
 
 
 class GeminiSettings(UpstreamSettings):

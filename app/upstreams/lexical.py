@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from app import vectors
 from app.catalog import CATALOG, Model
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings
 from app.types import Adapter, Auth, TokenStore
 from app.upstreams import openai
 from app.upstreams.auth import NoAuth
-from app.upstreams.kind import UpstreamKind
 
 _Numbers = NDArray[np.uint64]
 _Flags = NDArray[np.bool_]

@@ -19,7 +19,7 @@ from pydantic import AfterValidator
 from app import vectors
 from app.catalog import ANY, Model, family
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings
 from app.config.values import DURATIONS, Count, parse_duration
 from app.errors import (
     ContextLengthExceeded,
@@ -31,7 +31,6 @@ from app.errors import (
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, openai, replies
-from app.upstreams.kind import UpstreamKind
 
 PORT = 11434
 MAX_BATCH = 16

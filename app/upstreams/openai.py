@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from app import vectors
 from app.catalog import ANY, CATALOG, Model, family
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -29,7 +29,6 @@ from app.errors import (
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, documents, replies
-from app.upstreams.kind import UpstreamKind
 
 BASE_URL = "https://api.openai.com/v1"
 

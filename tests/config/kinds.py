@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, Literal, Self
 
 from pydantic import SecretStr, model_validator
 
 from app.catalog import Model
-from app.config import Settings, UpstreamSettings
+from app.config import Settings, UpstreamKind, UpstreamSettings
 from app.config.load import load
+from app.upstreams import lexical
 
 
 class AlphaSettings(UpstreamSettings):
@@ -42,27 +42,6 @@ class PlainSettings(UpstreamSettings):
     base_url: str = "http://plain.invalid"
 
 
-def _nothing(_environ: Mapping[str, str]) -> dict[str, Any] | None:
-    return None
-
-
-@dataclass(frozen=True)
-class StubDialect:
-    words: frozenset[str] = frozenset()
-
-
-@dataclass(frozen=True)
-class StubKind:
-    name: str
-    settings: type[UpstreamSettings]
-    models: Callable[[Any], Mapping[str, Model]]
-    environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = _nothing
-    default_address: tuple[str, int] | None = None
-    built_in: bool = False
-    adapter: Callable[[Any], StubDialect] = lambda _: StubDialect()
-    unlisted: Callable[[str], Model] = Model
-
-
 def _alpha(environ: Mapping[str, str]) -> dict[str, Any] | None:
     if "ALPHA_API_KEY" not in environ:
         return None
@@ -74,17 +53,18 @@ def _gamma(environ: Mapping[str, str]) -> dict[str, Any] | None:
     return {"base_url": environ["GAMMA_HOST"]} if "GAMMA_HOST" in environ else None
 
 
-def _models(*models: Model) -> Callable[[Any], Mapping[str, Model]]:
-    return lambda _settings: {model.name: model for model in models}
+def _kind(name: str, settings: type[UpstreamSettings], *models: Model, **more: Any) -> UpstreamKind:
+    known = {model.name: model for model in models}
+    return UpstreamKind(name, settings, lexical.KIND.adapter, lexical.KIND.auth, lambda _: known, **more)
 
 
-KINDS: Mapping[str, StubKind] = {
+KINDS: Mapping[str, UpstreamKind] = {
     kind.name: kind
     for kind in (
-        StubKind("alpha", AlphaSettings, _models(Model("a-1"), Model("a-2")), _alpha),
-        StubKind("beta", BetaSettings, _models()),
-        StubKind("gamma", GammaSettings, _models(), _gamma, default_address=("127.0.0.1", 1234)),
-        StubKind("plain", PlainSettings, _models(Model("words", revision="1")), built_in=True),
+        _kind("alpha", AlphaSettings, Model("a-1"), Model("a-2"), environment=_alpha),
+        _kind("beta", BetaSettings),
+        _kind("gamma", GammaSettings, environment=_gamma, default_address=("127.0.0.1", 1234)),
+        _kind("plain", PlainSettings, Model("words", revision="1"), built_in=True),
     )
 }
 

@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 
 import app.errors
 from app.catalog import Model
+from app.config import UpstreamKind
 from app.errors import GatewayError
 from app.types import Adapter, Batch, Params, Parsed, Target, WireReply
 from app.upstreams import UPSTREAMS, replies
-from app.upstreams.kind import UpstreamKind
 
 REPLIES = Path(__file__).parent / "replies"
 TABLES = [orjson.loads(path.read_bytes()) for path in sorted(REPLIES.glob("*/*.json"))]

@@ -1,4 +1,5 @@
-"""What a dialect's module hands to the rest: its settings, its adapter, its credentials, its models."""
+"""What a dialect's module hands to the rest: its settings, its adapter, its credentials, its models. The configuration
+knows no dialect but by this."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import httpx
 
 from app.catalog import ANY, Model
 from app.clock import Clock
-from app.config import UpstreamSettings
+from app.config.settings import UpstreamSettings
 from app.types import Adapter, Auth, Send, TokenStore
 
 
@@ -47,6 +48,10 @@ class UpstreamKind:
     """Serves when nothing else is configured."""
     unlisted: Callable[[str], Model] = unlisted
     """Facts to go by for a model that is configured but not known."""
+
+    def facts(self, settings: UpstreamSettings, model: str) -> Model:
+        """What is known of a model beforehand."""
+        return self.models(settings).get(model) or self.unlisted(model)
 
     @property
     def variables(self) -> tuple[str, ...]:

@@ -74,7 +74,8 @@ def load_and_tell(
     file = find_file(path, environ, cwd or Path())
     tree = Tree(label=file or "environment")
     if file is not None:
-        _read_file((cwd or Path()) / file, environ, tree, "" if path else f" (named by {VARIABLE})")
+        named = f" (named by {VARIABLE})" if file == environ.get(VARIABLE) else ""
+        _read_file((cwd or Path()) / file, environ, tree, named)
         if not (may_be_empty or tree.values or tree.mistakes):
             tree.wrong((), "is empty")
     elif "REDIS_URL" in environ:

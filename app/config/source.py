@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app.config.kind import UpstreamKind
-from app.config.load import VARIABLE, find_file, from_text, load_and_tell
+from app.config.load import find_file, from_text, load_and_tell
 from app.config.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -27,10 +27,8 @@ class Source:
         self, path: str | None, environ: Mapping[str, str], kinds: Mapping[str, UpstreamKind], cwd: Path | None = None
     ) -> None:
         self._environ, self._kinds, self._cwd = environ, kinds, cwd or Path()
-        present = {name: value for name, value in environ.items() if value}
-        self.file = find_file(path, present, self._cwd)
+        self.file = find_file(path, environ, self._cwd)
         """As it was named; None where there is none."""
-        self._path = path if path or VARIABLE in present else self.file
         self.loaded = self.signature()
         """The signature of what was last read."""
         self._said = False
@@ -38,11 +36,11 @@ class Source:
 
     def load(self) -> Settings:
         """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
-        if self.file is None:  # or the environment would take its place when it is gone again
-            self._path = self.file = find_file(None, {}, self._cwd)
+        # One that has come stays the file, or the environment would take its place when it is gone again.
+        self.file = find_file(self.file, self._environ, self._cwd)
         self.loaded = self.signature()
         settings, self._said = load_and_tell(
-            self._path, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._said
+            self.file, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._said
         )
         return settings
 

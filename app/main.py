@@ -43,7 +43,6 @@ BuildGateway = Callable[[Settings, Gateway | None], Gateway]
 class _Generation:
     """One configuration in force: its gateway and the HTTP face over it."""
 
-    settings: Settings
     gateway: Gateway
     keys: Keys
     route: embeddings.Embeddings
@@ -75,7 +74,7 @@ class App:
         """The framework's applications, by whether callers need a key: all that a configuration changes in them."""
         self._described: Any = None
         """The latest configuration's, be it in force here or in the workers."""
-        self._now = self._generation(settings, gateway)
+        self._now = self._generation(gateway)
         apart = settings.server.metrics_port is not None
         self.admin = routes.build_admin(self._metrics, lambda: self._described) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
@@ -102,7 +101,7 @@ class App:
     @property
     def settings(self) -> Settings:
         """Those in force."""
-        return self._now.settings
+        return self.gateway.settings
 
     async def __call__(self, scope: embeddings.Scope, receive: embeddings.Receive, send: embeddings.Sender) -> None:
         if scope["type"] == "lifespan":
@@ -175,14 +174,14 @@ class App:
 
     # --- reload --------------------------------------------------------------------------------------
 
-    def _generation(self, settings: Settings, gateway: Gateway) -> _Generation:
-        keys = Keys(settings.auth)
-        route = embeddings.Embeddings(gateway, keys, settings.server, self._request_log)
+    def _generation(self, gateway: Gateway) -> _Generation:
+        keys = Keys(gateway.settings.auth)
+        route = embeddings.Embeddings(gateway, keys, self._request_log)
         if keys.needed not in self._apis:
-            admin = settings.server.metrics_port is None
+            admin = gateway.settings.server.metrics_port is None
             self._apis[keys.needed] = routes.build(self._metrics, admin=admin, keys=keys.needed)
         self._described = self._apis[keys.needed]
-        return _Generation(settings, gateway, keys, route, self._described)
+        return _Generation(gateway, keys, route, self._described)
 
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)
@@ -193,7 +192,7 @@ class App:
         gateway = self._build_gateway(settings, before.gateway)
         try:
             await gateway.start()
-            after = self._generation(settings, gateway)
+            after = self._generation(gateway)
         except BaseException:
             await gateway.aclose(before.gateway)
             raise
@@ -201,7 +200,7 @@ class App:
         self._now = after
         before.gateway.give_way(gateway)
         log.info("configuration changed")
-        if before.settings.auth is not None and settings.auth is None:
+        if before.gateway.settings.auth is not None and settings.auth is None:
             _warn_of_open(settings)  # on loopback too: until now callers had keys
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)
@@ -212,7 +211,7 @@ class App:
         before = self.gateway
         gateway = self._build_gateway(settings, before)
         try:
-            self._generation(settings, gateway)
+            self._generation(gateway)
         finally:
             await gateway.aclose(before)
 
@@ -220,7 +219,7 @@ class App:
         """Closes a gateway once its requests are answered. Gateways are closed one after the other, in their order:
         what one shares with its successor the successor closes, which must not be sooner."""
         async with self._closing:
-            left = old.settings.server.request_timeout + GRACE
+            left = old.gateway.settings.server.request_timeout + GRACE
             while old.inside and left > 0:
                 await self._clock.sleep(0.1)
                 left -= 0.1

@@ -23,7 +23,6 @@ from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Guard
 from app.api.schema import EmbeddingsBody, check_weight, parse_body
 from app.api.usage import Usage
-from app.config import ServerSettings
 from app.deadlines import Deadlines
 from app.errors import (
     BodyTooLarge,
@@ -104,8 +103,9 @@ class _Exchange(Struct):
 class Embeddings:
     """The embeddings route over a gateway."""
 
-    def __init__(self, gateway: Gateway, keys: Keys, server: ServerSettings, request_log: RequestLog) -> None:
-        self._gateway, self._keys, self._server, self._request_log = gateway, keys, server, request_log
+    def __init__(self, gateway: Gateway, keys: Keys, request_log: RequestLog) -> None:
+        self._gateway, self._keys, self._request_log = gateway, keys, request_log
+        self._server = gateway.settings.server
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="parse")

@@ -74,8 +74,8 @@ class Gateway:
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())
         """What callers are told as the time of the models' creation: seconds since the epoch."""
-        self.draining = True
-        """Not ready for traffic: before the start, and while stopping."""
+        self.draining = False
+        """Not ready for traffic any more."""
         self.fleet: Fleet = Fleet(self.upstreams, self._slots, cache, metrics, clock, before.fleet if before else None)
         self.registry = Registry(settings, self.upstreams, self.fleet, cache)
 
@@ -95,7 +95,6 @@ class Gateway:
         self._watching.append(asyncio.create_task(canary.watch(lambda: self.fleet.canaries, self._clock)))
         if any(upstream.discovers for upstream in self.upstreams.values()):
             self._watching.append(asyncio.create_task(self._keep_fresh()))
-        self.draining = False
 
     def give_way(self, successor: Gateway) -> None:
         """Another gateway serves from now on, and counts the requests that are inside."""

@@ -78,8 +78,6 @@ class App:
         apart = settings.server.metrics_port is not None
         self.admin = routes.build_admin(self._metrics, lambda: self._described) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
-        self.draining = False
-        """Whether every answer is its connection's last, so that clients connect anew, to a replica that goes on."""
         self._watch = source and Watch(source, clock, self._change_to, self._metrics.reloaded)
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -99,6 +97,11 @@ class App:
         return self._now.gateway
 
     @property
+    def draining(self) -> bool:
+        """Whether it is about to stop, for good."""
+        return self.gateway.draining
+
+    @property
     def settings(self) -> Settings:
         """Those in force."""
         return self.gateway.settings
@@ -109,12 +112,12 @@ class App:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
-        if self.draining:
+        now = self._now
+        if now.gateway.draining:  # answers are their connections' last: clients connect anew, to a replica that goes on
             send = _last(send)
             extensions = scope.get("extensions", {})
             if "respond" in extensions:
                 extensions["respond"] = partial(extensions["respond"], last=True)
-        now = self._now
         now.inside += 1
         try:
             matched, model = embeddings.match(scope["path"])
@@ -127,7 +130,7 @@ class App:
 
     def drain(self) -> None:
         """From now on the gateway is not ready. Requests are answered as ever; no further configuration takes over."""
-        self.draining = self.gateway.draining = True
+        self.gateway.draining = True
         if self._watching:
             self._watching.cancel()
 
@@ -196,7 +199,6 @@ class App:
         except BaseException:
             await gateway.aclose(before.gateway)
             raise
-        gateway.draining = self.draining
         self._now = after
         before.gateway.give_way(gateway)
         log.info("configuration changed")

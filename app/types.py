@@ -288,6 +288,11 @@ class Store(Protocol):
 
     name: str
 
+    @property
+    def status(self) -> str:
+        """ "up", or what is wrong with it."""
+        ...
+
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         """One look-up for all keys; the answer is as long as `keys`."""
         ...
@@ -312,6 +317,10 @@ class SlowStore(Store, Protocol):
 
     def time_limit(self, keys: int, /) -> float:
         """Seconds a look-up of so many keys may take."""
+        ...
+
+    async def open(self) -> None:
+        """Gets ready ahead of the first request, so that `status` is true from the start. Never fails."""
         ...
 
 

@@ -78,7 +78,7 @@ class DiskStore:
         return self._timeout
 
     async def open(self) -> None:
-        """Opens the file ahead of the first request, so that `status` is true from the start. Never fails."""
+        """Opens the file."""
         await self.get(())
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:

@@ -175,7 +175,7 @@ class RedisStore:
         return self._timeout * max(1.0, keys / _KEYS_IN_TIME)
 
     async def open(self) -> None:
-        """Connects ahead of the first request, so that `status` is true from the start. Never fails."""
+        """Connects."""
         await self._ask("get", partial(self._connections.exchange, [(b"PING",)]), 0)
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:

@@ -75,9 +75,8 @@ class Tiers:
         """Everything that embeds over this cache, also for earlier configurations."""
 
     async def open(self) -> None:
-        """Lets the tiers that can do so get ready, at once; one that cannot is down, which `status` says."""
-        opened = [opener() for store in self._slow if (opener := getattr(store, "open", None))]
-        await asyncio.gather(*opened)
+        """Lets the tiers get ready, at once; one that cannot is down, which `status` says."""
+        await asyncio.gather(*(store.open() for store in self._slow))
 
     @property
     def lasts(self) -> bool:
@@ -184,7 +183,7 @@ class Tiers:
 
     def status(self) -> dict[str, str]:
         """Per tier "up", or what is wrong with it."""
-        return {store.name: getattr(store, "status", "up") for store in self._stores}
+        return {store.name: store.status for store in self._stores}
 
     def _found(self, place: int, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """A tier has these, and the tiers above it had not. What has come into memory since is newer, and is in all

@@ -19,6 +19,7 @@ class Slow:
     """A slow tier in a dict that says what it was asked, and can be told to stall or to raise."""
 
     at_once = 8
+    status = "up"
 
     def __init__(self, name: str = "redis") -> None:
         self.name = name
@@ -32,6 +33,8 @@ class Slow:
 
     def time_limit(self, _keys: int, /) -> float:
         return LIMIT
+
+    async def open(self) -> None: ...
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
         self.asked.append(list(keys))
@@ -440,7 +443,7 @@ async def test_a_tier_that_would_never_be_asked_is_refused(clock: Clock, metrics
     class Plain:
         """Keeps `Store` and no more."""
 
-        name = "plain"
+        name, status = "plain", "up"
 
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
             return [None] * len(keys)

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+_FAILURES = 3
+"""In a row, until it opens."""
+_FIRST, _LONGEST = 1.0, 30.0
+"""Seconds that it stays open at first; they double with each try that fails, up to the longest."""
+
 
 class Breaker:
-    """Closed until `threshold` failures in a row; then open for `first` seconds, doubling up to `longest`.
+    """Closed until `_FAILURES` failures in a row; then open for a while.
 
     When that time is over, one caller at a time is let through; its success closes the breaker. Whoever was let
     through (`allow` gave True) must say how it went: `succeeded`, `failed`, or `abandoned`.
     """
 
-    def __init__(self, now: Callable[[], float], threshold: int = 3, first: float = 1.0, longest: float = 30.0) -> None:
+    def __init__(self, now: Callable[[], float]) -> None:
         self._now = now
-        self._threshold = threshold
-        self._first = first
-        self._longest = longest
         self._failures = 0
-        self._pause = first
+        self._pause = _FIRST
         self._until: float | None = None
         self._probing = False
 
@@ -37,7 +39,7 @@ class Breaker:
         if self._until is not None:
             self._until = None
             self._probing = False
-            self._pause = self._first
+            self._pause = _FIRST
 
     def failed(self) -> None:
         """It did not answer. Failures of calls that began before it opened do not lengthen the pause."""
@@ -45,8 +47,8 @@ class Breaker:
         if self._until is not None and not self._probing:
             return
         if self._probing:
-            self._pause = min(self._pause * 2, self._longest)
-        if self._failures >= self._threshold:
+            self._pause = min(self._pause * 2, _LONGEST)
+        if self._failures >= _FAILURES:
             self._until = self._now() + self._pause
             self._probing = False
 

@@ -14,14 +14,12 @@ import annotated_types
 from pydantic import BaseModel, BeforeValidator, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_core.core_schema import ErrorType
 
 from app.config.tree import Mistake, Path
 from app.config.values import DURATIONS, SIZES, parse_duration, parse_size
 
 _UNIONS = (Union, types.UnionType)
 _LISTS = (tuple, list, set, frozenset)
-_BUILT_IN = frozenset(get_args(ErrorType))
 _Place: TypeAlias = tuple[Any, Sequence[Any]]
 """A type, and what `Annotated` or `Field` adds to it."""
 
@@ -51,17 +49,15 @@ def _explained(details: ErrorDetails, model: type[BaseModel], path: Path) -> Mis
         text = unknown_key(str(location[-1]), _fields(_find(model, location[:-1])))
         return Mistake((*path, *location), text, whatever_it_holds=True)
     location = _real(model, location)
-    if kind in ("value_error", "assertion_error"):
+    if kind == "value_error":
         text = str(details["ctx"]["error"])
         field, colon, rest = text.partition(": ")
         if colon and field in _fields(_find(model, location)):  # a rule between fields that blames one of them
             return Mistake((*path, *location, field), rest)
     elif kind == "missing":
         text = _missing(_find(model, location))
-    elif kind in _BUILT_IN:
-        text = _unfit(kind, details["input"], _find(model, location))
     else:
-        text = details["msg"]
+        text = _unfit(kind, details["input"], _find(model, location))
     return Mistake((*path, *location), text)
 
 

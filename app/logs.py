@@ -152,17 +152,8 @@ class Messages(logging.Handler):
             return
         if self._dropped:
             self._dropped, count = 0, self._dropped
-            self.handle(
-                logging.makeLogRecord(
-                    {
-                        "name": __name__,
-                        "levelno": logging.WARNING,
-                        "levelname": "WARNING",
-                        "msg": "%d messages dropped before this one",
-                        "args": (count,),
-                    }
-                )
-            )
+            text = "%d messages dropped before this one"
+            self.handle(logging.LogRecord(__name__, logging.WARNING, "", 0, text, (count,), None))
         self._waiting.append(line)
         self._size += len(line)
         self.flush()

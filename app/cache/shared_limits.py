@@ -120,7 +120,8 @@ class SharedLimits:
         self._breaker = Breaker(clock.monotonic)
         self._connections = connections(url, max_connections)
         self._me = os.urandom(8).hex().encode()
-        self._trouble: str | None = None
+        self._alone = False
+        """Whether there was no verdict the last time."""
         self._workers = self.replicas = workers
         self._together: Together[list[bytes], Verdict | None] = Together(
             self._answer, None, _TOGETHER, max_connections, lambda _: timeout, self._late
@@ -188,17 +189,17 @@ class SharedLimits:
     def _succeeded(self, count: int) -> None:
         self._breaker.succeeded()
         self._count("ok", count)
-        if self._trouble is not None:
-            self._trouble = None
+        if self._alone:
+            self._alone = False
             log.warning("redis limits: shared by the replicas again")
 
     def _failed(self, result: str, why: str, count: int) -> None:
         """Counts it, and logs a change of state, and only a change."""
         self._breaker.failed()
         self._count(result, count)
-        if self._trouble is None:
+        if not self._alone:
             log.warning("redis limits: each of %d replicas keeps its own part of them: %s", self.replicas, why)
-        self._trouble = why
+        self._alone = True
 
 
 def _told(fault: object) -> str:

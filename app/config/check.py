@@ -5,7 +5,7 @@ then what must fit together.
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 from pydantic import ValidationError
@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from app.config.explain import did_you_mean, explain, unknown_key
 from app.config.kind import UpstreamKind
 from app.config.settings import WORDS, DeploymentSettings, ModelSettings, Settings, UpstreamSettings
-from app.config.tree import Mistake, Path, Tree, dotted
+from app.config.tree import Path, Tree, dotted
 
 _MAPPING = "must be a mapping (key: value)"
 
@@ -34,8 +34,7 @@ def settings_of(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | Non
         for mistake in explain(error, Settings, ()):
             tree.note(mistake)
         sound = _sound_part(values, error)
-    for mistake in _rules(sound, tree, kinds):
-        tree.note(mistake)
+    _hold_to_rules(sound, tree, kinds)
     return None if tree.mistakes else sound
 
 
@@ -94,37 +93,37 @@ def _innermost(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]
 # --- what must fit together -------------------------------------------------------------------------
 
 
-def _rules(settings: Settings, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Iterator[Mistake]:
-    yield from _callers_differ(settings)
-    yield from _names_differ(settings, tree)
-    yield from _spaces_differ(settings, tree)
+def _hold_to_rules(settings: Settings, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> None:
+    _callers_differ(settings, tree)
+    _names_differ(settings, tree)
+    _spaces_differ(settings, tree)
     for name, model in settings.models.items():
-        yield from _deployments_exist(("models", name, "deployments"), model, tree)
-        yield from _one_space(("models", name, "deployments"), settings, model, tree, kinds)
-        yield from _can_be_told(("models", name), settings, model, kinds)
+        _deployments_exist(("models", name, "deployments"), model, tree)
+        _one_space(("models", name, "deployments"), settings, model, tree, kinds)
+        _can_be_told(("models", name), settings, model, tree, kinds)
 
 
-def _callers_differ(settings: Settings) -> Iterator[Mistake]:
+def _callers_differ(settings: Settings, tree: Tree) -> None:
     seen: dict[bytes, str] = {}
     for name, key in settings.auth.keys.items() if settings.auth else ():
         if name == "anonymous":
-            yield Mistake(("auth", "keys", name), "is what callers without a key are counted as; choose another name")
+            tree.wrong(("auth", "keys", name), "is what callers without a key are counted as; choose another name")
         first = seen.setdefault(key.digest(), name)
         if first != name:
-            yield Mistake(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
+            tree.wrong(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
 
 
-def _names_differ(settings: Settings, tree: Tree) -> Iterator[Mistake]:
+def _names_differ(settings: Settings, tree: Tree) -> None:
     """Every public name means one thing, and `upstream/model` always that upstream's own model."""
     taken = {name: ("models", name) for name in _names(tree, "models")}
     for name, model in settings.models.items():
-        yield from _means_an_upstream(("models", name), name, tree)
+        _means_an_upstream(("models", name), name, tree)
         for index, alias in enumerate(model.aliases):
             path: Path = ("models", name, "aliases", index)
             first = taken.setdefault(alias, ("models", name))
             if first != ("models", name) or alias in settings.models or alias in model.aliases[:index]:
-                yield Mistake(path, f"{tree.shown(path, alias)} is a name or alias of {dotted(first)} already")
-            yield from _means_an_upstream(path, alias, tree)
+                tree.wrong(path, f"{tree.shown(path, alias)} is a name or alias of {dotted(first)} already")
+            _means_an_upstream(path, alias, tree)
 
 
 def _names(tree: Tree, section: str) -> Collection[str]:
@@ -133,13 +132,13 @@ def _names(tree: Tree, section: str) -> Collection[str]:
     return entries if isinstance(entries, dict) else ()
 
 
-def _means_an_upstream(path: Path, name: str, tree: Tree) -> Iterator[Mistake]:
+def _means_an_upstream(path: Path, name: str, tree: Tree) -> None:
     upstream, slash, _ = name.partition("/")
     if slash and upstream in _names(tree, "upstreams"):
-        yield Mistake(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
+        tree.wrong(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
 
 
-def _spaces_differ(settings: Settings, tree: Tree) -> Iterator[Mistake]:
+def _spaces_differ(settings: Settings, tree: Tree) -> None:
     """A space that is named belongs to one set of deployments, or two models' vectors would have the same cache
     keys."""
     taken: dict[str, tuple[str, set[tuple[str, str]]]] = {}
@@ -152,25 +151,25 @@ def _spaces_differ(settings: Settings, tree: Tree) -> Iterator[Mistake]:
             if same != served:
                 path: Path = ("models", name, "deployments", index, "space")
                 told = tree.shown(path, deployment.space)
-                yield Mistake(path, f"{told} is {dotted(('models', first))}'s, whose deployments are others")
+                tree.wrong(path, f"{told} is {dotted(('models', first))}'s, whose deployments are others")
 
 
-def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> Iterator[Mistake]:
+def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> None:
     names = _names(tree, "upstreams")
     seen: set[tuple[str, str]] = set()
     for index, deployment in enumerate(model.deployments):
         place = (*path, index, "upstream")
         if names and deployment.upstream not in names:
             shown = tree.shown(place, deployment.upstream)
-            yield Mistake(place, f'no upstream "{shown}"{did_you_mean(shown, names)}')
+            tree.wrong(place, f'no upstream "{shown}"{did_you_mean(shown, names)}')
         elif (deployment.upstream, deployment.model) in seen:
-            yield Mistake((*path, index), "the same upstream and model as a deployment above")
+            tree.wrong((*path, index), "the same upstream and model as a deployment above")
         seen.add((deployment.upstream, deployment.model))
 
 
 def _one_space(
     path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, UpstreamKind]
-) -> Iterator[Mistake]:
+) -> None:
     spaces: dict[str, str] = {}
     for index, deployment in enumerate(model.deployments):
         upstream = settings.upstreams.get(deployment.upstream)
@@ -185,7 +184,7 @@ def _one_space(
             spaces[_space(kind, upstream, deployment)] = _space(kind, upstream, shown)
     if len(spaces) > 1:
         listed = ", ".join(spaces.values())
-        yield Mistake(path, f"different vector spaces ({listed}); deployments of one model must share one")
+        tree.wrong(path, f"different vector spaces ({listed}); deployments of one model must share one")
 
 
 def _space(kind: UpstreamKind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:
@@ -196,8 +195,8 @@ def _space(kind: UpstreamKind, settings: UpstreamSettings, deployment: Deploymen
 
 
 def _can_be_told(
-    path: Path, settings: Settings, model: ModelSettings, kinds: Mapping[str, UpstreamKind]
-) -> Iterator[Mistake]:
+    path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, UpstreamKind]
+) -> None:
     """An upstream of the model must have a word for what the operator says that it takes; and a built-in upstream must
     have the model."""
     told: set[str] = set()
@@ -209,7 +208,7 @@ def _can_be_told(
         listed, known = kind.models(upstream), kind.facts(upstream, deployment.model)
         told |= kind.adapter(upstream).words | {fact for fact in WORDS if getattr(known, fact)}
         if kind.built_in and deployment.model not in listed:
-            yield Mistake((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
+            tree.wrong((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
     for fact in WORDS:
         if getattr(model, fact) and fact not in told:
-            yield Mistake((*path, fact), "no upstream of this model has a word for it; leave it out")
+            tree.wrong((*path, fact), "no upstream of this model has a word for it; leave it out")

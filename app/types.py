@@ -293,14 +293,6 @@ class Store(Protocol):
         """ "up", or what is wrong with it."""
         ...
 
-    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        """One look-up for all keys; the answer is as long as `keys`."""
-        ...
-
-    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Keep these. May drop any of them."""
-        ...
-
     async def close(self) -> None: ...
 
 
@@ -321,6 +313,14 @@ class SlowStore(Store, Protocol):
 
     async def open(self) -> None:
         """Gets ready ahead of the first request, so that `status` is true from the start. Never fails."""
+        ...
+
+    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
+        """One look-up for all keys; the answer is as long as `keys`."""
+        ...
+
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+        """Keep these. May drop any of them."""
         ...
 
 

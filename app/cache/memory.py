@@ -58,7 +58,7 @@ class MemoryStore:
         return self._size
 
     def lookup(self, keys: Sequence[bytes], *, numbers: bool = False) -> list[Embedding | None]:
-        """As `get`, without waiting. `numbers`: the caller wants numbers, not base64."""
+        """One answer per key, in their order. `numbers`: the caller wants numbers, not base64."""
         entries = self._entries
         find, touch = entries.get, entries.move_to_end
         now = self._now()
@@ -112,7 +112,7 @@ class MemoryStore:
         self._bytes.set(self._size)
 
     def insert(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """As `put`, without waiting. What alone is larger than the whole store is not kept."""
+        """Keeps these. What alone is larger than the whole store is not kept."""
         expires = self._now() + self._ttl
         held, most = self._entries, self._max_size
         dropped = added = 0
@@ -147,12 +147,6 @@ class MemoryStore:
         self._size -= entry.size
         if entry.embedding.text is not None:
             self._texts -= len(entry.embedding.text)
-
-    async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        return self.lookup(keys)
-
-    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        self.insert(entries)
 
     async def close(self) -> None:
         self._entries.clear()

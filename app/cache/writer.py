@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Iterable
 
 from app.cache.counts import Counts
-from app.types import Embedding, Store
+from app.types import Embedding, SlowStore
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,7 @@ _BATCH = 256
 class Writer:
     """Keeps at most `max_size` bytes waiting for `store`; what does not fit is dropped and counted."""
 
-    def __init__(self, store: Store, counts: Counts, max_size: int) -> None:
+    def __init__(self, store: SlowStore, counts: Counts, max_size: int) -> None:
         self._store = store
         self._counts = counts
         self._max_size = max_size

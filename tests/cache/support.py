@@ -11,7 +11,7 @@ from pathlib import Path
 
 from app.cache.disk import DiskStore
 from app.metrics import Metrics
-from app.types import Embedding, Store
+from app.types import Embedding, SlowStore
 
 LIMIT = 20.0
 """Seconds after which something that must happen counts as never happening."""
@@ -108,7 +108,7 @@ async def run(program: str, path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-async def present(store: Store, *numbers: int) -> list[int]:
+async def present(store: SlowStore, *numbers: int) -> list[int]:
     found = await store.get([key(number) for number in numbers])
     assert all(
         value is None or value.vector[:8] == embedding(n).vector[:8] for n, value in zip(numbers, found, strict=True)

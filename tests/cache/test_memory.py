@@ -87,11 +87,11 @@ def test_every_value_is_counted(clock: Clock, metrics: Metrics) -> None:
     assert count(metrics, "memory", "get", "miss") == 1
 
 
-def test_it_is_a_store_like_the_others(clock: Clock, metrics: Metrics) -> None:
+def test_closed_it_holds_nothing(clock: Clock, metrics: Metrics) -> None:
     async def use() -> list[Embedding | None]:
         memory = store(clock, metrics)
-        await memory.put(entries([1]))
-        found = await memory.get([key(1), key(2)])
+        memory.insert(entries([1]))
+        found = memory.lookup([key(1), key(2)])
         await memory.close()
         return found
 

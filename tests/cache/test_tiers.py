@@ -445,11 +445,6 @@ async def test_a_tier_that_would_never_be_asked_is_refused(clock: Clock, metrics
 
         name, status = "plain", "up"
 
-        async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-            return [None] * len(keys)
-
-        async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None: ...
-
         async def close(self) -> None: ...
 
     never: list[list[Store]] = [[Plain()], [Slow(), memory(clock, metrics)]]

@@ -15,7 +15,7 @@ from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
 from app.catalog import UNSERVED, family
 from app.clock import Clock
-from app.config import Settings, UpstreamKind, UpstreamSettings
+from app.config import Settings, UpstreamSettings
 from app.errors import GatewayError, ModelNotFound
 from app.limits import Rates
 from app.metrics import Metrics
@@ -26,6 +26,7 @@ from app.pipeline.fleet import Fleet
 from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
 from app.registry import PublicModel, Registry
+from app.upstreams import UPSTREAMS
 from app.upstreams.connect import Upstream
 
 log = logging.getLogger(__name__)
@@ -42,7 +43,6 @@ class Gateway:
     def __init__(
         self,
         settings: Settings,
-        kinds: Mapping[str, UpstreamKind],
         cache: Tiers,
         metrics: Metrics,
         clock: Clock,
@@ -66,7 +66,7 @@ class Gateway:
             if before and known and known.settings == each:  # with what it has learned
                 self.upstreams[name], self._slots[name] = known, before._slots[name]
             else:
-                self.upstreams[name] = Upstream(name, each, kinds[each.type], clock, transport, self._tokens)
+                self.upstreams[name] = Upstream(name, each, UPSTREAMS[each.type], clock, transport, self._tokens)
                 self._slots[name] = Slots(each.max_concurrency, self._pace(name, each))
                 if known:
                     self.upstreams[name].take_over(known)

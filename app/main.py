@@ -6,7 +6,7 @@ import asyncio
 import gc
 import ipaddress
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,13 +19,12 @@ from app.api.auth import Keys
 from app.cache import build
 from app.cache.tiers import Tiers
 from app.clock import Clock, SystemClock
-from app.config import Settings, UpstreamKind
+from app.config import Settings
 from app.config.source import Given, Source, applicable
 from app.config.watch import Watch
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.types import Store
-from app.upstreams import UPSTREAMS
 
 log = logging.getLogger(__name__)
 
@@ -281,7 +280,6 @@ def create_app(
     transport: httpx.AsyncBaseTransport | None = None,
     stores: Sequence[Store] | None = None,
     clock: Clock | None = None,
-    kinds: Mapping[str, UpstreamKind] = UPSTREAMS,
     request_log: logs.RequestLog | None = None,
     source: Source | Given | None = None,
 ) -> App:
@@ -294,7 +292,7 @@ def create_app(
     cache = Tiers(stores, metrics, clock)
 
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:
-        return Gateway(settings, kinds, cache, metrics, clock, transport, before)
+        return Gateway(settings, cache, metrics, clock, transport, before)
 
     request_log = request_log or logs.request_log("text")
     request_log.on_drop = metrics.log_dropped.inc

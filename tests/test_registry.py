@@ -11,7 +11,6 @@ from app.clock import SystemClock
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
-from app.upstreams import UPSTREAMS
 from app.upstreams.openai import unlisted
 from tests.counting import counting_calls
 from tests.harness import settings_of
@@ -31,7 +30,7 @@ def test_twice_as_many_models_are_twice_the_work() -> None:
         metrics, clock = Metrics(), SystemClock()
         cache = Tiers([], metrics, clock)
         with counting_calls() as counted:
-            Gateway(settings, UPSTREAMS, cache, metrics, clock)
+            Gateway(settings, cache, metrics, clock)
         return counted.calls
 
     work(1)
@@ -42,7 +41,7 @@ def test_a_list_that_has_one_model_more_costs_that_one() -> None:
     """And what an upstream has had all along is the same model as before."""
     settings = settings_of({"upstreams": {name: {"type": "openai", "base_url": "http://no/v1"} for name in ("a", "b")}})
     metrics, clock = Metrics(), SystemClock()
-    gateway = Gateway(settings, UPSTREAMS, Tiers([], metrics, clock), metrics, clock)
+    gateway = Gateway(settings, Tiers([], metrics, clock), metrics, clock)
 
     def listing(count: int) -> int:
         for upstream in gateway.upstreams.values():
@@ -64,7 +63,7 @@ async def test_one_that_is_out_stays_out_when_a_list_says_something_else_of_it()
     """As vLLM's does once it was started with another `--max-model-len`: callers would get vectors of another model."""
     settings = settings_of({"upstreams": {name: {"type": "openai", "base_url": "http://no/v1"} for name in ("a", "b")}})
     metrics, clock = Metrics(), SystemClock()
-    gateway = Gateway(settings, UPSTREAMS, Tiers([], metrics, clock), metrics, clock)
+    gateway = Gateway(settings, Tiers([], metrics, clock), metrics, clock)
     for length in (512, 256):
         for upstream in gateway.upstreams.values():
             upstream.models = {"m": replace(unlisted("m"), max_tokens_per_input=length)}
@@ -88,10 +87,10 @@ async def test_to_close_what_another_one_has_taken_over_compares_no_model_with_a
     settings = settings_of({"upstreams": {"up": {"type": "openai", "base_url": "http://no/v1"}}})
     metrics, clock = Metrics(), SystemClock()
     cache = Tiers([], metrics, clock)
-    gateway = Gateway(settings, UPSTREAMS, cache, metrics, clock)
+    gateway = Gateway(settings, cache, metrics, clock)
     gateway.upstreams["up"].models = {name: unlisted(name) for name in (f"model-{number}" for number in range(200))}
     gateway.registry.publish()
-    successor = Gateway(settings, UPSTREAMS, cache, metrics, clock, before=gateway)
+    successor = Gateway(settings, cache, metrics, clock, before=gateway)
     monkeypatch.setattr(Batcher, "__eq__", equal)
     monkeypatch.setattr(Batcher, "__hash__", object.__hash__, raising=False)
     await gateway.fleet.aclose(successor.fleet)

@@ -27,7 +27,7 @@ from app.errors import (
 from app.gateway import REFRESH, Gateway
 from app.main import create_app
 from app.types import Send, WireReply, WireRequest
-from app.upstreams import UPSTREAMS, baidu, connect, ollama, openai
+from app.upstreams import baidu, connect, ollama, openai
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOllama, FakeOpenAI, faults
 from tests.harness import running, settings_of
@@ -570,7 +570,7 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
 async def test_what_one_that_is_no_longer_in_force_learns_is_not_shown(two: tuple[Gateway, Listing, Listing]) -> None:
     gateway, _, other = two
     alone = settings_of({"upstreams": {"one": {"type": "openai", "base_url": "http://127.0.0.1:9/v1"}}})
-    successor = Gateway(alone, UPSTREAMS, gateway.cache, gateway.metrics, SystemClock(), None, gateway)
+    successor = Gateway(alone, gateway.cache, gateway.metrics, SystemClock(), None, gateway)
     gateway.give_way(successor)
     other.models = [Model("new")]
     assert (await gateway.find("new")).name == "new", "by a request that is still inside"

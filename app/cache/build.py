@@ -21,7 +21,7 @@ def stores(settings: CacheSettings, metrics: Metrics, clock: Clock) -> list[Stor
     if disk := settings.disk:
         built.append(DiskStore(disk.path, disk.max_size, settings.ttl, clock, metrics))
     if redis := settings.redis:
-        built.append(RedisStore(redis.url, redis.timeout, settings.ttl, clock, metrics))
+        built.append(RedisStore(redis.url.get_secret_value(), redis.timeout, settings.ttl, clock, metrics))
     return built
 
 
@@ -30,10 +30,10 @@ def shared_limits(settings: Settings, metrics: Metrics, clock: Clock) -> SharedL
     redis = settings.cache.redis
     if redis is None:
         return None
-    return SharedLimits(redis.url, redis.timeout, clock, metrics, workers=settings.server.workers)
+    return SharedLimits(redis.url.get_secret_value(), redis.timeout, clock, metrics, workers=settings.server.workers)
 
 
 def shared_tokens(settings: Settings, metrics: Metrics) -> SharedTokens | None:
     """Access tokens kept with the other replicas, where there is a Redis to keep them in."""
     redis = settings.cache.redis
-    return SharedTokens(redis.url, redis.timeout, metrics) if redis else None
+    return SharedTokens(redis.url.get_secret_value(), redis.timeout, metrics) if redis else None

@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Collection, Sequence
 from contextlib import nullcontext
 from functools import partial
 
-from pydantic import SecretStr
 from redis.asyncio import ConnectionPool, SSLConnection
 from redis.asyncio.connection import RedisSSLContext
 from redis.exceptions import (
@@ -97,11 +96,11 @@ _TLS_LASTS = 60.0
 takes up to 100 ms, in which nobody is served. Then they are read anew, for they are renewed."""
 
 
-def connections(url: SecretStr | str, limit: int, now: Callable[[], float] = time.monotonic) -> Connections:
+def connections(url: str, limit: int, now: Callable[[], float] = time.monotonic) -> Connections:
     """Raises `ValueError`, without the URL or a piece of it, for what is none."""
     try:
         pool = ConnectionPool.from_url(
-            url.get_secret_value() if isinstance(url, SecretStr) else url,
+            url,
             # RESP2 and no driver's name: connecting without a password costs no round trip beyond TCP's.
             protocol=2,
             driver_info=None,
@@ -141,7 +140,7 @@ class RedisStore:
 
     def __init__(
         self,
-        url: SecretStr | str,
+        url: str,
         timeout: float,
         ttl: float,
         clock: Clock,

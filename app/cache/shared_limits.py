@@ -14,8 +14,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import SecretStr
-
 from app.cache.breaker import Breaker
 from app.cache.redis import connections
 from app.cache.script import Script
@@ -107,7 +105,7 @@ class SharedLimits:
 
     def __init__(
         self,
-        url: SecretStr | str,
+        url: str,
         timeout: float,
         clock: Clock,
         metrics: Metrics,

@@ -7,8 +7,6 @@ import os
 from collections.abc import Awaitable, Callable
 from functools import partial
 
-from pydantic import SecretStr
-
 from app.cache.connections import Command
 from app.cache.redis import LET_GO, connections
 from app.deadlines import Deadlines
@@ -25,7 +23,7 @@ class SharedTokens:
     Raises `ValueError` for a URL that is none, and nothing else ever. Asked once a month and key, so it has no breaker.
     """
 
-    def __init__(self, url: SecretStr | str, timeout: float, metrics: Metrics) -> None:
+    def __init__(self, url: str, timeout: float, metrics: Metrics) -> None:
         self._deadlines = Deadlines()
         self._timeout = timeout
         self._connections = connections(url, 2)

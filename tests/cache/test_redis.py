@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 import redis.asyncio
-from pydantic import SecretStr
 
 from app.cache.redis import PREFIX, RedisStore, connections
 from app.cache.shared_limits import Ask, SharedLimits
@@ -153,7 +152,7 @@ async def test_a_numbered_database_over_tcp_with_a_password_works(
     clock: Clock, metrics: Metrics, unused_tcp_port: int
 ) -> None:
     with RedisServer(port=unused_tcp_port, password="s3cret-p4ss") as server:
-        store = RedisStore(SecretStr(server.url.replace("/0", "/3")), LIMIT, 60, clock, metrics)
+        store = RedisStore(server.url.replace("/0", "/3"), LIMIT, 60, clock, metrics)
         await store.put(entries([1]))
         assert await store.get([key(1)]) == [embedding(1)]
         async with redis.asyncio.Redis.from_url(server.url) as admin:
@@ -166,7 +165,7 @@ async def test_a_numbered_database_over_tcp_with_a_password_works(
 )
 async def test_a_url_that_is_none_is_refused_without_being_quoted(clock: Clock, metrics: Metrics, url: str) -> None:
     with pytest.raises(ValueError, match="not a Redis URL") as refused:
-        RedisStore(SecretStr(url), 1, 60, clock, metrics)
+        RedisStore(url, 1, 60, clock, metrics)
     assert "s3cret" not in str(refused.value)
     assert refused.value.__suppress_context__
 

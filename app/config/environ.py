@@ -80,24 +80,24 @@ class _Override:
         self._tree = tree
 
     def apply(self, value: str) -> None:
-        steps = self._variable[len(PREFIX) :].lower().split(_DELIMITER)
+        steps = tuple(self._variable[len(PREFIX) :].lower().split(_DELIMITER))
         if steps[0] not in Settings.model_fields or "" in steps:
-            self._refuse(tuple(steps), "unknown key" if "" in steps else unknown_key(steps[0], Settings.model_fields))
+            self._refuse(steps, "unknown key" if "" in steps else unknown_key(steps[0], Settings.model_fields))
             return
         try:
             nested: Any = _OneVariable(self._variable, value)()
             copy.deepcopy(nested)  # as all values are, later, when it is not known any more where one is from
         except SettingsError:
-            self._refuse(tuple(steps), "not JSON; write [..] or {..} as JSON")
+            self._refuse(steps, "not JSON; write [..] or {..} as JSON")
             return
         except RecursionError:
-            self._refuse(tuple(steps), "is nested too deeply")
+            self._refuse(steps, "is nested too deeply")
             return
         for step in steps:
             nested = nested[step]
         self._put(steps, None if nested == "null" else nested)
 
-    def _put(self, steps: list[str], value: Any) -> None:
+    def _put(self, steps: tuple[str, ...], value: Any) -> None:
         """Walks down, making mappings and lists where there are none, and replaces what is at the end."""
         place: Any = self._tree.values
         path: Path = ()
@@ -137,7 +137,7 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "_", name.lower())
 
 
-def _begun(steps: list[str], number: int) -> dict[str, Any] | list[Any]:
+def _begun(steps: tuple[str, ...], number: int) -> dict[str, Any] | list[Any]:
     """What this step is the first in: a list where it is 0, but for `upstreams`, `models` and `auth.keys`, where a name
     may be that."""
     return [] if steps[number] == "0" and number > _LAST_NAME else {}

@@ -45,20 +45,20 @@ def _explained(details: ErrorDetails, model: type[BaseModel], path: Path) -> Mis
     kind, location = details["type"], details["loc"]
     if location and location[-1] == "[key]":
         location = location[:-1]
+    place, known = _walked(model, location)  # without what is no place in the file: a union's members
     if kind == "extra_forbidden":
-        text = unknown_key(str(location[-1]), _fields(_find(model, location[:-1])))
+        text = unknown_key(str(location[-1]), _fields(place))
         return Mistake((*path, *location), text, whatever_it_holds=True)
-    location = _real(model, location)
     if kind == "value_error":
         text = str(details["ctx"]["error"])
         field, colon, rest = text.partition(": ")
-        if colon and field in _fields(_find(model, location)):  # a rule between fields that blames one of them
-            return Mistake((*path, *location, field), rest)
+        if colon and field in _fields(place):  # a rule between fields that blames one of them
+            return Mistake((*path, *known, field), rest)
     elif kind == "missing":
-        text = _missing(_find(model, location))
+        text = _missing(place)
     else:
-        text = _unfit(kind, details["input"], _find(model, location))
-    return Mistake((*path, *location), text)
+        text = _unfit(kind, details["input"], place)
+    return Mistake((*path, *known), text)
 
 
 def _fields(place: _Place) -> Collection[str]:
@@ -112,24 +112,15 @@ def _bounds(metadata: Sequence[Any]) -> str:
     return "" if high is None else f", at most {high}"
 
 
-def _find(model: type[BaseModel], location: Sequence[str | int]) -> _Place:
+def _walked(model: type[BaseModel], path: Path) -> tuple[_Place, Path]:
+    """The place at this path, as far as the model knows it; and that much of the path."""
     place: _Place = (model, ())
-    for step in location:
-        place = _below(place, step) or place
-    return place
-
-
-def _real(model: type[BaseModel], location: Sequence[str | int]) -> tuple[str | int, ...]:
-    """The location without what is no place in the file: a union's members."""
-    place: _Place = (model, ())
-    real: list[str | int] = []
-    for step in location:
+    for number, step in enumerate(path):
         below = _below(place, step)
         if below is None:
-            break
+            return place, path[:number]
         place = below
-        real.append(step)
-    return tuple(real)
+    return place, path
 
 
 def _below(place: _Place, step: str | int) -> _Place | None:

@@ -5,6 +5,7 @@ A mistake names its place as the operator wrote it, and never shows what a varia
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -58,10 +59,8 @@ class Tree:
 
     def shown(self, path: Path, value: object) -> str:
         """A value fit for a message."""
-        for length in range(len(path), 0, -1):
-            if (as_written := self.written.get(path[:length])) is not None:
-                return as_written
-        return str(value)
+        as_written = _nearest(path, self.written)
+        return str(value) if as_written is None else as_written
 
     def forget(self, path: Path) -> None:
         """Drops what was known of a place and all below it: an override has replaced it."""
@@ -71,11 +70,10 @@ class Tree:
 
     def lines(self) -> list[str]:
         """One line per mistake: where it is from, its path, what is wrong."""
-        found = [(self._origin(path), dotted(path), text) for path, text, _ in self.mistakes]
+        found = [(_nearest(path, self.variables) or self.label, dotted(path), text) for path, text, _ in self.mistakes]
         return [": ".join(map(_printable, filter(None, parts))) for parts in found]
 
-    def _origin(self, path: Path) -> str:
-        for length in range(len(path), 0, -1):
-            if (variable := self.variables.get(path[:length])) is not None:
-                return variable
-        return self.label
+
+def _nearest(path: Path, told: Mapping[Path, str]) -> str | None:
+    """What is told of this place, or of the nearest above it."""
+    return next((told[path[:length]] for length in range(len(path), 0, -1) if path[:length] in told), None)

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
-from app.config.explain import did_you_mean, explain, unknown_key
+from app.config.explain import did_you_mean, explain
 from app.config.kind import UpstreamKind
 from app.config.settings import WORDS, DeploymentSettings, ModelSettings, Settings, UpstreamSettings
 from app.config.tree import Path, Tree, dotted
@@ -23,10 +23,7 @@ def settings_of(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | Non
 
     What has a mistake is left out and the rest looked at as a whole, so that one mistake hides no other.
     """
-    values = {key: copy.deepcopy(value) for key, value in tree.values.items() if key in Settings.model_fields}
-    for key in tree.values:
-        if key not in values:
-            tree.wrong((key,), unknown_key(key, Settings.model_fields))
+    values = copy.deepcopy(tree.values)
     values["upstreams"] = _upstreams(tree, kinds)
     try:
         sound = Settings.model_validate(values)

@@ -17,12 +17,12 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import orjson
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.head import request_id
-from app.api.render import last_lines
+from app.api.render import error_body, last_lines
+from app.errors import InvalidRequest
 from app.heads import Remembering
 from app.outbox import Outbox
 
@@ -380,8 +380,7 @@ class Protocol(Remembering):
             self._unparsed.clear()
             return
         self._refused()
-        error = {"message": msg, "type": "invalid_request_error", "param": None, "code": "invalid_http"}
-        body = orjson.dumps({"error": error})
+        body = error_body(InvalidRequest(msg, code="invalid_http"))
         # Between requests the scope is that of the one before; of a broken head it is as much as was parsed.
         own = {} if self._between_requests else dict(self.scope["headers"])
         self.transport.write(

@@ -73,8 +73,6 @@ class Connections:
                 try:
                     replies.append(await connection.read_response())
                 except self._refusal as refusal:
-                    if not connection.is_connected:
-                        raise
                     replies.append(refusal)
                     moved = moved or isinstance(refusal, self._moved)
         except BaseException as fault:

@@ -60,16 +60,10 @@ class _HeadAsGet:
 def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
     """The framework's application. `admin` includes /metrics and /docs, which may have a port of their own; with
     `keys` it is described that callers need one."""
-    api = FastAPIOffline(
-        title="embedding-gateway",
-        version=__version__,
+    api = _application(
         description="One OpenAI-compatible `/v1/embeddings` in front of every embedding vendor.",
         docs_url="/docs" if admin else None,
-        redoc_url=None,
-        redirect_slashes=False,  # to an address made of the caller's Host, and clients lose the body or the key
     )
-    api.add_middleware(_HeadAsGet)
-    _add_errors(api)
     # For the description alone: what a key opens is decided in any case.
     described = [Security(HTTPBearer(auto_error=False, description="one of auth.keys"))] if keys else []
     _add_embeddings(api, described)
@@ -82,18 +76,23 @@ def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
 
 def build_admin(metrics: Metrics, described: Callable[[], FastAPI]) -> FastAPI:
     """/metrics and /docs for a port of their own; the description is the main application's of that moment."""
+    # Nothing to try from here: the routes are at another port, which browsers take for another site.
+    api = _application(swagger_ui_parameters={"supportedSubmitMethods": []})
+    api.openapi = lambda: described().openapi()  # type: ignore[method-assign]  # FastAPI's documented way to replace it
+    _add_metrics(api, metrics)
+    return api
+
+
+def _application(**more: Any) -> FastAPI:
     api = FastAPIOffline(
         title="embedding-gateway",
         version=__version__,
         redoc_url=None,
-        redirect_slashes=False,
-        # Nothing to try from here: the routes are at another port, which browsers take for another site.
-        swagger_ui_parameters={"supportedSubmitMethods": []},
+        redirect_slashes=False,  # to an address made of the caller's Host, and clients lose the body or the key
+        **more,
     )
     api.add_middleware(_HeadAsGet)
-    api.openapi = lambda: described().openapi()  # type: ignore[method-assign]  # FastAPI's documented way to replace it
     _add_errors(api)
-    _add_metrics(api, metrics)
     return api
 
 

@@ -165,19 +165,16 @@ class Told:
     """A series that is counted in plain numbers, which Prometheus is told later: counting costs a tenth of that, and
     what goes up and down again meanwhile costs nothing. Not for threads."""
 
-    __slots__ = ("_due", "_waiting")
+    __slots__ = ("_due", "waiting")
 
     def __init__(self, due: Due) -> None:
         self._due = due
-        self._waiting = False
+        self.waiting = False
+        """Whether it is among those that are due."""
 
     def tell(self) -> None:
         """Everything counted since the last time."""
         raise NotImplementedError
-
-    def _wait(self) -> None:
-        self._waiting = True
-        self._due.add(self)
 
 
 class Tally(Told):
@@ -191,14 +188,14 @@ class Tally(Told):
 
     def inc(self, amount: float = 1) -> None:
         self._amount += amount
-        if not self._waiting:
-            self._wait()
+        if not self.waiting:
+            self._due.add(self)
 
     def dec(self, amount: float = 1) -> None:
         self.inc(-amount)
 
     def tell(self) -> None:
-        amount, self._amount, self._waiting = self._amount, 0.0, False
+        amount, self._amount = self._amount, 0.0
         if amount:
             self._child.inc(amount)
 
@@ -214,11 +211,10 @@ class Level(Told):
 
     def set(self, value: float) -> None:
         self._value = value
-        if not self._waiting:
-            self._wait()
+        if not self.waiting:
+            self._due.add(self)
 
     def tell(self) -> None:
-        self._waiting = False
         self._child.set(self._value)
 
 
@@ -235,11 +231,10 @@ class Spread(Told):
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
-        if not self._waiting:
-            self._wait()
+        if not self.waiting:
+            self._due.add(self)
 
     def tell(self) -> None:
-        self._waiting = False
         self._child.add(self._counts, self._total)
         self._counts, self._total = [0] * len(self._bounds), 0.0
 
@@ -254,6 +249,7 @@ class Due:
         self._planned = False
 
     def add(self, series: Told) -> None:
+        series.waiting = True
         self._waiting.append(series)
         if self._shared and not self._planned:
             with contextlib.suppress(RuntimeError):  # no loop yet: told with the next, or when asked
@@ -264,6 +260,7 @@ class Due:
         self._planned = False
         waiting, self._waiting = self._waiting, []
         for series in waiting:
+            series.waiting = False
             series.tell()
 
 

@@ -15,7 +15,7 @@ import termios
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
@@ -88,7 +88,8 @@ class Protocol(Remembering):
 
     _head = b""
     _head_timer: asyncio.TimerHandle | None = None
-    _between_requests = True
+    _parsing: Literal["", "head", "body"] = ""
+    """What the parser is in the middle of."""
     _first_byte = 0.0
     """On the event loop's clock, when the head began that is coming in pieces; 0 where none is."""
     _fed = 0
@@ -96,8 +97,6 @@ class Protocol(Remembering):
     _hosts: Sequence[bytes] = ()
     """The values of the Host header, a single one, that were last found sane."""
     _idle_since = 0.0
-    _in_head = False
-    """Whether the parser has a piece of a head, which came behind the request before it."""
     _untaken = (0, 0, 0.0)
     """As of the last look: bytes of answers that the caller had not taken, here and in the system's buffer, and
     `_idle_since`."""
@@ -128,7 +127,7 @@ class Protocol(Remembering):
             data = self.take_in(data)
             if not data:
                 return
-        if self._between_requests:
+        if not self._parsing:
             data = self._head + data
             end = data.find(_END)
             if end < 0 or end > LONGEST_HEAD:
@@ -147,8 +146,8 @@ class Protocol(Remembering):
                 data = _OFFER.sub(rb"\1ignored", data[:end]) + data[end:]
         self._fed += len(data)
         super().data_received(data)
-        if self._in_head and not self.transport.is_closing():
-            self._start_timer()
+        if self._parsing == "head" and not self.transport.is_closing():
+            self._start_timer()  # it has a piece of one that came behind the request before it
         if self._fed > LONGEST_HEAD and not self.transport.is_closing():
             self.send_400_response("The request's headers are too large.")
 
@@ -236,7 +235,7 @@ class Protocol(Remembering):
         # What comes behind the body are trailers, which are no headers of this request (RFC 9110 6.5.1).
         self.headers = []
         self._fed = 0
-        self._in_head = False
+        self._parsing = "body"
         self._stop_timer()
         self._extend(scope)
 
@@ -352,8 +351,7 @@ class Protocol(Remembering):
             self._look_again_in(LAST_CALL)
 
     def on_message_begin(self) -> None:
-        self._between_requests = False
-        self._in_head = True
+        self._parsing = "head"
         super().on_message_begin()
 
     def on_body(self, body: bytes) -> None:
@@ -361,7 +359,7 @@ class Protocol(Remembering):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
-        self._between_requests = True
+        self._parsing = ""
         self._fed = 0
         super().on_message_complete()
         self.flow.resume_reading()  # held for a big body; a caller who hangs up is to be noticed
@@ -382,7 +380,7 @@ class Protocol(Remembering):
         self._refused()
         body = error_body(InvalidRequest(msg, code="invalid_http"))
         # Between requests the scope is that of the one before; of a broken head it is as much as was parsed.
-        own = {} if self._between_requests else dict(self.scope["headers"])
+        own = dict(self.scope["headers"]) if self._parsing else {}
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
             b"x-request-id: %b\r\n%b%b" % (len(body), request_id(own), last_lines(int(time.time()), False), body)

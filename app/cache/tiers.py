@@ -53,6 +53,7 @@ class Tiers:
         """As `_readers`, but the shared tier's claims what is missing."""
         self._writers: list[Writer] = []
         self._shared: SharedStore | None = None
+        peek = self._memory.peek if self._memory is not None else (lambda _: None)
         for place, store in enumerate(self._slow):
             counts, on_found = Counts(metrics, store.name), partial(self._found, place)
             reader = claimer = Reader(store, counts, on_found, clock.monotonic)
@@ -62,7 +63,7 @@ class Tiers:
                 self._expired = metrics.cache_operations.labels(store.name, "claim", "expired")
             self._readers.append(reader)
             self._claimers.append(claimer)
-            self._writers.append(Writer(store, counts, write_buffer))
+            self._writers.append(Writer(store, counts, write_buffer, peek))
         self._waiting: Mapping[bytes, Embedding] = self._writers[-1].waiting if self._writers else {}
         """By key, what waits to be written to the slowest tier, which is asked last. Memory may have no room for it."""
         self._looked_for: dict[bytes, int] = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from app.cache.counts import Counts
 from app.types import Embedding, SlowStore
@@ -16,16 +16,23 @@ _ENTRY = 512
 """Bytes an entry in the queue takes besides its vector, about."""
 _BATCH = 256
 """Entries handed to the store at once."""
+_KEYS = 2**17
+"""Keys that may wait without their embeddings: 130 bytes each."""
 
 
 class Writer:
-    """Keeps at most `max_size` bytes waiting for `store`; what does not fit is dropped and counted."""
+    """Keeps at most `max_size` bytes waiting for `store`. Of what does not fit, if `peek` finds it in memory, the key
+    waits, to be looked up when its turn comes. What is found no more, and all else, is dropped and counted."""
 
-    def __init__(self, store: SlowStore, counts: Counts, max_size: int) -> None:
+    def __init__(
+        self, store: SlowStore, counts: Counts, max_size: int, peek: Callable[[bytes], Embedding | None]
+    ) -> None:
         self._store = store
         self._counts = counts
-        self._max_size = max_size
-        self._queue: deque[tuple[bytes, Embedding]] = deque()
+        self._max_size, self._peek = max_size, peek
+        self._queue: deque[tuple[bytes, Embedding | None]] = deque()
+        self._keys = 0
+        """Those in the queue without an embedding."""
         self.waiting: dict[bytes, Embedding] = {}
         """What waits, by key, that being written included: the newest where there are several."""
         self._size = 0
@@ -41,14 +48,19 @@ class Writer:
     def offer(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
         """Takes what fits. Must be called within the event loop."""
         dropped = 0
-        for entry in entries:
-            cost = entry[1].size + _ENTRY
-            if self._closed or self._size + cost > self._max_size:
+        for key, embedding in entries:
+            cost = embedding.size + _ENTRY
+            if self._closed:
                 dropped += 1
-                continue
-            self._size += cost
-            self._queue.append(entry)
-            self.waiting[entry[0]] = entry[1]
+            elif self._size + cost <= self._max_size:
+                self._size += cost
+                self._queue.append((key, embedding))
+                self.waiting[key] = embedding
+            elif self._keys < _KEYS and self._peek(key) is not None:
+                self._keys += 1
+                self._queue.append((key, None))
+            else:
+                dropped += 1
         if dropped:
             self._counts.set_dropped.inc(dropped)
         # No task waits for work: one begins with the first entry and ends with the last.
@@ -58,9 +70,11 @@ class Writer:
     async def _drain(self) -> None:
         try:
             while self._queue:
-                batch = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+                taken = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
+                batch = self._whole(taken)
                 try:
-                    await self._store.put(batch)
+                    if batch:
+                        await self._store.put(batch)
                     self._failing = False
                 except Exception:
                     self._counts.set_error.inc(len(batch))
@@ -71,12 +85,27 @@ class Writer:
                     self._counts.set_dropped.inc(len(batch))
                     raise
                 finally:
-                    for key, embedding in batch:
+                    for key, embedding in taken:
+                        if embedding is None:
+                            continue
                         self._size -= embedding.size + _ENTRY
                         if self.waiting.get(key) is embedding:
                             del self.waiting[key]
         finally:
             self._task = None
+
+    def _whole(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
+        """These with their embeddings, without those whose is found no more."""
+        batch: list[tuple[bytes, Embedding]] = []
+        for key, embedding in taken:
+            if embedding is None:
+                self._keys -= 1
+                embedding = self._peek(key)
+            if embedding is None:
+                self._counts.set_dropped.inc()
+            else:
+                batch.append((key, embedding))
+        return batch
 
     async def close(self, timeout: float) -> None:
         """Writes what waits for at most `timeout` seconds; drops the rest."""
@@ -91,4 +120,4 @@ class Writer:
             log.warning("cache tier %s: %d values not written at the end", self._store.name, len(self._queue))
             self._queue.clear()
             self.waiting.clear()
-            self._size = 0
+            self._size = self._keys = 0

@@ -374,6 +374,22 @@ async def test_what_waits_to_be_written_is_bounded_in_bytes(clock: Clock, metric
     assert key(0) in slow.values
 
 
+async def test_what_has_no_room_in_the_queue_is_written_from_memory(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([MemoryStore(200_000, 60, clock, metrics), slow], metrics, clock, write_buffer=10_000)
+    tiers.put(entries(range(1000)))  # of which memory keeps the last ones
+    assert tiers._writers[0].size <= 10_000
+    kept = sum(tiers._memory.peek(key(number)) is not None for number in range(1000)) if tiers._memory else 0
+    assert 200 < kept < 500
+    slow.open_for_writes.set()
+    await tiers.close()
+    first = 10_000 // (embedding(0).size + 512)
+    assert slow.values == dict(entries([*range(first), *range(1000 - kept, 1000)]))
+    assert count(metrics, "redis", "set", "dropped") == 1000 - kept - first
+    assert (tiers._writers[0].size, tiers._writers[0]._keys) == (0, 0)
+
+
 async def test_room_in_the_queue_comes_back(clock: Clock, metrics: Metrics) -> None:
     slow = Slow()
     tiers = Tiers([slow], metrics, clock, write_buffer=2_000)

@@ -22,8 +22,8 @@ from app.config.kind import UpstreamKind
 from app.config.settings import Settings
 from app.config.tree import Path, Tree
 
-PREFIX = str(Settings.model_config["env_prefix"])
-_DELIMITER = str(Settings.model_config["env_nested_delimiter"])
+PREFIX = "EMBEDDING_GATEWAY__"
+_DELIMITER = "__"
 _LAST_NAME = 2
 """The last step that may be a name of the operator's choice with something below it: `auth.keys.NAME`."""
 
@@ -66,7 +66,9 @@ class _OneVariable(EnvSettingsSource):
     """A single variable, as pydantic-settings nests and decodes it."""
 
     def __init__(self, variable: str, value: str) -> None:
-        super().__init__(Settings)
+        # No `BaseSettings`, which takes `_env_file` and its like for its own parameters: a file may hold any key.
+        model: Any = Settings
+        super().__init__(model, env_prefix=PREFIX, env_nested_delimiter=_DELIMITER, env_ignore_empty=True)
         self.env_vars = {variable.lower(): value}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002  # inherited

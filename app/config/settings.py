@@ -12,7 +12,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from app.catalog import Role
 from app.config.values import (
@@ -220,29 +219,15 @@ class ModelSettings(Section):
     price_per_million_tokens: float | None = Field(default=None, ge=0)
 
 
-class Settings(Section, BaseSettings):
-    """The whole configuration. Made from what it is given: unlike other BaseSettings it reads no environment
-    by itself, since two gateways in one process may differ; `app.config.load` reads, from what it is handed."""
-
-    model_config = SettingsConfigDict(
-        env_prefix="EMBEDDING_GATEWAY__", env_nested_delimiter="__", env_ignore_empty=True
-    )
+class Settings(Section):
+    """The whole configuration. It reads nothing by itself, since two gateways in one process may differ:
+    `app.config.load` reads, from what it is handed."""
 
     server: ServerSettings = ServerSettings()
     auth: AuthSettings | None = None
     cache: CacheSettings = CacheSettings()
     upstreams: dict[Name, UpstreamSettings]
     models: dict[ModelName, ModelSettings] = {}
-
-    @classmethod
-    def settings_customise_sources(
-        cls,
-        settings_cls: type[BaseSettings],  # noqa: ARG003  # the base class's signature
-        init_settings: PydanticBaseSettingsSource,
-        *others: Any,  # noqa: ARG003
-        **more: Any,  # noqa: ARG003
-    ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings,)
 
 
 WORDS = ("instruct", "sparse", "images", "videos")

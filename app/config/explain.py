@@ -43,7 +43,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 def _explained(details: ErrorDetails, model: type[BaseModel], path: Path) -> Mistake:
     kind, location = details["type"], details["loc"]
-    if location and location[-1] == "[key]":
+    if location[-1:] == ("[key]",) and kind != "extra_forbidden":  # which would be a key that is written so
         location = location[:-1]
     place, known = _walked(model, location)  # without what is no place in the file: a union's members
     if kind == "extra_forbidden":

@@ -100,6 +100,9 @@ class Table:
         # comes on top of it.
         self._limit = max(max_size * 3 // 4 // self._page, 16)
         self._longest_log = max_size // 4
+        self._in_vain = 0
+        """Bytes of the log when look-ups in it were last waited for in vain: one that is suspended stays. Our own wait
+        meanwhile, so that is not done with each write."""
         log = max(min(max_size // 8 // self._page, 1000), 4)
         self._db.execute(f"PRAGMA wal_autocheckpoint = {log}")
         self._db.execute(f"PRAGMA journal_size_limit = {log * self._page}")
@@ -148,10 +151,17 @@ class Table:
             # Rows that spread worse than reckoned. If it is the disk that is full, this fails as well.
             self._transaction(lambda: self._make_room(needed * 2))
             self._transaction(lambda: self._insert(rows, needed))
-        if _size(self._wal) > self._longest_log:
-            # Other processes' look-ups were in the way each time that SQLite would have begun the log anew: it does not
-            # wait for them by itself, and where there is always one the log has no end.
+        self._end_log()
+
+    def _end_log(self) -> None:
+        """Other processes' look-ups may have been in the way each time that SQLite would have begun the log anew: it
+        does not wait for them by itself, and where there is always one the log has no end."""
+        log = _size(self._wal)
+        if log < self._in_vain:
+            self._in_vain = 0
+        if log > max(self._longest_log, 2 * self._in_vain):
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            self._in_vain = _size(self._wal)
 
     def close(self) -> None:
         """Writes down what was used, folds the log in, closes. The log of a file that is gone is removed before that:

@@ -138,6 +138,31 @@ async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
     assert store.status == "up"
 
 
+def test_a_reader_that_stays_is_waited_for_now_and_then(path: Path) -> None:
+    """As one that is suspended, or a backup: to wait for it with each write would hold up all look-ups."""
+    bound, waits = 2**20, 0
+
+    def count_waits(statement: str) -> None:
+        nonlocal waits
+        waits += "wal_checkpoint" in statement
+
+    table = Table(str(path), bound, 60, time.time)
+    table._db.execute("PRAGMA busy_timeout = 0")
+    table._db.set_trace_callback(count_waits)
+    value, wal = bytes(20_000), path.with_name(path.name + "-wal")
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT max(id) FROM embeddings").fetchone()
+        for number in range(100):
+            table.write([(key(number), value)])
+        assert wal.stat().st_size > 2 * bound, "nothing can end it"
+        assert 3 <= waits <= 5, "each time it is twice as long"
+    for number in range(100):
+        table.write([(key(number), value)])
+    assert wal.stat().st_size <= bound // 4
+    table.close()
+
+
 async def test_values_of_every_size_stay_within_the_bound(opened: OpenDisk, tmp_path: Path, clock: Clock) -> None:
     bound = 2**20
     store = opened(max_size=bound)

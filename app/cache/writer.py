@@ -85,17 +85,18 @@ class Writer:
                     self._counts.set_dropped.inc(len(batch))
                     raise
                 finally:
-                    for key, embedding in taken:
-                        if embedding is None:
-                            continue
-                        self._size -= embedding.size + _ENTRY
+                    self._size -= sum(embedding.size + _ENTRY for _, embedding in taken if embedding is not None)
+                    for key, embedding in batch:
                         if self.waiting.get(key) is embedding:
                             del self.waiting[key]
+                # A store that is down waits for nothing, nor do keys of which memory has let go: a hundred thousand.
+                await asyncio.sleep(0)
         finally:
             self._task = None
 
     def _whole(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
-        """These with their embeddings, without those whose is found no more."""
+        """These with their embeddings, without those whose is found no more. Memory may let go of one while it is
+        written."""
         batch: list[tuple[bytes, Embedding]] = []
         for key, embedding in taken:
             if embedding is None:
@@ -105,6 +106,7 @@ class Writer:
                 self._counts.set_dropped.inc()
             else:
                 batch.append((key, embedding))
+                self.waiting.setdefault(key, embedding)
         return batch
 
     async def close(self, timeout: float) -> None:

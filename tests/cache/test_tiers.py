@@ -13,6 +13,7 @@ from app.config import CacheSettings
 from app.metrics import Metrics
 from app.types import Embedding, LookUp, Store
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
+from tests.clock import settle
 
 
 class Slow:
@@ -388,6 +389,40 @@ async def test_what_has_no_room_in_the_queue_is_written_from_memory(clock: Clock
     assert slow.values == dict(entries([*range(first), *range(1000 - kept, 1000)]))
     assert count(metrics, "redis", "set", "dropped") == 1000 - kept - first
     assert (tiers._writers[0].size, tiers._writers[0]._keys) == (0, 0)
+
+
+async def test_what_is_written_from_memory_is_found_until_it_is(clock: Clock, metrics: Metrics) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([MemoryStore(20_000, 60, clock, metrics), slow], metrics, clock, write_buffer=0)
+    tiers.put(entries(range(5)))  # whose turn comes at once
+    await settle()
+    assert slow.batches == [5]
+    tiers.put(entries(range(100, 200)))  # for which memory lets go of them
+    assert await tiers.get(keys(*range(5))) == list(map(embedding, range(5)))
+    assert slow.asked == []
+    slow.open_for_writes.set()
+    await tiers.close()
+    assert tiers._writers[0].waiting == {}
+
+
+async def test_many_keys_of_which_memory_has_let_go_do_not_hold_up_the_event_loop(
+    clock: Clock, metrics: Metrics
+) -> None:
+    slow = Slow()
+    slow.open_for_writes.clear()
+    tiers = Tiers([MemoryStore(200_000, 60, clock, metrics), slow], metrics, clock, write_buffer=10_000)
+    for number in range(10_000):
+        tiers.put(entries([number]))
+    writer = tiers._writers[0]
+    assert len(writer._queue) > 9000
+    slow.open_for_writes.set()
+    turns = 0
+    while writer._queue:
+        await asyncio.sleep(0)
+        turns += 1
+    assert turns > 9000 // 256
+    await tiers.close()
 
 
 async def test_room_in_the_queue_comes_back(clock: Clock, metrics: Metrics) -> None:

@@ -51,10 +51,11 @@ class Budget:
             self._left = min(CEILING, self._left + SHARE)
 
     def spend(self, *, on_credit: bool) -> bool:
-        """Whether there is one to spend, or it may be earned afterwards."""
+        """Whether there is one to spend, or it may be earned afterwards: no more than a few, for what may pass is not
+        asked again until then."""
         if self._left < 1 and not on_credit:
             return False
-        self._left = max(-CEILING, self._left - 1)
+        self._left = max(-FLOOR, self._left - 1)
         return True
 
 

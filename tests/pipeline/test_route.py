@@ -239,6 +239,28 @@ async def test_trouble_of_one_alone_is_asked_of_another_however_much_has_failed_
     assert (await both.run(batch("x"), slot, "query")).outcomes == [Embedding(b"x", 1)]
 
 
+async def test_trouble_of_one_alone_is_soon_earned_however_many_calls_meet_it() -> None:
+    """Many may be under way there when its key is refused; then others' trouble that may pass is asked again all the
+    same."""
+    troubles = iter([*[None] * 65, UpstreamError("for once")])
+
+    async def good(batch: Batch) -> BatchResult:
+        if trouble := next(troubles, None):
+            raise trouble
+        return await answers(batch)
+
+    both = route(deployment("bad", failing(UpstreamAuth("no"))), deployment("good", good))
+    bad = both.deployments[0]
+    for _ in range(40):
+        slot = Slot(bad, bad.health.begin())
+        bad.slots.busy += 1
+        assert (await both.run(batch("x"), slot, "query")).outcomes == [Embedding(b"x", 1)]
+    assert bad.health.ejected
+    for _ in range(26):
+        assert (await run(both, batch("x"))).outcomes == [Embedding(b"x", 1)]
+    assert next(troubles, None) is None, "it was met"
+
+
 async def test_where_none_is_in_rotation_trouble_of_one_alone_is_asked_of_another_within_the_budget() -> None:
     asked = 0
 

@@ -90,15 +90,18 @@ _TOO_LONG = re.compile(
 )
 # How llama-server's 500 tells of an input that is too long; fewer words may be those of a text that is quoted.
 _TOO_LARGE = "is too large to process. increase the physical batch size"
-# How OpenAI's 429 begins for a call that has more tokens than a minute may: to wait does not help, to split does.
+# How OpenAI's 429 begins for a call that has more tokens than a minute may: to wait does not help, to split does,
+# unless a minute may have none.
 _MORE_THAN_A_MINUTE = "Request too large for "
+_NONE = "(TPM): Limit 0, "
 # How 400s begin that are about what is configured, and about no input. A model's name: LiteLLM, infinity; Xinference,
 # SiliconFlow, OpenRouter; OpenRouter, BigModel. A model that is none of embeddings, or not loaded: LM Studio,
-# llama-server. An address that should be https: nginx, Go. What a caller sent may stand further on.
+# llama-server. An address that should be https: nginx, Go. What a caller sent may stand further on, and within quotes
+# at the beginning, as in JSON Schema's "'…' is too short".
 _NOT_THE_INPUT = re.compile(
     r"(/\S+: )?Invalid model( name passed in model=|: )"
     r"|(\[address=\S+ pid=\d+\] )?Model (\S+ )?(not found|does not exist)\b"
-    r"|\S+ is not a valid model ID|模型不存在"
+    r"|[\w./:@~-]+ is not a valid model ID|模型不存在"
     r"|No models loaded|model is not loaded|Pooling type 'none'"
     r"|\s*400 The plain HTTP request was sent to HTTPS port|Client sent an HTTP request to an HTTPS server"
 )
@@ -162,7 +165,7 @@ def by_status(status: int, message: str) -> type[GatewayError]:
     if status == 500 and _TOO_LARGE in message:
         return ContextLengthExceeded
     if status == 429 and message.startswith(_MORE_THAN_A_MINUTE):
-        return InvalidRequest
+        return QuotaExhausted if _NONE in message else InvalidRequest
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     if kind in (RateLimited, UpstreamAuth) and _USED_UP.search(message):
         return QuotaExhausted

@@ -4,6 +4,7 @@
     ├── InvalidRequest                400   invalid_value: the caller's input; `param` names the field
     │   ├── InvalidJson               400
     │   ├── ContextLengthExceeded     400   an input longer than the model takes
+    │   ├── MoreThanAMinute           400   more tokens than the upstream's account may have in a minute: another's may
     │   ├── UnreadableMedia           400   an image or video that could not be fetched or read, when asked twice
     │   ├── UnsupportedDimensions     400
     │   ├── InvalidApiKey             401   the caller's key
@@ -110,6 +111,10 @@ class InvalidJson(InvalidRequest):
 
 class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
+
+
+class MoreThanAMinute(InvalidRequest):
+    pass
 
 
 class UnreadableMedia(InvalidRequest):

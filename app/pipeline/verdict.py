@@ -8,6 +8,7 @@ from typing import TypeGuard
 from app.errors import (
     GatewayError,
     InvalidRequest,
+    MoreThanAMinute,
     Overloaded,
     QuotaExhausted,
     RateLimited,
@@ -35,12 +36,12 @@ def has_what_was_none(result: BatchResult, pending: Sequence[int], retried: Batc
 
 
 def worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
-    """`elsewhere`: another deployment can be asked, which does not share trouble with this one's key, quota, names or
+    """`elsewhere`: another deployment can be asked, which does not share trouble with this one's key, quotas, names or
     lengths of vectors, and may have a connection already where there is no room for a new one."""
     if isinstance(outcome, Embedding):
         return False
     return outcome.retryable or (
-        elsewhere and (isinstance(outcome, UpstreamError | QuotaExhausted) or is_ours(outcome))
+        elsewhere and (isinstance(outcome, UpstreamError | QuotaExhausted | MoreThanAMinute) or is_ours(outcome))
     )
 
 

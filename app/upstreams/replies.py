@@ -19,6 +19,7 @@ from app.errors import (
     ContextLengthExceeded,
     GatewayError,
     InvalidRequest,
+    MoreThanAMinute,
     Overloaded,
     QuotaExhausted,
     RateLimited,
@@ -165,7 +166,7 @@ def by_status(status: int, message: str) -> type[GatewayError]:
     if status == 500 and _TOO_LARGE in message:
         return ContextLengthExceeded
     if status == 429 and message.startswith(_MORE_THAN_A_MINUTE):
-        return QuotaExhausted if _NONE in message else InvalidRequest
+        return QuotaExhausted if _NONE in message else MoreThanAMinute
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     if kind in (RateLimited, UpstreamAuth) and _USED_UP.search(message):
         return QuotaExhausted

@@ -19,6 +19,7 @@ from app.clock import SystemClock
 from app.errors import (
     GatewayError,
     InvalidRequest,
+    MoreThanAMinute,
     QuotaExhausted,
     RateLimited,
     UpstreamAuth,
@@ -229,7 +230,10 @@ async def test_a_retry_goes_to_one_in_rotation_before_one_that_is_to_tell_whethe
     assert (await all_three.run(batch("x"), slot, "query")).deployments == ("c/m",)
 
 
-@pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?")])
+@pytest.mark.parametrize(
+    "error",
+    [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?"), MoreThanAMinute("an account's own")],
+)
 async def test_trouble_of_one_alone_is_asked_of_another_however_much_has_failed_of_late(error: GatewayError) -> None:
     both = route(deployment("bad", failing(error)), deployment("good", answers))
     while both._budget.spend(on_credit=False):

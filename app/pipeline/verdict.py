@@ -50,7 +50,7 @@ def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayErro
     gives), so that the caller is better told the first one's error, which may pass."""
     if isinstance(outcome, UpstreamIgnoredDimensions):
         return True
-    lasts = isinstance(outcome, UpstreamError | QuotaExhausted) and not outcome.retryable
+    lasts = isinstance(outcome, UpstreamError | QuotaExhausted | MoreThanAMinute) and not outcome.retryable
     return lasts and isinstance(first, GatewayError) and (first.retryable or is_ours(first))
 
 

@@ -367,7 +367,10 @@ async def test_what_another_does_not_heed_is_not_refused_for_the_one_that_was_do
     assert ([type(each) for each in result.outcomes], result.calls) == ([type(error)], 2)
 
 
-@pytest.mark.parametrize("own", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?")])
+@pytest.mark.parametrize(
+    "own",
+    [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?"), MoreThanAMinute("an account's own")],
+)
 @pytest.mark.parametrize("passing", [RateLimited("slowly", retry_after=2), UpstreamError("down")])
 async def test_what_may_pass_is_told_and_not_what_another_lacks_for_good(
     passing: GatewayError, own: GatewayError

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -64,13 +64,13 @@ class Tiers:
             self._readers.append(reader)
             self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer, peek))
-        self._waiting: Mapping[bytes, Embedding] = self._writers[-1].waiting if self._writers else {}
-        """By key, what waits to be written to the slowest tier, which is asked last. Memory may have no room for it."""
         self._looked_for: dict[bytes, int] = {}
         """Keys that slower tiers are asked for, and by how many look-ups."""
         self._came: dict[bytes, Embedding] = {}
         """What has come for these meanwhile: by the time a look-up ends that found nothing, it may have been written
         and be gone from here."""
+        self._kept = (self._came, *(writer.waiting for writer in reversed(self._writers)))
+        """By key, what memory may have no room for. One tier may have refused what waits for another that is slow."""
         self._letting_go: set[asyncio.Task[None]] = set()
         self.embedders: WeakSet[UnderWay] = WeakSet()
         """Everything that embeds over this cache, also for earlier configurations."""
@@ -105,7 +105,7 @@ class Tiers:
         brought = self._brought(keys)
         with self._looking(keys):
             embeddings, held = await self._claimer.get(keys)
-            embeddings = {**brought, **embeddings, **self._brought(key for key in keys if key not in embeddings)}
+            embeddings = {**brought, **embeddings, **self._brought([key for key in keys if key not in embeddings])}
         self._expired.inc(sum(key not in embeddings and key not in held for key in keys))
         return Found(embeddings, held)
 
@@ -144,11 +144,15 @@ class Tiers:
             found = [fetched.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
         return found, held and {key for key in missing if key in held}  # and not those of others who asked with us
 
-    def _brought(self, keys: Iterable[bytes]) -> dict[bytes, Embedding]:
+    def _brought(self, keys: Sequence[bytes]) -> dict[bytes, Embedding]:
         """What has come from a call of this replica that slower tiers may not know of yet."""
-        came, waiting, memory = self._came.get, self._waiting.get, self._memory
-        peek = came if memory is None else memory.peek
-        return {key: embedding for key in keys if (embedding := came(key) or waiting(key) or peek(key)) is not None}
+        places: list[Callable[[bytes], Embedding | None]] = [each.get for each in self._kept if each]  # most are empty
+        if self._memory is not None:
+            places.append(self._memory.peek)
+        brought: dict[bytes, Embedding] = {}
+        for find in places:
+            brought.update((key, found) for key in keys if key not in brought and (found := find(key)) is not None)
+        return brought
 
     @contextmanager
     def _looking(self, keys: Sequence[bytes]) -> Iterator[None]:

@@ -275,6 +275,21 @@ async def test_what_memory_has_no_room_for_is_found_until_it_is_written(clock: C
     await tiers.close()
 
 
+async def test_what_waits_for_one_tier_is_found_though_the_next_has_refused_it(clock: Clock, metrics: Metrics) -> None:
+    disk, redis = Slow("disk"), Slow("redis")
+    disk.open_for_writes.clear()
+    redis.fault = ConnectionError("down")
+    tiers = Tiers([MemoryStore(2000, 60, clock, metrics), disk, redis], metrics, clock)
+    tiers.put(entries(range(9)))  # one call's, of which memory keeps the last two
+    await settle()
+    assert tiers._writers[1].waiting == {}
+    assert await tiers.get(keys(8, 0)) == [embedding(8), embedding(0)]
+    redis.fault = None
+    disk.open_for_writes.set()
+    await tiers.close()
+    assert len(disk.values) == 9
+
+
 async def test_without_memory_what_comes_while_a_tier_is_asked_is_found(clock: Clock, metrics: Metrics) -> None:
     class Gated(Slow):
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:

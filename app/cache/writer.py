@@ -59,6 +59,7 @@ class Writer:
             elif self._keys < _KEYS and self._peek(key) is not None:
                 self._keys += 1
                 self._queue.append((key, None))
+                self.waiting.pop(key, None)  # it is an older one
             else:
                 dropped += 1
         if dropped:
@@ -95,18 +96,22 @@ class Writer:
             self._task = None
 
     def _whole(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
-        """These with their embeddings, without those whose is found no more. Memory may let go of one while it is
-        written."""
+        """These with their embeddings, each key's newest alone: another is written in its turn, or has been from
+        memory, which may let go of one while it is written. Without those whose is found no more."""
         batch: list[tuple[bytes, Embedding]] = []
         for key, embedding in taken:
-            if embedding is None:
-                self._keys -= 1
-                embedding = self._peek(key)
-            if embedding is None:
+            if embedding is not None:
+                if self.waiting.get(key) is embedding:
+                    batch.append((key, embedding))
+                continue
+            self._keys -= 1
+            if key in self.waiting:
+                continue
+            if (found := self._peek(key)) is None:
                 self._counts.set_dropped.inc()
             else:
-                batch.append((key, embedding))
-                self.waiting.setdefault(key, embedding)
+                batch.append((key, found))
+                self.waiting[key] = found
         return batch
 
     async def close(self, timeout: float) -> None:

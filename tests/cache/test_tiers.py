@@ -9,6 +9,7 @@ from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
 from app.cache.reader import Found, Reader
 from app.cache.tiers import Tiers
+from app.cache.writer import Writer
 from app.config import CacheSettings
 from app.metrics import Metrics
 from app.types import Embedding, LookUp, Store
@@ -419,6 +420,29 @@ async def test_what_is_written_from_memory_is_found_until_it_is(clock: Clock, me
     slow.open_for_writes.set()
     await tiers.close()
     assert tiers._writers[0].waiting == {}
+
+
+async def test_an_older_embedding_is_not_written_over_one_that_was_written_from_memory(metrics: Metrics) -> None:
+    slow, held = Slow(), dict(entries(range(300)))
+    slow.open_for_writes.clear()
+    writer = Writer(slow, Counts(metrics, slow.name), embedding(0).size + 512, held.get)
+    writer.offer(entries([0]))  # which takes all the room
+    await settle()
+    writer.offer(entries(range(1, 257)))  # whose keys wait
+    slow.open_for_writes.set()
+    while writer.size:
+        await asyncio.sleep(0)
+    slow.open_for_writes.clear()
+    writer.offer([(key(1), embedding(7))])
+    held[key(1)] = embedding(8)
+    writer.offer([(key(1), embedding(8))])
+    await settle()
+    assert slow.batches == [1, 256]
+    held.clear()
+    slow.open_for_writes.set()
+    await writer.close(5)
+    assert slow.values[key(1)] == embedding(8)
+    assert (writer.size, writer.waiting) == (0, {})
 
 
 async def test_many_keys_of_which_memory_has_let_go_do_not_hold_up_the_event_loop(

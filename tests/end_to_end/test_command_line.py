@@ -58,6 +58,15 @@ def test_it_serves_where_python_leaves_assertions_out(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/readyz").status_code == 200
 
 
+@pytest.fixture
+def interrupts() -> Iterator[None]:
+    """As in a terminal. What a script has started beside itself ignores Ctrl-C, and so does all that this starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_signals_are_heard_while_the_program_is_still_being_read(tmp_path: Path, number: signal.Signals) -> None:
     """Process 1 of a container is given none that has no handler, and a reload must not be its end."""

@@ -20,6 +20,9 @@ from app.errors import (
 )
 from app.types import BatchResult, Embedding
 
+_ONES_OWN = (UpstreamError, QuotaExhausted, MoreThanAMinute)
+"""What another deployment may not share: it has a key, quotas, names and lengths of vectors of its own."""
+
 
 def whole(result: BatchResult) -> bool:
     """Whether all of it is embedded, as nearly always."""
@@ -36,13 +39,11 @@ def has_what_was_none(result: BatchResult, pending: Sequence[int], retried: Batc
 
 
 def worth_asking_again(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
-    """`elsewhere`: another deployment can be asked, which does not share trouble with this one's key, quotas, names or
-    lengths of vectors, and may have a connection already where there is no room for a new one."""
+    """`elsewhere`: another deployment can be asked. It may also have a connection already where there is no room for a
+    new one."""
     if isinstance(outcome, Embedding):
         return False
-    return outcome.retryable or (
-        elsewhere and (isinstance(outcome, UpstreamError | QuotaExhausted | MoreThanAMinute) or is_ours(outcome))
-    )
+    return outcome.retryable or (elsewhere and (isinstance(outcome, _ONES_OWN) or is_ours(outcome)))
 
 
 def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayError) -> bool:
@@ -50,7 +51,7 @@ def is_its_own(outcome: Embedding | GatewayError, first: Embedding | GatewayErro
     gives), so that the caller is better told the first one's error, which may pass."""
     if isinstance(outcome, UpstreamIgnoredDimensions):
         return True
-    lasts = isinstance(outcome, UpstreamError | QuotaExhausted | MoreThanAMinute) and not outcome.retryable
+    lasts = isinstance(outcome, _ONES_OWN) and not outcome.retryable
     return lasts and isinstance(first, GatewayError) and (first.retryable or is_ours(first))
 
 

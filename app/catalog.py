@@ -51,7 +51,7 @@ class Model:
     """Whether the model takes an instruction."""
     instruction: str = ""
     """The instruction in a prefix when the caller gives none."""
-    cuts: tuple[int, ...] | None = None
+    matryoshka_dimensions: tuple[int, ...] | None = None
     """Shorter lengths the gateway makes itself, from the first numbers of the full vector, where the model is
     made for that (Matryoshka) and its server may not know how: as `dimension_choices`."""
     sparse: bool = False
@@ -75,7 +75,7 @@ class Model:
         return f"{kind}/{self.same_as or self.name}{f'@{self.revision}' if self.revision else ''}"
 
 
-def together(models: Sequence[Model]) -> Model:
+def combined(models: Sequence[Model]) -> Model:
     """What is true of one model behind several deployments. The first stands for all, with these exceptions: roles,
     instructions and sparse vectors are served where any deployment has them, images and videos where all do; an input
     is too long where it is for any; and where the catalogue has lengths to cut to for any, they hold for all."""
@@ -88,7 +88,9 @@ def together(models: Sequence[Model]) -> Model:
         cuts_silently=any(each.cuts_silently for each in models),
         roles=tuple(role for role in ROLES if any(role in each.roles for each in models)),
         instruct=any(each.instruct for each in models),
-        cuts=next((each.cuts for each in models if each.cuts is not None), None),
+        matryoshka_dimensions=next(
+            (each.matryoshka_dimensions for each in models if each.matryoshka_dimensions is not None), None
+        ),
         sparse=any(each.sparse for each in models),
         images=min(each.images for each in models),
         videos=min(each.videos for each in models),
@@ -214,11 +216,16 @@ _ByPattern: TypeAlias = Iterable[tuple[str, Model]]
 def _nomic() -> _ByPattern:
     page = _CARD + "nomic-ai/nomic-embed-text-"
     model = partial(Model, dimensions=768, roles=ROLES, prefixes=("search_query: ", "search_document: "))
-    cuts = (768, 512, 256, 128, 64)
+    matryoshka_dimensions = (768, 512, 256, 128, 64)
     # What Ollama has under the bare name is 1.5.
-    yield r"nomic-embed-text(-v1\.5)?", model("nomic-embed-text-v1.5", cuts=cuts, source=page + "v1.5")
+    yield (
+        r"nomic-embed-text(-v1\.5)?",
+        model("nomic-embed-text-v1.5", matryoshka_dimensions=matryoshka_dimensions, source=page + "v1.5"),
+    )
     yield r"nomic-embed-text-v1", model("nomic-embed-text-v1", source=page + "v1")
-    v2 = model("nomic-embed-text-v2-moe", cuts=(768, 256), max_tokens_per_input=512, source=page + "v2-moe")
+    v2 = model(
+        "nomic-embed-text-v2-moe", matryoshka_dimensions=(768, 256), max_tokens_per_input=512, source=page + "v2-moe"
+    )
     yield r"nomic-embed-text-v2-moe", v2
 
 
@@ -247,7 +254,7 @@ def _mxbai() -> _ByPattern:
         Model(
             "mxbai-embed-large-v1",
             1024,
-            cuts=ANY,
+            matryoshka_dimensions=ANY,
             max_tokens_per_input=512,
             roles=ROLES,
             prefixes=(_SEARCH, ""),
@@ -263,10 +270,13 @@ def _arctic() -> _ByPattern:
     yield name, model(name, source=page + "l")
     for size, dimensions in (("xs", 384), ("s", 384), ("m", 768), ("m-long", 768), ("l", 1024)):
         yield f"{name}-{size}", model(f"{name}-{size}", dimensions, source=page + size)
-    yield rf"{name}-m-v1\.5", model(f"{name}-m-v1.5", 768, cuts=(768, 256), source=page + "m-v1.5")
+    yield rf"{name}-m-v1\.5", model(f"{name}-m-v1.5", 768, matryoshka_dimensions=(768, 256), source=page + "m-v1.5")
     model = partial(Model, roles=ROLES, prefixes=("query: ", ""))
-    yield rf"{name}(2|-l-v2\.0)", model(f"{name}-l-v2.0", 1024, cuts=(1024, 256), source=page + "l-v2.0")
-    yield rf"{name}-m-v2\.0", model(f"{name}-m-v2.0", 768, cuts=(768, 256), source=page + "m-v2.0")
+    yield (
+        rf"{name}(2|-l-v2\.0)",
+        model(f"{name}-l-v2.0", 1024, matryoshka_dimensions=(1024, 256), source=page + "l-v2.0"),
+    )
+    yield rf"{name}-m-v2\.0", model(f"{name}-m-v2.0", 768, matryoshka_dimensions=(768, 256), source=page + "m-v2.0")
 
 
 def _others() -> _ByPattern:
@@ -275,7 +285,7 @@ def _others() -> _ByPattern:
         Model(
             "embeddinggemma-300m",
             768,
-            cuts=(768, 512, 256, 128),
+            matryoshka_dimensions=(768, 512, 256, 128),
             roles=ROLES,
             prefixes=("task: search result | query: ", "title: none | text: "),
             source="ai.google.dev/gemma/docs/embeddinggemma/model_card",
@@ -288,7 +298,7 @@ def _others() -> _ByPattern:
             Model(
                 f"qwen3-embedding{suffix}",
                 qwen_length,
-                cuts=ANY,
+                matryoshka_dimensions=ANY,
                 roles=ROLES,
                 prefixes=("Instruct: {instruct}\nQuery:", ""),
                 instruct=True,

@@ -19,16 +19,16 @@ from typing import NoReturn
 from app import __version__, logs
 from app.config import Settings
 from app.config.load import ConfigError, load
-from app.config.source import Given, Source
+from app.config.source import ConfigSource, ParentConfig
 from app.gateway import Gateway
 from app.main import App, create_app, warn_if_open
-from app.metrics import shared
+from app.metrics import multiprocess
 from app.pipeline.deployment import Deployment
 from app.registry import PublicModel
 from app.serve import CannotListen, listen, serve, serve_workers
 from app.types import Batch, Embedding, Params
 from app.upstreams import UPSTREAMS
-from app.workers import Orders, python
+from app.workers import ParentChannel, own_command
 
 log = logging.getLogger("app")
 
@@ -140,7 +140,7 @@ _FLAGS = ("host", "port", "workers")
 def _serve(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop; that is no failure
     logs.configure(options.log_format, options.log_level)
-    source = Source(options.config, os.environ, UPSTREAMS)
+    source = ConfigSource(options.config, os.environ, UPSTREAMS)
     settings = _load(source, options)
     server = settings.server
     listener = listen(server.host, server.port)
@@ -155,14 +155,14 @@ def _serve(options: argparse.Namespace) -> None:
 
     def command(orders: int) -> list[str]:
         logging_as = ["--log-format", options.log_format, "--log-level", options.log_level]
-        return python("worker", *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
+        return own_command("worker", *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
 
     try:
         temporary = tempfile.TemporaryDirectory(prefix="embedding-gateway-")
     except OSError as error:
         _fail([f"several workers need a temporary directory: {error.strerror}"])
     app = create_app(settings, stores=[])  # its own metrics are to be none of those that are shared
-    with temporary as directory, _kept(directory), shared(directory):
+    with temporary as directory, _kept(directory), multiprocess(directory):
         sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
 
 
@@ -182,14 +182,14 @@ def _work(options: argparse.Namespace) -> None:
     """One of several worker processes, which its parent has given a listener."""
     logs.configure(options.log_format, options.log_level)
     try:
-        orders = Orders(options.orders, UPSTREAMS)
+        orders = ParentChannel(options.orders, UPSTREAMS)
     except EOFError:
         return
     app = _app(orders.given.load(), options, orders.given)
     serve(app, socket.socket(fileno=options.listener), orders=orders)
 
 
-def _load(source: Source, options: argparse.Namespace) -> Settings:
+def _load(source: ConfigSource, options: argparse.Namespace) -> Settings:
     """The settings with the flags over them. The environment carries flags, so that a reload finds
     them too; a mistake in one is told by the flag's name."""
     told: dict[str, str] = {}
@@ -208,7 +208,7 @@ def _load(source: Source, options: argparse.Namespace) -> Settings:
         raise ConfigError(mistakes) from None
 
 
-def _app(settings: Settings, options: argparse.Namespace, source: Source | Given) -> App:
+def _app(settings: Settings, options: argparse.Namespace, source: ConfigSource | ParentConfig) -> App:
     severity = logging.getLevelNamesMapping()[options.log_level.upper()]
     return create_app(settings, request_log=logs.request_log(options.log_format, severity), source=source)
 
@@ -303,7 +303,7 @@ async def _probe(gateway: Gateway) -> list[str]:
     failed += [
         f"{name}: it has no list of models at its base_url, and none is configured for it"
         for name, each in upstreams
-        if not each.lists and name not in used
+        if not each.lists_models and name not in used
     ]
     for name, deployment in sorted(deployments.items()):
         trouble = await _try(deployment)

@@ -23,14 +23,14 @@ class Deadlines:
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
         """When the timer will look, on the event loop's clock."""
-        self.at_work = 0.0
+        self.cpu_time = 0.0
         """Seconds of processor time this thread had used when the timer was set. To ask for each block costs 2 µs."""
 
-    def within(self, seconds: float) -> Deadline:
+    def timeout(self, seconds: float) -> Deadline:
         """A block that ends in so many seconds from now."""
         return Deadline(asyncio.get_running_loop().time() + seconds, self)
 
-    def waiting(self, seconds: float) -> Deadline:
+    def io_timeout(self, seconds: float) -> Deadline:
         """A block that ends when it has waited so many seconds for what is done elsewhere. Time in which this thread
         was itself at work, as it may be for other requests, does not count."""
         now = asyncio.get_running_loop().time()
@@ -47,7 +47,7 @@ class Deadlines:
     def _look_at(self, when: float) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._due, self.at_work = when, time.thread_time()
+        self._due, self.cpu_time = when, time.thread_time()
         self._timer = asyncio.get_running_loop().call_at(when, self._look)
 
     def _look(self) -> None:
@@ -55,8 +55,8 @@ class Deadlines:
         self._timer = None
         now = asyncio.get_running_loop().time()
         for deadline in [each for each in self._running if each.when <= now]:
-            if more := deadline.more():
-                deadline.when = now + more
+            if extension := deadline.extension():
+                deadline.when = now + extension
             else:
                 self.discard(deadline)
                 deadline.stop(TimeoutError)
@@ -80,7 +80,7 @@ class Deadline(Struct, eq=False):
         self._task = task
         self._deadlines.add(self)
 
-    def more(self) -> float:
+    def extension(self) -> float:
         """Seconds by which it is put off, now that it is due; 0: it is not."""
         return 0.0
 
@@ -100,7 +100,7 @@ class Deadline(Struct, eq=False):
 
 
 class Waiting(Deadline):
-    """A limit on waiting for what is done elsewhere: see `Deadlines.waiting`."""
+    """A limit on waiting for what is done elsewhere: see `Deadlines.io_timeout`."""
 
     _began: float = 0.0
     _seconds: float = 0.0
@@ -110,9 +110,9 @@ class Waiting(Deadline):
     def __enter__(self) -> None:
         Deadline.__enter__(self)
         # Read when the timer was set, up to a time limit ago: work done since then only adds to this block's time.
-        self._at_work = self._deadlines.at_work
+        self._at_work = self._deadlines.cpu_time
 
-    def more(self) -> float:
+    def extension(self) -> float:
         waited = asyncio.get_running_loop().time() - self._began - (time.thread_time() - self._at_work)
         if waited < self._seconds:
             return max(self._seconds - max(waited, 0.0), _MOMENT)

@@ -4,7 +4,7 @@
     ├── InvalidRequest                400   invalid_value: the caller's input; `param` names the field
     │   ├── InvalidJson               400
     │   ├── ContextLengthExceeded     400   an input longer than the model takes
-    │   ├── MoreThanAMinute           400   more tokens than the upstream's account may have in a minute: another's may
+    │   ├── ExceedsTokensPerMinute    400   more tokens than the upstream's account may have in a minute: another's may
     │   ├── UnreadableMedia           400   an image or video that could not be fetched or read, when asked twice
     │   ├── UnsupportedDimensions     400
     │   ├── InvalidApiKey             401   the caller's key
@@ -50,7 +50,7 @@ class GatewayError(Exception):
     """Whether one input may be at fault, so that the batch's other inputs would do without it."""
     stops_batch: bool = False
     """Whether the batch's other calls to the deployment would meet it as well, or wait in vain."""
-    lasts: bool = False
+    needs_operator: bool = False
     """Whether it does not pass by itself: an operator must see to it, and is told."""
 
     def __init__(
@@ -70,7 +70,7 @@ class GatewayError(Exception):
         """Seconds after which asking again is sensible, if anybody knows."""
         self.model: str | None = None
         """The model that was asked for, if that could be read of a request that was refused for something else."""
-        self.final = False
+        self.no_client_retry = False
         """Whether the caller, too, had better not ask again at once."""
         self.calls = 0
         """Upstream calls that the request took part in."""
@@ -78,7 +78,7 @@ class GatewayError(Exception):
     def __str__(self) -> str:
         return self.message
 
-    def bare(self) -> Self:
+    def without_traceback(self) -> Self:
         """Itself, without where it comes from. For whoever keeps an error it has caught: its traceback has the frame in
         which it is kept, and in the frames below are bodies and inputs. They would stay until the collector of cycles
         comes, which goes by the number of objects and not by their size."""
@@ -93,7 +93,7 @@ class GatewayError(Exception):
         copy = type(self)(self.message, code=self.code, retry_after=self.retry_after)
         blamed = self.blames_input and isinstance(self, InvalidRequest)
         copy.param = f"input[{index}]" if blamed else self.param
-        copy.retryable, copy.final = self.retryable, self.final
+        copy.retryable, copy.no_client_retry = self.retryable, self.no_client_retry
         copy.__cause__ = self
         return copy
 
@@ -113,7 +113,7 @@ class ContextLengthExceeded(InvalidRequest):
     code = "context_length_exceeded"
 
 
-class MoreThanAMinute(InvalidRequest):
+class ExceedsTokensPerMinute(InvalidRequest):
     pass
 
 
@@ -180,7 +180,7 @@ class QuotaExhausted(GatewayError):
     type = "rate_limit_error"
     code = "insufficient_quota"
     stops_batch = True
-    lasts = True
+    needs_operator = True
 
 
 class UpstreamError(GatewayError):
@@ -194,7 +194,7 @@ class UpstreamAuth(UpstreamError):
     code = "upstream_auth"
     retryable = False
     stops_batch = True
-    lasts = True
+    needs_operator = True
 
 
 class UpstreamUnreachable(UpstreamError):
@@ -204,7 +204,7 @@ class UpstreamUnreachable(UpstreamError):
 
 class UpstreamInvalidResponse(UpstreamError):
     code = "upstream_invalid_response"
-    lasts = True
+    needs_operator = True
 
 
 class UpstreamIgnoredDimensions(UpstreamInvalidResponse):
@@ -223,7 +223,7 @@ class UpstreamInvalidVector(UpstreamInvalidResponse):
 class UpstreamMisconfigured(UpstreamError):
     retryable = False
     stops_batch = True
-    lasts = True
+    needs_operator = True
 
 
 class UpstreamTimeout(UpstreamError):

@@ -20,14 +20,14 @@ from app.errors import GatewayError, ModelNotFound
 from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline import canary
-from app.pipeline.admit import INPUT, Room
+from app.pipeline.admit import INPUT_OVERHEAD, Capacity
 from app.pipeline.deployment import Slots
 from app.pipeline.fleet import Fleet
 from app.pipeline.pace import Pace
 from app.pipeline.quota import Quota
 from app.registry import PublicModel, Registry
 from app.upstreams import UPSTREAMS
-from app.upstreams.connect import Upstream
+from app.upstreams.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,10 @@ class Gateway:
         connections, tokens, health and learned limits stay; `cache` and `metrics` must be the same ones."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         server = settings.server
-        largest = server.max_body + INPUT * server.max_inputs  # one whole request, for which there must be room
-        self.room = Room(server.max_inflight, max(server.max_inflight_size, largest), metrics)
+        largest = (
+            server.max_body + INPUT_OVERHEAD * server.max_inputs
+        )  # one whole request, for which there must be room
+        self.capacity = Capacity(server.max_inflight, max(server.max_inflight_size, largest), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
         self.quotas = self._quotas(before)
@@ -69,7 +71,7 @@ class Gateway:
                 self.upstreams[name] = Upstream(name, each, UPSTREAMS[each.type], clock, transport, self._tokens)
                 self._slots[name] = Slots(each.max_concurrency, self._pace(name, each))
                 if known:
-                    self.upstreams[name].take_over(known)
+                    self.upstreams[name].inherit_models(known)
         self._watching: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())
@@ -96,11 +98,11 @@ class Gateway:
         if any(upstream.discovers for upstream in self.upstreams.values()):
             self._watching.append(asyncio.create_task(self._keep_fresh()))
 
-    def give_way(self, successor: Gateway) -> None:
+    def hand_over(self, successor: Gateway) -> None:
         """Another gateway serves from now on, and counts the requests that are inside."""
-        self.room.alter(successor.room)
-        successor.room = self.room
-        self.fleet.give_way(successor.fleet)
+        self.capacity.alter(successor.capacity)
+        successor.capacity = self.capacity
+        self.fleet.hand_over(successor.fleet)
         for task in self._watching:
             task.cancel()
 
@@ -143,19 +145,19 @@ class Gateway:
         mute = {each.name: each.trouble for each in might if each.trouble}
         if mute and (own or family(name)):
             why = next(iter(mute.values()))
-            told = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
-            return type(why)(told, code=why.code, retry_after=why.retry_after)
-        told = f"The model '{name[:200]}' does not exist"
+            problem = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
+            return type(why)(problem, code=why.code, retry_after=why.retry_after)
+        problem = f"The model '{name[:200]}' does not exist"
         if mute:
-            told += ", as far as those upstreams know that can be asked now"
-        return ModelNotFound(self._instead(name) or told, param="model")
+            problem += ", as far as those upstreams know that can be asked now"
+        return ModelNotFound(self._instead(name) or problem, param="model")
 
     def _instead(self, name: str) -> str | None:
         """What to use in place of a model that an upstream has and the gateway cannot serve."""
         for upstream in self.upstreams.values():
-            told = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
-            if told:
-                return told
+            problem = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
+            if problem:
+                return problem
         return None
 
     async def refresh(self, upstreams: Iterable[Upstream] | None = None) -> None:
@@ -170,7 +172,7 @@ class Gateway:
     async def _keep_fresh(self) -> None:
         """Refreshes now and then: a model that was pulled anew is another one, in a vector space of its own."""
         while True:
-            await self._clock.sleep(RETURN if any(each.away for each in self.upstreams.values()) else REFRESH)
+            await self._clock.sleep(RETURN if any(each.unavailable for each in self.upstreams.values()) else REFRESH)
             try:
                 await self.refresh()
             except Exception:  # a bug of ours must not end this for good
@@ -192,9 +194,9 @@ class Gateway:
         }
         for deployment in self.fleet.deployments:
             health = deployment.health
-            for word, told in (("out", health.out), ("trouble", health.told)):
-                if told is not None:
-                    upstreams[deployment.upstream].setdefault(word, {})[deployment.model.name] = told
+            for word, problem in (("out", health.out), ("trouble", health.problem)):
+                if problem is not None:
+                    upstreams[deployment.upstream].setdefault(word, {})[deployment.model.name] = problem
         state = "draining" if self.draining else "ready"
         return {"status": state, "upstreams": upstreams, "cache": self.cache.status()}
 

@@ -34,17 +34,17 @@ class Bucket:
         self._level, self._at = burst, now
 
     @property
-    def full(self) -> float:
+    def max_level(self) -> float:
         """The most this share holds."""
         return self.burst / self._share
 
     def level(self, now: float) -> float:
         """What is there; negative is debt."""
-        return min(self.full, self._level + (now - self._at) * self.rate)
+        return min(self.max_level, self._level + (now - self._at) * self.rate)
 
     def wait(self, now: float, amount: float) -> float:
         """Seconds until `amount` is there. More than the bucket holds is there when it is full."""
-        short = min(amount, self.full) - self.level(now)
+        short = min(amount, self.max_level) - self.level(now)
         return short / self.rate if short > _ENOUGH else 0.0
 
     def take(self, now: float, amount: float) -> None:
@@ -64,7 +64,7 @@ class Bucket:
 
     def until_full(self, now: float) -> float:
         """Seconds until it is at rest."""
-        return (self.full - self.level(now)) / self.rate
+        return (self.max_level - self.level(now)) / self.rate
 
     @property
     def rate(self) -> float:
@@ -98,7 +98,7 @@ class Limit:
                 bucket.divide(share, now)
 
 
-def minute(rates: Rates, now: float) -> Limit:
+def burst_limit(rates: Rates, now: float) -> Limit:
     """For callers: one that was quiet may use a whole minute's worth at once."""
     return Limit(
         Bucket(rates.requests, rates.requests, now) if rates.requests else None,
@@ -111,7 +111,7 @@ TICK = 0.1
 seconds after which what other replicas have used of a limit is asked for again."""
 
 
-def smooth(rates: Rates, now: float) -> Limit:
+def smooth_limit(rates: Rates, now: float) -> Limit:
     """For upstreams: one call, and a tenth of a second's worth, at once; all else evenly."""
     return Limit(
         Bucket(rates.requests, 1 + rates.requests / 60 * TICK, now) if rates.requests else None,

@@ -22,9 +22,9 @@ from msgspec.structs import asdict
 
 Format = Literal["text", "json"]
 
-LONGEST_BACKLOG = 2**20
+MAX_BACKLOG = 2**20
 """Bytes of request lines that may wait for a log that is stuck."""
-RETRY = 0.25
+RETRY_INTERVAL = 0.25
 """Seconds after which a log that was stuck is tried again."""
 
 _PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
@@ -56,7 +56,7 @@ class RequestLog:
     writes once for many.
 
     `write` takes bytes and says how many it has taken. A log that is stuck or broken never holds up a request
-    nor fails one: lines wait, up to `LONGEST_BACKLOG`, and what comes on top is dropped and counted.
+    nor fails one: lines wait, up to `MAX_BACKLOG`, and what comes on top is dropped and counted.
     """
 
     def __init__(self, form: Format, write: Callable[[bytes], int]) -> None:
@@ -72,7 +72,7 @@ class RequestLog:
 
     def line(self, told: RequestLine) -> None:
         """Must be called within the event loop."""
-        if self._size > LONGEST_BACKLOG:
+        if self._size > MAX_BACKLOG:
             self._dropped += 1
             self.on_drop()
             return
@@ -92,7 +92,7 @@ class RequestLog:
         self._waiting, self._size = [left] if left else [], len(left)
         if left:
             self._flush_planned = True
-            asyncio.get_running_loop().call_later(RETRY, self.flush)
+            asyncio.get_running_loop().call_later(RETRY_INTERVAL, self.flush)
 
     def _now(self) -> bytes:
         """UTC, to the millisecond; the date is put together once a second."""
@@ -128,7 +128,7 @@ class Output:
 class Messages(logging.Handler):
     """The program's own messages, from any thread, each written at once.
 
-    A log that is stuck or broken holds up nobody here either: messages wait, up to `LONGEST_BACKLOG`, and are tried
+    A log that is stuck or broken holds up nobody here either: messages wait, up to `MAX_BACKLOG`, and are tried
     again until they are taken. What comes on top is dropped, and counted in the next message that is not.
     """
 
@@ -142,7 +142,7 @@ class Messages(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """To be called with the handler's lock, as `handle` does."""
-        if self._size > LONGEST_BACKLOG:
+        if self._size > MAX_BACKLOG:
             self._dropped += 1
             return
         try:
@@ -175,7 +175,7 @@ class Messages(logging.Handler):
 
     def _try_again(self) -> None:
         if self._retry is None or not self._retry.is_alive() or self._retry is threading.current_thread():
-            self._retry = threading.Timer(RETRY, self.flush)
+            self._retry = threading.Timer(RETRY_INTERVAL, self.flush)
             self._retry.daemon = True  # or a log that stays stuck would keep the process from ending
             self._retry.start()
 

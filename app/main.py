@@ -20,8 +20,8 @@ from app.cache import build
 from app.cache.tiers import Tiers
 from app.clock import Clock, SystemClock
 from app.config import Settings
-from app.config.source import Given, Source, applicable
-from app.config.watch import Watch
+from app.config.source import ConfigSource, ParentConfig, applicable
+from app.config.watch import ConfigWatcher
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.types import Store
@@ -32,7 +32,7 @@ GRACE = 10.0
 """Seconds beyond a request's own time for which requests are waited for, after their gateway was replaced or the
 listener has closed."""
 
-LAG_EVERY = 0.5
+LAG_INTERVAL = 0.5
 """Seconds between two measurements of how late the event loop is."""
 
 BuildGateway = Callable[[Settings, Gateway | None], Gateway]
@@ -64,7 +64,7 @@ class App:
         build_gateway: BuildGateway,
         request_log: logs.RequestLog,
         clock: Clock,
-        source: Source | Given | None = None,
+        source: ConfigSource | ParentConfig | None = None,
     ) -> None:
         self._build_gateway, self._request_log, self._clock = build_gateway, request_log, clock
         gateway = build_gateway(settings, None)
@@ -77,12 +77,12 @@ class App:
         apart = settings.server.metrics_port is not None
         self.admin = routes.build_admin(self._metrics, lambda: self._described) if apart else None
         """/metrics and /docs for a port of their own, if the configuration gives them one."""
-        self._watch = source and Watch(source, clock, self._change_to, self._metrics.reloaded)
+        self._watch = source and ConfigWatcher(source, clock, self._change_to, self._metrics.reloaded)
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Lock()
 
-    def refused(self) -> None:
+    def on_invalid_http(self) -> None:
         """Counts what came over a connection and was no valid HTTP request."""
         self._metrics.rejected_requests.labels("invalid_http").inc()
 
@@ -123,7 +123,7 @@ class App:
             if matched:
                 await now.route(scope, receive, send, model)
             else:
-                await now.api({**scope, routes.IN_FORCE: now}, receive, _identified(scope, send))
+                await now.api({**scope, routes.GENERATION: now}, receive, _identified(scope, send))
         finally:
             now.inside -= 1
 
@@ -170,8 +170,8 @@ class App:
         """Measures how late the event loop is, by its own clock: what holds it up holds up every request."""
         now = asyncio.get_running_loop().time
         while True:
-            due = now() + LAG_EVERY
-            await asyncio.sleep(LAG_EVERY)
+            due = now() + LAG_INTERVAL
+            await asyncio.sleep(LAG_INTERVAL)
             self._metrics.loop_lag.observe(max(0.0, now() - due))
 
     # --- reload --------------------------------------------------------------------------------------
@@ -199,7 +199,7 @@ class App:
             await gateway.aclose(before.gateway)
             raise
         self._now = after
-        before.gateway.give_way(gateway)
+        before.gateway.hand_over(gateway)
         log.info("configuration changed")
         if before.gateway.settings.auth is not None and settings.auth is None:
             _warn_of_open(settings)  # on loopback too: until now callers had keys
@@ -207,7 +207,7 @@ class App:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def try_out(self, settings: Settings) -> None:
+    async def dry_run(self, settings: Settings) -> None:
         """Builds what would serve with these settings, and drops it again. Raises what building raises."""
         before = self.gateway
         gateway = self._build_gateway(settings, before)
@@ -281,7 +281,7 @@ def create_app(
     stores: Sequence[Store] | None = None,
     clock: Clock | None = None,
     request_log: logs.RequestLog | None = None,
-    source: Source | Given | None = None,
+    source: ConfigSource | ParentConfig | None = None,
 ) -> App:
     """The application for these settings. `transport`, `stores` and `clock` replace the real ones; from `source`
     it reads its configuration again, when the file changes or `reload` is called."""

@@ -42,21 +42,21 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 __all__ = [
     "CONTENT_TYPE",
-    "NAME",
+    "PROCESS_NAME",
+    "BufferedCounter",
+    "BufferedGauge",
+    "BufferedHistogram",
     "ConfigMetrics",
     "Counter",
     "Histogram",
-    "Level",
     "Metrics",
-    "Spread",
-    "Tally",
-    "forget",
-    "shared",
+    "forget_process",
+    "multiprocess",
 ]
 
 _PREFIX = "embedding_gateway_"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
-NAME = "EMBEDDING_GATEWAY_METRICS"
+PROCESS_NAME = "EMBEDDING_GATEWAY_METRICS"
 """Says what a process calls its files there, to go on with those of the one before: else each leaves some for good."""
 _FIRST_SIZE = 2**16
 """Bytes of a file of metrics; it is doubled when it is full."""
@@ -69,7 +69,7 @@ _once = functools.lru_cache(maxsize=4096)
 
 
 @contextlib.contextmanager
-def shared(directory: str) -> Iterator[None]:
+def multiprocess(directory: str) -> Iterator[None]:
     """As long as the block runs, this process's scrapes tell of all processes that it starts, and of what it counts
     itself from here on, over files in this directory."""
     os.environ[_DIRECTORY] = directory
@@ -81,7 +81,7 @@ def shared(directory: str) -> Iterator[None]:
         values.ValueClass = values.MutexValue
 
 
-def forget(name: str) -> None:
+def forget_process(name: str) -> None:
     """It has ended: what it counted stays, what it held is gone."""
     mark_process_dead(name)  # type: ignore[no-untyped-call]
 
@@ -141,7 +141,7 @@ def _make_anew(directory: Path) -> None:
 
 
 values.MmapedDict = _File  # type: ignore[attr-defined, assignment]
-if (_name := os.environ.get(NAME)) and _DIRECTORY in os.environ:
+if (_name := os.environ.get(PROCESS_NAME)) and _DIRECTORY in os.environ:
     values.ValueClass = values.MultiProcessValue(lambda: _name)  # type: ignore[no-untyped-call]
 
 
@@ -161,28 +161,28 @@ class Histogram(prometheus_client.Histogram):
         return self._upper_bounds
 
 
-class Told:
+class BufferedSeries:
     """A series that is counted in plain numbers, which Prometheus is told later: counting costs a tenth of that, and
     what goes up and down again meanwhile costs nothing. Not for threads."""
 
     __slots__ = ("_due", "waiting")
 
-    def __init__(self, due: Due) -> None:
+    def __init__(self, due: FlushQueue) -> None:
         self._due = due
         self.waiting = False
         """Whether it is among those that are due."""
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         """Everything counted since the last time."""
         raise NotImplementedError
 
 
-class Tally(Told):
+class BufferedCounter(BufferedSeries):
     """A counter, or a gauge that goes up and down."""
 
     __slots__ = ("_amount", "_child")
 
-    def __init__(self, child: Counter | Gauge, due: Due) -> None:
+    def __init__(self, child: Counter | Gauge, due: FlushQueue) -> None:
         super().__init__(due)
         self._child, self._amount = child, 0.0
 
@@ -194,18 +194,18 @@ class Tally(Told):
     def dec(self, amount: float = 1) -> None:
         self.inc(-amount)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         amount, self._amount = self._amount, 0.0
         if amount:
             self._child.inc(amount)
 
 
-class Level(Told):
+class BufferedGauge(BufferedSeries):
     """A gauge that is set."""
 
     __slots__ = ("_child", "_value")
 
-    def __init__(self, child: Gauge, due: Due) -> None:
+    def __init__(self, child: Gauge, due: FlushQueue) -> None:
         super().__init__(due)
         self._child, self._value = child, 0.0
 
@@ -214,16 +214,16 @@ class Level(Told):
         if not self.waiting:
             self._due.add(self)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         self._child.set(self._value)
 
 
-class Spread(Told):
+class BufferedHistogram(BufferedSeries):
     """A histogram."""
 
     __slots__ = ("_bounds", "_child", "_counts", "_total")
 
-    def __init__(self, child: Histogram, due: Due) -> None:
+    def __init__(self, child: Histogram, due: FlushQueue) -> None:
         super().__init__(due)
         self._child, self._bounds = child, child.bounds
         self._counts, self._total = [0] * len(self._bounds), 0.0
@@ -234,34 +234,34 @@ class Spread(Told):
         if not self.waiting:
             self._due.add(self)
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         self._child.add(self._counts, self._total)
         self._counts, self._total = [0] * len(self._bounds), 0.0
 
 
-class Due:
+class FlushQueue:
     """The series that have counted something Prometheus is yet to be told. It is told before this process's metrics are
     read; where another process may read them (several workers share theirs), at the end of the event loop's turn."""
 
-    def __init__(self, *, shared: bool) -> None:
-        self._shared = shared
-        self._waiting: list[Told] = []
+    def __init__(self, *, multiprocess: bool) -> None:
+        self._shared = multiprocess
+        self._waiting: list[BufferedSeries] = []
         self._planned = False
 
-    def add(self, series: Told) -> None:
+    def add(self, series: BufferedSeries) -> None:
         series.waiting = True
         self._waiting.append(series)
         if self._shared and not self._planned:
             with contextlib.suppress(RuntimeError):  # no loop yet: told with the next, or when asked
-                asyncio.get_running_loop().call_soon(self.tell)
+                asyncio.get_running_loop().call_soon(self.flush)
                 self._planned = True
 
-    def tell(self) -> None:
+    def flush(self) -> None:
         self._planned = False
         waiting, self._waiting = self._waiting, []
         for series in waiting:
             series.waiting = False
-            series.tell()
+            series.flush()
 
 
 class ConfigMetrics:
@@ -294,7 +294,7 @@ class Metrics(ConfigMetrics):
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self._due = Due(shared=_DIRECTORY in os.environ)
+        self._due = FlushQueue(multiprocess=_DIRECTORY in os.environ)
         super().__init__(registry)
         p = _PREFIX
 
@@ -349,25 +349,25 @@ class Metrics(ConfigMetrics):
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
 
-    def tally(self, child: Counter | Gauge) -> Tally:
+    def buffered_counter(self, child: Counter | Gauge) -> BufferedCounter:
         """For what is counted with every request."""
-        return Tally(child, self._due)
+        return BufferedCounter(child, self._due)
 
-    def tallies(self, counter: Counter) -> Callable[..., Tally]:
-        """`tally` by label values, each bound to its series once: that costs more than counting."""
-        return _once(lambda *labels: self.tally(counter.labels(*labels)))
+    def buffered_counters(self, counter: Counter) -> Callable[..., BufferedCounter]:
+        """`buffered_counter` by label values, each bound to its series once: that costs more than counting."""
+        return _once(lambda *labels: self.buffered_counter(counter.labels(*labels)))
 
-    def level(self, child: Gauge) -> Level:
+    def buffered_gauge(self, child: Gauge) -> BufferedGauge:
         """For what is set with every request."""
-        return Level(child, self._due)
+        return BufferedGauge(child, self._due)
 
-    def spread(self, child: Histogram) -> Spread:
+    def buffered_histogram(self, child: Histogram) -> BufferedHistogram:
         """For what is observed with every request."""
-        return Spread(child, self._due)
+        return BufferedHistogram(child, self._due)
 
-    def spreads(self, histogram: Histogram) -> Callable[..., Spread]:
-        """`spread` by label values, as `tallies`."""
-        return _once(lambda *labels: self.spread(histogram.labels(*labels)))
+    def buffered_histograms(self, histogram: Histogram) -> Callable[..., BufferedHistogram]:
+        """`buffered_histogram` by label values, as `buffered_counters`."""
+        return _once(lambda *labels: self.buffered_histogram(histogram.labels(*labels)))
 
     def show_deployment(self, upstream: str, model: str, available: bool) -> None:
         """One that is configured, and whether it takes traffic."""
@@ -383,7 +383,7 @@ class Metrics(ConfigMetrics):
     @property
     def registry(self) -> CollectorRegistry:
         """Its series, told of everything up to now."""
-        self._due.tell()
+        self._due.flush()
         return self._registry
 
     async def exposition(self) -> bytes:

@@ -21,9 +21,9 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.head import request_id
-from app.api.render import error_body, last_lines
+from app.api.render import error_body, head_end
 from app.errors import InvalidRequest
-from app.heads import Remembering
+from app.head_cache import HeadCachingProtocol
 from app.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0
@@ -32,7 +32,7 @@ for a request's time in all may be shorter."""
 LONGEST_HEAD = 64 * 2**10
 """Bytes of request line and headers, or of what is neither these nor a body (trailers); more are refused."""
 
-LAST_CALL = 5
+SHUTDOWN_STALL_TIMEOUT = 5
 """Seconds in which a caller must take some of its answer when the server stops, or the server stops waiting for it."""
 
 FEW = 16
@@ -61,8 +61,8 @@ class _Flow(FlowControl):
 
     def _bytes_waiting(self) -> int:
         waiting = [cycle for cycle, _ in self.pipeline]
-        heads = sum(_LINE + len(name) + len(value) for cycle in waiting for name, value in cycle.scope["headers"])
-        return heads + sum(len(cycle.body) for cycle in waiting)
+        head_cache = sum(_LINE + len(name) + len(value) for cycle in waiting for name, value in cycle.scope["headers"])
+        return head_cache + sum(len(cycle.body) for cycle in waiting)
 
 
 def _unsent(transport: asyncio.Transport) -> int:
@@ -74,7 +74,7 @@ def _unsent(transport: asyncio.Transport) -> int:
     return int.from_bytes(count, sys.byteorder)
 
 
-class Protocol(Remembering):
+class Protocol(HeadCachingProtocol):
     """One connection. Errors below HTTP come in OpenAI's shape too.
 
     Four extensions of ASGI: `scope["extensions"]["hang_up"]` is a set of callbacks, called once the connection is
@@ -102,10 +102,15 @@ class Protocol(Remembering):
     `_idle_since`."""
 
     def __init__(
-        self, *args: Any, outbox: Outbox, refused: Callable[[], None], timeout: Callable[[], float], **kwargs: Any
+        self,
+        *args: Any,
+        outbox: Outbox,
+        on_invalid_http: Callable[[], None],
+        timeout: Callable[[], float],
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        self._outbox, self._refused, self._timeout = outbox, refused, timeout
+        self._outbox, self._refused, self._timeout = outbox, on_invalid_http, timeout
         self._hang_up: set[Callable[[], None]] = set()
         self._running: RequestResponseCycle | None = None
         self._unparsed: deque[bytes] = deque()
@@ -123,8 +128,8 @@ class Protocol(Remembering):
             self._parse(self._unparsed.popleft())
 
     def _parse(self, data: bytes) -> None:
-        if self._owed:
-            data = self.take_in(data)
+        if self._body_left:
+            data = self.feed_body(data)
             if not data:
                 return
         if not self._parsing:
@@ -136,7 +141,7 @@ class Protocol(Remembering):
             self._head = b""
             self._stop_timer()
             end += len(_END)
-            behind = self.begin_known(data, end)
+            behind = self.start_cached(data, end)
             if behind is not None:
                 self._extend(self.scope)
                 if behind:
@@ -272,7 +277,7 @@ class Protocol(Remembering):
             cycle.keep_alive = False
         cycle.response_started = True
         cycle.waiting_for_100_continue = False
-        head += last_lines(int(time.time()), cycle.keep_alive)
+        head += head_end(int(time.time()), cycle.keep_alive)
         self._outbox.put(self.transport, head, body, size, close=not cycle.keep_alive)
         if len(self.tasks) == 1 or not cycle.keep_alive:
             # There is nobody else to wait for; or nothing may begin behind this one.
@@ -345,10 +350,10 @@ class Protocol(Remembering):
         self._outbox.flush()
         super().shutdown()
         super()._unset_keepalive_if_required()
-        self.timeout_keep_alive = LAST_CALL
+        self.timeout_keep_alive = SHUTDOWN_STALL_TIMEOUT
         self._untaken = self._look()
         if self._untaken[0]:
-            self._look_again_in(LAST_CALL)
+            self._look_again_in(SHUTDOWN_STALL_TIMEOUT)
 
     def on_message_begin(self) -> None:
         self._parsing = "head"
@@ -383,7 +388,7 @@ class Protocol(Remembering):
         own = dict(self.scope["headers"]) if self._parsing else {}
         self.transport.write(
             b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-            b"x-request-id: %b\r\n%b%b" % (len(body), request_id(own), last_lines(int(time.time()), False), body)
+            b"x-request-id: %b\r\n%b%b" % (len(body), request_id(own), head_end(int(time.time()), False), body)
         )
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # or its answer would be written to a connection that is closed

@@ -8,15 +8,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from app.cache.tiers import Tiers
-from app.catalog import ROLES, Model, least, together
-from app.config import WORDS, DeploymentSettings, ModelSettings, PrefixSettings, Settings
+from app.catalog import ROLES, Model, combined, least
+from app.config import CAPABILITIES, DeploymentSettings, ModelSettings, PrefixSettings, Settings
 from app.errors import InvalidRequest
 from app.pipeline import build
 from app.pipeline.deployment import Deployment
 from app.pipeline.fleet import Fleet
 from app.pipeline.prepare import Prepare
 from app.types import Params
-from app.upstreams.connect import Upstream
+from app.upstreams.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class PublicModel:
         which may be fewer than the catalogue has."""
         limits = [deployment.limits for deployment in self.deployments]
         return replace(
-            together([deployment.model for deployment in self.deployments]),
+            combined([deployment.model for deployment in self.deployments]),
             max_batch=min(each.max_batch for each in limits),
             max_tokens_per_batch=least(each.max_tokens_per_batch for each in limits),
         )
@@ -83,7 +83,7 @@ class Registry:
         for each in public.deployments:
             upstream = self._upstreams[each.upstream]
             published = upstream.models is self._listed[each.upstream]
-            if published and (not upstream.away or each.model.name in upstream.models):  # nearly always
+            if published and (not upstream.unavailable or each.model.name in upstream.models):  # nearly always
                 return []
         return [self._upstreams[each.upstream] for each in public.deployments]
 
@@ -92,7 +92,7 @@ class Registry:
         replaced or dropped."""
         self._fleet.begin()
         self._name_all()
-        self._fleet.keep({public.deployments for public in self.names.values()})
+        self._fleet.retain({public.deployments for public in self.names.values()})
 
     def _name_all(self) -> None:
         """Configured models and their aliases; then the upstreams' own names, plain and as `upstream/model`; then
@@ -103,13 +103,13 @@ class Registry:
             for each in (name, *settings.aliases):
                 names[each] = public
         for name, served in self._by_plain_name().items():
-            together = None
+            combined = None
             if len({deployment.space for deployment in served}) > 1:
                 self._warn_of_spaces(name, served, "are kept apart")
             elif name not in names:
-                together = names[name] = self._public(name, tuple(served), None)
+                combined = names[name] = self._public(name, tuple(served), None)
             for deployment in served:
-                alone = together if len(served) == 1 else None
+                alone = combined if len(served) == 1 else None
                 names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
         for settings in self._settings.models.values():
             for wanted in settings.deployments:
@@ -128,12 +128,12 @@ class Registry:
 
     def apart(self) -> list[str]:
         """A line for each model that not all deployments serve which it is configured to have, though all are there."""
-        away = {name for name, upstream in self._upstreams.items() if upstream.trouble}
+        unavailable = {name for name, upstream in self._upstreams.items() if upstream.trouble}
         configured = [(name, each.deployments, self.names[name]) for name, each in self._settings.models.items()]
         return [
             f"models.{name}.deployments: {_APART}; only {_named(public.deployments)} would serve it"
             for name, wanted, public in configured
-            if len(public.deployments) < len(wanted) and away.isdisjoint(each.upstream for each in wanted)
+            if len(public.deployments) < len(wanted) and unavailable.isdisjoint(each.upstream for each in wanted)
         ]
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
@@ -170,13 +170,15 @@ class Registry:
         """What is known of the upstream's model, and what the operator knows better."""
         upstream = self._upstreams[wanted.upstream]
         # What a dialect has no word for would be left out of a call, and the caller given a vector of something else.
-        mute = {field for field in WORDS if field not in upstream.adapter.words and getattr(settings, field)}
+        mute = {
+            field for field in CAPABILITIES if field not in upstream.adapter.capabilities and getattr(settings, field)
+        }
         better = {
             field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
         }
         known = upstream.model(wanted.model)
         if settings.dimension_choices is not None:  # its server's then, and not those that are made here
-            known = replace(known, cuts=None)
+            known = replace(known, matryoshka_dimensions=None)
         return replace(known, **better)
 
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:

@@ -17,13 +17,13 @@ import uvicorn
 
 from app.clock import SystemClock
 from app.config import Settings
-from app.config.source import Source
-from app.config.watch import Watch
+from app.config.source import ConfigSource
+from app.config.watch import ConfigWatcher
 from app.main import GRACE, App
 from app.metrics import ConfigMetrics
 from app.outbox import Outbox
 from app.protocol import Protocol
-from app.workers import Orders, Workers
+from app.workers import ParentChannel, Workers
 
 log = logging.getLogger(__name__)
 
@@ -72,19 +72,19 @@ def _begin(listener: socket.socket) -> None:
         raise CannotListen(host, port, error.strerror) from None
 
 
-def config_of(
+def uvicorn_config(
     app: Any,
     settings: Settings,
-    refused: Callable[[], None] = lambda: None,
+    on_invalid_http: Callable[[], None] = lambda: None,
     timeout: Callable[[], float] | None = None,
     **more: Any,
 ) -> uvicorn.Config:
-    """The ASGI server as it serves an application of ours; `refused` is told of what is no HTTP request, and `timeout`
-    says how long a request may take in all, if that may change."""
+    """The ASGI server as it serves an application of ours; `on_invalid_http` is told of what is no HTTP request, and
+    `timeout` says how long a request may take in all, if that may change."""
     timeout = timeout or (lambda: settings.server.request_timeout)
     return uvicorn.Config(
         app,
-        http=partial(Protocol, outbox=Outbox(), refused=refused, timeout=timeout),  # type: ignore[arg-type]  # is only called
+        http=partial(Protocol, outbox=Outbox(), on_invalid_http=on_invalid_http, timeout=timeout),  # type: ignore[arg-type]  # is only called
         log_config=None,
         access_log=False,
         proxy_headers=False,
@@ -109,7 +109,7 @@ class Server(uvicorn.Server):
     SIGHUP reads the configuration again. A worker is told all that by its parent: see `app.workers`.
     """
 
-    def __init__(self, config: uvicorn.Config, app: App, orders: Orders | None = None) -> None:
+    def __init__(self, config: uvicorn.Config, app: App, orders: ParentChannel | None = None) -> None:
         super().__init__(config)
         self._app, self._orders = app, orders
         self.interrupted = False
@@ -143,7 +143,7 @@ class Server(uvicorn.Server):
             for listener in again:
                 listener.close()
         if self._orders:
-            self._orders.report_up()
+            self._orders.start_heartbeat()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """As the server does it, but whoever came before the listener closed is answered: what is closed with bytes
@@ -217,7 +217,7 @@ async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None
         yield
         return
     _begin(listener)
-    server = _Beside(config_of(app.admin, app.settings, lifespan="off"))
+    server = _Beside(uvicorn_config(app.admin, app.settings, lifespan="off"))
     server.config.timeout_graceful_shutdown = 1  # a scrape is no work worth waiting for
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
@@ -247,7 +247,7 @@ def allow_connections() -> None:
 
 
 def serve(
-    app: App, listener: socket.socket, *, admin: socket.socket | None = None, orders: Orders | None = None
+    app: App, listener: socket.socket, *, admin: socket.socket | None = None, orders: ParentChannel | None = None
 ) -> None:
     """One process, until a signal or an order. `admin` is the listener for /metrics and /docs, if they have one.
 
@@ -255,7 +255,7 @@ def serve(
     """
     keep_freed_memory()
     allow_connections()
-    config = config_of(app, app.settings, app.refused, app.request_timeout)
+    config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
     server = Server(config, app, orders)
 
     async def both() -> None:
@@ -273,7 +273,7 @@ def serve_workers(
     command: Callable[[int], list[str]],
     listener: socket.socket,
     *,
-    source: Source,
+    source: ConfigSource,
     admin: socket.socket | None = None,
 ) -> int:
     """Several processes behind one listener, which they inherit. `command` starts one, given its orders' descriptor.
@@ -294,10 +294,10 @@ def serve_workers(
                 config.reloaded(False)
 
         async def change(settings: Settings) -> None:
-            await app.try_out(settings)  # no worker could start with what cannot be built
+            await app.dry_run(settings)  # no worker could start with what cannot be built
             await workers.change(settings)
 
-        watch = Watch(source, SystemClock(), change, result)
+        watch = ConfigWatcher(source, SystemClock(), change, result)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, workers.stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, workers.stop, signal.SIGINT)
@@ -309,5 +309,5 @@ def serve_workers(
         finally:
             watching.cancel()
 
-    with asyncio.Runner(loop_factory=config_of(app, app.settings).get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn_config(app, app.settings).get_loop_factory()) as runner:
         return runner.run(both())

@@ -49,7 +49,7 @@ def decode(ids: Sequence[int], most: int = sys.maxsize) -> str:
         text = b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
     except IndexError:
         raise IndexError(next(place for place, token in enumerate(ids) if not 0 <= token < len(table))) from None
-    if bound(text) > most:  # U+FFFD has three bytes, and what it stands for may have had one
+    if upper_bound(text) > most:  # U+FFFD has three bytes, and what it stands for may have had one
         raise OverflowError
     return text
 
@@ -73,12 +73,12 @@ def encode(text: str) -> list[int]:
     return _encoding().encode_ordinary(text)
 
 
-def beginning(ids: Sequence[int]) -> str:
+def decode_prefix(ids: Sequence[int]) -> str:
     """The text of the first ids of one, without a character that the last of them holds only the first bytes of."""
     return _encoding().decode_bytes(ids).decode("utf-8", "ignore")
 
 
-def bound(text: Input) -> int:
+def upper_bound(text: Input) -> int:
     """No byte-level tokenizer makes more tokens of `text` than this: it has at least one byte a token. Images and
     videos are not counted in tokens."""
     if type(text) is not str:
@@ -109,7 +109,7 @@ def estimates(inputs: Iterable[Input]) -> list[int]:
     return [(len(text) + 3) // 4 or 1 if type(text) is str and text.isascii() else estimate(text) for text in inputs]
 
 
-LONGEST_CHARACTER = 36
+MAX_BYTES_PER_CHARACTER = 36
 """Bytes that one character becomes at most, as it is or in the compatibility form some tokenizers bring it to."""
 _BESIDES = 2**13
 """Tokens that a server may count beside a text's own: an instruction, or what a short one is padded with."""
@@ -120,7 +120,7 @@ _OF_MEDIA = 2**20
 def credible(total: int, inputs: Sequence[Input], weights: Sequence[int]) -> bool:
     """Whether a call's inputs can have come to `total` tokens; to an unsigned -1, for example, they cannot. `weights`
     are their estimates: for each unit of it a text has four characters at most."""
-    most = 4 * LONGEST_CHARACTER * sum(weights) + _BESIDES * len(weights)
+    most = 4 * MAX_BYTES_PER_CHARACTER * sum(weights) + _BESIDES * len(weights)
     return total <= most or total <= most + _OF_MEDIA * sum(isinstance(each, Media) for each in inputs)
 
 
@@ -128,15 +128,15 @@ def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
     """Each input's part of a call's `total`. `weights` are their estimates. Nobody can tell what an image or a video
     comes to, so these share what the texts beside them leave."""
     if Media not in set(map(type, inputs)):
-        return share(total, weights)
+        return apportion(total, weights)
     of_texts = [0 if isinstance(each, Media) else weight for each, weight in zip(inputs, weights, strict=True)]
     of_media = [int(isinstance(each, Media)) for each in inputs]
     texts = min(total, sum(of_texts))
-    parts = zip(share(texts, of_texts), share(total - texts, of_media), strict=True)
+    parts = zip(apportion(texts, of_texts), apportion(total - texts, of_media), strict=True)
     return [text + media for text, media in parts]
 
 
-def share(total: int, weights: Sequence[int]) -> list[int]:
+def apportion(total: int, weights: Sequence[int]) -> list[int]:
     """`total` tokens shared out in proportion to `weights`; the parts add up to `total` exactly.
 
     Largest remainder; equal weights that do not divide evenly differ by one, the first getting more.

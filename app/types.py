@@ -22,7 +22,7 @@ from app.errors import GatewayError
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
 """The beginning of a data URI (RFC 2397), up to its base64."""
 
-MOST_DIMENSIONS = 65536
+MAX_DIMENSIONS = 65536
 """More of them make a vector of no model there is; 2**53 and beyond come from JSON as well and mean nothing."""
 
 OutputType: TypeAlias = Literal["dense", "sparse", "dense&sparse"]
@@ -92,12 +92,12 @@ class EmbedRequest(Struct):
     """Where each input stood in the caller's request, once a stage has left some out or cut some in pieces."""
     on_long_input: OnLongInput | None = None
     """What the caller wants done with an input longer than the model takes; None leaves it to the model."""
-    spares_long: bool = False
+    collect_too_long: bool = False
     """Whether an input that turns out too long is left for the stage that asked (`EmbedResult.too_long`), and
     not an error of the whole request."""
 
     @property
-    def shares(self) -> bool:
+    def shareable(self) -> bool:
         """Whether replicas share the work on it. A request that reads no cache cannot wait for what another replica
         embeds, and nobody can wait for one that writes none."""
         return self.read_cache and self.write_cache
@@ -135,7 +135,7 @@ class EmbedResult(Struct):
     """`upstream/model` of those that served it, in order of first use."""
     too_long: dict[int, GatewayError] = field(default_factory=dict)
     """Inputs, by place, that the upstream found too long, where the request spares them; their embeddings are
-    `NOTHING`."""
+    `NO_EMBEDDING`."""
     truncated: int = 0
     """Inputs of which only the beginning was embedded."""
     split: int = 0
@@ -146,7 +146,7 @@ class EmbedResult(Struct):
     cache, and of those that were asked once for several."""
 
 
-NOTHING = Embedding(b"", 0)
+NO_EMBEDDING = Embedding(b"", 0)
 """Stands where an input has no embedding (yet)."""
 
 
@@ -166,12 +166,12 @@ class Batch(Struct):
     store: bool
     """Whether what comes back may be cached."""
     deadline: float
-    brought: dict[bytes, Embedding] | None = None
+    completed: dict[bytes, Embedding] | None = None
     """By key, what the finished calls of a batch that takes several have brought: kept where the deadline cuts off the
     others. None while there is one call."""
-    wanted: Callable[[], bool] = lambda: True
+    still_wanted: Callable[[], bool] = lambda: True
     """Whether anybody still waits for any of it."""
-    joined: Callable[[], float] = lambda: math.inf
+    later_deadline: Callable[[], float] = lambda: math.inf
     """The earliest deadline, later than the batch's own, of an input that callers have joined since; infinite where
     there is none."""
 
@@ -264,8 +264,8 @@ class Adapter(Struct, frozen=True):
     build_request: Callable[[Batch, Target], WireRequest]
     parse_error: Callable[[WireReply], GatewayError | None]
     parse_response: Callable[[WireReply, Batch], Parsed]
-    words: frozenset[str] = frozenset()
-    """Which of `app.config.settings.WORDS` it can tell a model, or ask of it."""
+    capabilities: frozenset[str] = frozenset()
+    """Which of `app.config.settings.CAPABILITIES` it can tell a model, or ask of it."""
 
 
 class TokenStore(Protocol):
@@ -296,7 +296,7 @@ class Store(Protocol):
     async def close(self) -> None: ...
 
 
-LookUp: TypeAlias = tuple[list[Embedding | None], Collection[bytes]]
+LookupResult: TypeAlias = tuple[list[Embedding | None], Collection[bytes]]
 """One answer per key; and the keys of what is missing and another replica has claimed."""
 
 
@@ -328,16 +328,16 @@ class SlowStore(Store, Protocol):
 class SharedStore(SlowStore, Protocol):
     """A tier of all replicas, who tell each other there what they are embedding. Never raises either."""
 
-    async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
-        """As `get`. What is missing and not claimed yet is then claimed for this replica, for `CLAIM` seconds at most;
-        where the tier cannot do that, nothing is."""
+    async def get_or_claim(self, keys: Sequence[bytes]) -> LookupResult:
+        """As `get`. What is missing and not claimed yet is then claimed for this replica, for `CLAIM_TTL` seconds at
+        most; where the tier cannot do that, nothing is."""
         ...
 
-    async def let_go(self, keys: Sequence[bytes]) -> None:
+    async def release_claims(self, keys: Sequence[bytes]) -> None:
         """Ends this replica's claims on keys for which no embedding will come."""
         ...
 
 
-CLAIM = 3.0
+CLAIM_TTL = 3.0
 """Seconds a claim lasts: longer than most calls take, and short of the 5 that httpx waits by default, for its owner may
 have died."""

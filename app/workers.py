@@ -23,14 +23,14 @@ from pathlib import Path
 from app import metrics
 from app.config import Settings, UpstreamKind
 from app.config.load import as_text
-from app.config.source import Given, applicable
+from app.config.source import ParentConfig, applicable
 
 log = logging.getLogger(__name__)
 
 UP = b"u"
-BEAT = 1.0
+HEARTBEAT_INTERVAL = 1.0
 """Seconds after which a worker says again that it is up."""
-SILENCE = 30.0
+HEARTBEAT_TIMEOUT = 30.0
 """Seconds without a word from a worker that is up; after two such times in a row it is ended. Not after one, which may
 have passed while this process and all the workers were suspended."""
 LONGEST_PAUSE = 30.0
@@ -40,7 +40,7 @@ _SIZE = 4
 """Bytes before a message that say how many it has."""
 
 
-class Orders:
+class ParentChannel:
     """A worker's end: what its parent tells it."""
 
     def __init__(self, descriptor: int, kinds: Mapping[str, UpstreamKind]) -> None:
@@ -52,7 +52,7 @@ class Orders:
             if not said:
                 raise EOFError
             self._received += said
-        self.given = Given(text, kinds)
+        self.given = ParentConfig(text, kinds)
         """What the parent said last."""
 
     def follow(self, *, stop: Callable[[], None], reload: Callable[[], None]) -> None:
@@ -77,14 +77,14 @@ class Orders:
         self._socket.setblocking(False)
         loop.add_reader(self._socket, told)
 
-    def report_up(self) -> None:
-        """Says so now, and again every `BEAT` seconds as long as the event loop turns."""
+    def start_heartbeat(self) -> None:
+        """Says so now, and again every `HEARTBEAT_INTERVAL` seconds as long as the event loop turns."""
         try:
             with contextlib.suppress(BlockingIOError):  # a parent that is suspended
                 self._socket.send(UP)
         except OSError:
             return
-        asyncio.get_running_loop().call_later(BEAT, self.report_up)
+        asyncio.get_running_loop().call_later(HEARTBEAT_INTERVAL, self.start_heartbeat)
 
     def _last(self) -> str | None:
         """The latest settings, of those that have arrived whole and were not given yet; None where there are none."""
@@ -112,12 +112,12 @@ class _Worker:
             silences = 0
             while silences < 2:
                 try:
-                    if not await asyncio.wait_for(reader.read(4096), SILENCE):
+                    if not await asyncio.wait_for(reader.read(4096), HEARTBEAT_TIMEOUT):
                         return
                     silences = 0
                 except TimeoutError:
                     silences += 1
-            log.error("worker %d has hung for %g s and is ended", self.process.pid, 2 * SILENCE)
+            log.error("worker %d has hung for %g s and is ended", self.process.pid, 2 * HEARTBEAT_TIMEOUT)
             self.process.kill()
 
     def tell(self, settings: Settings) -> None:
@@ -194,7 +194,7 @@ class Workers:
             code = await worker.process.wait()
             await worker.close()
             self._live.discard(worker)
-            metrics.forget(name)
+            metrics.forget_process(name)
             if self._stopping.is_set():
                 return
             if not worker.was_up and not self._have_served and not any(each.was_up for each in self._live):
@@ -219,7 +219,7 @@ class Workers:
             process = await asyncio.create_subprocess_exec(
                 *self._command(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL,
-                env=self._environ | {metrics.NAME: name},
+                env=self._environ | {metrics.PROCESS_NAME: name},
                 pass_fds=(self._listener.fileno(), theirs.fileno()),
                 start_new_session=True,  # a terminal's Ctrl-C is for the parent, which tells them
             )
@@ -249,6 +249,6 @@ def _ended(code: int) -> str:
     return f"was ended by {signal.Signals(-code).name}"
 
 
-def python(*arguments: str) -> list[str]:
+def own_command(*arguments: str) -> list[str]:
     """A command line that runs this program again."""
     return [sys.executable, "-P", "-m", "app", *arguments]

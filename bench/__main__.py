@@ -14,7 +14,7 @@ from pathlib import Path
 from bench import report
 from bench.measure import Bench, Cell, Contender, Plan
 from bench.peers import PEERS
-from bench.procs import Cores, Failed, Process, free_port
+from bench.procs import BenchError, Cores, Process, free_port
 from bench.scenarios import QUICK, SCENARIOS, Scenario
 from bench.targets import BARE, DIRECT, GATEWAY, Setup, Target
 from tests.redis_server import RedisServer
@@ -88,7 +88,7 @@ class Session:
         try:
             say(f"{name}: installing, if it is not there")
             versions[name] = peer.install()
-        except Failed as error:
+        except BenchError as error:
             versions[name] = f"failed: {error}"
             yield from ((cache, Contender(_called(peer, cache), "A", None, str(error))) for cache in peer.caches)
             return
@@ -106,7 +106,7 @@ class Session:
         setup = Setup(scenario, cache, self._mock_port, self._redis_port, self._work, self._cores)
         try:
             running = target.start(setup)
-        except Failed as error:
+        except BenchError as error:
             return Contender(name, kind, None, str(error))
         stack.callback(running.stop)
         return Contender(name, kind, running)

@@ -23,7 +23,7 @@ import orjson
 from bench import pool, targets
 from bench.load import Result, Spec
 from bench.measure import load
-from bench.procs import Cores, Failed, Process, exchange, free_port
+from bench.procs import BenchError, Cores, Process, exchange, free_port
 from bench.targets import Running
 from bench.traffic import Shape, wrong_vectors
 from tests.redis_server import RedisServer
@@ -90,8 +90,8 @@ class Growth:
 
     def _compare(self, answer: bytes, texts: Sequence[str]) -> None:
         start = pool.seed(pool.MODELS[0])
-        if wrong_vectors(answer, [pool.place(text, start) for text in texts]):
-            raise Failed(f"wrong vectors: {answer[:300]!r}")
+        if wrong_vectors(answer, [pool.vector_index(text, start) for text in texts]):
+            raise BenchError(f"wrong vectors: {answer[:300]!r}")
 
     def _new(self, count: int) -> list[str]:
         self._asked += count
@@ -168,7 +168,7 @@ class Growth:
         shapes = [Shape("fresh", 64, "base64", headers=each.headers, first=self._asked) for each in replicas]
         count = TEXTS // 64
         return [
-            Spec(each.port, 8, shape, 0, 0, least=count, limit=count, every=5)
+            Spec(each.port, 8, shape, 0, 0, min_answers=count, limit=count, sample_every=5)
             for each, shape in zip(replicas, shapes, strict=True)
         ]
 
@@ -223,9 +223,9 @@ def _models(**settings: object) -> dict[str, object]:
 
 
 def _right(result: Result) -> Result:
-    """Raises `Failed` for a run in which anything was wrong."""
+    """Raises `BenchError` for a run in which anything was wrong."""
     if result.errors or result.wrong or not result.total:
-        raise Failed(result.first_error or f"{result.wrong} of {result.compared} vectors are wrong")
+        raise BenchError(result.first_error or f"{result.wrong} of {result.compared} vectors are wrong")
     return result
 
 
@@ -236,7 +236,7 @@ def _at_once(specs: Sequence[Spec]) -> float:
     return sum(each.total for each in results) * 64 / max(each.wall for each in results)
 
 
-def chosen(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """What is asked for on the command line."""
     parts = ("inputs", "workers", "replicas", "minutes")
     parser = argparse.ArgumentParser("python -m bench.growth", description=__doc__)
@@ -252,8 +252,8 @@ def chosen(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Prints tables. Raises `Failed` for any answer that is not right."""
-    options = chosen()
+    """Prints tables. Raises `BenchError` for any answer that is not right."""
+    options = parse_arguments()
     cores = Cores.of_this_machine()
     with tempfile.TemporaryDirectory(prefix="eg-growth-") as work, contextlib.ExitStack() as stack:
         growth = Growth(stack, Path(work), cores)

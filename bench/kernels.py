@@ -78,7 +78,7 @@ def kernels(count: int) -> dict[str, Callable[[], object]]:
         "- of which orjson, numbers of float32": lambda: orjson.loads(replies["short"].body),
         "- of which list to float32, array": lambda: [array("f", each).tobytes() for each in lists],
         "upstream reply, contract check": lambda: contract.in_order(parsed, [12] * count, pool.DIMENSIONS),
-        "bill: estimate and share": lambda: tokens.share(12 * count, tokens.estimates(texts)),
+        "bill: estimate and share": lambda: tokens.apportion(12 * count, tokens.estimates(texts)),
         "response: numbers": lambda: [vectors.to_json(vector) for vector in plain],
         "response: base64": lambda: [vectors.to_base64(vector) for vector in plain],
         "- pybase64 alone": lambda: [pybase64.b64encode(vector) for vector in plain],

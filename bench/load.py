@@ -31,7 +31,7 @@ _DRAIN = 60.0
 
 @dataclass
 class Spec:
-    """One run. It lasts `seconds` after `warmup`, and longer, up to `at_most`, until `least` answers are in.
+    """One run. It lasts `seconds` after `warmup`, and longer, up to `max_seconds`, until `min_answers` answers are in.
 
     With `limit`, it ends when so many requests have been answered.
     """
@@ -41,10 +41,10 @@ class Spec:
     shape: Shape
     seconds: float = 3.0
     warmup: float = 0.5
-    least: int = 20
-    at_most: float = 30.0
+    min_answers: int = 20
+    max_seconds: float = 30.0
     limit: int = _MOST
-    every: int = 50
+    sample_every: int = 50
     """Each so-manieth answer is compared."""
 
 
@@ -100,7 +100,7 @@ class Run:
         ran = now - self.begins
         if ran < self.spec.seconds:
             return False
-        return self.counted >= self.spec.least or ran > self.spec.at_most or self.errors >= 1000
+        return self.counted >= self.spec.min_answers or ran > self.spec.max_seconds or self.errors >= 1000
 
 
 class Connection(asyncio.BufferedProtocol):
@@ -131,7 +131,7 @@ class Connection(asyncio.BufferedProtocol):
         self._number = number = run.sent
         run.sent += 1
         self._rest = -1
-        self._keep = number % run.spec.every == 0 and run.room > 0
+        self._keep = number % run.spec.sample_every == 0 and run.room > 0
         self._parts = []
         request = run.traffic.request(number)
         self._started = time.perf_counter()
@@ -223,7 +223,7 @@ async def run(spec: Spec) -> Result:
                 return
 
     callers = [loop.create_task(caller()) for _ in range(spec.connections)]
-    _, late = await asyncio.wait(callers, timeout=spec.warmup + max(spec.seconds, spec.at_most) + _DRAIN)
+    _, late = await asyncio.wait(callers, timeout=spec.warmup + max(spec.seconds, spec.max_seconds) + _DRAIN)
     for task in late:
         task.cancel()
         state.failed("no answer in time")

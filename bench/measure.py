@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from bench.load import Result, Spec
-from bench.procs import ROOT, Cores, Failed, busy, exchange
+from bench.procs import ROOT, BenchError, Cores, busy, exchange
 from bench.scenarios import Scenario
 from bench.targets import Running
 from bench.traffic import Shape
@@ -147,9 +147,9 @@ class Bench:
         spec = Spec(running.port, min(2, scenario.connections), shape, 0, 0, count, 60, count, 1)
         result = load(spec)
         if result.errors or not result.compared:
-            raise Failed(result.first_error or "no answer")
+            raise BenchError(result.first_error or "no answer")
         if result.wrong:
-            raise Failed(f"{result.wrong} of {result.compared} vectors are wrong")
+            raise BenchError(f"{result.wrong} of {result.compared} vectors are wrong")
         cell.compared += result.compared
 
     def _one(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
@@ -160,11 +160,11 @@ class Bench:
             self._shape(scenario, running, number),
             plan.seconds,
             plan.warmup,
-            every=max(1, 50 // scenario.texts),
+            sample_every=max(1, 50 // scenario.texts),
         )
         if scenario.requests:
-            spec.limit = spec.least = scenario.requests
-            spec.warmup, spec.seconds, spec.at_most, spec.every = 0, 0, 90, 10
+            spec.limit = spec.min_answers = scenario.requests
+            spec.warmup, spec.seconds, spec.max_seconds, spec.sample_every = 0, 0, 90, 10
         cpu, core_busy, mock_cpu = process.cpu() if process else 0.0, busy(core), self._stats()["cpu"]
         result = load(spec)
         mock_cpu = self._stats()["cpu"] - mock_cpu
@@ -182,7 +182,7 @@ def _failing(cell: Cell) -> Iterator[None]:
     """What goes wrong is told in the cell."""
     try:
         yield
-    except (Failed, OSError, http.client.HTTPException) as error:
+    except (BenchError, OSError, http.client.HTTPException) as error:
         cell.failed = str(error) or type(error).__name__
 
 
@@ -201,11 +201,11 @@ def _add(cell: Cell, result: Result, cpu: float) -> None:
 
 
 def load(spec: Spec) -> Result:
-    """One run of the load generator in a process of its own, on this process's core. Raises `Failed`."""
+    """One run of the load generator in a process of its own, on this process's core. Raises `BenchError`."""
     command = [sys.executable, "-m", "bench.load"]
     done = subprocess.run(
         command, input=orjson.dumps(asdict(spec)), capture_output=True, cwd=ROOT, check=False, timeout=300
     )
     if done.returncode:
-        raise Failed(f"load generator: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
+        raise BenchError(f"load generator: {done.stderr.decode(errors='replace').strip().splitlines()[-1]}")
     return Result(**orjson.loads(done.stdout))

@@ -64,7 +64,7 @@ class State:
         add = pieces.append
         for head, text in zip(_HEADS, texts, strict=False):
             add(head)
-            add(table[pool.place(text, start)])
+            add(table[pool.vector_index(text, start)])
         # Not what a tokenizer would count, but as steady.
         tokens = sum(map(len, texts)) // 4 + len(texts)
         add(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (orjson.dumps(model), tokens, tokens))

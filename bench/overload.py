@@ -22,7 +22,7 @@ import orjson
 import uvloop
 
 from bench import pool, targets
-from bench.procs import Cores, Failed, Process, exchange, free_port
+from bench.procs import BenchError, Cores, Process, exchange, free_port
 from bench.targets import KEY
 
 ROOM = 64
@@ -57,7 +57,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reque
     body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
     status = head[9:12]
     if status not in (b"200", b"503"):
-        raise Failed(f"{status.decode()} {body[:300].decode(errors='replace')}")
+        raise BenchError(f"{status.decode()} {body[:300].decode(errors='replace')}")
     return status, b"connection: close" in head
 
 
@@ -97,7 +97,7 @@ async def _probe(port: int, until: float, seen: Seen) -> None:
         writer.close()
         seen.healthy.append((time.perf_counter() - began) * 1000)
         if status != b"200":
-            raise Failed("/healthz does not answer")
+            raise BenchError("/healthz does not answer")
         await asyncio.sleep(0.05)
 
 
@@ -142,7 +142,7 @@ def _row(name: str, seen: Seen) -> str:
 
 
 def main() -> None:
-    """Prints a table. Raises `Failed` for an answer that is neither a success nor a refusal."""
+    """Prints a table. Raises `BenchError` for an answer that is neither a success nor a refusal."""
     argparse.ArgumentParser("python -m bench.overload", description=__doc__).parse_args()
     cores = Cores.of_this_machine()
     os.sched_setaffinity(0, {cores.load})

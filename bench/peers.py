@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import pool
-from bench.procs import Failed, Process, free_port
+from bench.procs import BenchError, Process, free_port
 from bench.targets import KEY, Running, Setup, Target, started
 
 HOME = Path(__file__).parent / ".peers"
@@ -29,9 +29,9 @@ def _run(command: Sequence[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALLING)
     except subprocess.CalledProcessError as error:
         words = (error.stderr or error.stdout).strip().splitlines()
-        raise Failed(f"{' '.join(command[:4])} …: {words[-1] if words else error.returncode}") from None
+        raise BenchError(f"{' '.join(command[:4])} …: {words[-1] if words else error.returncode}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise Failed(f"{' '.join(command[:4])} …: {error}") from None
+        raise BenchError(f"{' '.join(command[:4])} …: {error}") from None
 
 
 def _from_pypi(name: str, version: str, *packages: str) -> str:
@@ -125,7 +125,7 @@ def _tensorzero(setup: Setup) -> Running:
     while not (address.exists() and address.read_text().rstrip("/")):
         if time.monotonic() > until or not process.alive:
             process.stop()
-            raise Failed(f"did not start: {process.last_words()}")
+            raise BenchError(f"did not start: {process.last_words()}")
         time.sleep(0.05)
     port = int(address.read_text().split(":")[2].split("/")[0])
     models = tuple(f"tensorzero::embedding_model_name::{name}" for name in names)

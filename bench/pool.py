@@ -51,10 +51,10 @@ def vectors() -> tuple[Vector, ...]:
 
 
 def seed(model: str) -> int:
-    """What `place` begins with for this model; unknown models share one."""
+    """What `vector_index` begins with for this model; unknown models share one."""
     return _SEEDS.get(model, 0)
 
 
-def place(text: str, start: int) -> int:
+def vector_index(text: str, start: int) -> int:
     """Which vector of the pool stands for this text, `start` being the model's seed."""
     return crc32(text.encode(), start) & (_SIZE - 1)

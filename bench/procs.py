@@ -18,7 +18,7 @@ _CORES = os.sched_getaffinity(0)
 """All that are ours, before anything is pinned."""
 
 
-class Failed(Exception):
+class BenchError(Exception):
     """A target that could not be installed, started or asked; the reason is for the report."""
 
 
@@ -75,15 +75,15 @@ class Process:
         return lines[-1][:300] if lines else "it said nothing"
 
     def wait_for(self, port: int, path: str, seconds: float) -> None:
-        """Returns when it answers a GET. Raises `Failed` when it ends or takes too long."""
+        """Returns when it answers a GET. Raises `BenchError` when it ends or takes too long."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if not self.alive:
-                raise Failed(f"ended with {self._child.returncode}: {self.last_words()}")
+                raise BenchError(f"ended with {self._child.returncode}: {self.last_words()}")
             if _answers(port, path):
                 return
             time.sleep(0.05)
-        raise Failed(f"no answer within {seconds:g} s: {self.last_words()}")
+        raise BenchError(f"no answer within {seconds:g} s: {self.last_words()}")
 
     def tree(self) -> list[int]:
         """Its process id and its descendants'."""

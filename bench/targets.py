@@ -50,7 +50,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Target:
-    """A name and how to start it. `start` raises `Failed`."""
+    """A name and how to start it. `start` raises `BenchError`."""
 
     name: str
     start: Callable[[Setup], Running]
@@ -79,7 +79,7 @@ def _gateway(setup: Setup) -> Running:
 
 def gateway(mock_port: int, work: Path, core: int | None, more: Mapping[str, object]) -> Running:
     """Default settings but for `more`: a key, metrics, memory cache, one worker, a request log; the log goes to a
-    file. Raises `Failed`."""
+    file. Raises `BenchError`."""
     upstream = {"type": "openai", "base_url": _url(mock_port), "api_key": "sk-bench"}
     config = {
         "auth": {"keys": {"bench": {"key": KEY}}},
@@ -103,7 +103,7 @@ def _url(mock_port: int) -> str:
 
 
 def started(running: Running, path: str, seconds: float) -> Running:
-    """`running` once it answers at `path`; ended if it does not. Raises `Failed`."""
+    """`running` once it answers at `path`; ended if it does not. Raises `BenchError`."""
     assert running.process is not None
     try:
         running.process.wait_for(running.port, path, seconds)

@@ -79,7 +79,7 @@ class Repeated:
     def expected(self, number: int) -> list[int]:
         written = f"{self._first + number:012d}" if self._fresh else "0" * 12
         start = pool.seed(pool.MODELS[0])
-        return [pool.place(text.replace(_MARK, written), start) for text in self._texts]
+        return [pool.vector_index(text.replace(_MARK, written), start) for text in self._texts]
 
 
 class Trace:
@@ -105,7 +105,7 @@ class Trace:
     def expected(self, number: int) -> list[int]:
         model, texts = self._asked[number]
         start = pool.seed(pool.MODELS[model])
-        return [pool.place(text, start) for text in texts]
+        return [pool.vector_index(text, start) for text in texts]
 
 
 def wrong_vectors(body: bytes, expected: list[int]) -> int:
@@ -118,7 +118,7 @@ def wrong_vectors(body: bytes, expected: list[int]) -> int:
     if len(got) != len(expected):
         return len(expected)
     known = pool.vectors()
-    return sum(bits != known[place].raw for bits, place in zip(got, expected, strict=True))
+    return sum(bits != known[vector_index].raw for bits, vector_index in zip(got, expected, strict=True))
 
 
 def _bits(embedding: Any) -> bytes:

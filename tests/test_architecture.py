@@ -14,7 +14,7 @@ from app.upstreams import UPSTREAMS
 APP = Path(__file__).parent.parent / "app"
 
 RANKS = [
-    {"errors", "catalog", "clock", "deadlines", "heads", "outbox", "data", ""},
+    {"errors", "catalog", "clock", "deadlines", "head_cache", "outbox", "data", ""},
     {"types"},
     {"vectors", "tokens", "limits", "config", "metrics", "logs"},
     {"upstreams", "cache"},
@@ -38,7 +38,7 @@ DOORS = {
     "aiohappyeyeballs": {"upstreams"},
     "httptools": {"upstreams"},
     "simdjson": {"upstreams"},
-    "uvicorn": {"heads", "protocol", "serve"},
+    "uvicorn": {"head_cache", "protocol", "serve"},
     "yaml": {"config"},
     "sqlite3": {"cache"},
     "cryptography": {"upstreams"},

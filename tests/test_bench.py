@@ -14,10 +14,10 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_growth_without_a_word_does_all_that_takes_no_minutes() -> None:
-    assert [*growth.chosen([]).parts] == ["inputs", "workers", "replicas"]
-    assert [*growth.chosen(["minutes", "replicas"]).parts] == ["minutes", "replicas"]
+    assert [*growth.parse_arguments([]).parts] == ["inputs", "workers", "replicas"]
+    assert [*growth.parse_arguments(["minutes", "replicas"]).parts] == ["minutes", "replicas"]
     with pytest.raises(SystemExit):
-        growth.chosen(["hours"])
+        growth.parse_arguments(["hours"])
 
 
 @pytest.mark.parametrize("module", ["bench", "bench.growth", "bench.overload", "bench.micro"])

@@ -77,5 +77,5 @@ def test_a_row_says_where_it_is_from_and_a_prefix_for_each_role_or_none(model: M
     assert len(model.prefixes) in (0, len(model.roles))
     assert any("{instruct}" in prefix for prefix in model.prefixes) == bool(model.instruction)
     assert model.instruct or not model.instruction
-    if model.cuts and model.dimensions:
-        assert max(model.cuts) == model.dimensions
+    if model.matryoshka_dimensions and model.dimensions:
+        assert max(model.matryoshka_dimensions) == model.dimensions

@@ -16,7 +16,7 @@ async def ended(deadlines: Deadlines, after: float, *, takes: float) -> str:
     loop = asyncio.get_running_loop()
     began = loop.time()
     try:
-        with deadlines.within(after):
+        with deadlines.timeout(after):
             await asyncio.sleep(takes)
     except TimeoutError:
         assert after - 0.002 <= loop.time() - began < after + 5  # a timer may be early by its resolution
@@ -59,7 +59,7 @@ async def test_of_two_within_each_other_the_one_that_is_due_ends() -> None:
     async def nested(first: float, second: float) -> list[str]:
         told = []
         try:
-            with outer.within(first):
+            with outer.timeout(first):
                 told.append(await ended(inner, second, takes=30))
                 await asyncio.sleep(30)
         except TimeoutError:
@@ -84,7 +84,7 @@ async def test_who_is_cancelled_while_it_is_due_is_cancelled() -> None:
     deadlines = Deadlines()
 
     async def both() -> str:
-        with deadlines.within(30):
+        with deadlines.timeout(30):
             await asyncio.sleep(30)
         return "done"
 
@@ -98,7 +98,7 @@ async def test_who_is_cancelled_while_it_is_due_is_cancelled() -> None:
 
 
 async def test_an_error_of_the_block_stays_what_it_is() -> None:
-    with pytest.raises(KeyError, match="own"), Deadlines().within(30):
+    with pytest.raises(KeyError, match="own"), Deadlines().timeout(30):
         raise KeyError("own")
 
 
@@ -114,13 +114,13 @@ async def test_who_waits_for_another_does_not_wait_while_its_own_thread_is_at_wo
 ) -> None:
     at_work = [time.thread_time()]
     monkeypatch.setattr("app.deadlines.time.thread_time", lambda: at_work[0])
-    with Deadlines().waiting(0.1):
+    with Deadlines().io_timeout(0.1):
         at_work[0] += LIMIT
         await asyncio.sleep(0.3)
 
 
 async def test_what_came_while_the_event_loop_stood_still_is_read_before_a_wait_is_over() -> None:
-    with Deadlines().waiting(0.1):
+    with Deadlines().io_timeout(0.1):
         await asyncio.sleep(0)
         time.sleep(0.3)  # noqa: ASYNC251  # as a machine does that has no turn for this process
         for _ in range(5):
@@ -129,7 +129,7 @@ async def test_what_came_while_the_event_loop_stood_still_is_read_before_a_wait_
 
 async def test_who_waits_for_what_does_not_come_is_late_after_its_time() -> None:
     async def wait() -> None:
-        with Deadlines().waiting(0.1):
+        with Deadlines().io_timeout(0.1):
             await asyncio.sleep(0)
             work(0.05)
             await asyncio.sleep(30)

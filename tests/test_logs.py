@@ -88,7 +88,7 @@ async def test_the_lines_of_one_turn_are_written_together_at_its_end() -> None:
 
 
 async def test_a_stuck_log_holds_nobody_up_and_goes_on_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "RETRY", 0.0)
+    monkeypatch.setattr(logs, "RETRY_INTERVAL", 0.0)
     taker = Taker()
     log = RequestLog("text", taker)
     taker.room = 10
@@ -107,7 +107,7 @@ async def test_a_stuck_log_holds_nobody_up_and_goes_on_where_it_was(monkeypatch:
 async def test_what_a_log_does_not_take_is_dropped_in_the_end_and_counted(
     error: OSError | None, monkeypatch: pytest.MonkeyPatch, often: bool
 ) -> None:
-    monkeypatch.setattr(logs, "LONGEST_BACKLOG", 1000)
+    monkeypatch.setattr(logs, "MAX_BACKLOG", 1000)
     taker = Taker()
     taker.room, taker.error = 0, error
     log = RequestLog("text", taker)
@@ -144,7 +144,7 @@ def test_no_message_has_a_terminal_do_anything() -> None:
 def test_messages_that_a_log_does_not_take_wait_and_what_comes_on_top_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(logs, "LONGEST_BACKLOG", 1000)
+    monkeypatch.setattr(logs, "MAX_BACKLOG", 1000)
     taker = Taker()
     taker.error = OSError(28, "No space left on device")
     messages = Messages(taker)
@@ -162,7 +162,7 @@ def test_messages_that_a_log_does_not_take_wait_and_what_comes_on_top_is_counted
 
 
 def test_a_message_that_waits_is_written_without_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "RETRY", 0.0)
+    monkeypatch.setattr(logs, "RETRY_INTERVAL", 0.0)
     written = threading.Event()
     answers = iter([0, 3, 0])
 

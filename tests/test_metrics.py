@@ -24,10 +24,10 @@ def sample(of: Metrics, name: str, **labels: str) -> float | None:
 @given(st.lists(st.sampled_from([0.0, 0.001, 0.0010001, 0.9999, 1.0, 60.0, 61.0, 1e9]) | st.floats(0, 100)))
 def test_a_spread_is_what_a_histogram_would_be(values: list[float]) -> None:
     told, plain = Metrics(), Metrics()
-    spread = told.spread(told.request_duration.labels("m"))
+    buffered_histogram = told.buffered_histogram(told.request_duration.labels("m"))
     histogram = plain.request_duration.labels("m")
     for value in values:
-        spread.observe(value)
+        buffered_histogram.observe(value)
         histogram.observe(value)
     ours, theirs = durations(told), durations(plain)
     assert len(theirs) > 10
@@ -41,36 +41,39 @@ def durations(of: Metrics) -> dict[tuple[str, str], float]:
 
 def test_whoever_asks_is_told_everything_once() -> None:
     told = Metrics()
-    tally, level = told.tally(told.requests.labels("m", "200", "c")), told.level(told.cache_bytes.labels("memory"))
+    buffered_counter, buffered_gauge = (
+        told.buffered_counter(told.requests.labels("m", "200", "c")),
+        told.buffered_gauge(told.cache_bytes.labels("memory")),
+    )
     for count in (3, 5):
-        tally.inc()
-        tally.inc(2)
-        tally.dec(3 - 1)
-        level.set(7)
-        level.set(count)
+        buffered_counter.inc()
+        buffered_counter.inc(2)
+        buffered_counter.dec(3 - 1)
+        buffered_gauge.set(7)
+        buffered_gauge.set(count)
         assert sample(told, "requests_total", model="m", status="200", client="c") == (count - 1) // 2
         assert sample(told, "cache_bytes", tier="memory") == count
     assert sample(told, "requests_total", model="m", status="200", client="c") == 2
 
 
-@pytest.mark.parametrize("shared", [False, True])
-async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(shared: bool) -> None:
+@pytest.mark.parametrize("multiprocess", [False, True])
+async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(multiprocess: bool) -> None:
     plain = Metrics()
     counter = plain.requests.labels("m", "200", "c")
-    due = metrics.Due(shared=shared)
-    tally = metrics.Tally(counter, due)
-    tally.inc()
+    due = metrics.FlushQueue(multiprocess=multiprocess)
+    buffered_counter = metrics.BufferedCounter(counter, due)
+    buffered_counter.inc()
     assert sample(plain, "requests_total", model="m", status="200", client="c") == 0
     await asyncio.sleep(0)
-    assert sample(plain, "requests_total", model="m", status="200", client="c") == int(shared)
-    due.tell()
+    assert sample(plain, "requests_total", model="m", status="200", client="c") == int(multiprocess)
+    due.flush()
     assert sample(plain, "requests_total", model="m", status="200", client="c") == 1
 
 
 def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> None:
     plain = Metrics()
-    due = metrics.Due(shared=True)
-    early, late = (metrics.Tally(plain.requests.labels("m", status, "c"), due) for status in ("200", "400"))
+    due = metrics.FlushQueue(multiprocess=True)
+    early, late = (metrics.BufferedCounter(plain.requests.labels("m", status, "c"), due) for status in ("200", "400"))
     early.inc()
 
     async def later() -> None:
@@ -89,7 +92,7 @@ def _many(told: Metrics, count: int) -> None:
 
 def test_files_have_their_blocks_before_they_are_written_to(tmp_path: Path) -> None:
     """A map of a file with holes is a process's end on a full disk."""
-    with metrics.shared(str(tmp_path)):
+    with metrics.multiprocess(str(tmp_path)):
         _many(Metrics(), 1000)
         files = [file.stat() for file in tmp_path.iterdir()]
     assert max(file.st_size for file in files) > 100_000
@@ -99,7 +102,7 @@ def test_files_have_their_blocks_before_they_are_written_to(tmp_path: Path) -> N
 async def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with metrics.shared(str(tmp_path)):
+    with metrics.multiprocess(str(tmp_path)):
         told = Metrics()
         told.requests.labels("first", "200", "c").inc()
         with limited(resource.RLIMIT_FSIZE, 100_000):
@@ -113,7 +116,7 @@ async def test_a_file_that_cannot_grow_costs_new_series_alone_and_is_said_once(
 
 
 def test_nothing_is_left_of_a_file_that_cannot_even_be_begun(tmp_path: Path) -> None:
-    with metrics.shared(str(tmp_path)), limited(resource.RLIMIT_FSIZE, 100):
+    with metrics.multiprocess(str(tmp_path)), limited(resource.RLIMIT_FSIZE, 100):
         _many(Metrics(), 1)
         assert not list(tmp_path.iterdir())
 
@@ -122,7 +125,7 @@ async def test_a_directory_that_somebody_has_removed_is_made_anew_and_that_is_sa
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     directory = tmp_path / "shared" / "by-workers"
-    with metrics.shared(str(directory)):
+    with metrics.multiprocess(str(directory)):
         for _ in range(2):
             await Metrics().exposition()
     assert directory.is_dir()

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.limits import Bucket, Limit, Rates, minute, smooth
+from app.limits import Bucket, Limit, Rates, burst_limit, smooth_limit
 
 
 def test_a_quiet_caller_may_use_a_whole_minutes_worth_at_once_and_then_gets_it_back_evenly() -> None:
-    requests = minute(Rates(requests=60), now=0).requests
+    requests = burst_limit(Rates(requests=60), now=0).requests
     assert requests
     for _ in range(60):
         assert requests.wait(0, 1) == 0
@@ -24,7 +24,7 @@ def test_a_quiet_caller_may_use_a_whole_minutes_worth_at_once_and_then_gets_it_b
 
 
 def test_an_upstream_gets_one_call_and_a_tenth_of_a_seconds_worth_at_once() -> None:
-    limit = smooth(Rates(requests=1800), now=0)
+    limit = smooth_limit(Rates(requests=1800), now=0)
     assert limit.requests
     assert limit.tokens is None
     assert limit.requests.burst == pytest.approx(1 + 3)
@@ -51,7 +51,7 @@ def test_a_share_is_an_equal_part_of_what_is_there_and_of_what_comes() -> None:
     bucket.take(0, 20)
     bucket.divide(4, now=0)
     assert bucket.level(0) == pytest.approx(10)
-    assert bucket.full == 15
+    assert bucket.max_level == 15
     assert bucket.level(4) == pytest.approx(11)
     bucket.divide(2, now=4)
     assert bucket.level(4) == pytest.approx(22)

@@ -113,7 +113,7 @@ def _facts(model: Model) -> tuple[str, ...]:
 
 def _dimensions(model: Model) -> str:
     usual = f"**{model.dimensions}**" if model.dimensions else "by size"
-    choices = model.dimension_choices if model.cuts is None else model.cuts
+    choices = model.dimension_choices if model.matryoshka_dimensions is None else model.matryoshka_dimensions
     if choices is None:
         return usual
     if choices == ANY:

@@ -11,7 +11,7 @@ from app.clock import SystemClock
 from app.gateway import Gateway
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
-from app.upstreams.openai import unlisted
+from app.upstreams.openai import unlisted_model
 from tests.counting import counting_calls
 from tests.harness import settings_of
 
@@ -45,7 +45,7 @@ def test_a_list_that_has_one_model_more_costs_that_one() -> None:
 
     def listing(count: int) -> int:
         for upstream in gateway.upstreams.values():
-            upstream.models = {name: unlisted(name) for name in (f"model-{number}" for number in range(count))}
+            upstream.models = {name: unlisted_model(name) for name in (f"model-{number}" for number in range(count))}
         with counting_calls() as counted:
             gateway.registry.publish()
         return counted.calls
@@ -66,7 +66,7 @@ async def test_one_that_is_out_stays_out_when_a_list_says_something_else_of_it()
     gateway = Gateway(settings, Tiers([], metrics, clock), metrics, clock)
     for length in (512, 256):
         for upstream in gateway.upstreams.values():
-            upstream.models = {"m": replace(unlisted("m"), max_tokens_per_input=length)}
+            upstream.models = {"m": replace(unlisted_model("m"), max_tokens_per_input=length)}
         gateway.registry.publish()
         out = [each.health.out for name in ("m", "b/m") for each in gateway.names[name].deployments]
         assert out == ([None] * 3 if length == 512 else [None, "another model", "another model"])
@@ -88,7 +88,9 @@ async def test_to_close_what_another_one_has_taken_over_compares_no_model_with_a
     metrics, clock = Metrics(), SystemClock()
     cache = Tiers([], metrics, clock)
     gateway = Gateway(settings, cache, metrics, clock)
-    gateway.upstreams["up"].models = {name: unlisted(name) for name in (f"model-{number}" for number in range(200))}
+    gateway.upstreams["up"].models = {
+        name: unlisted_model(name) for name in (f"model-{number}" for number in range(200))
+    }
     gateway.registry.publish()
     successor = Gateway(settings, cache, metrics, clock, before=gateway)
     monkeypatch.setattr(Batcher, "__eq__", equal)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.main import create_app
-from app.serve import CannotListen, Server, _admin, config_of, listen
+from app.serve import CannotListen, Server, _admin, listen, uvicorn_config
 from tests.api.support import head, post
 from tests.harness import settings_of
 
@@ -23,7 +23,7 @@ async def stopping() -> AsyncIterator[tuple[tuple[str, int], Callable[[], Corout
     """A server's address, and what stops it."""
     settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
     app = create_app(settings)
-    config = config_of(app, settings)
+    config = uvicorn_config(app, settings)
     config.load()
     server = Server(config, app)
     server.lifespan = config.lifespan_class(config)
@@ -44,7 +44,7 @@ async def stopping() -> AsyncIterator[tuple[tuple[str, int], Callable[[], Corout
 def run(test: Coroutine[Any, Any, None]) -> None:
     """On the event loop that the program has."""
     settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
-    with asyncio.Runner(loop_factory=config_of(None, settings).get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn_config(None, settings).get_loop_factory()) as runner:
         runner.run(test)
 
 

@@ -21,7 +21,7 @@ from app import tokens
 from app.api import head, render
 from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Guard
-from app.api.schema import EmbeddingsBody, check_weight, parse_body
+from app.api.schema import EmbeddingsBody, check_object_count, parse_body
 from app.api.usage import Usage
 from app.deadlines import Deadlines
 from app.errors import (
@@ -36,7 +36,7 @@ from app.errors import (
 )
 from app.gateway import Gateway
 from app.logs import RequestLine, RequestLog
-from app.pipeline.admit import INPUT, Place
+from app.pipeline.admit import INPUT_OVERHEAD, Admission
 from app.pipeline.quota import Quota
 from app.registry import PublicModel
 from app.types import EmbedRequest, EmbedResult, Source
@@ -53,10 +53,10 @@ _NAMED = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embedding
 LINGER = 5.0
 """Seconds for which the rest of a refused body is taken in and thrown away."""
 
-AT_ONCE = 256 * 2**10
+INLINE_PARSE_LIMIT = 256 * 2**10
 """Bytes of a body that are parsed between two turns of the event loop: 10 ms if they are token ids. A larger one is
 parsed in a thread, in which only the JSON itself holds up others."""
-HEAVY = 2 * 2**20
+SERIAL_PARSE_LIMIT = 2 * 2**20
 """Bytes of a body from which it is the only one that is parsed: token ids take up to 15 times their text meanwhile, and
 the place among those inside counts the text."""
 
@@ -85,7 +85,7 @@ class _Exchange(Struct):
     """On the event loop's clock, as deadlines are; it may tell milliseconds only."""
     began: float
     """On `time.perf_counter`, for durations."""
-    place: Place
+    place: Admission
     """In the gateway, until the answer is taken."""
     tenant: Tenant = ANONYMOUS
     quota: Quota | None = None
@@ -110,9 +110,12 @@ class Embeddings:
         self._deadlines = Deadlines()
         self._alone = ThreadPoolExecutor(1, thread_name_prefix="parse")
         """For heavy bodies: one is parsed to its end, though its caller may have gone, before the next one is."""
-        self._requests, self._inputs = metrics.tallies(metrics.requests), metrics.tallies(metrics.inputs)
-        self._tokens = metrics.tallies(metrics.tokens)
-        self._durations = metrics.spreads(metrics.request_duration)
+        self._requests, self._inputs = (
+            metrics.buffered_counters(metrics.requests),
+            metrics.buffered_counters(metrics.inputs),
+        )
+        self._tokens = metrics.buffered_counters(metrics.tokens)
+        self._durations = metrics.buffered_histograms(metrics.request_duration)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
         sent = dict(scope["headers"])
@@ -120,7 +123,7 @@ class Embeddings:
         first_byte = scope.get("extensions", {}).get("first_byte")
         if first_byte is not None:  # its head took time as well
             now, began = first_byte, began - (now - first_byte)
-        with Place(self._gateway.room) as place:
+        with Admission(self._gateway.capacity) as place:
             exchange = _Exchange(sent, head.request_id(sent), now, began, place)
             error: GatewayError | None = None
             try:
@@ -129,7 +132,7 @@ class Embeddings:
                 self._record(exchange, 499, None)
                 return
             except GatewayError as failure:
-                error = failure.bare()
+                error = failure.without_traceback()
             except asyncio.CancelledError:  # the server waits no longer, not for the rest of a body either
                 exchange.reading = False
                 error = Overloaded("the gateway is stopping")
@@ -142,8 +145,8 @@ class Embeddings:
                 lines, body = self._refusal(exchange, error)
             if exchange.quota is not None:
                 if not exchange.counted:
-                    exchange.quota.owe(1, 0)  # refused for what it says: that counts as well
-                lines += render.lines(render.limit_headers(exchange.quota.standings()))
+                    exchange.quota.adjust(1, 0)  # refused for what it says: that counts as well
+                lines += render.lines(render.rate_limit_headers(exchange.quota.limit_statuses()))
             self._record(exchange, status, error)
             exchange.result = None  # until it is taken an answer is in memory once, as bytes
             await self._send(exchange, scope, receive, send, status, lines, body)
@@ -159,7 +162,7 @@ class Embeddings:
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before it takes room: a caller that floods takes none from others.
-            exchange.quota.check(head.length(exchange.headers))
+            exchange.quota.check(head.content_length(exchange.headers))
             exchange.counted = False
         deadline, place = exchange.started + self._server.request_timeout, exchange.place
         try:
@@ -170,13 +173,13 @@ class Embeddings:
                 raw = self._at_hand(scope, place) or await self._read(receive, place)
                 exchange.reading = False
                 guard.watch(scope)
-                if len(raw) <= AT_ONCE:
+                if len(raw) <= INLINE_PARSE_LIMIT:
                     body = self._parse(raw, path_model)
                 else:
-                    threads = self._alone if len(raw) > HEAVY else None  # None: the common ones
+                    threads = self._alone if len(raw) > SERIAL_PARSE_LIMIT else None  # None: the common ones
                     loop = asyncio.get_running_loop()
                     body = await loop.run_in_executor(threads, self._parse_large, raw, path_model)
-                place.hold(max(len(raw), body.decoded) + INPUT * len(body.inputs))
+                place.hold(max(len(raw), body.decoded) + INPUT_OVERHEAD * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)
                 rendered = await render.embeddings(result, usage, body.model, body.encoding)
@@ -186,7 +189,7 @@ class Embeddings:
             if not exchange.inputs:  # no upstream's fault: it came late, or waited for other large ones
                 raise Overloaded("the request body could not be read in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
-        return render.result_head(result, usage, public.space), rendered
+        return render.result_headers(result, usage, public.space), rendered
 
     def _refusal(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
         """Headers and body for a request that ends in this error. Gives up its place: there is little to send, but it
@@ -203,20 +206,20 @@ class Embeddings:
         return render.lines(headers), [render.error_body(error)]
 
     def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
-        self._check_size(head.length(headers))
-        if head.compressed(headers, scope["headers"]):
+        self._check_size(head.content_length(headers))
+        if head.is_compressed(headers, scope["headers"]):
             raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
 
     def _check_size(self, size: int) -> None:
         if size > self._server.max_body:
             raise BodyTooLarge(f"the request body is larger than {self._server.max_body} bytes")
 
-    def _take_in(self, size: int, place: Place) -> None:
+    def _take_in(self, size: int, place: Admission) -> None:
         """Counts what has come of the body, `size` bytes so far. What is only announced takes no room."""
         self._check_size(size)
         place.hold(size)
 
-    def _at_hand(self, scope: Scope, place: Place) -> bytes | None:
+    def _at_hand(self, scope: Scope, place: Admission) -> bytes | None:
         """The whole body, if the server has all of it already (`app.protocol`)."""
         body = scope.get("extensions", {}).get("body")
         raw: bytes | None = body() if body else None
@@ -224,7 +227,7 @@ class Embeddings:
             self._take_in(len(raw), place)
         return raw
 
-    async def _read(self, receive: Receive, place: Place) -> bytes:
+    async def _read(self, receive: Receive, place: Admission) -> bytes:
         chunks: list[bytes] = []
         size, more = 0, True
         while more:
@@ -243,7 +246,7 @@ class Embeddings:
         return parse_body(raw, max_inputs=server.max_inputs, max_decoded=server.max_body, path_model=path_model)
 
     def _parse_large(self, raw: bytes, path_model: str | None) -> EmbeddingsBody:
-        check_weight(raw, max_inputs=self._server.max_inputs)
+        check_object_count(raw, max_inputs=self._server.max_inputs)
         return self._parse(raw, path_model)
 
     async def _embed(
@@ -350,7 +353,7 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
     exchange.counted = True
     await quota.take(estimated)
     result = await public.embed(request)
-    quota.owe(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
+    quota.adjust(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result
 
 

@@ -23,14 +23,14 @@ def request_id(headers: Mapping[bytes, bytes]) -> bytes:
     return b"req_%024x" % random.getrandbits(96)  # to tell requests apart; it opens nothing
 
 
-def length(headers: Mapping[bytes, bytes]) -> int:
-    """Bytes of the body by its `content-length`; 0 where it comes in chunks."""
+def content_length(headers: Mapping[bytes, bytes]) -> int:
+    """Bytes of the body by its `content-content_length`; 0 where it comes in chunks."""
     # Python reads no number of more than 4,300 digits; the parser none of 2**64 or more, but zeros before any.
     told = headers.get(b"content-length", b"").lstrip(b"0")
     return int(told) if told.isdigit() else 0
 
 
-def compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
+def is_compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
     """Whether the body is compressed, as such or for its transfer. `headers`: the `lines` by name, of several the
     last."""
     if b"content-encoding" in headers and not _members(lines, b"content-encoding") <= _PLAIN:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from app.api.schema import CHOICES, LONGEST_INSTRUCT
-from app.types import MOST_DIMENSIONS
+from app.api.schema import CHOICES, MAX_INSTRUCT_CHARACTERS
+from app.types import MAX_DIMENSIONS
 
 _TEXT = {"type": "string", "minLength": 1}
 _IDS = {
@@ -54,7 +54,7 @@ REQUEST: dict[str, Any] = {
             "enum": [*CHOICES["encoding_format"], None],
             "description": "numbers (also when absent), or base64 of little-endian float32",
         },
-        "dimensions": {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_DIMENSIONS},
+        "dimensions": {"type": ["integer", "null"], "minimum": 1, "maximum": MAX_DIMENSIONS},
         "user": {"type": ["string", "null"]},
         "input_type": {
             "type": ["string", "null"],
@@ -66,7 +66,7 @@ REQUEST: dict[str, Any] = {
             "enum": [*CHOICES["output_type"], None],
             "description": "sparse vectors, from models that give them, stand beside the dense one or alone",
         },
-        "instruct": {"type": ["string", "null"], "maxLength": LONGEST_INSTRUCT},
+        "instruct": {"type": ["string", "null"], "maxLength": MAX_INSTRUCT_CHARACTERS},
         "on_long_input": {
             "type": ["string", "null"],
             "enum": [*CHOICES["on_long_input"], None],

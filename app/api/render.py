@@ -14,12 +14,12 @@ import orjson
 from app import vectors
 from app.api.usage import Usage
 from app.errors import GatewayError, Overloaded, RateLimited
-from app.pipeline.quota import Standing
+from app.pipeline.quota import LimitStatus
 from app.types import EmbedResult
 
 Header = tuple[bytes, bytes]
 
-SLICES = {"float": 64, "base64": 512}
+VECTORS_PER_TURN = {"float": 64, "base64": 512}
 """Vectors rendered in one go; then other requests get a turn on the event loop. 64 of 1,024 numbers each take 2 ms."""
 
 
@@ -34,14 +34,14 @@ def _before(index: int, encoding: str, more: bytes = b"") -> bytes:
     return b'%b{"object":"embedding","index":%d,%b"embedding":%b' % (end, index, more, _QUOTE[encoding])
 
 
-_BEFORE = {encoding: tuple(_before(index, encoding) for index in range(2048)) for encoding in SLICES}
+_BEFORE = {encoding: tuple(_before(index, encoding) for index in range(2048)) for encoding in VECTORS_PER_TURN}
 """To print a number takes longer than to look it up."""
 
 
 async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: str) -> list[bytes]:
     """OpenAI's response body, in pieces. `model` is the name that was asked for."""
     pieces: list[bytes] = [b'{"object":"list","data":[']
-    numbers, at_once, known = encoding == "float", SLICES[encoding], _BEFORE[encoding]
+    numbers, at_once, known = encoding == "float", VECTORS_PER_TURN[encoding], _BEFORE[encoding]
     if len(result.embeddings) > len(known):
         known = tuple([_before(index, encoding) for index in range(len(result.embeddings))])
     for i, embedding in enumerate(result.embeddings):
@@ -64,7 +64,7 @@ async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: st
     return pieces
 
 
-def result_head(result: EmbedResult, usage: Usage, space: str) -> bytes:
+def result_headers(result: EmbedResult, usage: Usage, space: str) -> bytes:
     """`x-embedding-*`: how the answer came about, and which vectors it may be compared with; a line each."""
     cached = usage.cached
     state = b"hit" if cached == len(result.sources) else b"partial" if cached else b"miss"
@@ -96,7 +96,7 @@ def lines(headers: Sequence[Header]) -> bytes:
 
 
 @lru_cache(maxsize=2)
-def last_lines(second: int, keep_alive: bool) -> bytes:
+def head_end(second: int, keep_alive: bool) -> bytes:
     """How a head ends: with its date (RFC 9110 6.6.1; where the server writes the head, it has one of its own), and
     whether it is the last on its connection. `second`: since the epoch."""
     date = formatdate(second, usegmt=True).encode()
@@ -114,10 +114,10 @@ def _field(text: str) -> bytes:
     return text.encode() if text.isprintable() else quote(text, safe=" /:;,@").encode()
 
 
-def limit_headers(standings: Sequence[Standing]) -> list[Header]:
+def rate_limit_headers(limit_statuses: Sequence[LimitStatus]) -> list[Header]:
     """`x-ratelimit-*` as OpenAI has them (developers.openai.com/api/docs/guides/rate-limits#rate-limits-in-headers)."""
     headers: list[Header] = []
-    for each in standings:
+    for each in limit_statuses:
         kind = each.kind.encode()
         headers += (
             (b"x-ratelimit-limit-" + kind, b"%d" % each.limit),
@@ -153,7 +153,7 @@ def error_headers(error: GatewayError) -> list[Header]:
     if isinstance(error, Overloaded | RateLimited):
         wait = min(60.0, max(1.0, error.retry_after or 1.0))
         headers += [(b"retry-after", b"%d" % math.ceil(wait)), (b"retry-after-ms", b"%d" % round(wait * 1000))]
-    elif error.status >= 429 and (error.final or not error.retryable):
+    elif error.status >= 429 and (error.no_client_retry or not error.retryable):
         headers.append((b"x-should-retry", b"false"))
     if error.calls:
         headers.append((b"x-embedding-upstream-calls", b"%d" % error.calls))

@@ -24,14 +24,14 @@ from app.gateway import Gateway
 from app.metrics import CONTENT_TYPE, Metrics
 from app.registry import PublicModel
 
-IN_FORCE = "embedding_gateway"
-"""The key in a request's scope of the `InForce` that is to answer it."""
+GENERATION = "embedding_gateway"
+"""The key in a request's scope of the `Generation` that is to answer it."""
 
 _NOT_KEPT = {"cache-control": "no-store"}
 """What a cache on the way, which may know no key but `Authorization`, would give to others, or for too long."""
 
 
-class InForce(Protocol):
+class Generation(Protocol):
     """One configuration's gateway and what is in front of it."""
 
     @property
@@ -40,8 +40,8 @@ class InForce(Protocol):
     def keys(self) -> Keys: ...
 
 
-def _in_force(request: Request) -> InForce:
-    found: InForce = request.scope[IN_FORCE]
+def _in_force(request: Request) -> Generation:
+    found: Generation = request.scope[GENERATION]
     return found
 
 
@@ -184,8 +184,8 @@ def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, An
         "dimensions": public.dimensions,
         "modalities": ["text", *(["image"] if facts.images else []), *(["video"] if facts.videos else [])],
         "sparse": facts.sparse,
-        "dimension_choices": model.dimension_choices if facts.cuts is None else None,
-        "shortened_here": facts.cuts,
+        "dimension_choices": model.dimension_choices if facts.matryoshka_dimensions is None else None,
+        "shortened_here": facts.matryoshka_dimensions,
         "max_input_tokens": facts.max_tokens_per_input,
         "max_input_characters": facts.max_characters_per_input,
         "max_batch_tokens": facts.max_tokens_per_batch,

@@ -17,7 +17,7 @@ from app import tokens
 from app.api import content
 from app.catalog import ROLES
 from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDimensions
-from app.types import MOST_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
+from app.types import MAX_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
 """Token ids of one input, at most: twice what the longest model takes, and decoded fast enough to hold up nobody."""
@@ -35,7 +35,7 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
 }
 """The words that may stand in a field."""
 
-LONGEST_INSTRUCT = 4096
+MAX_INSTRUCT_CHARACTERS = 4096
 """Characters. An instruction is a sentence or a few, and goes with every call, or every text."""
 _IN_PARAMS = frozenset(("dimensions", "input_type", "text_type", "output_type", "instruct"))
 _USUAL = Params()
@@ -74,7 +74,7 @@ def parse_body(raw: bytes, *, max_inputs: int, max_decoded: int, path_model: str
         raise
 
 
-def check_weight(raw: bytes, *, max_inputs: int) -> None:
+def check_object_count(raw: bytes, *, max_inputs: int) -> None:
     """Refuses a body that would take too much memory, before it is parsed: `[],` has 3 bytes, and takes 70 once it is
     parsed. Numbers, of which token ids are made, take up to 15 times their text and do not count. Raises
     `InvalidRequest`."""
@@ -122,8 +122,8 @@ def _params(body: dict[str, Any]) -> Params:
     instruct = body.get("instruct")
     if instruct is not None and not isinstance(instruct, str):
         raise InvalidRequest(f"instruct must be a string, not {_kind(instruct)}", param="instruct")
-    if instruct is not None and len(instruct) > LONGEST_INSTRUCT:
-        told = f"instruct has {len(instruct)} characters; it may have {LONGEST_INSTRUCT}"
+    if instruct is not None and len(instruct) > MAX_INSTRUCT_CHARACTERS:
+        told = f"instruct has {len(instruct)} characters; it may have {MAX_INSTRUCT_CHARACTERS}"
         raise InvalidRequest(told, param="instruct")
     return Params(
         dimensions=_dimensions(body.get("dimensions")),
@@ -138,8 +138,8 @@ def _dimensions(value: Any) -> int | None:
         return None
     if type(value) is not int or value < 1:  # bool is an int to Python
         raise InvalidRequest(f"dimensions must be a whole number of at least 1, not {_kind(value)}", param="dimensions")
-    if value > MOST_DIMENSIONS:
-        raise UnsupportedDimensions(f"no model gives more than {MOST_DIMENSIONS} dimensions", param="dimensions")
+    if value > MAX_DIMENSIONS:
+        raise UnsupportedDimensions(f"no model gives more than {MAX_DIMENSIONS} dimensions", param="dimensions")
     return value
 
 
@@ -178,7 +178,7 @@ def _listed(value: list[Any], max_inputs: int, max_decoded: int) -> _Inputs:
     kinds = set(map(type, value))
     if kinds == {int}:
         text = _tokens(value, "input", 0, max_decoded)
-        return (text,), False, tokens.bound(text)
+        return (text,), False, tokens.upper_bound(text)
     if len(value) > max_inputs:
         raise InvalidRequest(f"input has {len(value)} items; at most {max_inputs} are allowed", param="input")
     if kinds == {str}:
@@ -189,7 +189,7 @@ def _listed(value: list[Any], max_inputs: int, max_decoded: int) -> _Inputs:
         texts, decoded = [], 0
         for i, ids in enumerate(value):
             texts.append(_tokens(ids, f"input[{i}]", decoded, max_decoded))
-            decoded += tokens.bound(texts[-1])
+            decoded += tokens.upper_bound(texts[-1])
         return texts, False, decoded
     if kinds <= {str, dict}:
         return _contents(value)

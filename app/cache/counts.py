@@ -12,13 +12,13 @@ class Counts:
         def bound(operation: str, result: str) -> Counter:
             return metrics.cache_operations.labels(tier, operation, result)
 
-        self.hit = metrics.tally(bound("get", "hit"))
-        self.miss = metrics.tally(bound("get", "miss"))
+        self.hit = metrics.buffered_counter(bound("get", "hit"))
+        self.miss = metrics.buffered_counter(bound("get", "miss"))
         self.get_error = bound("get", "error")
         self.get_timeout = bound("get", "timeout")
         self.get_corrupt = bound("get", "corrupt")
         self.get_skipped = bound("get", "skipped")
-        self.ok = metrics.tally(bound("set", "ok"))
+        self.ok = metrics.buffered_counter(bound("set", "ok"))
         self.set_error = bound("set", "error")
         self.set_timeout = bound("set", "timeout")
         self.set_skipped = bound("set", "skipped")

@@ -16,8 +16,8 @@ from typing import TypeVar
 from app.cache import table, values
 from app.cache.breaker import Breaker
 from app.cache.counts import Counts
+from app.cache.health import TierHealth, describe_error
 from app.cache.table import Table
-from app.cache.troubles import Troubles, told
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
@@ -68,7 +68,7 @@ class DiskStore:
         """What `_done` was when a look-up was given up: until it is more, no other look-up waits for the thread."""
         self._write_size = 2**16
         self._closed = False
-        self._troubles = Troubles(self.name)
+        self._troubles = TierHealth(self.name)
 
     @property
     def status(self) -> str:
@@ -94,7 +94,7 @@ class DiskStore:
         """Adds to `found` what it finds. The breaker has let this through and is told how it went."""
         done = self._done
         try:
-            with self._deadlines.waiting(self._timeout):
+            with self._deadlines.io_timeout(self._timeout):
                 for start in range(0, max(len(keys), 1), _KEYS_AT_ONCE):
                     found += await self._get(keys[start : start + _KEYS_AT_ONCE])
         except asyncio.CancelledError:
@@ -111,7 +111,7 @@ class DiskStore:
                 self._failed("get", f"no answer within {self._timeout:g} s")
         except Exception as error:  # this tier's outermost door
             self._counts.get_error.inc(len(keys) - len(found))
-            self._failed("get", told(error))
+            self._failed("get", describe_error(error))
         else:
             self._succeeded("get")
 
@@ -164,7 +164,7 @@ class DiskStore:
         except Exception as error:  # this tier's outermost door
             (self._writing.failed if table.is_held(error) else self._writing.abandoned)()
             self._counts.set_error.inc(len(entries))
-            self._failed("set", told(error))
+            self._failed("set", describe_error(error))
         else:
             self._writing.succeeded()
             self._succeeded("set")
@@ -177,7 +177,7 @@ class DiskStore:
 
     def _succeeded(self, operation: str) -> None:
         self._breaker.succeeded()
-        self._troubles.end(operation)
+        self._troubles.recovered(operation)
 
     def _failed(self, operation: str, why: str) -> None:
         # A full disk refuses writes and can still be read: only look-ups that fail switch the tier off.
@@ -185,7 +185,7 @@ class DiskStore:
             self._breaker.failed()
         else:
             self._breaker.abandoned()
-        self._troubles.begin(operation, why)
+        self._troubles.failing(operation, why)
 
     # --- in the thread ------------------------------------------------------------------------------
 

@@ -29,7 +29,7 @@ NOT_IN_KEY = frozenset(
         "media",
         "numbers",
         "on_long_input",
-        "spares_long",
+        "collect_too_long",
     }
 )
 """Fields of `EmbedRequest` that alter no vector. `model` is the public name: the vector space stands for it.

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from app.cache.coalescer import Coalescer
 from app.cache.counts import Counts
-from app.cache.together import Together
 from app.types import Embedding, SharedStore, SlowStore
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,9 @@ _NONE = Found({})
 
 
 class Reader:
-    """`on_found` is told once what a look-up has found. `now` gives a monotonic clock's seconds. With `let_go` the
-    reader claims what is missing in a shared tier; `let_go` gets the keys claimed for a caller who has hung up since.
-    """
+    """`on_found` is told once what a look-up has found. `now` gives a monotonic clock's seconds. With `release_claims`
+    the reader claims what is missing in a shared tier; `release_claims` gets the keys claimed for a caller who has
+    hung up since."""
 
     def __init__(
         self,
@@ -42,12 +42,12 @@ class Reader:
         on_found: Callable[[list[tuple[bytes, Embedding]]], None],
         now: Callable[[], float],
         *,
-        let_go: Callable[[list[bytes]], None] | None = None,
+        release_claims: Callable[[list[bytes]], None] | None = None,
     ) -> None:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
-        self._shared = store if let_go and isinstance(store, SharedStore) else None
-        self._let_go = let_go
-        self._together: Together[Sequence[bytes], Found] = Together(
+        self._shared = store if release_claims and isinstance(store, SharedStore) else None
+        self._let_go = release_claims
+        self._together: Coalescer[Sequence[bytes], Found] = Coalescer(
             self._answer, _NONE, _TOGETHER, store.at_once, store.time_limit, self._late, len, self._gone
         )
         self._logged = -_LOG_EVERY

@@ -38,12 +38,12 @@ from app.cache import values
 from app.cache.breaker import Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connection, Connections
 from app.cache.counts import Counts
+from app.cache.health import TierHealth, describe_error
 from app.cache.script import Script
-from app.cache.troubles import Troubles, told
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
-from app.types import CLAIM, Embedding, LookUp
+from app.types import CLAIM_TTL, Embedding, LookupResult
 
 PREFIX = b"eg:1:"
 """Before the raw hash in every key of ours: `SCAN MATCH eg:1:*` finds them."""
@@ -67,7 +67,7 @@ return held
 """Takes pairs of keys, a value's and its claim's; then who claims, and for how many milliseconds. Gives the places of
 the values that are not there and that another claims."""
 
-LET_GO = Script(b"""
+RELEASE = Script(b"""
 for i = 1, #KEYS do
   if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
 end
@@ -164,7 +164,7 @@ class RedisStore:
         are not to do so as well."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
         self._claim_errors = metrics.cache_operations.labels(self.name, "claim", "error")
-        self._troubles = Troubles(self.name)
+        self._troubles = TierHealth(self.name)
 
     @property
     def status(self) -> str:
@@ -181,10 +181,10 @@ class RedisStore:
         """One MGET. What was not found in time, or is not what was written, is None."""
         return (await self._look_up(keys, claim=False))[0]
 
-    async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
+    async def get_or_claim(self, keys: Sequence[bytes]) -> LookupResult:
         return await self._look_up(keys, claim=self._now() >= self._claims_from)
 
-    async def _look_up(self, keys: Sequence[bytes], *, claim: bool) -> LookUp:
+    async def _look_up(self, keys: Sequence[bytes], *, claim: bool) -> LookupResult:
         found: list[Embedding | None] = [None] * len(keys)
         if not keys:
             return found, ()
@@ -218,7 +218,7 @@ class RedisStore:
     def _claims(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[list[bytes]]:
         pairs = [each for key, name in zip(keys, names, strict=True) for each in (name, CLAIM_PREFIX + key)]
         parts = [pairs[i : i + 2 * _CLAIM_BATCH] for i in range(0, len(pairs), 2 * _CLAIM_BATCH)]
-        return [[b"%d" % len(part), *part, self._me, b"%d" % round(CLAIM * 1000)] for part in parts]
+        return [[b"%d" % len(part), *part, self._me, b"%d" % round(CLAIM_TTL * 1000)] for part in parts]
 
     def _held_of(self, keys: Sequence[bytes], raws: Sequence[object], replies: Sequence[object]) -> Collection[bytes]:
         """Replies to claims, in order; none where nothing was claimed."""
@@ -255,11 +255,11 @@ class RedisStore:
         over = (b"DEL", *(CLAIM_PREFIX + key for key, _ in entries))
         return await self._connections.exchange([*commands, over])
 
-    async def let_go(self, keys: Sequence[bytes]) -> None:
+    async def release_claims(self, keys: Sequence[bytes]) -> None:
         if self._now() >= self._claims_from:
             names = [CLAIM_PREFIX + key for key in keys]
             call = [b"%d" % len(names), *names, self._me]
-            await self._ask("set", partial(LET_GO.run, self._connections, [call]), len(keys))
+            await self._ask("set", partial(RELEASE.run, self._connections, [call]), len(keys))
 
     async def close(self) -> None:
         await self._connections.close()
@@ -271,7 +271,7 @@ class RedisStore:
         limit = self.time_limit(count) if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
         large = operation == "get" and count > _KEYS_IN_TIME
         try:
-            with self._deadlines.waiting(limit) if self._places.locked() else nullcontext():
+            with self._deadlines.io_timeout(limit) if self._places.locked() else nullcontext():
                 await self._places.acquire()
         except TimeoutError:
             return self._skipped(operation, count)
@@ -280,7 +280,7 @@ class RedisStore:
             if (large and self._now() < self._large_from) or not self._breaker.allow():
                 return self._skipped(operation, count)
             try:
-                with self._deadlines.waiting(limit):
+                with self._deadlines.io_timeout(limit):
                     replies = await exchange()
                     if any(isinstance(reply, _MOVED) for reply in replies):
                         replies = await exchange()
@@ -321,15 +321,15 @@ class RedisStore:
     def _note(self, operation: str, error: Exception | None) -> None:
         """What an operation came to, for the log and `status`."""
         if error is None:
-            self._troubles.end(operation)
+            self._troubles.recovered(operation)
             return
         said = error.__cause__ or error  # redis-py puts what is said on a unix socket while connecting into another
         if isinstance(said, _REFUSED):
-            self._troubles.begin(operation, "the server refuses our credentials", logging.ERROR)
+            self._troubles.failing(operation, "the server refuses our credentials", logging.ERROR)
         elif isinstance(said, NoPermissionError):
-            self._troubles.begin(operation, told(said), logging.ERROR)  # it says which right our user lacks
+            self._troubles.failing(operation, describe_error(said), logging.ERROR)  # it says which right our user lacks
         elif isinstance(error, _CLUSTER):
             why = "the server is a node of a Redis Cluster; the cache takes a server that holds every key"
-            self._troubles.begin(operation, why)
+            self._troubles.failing(operation, why)
         else:
-            self._troubles.begin(operation, told(error))
+            self._troubles.failing(operation, describe_error(error))

@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from app.cache.breaker import Breaker
+from app.cache.coalescer import Coalescer
+from app.cache.health import describe_error
 from app.cache.redis import connections
 from app.cache.script import Script
-from app.cache.together import Together
-from app.cache.troubles import told
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.limits import Bucket, Limit
@@ -81,7 +81,7 @@ which is what its absence means. The server's own clock decides; one that jumps 
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class Demand:
     """Requests and tokens, in this order: what is `owed` whatever the verdict, what must be there (`need`), and
     what is then taken."""
 
@@ -121,7 +121,7 @@ class SharedLimits:
         self._alone = False
         """Whether there was no verdict the last time."""
         self._workers = self.replicas = workers
-        self._together: Together[list[bytes], Verdict | None] = Together(
+        self._together: Coalescer[list[bytes], Verdict | None] = Coalescer(
             self._answer, None, _TOGETHER, max_connections, lambda _: timeout, self._late
         )
 
@@ -132,13 +132,13 @@ class SharedLimits:
 
     async def open(self) -> None:
         """Makes this replica known to the others. Never fails."""
-        await self.ask(b"none", Limit(None, None), Ask((0, 0), (0, 0), (0, 0)))
+        await self.ask(b"none", Limit(None, None), Demand((0, 0), (0, 0), (0, 0)))
 
     async def close(self) -> None:
         await self._together.close()
         await self._connections.close()
 
-    async def ask(self, name: bytes, limit: Limit, ask: Ask) -> Verdict | None:
+    async def ask(self, name: bytes, limit: Limit, ask: Demand) -> Verdict | None:
         """None where there is no answer: it may have been counted all the same, if only the answer was late."""
         arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._me, b"%d" % SEEN]
         for i, bucket in enumerate((limit.requests, limit.tokens)):
@@ -152,7 +152,7 @@ class SharedLimits:
             self._count("skipped", len(questions))
             return verdicts
         try:
-            with self._deadlines.waiting(self._timeout):
+            with self._deadlines.io_timeout(self._timeout):
                 replies = await _SCRIPT.run(self._connections, questions)
             verdicts = [self._verdict(reply) for reply in replies]
         except asyncio.CancelledError:
@@ -201,7 +201,7 @@ class SharedLimits:
 
 
 def _told(fault: object) -> str:
-    return told(fault) if isinstance(fault, Exception) else "not a script's reply"
+    return describe_error(fault) if isinstance(fault, Exception) else "not a script's reply"
 
 
 def _bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:

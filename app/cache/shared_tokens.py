@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 
 from app.cache.connections import Command
-from app.cache.redis import LET_GO, connections
+from app.cache.redis import RELEASE, connections
 from app.deadlines import Deadlines
 from app.metrics import Metrics
 
@@ -49,7 +49,7 @@ class SharedTokens:
     async def release(self, name: bytes) -> None:
         """Ends this replica's claim: one that came too late may be another's by now."""
         call = [b"1", PREFIX + name + b":claim", self._me]
-        await self._run(partial(LET_GO.run, self._connections, [call]))
+        await self._run(partial(RELEASE.run, self._connections, [call]))
 
     async def close(self) -> None:
         await self._connections.close()
@@ -60,7 +60,7 @@ class SharedTokens:
     async def _run(self, exchange: Callable[[], Awaitable[list[object]]], otherwise: bytes | None = None) -> object:
         """The one reply, or `otherwise` where there is none."""
         try:
-            with self._deadlines.waiting(self._timeout):
+            with self._deadlines.io_timeout(self._timeout):
                 (reply,) = await exchange()
             if isinstance(reply, Exception):
                 raise reply

@@ -19,7 +19,7 @@ from app.cache.reader import Found, Reader
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
-from app.types import Embedding, LookUp, SharedStore, SlowStore, Store
+from app.types import Embedding, LookupResult, SharedStore, SlowStore, Store
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class UnderWay(Protocol):
     @property
     def busy(self) -> bool: ...
 
-    def under_way(self, key: bytes) -> bool: ...
+    def in_flight(self, key: bytes) -> bool: ...
 
 
 class Tiers:
@@ -59,7 +59,9 @@ class Tiers:
             reader = claimer = Reader(store, counts, on_found, clock.monotonic)
             if isinstance(store, SharedStore):
                 self._shared = store
-                claimer = self._claimer = Reader(store, counts, on_found, clock.monotonic, let_go=self.let_go)
+                claimer = self._claimer = Reader(
+                    store, counts, on_found, clock.monotonic, release_claims=self.release_claims
+                )
                 self._expired = metrics.cache_operations.labels(store.name, "claim", "expired")
             self._readers.append(reader)
             self._claimers.append(claimer)
@@ -80,7 +82,7 @@ class Tiers:
         await asyncio.gather(*(store.open() for store in self._slow))
 
     @property
-    def lasts(self) -> bool:
+    def persistent(self) -> bool:
         """Whether what is kept here outlives this process."""
         return bool(self._slow)
 
@@ -96,7 +98,7 @@ class Tiers:
         """
         return (await self._get(keys, numbers, self._readers))[0]
 
-    async def get_or_claim(self, keys: Sequence[bytes], *, numbers: bool = False) -> LookUp:
+    async def get_or_claim(self, keys: Sequence[bytes], *, numbers: bool = False) -> LookupResult:
         """As `get`. What is missing and held by no other replica is then the caller's to embed, or to let go."""
         return await self._get(keys, numbers, self._claimers)
 
@@ -109,18 +111,18 @@ class Tiers:
         self._expired.inc(sum(key not in embeddings and key not in held for key in keys))
         return Found(embeddings, held)
 
-    def let_go(self, keys: Sequence[bytes]) -> None:
+    def release_claims(self, keys: Sequence[bytes]) -> None:
         """Ends the claims on keys for which nothing will come, so that another replica that waits may embed them. Keeps
         the claim on what is under way here for another request. Waits for nothing."""
         if self._shared is None:
             return
         busy = [each for each in self.embedders if each.busy]
-        if ended := [key for key in keys if not any(each.under_way(key) for each in busy)]:
-            task = asyncio.get_running_loop().create_task(self._shared.let_go(ended))
+        if ended := [key for key in keys if not any(each.in_flight(key) for each in busy)]:
+            task = asyncio.get_running_loop().create_task(self._shared.release_claims(ended))
             self._letting_go.add(task)
             task.add_done_callback(self._letting_go.discard)
 
-    async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookUp:
+    async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookupResult:
         memory = self._memory
         found: list[Embedding | None] = [None] * len(keys) if memory is None else memory.lookup(keys, numbers=numbers)
         if all(found):  # an embedding is always true; `None in` would compare each

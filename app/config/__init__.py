@@ -2,7 +2,7 @@
 
 from app.config.kind import UpstreamKind
 from app.config.settings import (
-    WORDS,
+    CAPABILITIES,
     AuthSettings,
     CacheSettings,
     DeploymentSettings,
@@ -16,7 +16,7 @@ from app.config.settings import (
 )
 
 __all__ = [
-    "WORDS",
+    "CAPABILITIES",
     "AuthSettings",
     "CacheSettings",
     "DeploymentSettings",

@@ -12,13 +12,13 @@ from pydantic import ValidationError
 
 from app.config.explain import did_you_mean, explain
 from app.config.kind import UpstreamKind
-from app.config.settings import WORDS, DeploymentSettings, ModelSettings, Settings, UpstreamSettings
+from app.config.settings import CAPABILITIES, DeploymentSettings, ModelSettings, Settings, UpstreamSettings
 from app.config.tree import Path, Tree, dotted
 
 _MAPPING = "must be a mapping (key: value)"
 
 
-def settings_of(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | None:
+def validate(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | None:
     """The settings, or None with all that stands against them noted in the tree.
 
     What has a mistake is left out and the rest looked at as a whole, so that one mistake hides no other.
@@ -38,7 +38,7 @@ def settings_of(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | Non
 def _upstreams(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> dict[str, UpstreamSettings]:
     entries = tree.values["upstreams"]
     if not isinstance(entries, dict):
-        tree.wrong(("upstreams",), _MAPPING)
+        tree.reject(("upstreams",), _MAPPING)
         return {}
     checked = {name: _upstream(("upstreams", name), entry, tree, kinds) for name, entry in entries.items()}
     return {name: settings for name, settings in checked.items() if settings is not None}
@@ -47,13 +47,13 @@ def _upstreams(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> dict[str, Upstr
 def _upstream(path: Path, entry: Any, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> UpstreamSettings | None:
     choices = f"one of {', '.join(sorted(kinds))}"
     if not isinstance(entry, dict):
-        tree.wrong(path, _MAPPING)
+        tree.reject(path, _MAPPING)
     elif "type" not in entry:
-        tree.wrong((*path, "type"), f"missing; set it to {choices}")
+        tree.reject((*path, "type"), f"missing; set it to {choices}")
     elif not isinstance(entry["type"], str):
-        tree.wrong((*path, "type"), f"must be {choices}")
+        tree.reject((*path, "type"), f"must be {choices}")
     elif entry["type"] not in kinds:
-        tree.wrong((*path, "type"), f'unknown type "{tree.shown((*path, "type"), entry["type"])}"; {choices}')
+        tree.reject((*path, "type"), f'unknown type "{tree.shown((*path, "type"), entry["type"])}"; {choices}')
     else:
         kind = kinds[entry["type"]]
         try:
@@ -104,10 +104,10 @@ def _callers_differ(settings: Settings, tree: Tree) -> None:
     seen: dict[bytes, str] = {}
     for name, key in settings.auth.keys.items() if settings.auth else ():
         if name == "anonymous":
-            tree.wrong(("auth", "keys", name), "is what callers without a key are counted as; choose another name")
+            tree.reject(("auth", "keys", name), "is what callers without a key are counted as; choose another name")
         first = seen.setdefault(key.digest(), name)
         if first != name:
-            tree.wrong(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
+            tree.reject(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
 
 
 def _names_differ(settings: Settings, tree: Tree) -> None:
@@ -119,7 +119,7 @@ def _names_differ(settings: Settings, tree: Tree) -> None:
             path: Path = ("models", name, "aliases", index)
             first = taken.setdefault(alias, ("models", name))
             if first != ("models", name) or alias in settings.models or alias in model.aliases[:index]:
-                tree.wrong(path, f"{tree.shown(path, alias)} is a name or alias of {dotted(first)} already")
+                tree.reject(path, f"{tree.shown(path, alias)} is a name or alias of {dotted(first)} already")
             _means_an_upstream(path, alias, tree)
 
 
@@ -132,7 +132,7 @@ def _names(tree: Tree, section: str) -> Collection[str]:
 def _means_an_upstream(path: Path, name: str, tree: Tree) -> None:
     upstream, slash, _ = name.partition("/")
     if slash and upstream in _names(tree, "upstreams"):
-        tree.wrong(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
+        tree.reject(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
 
 
 def _spaces_differ(settings: Settings, tree: Tree) -> None:
@@ -148,7 +148,7 @@ def _spaces_differ(settings: Settings, tree: Tree) -> None:
             if same != served:
                 path: Path = ("models", name, "deployments", index, "space")
                 told = tree.shown(path, deployment.space)
-                tree.wrong(path, f"{told} is {dotted(('models', first))}'s, whose deployments are others")
+                tree.reject(path, f"{told} is {dotted(('models', first))}'s, whose deployments are others")
 
 
 def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> None:
@@ -158,9 +158,9 @@ def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> None:
         place = (*path, index, "upstream")
         if names and deployment.upstream not in names:
             shown = tree.shown(place, deployment.upstream)
-            tree.wrong(place, f'no upstream "{shown}"{did_you_mean(shown, names)}')
+            tree.reject(place, f'no upstream "{shown}"{did_you_mean(shown, names)}')
         elif (deployment.upstream, deployment.model) in seen:
-            tree.wrong((*path, index), "the same upstream and model as a deployment above")
+            tree.reject((*path, index), "the same upstream and model as a deployment above")
         seen.add((deployment.upstream, deployment.model))
 
 
@@ -181,7 +181,7 @@ def _one_space(
             spaces[_space(kind, upstream, deployment)] = _space(kind, upstream, shown)
     if len(spaces) > 1:
         listed = ", ".join(spaces.values())
-        tree.wrong(path, f"different vector spaces ({listed}); deployments of one model must share one")
+        tree.reject(path, f"different vector spaces ({listed}); deployments of one model must share one")
 
 
 def _space(kind: UpstreamKind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:
@@ -203,9 +203,9 @@ def _can_be_told(
             return
         kind = kinds[upstream.type]
         listed, known = kind.models(upstream), kind.facts(upstream, deployment.model)
-        told |= kind.adapter(upstream).words | {fact for fact in WORDS if getattr(known, fact)}
+        told |= kind.adapter(upstream).capabilities | {fact for fact in CAPABILITIES if getattr(known, fact)}
         if kind.built_in and deployment.model not in listed:
-            tree.wrong((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
-    for fact in WORDS:
+            tree.reject((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
+    for fact in CAPABILITIES:
         if getattr(model, fact) and fact not in told:
-            tree.wrong((*path, fact), "no upstream of this model has a word for it; leave it out")
+            tree.reject((*path, fact), "no upstream of this model has a word for it; leave it out")

@@ -132,7 +132,7 @@ class _Override:
 
     def _refuse(self, path: Path, text: str) -> None:
         self._tree.variables[path] = self._variable
-        self._tree.wrong(path, text)
+        self._tree.reject(path, text)
 
 
 def _plain(name: str) -> str:

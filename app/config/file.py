@@ -41,12 +41,12 @@ def read_yaml(text: str, environ: Mapping[str, str], tree: Tree) -> None:
     try:
         values = _parsed(text, tree)
     except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as error:
-        tree.wrong((), _syntax(error, text.splitlines()))
+        tree.reject((), _syntax(error, text.splitlines()))
         return
     if isinstance(values, dict):
         tree.values = _Filler(environ, tree).filled(values, ())
     elif values is not None:
-        tree.wrong((), "must hold a mapping at its top: lines of `key: value`")
+        tree.reject((), "must hold a mapping at its top: lines of `key: value`")
 
 
 def _parsed(text: str, tree: Tree) -> Any:
@@ -103,7 +103,7 @@ def _find_repeats(node: yaml.Node, path: Path, tree: Tree, open_nodes: dict[yaml
         for key, value in node.value:
             name, line = str(key.value), key.start_mark.line + 1
             if name in lines and key.tag != "tag:yaml.org,2002:merge":
-                tree.wrong((*path, name), f"given twice, in lines {lines[name]} and {line}")
+                tree.reject((*path, name), f"given twice, in lines {lines[name]} and {line}")
             lines.setdefault(name, line)
             _find_repeats(value, (*path, name), tree, open_nodes)
     open_nodes[node] = False
@@ -120,7 +120,7 @@ class _Filler:
     def filled(self, value: Any, path: Path) -> Any:
         self._count += 1
         if self._count > _MOST_VALUES:  # a few aliases of aliases make millions
-            return self._tree.wrong(path[:1], f"holds more than {_MOST_VALUES} values")
+            return self._tree.reject(path[:1], f"holds more than {_MOST_VALUES} values")
         if isinstance(value, dict):
             return {key: self.filled(item, (*path, key)) for key, item in value.items() if self._is_text(key, path)}
         if isinstance(value, list):
@@ -131,7 +131,7 @@ class _Filler:
 
     def _is_text(self, key: object, path: Path) -> bool:
         if not isinstance(key, str):
-            self._tree.wrong((*path, str(key)), "a key must be text; put it in quotes")
+            self._tree.reject((*path, str(key)), "a key must be text; put it in quotes")
         return isinstance(key, str)
 
     def _replaced(self, text: str, path: Path) -> str | None:
@@ -153,11 +153,11 @@ class _Filler:
 
         replaced = _REFERENCE.sub(value_of, text)
         if malformed:
-            self._tree.wrong(
+            self._tree.reject(
                 path, "a '${' that is no reference; write ${NAME}, ${NAME:-default}, or $${ for a plain ${"
             )
         elif missing:
-            self._tree.wrong(path, _unset(missing))
+            self._tree.reject(path, _unset(missing))
         if names:
             self._tree.written[path] = text
         if malformed or missing:

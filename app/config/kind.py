@@ -16,7 +16,7 @@ from app.config.settings import UpstreamSettings
 from app.types import Adapter, Auth, Send, TokenStore
 
 
-def unlisted(name: str) -> Model:
+def unlisted_model(name: str) -> Model:
     """A model nothing is known of: few inputs a call, and whatever length the upstream takes."""
     return Model(name, dimension_choices=ANY, max_batch=10)
 
@@ -46,12 +46,12 @@ class UpstreamKind:
     """Where a server of this type listens when nobody says otherwise: without a config file it is looked for there."""
     built_in: bool = False
     """Serves when nothing else is configured."""
-    unlisted: Callable[[str], Model] = unlisted
+    unlisted_model: Callable[[str], Model] = unlisted_model
     """Facts to go by for a model that is configured but not known."""
 
     def facts(self, settings: UpstreamSettings, model: str) -> Model:
         """What is known of a model beforehand."""
-        return self.models(settings).get(model) or self.unlisted(model)
+        return self.models(settings).get(model) or self.unlisted_model(model)
 
     @property
     def variables(self) -> tuple[str, ...]:

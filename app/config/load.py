@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import SecretStr
 
-from app.config.check import settings_of
+from app.config.check import validate
 from app.config.environ import Listening, apply_overrides, built_in_upstreams, environment_upstreams
 from app.config.file import read_yaml
 from app.config.kind import UpstreamKind
@@ -56,10 +56,10 @@ def load(
 
     Raises `ConfigError`. An empty environment variable counts as unset.
     """
-    return load_and_tell(path, environ, kinds, cwd=cwd, listening=listening)[0]
+    return load_with_origin(path, environ, kinds, cwd=cwd, listening=listening)[0]
 
 
-def load_and_tell(
+def load_with_origin(
     path: str | None,
     environ: Mapping[str, str],
     kinds: Mapping[str, UpstreamKind],
@@ -77,7 +77,7 @@ def load_and_tell(
         named = f" (named by {VARIABLE})" if file == environ.get(VARIABLE) else ""
         _read_file((cwd or Path()) / file, environ, tree, named)
         if not (may_be_empty or tree.values or tree.mistakes):
-            tree.wrong((), "is empty")
+            tree.reject((), "is empty")
     elif "REDIS_URL" in environ:
         tree.values["cache"] = {"redis": {"url": environ["REDIS_URL"]}}
         tree.variables["cache", "redis"] = "REDIS_URL"
@@ -99,7 +99,7 @@ def as_text(settings: Settings) -> str:
 def from_text(text: str, kinds: Mapping[str, UpstreamKind]) -> Settings:
     """What `as_text` was given, by the same program."""
     tree = Tree(label="parent", values=json.loads(text))
-    settings = settings_of(tree, kinds)
+    settings = validate(tree, kinds)
     if settings is None:
         raise ConfigError(tree.lines())
     return settings
@@ -121,11 +121,11 @@ def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -
     try:
         text = file.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        tree.wrong((), f"no such file{named}")
+        tree.reject((), f"no such file{named}")
     except OSError as error:
-        tree.wrong((), f"cannot be read: {error.strerror}")
+        tree.reject((), f"cannot be read: {error.strerror}")
     except UnicodeDecodeError:
-        tree.wrong((), "is not UTF-8 text")
+        tree.reject((), "is not UTF-8 text")
     else:
         read_yaml(text, environ, tree)
 
@@ -136,7 +136,7 @@ def _completed(
     values = tree.values
     _drop_empty(values)
     if "auth" in values and values["auth"] is None:
-        tree.wrong(("auth",), "is empty; add keys, or leave it out to serve anybody")
+        tree.reject(("auth",), "is empty; add keys, or leave it out to serve anybody")
     if values.get("upstreams") in (None, {}):
         values["upstreams"] = environment_upstreams(environ, kinds, listening)
         tree.variables |= {("upstreams", name): "environment" for name in values["upstreams"]}
@@ -144,7 +144,7 @@ def _completed(
     _drop_empty(values)
     if values.get("upstreams") in (None, {}):
         values["upstreams"] = built_in_upstreams(kinds)
-    return settings_of(tree, kinds)
+    return validate(tree, kinds)
 
 
 def _drop_empty(values: dict[str, Any]) -> None:

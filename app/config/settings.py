@@ -29,7 +29,7 @@ from app.config.values import (
     proxy_text,
     redis_url_text,
 )
-from app.types import MOST_DIMENSIONS, Lane, OnLongInput
+from app.types import MAX_DIMENSIONS, Lane, OnLongInput
 
 
 class Section(BaseModel):
@@ -199,7 +199,7 @@ class ModelSettings(Section):
     deployments: tuple[DeploymentSettings, ...] = Field(
         min_length=1, description="a list of {upstream: ..., model: ...}"
     )
-    dimensions: int | None = Field(default=None, ge=1, le=MOST_DIMENSIONS)
+    dimensions: int | None = Field(default=None, ge=1, le=MAX_DIMENSIONS)
     input_type: Role | None = None
     on_long_input: OnLongInput = "error"
     normalize: bool = False
@@ -209,7 +209,7 @@ class ModelSettings(Section):
     max_characters_per_input: int | None = Field(default=None, ge=1)
     cuts_silently: bool | None = None
     max_tokens_per_batch: int | None = Field(default=None, ge=1)
-    dimension_choices: tuple[Annotated[int, Field(ge=1, le=MOST_DIMENSIONS)], ...] | None = Field(
+    dimension_choices: tuple[Annotated[int, Field(ge=1, le=MAX_DIMENSIONS)], ...] | None = Field(
         default=None, min_length=1
     )
     instruct: bool | None = None
@@ -230,5 +230,5 @@ class Settings(Section):
     models: dict[ModelName, ModelSettings] = {}
 
 
-WORDS = ("instruct", "sparse", "images", "videos")
+CAPABILITIES = ("instruct", "sparse", "images", "videos")
 """What a model may take or give that not every dialect can tell it, or ask of it."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app.config.kind import UpstreamKind
-from app.config.load import find_file, from_text, load_and_tell
+from app.config.load import find_file, from_text, load_with_origin
 from app.config.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ FIXED = ("host", "port", "workers", "metrics_port")
 """Settings of `server` that hold from start to end; so does all of `cache`."""
 
 
-class Source:
+class ConfigSource:
     """The file that counts, decided once; or the environment alone, until SIGHUP finds a config.yaml.
 
     A file that is gone later, or empty and was not before, is a mistake then: otherwise the environment would silently
@@ -39,7 +39,7 @@ class Source:
         # One that has come stays the file, or the environment would take its place when it is gone again.
         self.file = find_file(self.file, self._environ, self._cwd)
         self.loaded = self.signature()
-        settings, self._said = load_and_tell(
+        settings, self._said = load_with_origin(
             self.file, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._said
         )
         return settings
@@ -53,7 +53,7 @@ class Source:
         return stat and (stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_size)
 
 
-class Given:
+class ParentConfig:
     """Settings as text from another process, which has read them and says when there are others."""
 
     loaded = None

@@ -48,7 +48,7 @@ class Tree:
     variables: dict[Path, str] = field(default_factory=dict)
     """Places set by an override, and the environment variable that did."""
 
-    def wrong(self, path: Path, text: str) -> None:
+    def reject(self, path: Path, text: str) -> None:
         self.note(Mistake(path, text))
 
     def note(self, mistake: Mistake) -> None:

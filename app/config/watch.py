@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 from app.clock import Clock
 from app.config.load import ConfigError
 from app.config.settings import Settings
-from app.config.source import Given, Source
+from app.config.source import ConfigSource, ParentConfig
 
 log = logging.getLogger(__name__)
 
@@ -17,12 +17,12 @@ LOOK = 2.0
 """Seconds between two looks at the file. A change is read once it has stayed for one."""
 
 
-class Watch:
+class ConfigWatcher:
     """`change` is to put new settings in force, or raise and change nothing; `result` is told whether all went well."""
 
     def __init__(
         self,
-        source: Source | Given,
+        source: ConfigSource | ParentConfig,
         clock: Clock,
         change: Callable[[Settings], Awaitable[None]],
         result: Callable[[bool], None],

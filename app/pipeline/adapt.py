@@ -22,11 +22,11 @@ from app.errors import (
     UpstreamUnavailable,
     UpstreamWrongCount,
 )
-from app.pipeline.deployment import Limits, Room
-from app.pipeline.parts import part_of_batch
+from app.pipeline.deployment import BatchSpace, CallLimits
+from app.pipeline.parts import sub_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input
-from app.upstreams.redact import quotes
-from app.upstreams.replies import theirs
+from app.upstreams.redact import quotes_input
+from app.upstreams.replies import upstream_message
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16.", "batchSize must
@@ -63,7 +63,7 @@ class Adapt:
     `longest`: tokens that one input may have, if that is known.
     """
 
-    def __init__(self, inner: BatchEmbedder, limits: Limits, longest: int | None = None) -> None:
+    def __init__(self, inner: BatchEmbedder, limits: CallLimits, longest: int | None = None) -> None:
         self._inner = inner
         self._limits, self._longest = limits, longest
 
@@ -85,7 +85,7 @@ class Adapt:
             budget.in_vain = 0
             return result
         except GatewayError as error:
-            refusal = error.bare()
+            refusal = error.without_traceback()
         result = await self._after(refusal, batch, budget)
         result.calls += 1
         return result
@@ -127,21 +127,21 @@ class Adapt:
         error is its own, unless the other parts would meet it too (`stops_batch`): then these are not sent and have the
         same error; the route decides whether and where they are asked again. Once nobody waits for any of the batch no
         further part is sent either."""
-        if batch.brought is None:
-            batch.brought = {}  # which its parts share, and theirs
+        if batch.completed is None:
+            batch.completed = {}  # which its parts share, and theirs
         outcomes: dict[int, Embedding | GatewayError] = {}
         calls = 0
         trouble: GatewayError | None = None
         for places in parts:
-            if trouble is None and not batch.wanted():
+            if trouble is None and not batch.still_wanted():
                 trouble = InvalidRequest("nobody waits for it any more")  # nobody reads it, and nobody is blamed
             if trouble is not None:
                 outcomes.update(dict.fromkeys(places, trouble))
                 continue
-            part = part_of_batch(batch, places)
+            part = sub_batch(batch, places)
             result = await self._embed(part, budget)
             pairs = zip(part.keys, result.outcomes, strict=True)
-            batch.brought.update((key, each) for key, each in pairs if isinstance(each, Embedding))
+            batch.completed.update((key, each) for key, each in pairs if isinstance(each, Embedding))
             outcomes.update(zip(places, result.outcomes, strict=True))
             calls += result.calls
             errors = (each for each in result.outcomes if isinstance(each, GatewayError))
@@ -153,9 +153,9 @@ class Adapt:
         Words that quote an input teach nothing, or a caller's text could set a limit for all."""
         limits = self._limits
         most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
-        if (most or rows) and quotes(theirs(error), sent):
+        if (most or rows) and quotes_input(upstream_message(error), sent):
             return False
-        if most and len(sent) > 1 and most < sum(map(tokens.bound, sent)) and not self._is_about_one(most, sent):
+        if most and len(sent) > 1 and most < sum(map(tokens.upper_bound, sent)) and not self._is_about_one(most, sent):
             limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)
             return True
         if 0 < rows < len(sent):
@@ -166,7 +166,11 @@ class Adapt:
     def _is_about_one(self, most: int, sent: Sequence[Input]) -> bool:
         """Whether a limit of so many tokens may be a single input's, whatever the words say: it is no more than the
         model takes in one input, and one of these may be longer."""
-        return self._longest is not None and most <= self._longest and any(tokens.bound(each) > most for each in sent)
+        return (
+            self._longest is not None
+            and most <= self._longest
+            and any(tokens.upper_bound(each) > most for each in sent)
+        )
 
 
 def _stops(error: GatewayError, budget: _Budget) -> bool:
@@ -203,17 +207,17 @@ def _named(limit: re.Pattern[str], words: str) -> int:
     return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
 
 
-def _legal(inputs: Sequence[Input], limits: Limits) -> Sequence[Sequence[int]]:
+def _legal(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int]]:
     """The places of each call's inputs, in order. The batch was filled by `Queue.take`; since then limits may have been
     learned, or it goes to another deployment. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
         return [range(len(inputs))]
     parts: list[list[int]] = []
-    room = Room(limits)
+    room = BatchSpace(limits)
     for i, each in enumerate(inputs):
         if not parts or len(parts[-1]) == limits.max_batch or not room.take(each):
             parts.append([])
-            room = Room(limits)
+            room = BatchSpace(limits)
             room.take(each)
         parts[-1].append(i)
     return parts

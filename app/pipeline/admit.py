@@ -8,11 +8,11 @@ from msgspec import Struct
 from app.errors import Overloaded
 from app.metrics import Metrics
 
-INPUT = 1024
+INPUT_OVERHEAD = 1024
 """Bytes an input takes while it waits, besides its text."""
 
 
-class Room:
+class Capacity:
     """How much room is left, over all models. It bounds the queues too: what queues for an upstream counts as
     inside."""
 
@@ -20,24 +20,24 @@ class Room:
         """`size`: bytes of request bodies, and of answers that are not taken yet."""
         self.requests, self.size = requests, size
         self._whole = requests, size
-        self.inside = metrics.tally(metrics.inflight_requests)
+        self.inside = metrics.buffered_counter(metrics.inflight_requests)
 
-    def alter(self, other: Room) -> None:
+    def alter(self, other: Capacity) -> None:
         """Becomes as large as the other one is when empty; requests inside stay."""
         self.requests += other._whole[0] - self._whole[0]
         self.size += other._whole[1] - self._whole[1]
         self._whole = other._whole
 
 
-class Place(Struct, eq=False):
+class Admission(Struct, eq=False):
     """A request's place in the room, from before its body is read until its answer is taken. A context, so that it is
     left in any case."""
 
-    _room: Room
+    _room: Capacity
     _held: int = 0
     _inside: bool = False
 
-    def __enter__(self) -> Place:
+    def __enter__(self) -> Admission:
         return self
 
     def enter(self) -> None:

@@ -21,8 +21,8 @@ from app.clock import Clock
 from app.errors import GatewayError, Overloaded, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.deployment import kind
-from app.pipeline.outcome import collect, hopeless
-from app.pipeline.queue import ENOUGH, LANES, Flight, Group, Job, Line, Queue, Queues, Waiter
+from app.pipeline.outcome import collect, is_fatal
+from app.pipeline.queue import LANES, TARGET_BATCH, BatchKey, CallRecord, Job, Queue, Queues, QueueSet, Waiter
 from app.pipeline.route import Route, Slot
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
 
@@ -71,11 +71,11 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first; it is counted where it would rather go.
         upstream = route.deployments[0].upstream
-        waiting = {lane: metrics.tally(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
+        waiting = {lane: metrics.buffered_counter(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
         self._queues = Queues(waiting)
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        reason = self._route.closed(request.params)
+        reason = self._route.closed_reason(request.params)
         if reason is not None:
             raise _closed(reason)
         waiter = Waiter(asyncio.get_running_loop().create_future())
@@ -83,7 +83,7 @@ class Batcher:
         try:
             await waiter.future
         except asyncio.CancelledError:
-            if any(job.begun for job in jobs) or asyncio.get_running_loop().time() < request.deadline:
+            if any(job.sent for job in jobs) or asyncio.get_running_loop().time() < request.deadline:
                 raise
             # No upstream was slow: there was too much before it in the queue.
             raise Overloaded("no upstream call was free before the request's deadline", retry_after=1) from None
@@ -94,7 +94,7 @@ class Batcher:
             _reckon(jobs, sources, waiter)
         return collect(jobs, sources, request)
 
-    def under_way(self, key: bytes) -> bool:
+    def in_flight(self, key: bytes) -> bool:
         """Whether an input is being embedded or queues for that, and its embedding may be cached."""
         job = self._jobs.get(key)
         return job is not None and job.store
@@ -137,7 +137,7 @@ class Batcher:
             lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
             self._queues.put((request.model, request.params, request.write_cache), lane, new, deadline)
             self._schedule()
-            if ENOUGH <= len(new) <= self._route.deployments[0].limits.max_batch:
+            if TARGET_BATCH <= len(new) <= self._route.deployments[0].limits.max_batch:
                 self._turns = 0  # it waits for no others: the upstream is at work while the next ones are read
         return jobs, sources
 
@@ -192,8 +192,12 @@ class Batcher:
         have one."""
         self._scheduled = False
         # Asked before slots are: a rest that ended in between would be neither used nor waited for.
-        rests = [(line, self._route.rests(line.params)) for line in self._queues.lines.values() if line.waits]
-        waiting = self._queues.groups
+        rest_times = [
+            (queue_set, self._route.rest_times(queue_set.params))
+            for queue_set in self._queues.queue_sets.values()
+            if queue_set.waits
+        ]
+        waiting = self._queues.by_key
         calls: list[_Call] = []
         while waiting and (call := self._call("query") or self._call("bulk")):
             calls.append(call)
@@ -204,26 +208,26 @@ class Batcher:
             self._schedule()
         elif waiting:
             self._route.when_free(self._schedule, self._served)
-            for line, rest in rests:
-                if line.waits:
-                    self._wait_out(line, rest)
+            for queue_set, rest in rest_times:
+                if queue_set.waits:
+                    self._wait_out(queue_set, rest)
         return calls
 
-    def _wait_out(self, line: Line, rests: Sequence[float]) -> None:
+    def _wait_out(self, queue_set: QueueSet, rest_times: Sequence[float]) -> None:
         """Where deployments rest, after a rate limit or an ejection, or for their pace: waits until the first is back,
         though another one may come free before. Where all rest, callers that cannot wait so long are told now."""
-        if reason := self._route.closed(line.params):
+        if reason := self._route.closed_reason(queue_set.params):
             # Callers that queue for deployments which were taken out since are told now, as new callers are.
-            for _, jobs in self._queues.take_due(line, math.inf):
+            for _, jobs in self._queues.take_expiring(queue_set, math.inf):
                 self._land(jobs, BatchResult([_closed(reason)] * len(jobs), calls=0))
-        elif rest := min(rests, default=0.0):
-            for queue, jobs in self._queues.take_due(line, asyncio.get_running_loop().time() + rest):
+        elif rest := min(rest_times, default=0.0):
+            for queue, jobs in self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest):
                 # The inputs that stay go first; a byte of them is about a quarter of a token.
                 inputs, size = queue.size()
-                wait = max(rest, self._route.time_for(line.params, inputs + 1, size / 4))
+                wait = max(rest, self._route.time_for(queue_set.params, inputs + 1, size / 4))
                 told = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
                 self._land(jobs, BatchResult([told] * len(jobs), calls=0))
-        if ends := [rest for rest in rests if rest]:
+        if ends := [rest for rest in rest_times if rest]:
             self._wake_in(min(ends))
 
     def _wake_in(self, seconds: float) -> None:
@@ -243,39 +247,41 @@ class Batcher:
 
     def _call(self, lane: Lane) -> _Call | None:
         """A call for the queue that was served longest ago, of those with inputs in this lane that can have a slot."""
-        firsts = [first for line in self._queues.lines.values() if (first := self._first(line, lane))]
+        firsts = [first for queue_set in self._queues.queue_sets.values() if (first := self._first(queue_set, lane))]
         if len(firsts) > 1:
             firsts.sort(key=attrgetter("turn"))
         for queue in firsts:
-            slot = self._route.take(lane, queue.group[1])
+            slot = self._route.take(lane, queue.batch_key[1])
             if slot is None:  # nor is there for the queues behind it in its line
                 continue
             slots, limits = slot.deployment.slots, slot.deployment.limits
-            portion = slots.pace.portion() if slots.pace else None
+            tokens_per_call = slots.pace.tokens_per_call() if slots.pace else None
             # Bulk work that has calls of its own need not make queries wait for a full one, unless calls are counted.
-            apart = lane == "query" and not slots.pace and queue.line.bulk_goes(self._clock.monotonic())
+            apart = lane == "query" and not slots.pace and queue.queue_set.bulk_goes(self._clock.monotonic())
             lanes = LANES[:1] if apart else LANES
-            jobs, dropped = queue.take(limits, scarce=not slots.spare(lane), portion=portion, lanes=lanes)
+            jobs, dropped = queue.take(
+                limits, scarce=not slots.has_spare(lane), tokens_per_call=tokens_per_call, lanes=lanes
+            )
             if dropped:
                 self._forget(dropped)
             for job in jobs:
-                job.begun = True
-            batch = _batch(queue.group, jobs)
+                job.sent = True
+            batch = _batch(queue.batch_key, jobs)
             slot.charge(batch.inputs)
-            self._queues.taken_from(queue, served=True)
+            self._queues.reschedule(queue, served=True)
             if lane == "bulk":
-                queue.line.begin_bulk(self._clock.monotonic())
+                queue.queue_set.begin_bulk(self._clock.monotonic())
             return batch, jobs, slot, lane
         return None
 
-    def _first(self, line: Line, lane: Lane) -> Queue | None:
+    def _first(self, queue_set: QueueSet, lane: Lane) -> Queue | None:
         """The queue whose turn is next in this lane, of those with an input that somebody waits for."""
-        while queue := next(iter(line.turns[lane]), None):
+        while queue := next(iter(queue_set.turns[lane]), None):
             dropped = queue.drop_abandoned()
             if not dropped:
                 break
             self._forget(dropped)
-            self._queues.taken_from(queue)
+            self._queues.reschedule(queue)
         return queue
 
     def _forget(self, dropped: Iterable[Job]) -> None:
@@ -294,7 +300,7 @@ class Batcher:
         finally:
             # Whatever happened, even a bug of ours: nobody may be left waiting.
             if lane == "bulk":
-                self._queues.lines[kind(batch.params)].end_bulk()
+                self._queues.queue_sets[kind(batch.params)].end_bulk()
             if result is not None and result.late:
                 jobs, result = self._put_again(batch, jobs, result, lane)
             self._land(jobs, result)
@@ -323,17 +329,17 @@ class Batcher:
         """Tells all who wait."""
         if result is None:
             result = BatchResult([GatewayError("internal error while embedding")] * len(jobs))
-        flight = Flight(result.calls, result.deployments)
+        call_record = CallRecord(result.calls, result.deployments)
         known = self._jobs
         ready: list[Waiter] = []
         gone: list[bytes] = []
         for job, outcome in zip(jobs, result.outcomes, strict=True):
-            job.outcome, job.flight = outcome, flight
+            job.outcome, job.call_record = outcome, call_record
             if known.get(job.key) is job:
                 del known[job.key]
             ends = False
             if type(outcome) is not Embedding:
-                ends = hopeless(outcome)
+                ends = is_fatal(outcome)
                 if not job.waiters and job.key not in known:
                     gone.append(job.key)
             for waiter in job.waiters:
@@ -368,11 +374,11 @@ def _closed(reason: str) -> UpstreamUnavailable:
     return UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
 
 
-def _batch(group: Group, jobs: list[Job]) -> Batch:
-    model, params, store = group
+def _batch(batch_key: BatchKey, jobs: list[Job]) -> Batch:
+    model, params, store = batch_key
     deadline = max([job.deadline for job in jobs])
 
-    def joined() -> float:
+    def later_deadline() -> float:
         return min([job.deadline for job in jobs if job.waiters and job.deadline > deadline], default=math.inf)
 
     return Batch(
@@ -382,6 +388,6 @@ def _batch(group: Group, jobs: list[Job]) -> Batch:
         params=params,
         store=store,
         deadline=deadline,
-        wanted=lambda: any(job.waiters for job in jobs),
-        joined=joined,
+        still_wanted=lambda: any(job.waiters for job in jobs),
+        later_deadline=later_deadline,
     )

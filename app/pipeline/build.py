@@ -12,7 +12,7 @@ from app.pipeline.cache_fill import CacheFill
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.call import Call
 from app.pipeline.claim import Claim
-from app.pipeline.deployment import Limits
+from app.pipeline.deployment import CallLimits
 from app.pipeline.long_inputs import LongInputs
 from app.pipeline.prefix import Prefix
 from app.pipeline.prepare import Prepare
@@ -34,7 +34,7 @@ def pipeline(
     return Prepare(embed, name, models, settings)
 
 
-def chain(call: Call, *, cache: Tiers, limits: Limits, model: Model) -> BatchEmbedder:
+def chain(call: Call, *, cache: Tiers, limits: CallLimits, model: Model) -> BatchEmbedder:
     """A deployment, from a slot to the wire: Adapt, CacheFill, Prefix, Call. What each call brings is filled in:
     where a batch takes several, the first ones' embeddings stay whatever becomes of the rest."""
     embed: BatchEmbedder = call

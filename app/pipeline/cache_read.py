@@ -9,8 +9,8 @@ from msgspec.structs import replace
 from app.cache import keys
 from app.cache.tiers import Tiers
 from app.errors import UpstreamInvalidResponse
-from app.pipeline.parts import mixed, part, put
-from app.types import NOTHING, Embedder, Embedding, EmbedRequest, EmbedResult, Source
+from app.pipeline.parts import merge_result, mixed_lengths, sub_request
+from app.types import NO_EMBEDDING, Embedder, Embedding, EmbedRequest, EmbedResult, Source
 
 
 class CacheRead:
@@ -31,7 +31,7 @@ class CacheRead:
         derived = keys.derive(self._space, request.params, request.inputs, request.caller.namespace)
         found: list[Embedding | None] = [None] * len(derived)
         held: Collection[bytes] = ()
-        if request.shares:
+        if request.shareable:
             found, held = await self._cache.get_or_claim(derived, numbers=request.numbers)
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
@@ -43,10 +43,12 @@ class CacheRead:
         elif not any(found):
             result = await self._inner(replace(request, keys=derived, held=held))
         else:
-            result = EmbedResult([each or NOTHING for each in found], [Source.CACHE] * len(found))
+            result = EmbedResult([each or NO_EMBEDDING for each in found], [Source.CACHE] * len(found))
             missing = [i for i, embedding in enumerate(found) if embedding is None]
-            put(result, missing, await self._inner(part(replace(request, keys=derived, held=held), missing)))
-        if len(derived) > 1 and mixed(result.embeddings):
+            merge_result(
+                result, missing, await self._inner(sub_request(replace(request, keys=derived, held=held), missing))
+            )
+        if len(derived) > 1 and mixed_lengths(result.embeddings):
             return await self._anew(replace(request, keys=derived), result.calls)
         return result
 
@@ -57,7 +59,7 @@ class CacheRead:
         `calls`: those made so far."""
         result = await self._inner(request)
         result.calls += calls
-        if mixed(result.embeddings):
+        if mixed_lengths(result.embeddings):
             error = UpstreamInvalidResponse("the upstream gives vectors of different lengths for one model")
             error.calls = result.calls
             raise error

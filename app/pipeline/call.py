@@ -17,12 +17,12 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamTimeout,
 )
-from app.metrics import Metrics, Spread, Tally
+from app.metrics import BufferedCounter, BufferedHistogram, Metrics
 from app.pipeline import contract
 from app.types import MAX_REPLY, Batch, BatchResult, Embedding, Parsed, Target, WireReply
 from app.upstreams import replies
-from app.upstreams.connect import Upstream
-from app.upstreams.redact import quotes
+from app.upstreams.redact import quotes_input
+from app.upstreams.upstream import Upstream
 
 AT_ONCE = 8 * 2**20
 """Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
@@ -32,7 +32,7 @@ LARGE = 2**20
 are answered together, and would hold up everything else for ten times as long."""
 
 REPLY, REPLY_PER_INPUT = 2**20, 2**21
-"""Bytes that a reply may have, and as many more for each input: `MOST_DIMENSIONS` numbers with 17 digits, signs and
+"""Bytes that a reply may have, and as many more for each input: `MAX_DIMENSIONS` numbers with 17 digits, signs and
 exponents are 1.7 MiB."""
 QUOTES = 4
 """Times that a reply may hold what was sent, besides: some servers refuse an input by quoting all of it, once for each
@@ -50,22 +50,22 @@ class Call:
         self._adapter, self._auth, self._send = upstream.adapter, upstream.auth, upstream.send
         self._redact, self._upstream, self._metrics = upstream.redact, upstream.name, metrics
         self._labels = upstream.name, model.name
-        self._tokens, self._cost = metrics.tallies(metrics.tokens), metrics.tallies(metrics.cost)
+        self._tokens, self._cost = metrics.buffered_counters(metrics.tokens), metrics.buffered_counters(metrics.cost)
         self._parsing = asyncio.Lock()
 
     # Made with the first call: an upstream may list thousands of models, and every scrape would have all their series.
 
     @cached_property
-    def _duration(self) -> Spread:
-        return self._metrics.spread(self._metrics.upstream_request_duration.labels(*self._labels))
+    def _duration(self) -> BufferedHistogram:
+        return self._metrics.buffered_histogram(self._metrics.upstream_request_duration.labels(*self._labels))
 
     @cached_property
-    def _batch_inputs(self) -> Spread:
-        return self._metrics.spread(self._metrics.upstream_batch_inputs.labels(*self._labels))
+    def _batch_inputs(self) -> BufferedHistogram:
+        return self._metrics.buffered_histogram(self._metrics.upstream_batch_inputs.labels(*self._labels))
 
     @cached_property
-    def _succeeded(self) -> Tally:
-        return self._metrics.tally(self._metrics.upstream_requests.labels(*self._labels, "ok"))
+    def _succeeded(self) -> BufferedCounter:
+        return self._metrics.buffered_counter(self._metrics.upstream_requests.labels(*self._labels, "ok"))
 
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
@@ -126,25 +126,25 @@ class Call:
         """The error for a reply that is none, with the words of a page (a proxy's, a login's) that came in its place.
         Nothing else is quoted: it may be half a reply, of vectors."""
         kind = reply.headers.get("content-type", "no content type")
-        words = replies.page(reply)
-        told = f": {words}" if words and not quotes(words, batch.inputs) else ""
+        words = replies.html_text(reply)
+        told = f": {words}" if words and not quotes_input(words, batch.inputs) else ""
         return UpstreamInvalidResponse(
             f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply{told}"
         )
 
     def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
         """The error as all callers that share the call, the log and `/readyz` may see it: without any caller's text."""
-        theirs = replies.theirs(error)
+        upstream_message = replies.upstream_message(error)
         if isinstance(error, UnsupportedDimensions):
             texts = [each for each in batch.inputs if type(each) is str]
-            speaking = [each for each in texts if replies.refusal(each) is UnsupportedDimensions]
-            if batch.params.dimensions is None or quotes(theirs, speaking):
+            speaking = [each for each in texts if replies.by_message(each) is UnsupportedDimensions]
+            if batch.params.dimensions is None or quotes_input(upstream_message, speaking):
                 # No dimensions were asked for, so it may mean an image's, of one input. Or the word is a quoted text's.
-                error = replies.failure(InvalidRequest, reply, theirs)
+                error = replies.make_error(InvalidRequest, reply, upstream_message)
         # A refusal of one input is told only to the callers that sent it.
         shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
-        if shared and quotes(theirs, batch.inputs):
-            error.message = replies.failure(type(error), reply).message
+        if shared and quotes_input(upstream_message, batch.inputs):
+            error.message = replies.make_error(type(error), reply).message
         return error
 
     def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:

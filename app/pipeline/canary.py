@@ -48,7 +48,7 @@ AT_FIRST = 10.0
 load its model. After that whichever has answered counts."""
 
 
-class Expected:
+class ReferenceVectors:
     """The vector that each space gives for the text, from the first look on: deployments are compared with it whatever
     their names, and after a change of configuration too. A cache that outlives this process keeps it for as long as the
     embeddings that it vouches for."""
@@ -64,7 +64,7 @@ class Expected:
         return space in self._vectors
 
     @property
-    def lasts(self) -> bool:
+    def persistent(self) -> bool:
         """Whether it is known beyond this process."""
         return self._cache is not None
 
@@ -104,7 +104,7 @@ def _key(space: str) -> bytes:
 class Canary:
     """Compares the deployments of one vector space with each other and with what it gave before."""
 
-    def __init__(self, deployments: Sequence[Deployment], expected: Expected, *, from_start: bool) -> None:
+    def __init__(self, deployments: Sequence[Deployment], expected: ReferenceVectors, *, from_start: bool) -> None:
         # In the order in which callers' requests go to them: in doubt the first is right (`_right`).
         self._deployments = deployments
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
@@ -124,7 +124,7 @@ class Canary:
     def compares(self) -> bool:
         """Whether there is anything to compare with: another deployment, or a cache that outlives this process. Also
         while one is out of the rotation: no request goes there, so only a look can find that it is right again."""
-        return self._several or self._expected.lasts or self._any_out
+        return self._several or self._expected.persistent or self._any_out
 
     @property
     def _any_out(self) -> bool:
@@ -146,13 +146,13 @@ class Canary:
         """Whether its last look is long enough ago. Of several that stand in for each other, one that was ejected, and
         may come back as another model, is always due, and so is one that has not been compared yet."""
         health = deployment.health
-        if self._several and (health.ejected or health.unproved):
+        if self._several and (health.ejected or health.unverified):
             return True
         asked_at, answered = self._asked.get(deployment, (-math.inf, False))
-        settled = answered and health.compared and health.out is None and now - health.back >= EVERY
+        settled = answered and health.compared and health.out is None and now - health.readmitted_at >= EVERY
         return now - asked_at >= (EVERY if settled else AGAIN)
 
-    async def look(self, now: float, mute: set[str]) -> None:
+    async def check(self, now: float, mute: set[str]) -> None:
         """Asks each deployment that is due once. One that has another vector is taken out of the rotation, one that has
         the right one is let in again. One that does not answer takes no traffic while others do, unless it was compared
         before and has not been away since: it may have come back as another model.
@@ -179,7 +179,9 @@ class Canary:
             self.waited = now
         if shown:
             self._unsettled = not self._expected.knows(self._space)
-        unseen = [each for each in spared if each.health.doubtful or (self._several and not each.health.compared)]
+        unseen = [
+            each for each in spared if each.health.needs_comparison or (self._several and not each.health.compared)
+        ]
         answers.update(dict.fromkeys(unseen))
         for deployment, answer in answers.items():
             self._asked[deployment] = now, deployment in shown
@@ -191,7 +193,7 @@ class Canary:
     def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
         if deployment.health.silent is not None:
             log.warning("deployment %s has shown its vectors now", deployment.name)
-        deployment.health.prove()
+        deployment.health.mark_verified()
         self._judge(deployment, vectors.cosine(vector, expected))
         deployment.slots.notify()  # who queues may go there now, or need not wait for it any more
 
@@ -206,7 +208,7 @@ class Canary:
                 "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does%s",
                 *(deployment.name, self._space, why),
             )
-        health.keep_out(_SILENT + why)
+        health.mark_unverified(_SILENT + why)
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= SAME:
@@ -316,6 +318,6 @@ async def _look(canaries: Sequence[Canary], clock: Clock) -> None:
     mute: set[str] = set()
     for canary in sorted(canaries, key=lambda each: each.waited):
         try:
-            await canary.look(clock.monotonic(), mute)
+            await canary.check(clock.monotonic(), mute)
         except Exception:  # a bug of ours must not end the watch over all the others
             log.exception("a canary could not be looked at")

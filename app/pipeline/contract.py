@@ -16,7 +16,7 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamWrongCount,
 )
-from app.types import MOST_DIMENSIONS, Embedding, OutputType, Parsed
+from app.types import MAX_DIMENSIONS, Embedding, OutputType, Parsed
 
 
 def in_order(
@@ -76,7 +76,7 @@ def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) 
     if len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
     length, wanted = max(lengths) // 4, dimensions or native
-    if length > MOST_DIMENSIONS:
+    if length > MAX_DIMENSIONS:
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions, which no model has")
     if wanted is not None and length and length != wanted:
         if dimensions is not None and native in (None, length):

@@ -14,7 +14,7 @@ from app.types import BatchEmbedder, Input, Lane, Media, OutputType, Params
 
 
 @dataclass(slots=True)
-class Limits:
+class CallLimits:
     """What one call to a deployment may carry; narrowed when the upstream says so."""
 
     max_batch: int
@@ -33,14 +33,14 @@ class Limits:
         )
 
 
-class Room:
+class BatchSpace:
     """What room a call has left while it is filled."""
 
     __slots__ = ("_empty", "_media", "_portion", "_tokens")
 
-    def __init__(self, limits: Limits, portion: float | None = None) -> None:
-        """`portion`: tokens, by estimate, that it may carry besides, where there is a pace."""
-        self._tokens, self._portion = limits.max_tokens_per_batch, portion
+    def __init__(self, limits: CallLimits, tokens_per_call: float | None = None) -> None:
+        """`tokens_per_call`: tokens, by estimate, that it may carry besides, where there is a pace."""
+        self._tokens, self._portion = limits.max_tokens_per_batch, tokens_per_call
         self._media = {"image": limits.images, "video": limits.videos}
         self._empty = True
 
@@ -49,14 +49,14 @@ class Room:
         kind = given.kind if type(given) is Media else None
         if kind and not self._media[kind]:
             return False
-        bound = 0 if self._tokens is None else tokens.bound(given)
+        upper_bound = 0 if self._tokens is None else tokens.upper_bound(given)
         estimate = 0 if self._portion is None else tokens.estimate(given)
-        if not self._empty and (bound > (self._tokens or 0) or estimate > (self._portion or 0)):
+        if not self._empty and (upper_bound > (self._tokens or 0) or estimate > (self._portion or 0)):
             return False
         if kind:
             self._media[kind] -= 1
         if self._tokens is not None:
-            self._tokens -= bound
+            self._tokens -= upper_bound
         if self._portion is not None:
             self._portion -= estimate
         self._empty = False
@@ -93,7 +93,7 @@ class Slots:
         self.busy += 1
         return True
 
-    def spare(self, lane: Lane) -> bool:
+    def has_spare(self, lane: Lane) -> bool:
         """Whether calls cost nothing here: another one could start at once, and no pace counts them."""
         return self.pace is None and self._free(lane)
 
@@ -151,7 +151,7 @@ class Deployment:
     model: Model
     space: str
     slots: Slots
-    limits: Limits = field(compare=False)
+    limits: CallLimits = field(compare=False)
     health: Health
     embed: BatchEmbedder = field(compare=False)
     """Never raises `GatewayError`: what fails is an input's outcome."""
@@ -162,7 +162,7 @@ class Deployment:
     def name(self) -> str:
         return f"{self.upstream}/{self.model.name}"
 
-    def can(self, params: Params) -> bool:
+    def supports(self, params: Params) -> bool:
         """Whether it honours these parameters."""
         return honours(self.model, params)
 

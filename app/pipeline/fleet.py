@@ -16,16 +16,16 @@ from app.metrics import Metrics
 from app.pipeline import build
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
-from app.pipeline.canary import Canary, Expected
-from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.canary import Canary, ReferenceVectors
+from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
 from app.pipeline.route import Route
-from app.upstreams.connect import Upstream
+from app.upstreams.upstream import Upstream
 
 
 class Fleet:
     """All deployments and batchers of one configuration. Names are made over them anew each time a list of models has
-    changed: between `begin` and `keep`."""
+    changed: between `begin` and `retain`."""
 
     def __init__(
         self,
@@ -39,7 +39,9 @@ class Fleet:
         """`slots`: each upstream's own. Of upstreams that `before` has as well, what it uses is shared with it."""
         self._upstreams, self._slots = upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
-        self._expected: Expected = before._expected if before else Expected(cache if cache.lasts else None)
+        self._expected: ReferenceVectors = (
+            before._expected if before else ReferenceVectors(cache if cache.persistent else None)
+        )
         """Canaries': what a space is expected to give outlives a change of configuration."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
@@ -76,7 +78,7 @@ class Fleet:
         known = self._deployments.get((upstream.name, model, identity))
         if known is not None:
             return known
-        limits = Limits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
+        limits = CallLimits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
         chain = build.chain(Call(upstream, model, self._metrics), cache=self._cache, limits=limits, model=model)
         show = partial(self._metrics.show_deployment, upstream.name, model.name)
         health = Health(self._clock, show, f"{upstream.name}/{model.name}")
@@ -84,7 +86,7 @@ class Fleet:
             health.retire()
         before = self._before.get((upstream.name, model.name, identity))
         # Until it has been compared the others of its space are asked in its place: in doubt the first is right.
-        health.unproved = identity in self._spaces and (before is None or before.doubtful)
+        health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
         if before is not None:
             health.answered = before.answered  # or the first by name would be right, whatever callers have been given
             if before.out is not None:
@@ -99,12 +101,12 @@ class Fleet:
         if deployments not in self._batchers:
             route = Route(deployments, self._metrics, self._clock)
             canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
-            batcher = Batcher(route, self._metrics, self._clock, self._cache.let_go)
+            batcher = Batcher(route, self._metrics, self._clock, self._cache.release_claims)
             self._cache.embedders.add(batcher)
             self._batchers[deployments] = batcher, canary
         return self._batchers[deployments][0]
 
-    def keep(self, used: Set[tuple[Deployment, ...]]) -> None:
+    def retain(self, used: Set[tuple[Deployment, ...]]) -> None:
         """Names are made, each over one of these sets of deployments: lets go of all others, and of their batchers."""
         self._before.clear()
         stay = {each.health for deployments in used for each in deployments}
@@ -119,7 +121,7 @@ class Fleet:
         if self._in_force == "now":
             self._leave(gone.values(), self.deployments)
 
-    def give_way(self, successor: Fleet) -> None:
+    def hand_over(self, successor: Fleet) -> None:
         """Another one is in force from now on; deployments it does not have leave the metrics."""
         self._in_force, successor._in_force = "no more", "now"
         kept = {each.health for each in successor.deployments}
@@ -136,7 +138,7 @@ class Fleet:
     def _take_over(self, before: Fleet) -> None:
         same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
         self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
-        as_before = {each for each, now in self._upstreams.items() if now.answers_as(before._upstreams.get(each))}
+        as_before = {each for each, now in self._upstreams.items() if now.equivalent_to(before._upstreams.get(each))}
         # Of several that are one and the same the worst comes last, and counts; of those that take traffic the one that
         # callers know, for one that has not been compared under a name nobody uses says nothing.
         were = sorted((each for each in before.deployments if each.upstream in as_before), key=_how_bad)
@@ -144,7 +146,7 @@ class Fleet:
         sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
         sound += [(each.space, each.health) for each in self.deployments]
         # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
-        self._spaces = {space for space, health in sound if health.answered or not health.unproved}
+        self._spaces = {space for space, health in sound if health.answered or not health.unverified}
         known = {each.health for each in self.deployments}
         for deployments, served in before._batchers.items():
             if all(each.health in known for each in deployments):
@@ -167,4 +169,4 @@ def _identity(deployment: Deployment) -> tuple[str, str, str]:
 
 def _how_bad(deployment: Deployment) -> tuple[bool, ...]:
     health = deployment.health
-    return health.out is not None, health.ejected, health.answered, not health.unproved
+    return health.out is not None, health.ejected, health.answered, not health.unverified

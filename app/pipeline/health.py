@@ -59,12 +59,13 @@ class Health:
         self._quiet_until = 0.0
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
-        self.back = -math.inf
+        self.readmitted_at = -math.inf
         """When it was last let in again."""
-        self.unproved = False
+        self.unverified = False
         """Whether it is not known to be in its vector space, where others are."""
         self.silent: str | None = None
-        """Why it is `unproved`, where it was asked for its vectors and gave none; operators are told until it does."""
+        """Why it is `unverified`, where it was asked for its vectors and gave none; operators are told until it
+        does."""
         self.shown = self.compared = False
         """Whether it has shown its vectors, and whether these have been compared, since it was last away."""
         self.asked = 0.0
@@ -87,9 +88,9 @@ class Health:
         self._retired = True
 
     @property
-    def told(self) -> str | None:
+    def problem(self) -> str | None:
         """What is wrong with it now."""
-        return self.trouble or self.silent or (self._rest if self._rest and self.cooling() else None)
+        return self.trouble or self.silent or (self._rest if self._rest and self.cooldown_remaining() else None)
 
     @property
     def suspect(self) -> bool:
@@ -102,16 +103,16 @@ class Health:
         return self._ejections > 0
 
     @property
-    def doubtful(self) -> bool:
+    def needs_comparison(self) -> bool:
         """Whether it has to be compared before it takes traffic that others can take: it may have come back as another
         model."""
-        return self.unproved or self.ejected or self.out is not None
+        return self.unverified or self.ejected or self.out is not None
 
     def available(self) -> bool:
         """Whether it may have a call now; after an ejection, one call at a time."""
         if self.ejected and (self._probing or self._clock.monotonic() < self._ejected_until):
             return False
-        return not self.cooling()
+        return not self.cooldown_remaining()
 
     def take_out(self, reason: str) -> None:
         """Out of the rotation, even as the last: what it would answer is worse than no answer."""
@@ -128,24 +129,24 @@ class Health:
         if self._ejections == 1:
             self._ejected_until = 0.0
         if self.out is not None:
-            self.out, self.back = None, self._clock.monotonic()
+            self.out, self.readmitted_at = None, self._clock.monotonic()
             self.show()
 
-    def prove(self) -> None:
+    def mark_verified(self) -> None:
         """Its vectors have been compared, which counts only if it was not away since it showed them."""
-        self.unproved, self.silent, self.compared = False, None, self.shown
+        self.unverified, self.silent, self.compared = False, None, self.shown
         self.show()
 
-    def keep_out(self, reason: str) -> None:
+    def mark_unverified(self, reason: str) -> None:
         """It was to show its vectors and did not: others are asked in its place."""
-        self.unproved, self.silent = True, reason
+        self.unverified, self.silent = True, reason
         self.show()
 
-    def cooling(self) -> float:
+    def cooldown_remaining(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""
         return max(0.0, self._cooling_until - self._clock.monotonic())
 
-    def resting(self) -> float:
+    def rest_remaining(self) -> float:
         """Seconds until a rate limit, or else an ejection, has passed; 0 when there is none. The limit comes first, for
         one that is ejected may have a call all the same where all are."""
         now = self._clock.monotonic()
@@ -157,16 +158,16 @@ class Health:
         self.asked = self._clock.monotonic()
         return self._era
 
-    def took(self, seconds: float) -> None:
+    def record_duration(self, seconds: float) -> None:
         """How long an answer took."""
         self._longest = max(seconds, self._longest * FADES)
 
-    def had_time(self, seconds: float) -> bool:
+    def had_ample_time(self, seconds: float) -> bool:
         """Whether a call that got no answer in so many seconds speaks against it. After an ejection each does."""
-        return self.ejected or seconds >= self.enough
+        return self.ejected or seconds >= self.ample_time
 
     @property
-    def enough(self) -> float:
+    def ample_time(self) -> float:
         """Seconds in which a call should have been answered, by how long answers have taken."""
         return min(2 * self._longest, TIME_ENOUGH)
 
@@ -212,16 +213,16 @@ class Health:
                 self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
                 self._warn(self._rest)
         else:
-            told = f"{error.code}: {error.message}"
-            if error.lasts:
-                self._note_trouble(told)
+            problem = f"{error.code}: {error.message}"
+            if error.needs_operator:
+                self._note_trouble(problem)
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False
             self._failures += 1
             self._ask_others_first(SUSPECT)
             # While it is ejected it is asked only where all are, and what is then found is nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
-                self._eject(told)
+                self._eject(problem)
 
     def _ask_others_first(self, seconds: float) -> None:
         self._suspect_until = max(self._suspect_until, self._clock.monotonic() + seconds)
@@ -237,15 +238,15 @@ class Health:
             self._log("%s: %s", self._name, what)
             self._quiet_until = self._clock.monotonic() + QUIET
 
-    def _eject(self, told: str) -> None:
+    def _eject(self, problem: str) -> None:
         self._era += 1
         self._ejections = min(self._ejections + 1, MOST_EJECTIONS)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self.show()
-        self.trouble = told
+        self.trouble = problem
         self._log(
             "%s is left out for %g s, after %d failures in a row; the last: %s",
-            *(self._name, EJECTION * self._ejections, self._failures, told),
+            *(self._name, EJECTION * self._ejections, self._failures, problem),
         )
 
     def _log(self, message: str, *values: object) -> None:

@@ -39,7 +39,7 @@ def at_most(text: str, rule: TokenRule = "bytes") -> int:
     each, which is quickly told.
     """
     if rule == "cl100k_base":
-        return tokens.bound(text)
+        return tokens.upper_bound(text)
     if rule == "bytes" and text.isascii():
         return len(text) + _AROUND[rule] // 10
     return -(-(int(_costs(text, rule).sum()) + _AROUND[rule]) // 10)
@@ -61,7 +61,7 @@ def characters(text: str) -> int:
 
 
 @dataclass(frozen=True)
-class Room:
+class InputLimit:
     """How much text may be in one input. None is no limit."""
 
     tokens: int | None
@@ -77,7 +77,9 @@ class Room:
     def any_text(self) -> int:
         """A text of so many characters fits, whatever they are."""
         by_tokens = (
-            sys.maxsize if self.tokens is None else (self.tokens - _AROUND["bytes"] // 10) // tokens.LONGEST_CHARACTER
+            sys.maxsize
+            if self.tokens is None
+            else (self.tokens - _AROUND["bytes"] // 10) // tokens.MAX_BYTES_PER_CHARACTER
         )
         return min(by_tokens, sys.maxsize if self.characters is None else self.characters // 2)
 
@@ -110,11 +112,11 @@ class Room:
         by_tokens = sys.maxsize if self.tokens is None else self.tokens * _LENGTHS[self.rule]
         return max(1, min(by_tokens, sys.maxsize if self.characters is None else self.characters))
 
-    def without(self, before: str) -> Room:
+    def without(self, before: str) -> InputLimit:
         """What is left of it when this stands before every text."""
         if not before:
             return self
-        return Room(
+        return InputLimit(
             None if self.tokens is None else self.tokens - at_most(before, self.rule),
             None if self.characters is None else self.characters - characters(before),
             self.rule,
@@ -169,7 +171,7 @@ def _counted_end(text: str, start: int, fits: int, most: int) -> int:
         looked_at *= 4
     if len(ids) > most:
         # A character that the last token holds the first bytes of only is not in it.
-        fits = len(tokens.beginning(ids[:most]))
+        fits = len(tokens.decode_prefix(ids[:most]))
     while fits > 0:
         end = _border(text, start, start + fits)
         if len(tokens.encode(text[start:end])) <= most:

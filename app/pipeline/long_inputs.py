@@ -16,11 +16,11 @@ from typing import TypeAlias, TypeVar
 from msgspec.structs import replace
 
 from app import tokens, vectors
-from app.catalog import Model, TokenRule, together
+from app.catalog import Model, TokenRule, combined
 from app.config import ModelSettings
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, UpstreamInvalidVector
 from app.pipeline import lengths
-from app.pipeline.parts import mixed, put
+from app.pipeline.parts import merge_result, mixed_lengths
 from app.pipeline.prefix import prefix_of
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
@@ -60,8 +60,8 @@ class LongInputs:
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._model, facts = models[0], together(models)
-        self._room = lengths.Room(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
+        self._model, facts = models[0], combined(models)
+        self._room = lengths.InputLimit(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
         self._asks = not facts.cuts_silently
         self._usual: OnLongInput = settings.on_long_input if settings else "error"
 
@@ -93,7 +93,9 @@ class LongInputs:
             result.truncated = plan.count
         return result
 
-    def _plan(self, request: EmbedRequest, policy: OnLongInput, room: lengths.Room, before: str) -> _Work[_Plan | None]:
+    def _plan(
+        self, request: EmbedRequest, policy: OnLongInput, room: lengths.InputLimit, before: str
+    ) -> _Work[_Plan | None]:
         """How the inputs are to be cut; None where all are sent as they are. Raises `InvalidRequest`."""
         long: list[int] = []
         for i, text in enumerate(request.inputs):
@@ -152,11 +154,11 @@ class LongInputs:
             plan.room = _room_of(result.too_long.values(), plan.room.rule).without(ahead)
         await _aside(plan.cut(refused), [request.inputs[i] for i in refused])
         again = await self._ask(request, plan, refused, final=True)
-        put(result, refused, again)
+        merge_result(result, refused, again)
         result.cached_tokens += again.cached_tokens
         result.shared_tokens += again.shared_tokens
         result.too_long = {}
-        if mixed(result.embeddings):  # the two results were checked apart; asked together they are of one model
+        if mixed_lengths(result.embeddings):  # the two results were checked apart; asked together they are of one model
             result = await self._ask(request, plan, everything, final=True)
         result.calls = plan.calls
         return result
@@ -173,7 +175,7 @@ class _Plan:
     """Which pieces each input is embedded in."""
 
     def __init__(
-        self, inputs: Sequence[Input], long: Collection[int], room: lengths.Room, *, whole: bool, asks: bool
+        self, inputs: Sequence[Input], long: Collection[int], room: lengths.InputLimit, *, whole: bool, asks: bool
     ) -> None:
         """`long`: the inputs that do not surely fit. `whole`: an input's pieces are all embedded, and not only the
         first. `asks`: what may fit is tried."""
@@ -235,7 +237,10 @@ class _Plan:
         pieces = [(i, piece) for i in which for piece in self._pieces.get(i, (self._inputs[i],))]
         self.owners = [i for i, _ in pieces]
         return replace(
-            request, inputs=[piece for _, piece in pieces], positions=self.owners, spares_long=self._asks and not final
+            request,
+            inputs=[piece for _, piece in pieces],
+            positions=self.owners,
+            collect_too_long=self._asks and not final,
         )
 
     def join(self, result: EmbedResult, which: Sequence[int]) -> EmbedResult:
@@ -277,7 +282,7 @@ def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
     return None
 
 
-def _over(room: lengths.Room, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
+def _over(room: lengths.InputLimit, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
     """Those of `which` that do not fit when counted. `first`: stops at the first one that is counted and does not."""
     over: list[int] = []
     for i in which:
@@ -295,7 +300,7 @@ def _check_dense(request: EmbedRequest) -> None:
         raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
 
 
-def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.Room:
+def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.InputLimit:
     """The room for an input by the words of upstreams that refused some. Raises a refusal that names no limit."""
     most_tokens, most_characters = [], []
     for refusal in refusals:
@@ -306,7 +311,7 @@ def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.Room:
         else:
             refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
             raise refusal
-    return lengths.Room(min(most_tokens, default=None), min(most_characters, default=None), rule)
+    return lengths.InputLimit(min(most_tokens, default=None), min(most_characters, default=None), rule)
 
 
 def _number(digits: str) -> int:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest
 from app.pipeline.queue import Job
-from app.types import NOTHING, Embedding, EmbedRequest, EmbedResult, Source
+from app.types import NO_EMBEDDING, Embedding, EmbedRequest, EmbedResult, Source
 
 
-def hopeless(outcome: Embedding | GatewayError) -> bool:
+def is_fatal(outcome: Embedding | GatewayError) -> bool:
     """Whether the request need not wait for its other inputs: they would meet the same refusal.
 
     Otherwise it waits, for what is embedded meanwhile is cached, and asking again then costs only the rest.
@@ -23,7 +23,7 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
     Raises `GatewayError` where an input has none, unless it is too long and the request spares that.
     """
     outcomes = [job.outcome for job in jobs]
-    flights = [flight for flight in dict.fromkeys([job.flight for job in jobs]) if flight]
+    flights = [call_record for call_record in dict.fromkeys([job.call_record for job in jobs]) if call_record]
     too_long: dict[int, GatewayError] = {}
     if set(map(type, outcomes)) <= {Embedding}:  # nearly always
         embeddings: list[Embedding] = outcomes  # type: ignore[assignment]
@@ -32,19 +32,19 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
     else:
         positions = request.positions or range(len(jobs))
         others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
-        if others or not request.spares_long:
+        if others or not request.collect_too_long:
             error = _error(jobs, positions)
-            error.calls = sum([flight.calls for flight in flights])
+            error.calls = sum([call_record.calls for call_record in flights])
             raise error
         for i, job in enumerate(jobs):
             if isinstance(job.outcome, ContextLengthExceeded):
                 too_long[i] = job.outcome.at_input(positions[i])
-        embeddings = [outcome if isinstance(outcome, Embedding) else NOTHING for outcome in outcomes]
+        embeddings = [outcome if isinstance(outcome, Embedding) else NO_EMBEDDING for outcome in outcomes]
     return EmbedResult(
         embeddings=embeddings,
         sources=sources,
-        calls=sum([flight.calls for flight in flights]),
-        deployments=tuple(dict.fromkeys([name for flight in flights for name in flight.deployments])),
+        calls=sum([call_record.calls for call_record in flights]),
+        deployments=tuple(dict.fromkeys([name for call_record in flights for name in call_record.deployments])),
         too_long=too_long,
     )
 

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 
 from app import limits
-from app.cache.shared_limits import Ask, SharedLimits
+from app.cache.shared_limits import Demand, SharedLimits
 from app.clock import Clock
 from app.limits import TICK, Limit, Rates
 
@@ -37,7 +37,7 @@ class Pace:
         self, name: str, rates: Rates, clock: Clock, shared: SharedLimits | None = None, processes: int = 1
     ) -> None:
         self._clock = clock
-        self._limit = limits.smooth(rates, clock.monotonic())
+        self._limit = limits.smooth_limit(rates, clock.monotonic())
         self._limit.divide(processes, clock.monotonic())
         self._lease = _Lease(name, rates, self._limit, shared) if shared else None
         self._worth = 1.0
@@ -73,7 +73,7 @@ class Pace:
         if self._lease.in_debt():
             self._renew(self._lease)  # the others are to know at once what this one has used
 
-    def portion(self) -> float | None:
+    def tokens_per_call(self) -> float | None:
         """Tokens that one call may carry; None where tokens are not counted. `AHEAD` seconds' worth, or more where each
         call has to carry more for the rate of tokens to be used up within the rate of calls."""
         calls, tokens = self._limit.requests, self._limit.tokens
@@ -147,7 +147,7 @@ class _Lease:
         owed = (max(0.0, -self.requests), max(0.0, -self.tokens))
         requests, tokens = self._size
         take = (requests if self.requests < requests else 0.0, tokens if self.tokens < tokens else 0.0)
-        verdict = await self.shared.ask(self._key, self._limit, Ask(owed, (1.0, 1.0), take))
+        verdict = await self.shared.ask(self._key, self._limit, Demand(owed, (1.0, 1.0), take))
         if verdict is None:
             self.requests = self.tokens = 0.0
             return None

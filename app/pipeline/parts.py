@@ -12,7 +12,7 @@ from app.types import Batch, Embedding, EmbedRequest, EmbedResult
 _VECTOR = attrgetter("vector")
 
 
-def part(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
+def sub_request(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
     """The inputs in these places, which know where the caller has them."""
     positions = request.positions
     return replace(
@@ -23,7 +23,7 @@ def part(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
     )
 
 
-def put(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
+def merge_result(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
     """Puts what a part came to into its places of the whole."""
     for i, embedding, source in zip(places, result.embeddings, result.sources, strict=True):
         whole.embeddings[i], whole.sources[i] = embedding, source
@@ -32,12 +32,12 @@ def put(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
     whole.too_long |= {places[i]: error for i, error in result.too_long.items()}
 
 
-def mixed(embeddings: Sequence[Embedding]) -> bool:
+def mixed_lengths(embeddings: Sequence[Embedding]) -> bool:
     """Whether their lengths differ, but for those that have none. Where a model's length is known each call was checked
     against it; where it is not, a call could only be checked within itself."""
     return len(set(map(len, map(_VECTOR, embeddings))) - {0}) > 1
 
 
-def part_of_batch(batch: Batch, places: Sequence[int]) -> Batch:
+def sub_batch(batch: Batch, places: Sequence[int]) -> Batch:
     """The inputs in these places, in the order of the places."""
     return replace(batch, inputs=[batch.inputs[i] for i in places], keys=[batch.keys[i] for i in places])

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from msgspec.structs import replace
 
-from app.catalog import Model, Role, together
+from app.catalog import Model, Role, combined
 from app.config import ModelSettings
 from app.errors import InvalidRequest, UnsupportedDimensions
 from app.pipeline.deployment import honours
@@ -23,7 +23,7 @@ class Prepare:
 
     def __init__(self, inner: Embedder, name: str, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner, self._name = inner, name
-        self._models, self._model, self._facts = models, models[0], together(models)
+        self._models, self._model, self._facts = models, models[0], combined(models)
         self._dimensions = settings.dimensions if settings else None
         self._input_type = settings.input_type if settings else None
         self._prepared: dict[Params, Params] = {}
@@ -103,7 +103,9 @@ class Prepare:
         model = self._model
         if asked is None or asked == model.dimensions:
             return None
-        choices = model.dimension_choices if self._facts.cuts is None else self._facts.cuts
+        choices = (
+            model.dimension_choices if self._facts.matryoshka_dimensions is None else self._facts.matryoshka_dimensions
+        )
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
             raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {asked}", param="dimensions")

@@ -12,7 +12,7 @@ import asyncio
 from dataclasses import dataclass
 
 from app import limits
-from app.cache.shared_limits import Ask, SharedLimits
+from app.cache.shared_limits import Demand, SharedLimits
 from app.clock import Clock
 from app.errors import InvalidRequest, RateLimited
 from app.limits import TICK, Bucket, Rates
@@ -26,7 +26,7 @@ SLACK = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Standing:
+class LimitStatus:
     """One limit of a caller: how much a minute, what is left of it now, seconds until all of it is back."""
 
     kind: str
@@ -52,7 +52,7 @@ class Quota:
         self.rates, self._clock, self._shared = rates, clock, shared
         self._refused = metrics.rejected_requests.labels(RateLimited.code)
         now = clock.monotonic()
-        self._limit = limits.minute(rates, now)
+        self._limit = limits.burst_limit(rates, now)
         """With Redis, what that said last: there is no more than that now, for others take from it."""
         if shared is None:
             self._limit.divide(processes, now)
@@ -74,7 +74,7 @@ class Quota:
         counts as a request."""
         most = self.rates.tokens
         if most is not None and tokens > most:
-            self.owe(1, 0)
+            self.adjust(1, 0)
             raise InvalidRequest(
                 f"this request is about {tokens} tokens, more than the {most} tokens per minute of this API key; "
                 "send fewer inputs at a time",
@@ -85,7 +85,7 @@ class Quota:
         if wait:
             raise self._over(wait, now, tokens)
         if self._shared is None or self._covers(self._shared.replicas, tokens, now):
-            self.owe(1, tokens)
+            self.adjust(1, tokens)
         else:
             # Goes on where the caller hangs up: what Redis has counted must not be reported to it again.
             asking = asyncio.get_running_loop().create_task(self._ask(self._shared, tokens))
@@ -94,18 +94,18 @@ class Quota:
             if wait := await asyncio.shield(asking):
                 raise self._over(wait, self._clock.monotonic(), tokens)
 
-    def owe(self, requests: int, tokens: int) -> None:
+    def adjust(self, requests: int, tokens: int) -> None:
         """Counts what was not known, or wrong, when the request was taken. Negative amounts are given back."""
         self._limit.take(self._clock.monotonic(), requests, tokens)
         if self._shared is not None:
             self._owed[0] += requests
             self._owed[1] += tokens
 
-    def standings(self) -> list[Standing]:
+    def limit_statuses(self) -> list[LimitStatus]:
         """By what is known here."""
         now = self._clock.monotonic()
         return [
-            Standing(kind, int(bucket.per_minute), max(0, int(bucket.level(now))), bucket.until_full(now))
+            LimitStatus(kind, int(bucket.per_minute), max(0, int(bucket.level(now))), bucket.until_full(now))
             for kind, bucket in (("requests", self._limit.requests), ("tokens", self._limit.tokens))
             if bucket
         ]
@@ -127,7 +127,7 @@ class Quota:
     async def _ask(self, shared: SharedLimits, tokens: int) -> float:
         requests_owed, tokens_owed = owed = (self._owed[0], self._owed[1])
         self._owed = [0.0, 0.0]
-        verdict = await shared.ask(self._key, self._limit, Ask(owed, (1, tokens), (1, tokens)))
+        verdict = await shared.ask(self._key, self._limit, Demand(owed, (1, tokens), (1, tokens)))
         now = self._clock.monotonic()
         if verdict is not None:
             if self._limit.requests:
@@ -158,4 +158,4 @@ class Quota:
 
 
 def _at_most(amount: float, bucket: Bucket | None) -> float:
-    return min(amount, bucket.full) if bucket else 0.0
+    return min(amount, bucket.max_level) if bucket else 0.0

@@ -20,7 +20,7 @@ from app.metrics import Metrics
 from app.pipeline import verdict
 from app.pipeline.deployment import Deployment
 from app.pipeline.health import Health
-from app.pipeline.parts import part_of_batch
+from app.pipeline.parts import sub_batch
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
 
 BACKOFF = 0.2
@@ -99,13 +99,13 @@ class _Until(Deadline, kw_only=True):
     began: float
     longer: bool = False
 
-    def more(self) -> float:
+    def extension(self) -> float:
         had = self.batch.deadline - self.began
-        if self.longer or self.health.had_time(2 * had):
+        if self.longer or self.health.had_ample_time(2 * had):
             return 0.0
         self.longer = True
-        left = self.batch.joined() - self.batch.deadline
-        return min(LONGER, self.health.enough - had, left / 2)
+        left = self.batch.later_deadline() - self.batch.deadline
+        return min(LONGER, self.health.ample_time - had, left / 2)
 
 
 class Route:
@@ -161,17 +161,17 @@ class Route:
         none; but not while one only rests for a rate limit and will soon be back."""
         able = self._able(params)
         available = [each for each in able if each.health.available()]
-        if available or any(0 < each.health.cooling() <= DOWN and not each.health.ejected for each in able):
+        if available or any(0 < each.health.cooldown_remaining() <= DOWN and not each.health.ejected for each in able):
             return available
-        return [each for each in able if not each.health.cooling()]
+        return [each for each in able if not each.health.cooldown_remaining()]
 
     def _able(self, params: Params) -> list[Deployment]:
         """Those that honour the parameters and are known to be in their vector space, ejected or resting ones too.
         Where none is known to be, a single one, for they may be of different spaces: of those that have not been asked
         for their vectors in vain the first that has answered callers, or else the first that is not ejected. Where
         there is no such one, all: they are compared as soon as they can be asked."""
-        able = [each for each in self.deployments if each.can(params) and each.health.out is None]
-        known = [each for each in able if not each.health.unproved]
+        able = [each for each in self.deployments if each.supports(params) and each.health.out is None]
+        known = [each for each in able if not each.health.unverified]
         if known:
             return known
         unseen = [each for each in able if each.health.silent is None]
@@ -182,25 +182,25 @@ class Route:
         passed."""
         left = batch.deadline - asyncio.get_running_loop().time()
         # Before it is asked who is usable: a rest that ended in between would be in nobody's reach.
-        others = [(each, each.health.cooling()) for each in self._able(batch.params) if each is not avoid]
+        others = [(each, each.health.cooldown_remaining()) for each in self._able(batch.params) if each is not avoid]
         usable = self._usable(batch.params)
         return any(each in usable or 0 < rest < left for each, rest in others)
 
-    def closed(self, params: Params) -> str | None:
+    def closed_reason(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice, if so."""
         out = [each.health.out for each in self.deployments]
         if not any(out):  # nearly always, and asked for every request
             return None
-        reasons = [each.health.out for each in self.deployments if each.can(params)]
+        reasons = [each.health.out for each in self.deployments if each.supports(params)]
         return reasons[0] if reasons and all(reasons) else None
 
-    def rests(self, params: Params) -> list[float]:
+    def rest_times(self, params: Params) -> list[float]:
         """Seconds that each deployment rests yet, after a rate limit or an ejection or for its pace; empty if none
         does. 0 where nothing is in the way, or only the one call after an ejection, which may end at any moment."""
-        if not any(each.slots.pace or each.health.resting() for each in self.deployments):
+        if not any(each.slots.pace or each.health.rest_remaining() for each in self.deployments):
             return []
         able, usable = self._able(params), self._usable(params)
-        return [max(0.0 if each in usable else each.health.resting(), each.slots.wait()) for each in able]
+        return [max(0.0 if each in usable else each.health.rest_remaining(), each.slots.wait()) for each in able]
 
     def time_for(self, params: Params, inputs: int, tokens: float) -> float:
         """Seconds until the first deployment would have embedded so much, as far as its pace decides."""
@@ -242,12 +242,12 @@ class Route:
         """Makes a second call, and puts what it brings into `result`, which is what the call on `slot` came to."""
         elsewhere = self._in_reach(batch, slot.deployment)
         pending = [i for i, outcome in enumerate(result.outcomes) if verdict.worth_asking_again(outcome, elsewhere)]
-        if not pending or not batch.wanted():
+        if not pending or not batch.still_wanted():
             return
         again = await self._again(batch, result, pending, slot, lane, elsewhere=elsewhere)
         if again is None:
             return
-        part = part_of_batch(batch, pending)
+        part = sub_batch(batch, pending)
         again.charge(part.inputs)
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(part, again, known_bad=known_bad)
@@ -266,7 +266,9 @@ class Route:
         outage of the model, with a time to wait. An error that lasts (a key, a certificate, a name, replies that are
         none) stays what it is, and so does a passed deadline."""
         states = [each.health for each in self._able(batch.params)]
-        down = all(each.ejected or each.cooling() for each in states) and any(each.ejected for each in states)
+        down = all(each.ejected or each.cooldown_remaining() for each in states) and any(
+            each.ejected for each in states
+        )
         if result.late or not down:
             return
         for i, outcome in enumerate(result.outcomes):
@@ -289,15 +291,15 @@ class Route:
             if error is None and now() > batch.deadline:
                 judged = False  # or one that is always too slow for its callers would be asked for ever
             elif error is None:
-                health.took(now() - began)
+                health.record_duration(now() - began)
             slot.settle(result)
             return result
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers that have waited long leave a call little time: too little is no fault of the upstream.
-            judged, late = health.had_time(now() - began), True
-            brought = batch.brought or {}
-            return BatchResult([brought.get(key, error) for key in batch.keys], late=True)
+            judged, late = health.had_ample_time(now() - began), True
+            completed = batch.completed or {}
+            return BatchResult([completed.get(key, error) for key in batch.keys], late=True)
         finally:
             if verdict.is_ours(error) or (known_bad and isinstance(error, UpstreamInvalidVector)):
                 judged = False
@@ -323,7 +325,9 @@ class Route:
         # A Retry-After is about the deployment that sent it; another one can be asked soon.
         pause = self._jitter() * BACKOFF
         if not elsewhere:
-            pause = max(pause, failed.deployment.health.cooling(), *(each.retry_after or 0.0 for each in errors))
+            pause = max(
+                pause, failed.deployment.health.cooldown_remaining(), *(each.retry_after or 0.0 for each in errors)
+            )
         if asyncio.get_running_loop().time() + pause >= batch.deadline:
             result.late = True
             return None
@@ -335,7 +339,7 @@ class Route:
                 _give_up(result, pending)
             return None
         await self._clock.sleep(pause)
-        if not batch.wanted():
+        if not batch.still_wanted():
             return None
         slot = await self._slot(batch, lane, failed.deployment, others_only=others_only)
         if slot is not None:
@@ -350,11 +354,11 @@ class Route:
             async with asyncio.timeout_at(batch.deadline):
                 while True:
                     # Asked before a slot is: a rest that ended in between would be waited for without end.
-                    rests = [each.health.resting() for each in self._able(batch.params)]
+                    rest_times = [each.health.rest_remaining() for each in self._able(batch.params)]
                     slot = self.take(lane, batch.params, avoid, others_only=others_only)
                     if slot is not None or not self._in_reach(batch, avoid if others_only else None):
                         return slot
-                    await self._freed(since, min(filter(None, rests), default=None))
+                    await self._freed(since, min(filter(None, rest_times), default=None))
         except TimeoutError:
             return None
 
@@ -377,4 +381,4 @@ def _give_up(result: BatchResult, pending: list[int]) -> None:
     for i in pending:
         outcome = result.outcomes[i]
         if isinstance(outcome, GatewayError):
-            outcome.final = True
+            outcome.no_client_retry = True

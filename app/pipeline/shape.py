@@ -11,18 +11,19 @@ from collections.abc import Sequence
 from msgspec.structs import replace
 
 from app import vectors
-from app.catalog import Model, together
+from app.catalog import Model, combined
 from app.config import ModelSettings
 from app.errors import UnsupportedDimensions
 from app.types import Embedder, Embedding, EmbedRequest, EmbedResult
 
 
 class Shape:
-    """Shortens where the gateway does it and not the upstream (`Model.cuts`); brings to unit length on request."""
+    """Shortens where the gateway does it and not the upstream (`Model.matryoshka_dimensions`); brings to unit length
+    on request."""
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._cuts = together(models).cuts is not None
+        self._cuts = combined(models).matryoshka_dimensions is not None
         self._normalises = settings is not None and settings.normalize
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TypeGuard
 
 from app.errors import (
+    ExceedsTokensPerMinute,
     GatewayError,
     InvalidRequest,
-    MoreThanAMinute,
     Overloaded,
     QuotaExhausted,
     RateLimited,
@@ -20,7 +20,7 @@ from app.errors import (
 )
 from app.types import BatchResult, Embedding
 
-_ONES_OWN = (UpstreamError, QuotaExhausted, MoreThanAMinute)
+_ONES_OWN = (UpstreamError, QuotaExhausted, ExceedsTokensPerMinute)
 """What another deployment may not share: it has a key, quotas, names and lengths of vectors of its own."""
 
 

@@ -21,9 +21,9 @@ from app.upstreams.sealed import SealedTokens, SharedToken
 
 REFUSED_FOR = 60.0
 """Seconds for which a refused key, or a token server that fails while the old token serves, is not asked again."""
-FETCHING = 5.0
+FETCH_CLAIM = 5.0
 """Seconds for which one replica alone fetches a token. Should it die, it holds the others up for no longer."""
-LOOK = 0.1
+POLL_INTERVAL = 0.1
 """Seconds between looks at whether it has come."""
 
 
@@ -111,11 +111,11 @@ class AccessToken:
         shared = self._shared
         if shared is None:
             return await self._fetch_anew(send)
-        until = self._clock.monotonic() + FETCHING
-        while (known := await self._known(shared)) is None and not await shared.claim(FETCHING):
+        until = self._clock.monotonic() + FETCH_CLAIM
+        while (known := await self._known(shared)) is None and not await shared.claim(FETCH_CLAIM):
             if self._clock.monotonic() > until:
                 break
-            await self._clock.sleep(LOOK)  # another replica is fetching one
+            await self._clock.sleep(POLL_INTERVAL)  # another replica is fetching one
         if known is not None:
             return known
         try:
@@ -154,7 +154,7 @@ class AccessToken:
                 raise ValueError("no token")
         except (KeyError, TypeError, ValueError) as fault:
             if reply.status >= 300:
-                raise replies.failure(replies.by_status(reply.status, ""), reply) from fault
+                raise replies.make_error(replies.by_status(reply.status, ""), reply) from fault
             raise UpstreamInvalidResponse("the upstream's token server answered something else") from fault
         # An hour early as Baidu's clients do, or a tenth of a shorter life.
         self._token = _Token(text, now + lifetime - min(3600.0, lifetime / 10), now + lifetime)
@@ -168,9 +168,9 @@ def _with_token(request: WireRequest, token: _Token) -> WireRequest:
 
 def _refused(reply: WireReply, body: Mapping[str, object]) -> GatewayError:
     """RFC 6749 5.2's errors are about our key; the rest are the server's own trouble."""
-    error, message = str(body.get("error", "")), replies.said(reply).message
+    error, message = str(body.get("error", "")), replies.error_fields(reply).message
     if error == "rate_limit_exceeded":
-        return replies.failure(RateLimited, reply, message)
+        return replies.make_error(RateLimited, reply, message)
     if reply.status >= 500 or error in ("unknown_error", "server_error", "temporarily_unavailable"):
-        return replies.failure(UpstreamError, reply, message)
-    return replies.failure(UpstreamAuth, reply, message)
+        return replies.make_error(UpstreamError, reply, message)
+    return replies.make_error(UpstreamAuth, reply, message)

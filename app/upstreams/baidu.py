@@ -152,11 +152,11 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     code = error_code(reply)
     if not code and 200 <= reply.status < 300:
         return None
-    message = replies.said(reply).message or reply.headers.get("x-bce-error-message", "")
+    message = replies.error_fields(reply).message or reply.headers.get("x-bce-error-message", "")
     kind = _CODES.get(code, UpstreamError) if code else replies.by_status(reply.status, message)
     if kind is InvalidRequest:
-        kind = replies.refusal(message)
-    return replies.failure(kind, reply, message)
+        kind = replies.by_message(message)
+    return replies.make_error(kind, reply, message)
 
 
 # --- V2 ---------------------------------------------------------------------------------------------
@@ -174,9 +174,9 @@ _V2_CODES: Mapping[str, type[GatewayError]] = {
 def parse_error_v2(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
-    told = replies.said(reply)
+    told = replies.error_fields(reply)
     kind = _V2_CODES.get(told.code) or _V2_CODES.get(told.type) or replies.by_status(reply.status, told.message)
-    return replies.failure(kind, reply, told.message)
+    return replies.make_error(kind, reply, told.message)
 
 
 _ADAPTERS = {
@@ -215,7 +215,7 @@ def models(_settings: BaiduSettings) -> Mapping[str, Model]:
     return CATALOG["baidu"]
 
 
-def unlisted(name: str) -> Model:
+def unlisted_model(name: str) -> Model:
     """Neither API takes a number of dimensions."""
     if name == _AS_WRITTEN:
         return replace(CATALOG["baidu"]["embedding-v1"], name=name, same_as="embedding-v1")
@@ -235,7 +235,7 @@ KIND = UpstreamKind(
     adapter=adapter,
     auth=credentials,
     models=models,
-    unlisted=unlisted,
+    unlisted_model=unlisted_model,
     environment=environment,
     switched_on_by="BAIDU_API_KEY with BAIDU_SECRET_KEY",
 )

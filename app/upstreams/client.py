@@ -60,7 +60,7 @@ class Client:
         headers = {**_HEADERS, **request.headers, **self._headers}
         complete = WireRequest(request.method, url, headers, request.body, max_reply=request.max_reply)
         try:
-            with self._deadlines.within(self._timeout):
+            with self._deadlines.timeout(self._timeout):
                 reply = await self._engine.exchange(complete)
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None

@@ -24,7 +24,7 @@ for what a reply announces."""
 _BODILESS = frozenset((204, 304))
 
 
-class Stale(UpstreamUnreachable):
+class StaleConnection(UpstreamUnreachable):
     """The connection ended before the first byte of a reply: kept alive, it may have been closed long before."""
 
 
@@ -59,8 +59,9 @@ class Connection(asyncio.BufferedProtocol):
         """A body whose length is not told beforehand, as far as it has come."""
 
     def exchange(self, request: bytes, max_reply: int, *, tunnel: bool = False) -> asyncio.Future[WireReply]:
-        """Sends a whole request. The future raises `Stale`, `UpstreamUnreachable`, or `UpstreamInvalidResponse` for a
-        reply over `max_reply` bytes. `tunnel`: a CONNECT, whose reply ends with its head.
+        """Sends a whole request. The future raises `StaleConnection`, `UpstreamUnreachable`, or
+        `UpstreamInvalidResponse` for a reply over `max_reply` bytes. `tunnel`: a CONNECT, whose reply ends with its
+        head.
 
         Whoever stops waiting closes the connection.
         """
@@ -69,7 +70,7 @@ class Connection(asyncio.BufferedProtocol):
         self._parser = httptools.HttpResponseParser(self)
         self._done = done = asyncio.get_running_loop().create_future()
         if self.closed:
-            self._fail(Stale("the connection to the upstream broke"))
+            self._fail(StaleConnection("the connection to the upstream broke"))
         else:
             self.transport.write(request)
         return done
@@ -110,7 +111,7 @@ class Connection(asyncio.BufferedProtocol):
         if exc is None and self._ends_with_connection:
             self._succeed(self._chunks)
         else:
-            kind = UpstreamUnreachable if self._received else Stale
+            kind = UpstreamUnreachable if self._received else StaleConnection
             self._fail(kind("the connection to the upstream broke"))
 
     def _feed(self, nbytes: int) -> None:

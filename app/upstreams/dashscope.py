@@ -16,7 +16,7 @@ from pydantic import model_validator
 from app import vectors
 from app.catalog import CATALOG, Model
 from app.clock import Clock
-from app.config import WORDS, UpstreamKind, UpstreamSettings
+from app.config import CAPABILITIES, UpstreamKind, UpstreamSettings
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -30,7 +30,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.types import Adapter, Auth, Batch, Input, Parsed, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, documents, openai, replies
+from app.upstreams import auth, json_vectors, openai, replies
 
 _BASE_URLS = {
     "native": "https://dashscope.aliyuncs.com/api/v1",
@@ -150,13 +150,13 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     succeeded = 200 <= reply.status < 300
     if succeeded and b'"code"' not in reply.body:
         return None
-    told = replies.said(reply)
+    told = replies.error_fields(reply)
     if succeeded and not told.code:
         return None
-    return replies.failure(_kind(reply.status, told), reply, told.message)
+    return replies.make_error(_kind(reply.status, told), reply, told.message)
 
 
-def _kind(status: int, told: replies.Said) -> type[GatewayError]:
+def _kind(status: int, told: replies.ErrorFields) -> type[GatewayError]:
     code = (told.code or told.type).lower()
     if refused := _REFUSED.search(f"{code} {told.message.lower()}"):
         code = refused[1]
@@ -165,12 +165,12 @@ def _kind(status: int, told: replies.Said) -> type[GatewayError]:
         return QuotaExhausted
     if kind in (InvalidRequest, UpstreamAuth) and _NO_MODEL.search(told.message):
         return UpstreamMisconfigured
-    return replies.refusal(told.message) if kind is InvalidRequest else kind
+    return replies.by_message(told.message) if kind is InvalidRequest else kind
 
 
 def parse_response(reply: WireReply, batch: Batch) -> Parsed:
     """The native form, of texts (`text_index`) and of contents (`index`)."""
-    body = documents.load(reply.body)
+    body = json_vectors.load(reply.body)
     rows = body["output"]["embeddings"]
     output_type = batch.params.output_type
     return Parsed(
@@ -183,13 +183,13 @@ def parse_response(reply: WireReply, batch: Batch) -> Parsed:
 
 def _billed(usage: object) -> int | None:
     """Documents disagree on the bill's name; where there is no total, images are counted apart."""
-    total = replies.billed(usage, "total_tokens")
-    parts = [replies.billed(usage, name) or 0 for name in ("input_tokens", "image_tokens")]
+    total = replies.billed_tokens(usage, "total_tokens")
+    parts = [replies.billed_tokens(usage, name) or 0 for name in ("input_tokens", "image_tokens")]
     return total or sum(parts) or None
 
 
 _ADAPTERS = {
-    "native": Adapter(build_request, parse_error, parse_response, words=frozenset(WORDS)),
+    "native": Adapter(build_request, parse_error, parse_response, capabilities=frozenset(CAPABILITIES)),
     # Its gateway answers numbers to long requests whatever they ask for, so numbers are asked for.
     "compatible": Adapter(openai.request_builder("/embeddings", {}, "float"), parse_error, openai.parse_response),
 }

@@ -19,7 +19,7 @@ from app.clock import Clock
 from app.config import UpstreamKind, UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
 from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, documents, openai, replies
+from app.upstreams import auth, json_vectors, openai, replies
 
 
 class GeminiSettings(UpstreamSettings):
@@ -59,9 +59,9 @@ _DELAY = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
 def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
-    message, body = replies.said(reply).message, reply.body[: replies.LARGEST]
+    message, body = replies.error_fields(reply).message, reply.body[: replies.LARGEST]
     kind = next((kind for pattern, kind in _FIELDS if pattern.search(body)), None)
-    error = replies.failure(kind or replies.by_status(reply.status, message), reply, message)
+    error = replies.make_error(kind or replies.by_status(reply.status, message), reply, message)
     delay = _DELAY.search(body)
     if delay and kind is not QuotaExhausted:  # a day's quota comes with the delay of a minute's
         error.retry_after = float(delay[1])
@@ -70,9 +70,9 @@ def parse_error(reply: WireReply) -> GatewayError | None:
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """No index: vectors come in the order of the inputs. Those below full length are not of unit length."""
-    body = documents.load(reply.body)
+    body = json_vectors.load(reply.body)
     found = [_unit(vector) for vector in vectors.parse([row["values"] for row in body["embeddings"]])]
-    return Parsed(range(len(found)), found, replies.billed(body.get("usageMetadata"), "promptTokenCount"))
+    return Parsed(range(len(found)), found, replies.billed_tokens(body.get("usageMetadata"), "promptTokenCount"))
 
 
 def _unit(vector: bytes) -> bytes:
@@ -93,7 +93,7 @@ def models(_settings: GeminiSettings) -> Mapping[str, Model]:
     return CATALOG["gemini"]
 
 
-def unlisted(name: str) -> Model:
+def unlisted_model(name: str) -> Model:
     """A hundred inputs are the route's limit, whatever the model."""
     return Model(name, dimension_choices=ANY, max_batch=100)
 
@@ -109,7 +109,7 @@ KIND = UpstreamKind(
     adapter=adapter,
     auth=credentials,
     models=models,
-    unlisted=unlisted,
+    unlisted_model=unlisted_model,
     environment=environment,
     switched_on_by="GEMINI_API_KEY or GOOGLE_API_KEY",
 )

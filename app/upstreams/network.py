@@ -24,7 +24,7 @@ import httpx
 
 from app.errors import GatewayError, Overloaded, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
-from app.upstreams.connection import Connection, Stale
+from app.upstreams.connection import Connection, StaleConnection
 
 KEEP_ALIVE = 30.0
 """Seconds a connection may lie idle. Servers close theirs after 5 s (uvicorn) to 75 s (nginx) and longer."""
@@ -56,7 +56,7 @@ class _Origin(NamedTuple):
     """As the Host header wants it."""
 
 
-class Network:
+class NetworkEngine:
     """One upstream's connections. `connect_timeout` in seconds, until the TLS handshake is done; `proxy` a URL or
     None."""
 
@@ -79,7 +79,7 @@ class Network:
         if kept is not None:
             try:
                 return await self._over(kept, origin, message, request.max_reply)
-            except Stale:
+            except StaleConnection:
                 pass
         return await self._over(await self._connect(origin), origin, message, request.max_reply)
 

@@ -30,7 +30,7 @@ from app.errors import (
     UpstreamMisconfigured,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, documents, openai, replies
+from app.upstreams import auth, json_vectors, openai, replies
 
 PORT = 11434
 MAX_BATCH = 16
@@ -85,19 +85,19 @@ _TEXTS: Sequence[tuple[re.Pattern[str], type[GatewayError]]] = (
 def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
-    message = replies.said(reply).message
+    message = replies.error_fields(reply).message
     kind = next((kind for pattern, kind in _TEXTS if pattern.search(message)), None)
     if kind is None:
         # A 400 that none of these texts explains is a runner that crashed, never the caller's fault.
         kind = UpstreamError if reply.status == 400 else replies.by_status(reply.status, message)
-    return replies.failure(kind, reply, message)
+    return replies.make_error(kind, reply, message)
 
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """No index: vectors come in the order of the inputs. A count of 0 is left out by the server."""
-    body = documents.load(reply.body)
+    body = json_vectors.load(reply.body)
     found = vectors.parse(body["embeddings"])
-    return Parsed(range(len(found)), found, replies.billed(body, "prompt_eval_count"))
+    return Parsed(range(len(found)), found, replies.billed_tokens(body, "prompt_eval_count"))
 
 
 def adapter(settings: OllamaSettings) -> Adapter:
@@ -114,7 +114,7 @@ def models(_settings: OllamaSettings) -> Mapping[str, Model]:
     return {}
 
 
-def unlisted(name: str) -> Model:
+def unlisted_model(name: str) -> Model:
     known = family(name) or Model(name)
     return replace(
         known,
@@ -122,7 +122,7 @@ def unlisted(name: str) -> Model:
         same_as=name.removesuffix(":latest"),  # what no tag means
         # How long an input may be is the server's to say, and shorter vectors it makes itself, of any model.
         dimension_choices=ANY,
-        cuts=None,
+        matryoshka_dimensions=None,
         max_batch=MAX_BATCH,
         max_tokens_per_input=None,
     )
@@ -151,7 +151,7 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
             continue
         if name and _embeds(told):
             digest = str(tag.get("digest") or "").removeprefix("sha256:")[:12]
-            found += _models(name, told, digest, cuts=settings.truncate)
+            found += _models(name, told, digest, matryoshka_dimensions=settings.truncate)
     if unread and not found:
         raise unread
     return found
@@ -171,12 +171,12 @@ async def _told(send: Send, base_url: str, name: str, tag: Mapping[str, Any]) ->
         return tag
 
 
-def _models(name: str, told: Mapping[str, Any], digest: str, *, cuts: bool) -> list[Model]:
+def _models(name: str, told: Mapping[str, Any], digest: str, *, matryoshka_dimensions: bool) -> list[Model]:
     """What the server tells, and beside it what is known of the model."""
-    longest = None if cuts else _length(told, "context")
+    longest = None if matryoshka_dimensions else _length(told, "context")
     return [
         replace(
-            known := unlisted(each),
+            known := unlisted_model(each),
             dimensions=_length(told, "embedding"),
             max_tokens_per_input=longest,
             revision=digest,
@@ -255,7 +255,7 @@ KIND = UpstreamKind(
     adapter=adapter,
     auth=credentials,
     models=models,
-    unlisted=unlisted,
+    unlisted_model=unlisted_model,
     discover=discover,
     environment=environment,
     switched_on_by="OLLAMA_HOST",

@@ -28,7 +28,7 @@ from app.errors import (
     UpstreamMisconfigured,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, documents, replies
+from app.upstreams import auth, json_vectors, replies
 
 BASE_URL = "https://api.openai.com/v1"
 
@@ -98,14 +98,14 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     """Codes before statuses: OpenAI says 403 as well as 404 for a model it does not have."""
     if 200 <= reply.status < 300:
         return _error_in_success(reply)
-    told = replies.said(reply)
+    told = replies.error_fields(reply)
     kind = _by_code(told) or replies.by_status(reply.status, told.message)
     if kind is InvalidRequest and told.param == "model":  # whose name is the configuration's, and not the caller's
         kind = UpstreamMisconfigured
-    return replies.failure(kind, reply, told.message)
+    return replies.make_error(kind, reply, told.message)
 
 
-def _by_code(told: replies.Said) -> type[GatewayError] | None:
+def _by_code(told: replies.ErrorFields) -> type[GatewayError] | None:
     """What its code means, or its type where that says it."""
     return _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
 
@@ -120,20 +120,22 @@ def _error_in_success(reply: WireReply) -> GatewayError | None:
         return None
     if not isinstance(body, dict) or not body.get("error") or body.get("data"):
         return None
-    told = replies.said(reply)
+    told = replies.error_fields(reply)
     kind = _by_code(told)
     if kind is None and told.code.isdecimal() and 400 <= int(told.code) < 600:
         kind = replies.by_status(int(told.code), told.message)
-    return replies.failure(kind or UpstreamError, reply, told.message)
+    return replies.make_error(kind or UpstreamError, reply, told.message)
 
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     """Numbers or base64, whichever came."""
-    body = documents.load(reply.body)
+    body = json_vectors.load(reply.body)
     rows = body["data"]
     found = vectors.parse([row["embedding"] for row in rows])
     indexes = [row.get("index", 0) for row in rows]  # Gemini's route of this form leaves out what is 0
-    return Parsed(indexes, found, replies.billed(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens"))
+    return Parsed(
+        indexes, found, replies.billed_tokens(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens")
+    )
 
 
 def adapter(settings: OpenAISettings) -> Adapter:
@@ -155,7 +157,7 @@ def models(settings: OpenAISettings) -> Mapping[str, Model]:
     return CATALOG["openai"] if settings.base_url.rstrip("/") == BASE_URL else {}
 
 
-def unlisted(name: str) -> Model:
+def unlisted_model(name: str) -> Model:
     """The catalogue's facts for a name it has, wherever served; else 32 rows, TEI's default."""
     if name in CATALOG["openai"]:
         return CATALOG["openai"][name]
@@ -164,7 +166,13 @@ def unlisted(name: str) -> Model:
         return Model(name, dimension_choices=ANY, max_batch=32)
     # The server may have been told another length, or another model to have this name; what it gives, it gives.
     full = None if known.dimensions is None else (known.dimensions,)
-    return replace(known, name=name, max_batch=32, dimensions=None, cuts=full if known.cuts is None else known.cuts)
+    return replace(
+        known,
+        name=name,
+        max_batch=32,
+        dimensions=None,
+        matryoshka_dimensions=full if known.matryoshka_dimensions is None else known.matryoshka_dimensions,
+    )
 
 
 _NO_SUCH_ROUTE = (404, 405, 501)
@@ -190,7 +198,7 @@ async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | No
 
 def _listed(row: Mapping[str, Any]) -> Model:
     """vLLM and SGLang say how long an input may be, which is what the server was started with."""
-    model, limit = unlisted(str(row["id"])), row.get("max_model_len")
+    model, limit = unlisted_model(str(row["id"])), row.get("max_model_len")
     return replace(model, max_tokens_per_input=limit) if type(limit) is int and limit > 0 else model
 
 
@@ -209,7 +217,7 @@ KIND = UpstreamKind(
     adapter=adapter,
     auth=credentials,
     models=models,
-    unlisted=unlisted,
+    unlisted_model=unlisted_model,
     discover=discover,
     environment=environment,
     switched_on_by="OPENAI_API_KEY (OPENAI_BASE_URL)",

@@ -54,7 +54,7 @@ _BEGINNING = 8
 as well."""
 
 
-def quotes(words: str, inputs: Iterable[Input]) -> bool:
+def quotes_input(words: str, inputs: Iterable[Input]) -> bool:
     """Whether an upstream's words, their white space made single spaces, hold the beginning of one of these texts: as
     it is, or as JSON has it."""
     for text in inputs if words else ():

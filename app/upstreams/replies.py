@@ -17,9 +17,9 @@ import orjson
 
 from app.errors import (
     ContextLengthExceeded,
+    ExceedsTokensPerMinute,
     GatewayError,
     InvalidRequest,
-    MoreThanAMinute,
     Overloaded,
     QuotaExhausted,
     RateLimited,
@@ -118,7 +118,7 @@ _SAYS = re.compile(r'"(?:message|msg|error_msg|detail|error)"\s*:\s*"((?:[^"\\]|
 """A message, in JSON that is not read to its end."""
 
 
-class Said(NamedTuple):
+class ErrorFields(NamedTuple):
     """An error body's own words; each is empty where there is none."""
 
     code: str
@@ -127,27 +127,27 @@ class Said(NamedTuple):
     param: str = ""
 
 
-def said(reply: WireReply) -> Said:
+def error_fields(reply: WireReply) -> ErrorFields:
     """Reads an error body: nested under `error`, flat, `error` or `detail` as text, in a list, or no JSON."""
     if len(reply.body) > LARGEST:
-        return Said("", "", "; ".join(_SAYS.findall(_beginning(reply.body))) or _plain(reply.body))
+        return ErrorFields("", "", "; ".join(_SAYS.findall(_beginning(reply.body))) or _plain(reply.body))
     try:
         body = orjson.loads(reply.body)
     except orjson.JSONDecodeError:
-        return Said("", "", _plain(reply.body))
+        return ErrorFields("", "", _plain(reply.body))
     if isinstance(body, list) and len(body) == 1:
         body = body[0]
     if not isinstance(body, dict):
-        return Said("", "", _text(body)[:LONGEST])
+        return ErrorFields("", "", _text(body)[:LONGEST])
     inner = body.get("error")
     source = cast("dict[str, Any]", inner) if isinstance(inner, dict) else body
     fields = ("message", "msg", "error_msg", "error_description", "detail", "error", "errors")
     message = next((text for field in fields if (text := _text(source.get(field)))), "")
     code, kind, param = (_word(source.get(name)) for name in ("code", "type", "param"))
-    return Said(code, kind, message[:LONGEST], param)
+    return ErrorFields(code, kind, message[:LONGEST], param)
 
 
-def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
+def make_error(kind: type[GatewayError], reply: WireReply, message: str = "") -> GatewayError:
     """An error of this class, in our words and the upstream's."""
     ours = next(_WORDS[each] for each in kind.__mro__ if each in _WORDS)
     words = " ".join(message.split())[:LONGEST]
@@ -156,8 +156,8 @@ def failure(kind: type[GatewayError], reply: WireReply, message: str = "") -> Ga
     return kind(text, param=param, retry_after=retry_after(reply.headers))
 
 
-def theirs(error: GatewayError) -> str:
-    """The upstream's words in an error that `failure` made, without ours before them; empty if it had none."""
+def upstream_message(error: GatewayError) -> str:
+    """The upstream's words in an error that `make_error` made, without ours before them; empty if it had none."""
     return error.message.partition(": ")[2]
 
 
@@ -166,23 +166,23 @@ def by_status(status: int, message: str) -> type[GatewayError]:
     if status == 500 and _TOO_LARGE in message:
         return ContextLengthExceeded
     if status == 429 and message.startswith(_MORE_THAN_A_MINUTE):
-        return QuotaExhausted if _NONE in message else MoreThanAMinute
+        return QuotaExhausted if _NONE in message else ExceedsTokensPerMinute
     kind = _STATUSES.get(status) or _CLASSES.get(status // 100, UpstreamError)
     if kind in (RateLimited, UpstreamAuth) and _USED_UP.search(message):
         return QuotaExhausted
     if kind is InvalidRequest:
-        return UpstreamMisconfigured if _NOT_THE_INPUT.match(message) else refusal(message)
+        return UpstreamMisconfigured if _NOT_THE_INPUT.match(message) else by_message(message)
     return kind
 
 
-def refusal(message: str) -> type[InvalidRequest]:
+def by_message(message: str) -> type[InvalidRequest]:
     """Which fault of the caller's an upstream's 400 is about, by its words."""
     if _DIMENSIONS.search(message):
         return UnsupportedDimensions
     return ContextLengthExceeded if _TOO_LONG.search(message) else InvalidRequest
 
 
-def page(reply: WireReply) -> str:
+def html_text(reply: WireReply) -> str:
     """The words of a page (HTML) that came in place of a reply; empty for what is no page."""
     return " ".join(_plain(reply.body).split()) if _beginning(reply.body).lstrip().startswith("<") else ""
 
@@ -206,7 +206,7 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def billed(usage: object, *names: str) -> int | None:
+def billed_tokens(usage: object, *names: str) -> int | None:
     """The first of these counts that is stated. Zero is no bill: servers print it for "not counted"."""
     if not isinstance(usage, dict):
         return None

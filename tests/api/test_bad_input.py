@@ -14,8 +14,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from app.api.embeddings import AT_ONCE
-from app.api.schema import check_weight, parse_body
+from app.api.embeddings import INLINE_PARSE_LIMIT
+from app.api.schema import check_object_count, parse_body
 from app.errors import InvalidRequest
 from tests.api.support import FIXED_LENGTH, MODEL, error_of, head, post, wire
 from tests.api.support import config as config_of
@@ -72,7 +72,7 @@ def test_a_large_body_of_little_things_is_refused(fake: FakeOpenAI, gateway: Run
 def test_before_they_are_made(item: str) -> None:
     body = f'{{"model":"{MODEL}","input":[{",".join([item] * (1_500_000 // len(item)))}]}}'
     with pytest.raises(InvalidRequest, match="strings, lists and objects"):
-        check_weight(body.encode(), max_inputs=MAX_INPUTS)
+        check_object_count(body.encode(), max_inputs=MAX_INPUTS)
 
 
 @pytest.mark.parametrize(
@@ -81,14 +81,14 @@ def test_before_they_are_made(item: str) -> None:
 )
 def test_what_stands_in_texts_is_none_of_them(text: str) -> None:
     body = json.dumps({"model": "m", "input": [text, text, "{"]})
-    assert len(body) > AT_ONCE
-    check_weight(body.encode(), max_inputs=3)
+    assert len(body) > INLINE_PARSE_LIMIT
+    check_object_count(body.encode(), max_inputs=3)
 
 
 def test_nor_is_what_large_requests_are_made_of() -> None:
     part = {"type": "image_url", "image_url": {"url": "https://example.com/" + "x" * 100, "detail": "low"}}
     for inputs in ([part] * 2048, [[100_000] * 1000] * 2048, [5] * 500_000, ["a"] * 2048 + ["b" * 2**18]):
-        check_weight(json.dumps({"model": "m", "input": inputs}).encode(), max_inputs=2048)
+        check_object_count(json.dumps({"model": "m", "input": inputs}).encode(), max_inputs=2048)
 
 
 # --- bytes that are no request ------------------------------------------------------------------------------

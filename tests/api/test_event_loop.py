@@ -40,7 +40,7 @@ from app.types import (
     WireRequest,
 )
 from app.upstreams import openai
-from app.upstreams.connect import Upstream
+from app.upstreams.upstream import Upstream
 from tests.api.support import MODEL, PATIENCE, config, log_lines, post, settled, wire
 from tests.fakes import FakeOpenAI
 from tests.harness import running, settings_of
@@ -109,7 +109,7 @@ async def test_a_big_body_is_not_parsed_while_others_wait() -> None:
     """One whose last token id is none: nothing but its parsing takes any time."""
     ids = [[100] * 8000 for _ in range(50)] + [[10**9]]
     small, big = ({"model": "lexical", "input": some} for some in (ids[-1:], ids))
-    assert len(json.dumps(big)) > embeddings.AT_ONCE > len(json.dumps(small))
+    assert len(json.dumps(big)) > embeddings.INLINE_PARSE_LIMIT > len(json.dumps(small))
     assert await asked(small) == (400, 0)
     status, had = await asked(big)
     assert status == 400
@@ -121,7 +121,7 @@ async def test_many_texts_are_not_looked_at_while_others_wait() -> None:
     models = {"m": {"deployments": [{"upstream": "built-in", "model": "lexical"}], "max_tokens_per_input": 8192}}
     texts = ["x" * 500] * 250 + ["word " * 9000]
     few, many = ({"model": "m", "input": some} for some in (texts[-1:], texts))
-    assert len(json.dumps(many)) < embeddings.AT_ONCE
+    assert len(json.dumps(many)) < embeddings.INLINE_PARSE_LIMIT
     assert await asked(few, models=models) == (400, 0)
     status, had = await asked(many, models=models)
     assert status == 400
@@ -134,7 +134,7 @@ async def test_an_answer_of_many_vectors_is_written_in_slices() -> None:
     result = EmbedResult([vector] * count, [Source.UPSTREAM] * count)
     async with turns() as others:
         await render.embeddings(result, Usage.of(result), MODEL, "float")
-        assert others.count >= count // render.SLICES["float"] - 1
+        assert others.count >= count // render.VECTORS_PER_TURN["float"] - 1
 
 
 AT = openai.OpenAISettings(base_url="http://up.invalid", auth="none", encoding_format="omit")
@@ -247,7 +247,7 @@ def come(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         come.append(scope)
         watch(guard, scope)
 
-    monkeypatch.setattr(embeddings, "HEAVY", embeddings.AT_ONCE)
+    monkeypatch.setattr(embeddings, "SERIAL_PARSE_LIMIT", embeddings.INLINE_PARSE_LIMIT)
     monkeypatch.setattr(Guard, "watch", watched)
     return come
 
@@ -319,7 +319,7 @@ def test_a_heavy_body_whose_caller_has_gone_is_still_parsed_and_the_next_one_wai
 
 
 def test_by_how_much_the_event_loop_is_late_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "LAG_EVERY", 0.005)
+    monkeypatch.setattr(main, "LAG_INTERVAL", 0.005)
     with FakeOpenAI() as fake, running(config(fake)) as gateway:
         settled(gateway, lambda: gateway.metric("event_loop_lag_seconds_count") > 3)
         late = gateway.metric("event_loop_lag_seconds_sum")

@@ -230,14 +230,14 @@ def test_an_answer_counts_among_the_requests_inside_until_it_is_taken() -> None:
 
 def test_its_bytes_count_in_place_of_the_requests() -> None:
     with lexical(max_body="1MiB", max_inputs=2000, max_inflight_size="4MiB") as gateway:
-        room = gateway.app.gateway.room
+        capacity = gateway.app.gateway.capacity
         with unread(gateway) as connection:
             length = int(connection.reply(head_only=True).headers["content-length"])  # type: ignore[union-attr]
-            assert room.size == 4 * 2**20 - length < 0, "there was no room for it, but it was paid for"
+            assert capacity.size == 4 * 2**20 - length < 0, "there was no room for it, but it was paid for"
             refused = gateway.post(SMALL)
             assert (refused.status_code, "bytes" in error_of(refused)["message"]) == (503, True)
         settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
-        assert room.size == 4 * 2**20
+        assert capacity.size == 4 * 2**20
         assert gateway.post(SMALL).status_code == 200
 
 
@@ -262,7 +262,7 @@ def test_an_answer_that_is_not_taken_in_the_requests_time_is_dropped(last: str, 
 
 @pytest.mark.parametrize("last", ["Connection: keep-alive", "Connection: close"])
 def test_who_stops_does_not_wait_for_those_who_take_nothing(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(protocol, "LAST_CALL", 1)
+    monkeypatch.setattr(protocol, "SHUTDOWN_STALL_TIMEOUT", 1)
     with ExitStack() as callers, lexical() as gateway:
         for _ in range(2):
             callers.enter_context(unread(gateway, last=last))

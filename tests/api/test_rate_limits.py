@@ -96,7 +96,7 @@ def test_who_is_out_of_tokens_is_told_when_a_request_of_this_size_fits(fake: Fak
     clock = HandClock()
     with running(config(fake, auth=keys(team={"tokens_per_minute": 120})), clock=clock) as gateway:
         _, remaining, _ = left(ask(gateway, "team"), "tokens")
-        gateway.app.gateway.quotas["team"].owe(0, remaining + 1)  # the bill was as high as that
+        gateway.app.gateway.quotas["team"].adjust(0, remaining + 1)  # the bill was as high as that
         before = ask(gateway, "team", "今天" * 30)
         assert before.status_code == 429
         gateway.call(clock.advance(int(before.headers["retry-after"])))
@@ -105,7 +105,7 @@ def test_who_is_out_of_tokens_is_told_when_a_request_of_this_size_fits(fake: Fak
 
 def test_what_may_be_an_image_is_not_waited_for_as_if_it_were_text(fake: FakeOpenAI) -> None:
     with running(config(fake, auth=keys(team={"tokens_per_minute": 60_000})), clock=HandClock()) as gateway:
-        gateway.app.gateway.quotas["team"].owe(0, 60_000)
+        gateway.app.gateway.quotas["team"].adjust(0, 60_000)
         refused = ask(gateway, "team", "x" * 3_000_000)
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) <= 10

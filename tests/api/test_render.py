@@ -36,7 +36,7 @@ def test_the_headers_of_a_result_read_one_by_one(sparse: bool) -> None:
     """As a server wants them that is not handed whole responses; names come from upstreams, and hold what they like."""
     result = EmbedResult([Embedding(b"" if sparse else bytes(8), 1, b"[]" if sparse else None)], [Source.UPSTREAM])
     result.calls, result.deployments, result.truncated, result.split = 3, ("a/b\r\nx: y", "c/d"), 1, 2
-    lines = render.result_head(result, Usage.of(result), "vendor/m: 1")
+    lines = render.result_headers(result, Usage.of(result), "vendor/m: 1")
     assert lines.endswith(b"\r\n")
     assert dict(render.headers(lines)) == {
         b"x-embedding-cache": b"miss",

@@ -11,7 +11,7 @@ import redis.asyncio
 from app.cache.redis import CLAIM_PREFIX, PREFIX, RedisStore
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
-from app.types import CLAIM
+from app.types import CLAIM_TTL
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 from tests.redis_server import RedisServer
 
@@ -85,16 +85,16 @@ async def test_a_plain_look_up_claims_nothing_and_sees_no_claim(server: RedisSer
 async def test_what_is_let_go_is_the_next_ones(server: RedisServer, clock: Clock) -> None:
     one, other, third = (store(server, clock) for _ in range(3))
     await one.get_or_claim(keys(1, 2))
-    await one.let_go(keys(1))
+    await one.release_claims(keys(1))
     assert await other.get_or_claim(keys(1, 2)) == ([None, None], {key(2)})
-    await one.let_go(keys(1))  # which is not its own any more
+    await one.release_claims(keys(1))  # which is not its own any more
     assert await third.get_or_claim(keys(1)) == ([None], {key(1)})
     await close(one, other, third)
 
 
 async def test_a_claim_ends_by_itself(server: RedisServer, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = store(server, clock), store(server, clock)
-    monkeypatch.setattr("app.cache.redis.CLAIM", 0.2)
+    monkeypatch.setattr("app.cache.redis.CLAIM_TTL", 0.2)
     await one.get_or_claim(keys(1))
     assert await other.get_or_claim(keys(1)) == ([None], {key(1)})
 
@@ -193,7 +193,7 @@ async def test_a_server_that_is_away_holds_nothing(clock: Clock, metrics: Metric
         server.kill()
         answers: list[Any] = [await other.get_or_claim(keys(1)) for _ in range(4)]
         assert answers == [([None], ())] * 4
-        await other.let_go(keys(1))
+        await other.release_claims(keys(1))
         assert other.status.startswith("down: ")
         await other.close()
 
@@ -246,7 +246,7 @@ async def test_who_hangs_up_during_the_look_up_holds_nothing(server: RedisServer
         async def free(number: int = number) -> bool:
             return await other.get_or_claim(keys(number)) == ([None], set())
 
-        async with asyncio.timeout(CLAIM - 1):
+        async with asyncio.timeout(CLAIM_TTL - 1):
             await until(free)
     await tiers.close()
     await close(other)
@@ -264,7 +264,7 @@ async def test_what_others_asked_for_in_the_same_look_up_stays_theirs(server: Re
     async def free() -> bool:
         return await other.get_or_claim(keys(1)) == ([None], set())
 
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         await until(free)
     assert await other.get_or_claim(keys(2, 3)) == ([None, None], set(keys(2, 3)))
     await tiers.close()

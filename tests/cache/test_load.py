@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from app.cache.coalescer import Coalescer, WeightedSemaphore
 from app.cache.disk import DiskStore
 from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
-from app.cache.together import Together, Turns
 from app.metrics import Metrics
 from app.types import Embedding
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
@@ -140,7 +140,7 @@ class Asked:
         self.under_way: list[int] = []
         self.go: dict[int, asyncio.Event] = {}
         self.late: list[int] = []
-        self.together: Together[int, int] = Together(
+        self.together: Coalescer[int, int] = Coalescer(
             self._answer, -1, 10, 1, lambda _: limit, self.late.extend, lambda weight: weight
         )
 
@@ -162,7 +162,7 @@ class Asked:
 
 
 async def test_as_many_look_ups_go_at_once_as_may_and_no_more() -> None:
-    turns = Turns(3)
+    turns = WeightedSemaphore(3)
     waiting = [asyncio.create_task(turns.wait(1)) for _ in range(4)]
     await settle()
     assert [each.done() for each in waiting] == [True, True, True, False]

@@ -13,7 +13,7 @@ import pytest_asyncio
 import redis.asyncio
 
 from app.cache.redis import PREFIX, RedisStore, connections
-from app.cache.shared_limits import Ask, SharedLimits
+from app.cache.shared_limits import Demand, SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
 from app.limits import Bucket, Limit
@@ -271,8 +271,8 @@ async def use_all(url: str, clock: Clock, metrics: Metrics) -> None:
     await store.open()
     await store.get_or_claim([key(1), key(2)])
     await store.put(entries([1]))
-    await store.let_go([key(2)])
-    await limits.ask(b"a", Limit(Bucket(60, 60, 0), None), Ask((0, 0), (1, 0), (1, 0)))
+    await store.release_claims([key(2)])
+    await limits.ask(b"a", Limit(Bucket(60, 60, 0), None), Demand((0, 0), (1, 0), (1, 0)))
     assert await tokens.claim(b"a", 60)
     await tokens.put(b"a", b"sealed", 60)
     await tokens.get(b"a")

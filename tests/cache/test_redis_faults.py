@@ -9,7 +9,7 @@ import pytest
 import redis.asyncio
 
 from app.cache.redis import RedisStore
-from app.cache.shared_limits import Ask, SharedLimits
+from app.cache.shared_limits import Demand, SharedLimits
 from app.limits import Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
@@ -134,7 +134,7 @@ async def test_frozen_many_at_once_all_come_back_within_the_limit(
 
 
 async def test_a_handshake_slower_than_a_look_up_is_not_thrown_away(clock: Clock, metrics: Metrics) -> None:
-    let_go = asyncio.Event()
+    release_claims = asyncio.Event()
     greeted = 0
 
     async def slow(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -142,7 +142,7 @@ async def test_a_handshake_slower_than_a_look_up_is_not_thrown_away(clock: Clock
         while line := await reader.readline():
             if line == b"AUTH\r\n":
                 greeted += 1
-                await let_go.wait()
+                await release_claims.wait()
                 writer.write(b"+OK\r\n")
             elif line == b"MGET\r\n":
                 writer.write(b"*1\r\n$-1\r\n")
@@ -151,7 +151,7 @@ async def test_a_handshake_slower_than_a_look_up_is_not_thrown_away(clock: Clock
         store = RedisStore(f"redis://:x@127.0.0.1:{port}/0", 0.02, 60, clock, metrics)
         assert await store.get([key(1)]) == [None]
         assert count(metrics, "redis", "get", "timeout") == 1
-        let_go.set()
+        release_claims.set()
 
         async def answered() -> bool:
             clock.advance(30)
@@ -331,7 +331,7 @@ async def test_a_script_that_answers_nonsense_is_as_none(clock: Clock, metrics: 
         store, limits = RedisStore(url, LIMIT, 60, clock, metrics), SharedLimits(url, LIMIT, clock, metrics)
         assert await store.get_or_claim([key(1)]) == ([None], set())
         assert store.status == "up; claims fail: ValueError: not a script's reply"
-        assert await limits.ask(b"x", Limit(None, None), Ask((0, 0), (0, 0), (0, 0))) is None
+        assert await limits.ask(b"x", Limit(None, None), Demand((0, 0), (0, 0), (0, 0))) is None
         await store.close()
         await limits.close()
 

@@ -13,7 +13,7 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from app.cache.shared_limits import PREFIX, Ask, SharedLimits, Verdict
+from app.cache.shared_limits import PREFIX, Demand, SharedLimits, Verdict
 from app.limits import Bucket, Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock
@@ -21,7 +21,7 @@ from tests.clock import settle
 from tests.redis_server import RedisServer
 
 Replica = Callable[..., SharedLimits]
-ONE = Ask((0, 0), (1, 1), (1, 1))
+ONE = Demand((0, 0), (1, 1), (1, 1))
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def lead(name: Path, server: RedisServer) -> None:
     name.symlink_to(server.socket_url.removeprefix("unix://"))
 
 
-async def must(shared: SharedLimits, name: bytes, limit: Limit, ask: Ask = ONE) -> Verdict:
+async def must(shared: SharedLimits, name: bytes, limit: Limit, ask: Demand = ONE) -> Verdict:
     verdict = await shared.ask(name, limit, ask)
     assert verdict is not None
     return verdict
@@ -128,21 +128,21 @@ async def test_two_names_are_two_limits(replica: Replica) -> None:
 async def test_requests_and_tokens_are_taken_together_or_not_at_all(replica: Replica) -> None:
     shared = replica()
     both = limit(requests=5, tokens=100)
-    verdict = await must(shared, b"a", both, Ask((0, 0), (1, 60), (1, 60)))
+    verdict = await must(shared, b"a", both, Demand((0, 0), (1, 60), (1, 60)))
     assert (verdict.wait, verdict.requests, verdict.tokens) == (0, 4, 40)
-    refused = await must(shared, b"a", both, Ask((0, 0), (1, 60), (1, 60)))
+    refused = await must(shared, b"a", both, Demand((0, 0), (1, 60), (1, 60)))
     assert 19 * 60 < refused.wait <= 20 * 60
     assert refused.requests == pytest.approx(4, abs=1)
     assert refused.tokens == pytest.approx(40, abs=1)
-    assert (await must(shared, b"a", both, Ask((0, 0), (1, 40), (1, 40)))).wait == 0
+    assert (await must(shared, b"a", both, Demand((0, 0), (1, 40), (1, 40)))).wait == 0
 
 
 async def test_what_is_owed_is_charged_whatever_the_verdict(replica: Replica) -> None:
     shared = replica()
-    verdict = await must(shared, b"a", limit(requests=5), Ask((7, 0), (1, 0), (1, 0)))
+    verdict = await must(shared, b"a", limit(requests=5), Demand((7, 0), (1, 0), (1, 0)))
     assert 2 * 60 < verdict.wait <= 3 * 60
     assert verdict.requests == pytest.approx(-2, abs=0.1)
-    assert (await must(shared, b"a", limit(requests=5), Ask((-4, 0), (1, 0), (1, 0)))).wait == 0
+    assert (await must(shared, b"a", limit(requests=5), Demand((-4, 0), (1, 0), (1, 0)))).wait == 0
 
 
 async def test_it_fills_by_the_servers_clock(replica: Replica, client: redis.asyncio.Redis) -> None:

@@ -12,7 +12,7 @@ from app.cache.tiers import Tiers
 from app.cache.writer import Writer
 from app.config import CacheSettings
 from app.metrics import Metrics
-from app.types import Embedding, LookUp, Store
+from app.types import Embedding, LookupResult, Store
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 from tests.clock import settle
 
@@ -320,10 +320,10 @@ async def test_what_comes_while_a_tier_is_asked_is_found_though_it_is_written_an
                     await asyncio.sleep(0)
             return found
 
-        async def get_or_claim(self, keys: Sequence[bytes]) -> LookUp:
+        async def get_or_claim(self, keys: Sequence[bytes]) -> LookupResult:
             return await self.get(keys), ()
 
-        async def let_go(self, keys: Sequence[bytes]) -> None: ...
+        async def release_claims(self, keys: Sequence[bytes]) -> None: ...
 
     slow = Gated()
     too_small = MemoryStore(1, 60, clock, metrics)
@@ -545,7 +545,7 @@ async def test_a_tier_that_would_never_be_asked_is_refused(clock: Clock, metrics
 
 async def test_only_slow_tiers_outlive_the_process(clock: Clock, metrics: Metrics) -> None:
     fast: list[Store] = [memory(clock, metrics)]
-    assert [Tiers(built, metrics, clock).lasts for built in ([], fast, [*fast, Slow()])] == [False, False, True]
+    assert [Tiers(built, metrics, clock).persistent for built in ([], fast, [*fast, Slow()])] == [False, False, True]
 
 
 async def test_the_configuration_gives_the_tiers_in_their_order(

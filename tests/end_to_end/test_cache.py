@@ -14,7 +14,7 @@ import yaml
 from redis import Redis
 
 from app.cache.values import encode
-from app.types import CLAIM, Embedding
+from app.types import CLAIM_TTL, Embedding
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running, settings_of
 from tests.processes import address, start, until
@@ -144,7 +144,7 @@ def test_what_a_gateway_takes_to_its_grave_another_embeds_once_its_claim_has_end
             running(config(fake, {"redis": {"url": redis.url, "timeout": "1s"}})) as other,
         ):
             asking = [callers.submit(ask, gateway, fake) for gateway in (one, other)]
-            fake.wait_for_calls(2, timeout=2 * CLAIM)
+            fake.wait_for_calls(2, timeout=2 * CLAIM_TTL)
             fake.release()
             for each in asking:
                 each.result()

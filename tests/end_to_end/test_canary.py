@@ -20,8 +20,8 @@ from app.errors import RateLimited, UpstreamTimeout, UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.batcher import Batcher
-from app.pipeline.canary import AGAIN, EVERY, Expected
-from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.canary import AGAIN, EVERY, ReferenceVectors
+from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import EJECTION, FAILURES, Health
 from app.pipeline.route import Route
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, Params
@@ -106,9 +106,9 @@ def config(*fakes: FakeOpenAI, **more: Any) -> dict[str, Any]:
 def until_out(gateway: Running, upstream: str) -> dict[str, str]:
     until = time.monotonic() + 20
     while time.monotonic() < until:
-        told = gateway.get("/readyz").json()["upstreams"][upstream].get("out")
-        if told:
-            return dict(told)
+        problem = gateway.get("/readyz").json()["upstreams"][upstream].get("out")
+        if problem:
+            return dict(problem)
     pytest.fail("nothing left the rotation")
 
 
@@ -314,7 +314,7 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
         def due(self, now: float) -> bool:
             return now > 0
 
-        async def look(self, now: float, _mute: set[str]) -> None:
+        async def check(self, now: float, _mute: set[str]) -> None:
             looked.append(f"{self._name} at {now:.0f}")
             if self._name == "bad":
                 raise ZeroDivisionError
@@ -338,16 +338,16 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
         return await answers(batch)
 
     def deployment(name: str) -> Deployment:
-        return Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed)
+        return Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), embed)
 
     both = [deployment("one"), deployment("other")]
-    canaries = [canary.Canary(both, Expected(None), from_start=True)]
+    canaries = [canary.Canary(both, ReferenceVectors(None), from_start=True)]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
-    assert all(each.health.unproved for each in both)
+    assert all(each.health.unverified for each in both)
     up = True
     await clock.advance(canary.ROUND)
-    assert not any(each.health.unproved for each in both)
+    assert not any(each.health.unverified for each in both)
     watching.cancel()
 
 
@@ -362,11 +362,11 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
 
     metrics = Metrics()
     busy, other = (
-        Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed, priority=priority)
+        Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), embed, priority=priority)
         for name, embed, priority in (("busy", takes_long, 1), ("other", answers, 2))
     )
     if kept_from_it == "unproved":
-        other.health.unproved = True
+        other.health.unverified = True
     else:
         other.health.take_out("its vectors are not those of space")
     embed = Batcher(Route([busy, other], metrics, clock), metrics, clock)
@@ -375,7 +375,7 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
     for text in ("under way", "queues"):
         asking.append(asyncio.create_task(embed(EmbedRequest("m", [text], Params(), deadline, keys=[text.encode()]))))
         await settle()
-    await canary.Canary([busy, other], Expected(None), from_start=True).look(clock.monotonic(), set())
+    await canary.Canary([busy, other], ReferenceVectors(None), from_start=True).check(clock.monotonic(), set())
     await settle()
     assert [task.done() for task in asking] == [False, True]
     assert (await asking[1]).deployments == ("other/m",)
@@ -385,17 +385,19 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
 
 async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandClock) -> None:
     def deployment(name: str, embed: BatchEmbedder) -> Deployment:
-        return Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), embed)
+        return Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), embed)
 
     back = deployment("back", answers)
-    back.health.unproved = True
+    back.health.unverified = True
     canaries = [
-        canary.Canary([deployment("hangs", hangs), deployment("well", answers)], Expected(None), from_start=True),
-        canary.Canary([deployment("other", answers), back], Expected(None), from_start=True),
+        canary.Canary(
+            [deployment("hangs", hangs), deployment("well", answers)], ReferenceVectors(None), from_start=True
+        ),
+        canary.Canary([deployment("other", answers), back], ReferenceVectors(None), from_start=True),
     ]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
-    assert not back.health.unproved
+    assert not back.health.unverified
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert canaries[0].due(clock.monotonic()), "cut short with the watch, and so to be made again"
@@ -412,20 +414,20 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
         return await hangs(batch)
 
     def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
-        return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
+        return Deployment(upstream, Model(model), model, Slots(9), CallLimits(1), healthy(clock, upstream), embed)
 
-    expected, models = Expected(None), "abc"
+    expected, models = ReferenceVectors(None), "abc"
     for each in models:
         await expected.of(each, np.ones(4, "<f4").tobytes())
     pairs = [(deployment("well", each, answers), deployment("hangs", each, counts_and_hangs)) for each in models]
     for well, mute in pairs:
-        well.health.unproved = mute.health.unproved = True
+        well.health.unverified = mute.health.unverified = True
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
-    while pairs[-1][0].health.unproved:
+    while pairs[-1][0].health.unverified:
         await asyncio.sleep(0.01)
     assert asked == ["a"]
-    assert [(well.health.unproved, bool(mute.health.silent)) for well, mute in pairs] == [(False, True)] * 3
+    assert [(well.health.unverified, bool(mute.health.silent)) for well, mute in pairs] == [(False, True)] * 3
     await clock.advance(canary.ROUND)
     assert asked == ["a", "b"]
     watching.cancel()
@@ -444,8 +446,8 @@ async def test_one_that_let_another_look_wait_is_not_waited_for_as_long_though_i
         return await answers(batch)
 
     (first, second), looks = several(clock, late, others)
-    second.health.unproved = True
-    await looks.look(clock.monotonic(), {first.upstream})
+    second.health.unverified = True
+    await looks.check(clock.monotonic(), {first.upstream})
     assert first.health.compared == answered
     assert bool(first.health.silent) == (not answered)
     assert second.health.compared
@@ -457,13 +459,13 @@ async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_a
 ) -> None:
     """They would be the last again, after those for whom it hangs."""
     monkeypatch.setattr(canary, "PATIENCE", 0.01)
-    expected = Expected(None)
+    expected = ReferenceVectors(None)
     await expected.of("space", np.ones(4, "<f4").tobytes())
     _, before = several(clock, hangs, answers, expected=expected)
     (first, *_), looks = several(clock, answers, hangs, answers, expected=expected)
-    first.health.unproved = True
+    first.health.unverified = True
     await asyncio.wait_for(canary._look([before, looks], clock), 5)
-    assert first.health.unproved
+    assert first.health.unverified
     clock.now += canary.ROUND
     round_two = asyncio.create_task(canary._look([before, looks], clock))
     async with asyncio.timeout(5):
@@ -483,23 +485,23 @@ async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_
         return await (hangs if batch.model == "a" else answers)(batch)
 
     def deployment(upstream: str, model: str, embed: BatchEmbedder) -> Deployment:
-        return Deployment(upstream, Model(model), model, Slots(9), Limits(1), healthy(clock, upstream), embed)
+        return Deployment(upstream, Model(model), model, Slots(9), CallLimits(1), healthy(clock, upstream), embed)
 
-    expected, models = Expected(None), "abcd"
+    expected, models = ReferenceVectors(None), "abcd"
     for each in models:
         await expected.of(each, np.ones(4, "<f4").tobytes())
     pairs = [(deployment("well", each, answers), deployment("half", each, hangs_for_one)) for each in models]
     halves = [half.health for _, half in pairs]
-    halves[0].unproved = halves[1].unproved = True
+    halves[0].unverified = halves[1].unverified = True
     halves[3].compared = True
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     while not pairs[-1][0].health.compared:
         await asyncio.sleep(0.01)
-    assert [each.unproved for each in halves] == [True, True, True, False]
+    assert [each.unverified for each in halves] == [True, True, True, False]
     await clock.advance(canary.ROUND)
     await settle()
-    assert [each.unproved for each in halves] == [True, False, False, False]
+    assert [each.unverified for each in halves] == [True, False, False, False]
     assert halves[2].compared
     assert halves[3].shown
     watching.cancel()
@@ -519,9 +521,9 @@ async def test_an_upstreams_models_are_looked_at_one_after_another(clock: HandCl
         return await answers(batch)
 
     def deployment(name: str) -> Deployment:
-        return Deployment("up", Model(name), "space", Slots(1), Limits(1), healthy(clock, name), loads)
+        return Deployment("up", Model(name), "space", Slots(1), CallLimits(1), healthy(clock, name), loads)
 
-    canaries = [canary.Canary([deployment(name)], Expected(None), from_start=True) for name in "abcd"]
+    canaries = [canary.Canary([deployment(name)], ReferenceVectors(None), from_start=True) for name in "abcd"]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
     assert not any(each.due(clock.monotonic()) for each in canaries)
@@ -539,13 +541,13 @@ async def test_what_a_space_gives_is_kept_for_as_long_as_the_cache_has_vectors_o
         return Tiers([DiskStore(str(tmp_path / "cache.sqlite3"), 2**20, ttl, clock, metrics)], metrics, clock)
 
     cache = tiers()
-    expected = Expected(cache)
+    expected = ReferenceVectors(cache)
     for _ in range(3):
         assert await expected.of("space", before) == before
         clock.now += ttl / 2
     await cache.close()
     cache = tiers()  # a start, and the model is another
-    assert await Expected(cache).of("space", after) == before
+    assert await ReferenceVectors(cache).of("space", after) == before
     await cache.close()
 
 
@@ -557,7 +559,7 @@ async def test_a_cache_that_does_not_answer_is_asked_again_before_anything_is_ta
             metrics = Metrics()
             cache = Tiers([RedisStore(server.url, 0.2, 60, clock, metrics)], metrics, clock)
             await cache.open()
-            expected = Expected(cache)
+            expected = ReferenceVectors(cache)
             if pause:
                 server.pause()
             assert await expected.of("space", now) == now, "for this once"
@@ -571,7 +573,7 @@ async def test_a_cache_that_does_not_answer_is_asked_again_before_anything_is_ta
             await cache.close()
 
 
-class Away(Expected):
+class Away(ReferenceVectors):
     """Of a cache that does not answer until it is `up`."""
 
     up = False
@@ -583,35 +585,35 @@ class Away(Expected):
 
 async def test_who_could_not_be_compared_is_looked_at_again_once_the_cache_can_be_read(clock: HandClock) -> None:
     expected = Away(None)
-    deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), answers)
+    deployment = Deployment("up", Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, "up"), answers)
     looks = canary.Canary([deployment], expected, from_start=True)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert not looks.due(clock.monotonic()), "each look is paid for"
     expected.up = True
     assert looks.due(clock.monotonic())
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert not looks.due(clock.monotonic())
 
 
 def several(
-    clock: HandClock, *embedders: BatchEmbedder, expected: Expected | None = None
+    clock: HandClock, *embedders: BatchEmbedder, expected: ReferenceVectors | None = None
 ) -> tuple[list[Deployment], canary.Canary]:
     found = [
-        Deployment(f"up{i}", Model("m"), "space", Slots(1), Limits(1), healthy(clock, f"up{i}"), embed)
+        Deployment(f"up{i}", Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, f"up{i}"), embed)
         for i, embed in enumerate(embedders)
     ]
-    return found, canary.Canary(found, expected or Expected(None), from_start=True)
+    return found, canary.Canary(found, expected or ReferenceVectors(None), from_start=True)
 
 
 async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_be_read(clock: HandClock) -> None:
     """By the name under which it is alone."""
     expected = Away(None)
     found, looks = several(clock, answers, answers_otherwise, expected=expected)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert found[1].health.out is not None
     alone = canary.Canary(found[1:], expected, from_start=False)
     for expected.up in (False, True):
-        await alone.look(clock.monotonic(), set())
+        await alone.check(clock.monotonic(), set())
         assert found[1].health.out is not None
 
 
@@ -621,10 +623,10 @@ async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     monkeypatch.setattr(canary, "AT_FIRST", 0.05)
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second), looks = several(clock, hangs, answers)
-    second.health.unproved = True
-    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
-    assert (first.health.unproved, second.health.unproved) == (True, False)
-    assert first.health.told
+    second.health.unverified = True
+    await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
+    assert (first.health.unverified, second.health.unverified) == (True, False)
+    assert first.health.problem
     assert looks.due(clock.monotonic()), "the one that hangs is asked again"
 
 
@@ -634,7 +636,7 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
     monkeypatch.setattr(canary, "AT_FIRST", 0.01)
 
     (first, second), looks = several(clock, refuses, late)
-    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
+    await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
     assert (first.health.compared, second.health.compared) == (False, True)
 
 
@@ -645,7 +647,7 @@ async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
     monkeypatch.setattr(canary, "PATIENCE", 0.01)
 
     (first, second), looks = several(clock, hangs, late)
-    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
+    await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
     assert (first.health.compared, second.health.compared) == (False, True)
 
 
@@ -654,9 +656,9 @@ async def test_whoever_counts_where_the_first_has_failed_is_not_kept_waiting_by_
 ) -> None:
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second, third), looks = several(clock, refuses, answers, hangs)
-    second.health.unproved = third.health.unproved = True
-    await asyncio.wait_for(looks.look(clock.monotonic(), set()), canary.AT_FIRST / 2)
-    assert [each.health.unproved for each in (first, second, third)] == [True, False, True]
+    second.health.unverified = third.health.unverified = True
+    await asyncio.wait_for(looks.check(clock.monotonic(), set()), canary.AT_FIRST / 2)
+    assert [each.health.unverified for each in (first, second, third)] == [True, False, True]
 
 
 async def test_whoever_has_answered_callers_counts_though_it_stands_behind_another_one_and_the_first_has_failed(
@@ -665,7 +667,7 @@ async def test_whoever_has_answered_callers_counts_though_it_stands_behind_anoth
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (_, second, third), looks = several(clock, refuses, answers_otherwise, late)
     third.health.answered = True
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert (third.health.compared, third.health.out, bool(second.health.out)) == (True, None, True)
 
 
@@ -675,13 +677,13 @@ async def test_nobody_who_loads_its_model_is_hung_up_on_for_one_that_was_ejected
 ) -> None:
     """It may answer this text and no caller's, while the other one begins anew each time."""
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
-    expected = Expected(None)
+    expected = ReferenceVectors(None)
     if known:
         await expected.of("space", np.ones(4, "<f4").tobytes())
     (ejected, loads), looks = several(clock, answers, late, expected=expected)
     for _ in range(FAILURES):
         ejected.health.end(UpstreamUnreachable("no"), ejected.health.begin())
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert loads.health.compared
 
 
@@ -690,7 +692,7 @@ async def test_who_comes_behind_the_first_one_has_time_to_load_its_model_too(
 ) -> None:
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (_, loads), looks = several(clock, answers, late)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert loads.health.compared
 
 
@@ -700,7 +702,7 @@ async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(c
         return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
 
     (first, second), looks = several(clock, slow, answers)
-    await asyncio.wait_for(looks.look(clock.monotonic(), set()), 5)
+    await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
     assert (first.health.out, bool(second.health.out)) == (None, True)
 
 
@@ -716,7 +718,7 @@ async def test_an_upstream_that_hangs_holds_up_no_look_at_another(clock: HandClo
         def due(self, now: float) -> bool:
             return now > 0
 
-        async def look(self, now: float, _mute: set[str]) -> None:
+        async def check(self, now: float, _mute: set[str]) -> None:
             looked.append(f"{self.upstream} at {now:.0f}")
             if self.upstream == "hangs":
                 await asyncio.Event().wait()
@@ -740,25 +742,25 @@ async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared
         return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
 
     (stays, restarts), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     restarts.embed, up = changes, False
     for _ in range(FAILURES):
         restarts.health.end(UpstreamUnreachable("no connection"), restarts.health.begin())
     assert looks.due(clock.monotonic())
-    await looks.look(clock.monotonic(), set())
-    assert (stays.health.unproved, restarts.health.unproved) == (False, True)
+    await looks.check(clock.monotonic(), set())
+    assert (stays.health.unverified, restarts.health.unverified) == (False, True)
     up = True
     clock.now += 2 * EJECTION
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert restarts.health.out, "it has another model now"
 
 
 async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clock: HandClock) -> None:
     (first, _), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     first.embed = limited
     clock.now += EVERY
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     clock.now += AGAIN
     assert looks._to_ask(clock.monotonic()) == [first]
 
@@ -766,11 +768,11 @@ async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clo
 async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None:
     """Its model may have been put right, and no request goes there that could tell."""
     (_, second), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     second.health.take_out("its vectors were not those of the space")
     clock.now += AGAIN
     assert looks._to_ask(clock.monotonic()) == [second]
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert second.health.out is None
 
 
@@ -781,7 +783,7 @@ async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock)
     async def passes(seconds: float, embed: BatchEmbedder) -> str | None:
         turns.embed = embed
         clock.now += seconds
-        await looks.look(clock.monotonic(), set())
+        await looks.check(clock.monotonic(), set())
         return turns.health.out
 
     assert await passes(0, answers_otherwise)
@@ -795,7 +797,7 @@ async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock)
 
 async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_is_down(clock: HandClock) -> None:
     (alone,), looks = several(clock, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     for _ in range(FAILURES):
         alone.health.end(UpstreamTimeout("no answer"), alone.health.begin())
     clock.now += canary.ROUND
@@ -804,7 +806,7 @@ async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_i
 
 async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock) -> None:
     (first, _), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     clock.now += AGAIN
     assert not looks.due(clock.monotonic())
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
@@ -817,7 +819,7 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
     monkeypatch.setattr(canary, "AT_FIRST", 0.05)
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, _), looks = several(clock, answers, hangs)
-    looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
+    looking = asyncio.create_task(looks.check(clock.monotonic(), set()))
     await settle()
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
     await asyncio.wait_for(looking, 5)
@@ -828,12 +830,12 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
 async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_compared(clock: HandClock) -> None:
     """By a change of configuration, while the look waits for the others."""
     (first, second), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     second.embed = hangs
     for each in (first, second):
         each.health.end(UpstreamUnreachable("no connection"), each.health.begin())
     clock.now += AGAIN
-    looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
+    looking = asyncio.create_task(looks.check(clock.monotonic(), set()))
     await settle()
     looking.cancel()
     await asyncio.gather(looking, return_exceptions=True)
@@ -843,11 +845,11 @@ async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_co
 async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:
     """By another canary, after a change of configuration."""
     (first, second), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
 
     first.embed = limited
-    await canary.Canary([first, second], Expected(None), from_start=True).look(clock.monotonic(), set())
-    assert not first.health.unproved
+    await canary.Canary([first, second], ReferenceVectors(None), from_start=True).check(clock.monotonic(), set())
+    assert not first.health.unverified
 
 
 async def test_one_that_was_ejected_for_the_first_time_may_have_a_call_once_it_has_shown_its_vectors(
@@ -859,39 +861,39 @@ async def test_one_that_was_ejected_for_the_first_time_may_have_a_call_once_it_h
             restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
         assert restarts.health.ejected
         assert not restarts.health.available()
-        await looks.look(clock.monotonic(), set())
+        await looks.check(clock.monotonic(), set())
         assert restarts.health.available() is (ejection == 1)
 
 
 async def test_a_look_that_is_not_due_any_more_once_its_turn_comes_asks_nobody(clock: HandClock) -> None:
     (_, restarts), looks = several(clock, answers, answers)
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     for _ in range(FAILURES):
         restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
     assert looks.due(clock.monotonic())
     clock.now += EJECTION
     restarts.health.end(None, restarts.health.begin())  # it answers a caller before
-    await looks.look(clock.monotonic(), set())
+    await looks.check(clock.monotonic(), set())
     assert not looks.due(clock.monotonic())
 
 
 async def test_what_nobody_has_asked_for_is_not_looked_at(clock: HandClock) -> None:
     idle, sibling = (
-        Deployment(name, Model("m"), "space", Slots(1), Limits(1), healthy(clock, name), answers) for name in "ab"
+        Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), answers) for name in "ab"
     )
-    sibling.health.unproved = True
-    looks = canary.Canary([idle, sibling], Expected(None), from_start=False)
+    sibling.health.unverified = True
+    looks = canary.Canary([idle, sibling], ReferenceVectors(None), from_start=False)
     assert not looks.due(clock.monotonic())
     idle.health.begin()
     assert looks.due(clock.monotonic()), "whatever the answer was"
 
 
 async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
-    deployment = Deployment("up", Model("m"), "space", Slots(1), Limits(1), healthy(clock, "up"), hangs)
-    looks = canary.Canary([deployment], Expected(None), from_start=True)
+    deployment = Deployment("up", Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, "up"), hangs)
+    looks = canary.Canary([deployment], ReferenceVectors(None), from_start=True)
     for _ in range(2):
         assert looks.due(clock.monotonic())
-        looking = asyncio.create_task(looks.look(clock.monotonic(), set()))
+        looking = asyncio.create_task(looks.check(clock.monotonic(), set()))
         await settle()
         assert not looks.due(clock.monotonic()), "one look at a time"
         looking.cancel()

@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from app.pipeline.lengths import Room
+from app.pipeline.lengths import InputLimit
 from app.tokens import encode
 from tests.fakes import FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOpenAI, Vector, baidu_tokens, faults
 from tests.harness import running
@@ -125,7 +125,7 @@ def test_the_built_in_model_takes_no_more_of_a_text_than_there_is_memory_for() -
 def test_truncate_embeds_the_beginning_that_surely_fits_and_says_so(fake: FakeOpenAI) -> None:
     with running(config(fake, on_long_input="truncate")) as gateway:
         response = gateway.post({"model": "public", "input": ["short", LONG, "last", DENSE]})
-        kept = [Room(8192, None).first(text) for text in (LONG, DENSE)]
+        kept = [InputLimit(8192, None).first(text) for text in (LONG, DENSE)]
         assert counted(response) == (2, 0)
         expected = [fake.expected(MODEL, text) for text in ("short", kept[0], "last", kept[1])]
         assert all(map(np.array_equal, vectors_of(response), expected))
@@ -146,11 +146,11 @@ def test_what_fits_by_the_upstreams_count_is_not_cut(fake: FakeOpenAI, policy: s
 def test_what_looked_as_if_it_would_fit_is_cut_when_the_upstream_refuses_it_and_the_rest_is_kept(
     fake: FakeOpenAI,
 ) -> None:
-    doubtful = "abcdefg " * 4400  # 8,800 tokens by the upstream's count, 4,400 at least
+    needs_comparison = "abcdefg " * 4400  # 8,800 tokens by the upstream's count, 4,400 at least
     with running(config(fake, on_long_input="truncate") | {"cache": {}}) as gateway:
-        texts = ["one", doubtful, "two", FITS]
+        texts = ["one", needs_comparison, "two", FITS]
         response = gateway.post({"model": "public", "input": texts})
-        texts[1] = Room(8192, None).first(doubtful)
+        texts[1] = InputLimit(8192, None).first(needs_comparison)
         assert all(map(np.array_equal, vectors_of(response), (fake.expected(MODEL, text) for text in texts)))
         assert counted(response) == (1, 0)
         assert sorted(call.texts.count("one") for call in fake.calls if call.billed) == [0] * (
@@ -174,7 +174,7 @@ def test_a_vendor_that_may_cut_in_silence_never_gets_the_chance() -> None:
         with running({"upstreams": {"up": upstream}}) as gateway:
             text = "just a few words " * 200
             response = gateway.post({"model": "gemini-embedding-001", "input": text, "on_long_input": "truncate"})
-            kept = Room(2048, None).first(text)
+            kept = InputLimit(2048, None).first(text)
             assert np.array_equal(vectors_of(response)[0], fake.expected("gemini-embedding-001", kept))
             assert counted(response) == (1, 0)
 
@@ -195,7 +195,7 @@ def test_what_is_far_too_long_is_not_left_to_a_vendor_that_cuts_in_silence(text:
 def test_nor_does_a_server_of_which_the_operator_says_so(fake: FakeOpenAI) -> None:
     with running(config(fake, cuts_silently=True)) as gateway:
         response = gateway.post({"model": "public", "input": FITS, "on_long_input": "truncate"})
-        assert np.array_equal(vectors_of(response)[0], fake.expected(MODEL, Room(8192, None).first(FITS)))
+        assert np.array_equal(vectors_of(response)[0], fake.expected(MODEL, InputLimit(8192, None).first(FITS)))
         assert counted(response) == (1, 0)
 
 
@@ -205,7 +205,7 @@ def test_ollama_is_cut_to_the_context_its_server_tells() -> None:
             text = "token by token " * 900
             body = {"model": "nomic-embed-text", "input": text, "on_long_input": "truncate"}
             response = gateway.post(body)
-            kept = Room(2048, None).first(text)
+            kept = InputLimit(2048, None).first(text)
             assert np.array_equal(vectors_of(response)[0], fake.expected("nomic-embed-text", kept))
 
 
@@ -216,7 +216,7 @@ def test_split_answers_the_mean_of_the_pieces_weighted_by_length_and_sums_the_us
     with running(config(fake, on_long_input="split")) as gateway:
         response = gateway.post({"model": "public", "input": ["short", LONG, DENSE, LONG]})
         for place, text in ((1, LONG), (2, DENSE), (3, LONG)):
-            pieces = list(Room(8192, None).pieces(text))
+            pieces = list(InputLimit(8192, None).pieces(text))
             assert len(pieces) > 3
             expected = mean(pieces, [fake.expected(MODEL, piece) for piece in pieces])
             assert np.array_equal(vectors_of(response)[place], expected)
@@ -238,7 +238,7 @@ def test_pieces_that_a_text_has_twice_are_told_as_asked_once_and_not_as_cached(f
 
 def test_pieces_are_cached_like_any_text_and_what_was_cached_of_them_cost_nothing(fake: FakeOpenAI) -> None:
     with running(config(fake, on_long_input="split") | {"cache": {}}) as gateway:
-        first, *rest = Room(8192, None).pieces(LONG)
+        first, *rest = InputLimit(8192, None).pieces(LONG)
         assert gateway.post({"model": "public", "input": first}).status_code == 200
         paid = fake.billed_tokens
         whole = gateway.post({"model": "public", "input": LONG})
@@ -254,7 +254,7 @@ def test_pieces_are_cached_like_any_text_and_what_was_cached_of_them_cost_nothin
 def test_pieces_of_a_shorter_vector_are_shorter_vectors(fake: FakeOpenAI) -> None:
     with running(config(fake, on_long_input="split")) as gateway:
         response = gateway.post({"model": "public", "input": LONG, "dimensions": 256})
-        pieces = list(Room(8192, None).pieces(LONG))
+        pieces = list(InputLimit(8192, None).pieces(LONG))
         assert np.array_equal(
             vectors_of(response)[0], mean(pieces, [fake.expected(MODEL, piece, 256) for piece in pieces])
         )
@@ -268,7 +268,7 @@ def test_dashscope_splits_by_its_limits(model: str) -> None:
         with running({"upstreams": {"up": upstream}}) as gateway:
             text = "春江潮水连海平,海上明月共潮生。" * 1500
             response = gateway.post({"model": model, "input": text, "on_long_input": "split", "input_type": "query"})
-            pieces = list(Room(limit, None).pieces(text))
+            pieces = list(InputLimit(limit, None).pieces(text))
             embedded = [fake.expected(model, piece, text_type="query") for piece in pieces]
             assert np.array_equal(vectors_of(response)[0], mean(pieces, embedded))
 
@@ -285,7 +285,7 @@ def test_baidu_splits_by_its_own_rule_and_never_refuses_a_piece(text: str) -> No
     with FakeBaidu(v2_key=BAIDU["api_key"]) as fake:
         with running({"upstreams": {"up": {**BAIDU, "base_url": fake.url + "/v2"}}}) as gateway:
             response = gateway.post({"model": "embedding-v1", "input": ["短", text], "on_long_input": "split"})
-            pieces = list(Room(384, 1000, "han+words").pieces(text))
+            pieces = list(InputLimit(384, 1000, "han+words").pieces(text))
             embedded = [fake.expected("embedding-v1", piece) for piece in pieces]
             assert np.array_equal(vectors_of(response)[1], mean(pieces, embedded))
             assert all(call.status == 200 for call in fake.calls)
@@ -388,7 +388,7 @@ def test_a_cut_keeps_nearly_all_that_fits_and_pieces_are_the_whole(fake: FakeOpe
         pieces = sorted({str(piece) for call in fake.calls for piece in call.texts}, key=text.find)
         assert all(len(encode(piece)) <= 20 for piece in pieces)
         assert set("".join(pieces)) == set(text)
-        whole = Room(20, None, "cl100k_base").pieces(text)
+        whole = InputLimit(20, None, "cl100k_base").pieces(text)
         assert "".join(whole) == text
         assert set(pieces) == set(whole)
 
@@ -413,14 +413,14 @@ def test_a_limit_is_learned_from_the_refusal_that_states_it(fake: FakeOpenAI, po
 @pytest.mark.parametrize(
     ("says", "room"),
     [
-        ("the max input characters is 1000", Room(None, 1000)),
-        ("String should have at most 1,000 characters", Room(None, 1000)),
-        ("Range of input length should be [1, 100]", Room(100, None)),
-        ("This model's maximum context length is 100 tokens", Room(100, None)),
-        ("input (602 tokens) is larger than the max context size (100 tokens). skipping", Room(100, None)),
+        ("the max input characters is 1000", InputLimit(None, 1000)),
+        ("String should have at most 1,000 characters", InputLimit(None, 1000)),
+        ("Range of input length should be [1, 100]", InputLimit(100, None)),
+        ("This model's maximum context length is 100 tokens", InputLimit(100, None)),
+        ("input (602 tokens) is larger than the max context size (100 tokens). skipping", InputLimit(100, None)),
     ],
 )
-def test_whatever_it_is_stated_in(fake: FakeOpenAI, says: str, room: Room) -> None:
+def test_whatever_it_is_stated_in(fake: FakeOpenAI, says: str, room: InputLimit) -> None:
     with running(config(fake, max_tokens_per_input=None, on_long_input="truncate")) as gateway:
         refusal = {"error": {"message": says, "code": "context_length_exceeded"}}
         fake.fail(faults.http_error(400, json.dumps(refusal).encode()))

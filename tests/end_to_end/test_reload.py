@@ -26,15 +26,15 @@ from app.catalog import Model
 from app.clock import SystemClock
 from app.config import Settings
 from app.config.load import ConfigError
-from app.config.source import Source
+from app.config.source import ConfigSource
 from app.errors import Overloaded, UpstreamError
 from app.gateway import Gateway
 from app.main import create_app
-from app.metrics import shared
-from app.pipeline.admit import Place
+from app.metrics import multiprocess
+from app.pipeline.admit import Admission
 from app.pipeline.health import FAILURES
 from app.upstreams import UPSTREAMS
-from app.upstreams.openai import unlisted
+from app.upstreams.openai import unlisted_model
 from tests.fakes import FakeOpenAI, faults
 from tests.harness import Running, running, settings_of
 from tests.processes import Program, address, environment, free_port, metric, serving, until
@@ -70,7 +70,7 @@ class Hasty(SystemClock):
 def watched(directory: Path, values: Mapping[str, Any]) -> Iterator[Running]:
     """A gateway that follows `config.yaml` of the directory, and looks at it all the time."""
     write(directory, values)
-    source = Source("config.yaml", {}, UPSTREAMS, directory)
+    source = ConfigSource("config.yaml", {}, UPSTREAMS, directory)
     source.load()  # as the program does before it serves
     with running(values, source=source, clock=Hasty()) as gateway:
         yield gateway
@@ -219,7 +219,7 @@ def test_a_file_that_was_emptied_changes_nothing_and_opens_the_gateway_to_nobody
 
 def test_a_file_may_be_empty_at_the_start_and_stay_so(tmp_path: Path) -> None:
     write(tmp_path, "# all as it comes\n")
-    source = Source("config.yaml", {}, UPSTREAMS, tmp_path)
+    source = ConfigSource("config.yaml", {}, UPSTREAMS, tmp_path)
     assert source.load().upstreams
     assert source.load().upstreams
     write(tmp_path, "upstreams: {built-in: {type: lexical}}\n")
@@ -310,7 +310,7 @@ def test_a_file_that_is_gone_is_waited_for_and_not_taken_for_an_empty_one(tmp_pa
 def test_a_file_that_came_after_the_start_is_followed_and_opens_the_gateway_to_nobody_when_it_is_gone(
     tmp_path: Path,
 ) -> None:
-    source = Source(None, {}, UPSTREAMS, tmp_path)
+    source = ConfigSource(None, {}, UPSTREAMS, tmp_path)
     assert source.load().auth is None
     assert source.signature() is None
     write(tmp_path, {"upstreams": {"built-in": {"type": "lexical"}}, "auth": {"keys": {"team": {"key": "k"}}}})
@@ -324,7 +324,7 @@ def test_a_file_that_came_after_the_start_is_followed_and_opens_the_gateway_to_n
 def test_a_file_that_may_be_read_again_or_was_copied_with_its_time_is_another(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("one")
-    source = Source("config.yaml", {}, UPSTREAMS, tmp_path)
+    source = ConfigSource("config.yaml", {}, UPSTREAMS, tmp_path)
     before, times = source.signature(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
 
     def differs(change: Callable[[], object]) -> bool:
@@ -514,8 +514,8 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
 async def test_who_only_tries_a_configuration_out_for_its_workers_shows_no_deployment_of_it(tmp_path: Path) -> None:
     """It would be there whatever becomes of it in those that serve."""
     parent = create_app(settings_of({"upstreams": {"one": {"type": "lexical"}}}), stores=[])
-    with shared(str(tmp_path)):
-        await parent.try_out(settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}}))
+    with multiprocess(str(tmp_path)):
+        await parent.dry_run(settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}}))
         assert "upstream_available{" not in (await parent.gateway.metrics.exposition()).decode()
     await parent.gateway.aclose()
 
@@ -574,21 +574,21 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
         models = {"m": {"max_batch": max_batch, "deployments": [{"upstream": name, "model": MODEL} for name in "ab"]}}
         return settings_of({"upstreams": {"a": server, "b": {**server, **more}}, "models": models})
 
-    async def unproved(*states: bool) -> list[bool]:
+    async def unverified(*states: bool) -> list[bool]:
         for each, state in zip(app.gateway.names["m"].deployments, states, strict=True):
-            each.health.unproved = state
+            each.health.unverified = state
         after = app._build_gateway(settings(**changed), app.gateway)
-        told = [each.health.unproved for each in after.names["m"].deployments]
+        told = [each.health.unverified for each in after.names["m"].deployments]
         await after.aclose(app.gateway)
         return told
 
     app = create_app(settings(), stores=[])
-    assert await unproved(False, False) == [False, not proved]
-    assert await unproved(False, True) == [False, True], "one that had not been compared still has not been"
+    assert await unverified(False, False) == [False, not proved]
+    assert await unverified(False, True) == [False, True], "one that had not been compared still has not been"
     health = app.gateway.names["m"].deployments[1].health
     for _ in range(FAILURES):
         health.end(UpstreamError("down"), 0)
-    assert await unproved(False, False) == [False, True], "one that was left out may be back as another"
+    assert await unverified(False, False) == [False, True], "one that was left out may be back as another"
     await app.gateway.aclose()
 
 
@@ -651,9 +651,9 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
 
     app = create_app(settings("sk-one", 10), stores=[])
     for each in app.gateway.names["m"].deployments:
-        each.health.unproved = False
+        each.health.unverified = False
     after = app._build_gateway(settings("sk-other", 20), app.gateway)
-    assert [each.health.unproved for each in after.names["m"].deployments] == [True, False]
+    assert [each.health.unverified for each in after.names["m"].deployments] == [True, False]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -666,15 +666,18 @@ def of_new_and_b(timeout: int, *names: str, **facts: int) -> Settings:
     return settings_of({"upstreams": upstreams, "models": models})
 
 
-@pytest.mark.parametrize("unproved", [False, True])
-async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_otherwise_now(unproved: bool) -> None:
+@pytest.mark.parametrize("unverified", [False, True])
+async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_otherwise_now(unverified: bool) -> None:
     """Beside one that is named first. They are compared before it has answered anybody anew."""
     app = create_app(of_new_and_b(10, "b"), stores=[])
     health = app.gateway.names["m"].deployments[0].health
-    health.answered, health.unproved = True, unproved
+    health.answered, health.unverified = True, unverified
     after = app._build_gateway(of_new_and_b(20, "new", "b"), app.gateway)
     deployments = after.names["m"].deployments
-    assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (unproved, True)]
+    assert [(each.health.unverified, each.health.answered) for each in deployments] == [
+        (True, False),
+        (unverified, True),
+    ]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -682,14 +685,14 @@ async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_o
 async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_list_says_something_else_of_it() -> None:
     """The upstream's own name for it leads to a deployment of other facts, which nobody has used or compared."""
     app = create_app(of_new_and_b(10, "b", max_batch=16), stores=[])
-    app.gateway.upstreams["b"].models = {MODEL: unlisted(MODEL)}
+    app.gateway.upstreams["b"].models = {MODEL: unlisted_model(MODEL)}
     app.gateway.registry.publish()
     used, unused = (app.gateway.names[name].deployments[0].health for name in ("m", f"b/{MODEL}"))
     used.answered = True
-    assert unused.unproved
+    assert unused.unverified
     after = app._build_gateway(of_new_and_b(20, "new", "b", max_batch=16), app.gateway)
     deployments = after.names["m"].deployments
-    assert [(each.health.unproved, each.health.answered) for each in deployments] == [(True, False), (False, True)]
+    assert [(each.health.unverified, each.health.answered) for each in deployments] == [(True, False), (False, True)]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -704,9 +707,9 @@ async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() 
         return settings_of({"upstreams": upstreams, "models": models})
 
     app = create_app(settings("sk-one"), stores=[])
-    assert [each.health.unproved for each in app.gateway.names["m"].deployments] == [False, True]
+    assert [each.health.unverified for each in app.gateway.names["m"].deployments] == [False, True]
     after = app._build_gateway(settings("sk-other"), app.gateway)
-    assert [each.health.unproved for each in after.names["m"].deployments] == [False, True]
+    assert [each.health.unverified for each in after.names["m"].deployments] == [False, True]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -724,7 +727,7 @@ async def test_beside_one_that_has_answered_callers_alone_a_new_one_waits_though
     alone.names["m"].deployments[0].health.answered = True
     after = app._build_gateway(settings("new", "b"), alone)
     assert [each.upstream for each in after.names["m"].deployments] == ["new", "b"]
-    assert after.names["m"].deployments[0].health.unproved
+    assert after.names["m"].deployments[0].health.unverified
     await alone.aclose(after)
     await after.aclose(app.gateway)
     await app.gateway.aclose()
@@ -736,18 +739,18 @@ async def test_who_is_inside_counts_on() -> None:
 
     app = create_app(settings(2))
     await app.gateway.start()
-    with Place(app.gateway.room) as one, Place(app.gateway.room) as two:
+    with Admission(app.gateway.capacity) as one, Admission(app.gateway.capacity) as two:
         one.enter()
         two.enter()
         for most, fits in ((1, False), (2, False), (3, True)):
             await app._change_to(settings(most))
-            with contextlib.suppress(Overloaded), Place(app.gateway.room) as three:
+            with contextlib.suppress(Overloaded), Admission(app.gateway.capacity) as three:
                 three.enter()
                 assert fits
                 continue
             assert not fits
     await app._change_to(settings(1))
-    with Place(app.gateway.room) as one, Place(app.gateway.room) as two:
+    with Admission(app.gateway.capacity) as one, Admission(app.gateway.capacity) as two:
         one.enter()
         with pytest.raises(Overloaded):
             two.enter()
@@ -762,7 +765,7 @@ async def test_the_description_on_a_port_of_its_own_follows_the_configuration() 
     app, parent = create_app(opened), create_app(opened, stores=[])
     await app.gateway.start()
     await app._change_to(closed)
-    await parent.try_out(closed)
+    await parent.dry_run(closed)
     for each in (app, parent):
         assert each.admin is not None
         async with httpx.AsyncClient(transport=httpx.ASGITransport(each.admin), base_url="http://admin") as client:

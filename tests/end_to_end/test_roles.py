@@ -10,7 +10,7 @@ import httpx
 import numpy as np
 import pytest
 
-from app.pipeline.lengths import Room
+from app.pipeline.lengths import InputLimit
 from tests.fakes import FakeDashScope, FakeOllama, FakeOpenAI, Vector
 from tests.harness import Running, running
 
@@ -185,7 +185,7 @@ def test_a_prefix_counts_for_the_limit() -> None:
         )
         long = "words " * 5000
         body = {"model": model, "input": long, "input_type": "document", "on_long_input": "truncate"}
-        kept = "passage: " + Room(512, None).without("passage: ").first(long)
+        kept = "passage: " + InputLimit(512, None).without("passage: ").first(long)
         assert np.array_equal(vector_of(gateway.post(body)), fake.expected(model, kept))
         assert len(kept.encode()) <= 512
 

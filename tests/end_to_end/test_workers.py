@@ -21,9 +21,9 @@ import pytest
 import yaml
 
 from app.config.load import as_text
-from app.metrics import shared
+from app.metrics import multiprocess
 from app.upstreams import UPSTREAMS
-from app.workers import Orders, Workers
+from app.workers import ParentChannel, Workers
 from tests.fakes import FakeOpenAI
 from tests.harness import settings_of
 from tests.processes import address, answers, free_port, limited, metric, serving, start, until
@@ -304,7 +304,7 @@ async def test_a_worker_that_starts_while_settings_change_has_the_last_ones(cut:
     with ours:
         told = [_message(as_text(settings_of({"server": {"max_inputs": number}}))) for number in (1, 2, 3)]
         ours.sendall(told[0] + told[1] + told[2][:cut])
-        orders = Orders(theirs.detach(), UPSTREAMS)
+        orders = ParentChannel(theirs.detach(), UPSTREAMS)
         assert orders.given.load().server.max_inputs == (3 if cut is None else 2)
         reloads = asyncio.Event()
         orders.follow(stop=lambda: None, reload=reloads.set)
@@ -360,7 +360,7 @@ async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(
     tmp_path: Path, script: str, code: int, why: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = settings_of({"server": {"workers": 2}})
-    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
+    with multiprocess(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         broken = Workers(lambda _: [sys.executable, "-c", script], settings, listener)
         assert await broken.run() == code
     assert f"workers cannot start: one {why}" in caplog.text
@@ -384,7 +384,7 @@ async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(
                 self.stop(signal.SIGTERM)
 
     rests: list[float] = []
-    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
+    with multiprocess(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         assert await asyncio.wait_for(Hasty(command, settings_of({}), listener).run(), 60) == 0
     assert rests == [30, 1, 2, 4, 8, 16, 30, 30, 1, 2]
     assert "a worker cannot be started: No such file or directory" in caplog.text
@@ -394,14 +394,14 @@ async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(
 async def test_a_worker_that_hangs_is_replaced(
     up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("app.workers.SILENCE", 0.5)
+    monkeypatch.setattr("app.workers.HEARTBEAT_TIMEOUT", 0.5)
 
     def command(orders: int) -> list[str]:
         report = "orders.send(b'u'); " if up else ""
         script = f"import socket, time; orders = socket.socket(fileno={orders}); {report}time.sleep(60)"
         return [sys.executable, "-c", script]
 
-    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
+    with multiprocess(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         hanging = Workers(command, settings_of({}), listener)
         running = asyncio.create_task(hanging.run())
         (first,) = await _started(hanging, running)
@@ -414,13 +414,13 @@ async def test_a_worker_that_hangs_is_replaced(
 
 
 async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.workers.BEAT", 0.01)
+    monkeypatch.setattr("app.workers.HEARTBEAT_INTERVAL", 0.01)
     ours, theirs = socket.socketpair()
     with ours:
         ours.sendall(_message(as_text(settings_of({}))))
         ours.settimeout(30)
-        orders = Orders(theirs.detach(), UPSTREAMS)
-        orders.report_up()
+        orders = ParentChannel(theirs.detach(), UPSTREAMS)
+        orders.start_heartbeat()
         assert b"".join([await asyncio.to_thread(ours.recv, 1) for _ in range(3)]) == b"uuu"
     await asyncio.sleep(0.05)  # nobody listens any more
     orders._socket.close()
@@ -430,7 +430,7 @@ async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest
 async def test_a_stop_while_a_worker_is_about_to_be_started_is_no_trouble(
     tmp_path: Path, turns: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with shared(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
+    with multiprocess(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         waits = Workers(lambda _: [sys.executable, "-c", "import time; time.sleep(60)"], settings_of({}), listener)
         running = asyncio.create_task(waits.run())
         for _ in range(turns):  # of the event loop

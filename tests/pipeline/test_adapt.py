@@ -21,7 +21,7 @@ from app.errors import (
 )
 from app.pipeline import verdict
 from app.pipeline.adapt import Adapt
-from app.pipeline.deployment import Limits
+from app.pipeline.deployment import CallLimits
 from app.types import Batch, BatchResult, Embedding, Media, Params, WireReply
 from app.upstreams import replies
 
@@ -82,7 +82,7 @@ def answers(result: BatchResult) -> list[str]:
 @pytest.mark.parametrize("words", ROWS)
 async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> None:
     texts = [f"text {i}" for i in range(25)]
-    upstream, limits = Upstream(words, rows=10, kind=InvalidRequest), Limits(100)
+    upstream, limits = Upstream(words, rows=10, kind=InvalidRequest), CallLimits(100)
     adapt = Adapt(upstream, limits)
     result = await adapt(batch(*texts))
     assert answers(result) == texts
@@ -95,7 +95,7 @@ async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> No
 @pytest.mark.parametrize("known", [None, 100])
 async def test_tokens_of_a_call_are_learned_once(known: int | None, words: str, kind: type[InvalidRequest]) -> None:
     texts = [f"text {i:05}" for i in range(9)]  # 10 bytes each
-    upstream, limits = Upstream(words, tokens=40, kind=kind), Limits(100, known)
+    upstream, limits = Upstream(words, tokens=40, kind=kind), CallLimits(100, known)
     adapt = Adapt(upstream, limits)
     assert answers(await adapt(batch(*texts))) == texts
     assert [len(call) for call in upstream.calls] == [9, 4, 4, 1]
@@ -107,7 +107,7 @@ async def test_tokens_of_a_call_are_learned_once(known: int | None, words: str, 
 
 @pytest.mark.parametrize("words", NEITHER)
 async def test_the_limit_of_one_input_is_no_limit_of_calls(words: str) -> None:
-    upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), Limits(100, 500)
+    upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), CallLimits(100, 500)
     result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
     assert answers(result)[::2] == ["a" * 30, "c" * 5]
     assert isinstance(result.outcomes[1], GatewayError)
@@ -115,7 +115,7 @@ async def test_the_limit_of_one_input_is_no_limit_of_calls(words: str) -> None:
 
 
 async def test_one_input_over_the_tokens_of_a_call_is_refused_alone() -> None:
-    upstream, limits = Upstream(TOKENS[0], tokens=40, kind=InvalidRequest), Limits(100)
+    upstream, limits = Upstream(TOKENS[0], tokens=40, kind=InvalidRequest), CallLimits(100)
     result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
     assert answers(result)[::2] == ["a" * 30, "c" * 5]
     assert isinstance(result.outcomes[1], InvalidRequest)
@@ -140,7 +140,7 @@ async def test_what_all_would_meet_ends_the_calls_of_a_batch(trouble: GatewayErr
             raise trouble
         return BatchResult([Embedding(text.encode(), 1) for text in calls[0]])
 
-    result = await Adapt(fails_from_the_second_on, Limits(2))(batch(*"abcdefgh"))
+    result = await Adapt(fails_from_the_second_on, CallLimits(2))(batch(*"abcdefgh"))
     assert calls == [["a", "b"], ["c", "d"]]
     assert answers(result) == ["a", "b", *[str(trouble)] * 6]
     assert result.calls == 2
@@ -152,8 +152,8 @@ async def test_what_all_would_meet_ends_the_calls_of_a_batch(trouble: GatewayErr
 async def test_calls_of_a_batch_that_nobody_waits_for_any_more_are_not_made(words: str, sent: list[int]) -> None:
     upstream = Upstream(words, rows=10, kind=InvalidRequest)
     abandoned = batch(*map(str, range(64)))
-    abandoned.wanted = lambda: len(upstream.calls) < 3
-    result = await Adapt(upstream, Limits(1000))(abandoned)
+    abandoned.still_wanted = lambda: len(upstream.calls) < 3
+    result = await Adapt(upstream, CallLimits(1000))(abandoned)
     assert list(map(len, upstream.calls)) == sent
     assert result.calls == 3
     assert verdict.of(result) is None, "it speaks against no deployment"
@@ -166,7 +166,7 @@ async def test_what_may_be_one_calls_own_does_not(kind: type[GatewayError]) -> N
             raise kind("bad")
         return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
 
-    result = await Adapt(embed, Limits(1))(batch(*"abcdef"))
+    result = await Adapt(embed, CallLimits(1))(batch(*"abcdef"))
     assert answers(result) == ["a", "b", "bad", "d", "e", "f"]
 
 
@@ -179,7 +179,7 @@ async def test_a_server_that_gives_one_vector_however_many_it_is_asked_for_is_as
             raise UpstreamWrongCount("1 for several")
         return BatchResult([Embedding(str(batch.inputs[0]).encode(), 1)])
 
-    limits = Limits(100)
+    limits = CallLimits(100)
     adapt = Adapt(gives_one, limits)
     assert answers(await adapt(batch(*"abcdefgh"))) == list("abcdefgh")
     assert calls == [8, 4, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
@@ -198,7 +198,7 @@ async def test_one_that_once_gave_too_few_is_trusted_again() -> None:
             raise UpstreamWrongCount("7 for 8")
         return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
 
-    limits = Limits(100)
+    limits = CallLimits(100)
     assert answers(await Adapt(gives_too_few_once, limits)(batch(*"abcdefgh"))) == list("abcdefgh")
     assert (calls, limits.max_batch) == ([8, 4, 4], 100)
 
@@ -210,7 +210,7 @@ async def test_and_one_that_gives_none_is_not_asked_for_each() -> None:
         calls.append(len(batch.inputs))
         raise UpstreamWrongCount("0")
 
-    result = await Adapt(gives_none, Limits(100))(batch(*"abcdefgh"))
+    result = await Adapt(gives_none, CallLimits(100))(batch(*"abcdefgh"))
     assert (calls, result.calls, answers(result)) == ([8, 4, 2, 1, 1], 5, ["0"] * 8)
 
 
@@ -221,31 +221,31 @@ async def test_a_text_that_is_quoted_teaches_nothing(words: str) -> None:
             raise InvalidRequest(f"the upstream refused the input: not allowed: {words}")
         return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
 
-    limits = Limits(1000, 1_000_000)
+    limits = CallLimits(1000, 1_000_000)
     texts = [*map(str, range(30)), words]
     result = await Adapt(refuses_and_quotes, limits)(batch(*texts))
     assert answers(result)[:30] == texts[:30]
-    assert limits == Limits(1000, 1_000_000)
+    assert limits == CallLimits(1000, 1_000_000)
 
 
 async def test_a_text_that_begins_as_our_own_words_do_is_not_quoted() -> None:
     texts = [f"the input is text {i}" for i in range(25)]
-    words = replies.failure(InvalidRequest, WireReply(400, {}, b""), ROWS[0]).message
+    words = replies.make_error(InvalidRequest, WireReply(400, {}, b""), ROWS[0]).message
     upstream = Upstream(words, rows=10, kind=InvalidRequest)
-    assert answers(await Adapt(upstream, Limits(100))(batch(*texts))) == texts
+    assert answers(await Adapt(upstream, CallLimits(100))(batch(*texts))) == texts
     assert [len(call) for call in upstream.calls] == [25, 10, 10, 5]
 
 
 async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:
     """Some count marks around each text as well: then halving finds what fits."""
-    upstream, limits = Upstream("max 40 tokens per request", tokens=30, kind=InvalidRequest), Limits(100)
+    upstream, limits = Upstream("max 40 tokens per request", tokens=30, kind=InvalidRequest), CallLimits(100)
     texts = ["a" * 18, "b" * 18]
     assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
     assert limits.max_tokens_per_batch is None
 
 
 async def test_one_long_input_does_not_make_the_calls_of_the_others_small() -> None:
-    upstream, limits = Upstream("max 1,000 tokens per request", tokens=1000, kind=InvalidRequest), Limits(2048)
+    upstream, limits = Upstream("max 1,000 tokens per request", tokens=1000, kind=InvalidRequest), CallLimits(2048)
     texts = [f"text {i:05}" for i in range(200)]
     texts[50] = "x" * 900
     assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
@@ -255,21 +255,21 @@ async def test_one_long_input_does_not_make_the_calls_of_the_others_small() -> N
 
 async def test_tokens_named_for_a_batch_are_not_taken_for_rows() -> None:
     words = "batch is invalid, it should not be larger than 40 tokens"
-    upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), Limits(2048)
+    upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), CallLimits(2048)
     await Adapt(upstream, limits)(batch(*(str(i) for i in range(60))))
     assert (limits.max_batch, limits.max_tokens_per_batch) == (2048, 40)
 
 
 async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_tokens() -> None:
     upstream = Upstream("", kind=InvalidRequest)
-    await Adapt(upstream, Limits(10, 50))(batch("é" * 10, "x" * 20, "y" * 200, "z"))
+    await Adapt(upstream, CallLimits(10, 50))(batch("é" * 10, "x" * 20, "y" * 200, "z"))
     assert upstream.calls == [["é" * 10, "x" * 20], ["y" * 200], ["z"]]
 
 
 @pytest.mark.parametrize(("text", "calls"), [("é" * 20, [2]), ("急" * 14, [1, 1]), ("𠀀" * 11, [1, 1])])
 async def test_bytes_are_what_a_calls_tokens_are_counted_by_not_characters(text: str, calls: list[int]) -> None:
     upstream = Upstream("", kind=InvalidRequest)
-    await Adapt(upstream, Limits(10, 80))(batch(text, text))
+    await Adapt(upstream, CallLimits(10, 80))(batch(text, text))
     assert [len(call) for call in upstream.calls] == calls
 
 
@@ -277,7 +277,7 @@ async def test_images_are_no_tokens_and_go_with_texts() -> None:
     upstream, image = Upstream("", kind=InvalidRequest), Media("image", "https://example.com/a.png")
     mixed = batch("x" * 30, "y" * 10)
     mixed.inputs = [image, *mixed.inputs, image]
-    await Adapt(upstream, Limits(10, 40, images=2))(mixed)
+    await Adapt(upstream, CallLimits(10, 40, images=2))(mixed)
     assert [len(call) for call in upstream.calls] == [4]
 
 
@@ -286,7 +286,7 @@ async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_images() 
     image, video = Media("image", "https://example.com/a.png"), Media("video", "https://example.com/a.mp4")
     mixed = batch(*"abcdefg")
     mixed.inputs = ["a", image, "b", image, video, "c", video]
-    await Adapt(upstream, Limits(10, images=1, videos=1))(mixed)
+    await Adapt(upstream, CallLimits(10, images=1, videos=1))(mixed)
     assert [len(call) for call in upstream.calls] == [3, 3, 1]
 
 
@@ -310,7 +310,7 @@ class Choosy:
 async def test_however_many_are_too_long_the_short_ones_beside_them_are_embedded() -> None:
     upstream = Choosy(ContextLengthExceeded, longer_than=100)
     texts = [f"{i} {'x' * 200}" if i % 2 else f"{i}" for i in range(64)]
-    result = await Adapt(upstream, Limits(64))(batch(*texts))
+    result = await Adapt(upstream, CallLimits(64))(batch(*texts))
     for text, outcome in zip(texts, result.outcomes, strict=True):
         if upstream.bad(text):
             assert isinstance(outcome, ContextLengthExceeded)
@@ -323,7 +323,7 @@ async def test_however_many_are_too_long_the_short_ones_beside_them_are_embedded
 async def test_what_was_refused_among_others_and_not_alone_is_not_told_that_it_is_at_fault() -> None:
     upstream = Choosy(InvalidRequest)
     texts = [f"bad {i}" if i % 2 else f"good {i}" for i in range(64)]
-    result = await Adapt(upstream, Limits(64))(batch(*texts))
+    result = await Adapt(upstream, CallLimits(64))(batch(*texts))
     refused = {i for i, each in enumerate(result.outcomes) if isinstance(each, InvalidRequest)}
     embedded = {i for i, each in enumerate(result.outcomes) if isinstance(each, Embedding)}
     left = set(range(64)) - refused - embedded
@@ -338,13 +338,13 @@ async def test_where_none_was_too_long_alone_nobody_is_told_so() -> None:
             raise ContextLengthExceeded("no")
         return BatchResult([Embedding(b"", 1)])
 
-    result = await Adapt(one_at_a_time, Limits(64))(batch(*map(str, range(64))))
+    result = await Adapt(one_at_a_time, CallLimits(64))(batch(*map(str, range(64))))
     assert {type(each) for each in result.outcomes} == {Embedding, UpstreamUnavailable}
 
 
 async def test_a_batch_that_is_hopeless_is_refused_as_a_whole_after_a_few_calls() -> None:
     upstream = Choosy(InvalidRequest)
-    result = await Adapt(upstream, Limits(64))(batch(*(f"bad {i}" for i in range(64))))
+    result = await Adapt(upstream, CallLimits(64))(batch(*(f"bad {i}" for i in range(64))))
     assert all(isinstance(each, InvalidRequest) for each in result.outcomes)
     assert result.calls == upstream.calls <= 33
 
@@ -352,6 +352,6 @@ async def test_a_batch_that_is_hopeless_is_refused_as_a_whole_after_a_few_calls(
 @pytest.mark.parametrize("longest", [None, 39, 40, 41])
 async def test_what_one_input_may_have_is_not_learned_as_what_a_call_may(longest: int | None) -> None:
     words = "embeddings max tokens per batch size is 40"
-    upstream, limits = Upstream(words, tokens=100, kind=InvalidRequest), Limits(16)
+    upstream, limits = Upstream(words, tokens=100, kind=InvalidRequest), CallLimits(16)
     await Adapt(upstream, limits, longest)(batch("x" * 101, "y", "z"))
     assert limits.max_tokens_per_batch == (None if longest in (40, 41) else 40)

@@ -21,9 +21,9 @@ from app.errors import (
 )
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
-from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
-from app.pipeline.queue import HANGS, LANES
+from app.pipeline.queue import BULK_STALL, LANES
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 from tests.clock import HandClock
@@ -67,7 +67,7 @@ class Calls:
 
 def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None = None) -> Batcher:
     model = Model("m", roles=ROLES, instruct=True)
-    deployment = Deployment("up", model, "up/m", Slots(slots), Limits(rows, tokens), healthy(), calls)
+    deployment = Deployment("up", model, "up/m", Slots(slots), CallLimits(rows, tokens), healthy(), calls)
     metrics = Metrics()
     return Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
 
@@ -253,7 +253,9 @@ async def test_queries_go_before_bulk_work_with_other_parameters() -> None:
 async def test_what_waits_for_a_deployment_that_is_busy_holds_up_nothing_that_another_can_do() -> None:
     busy, free = Calls(held=asyncio.Event()), Calls()
     deployments = [
-        Deployment(name, Model("m", instruct=instruct), "m", Slots(1), Limits(10), healthy(), calls, priority=priority)
+        Deployment(
+            name, Model("m", instruct=instruct), "m", Slots(1), CallLimits(10), healthy(), calls, priority=priority
+        )
         for priority, (name, instruct, calls) in enumerate([("busy", True, busy), ("free", False, free)])
     ]
     metrics = Metrics()
@@ -428,12 +430,12 @@ async def test_a_query_has_its_call_to_itself_while_bulk_work_has_calls_of_its_o
 
 async def test_bulk_work_whose_calls_hang_fills_up_those_of_queries() -> None:
     calls, clock = Calls(held=asyncio.Event()), HandClock()
-    deployment = Deployment("up", Model("m"), "m", Slots(4), Limits(2), healthy(), calls)
+    deployment = Deployment("up", Model("m"), "m", Slots(4), CallLimits(2), healthy(), calls)
     embed = Batcher(Route([deployment], Metrics(), clock), Metrics(), clock)
     asked = [asyncio.create_task(embed(request(*"abcdefgh", lane="bulk")))]
     await settle()
     assert calls.batches == [["a", "b"], ["c", "d"], ["e", "f"]]
-    clock.now += HANGS
+    clock.now += BULK_STALL
     asked.append(asyncio.create_task(embed(request("query", lane="query"))))
     await settle()
     assert calls.batches[3:] == [["query", "g"]]
@@ -444,8 +446,8 @@ async def test_bulk_work_whose_calls_hang_fills_up_those_of_queries() -> None:
 async def test_bulk_work_that_only_a_busy_deployment_can_do_fills_up_its_calls_whatever_others_do() -> None:
     sparse, dense = Calls(held=asyncio.Event()), Calls(held=asyncio.Event())
     deployments = [
-        Deployment("up", Model("m", sparse=True), "m", Slots(1), Limits(10), healthy(), sparse),
-        Deployment("up", Model("m"), "m", Slots(4), Limits(10), healthy(), dense),
+        Deployment("up", Model("m", sparse=True), "m", Slots(1), CallLimits(10), healthy(), sparse),
+        Deployment("up", Model("m"), "m", Slots(4), CallLimits(10), healthy(), dense),
     ]
     embed = Batcher(Route(deployments, Metrics(), SystemClock()), Metrics(), SystemClock())
     both = Params(output_type="dense&sparse")
@@ -530,7 +532,7 @@ async def test_a_bug_below_leaves_nobody_waiting() -> None:
     async def broken(batch: Batch) -> BatchResult:
         raise ZeroDivisionError
 
-    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), healthy(), broken)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), CallLimits(10), healthy(), broken)
     metrics = Metrics()
     embed = Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
     seen: list[object] = []
@@ -542,7 +544,7 @@ async def test_a_bug_below_leaves_nobody_waiting() -> None:
 
 async def test_the_queue_gauge_is_true_and_ends_at_zero() -> None:
     calls = Calls(held=asyncio.Event())
-    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), healthy(), calls)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), CallLimits(10), healthy(), calls)
     metrics = Metrics()
     embed = Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
 
@@ -579,7 +581,7 @@ async def test_what_may_be_cached_does_not_join_what_may_not() -> None:
 async def test_what_is_dropped_is_told() -> None:
     calls = Calls(held=asyncio.Event())
     dropped: list[bytes] = []
-    deployment = Deployment("up", Model("m"), "up/m", Slots(1), Limits(10), healthy(), calls)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), CallLimits(10), healthy(), calls)
     embed = Batcher(Route([deployment], Metrics(), SystemClock()), Metrics(), SystemClock(), dropped.extend)
     under_way = asyncio.create_task(embed(request("x")))
     await settle()

@@ -20,12 +20,12 @@ from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.claim import Claim
-from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
 from app.pipeline.route import Route
 from app.types import (
-    CLAIM,
-    NOTHING,
+    CLAIM_TTL,
+    NO_EMBEDDING,
     Batch,
     BatchResult,
     Embedding,
@@ -61,12 +61,12 @@ class Replica:
         self.positions.append(request.positions)
         await self.go.wait()
         errors = {i: self.errors[text] for i, text in enumerate(texts) if text in self.errors}
-        if errors and not request.spares_long:
+        if errors and not request.collect_too_long:
             raise errors[0]
-        embeddings = [NOTHING if i in errors else vector(text) for i, text in enumerate(texts)]
+        embeddings = [NO_EMBEDDING if i in errors else vector(text) for i, text in enumerate(texts)]
         if request.write_cache:
             pairs = zip(request.keys, embeddings, strict=True)
-            self.cache.put([pair for pair in pairs if pair[1] is not NOTHING])
+            self.cache.put([pair for pair in pairs if pair[1] is not NO_EMBEDDING])
         return EmbedResult(embeddings, [Source.UPSTREAM] * len(texts), 1, ("up/m",), errors)
 
     async def begins(self, *texts: str) -> asyncio.Task[EmbedResult]:
@@ -153,7 +153,7 @@ async def test_what_one_fails_to_embed_the_next_one_tries_at_once(replica: Calla
     second = asyncio.create_task(other.embed(request("a")))
     await other.waits()
     one.go.set()
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         assert (await second).embeddings == [vector("a")]
     assert other.asked == [["a"]]
     assert other.count("claim", "expired") == 1
@@ -164,9 +164,9 @@ async def test_what_one_fails_to_embed_the_next_one_tries_at_once(replica: Calla
 async def test_of_what_is_too_long_the_claim_is_let_go(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
     one.errors["long"] = ContextLengthExceeded("too long")
-    result = await one.embed(replace(request("a", "long", "b"), spares_long=True))
+    result = await one.embed(replace(request("a", "long", "b"), collect_too_long=True))
     assert set(result.too_long) == {1}
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         again = await other.embed(request("a", "long", "b"))
     assert again.embeddings == [vector(text) for text in ("a", "long", "b")]
     assert other.asked == [["long"]]
@@ -176,12 +176,12 @@ async def test_places_of_what_is_too_long_are_the_whole_requests(replica: Callab
     one, other = replica(), replica()
     first = await one.begins("a")
     other.errors["long"] = ContextLengthExceeded("too long")
-    second = asyncio.create_task(other.embed(replace(request("a", "b", "long"), spares_long=True)))
+    second = asyncio.create_task(other.embed(replace(request("a", "b", "long"), collect_too_long=True)))
     await other.waits()
     one.go.set()
     result = await second
     assert set(result.too_long) == {2}
-    assert result.embeddings == [vector("a"), vector("b"), NOTHING]
+    assert result.embeddings == [vector("a"), vector("b"), NO_EMBEDDING]
     await first
 
 
@@ -242,9 +242,9 @@ async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
     replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = replica(), replica()
-    monkeypatch.setattr("app.pipeline.claim.CLAIM", 0.2)  # one that its owner renews for ever could be no worse
+    monkeypatch.setattr("app.pipeline.claim.CLAIM_TTL", 0.2)  # one that its owner renews for ever could be no worse
     first = await one.begins("a")
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         assert (await other.embed(request("a"))).sources == [Source.UPSTREAM]
     one.go.set()
     await first
@@ -314,9 +314,9 @@ class Calls:
 def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
     """A name of the replica's that leads there, as the registry would make it."""
     health = Health(SystemClock(), replica.metrics.upstream_available.labels("up", "m").set, "up/m")
-    deployment = Deployment("up", Model("m"), "up/m", Slots(3), Limits(1, None), health, calls)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(3), CallLimits(1, None), health, calls)
     route = Route([deployment], replica.metrics, SystemClock())
-    batcher = Batcher(route, replica.metrics, SystemClock(), replica.cache.let_go)
+    batcher = Batcher(route, replica.metrics, SystemClock(), replica.cache.release_claims)
     replica.cache.embedders.add(batcher)
     return batcher, CacheRead(Claim(batcher, replica.cache), replica.cache, "space")
 
@@ -336,13 +336,13 @@ async def test_claims_last_as_long_as_somebody_here_embeds_the_text_and_no_longe
     calls.go["bad"].set()
     with pytest.raises(GatewayError):
         await asking
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         while await claimed(other.cache, "bad"):
             await asyncio.sleep(0.001)
     assert await claimed(other.cache, "a"), "its call goes on, and what it brings is cached"
     assert await claimed(other.cache, "b")
     calls.go["b"].set()
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         while await claimed(other.cache, "b"):
             await asyncio.sleep(0.001)
     assert await claimed(other.cache, "a")
@@ -384,6 +384,6 @@ async def test_of_two_who_hang_up_while_redis_is_asked_neither_leaves_the_claim_
     for each in both:
         each.cancel()
     server.resume()
-    async with asyncio.timeout(CLAIM - 1):
+    async with asyncio.timeout(CLAIM_TTL - 1):
         while one.count("get", "miss") < 2 or await claimed(other.cache, "a"):
             await asyncio.sleep(0.001)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from app import vectors
 from app.errors import UpstreamIgnoredDimensions, UpstreamInvalidResponse
 from app.pipeline import contract
-from app.types import MOST_DIMENSIONS, Embedding, Parsed
+from app.types import MAX_DIMENSIONS, Embedding, Parsed
 
 BATCHES = st.integers(1, 40).flatmap(lambda count: st.tuples(st.just(count), st.permutations(range(count))))
 
@@ -71,7 +71,7 @@ def test_a_length_that_was_not_asked_for_is_no_answer(
         assert type(raised.value) is error
 
 
-@pytest.mark.parametrize(("length", "fits"), [(MOST_DIMENSIONS, True), (MOST_DIMENSIONS + 1, False)])
+@pytest.mark.parametrize(("length", "fits"), [(MAX_DIMENSIONS, True), (MAX_DIMENSIONS + 1, False)])
 def test_a_vector_longer_than_any_model_gives_is_none(length: int, fits: bool) -> None:
     parsed = Parsed([0], [vectors.from_numbers([1.0] * length)])
     if fits:

@@ -106,15 +106,15 @@ async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
 async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, caplog: pytest.LogCaptureFixture) -> None:
     up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     up.end(RateLimited("slowly", retry_after=LONG_REST - 1), up.begin())
-    assert not up.told
+    assert not up.problem
     up.end(RateLimited("slowly", retry_after=180), up.begin())
-    told = "rate_limit_exceeded: slowly; it has no call for 180 s"
-    assert up.told == told
-    assert [record.getMessage() for record in caplog.records] == [f"up/m: {told}"]
+    problem = "rate_limit_exceeded: slowly; it has no call for 180 s"
+    assert up.problem == problem
+    assert [record.getMessage() for record in caplog.records] == [f"up/m: {problem}"]
     await clock.advance(179)
-    assert up.told == told
+    assert up.problem == problem
     await clock.advance(1)
-    assert not up.told, "though it may be long until somebody asks"
+    assert not up.problem, "though it may be long until somebody asks"
 
 
 async def test_leaving_the_rotation_and_coming_back_are_told(
@@ -127,8 +127,8 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
     await clock.advance(EJECTION)
     up.end(None, up.begin())
     assert not up.trouble
-    told = [record.getMessage() for record in caplog.records]
-    assert told == [
+    problem = [record.getMessage() for record in caplog.records]
+    assert problem == [
         "up/m is left out for 30 s, after 5 failures in a row; the last: upstream_error: failed",
         "up/m answers again",
     ]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from app import tokens
 from app.catalog import TokenRule
 from app.pipeline import lengths
-from app.pipeline.lengths import Room
+from app.pipeline.lengths import InputLimit
 from tests.fakes import baidu_tokens
 
 FAMILY = "👨‍👩‍👧‍👦"
@@ -24,20 +24,23 @@ ALIKE = st.lists(
 ).map("".join)
 TEXTS = ANYTHING | ALIKE
 ROOMS = st.builds(
-    Room, st.none() | st.integers(50, 120), st.none() | st.integers(12, 80), st.sampled_from(["bytes", "han+words"])
+    InputLimit,
+    st.none() | st.integers(50, 120),
+    st.none() | st.integers(12, 80),
+    st.sampled_from(["bytes", "han+words"]),
 )
 
 
-def fits(text: str, room: Room) -> bool:
+def fits(text: str, room: InputLimit) -> bool:
     return (room.tokens is None or lengths.at_most(text, room.rule) <= room.tokens) and (
         room.characters is None or len(text.encode("utf-16-le")) // 2 <= room.characters
     )
 
 
 @given(TEXTS, ROOMS)
-@example("a" * 500, Room(50, None))
-@example("风" * 500, Room(384, None, "han+words"))
-def test_the_pieces_of_a_text_fit_and_joined_are_the_text(text: str, room: Room) -> None:
+@example("a" * 500, InputLimit(50, None))
+@example("风" * 500, InputLimit(384, None, "han+words"))
+def test_the_pieces_of_a_text_fit_and_joined_are_the_text(text: str, room: InputLimit) -> None:
     pieces = room.pieces(text)
     assert "".join(pieces) == text
     assert all(fits(piece, room) and room.surely_holds(piece) for piece in pieces)
@@ -47,7 +50,7 @@ def test_the_pieces_of_a_text_fit_and_joined_are_the_text(text: str, room: Room)
 
 
 @given(TEXTS, ROOMS)
-def test_what_surely_fits_is_one_piece(text: str, room: Room) -> None:
+def test_what_surely_fits_is_one_piece(text: str, room: InputLimit) -> None:
     assert room.surely_holds(text) == fits(text, room)
     if text and fits(text, room):
         assert room.pieces(text) == [text]
@@ -66,7 +69,7 @@ def test_a_cut_never_falls_within_a_character_as_a_reader_sees_it(characters: li
         place += len(character)
         borders.add(place)
     place = 0
-    for piece in Room(limit, None).pieces("".join(characters)):
+    for piece in InputLimit(limit, None).pieces("".join(characters)):
         assert place in borders
         place += len(piece)
 
@@ -75,21 +78,21 @@ def test_a_cut_never_falls_within_a_character_as_a_reader_sees_it(characters: li
 def test_wherever_in_it_the_limit_is(character: str) -> None:
     pair = len(character) + 1
     for limit in range(60, 60 + len(f"{character}x".encode())):
-        first = Room(limit, None).first(f"{character}x" * 40)
+        first = InputLimit(limit, None).first(f"{character}x" * 40)
         assert len(first) % pair in (0, pair - 1)
 
 
 def test_a_cut_is_made_after_a_space_where_there_is_one_nearby() -> None:
-    assert Room(20, None).pieces("one two three four five") == ["one two three ", "four five"]
-    assert Room(None, 9).pieces("abcdefghijk") == ["abcdefghi", "jk"]
+    assert InputLimit(20, None).pieces("one two three four five") == ["one two three ", "four five"]
+    assert InputLimit(None, 9).pieces("abcdefghijk") == ["abcdefghi", "jk"]
 
 
 def test_a_cut_by_counted_tokens_is_a_good_one_also_where_characters_are_what_ends_it() -> None:
-    room = Room(8192, 20, "cl100k_base")
+    room = InputLimit(8192, 20, "cl100k_base")
     assert room.pieces("one two three four five six") == ["one two three four ", "five six"]
     assert room.pieces(f"{FAMILY}x" * 3) == [f"{FAMILY}x", f"{FAMILY}x", f"{FAMILY}x"]  # twelve UTF-16 units each
     row = "|cell".ljust(80) + "|"  # 16 characters a token and more
-    first, second = Room(8192, None, "cl100k_base").pieces("a table ..." + row * 3_000)
+    first, second = InputLimit(8192, None, "cl100k_base").pieces("a table ..." + row * 3_000)
     assert first.endswith(" ")
     assert second.startswith("||cell")
 
@@ -110,27 +113,33 @@ def test_to_cut_a_text_by_counted_tokens_takes_time_in_proportion_to_its_length(
     encode = tokens.encode
     monkeypatch.setattr(tokens, "encode", counting)
     whole = (text * 20_000)[:20_000]
-    assert "".join(Room(100, None, "cl100k_base").pieces(whole)) == whole
+    assert "".join(InputLimit(100, None, "cl100k_base").pieces(whole)) == whole
     assert counted < 8 * len(whole)
 
 
 def test_a_cut_by_counted_tokens_is_the_texts_and_not_that_of_what_is_looked_at() -> None:
     words = " gateway gateway embedding"
-    assert Room(3, None, "cl100k_base").pieces(words * 2) == [words, words]
+    assert InputLimit(3, None, "cl100k_base").pieces(words * 2) == [words, words]
 
 
 def test_a_text_without_any_good_border_is_cut_all_the_same() -> None:
     marks = "e" + "\u0301" * 300
-    pieces = Room(104, None).pieces(marks)
+    pieces = InputLimit(104, None).pieces(marks)
     assert "".join(pieces) == marks
     assert len(pieces) == 7  # 104 bytes hold 50 of them and what stands around
 
 
 @pytest.mark.parametrize(
     "room",
-    [Room(3, None), Room(None, 0), Room(-5, 100), Room(0, None, "han+words"), Room(0, None, "cl100k_base")],
+    [
+        InputLimit(3, None),
+        InputLimit(None, 0),
+        InputLimit(-5, 100),
+        InputLimit(0, None, "han+words"),
+        InputLimit(0, None, "cl100k_base"),
+    ],
 )
-def test_a_room_too_small_for_any_character_says_so(room: Room) -> None:
+def test_a_room_too_small_for_any_character_says_so(room: InputLimit) -> None:
     with pytest.raises(ValueError, match="single character"):
         room.pieces("风")
 
@@ -172,10 +181,10 @@ def test_words_between_spaces_are_the_fewest_tokens_there_can_be() -> None:
 
 def test_an_emoji_counts_as_two_characters_where_strings_are_utf_16() -> None:
     assert lengths.characters("a🙂") == 3
-    assert Room(None, 4).pieces("🙂🙂🙂") == ["🙂🙂", "🙂"]
+    assert InputLimit(None, 4).pieces("🙂🙂🙂") == ["🙂🙂", "🙂"]
 
 
 def test_a_prefix_takes_its_part_of_the_room() -> None:
-    room = Room(512, 1000).without("query: ")
+    room = InputLimit(512, 1000).without("query: ")
     assert (room.tokens, room.characters) == (512 - 7 - 4, 1000 - 7)
-    assert Room(512, None).without("") == Room(512, None)
+    assert InputLimit(512, None).without("") == InputLimit(512, None)

@@ -16,7 +16,7 @@ from app.errors import GatewayError, RateLimited, UpstreamError
 from app.limits import Rates
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
-from app.pipeline.deployment import Deployment, Limits, Slots
+from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import FAILURES, Health
 from app.pipeline.pace import Pace
 from app.pipeline.route import Route
@@ -67,7 +67,7 @@ def batcher(upstream: Upstream, *slots: Slots, rows: int = 1) -> Batcher:
     clock, metrics = upstream.clock, Metrics()
     deployments = [
         Deployment(
-            f"up{i}", Model("m", roles=ROLES), "s", each, Limits(rows),
+            f"up{i}", Model("m", roles=ROLES), "s", each, CallLimits(rows),
             Health(clock, metrics.upstream_available.labels(f"up{i}", "m").set, f"up{i}/m"), upstream, priority=i,
         )
         for i, each in enumerate(slots)
@@ -195,10 +195,10 @@ async def test_a_query_waits_two_seconds_at_the_most_for_the_tokens_of_bulk_work
 async def test_a_slower_pace_has_smaller_calls(clock: HandClock) -> None:
     """By what a replica alone, or after a rate limit, may still send in two seconds."""
     pace = Pace("up", Rates(tokens=6000), clock, processes=2)
-    assert pace.portion() == 100
+    assert pace.tokens_per_call() == 100
     Slots(8, pace).shrink()
-    assert pace.portion() == 50
-    assert Pace("up", Rates(requests=60), clock).portion() is None
+    assert pace.tokens_per_call() == 50
+    assert Pace("up", Rates(requests=60), clock).tokens_per_call() is None
 
 
 async def test_an_estimate_is_put_right_by_the_bill(clock: HandClock, upstream: Upstream) -> None:
@@ -253,13 +253,13 @@ async def test_a_wait_is_stated_without_a_look_at_each_who_is_before(
 ) -> None:
     """A thousand inputs of two tokens each, at ten tokens a second."""
     looks: list[Input] = []
-    bound = tokens.bound
+    bound = tokens.upper_bound
 
     def watched(text: Input) -> int:
         looks.append(text)
         return bound(text)
 
-    monkeypatch.setattr(tokens, "bound", watched)
+    monkeypatch.setattr(tokens, "upper_bound", watched)
     upstream.billed = 2
     embed = batcher(upstream, paced(clock, tokens=600))
     patient = asyncio.create_task(embed(request(*(f"input{i:03}" for i in range(1001)))))

@@ -64,7 +64,7 @@ async def test_what_is_refused_costs_nothing(clock: HandClock) -> None:
     for _ in range(50):
         await refusal(limited, tokens=60)
     await limited.take(40)
-    requests, tokens = limited.standings()
+    requests, tokens = limited.limit_statuses()
     assert (requests.limit, requests.remaining) == (10, 8)
     assert (tokens.limit, tokens.remaining) == (100, 0)
     assert requests.reset == pytest.approx(12)
@@ -84,11 +84,11 @@ async def test_more_than_a_minute_allows_is_the_callers_mistake(clock: HandClock
 async def test_an_estimate_is_put_right_afterwards(clock: HandClock) -> None:
     limited = quota(clock, tokens=100)
     await limited.take(80)
-    limited.owe(0, -70)
+    limited.adjust(0, -70)
     await limited.take(90)
-    limited.owe(0, 50)
+    limited.adjust(0, 50)
     assert (await refusal(limited)).retry_after == pytest.approx(51 * 0.6)
-    assert limited.standings()[0].remaining == 0
+    assert limited.limit_statuses()[0].remaining == 0
 
 
 async def test_a_process_of_several_keeps_its_part(clock: HandClock) -> None:
@@ -143,7 +143,7 @@ async def test_of_a_large_limit_redis_hears_now_and_then(server: RedisServer, cl
     await other.shared.open()
     assert all([await one.admitted(10) for _ in range(51)])
     assert one.asked() == 1, "its part of a hundredth are 50"
-    assert one.quota.standings()[0].remaining == 10_000 - 51
+    assert one.quota.limit_statuses()[0].remaining == 10_000 - 51
     assert await one.admitted(10)
     assert one.asked() == 2
     assert all([await one.admitted(10) for _ in range(20)])
@@ -151,7 +151,7 @@ async def test_of_a_large_limit_redis_hears_now_and_then(server: RedisServer, cl
     assert await one.admitted(10)
     assert one.asked() == 3, "what the others have used in a tenth of a second is asked for"
     assert await other.admitted(10)
-    assert other.quota.standings()[0].remaining == pytest.approx(10_000 - 74, abs=20), "it has heard of all"
+    assert other.quota.limit_statuses()[0].remaining == pytest.approx(10_000 - 74, abs=20), "it has heard of all"
     assert await one.admitted(5_100)
     assert one.asked() == 4, "more tokens than its part"
     await one.shared.close()
@@ -160,7 +160,7 @@ async def test_of_a_large_limit_redis_hears_now_and_then(server: RedisServer, cl
 
 async def test_of_the_end_of_a_large_limit_redis_hears_each_time(server: RedisServer, clock: HandClock) -> None:
     one = Process(server, clock, requests=1_000)
-    while one.quota.standings()[0].remaining > 8:  # less than a hundredth
+    while one.quota.limit_statuses()[0].remaining > 8:  # less than a hundredth
         assert await one.admitted()
     asked = one.asked()
     assert asked < 200
@@ -203,10 +203,10 @@ async def test_what_one_process_puts_right_the_others_hear_of_with_its_next_requ
 ) -> None:
     one, other = (Process(server, clock, None, tokens=4) for _ in range(2))
     assert await one.admitted(1)
-    one.quota.owe(0, 2)
+    one.quota.adjust(0, 2)
     assert await one.admitted(1)
     assert not await other.admitted(1)
-    assert other.quota.standings()[0].remaining == 0
+    assert other.quota.limit_statuses()[0].remaining == 0
     await one.shared.close()
     await other.shared.close()
 
@@ -220,11 +220,11 @@ async def test_without_redis_each_process_lets_in_its_part_of_what_is_left_and_s
     assert await one.admitted()
     server.kill()
     assert [await one.admitted() for _ in range(6)] == [True] * 3 + [False] * 3, "7 of 9 are left, for two"
-    assert one.quota.standings()[0].limit == 9
+    assert one.quota.limit_statuses()[0].limit == 9
     server.start()
     await clock.advance(60)
     assert await one.admitted(), "Redis has forgotten all, but is told of three"
-    assert one.quota.standings()[0].remaining == 5
+    assert one.quota.limit_statuses()[0].remaining == 5
     await one.shared.close()
     await other.shared.close()
 
@@ -249,15 +249,15 @@ async def test_of_who_hangs_up_while_redis_is_asked_it_hears_once(clock: HandClo
     slow = Slow()
     slow.answer = Verdict(0, 49, 99)
     limited = Quota("team", Rates(50, 1000), clock, Metrics(), cast("SharedLimits", slow))
-    limited.owe(0, 900)
+    limited.adjust(0, 900)
     gone = asyncio.create_task(limited.take(1))
     await settle()
     gone.cancel()
     await settle()
-    limited.owe(2, 9)
+    limited.adjust(2, 9)
     slow.go.set()
     await settle()
-    left = [each.remaining for each in limited.standings()]
+    left = [each.remaining for each in limited.limit_statuses()]
     assert left == [47, 90], "the answer is taken in all the same, less what it does not know of"
     await clock.advance(1)
     await limited.take(1)
@@ -270,7 +270,7 @@ async def test_what_redis_may_have_heard_is_not_given_back_again(clock: HandCloc
     slow.go.set()
     limited = Quota("team", Rates(None, 1000), clock, Metrics(), cast("SharedLimits", slow))
     for owed, heard in ((-500, -500), (100, 101)):  # the last question is counted here, for nobody has answered it
-        limited.owe(0, owed)
+        limited.adjust(0, owed)
         await limited.take(1)
         assert slow.asked.pop() == (0, heard)
     await limited.take(1)

@@ -17,9 +17,9 @@ from app.cache.tiers import Tiers
 from app.catalog import ANY, ROLES, Model
 from app.clock import SystemClock
 from app.errors import (
+    ExceedsTokensPerMinute,
     GatewayError,
     InvalidRequest,
-    MoreThanAMinute,
     QuotaExhausted,
     RateLimited,
     UpstreamAuth,
@@ -36,7 +36,7 @@ from app.pipeline import build
 from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
-from app.pipeline.deployment import Deployment, Limits, Slots, honours, kind
+from app.pipeline.deployment import CallLimits, Deployment, Slots, honours, kind
 from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
 from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
@@ -54,10 +54,10 @@ def deployment(
     *,
     model: Model | None = None,
     slots: Slots | None = None,
-    limits: Limits | None = None,
+    limits: CallLimits | None = None,
 ) -> Deployment:
     health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
-    model, limits = model or Model("m", roles=ROLES), limits or Limits(10)
+    model, limits = model or Model("m", roles=ROLES), limits or CallLimits(10)
     return Deployment(name, model, "s", slots or Slots(4), limits, health, Adapt(embed, limits))
 
 
@@ -141,9 +141,9 @@ async def test_and_not_again_of_itself(error: GatewayError) -> None:
 @pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up")])
 async def test_and_of_one_that_rests_when_it_is_back_if_there_is_time(error: GatewayError) -> None:
     for rest, calls, outcome in ((0.1, 2, Embedding), (20, 1, type(error))):
-        rests = deployment("rests", answers)
-        rests.health.end(RateLimited("slowly", retry_after=rest), rests.health.begin())
-        both = route(deployment("bad", failing(error)), rests)
+        rest_times = deployment("rests", answers)
+        rest_times.health.end(RateLimited("slowly", retry_after=rest), rest_times.health.begin())
+        both = route(deployment("bad", failing(error)), rest_times)
         result = await asyncio.wait_for(run(both, batch("x", seconds=10)), 5)
         assert ([type(each) for each in result.outcomes], result.calls) == ([outcome], calls)
 
@@ -161,9 +161,9 @@ async def test_one_that_rests_is_waited_for_and_no_ejected_one_asked_in_its_plac
         asked.extend(map(str, batch.inputs))
         raise UpstreamError("down")
 
-    ejected, rests = deployment("ejected", dead), deployment("rests", fails_once)
+    ejected, rest_times = deployment("ejected", dead), deployment("rests", fails_once)
     eject(ejected)
-    embed = batcher(ejected, rests)
+    embed = batcher(ejected, rest_times)
     first = asyncio.create_task(embed(request("first")))
     while limited:
         await asyncio.sleep(0)
@@ -184,10 +184,10 @@ async def test_where_the_others_come_to_rest_meanwhile_for_longer_than_there_is_
 
 
 async def test_an_ejected_one_is_asked_where_the_others_rest_for_long() -> None:
-    ejected, rests = deployment("ejected", answers), deployment("rests", answers)
+    ejected, rest_times = deployment("ejected", answers), deployment("rests", answers)
     eject(ejected)
-    rests.health.end(RateLimited("slowly", retry_after=60), rests.health.begin())
-    result = await run(route(ejected, rests), batch("x", seconds=20))
+    rest_times.health.end(RateLimited("slowly", retry_after=60), rest_times.health.begin())
+    result = await run(route(ejected, rest_times), batch("x", seconds=20))
     assert result.deployments == ("ejected/m",)
 
 
@@ -203,10 +203,10 @@ async def test_and_where_the_only_other_one_leaves_with_trouble_of_its_own() -> 
 
 
 async def test_where_it_fails_too_callers_are_told_to_wait() -> None:
-    ejected, rests = deployment("ejected", failing(UpstreamError("down"))), deployment("rests", answers)
+    ejected, rest_times = deployment("ejected", failing(UpstreamError("down"))), deployment("rests", answers)
     eject(ejected)
-    rests.health.end(RateLimited("slowly", retry_after=60), rests.health.begin())
-    [outcome] = (await run(route(ejected, rests), batch("x", seconds=20))).outcomes
+    rest_times.health.end(RateLimited("slowly", retry_after=60), rest_times.health.begin())
+    [outcome] = (await run(route(ejected, rest_times), batch("x", seconds=20))).outcomes
     assert isinstance(outcome, UpstreamUnavailable)
     assert outcome.retry_after
 
@@ -232,7 +232,12 @@ async def test_a_retry_goes_to_one_in_rotation_before_one_that_is_to_tell_whethe
 
 @pytest.mark.parametrize(
     "error",
-    [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?"), MoreThanAMinute("an account's own")],
+    [
+        UpstreamAuth("no"),
+        QuotaExhausted("used up"),
+        UpstreamMisconfigured("who?"),
+        ExceedsTokensPerMinute("an account's own"),
+    ],
 )
 async def test_trouble_of_one_alone_is_asked_of_another_however_much_has_failed_of_late(error: GatewayError) -> None:
     both = route(deployment("bad", failing(error)), deployment("good", answers))
@@ -281,14 +286,14 @@ async def test_where_none_is_in_rotation_trouble_of_one_alone_is_asked_of_anothe
 
 async def test_callers_are_told_to_stay_away_only_where_no_other_can_be_asked() -> None:
     down = UpstreamError("down")
-    for others, final in (((), True), ((deployment("good", answers),), False)):
+    for others, no_client_retry in (((), True), ((deployment("good", answers),), False)):
         bad = deployment("bad", failing(down))
         found = route(bad, *others)
         while found._budget.spend(on_credit=False):
             pass
         [outcome] = (await run(found, batch("x"))).outcomes
         assert isinstance(outcome, GatewayError)
-        assert outcome.final == final
+        assert outcome.no_client_retry == no_client_retry
         down = UpstreamError("down")
 
 
@@ -344,7 +349,7 @@ async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> 
             raise UpstreamAuth("no")
         return await answers(batch)
 
-    limits = Limits(1)
+    limits = CallLimits(1)
     up = deployment("up", fails_twice, limits=limits)
     both = Route([up, other], Metrics(), SystemClock(), jitter=lambda: 0.5)
     result = await run(both, batch("x", "y"))
@@ -369,7 +374,12 @@ async def test_what_another_does_not_heed_is_not_refused_for_the_one_that_was_do
 
 @pytest.mark.parametrize(
     "own",
-    [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?"), MoreThanAMinute("an account's own")],
+    [
+        UpstreamAuth("no"),
+        QuotaExhausted("used up"),
+        UpstreamMisconfigured("who?"),
+        ExceedsTokensPerMinute("an account's own"),
+    ],
 )
 @pytest.mark.parametrize("passing", [RateLimited("slowly", retry_after=2), UpstreamError("down")])
 async def test_what_may_pass_is_told_and_not_what_another_lacks_for_good(
@@ -386,9 +396,9 @@ async def test_a_refused_input_is_asked_nowhere_else() -> None:
 
 @pytest.mark.parametrize("error", [UpstreamAuth("no"), UpstreamError("down")])
 async def test_one_that_has_shown_nothing_is_asked_only_where_no_other_may_be(error: GatewayError) -> None:
-    bad, unproved = deployment("bad", failing(error)), deployment("unproved", answers)
-    unproved.health.unproved = True
-    both = route(bad, unproved)
+    bad, unverified = deployment("bad", failing(error)), deployment("unproved", answers)
+    unverified.health.unverified = True
+    both = route(bad, unverified)
     for text in "abcdef":
         failed = await run(both, batch(text))
         assert isinstance(failed.outcomes[0], GatewayError), "its vectors may be others"
@@ -402,7 +412,7 @@ async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
     """They may be of different spaces. Those that were looked at and have shown nothing may all be: they are away."""
     first, served, silent = (deployment(name, answers) for name in ("first", "served", "silent"))
     for each in (first, served, silent):
-        each.health.unproved = True
+        each.health.unverified = True
     silent.health.silent = "it has not shown its vectors"
 
     async def asked(*some: Deployment) -> set[str]:
@@ -424,7 +434,7 @@ async def test_and_another_one_once_that_one_has_been_ejected() -> None:
     """Where the first one hangs, its look may wait for those of other models. Who has answered callers is asked on."""
     first, second = deployment("first", answers), deployment("second", answers)
     for each in (first, second):
-        each.health.unproved = True
+        each.health.unverified = True
     eject(first)
     assert (await run(route(first, second), batch("x"))).deployments == ("second/m",)
     first.health.answered, second.health.answered = True, False
@@ -432,16 +442,16 @@ async def test_and_another_one_once_that_one_has_been_ejected() -> None:
 
 
 async def test_and_not_where_they_are_busy() -> None:
-    one, other, unproved = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
-    unproved.health.unproved = True
-    all_three = route(one, other, unproved)
+    one, other, unverified = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
+    unverified.health.unverified = True
+    all_three = route(one, other, unverified)
     first, second = (all_three.take("query", Params()) for _ in range(2))
     assert first
     assert second
     assert {first.deployment, second.deployment} == {one, other}
     assert all_three.take("query", Params()) is None
     assert all_three.take("query", Params(), avoid=one) is None, "nor for a retry"
-    assert all_three.rests(Params()) == []
+    assert all_three.rest_times(Params()) == []
 
 
 def test_an_error_told_of_an_input_keeps_what_it_says_of_retries() -> None:
@@ -462,7 +472,7 @@ async def test_it_is_told_who_embedded_it() -> None:
             raise UpstreamError("down")
         return await answers(batch)
 
-    limits = Limits(1)
+    limits = CallLimits(1)
     half = deployment("half", fails_once, limits=limits)
     whole = deployment("whole", answers, limits=limits)
     result = await run(route(half, whole), batch("x", "y"))
@@ -551,7 +561,7 @@ async def test_what_a_split_batch_has_paid_for_is_kept_when_time_is_up() -> None
         await asyncio.sleep(30 if calls == 4 else 0)
         return await answers(batch)
 
-    limits = Limits(2)
+    limits = CallLimits(2)
     tiers = Tiers([memory], Metrics(), SystemClock())
     chain = build.chain(cast("Call", slower_and_slower), cache=tiers, limits=limits, model=Model("m"))
     result = await run(route(deployment("up", chain, limits=limits)), batch(*"abcdefgh", seconds=0.2))
@@ -587,7 +597,7 @@ def slow_after_calls_of(usual: float) -> tuple[Batcher, list[Batch]]:
         return await after(0.3)(batch)
 
     up = deployment("up", slow)
-    up.health.took(usual)
+    up.health.record_duration(usual)
     return batcher(up), got
 
 
@@ -621,7 +631,7 @@ async def test_and_who_has_joined_one_that_hangs_has_time_for_another() -> None:
         return await answers(batch)
 
     up = deployment("up", hangs_once)
-    up.health.took(2.0)
+    up.health.record_duration(2.0)
     embed = batcher(up)
     first = asyncio.create_task(embed(request("x", seconds=0.1)))
     await settle()
@@ -636,7 +646,7 @@ async def test_one_whose_answers_come_too_late_for_those_who_ask_leaves_the_rota
         return await answers(batch)
 
     up = deployment("up", slow)
-    up.health.took(0.09)
+    up.health.record_duration(0.09)
     embed = batcher(up)
     for i in range(12):
         with pytest.raises((TimeoutError, UpstreamError, UpstreamUnavailable)):
@@ -651,14 +661,14 @@ async def test_one_that_was_left_too_little_time_again_and_again_stays() -> None
         return await answers(batch)
 
     up = deployment("up", slow)
-    up.health.took(0.1)
+    up.health.record_duration(0.1)
     embed = batcher(up)
     for i in range(12):
         with pytest.raises((TimeoutError, UpstreamError)):
             await asyncio.wait_for(embed(request(f"{i}", seconds=0.03)), 0.03)
         await asyncio.sleep(0.1)
     assert not up.health.ejected
-    assert up.health.enough > 0.19
+    assert up.health.ample_time > 0.19
 
 
 async def test_one_that_has_had_the_time_that_its_answers_take_is_waited_for_no_longer() -> None:
@@ -668,7 +678,7 @@ async def test_one_that_has_had_the_time_that_its_answers_take_is_waited_for_no_
 
     up, other = deployment("up", hangs), deployment("other", answers)
     other.priority = 2
-    up.health.took(0.4)
+    up.health.record_duration(0.4)
     embed = batcher(up, other)
     with pytest.raises((TimeoutError, UpstreamTimeout)):
         await asyncio.wait_for(embed(request("x", seconds=0.45)), 0.45)
@@ -683,7 +693,7 @@ async def test_a_stop_does_not_wait_long_for_what_hangs(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("app.pipeline.route.LONGER", 0.2)
     up = deployment("up", hangs)
-    up.health.took(20)
+    up.health.record_duration(20)
     embed = batcher(up)
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(embed(request("x", seconds=0.1)), 0.15)
@@ -700,7 +710,7 @@ async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> Non
         await asyncio.sleep(30 if len(sent) == 3 else 0)
         return await answers(batch)
 
-    limits = Limits(10)
+    limits = CallLimits(10)
     embed = batcher(deployment("up", takes_one_and_hangs_at_the_third, limits=limits))
     first = asyncio.create_task(embed(request(*"abcd", seconds=0.2)))
     await settle()
@@ -749,7 +759,7 @@ async def test_a_call_that_was_left_too_little_time_is_not_held_against_the_upst
 
 async def test_one_that_has_time_enough_and_hangs_is() -> None:
     up = deployment("up", after(30))
-    up.health.took(0.01)
+    up.health.record_duration(0.01)
     one = route(up)
     for _ in range(FAILURES):
         await run(one, batch("x", seconds=0.05))
@@ -758,20 +768,20 @@ async def test_one_that_has_time_enough_and_hangs_is() -> None:
 
 def test_however_slow_it_is_there_is_a_time_in_which_it_should_have_answered() -> None:
     slow = health(HandClock())
-    slow.took(50)
-    assert [slow.had_time(seconds) for seconds in (20, 40)] == [False, True]
+    slow.record_duration(50)
+    assert [slow.had_ample_time(seconds) for seconds in (20, 40)] == [False, True]
 
 
 def test_short_calls_say_little_of_long_ones() -> None:
     up = health(HandClock())
     for seconds in (2.0, *[0.05] * 20):
-        up.took(seconds)
-    assert [up.had_time(seconds) for seconds in (1.0, 5.0)] == [False, True]
+        up.record_duration(seconds)
+    assert [up.had_ample_time(seconds) for seconds in (1.0, 5.0)] == [False, True]
 
 
 async def test_one_that_hangs_is_found_however_little_time_it_is_left() -> None:
     dead, good = deployment("dead", after(30)), deployment("good", answers)
-    dead.health.took(0.1)
+    dead.health.record_duration(0.1)
     both = route(dead, good)
     first = await run(both, batch("x", seconds=0.15))
     assert isinstance(first.outcomes[0], UpstreamTimeout)
@@ -821,14 +831,14 @@ async def test_trouble_is_told_at_once_when_the_last_one_is_taken_out_meanwhile(
 
 
 async def test_a_rate_limit_within_a_split_batch_is_one() -> None:
-    limits = Limits(2)
+    limits = CallLimits(2)
     up = deployment("up", failing(RateLimited("slow", retry_after=20)), limits=limits)
     await run(route(up), batch(*"abcd", seconds=1))
-    assert up.health.cooling() > 10
+    assert up.health.cooldown_remaining() > 10
 
 
 async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
-    limits = Limits(2)
+    limits = CallLimits(2)
     up = deployment("up", failing(UpstreamAuth("no")), limits=limits)
     one = route(up)
     for _ in range(FAILURES):
@@ -920,7 +930,7 @@ async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
     clock = HandClock()
     one = health(clock)
     one.end(RateLimited("slow", retry_after=1_764_243_333), one.begin())  # a date, taken for seconds
-    assert one.cooling() == LONGEST_REST
+    assert one.cooldown_remaining() == LONGEST_REST
 
 
 # --- queues -------------------------------------------------------------------------------------------------
@@ -929,7 +939,7 @@ async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
 async def test_who_waits_for_a_short_rest_is_not_held_up_by_who_waits_for_a_long_one() -> None:
     clock, metrics = HandClock(), Metrics()
     plain, roles = (
-        Deployment(name, Model("m", roles=able), "s", Slots(4), Limits(10), health(clock), answers)
+        Deployment(name, Model("m", roles=able), "s", Slots(4), CallLimits(10), health(clock), answers)
         for name, able in (("plain", ()), ("roles", ROLES))
     )
     for each, seconds in ((plain, 1), (roles, 20)):
@@ -959,12 +969,12 @@ async def test_one_that_has_rested_is_asked_while_another_is_busy(why: str, monk
     begun, end = asyncio.Event(), asyncio.Event()
     busy = deployment("busy", held(begun, end), slots=Slots(1))
     pace = Pace("rests", Rates(requests=1200), SystemClock()) if why == "pace" else None
-    rests = deployment("rests", answers, slots=Slots(1, pace))
-    busy.priority, rests.priority = 0, 1
-    embed = batcher(busy, rests)
+    rest_times = deployment("rests", answers, slots=Slots(1, pace))
+    busy.priority, rest_times.priority = 0, 1
+    embed = batcher(busy, rest_times)
     under_way = asyncio.create_task(embed(request("first")))
     await begun.wait()
-    rests_shortly(rests, why, monkeypatch)
+    rests_shortly(rest_times, why, monkeypatch)
     for number in range(6):  # more than the pace lets through at once
         assert (await asyncio.wait_for(embed(request(f"{number}")), 5)).deployments == ("rests/m",)
     end.set()
@@ -974,14 +984,14 @@ async def test_one_that_has_rested_is_asked_while_another_is_busy(why: str, monk
 @pytest.mark.parametrize("why", ["rate limit", "ejection"])
 async def test_a_retry_does_not_wait_for_the_busy_one_either(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, end = asyncio.Event(), asyncio.Event()
-    busy, rests = deployment("busy", held(begun, end), slots=Slots(1)), deployment("rests", answers)
-    both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, rests)
+    busy, rest_times = deployment("busy", held(begun, end), slots=Slots(1)), deployment("rests", answers)
+    both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, rest_times)
     slot = both.take("query", Params())
     assert slot is not None
     assert slot.deployment.name == "bad/m"
     under_way = asyncio.create_task(both.run(batch("x"), both.take("query", Params()) or slot, "query"))
     await begun.wait()
-    rests_shortly(rests, why, monkeypatch)
+    rests_shortly(rest_times, why, monkeypatch)
     result = await asyncio.wait_for(both.run(batch("y"), slot, "query"), 5)
     assert result.deployments == ("rests/m",)
     end.set()

@@ -36,7 +36,7 @@ class Subject:
         self.settings = self.kind.settings.model_validate(table["settings"])
         self.adapter: Adapter = self.kind.adapter(self.settings)
         name = table["model"]
-        model: Model = self.kind.models(self.settings).get(name) or self.kind.unlisted(name)
+        model: Model = self.kind.models(self.settings).get(name) or self.kind.unlisted_model(name)
         self.target = Target(self.settings.base_url.rstrip("/"), model)
 
     def build(self, batch: Batch) -> Any:
@@ -109,9 +109,9 @@ def errors_of(kind: type[GatewayError]) -> Iterator[type[GatewayError]]:
 
 @pytest.mark.parametrize("kind", [*errors_of(GatewayError)], ids=lambda kind: kind.__name__)
 def test_there_are_words_for_every_error_that_a_dialect_may_give(kind: type[GatewayError]) -> None:
-    error = replies.failure(kind, WireReply(500, {}, b""), "theirs")
+    error = replies.make_error(kind, WireReply(500, {}, b""), "theirs")
     assert type(error) is kind
-    assert replies.theirs(error) == "theirs"
+    assert replies.upstream_message(error) == "theirs"
 
 
 # --- the contract -----------------------------------------------------------------------------------

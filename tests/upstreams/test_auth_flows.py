@@ -13,7 +13,7 @@ from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, TokenStore, WireReply, WireRequest
 from app.upstreams import auth, baidu, openai
-from app.upstreams.access_token import FETCHING, LOOK, AccessToken
+from app.upstreams.access_token import FETCH_CLAIM, POLL_INTERVAL, AccessToken
 from app.upstreams.signature import BceSignature, bce_authorization
 from tests import clock as clocks
 
@@ -332,9 +332,9 @@ async def test_who_has_the_fetching_to_itself_holds_others_up_for_as_long_as_tha
     clock, server, shelf = clocks.HandClock(), Server(), Shelf()
     shelf.claimed_elsewhere = True
     asked = asyncio.create_task(flow(clock, shelf)(embedding(), server.send))
-    while not asked.done() and clock.now < 1000 + 2 * FETCHING:
-        await clock.advance(LOOK)
-        assert not server.issued or clock.now > 1000 + FETCHING
+    while not asked.done() and clock.now < 1000 + 2 * FETCH_CLAIM:
+        await clock.advance(POLL_INTERVAL)
+        assert not server.issued or clock.now > 1000 + FETCH_CLAIM
     assert (await asyncio.wait_for(asked, 30)).body == b'{"data":[]}'
 
 

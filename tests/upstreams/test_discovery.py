@@ -27,7 +27,8 @@ from app.errors import (
 from app.gateway import REFRESH, Gateway
 from app.main import create_app
 from app.types import Send, WireReply, WireRequest
-from app.upstreams import baidu, connect, ollama, openai
+from app.upstreams import baidu, ollama, openai
+from app.upstreams import upstream as upstream_module
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOllama, FakeOpenAI, faults
 from tests.harness import running, settings_of
@@ -61,7 +62,7 @@ async def test_an_openai_compatible_server_is_asked_for_its_models() -> None:
     found = await openai.discover(LOCAL, send)
     assert [request.url for request in seen] == ["http://localhost:8000/v1/models"]
     assert found == [
-        Model("BAAI/bge-m3", None, None, 32, cuts=(1024,), source="huggingface.co/BAAI/bge-m3"),
+        Model("BAAI/bge-m3", None, None, 32, matryoshka_dimensions=(1024,), source="huggingface.co/BAAI/bge-m3"),
         Model("e5", None, ANY, 32),
     ]
 
@@ -86,7 +87,7 @@ async def test_an_entry_without_a_name_is_no_model() -> None:
 async def test_a_model_the_catalogue_knows_has_its_facts_wherever_it_is_served() -> None:
     [model] = await listed({"data": [{"id": "text-embedding-3-large"}]})
     assert model == CATALOG["openai"]["text-embedding-3-large"]
-    assert openai.unlisted("text-embedding-3-large") == model
+    assert openai.unlisted_model("text-embedding-3-large") == model
 
 
 @pytest.mark.parametrize("body", [b"<html>", [], {}, {"data": 5}, {"data": ["x"]}, {"data": [{}]}])
@@ -131,8 +132,8 @@ async def test_ollama_serves_its_embedding_models_with_and_without_the_latest_ta
     assert {model.revision for model in found} == {"0a109f422b47"}
     assert {(model.dimensions, model.max_tokens_per_input, model.max_batch) for model in found} == {(768, 2048, 16)}
     nomic, _, bge = found
-    assert (nomic.cuts, nomic.prefixes) == (None, ("search_query: ", "search_document: "))
-    assert (bge.cuts, bge.dimension_choices) == (None, ()), "the server shortens any of them"
+    assert (nomic.matryoshka_dimensions, nomic.prefixes) == (None, ("search_query: ", "search_document: "))
+    assert (bge.matryoshka_dimensions, bge.dimension_choices) == (None, ()), "the server shortens any of them"
 
 
 async def test_what_ollama_has_that_nobody_knows_takes_whatever_it_takes() -> None:
@@ -170,7 +171,7 @@ async def test_a_length_that_is_no_number_is_asked_for_as_well(length: Any) -> N
 
 
 async def test_baidus_oldest_model_is_known_by_its_pages_name_too() -> None:
-    known, written = CATALOG["baidu"]["embedding-v1"], baidu.unlisted("Embedding-V1")
+    known, written = CATALOG["baidu"]["embedding-v1"], baidu.unlisted_model("Embedding-V1")
     assert written == dataclasses.replace(known, name="Embedding-V1", same_as="embedding-v1")
     assert written.space("baidu") == known.space("baidu")
 
@@ -289,7 +290,7 @@ async def test_all_who_ask_for_a_new_model_at_once_get_it(two: tuple[Gateway, Li
 async def test_a_list_that_comes_once_nobody_waits_for_it_any_more_counts_from_the_next_request_on(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(connect, "HUNG_TIMEOUT", 0.01)
+    monkeypatch.setattr(upstream_module, "FAILED_LIST_TIMEOUT", 0.01)
     models = {"docs": {"deployments": [{"upstream": "one", "model": "m"}]}}
     settings = settings_of(
         {"upstreams": {"one": {"type": "ollama", "base_url": "http://127.0.0.1:9"}}, "models": models}
@@ -426,7 +427,7 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     two: tuple[Gateway, Listing, Listing], clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gateway, one, other = two
-    monkeypatch.setattr(connect, "LIST_TIMEOUT", 0.05)
+    monkeypatch.setattr(upstream_module, "LIST_TIMEOUT", 0.05)
     one.models = [Model("new")]
     other.models = [Model("late")]
     other.ready.clear()
@@ -439,7 +440,7 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     with pytest.raises(ModelNotFound):
         await gateway.find("one/late")
     assert gateway.status()["upstreams"]["two"]["reason"]
-    monkeypatch.setattr(connect, "LIST_TIMEOUT", 30)
+    monkeypatch.setattr(upstream_module, "LIST_TIMEOUT", 30)
     await clock.advance(31)
     await asyncio.wait_for(gateway.refresh(), 5)  # who comes later does not wait at all
     assert other.asked == 1
@@ -478,8 +479,8 @@ async def test_a_list_that_did_not_come_the_last_time_keeps_nobody_waiting(
     await gateway.refresh()
     upstream.kind = listed
     one.ready.clear()
-    await clock.advance(connect.AWAY)
-    await asyncio.wait_for(gateway.refresh(), connect.LIST_TIMEOUT / 2)
+    await clock.advance(upstream_module.LIST_RETRY)
+    await asyncio.wait_for(gateway.refresh(), upstream_module.LIST_TIMEOUT / 2)
     assert one.asked == 1
     one.models = [Model("new")]
     one.ready.set()
@@ -501,10 +502,10 @@ async def test_and_who_asks_for_a_model_that_it_has_listed_does_not_ask_it(
         raise UpstreamTimeout("the upstream did not answer within 30 s")
 
     upstream.kind = dataclasses.replace(upstream.kind, discover=times_out)
-    await clock.advance(connect.FRESH)
+    await clock.advance(upstream_module.LIST_TTL)
     await gateway.refresh()
-    await clock.advance(connect.AWAY)
-    assert upstream.away
+    await clock.advance(upstream_module.LIST_RETRY)
+    assert upstream.unavailable
     await gateway.find("one/known")
     assert asked == 1
 
@@ -571,7 +572,7 @@ async def test_what_one_that_is_no_longer_in_force_learns_is_not_shown(two: tupl
     gateway, _, other = two
     alone = settings_of({"upstreams": {"one": {"type": "openai", "base_url": "http://127.0.0.1:9/v1"}}})
     successor = Gateway(alone, gateway.cache, gateway.metrics, SystemClock(), None, gateway)
-    gateway.give_way(successor)
+    gateway.hand_over(successor)
     other.models = [Model("new")]
     assert (await gateway.find("new")).name == "new", "by a request that is still inside"
     assert available(gateway, "two", "new") is None
@@ -582,11 +583,11 @@ async def test_what_cannot_be_asked_is_said_once(
 ) -> None:
     gateway, one, _ = two
 
-    async def away(settings: Any, send: Send) -> list[Model]:
+    async def unavailable(settings: Any, send: Send) -> list[Model]:
         await one(settings, send)
         raise UpstreamUnreachable("no connection to the upstream")
 
-    gateway.upstreams["one"].kind = dataclasses.replace(gateway.upstreams["one"].kind, discover=away)
+    gateway.upstreams["one"].kind = dataclasses.replace(gateway.upstreams["one"].kind, discover=unavailable)
     await gateway.start()
     await settle()
     for _ in range(3):
@@ -635,7 +636,7 @@ def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before
         upstreams = {"up": {"type": "ollama", "base_url": fake.url}}
         with running({"upstreams": upstreams, "models": models}) as gateway:
             assert gateway.get("/readyz").json()["upstreams"]["up"]["reason"]
-            time.sleep(connect.AWAY)
+            time.sleep(upstream_module.LIST_RETRY)
             response = gateway.post({"model": "docs", "input": "a text"})
             assert "@" in response.headers["x-embedding-space"], "the revision is part of the space"
             listed = [call.path for call in fake.requests].index("/api/embed")
@@ -645,14 +646,14 @@ def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before
 def test_whom_a_server_that_is_away_does_not_concern_nobody_asks_it_for() -> None:
     there = {"upstream": "there", "model": "nomic-embed-text", "space": "mine"}
     models = {"docs": {"deployments": [there, {**there, "upstream": "away"}]}}
-    with FakeOllama() as fake, FakeOllama() as away:
-        away.fail(faults.http_error(503, b"starting"), times=None)
+    with FakeOllama() as fake, FakeOllama() as unavailable:
+        unavailable.fail(faults.http_error(503, b"starting"), times=None)
         upstreams = {
             "there": {"type": "ollama", "base_url": fake.url},
-            "away": {"type": "ollama", "base_url": away.url},
+            "away": {"type": "ollama", "base_url": unavailable.url},
         }
         with running({"upstreams": upstreams, "models": models}) as gateway:
-            time.sleep(connect.AWAY)
-            asked = len(away.requests)
+            time.sleep(upstream_module.LIST_RETRY)
+            asked = len(unavailable.requests)
             assert gateway.post({"model": "docs", "input": "a text"}).status_code == 200
-            assert [call.path for call in away.requests][asked:].count("/api/tags") == 0
+            assert [call.path for call in unavailable.requests][asked:].count("/api/tags") == 0

@@ -27,8 +27,8 @@ from cryptography.x509.oid import NameOID
 from app.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams import network as networks
-from app.upstreams.connection import Connection, Stale
-from app.upstreams.network import Network
+from app.upstreams.connection import Connection, StaleConnection
+from app.upstreams.network import NetworkEngine
 from tests.harness import no_descriptors, no_threads
 
 MOST = 100_000
@@ -105,8 +105,8 @@ def says(*pieces: bytes, close: bool = False) -> Answer:
 
 
 @asynccontextmanager
-async def connected(proxy: str | None = None, connect_timeout: float = 5.0) -> AsyncIterator[Network]:
-    network = Network(connect_timeout=connect_timeout, proxy=proxy)
+async def connected(proxy: str | None = None, connect_timeout: float = 5.0) -> AsyncIterator[NetworkEngine]:
+    network = NetworkEngine(connect_timeout=connect_timeout, proxy=proxy)
     try:
         yield network
     finally:
@@ -762,5 +762,5 @@ async def test_who_hangs_up_takes_a_name_s_address_from_nobody(monkeypatch: pyte
 async def test_a_connection_that_has_ended_says_so() -> None:
     connection = Connection(memoryview(bytearray(1024)))
     connection.closed = True
-    with pytest.raises(Stale):
+    with pytest.raises(StaleConnection):
         await connection.exchange(b"", MOST)

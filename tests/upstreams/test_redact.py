@@ -7,9 +7,9 @@ from pydantic import SecretStr
 
 from app.types import Media
 from app.upstreams import UPSTREAMS
-from app.upstreams.connect import Upstream
 from app.upstreams.ollama import OllamaSettings
-from app.upstreams.redact import LONGEST, Redactor, quotes
+from app.upstreams.redact import LONGEST, Redactor, quotes_input
+from app.upstreams.upstream import Upstream
 from tests.clock import HandClock
 
 
@@ -82,13 +82,13 @@ def test_a_proxys_password_is_not_shown_in_any_form() -> None:
     ],
 )
 def test_a_text_is_known_by_its_beginning_in_whatever_form_it_is_quoted(text: str, said: str) -> None:
-    assert quotes(said, ["another text", Media("image", "https://host.example/x.png"), text])
+    assert quotes_input(said, ["another text", Media("image", "https://host.example/x.png"), text])
 
 
 def test_a_word_that_upstreams_use_as_well_is_no_quotation() -> None:
-    assert not quotes("the model is overloaded", ["model", "the", "", " ", "overtime is", "I ask: the model?"])
-    assert not quotes("", ["", "a text of some length"])
+    assert not quotes_input("the model is overloaded", ["model", "the", "", " ", "overtime is", "I ask: the model?"])
+    assert not quotes_input("", ["", "a text of some length"])
     # White space makes no word longer.
-    assert not quotes(
+    assert not quotes_input(
         "batch size is invalid, it should not be larger than 1 0", ["1       Introduction", "a\n\n\n\n\n\n\nb"]
     )

@@ -193,7 +193,7 @@ def test_ollama_host_is_read_as_ollama_reads_it(host: str, base_url: str) -> Non
 
 def built(given: dict[str, Any], model: str, params: Params) -> tuple[WireRequest, Any]:
     kind, settings = UPSTREAMS[given["type"]], settings_of(**given)
-    facts = kind.models(settings).get(model) or kind.unlisted(model)
+    facts = kind.models(settings).get(model) or kind.unlisted_model(model)
     batch = Batch("public", ["a", "b"], [b"", b""], params, True, 0.0)
     request = kind.adapter(settings).build_request(batch, Target(settings.base_url, facts))
     return request, orjson.loads(request.body)

@@ -14,14 +14,14 @@ _LONGEST = 200
 """Characters of a message that are told."""
 
 
-def told(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Type and message. Servers quote what they were sent and do not know, a password behind AUTH for example: that
     stays out."""
     words = str(error).partition(", with args")[0][:_LONGEST]
     return f"{type(error).__name__}: {words}"
 
 
-class Troubles:
+class TierHealth:
     """What is wrong with one tier, by operation."""
 
     def __init__(self, tier: str) -> None:
@@ -33,18 +33,18 @@ class Troubles:
         """ "up", or "down: " and why look-ups fail, or "up; writes fail: " (or claims) and why."""
         if "get" in self._reasons:
             return f"down: {self._reasons['get']}"
-        for operation, told in _TOLD.items():
+        for operation, describe_error in _TOLD.items():
             if operation in self._reasons:
-                return f"up; {told} fail: {self._reasons[operation]}"
+                return f"up; {describe_error} fail: {self._reasons[operation]}"
         return "up"
 
-    def begin(self, operation: str, why: str, level: int = logging.WARNING) -> None:
+    def failing(self, operation: str, why: str, level: int = logging.WARNING) -> None:
         """It fails, for this reason, which is logged unless it was the last time."""
         if self._reasons.get(operation) != why:
             self._reasons[operation] = why
             log.log(level, "%s cache: %s fails, requests are served without it: %s", self._tier, operation, why)
 
-    def end(self, operation: str) -> None:
+    def recovered(self, operation: str) -> None:
         """It works."""
         if self._reasons.pop(operation, None) is not None:
             log.warning("%s cache: %s works again", self._tier, operation)

@@ -24,18 +24,18 @@ from app.errors import (
 )
 from app.types import Send, TokenStore
 from app.upstreams.client import Client
-from app.upstreams.network import Network, basic_credentials
+from app.upstreams.network import NetworkEngine, basic_credentials
 from app.upstreams.redact import Redactor
 
 log = logging.getLogger(__name__)
 
-FRESH = 10.0
+LIST_TTL = 10.0
 """Seconds for which a list of models is not asked for again, however many unknown names are asked for."""
-AWAY = 1.0
+LIST_RETRY = 1.0
 """The same, where the upstream was not there to be asked."""
 LIST_TIMEOUT = 5.0
 """Seconds for which callers wait for a list of models; then they go on with what is known."""
-HUNG_TIMEOUT = 0.2
+FAILED_LIST_TIMEOUT = 0.2
 """The same, where the list failed or did not come in time before: it may do so for good while embeddings work."""
 
 _PATIENCE = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
@@ -67,14 +67,14 @@ class Upstream:
         self.discovers = kind.discover is not None and not self.models
         self.trouble: GatewayError | None = None
         """Why its models could not be listed, if they could not; free of secrets."""
-        self.lists = True
+        self.lists_models = True
         """Whether it has a list of models: some servers have none, and serve what an operator names."""
         self._empty = False
         self._discovered_at: float | None = None
         self._asking: asyncio.Task[None] | None = None
 
     @property
-    def away(self) -> bool:
+    def unavailable(self) -> bool:
         """Whether its models could not be listed because it is not there, or what stands in front of it says so, or it
         fails altogether (a 500 or 502), or there was no room here for a connection."""
         if self.trouble is None:  # nearly always, and asked for every request
@@ -84,20 +84,20 @@ class Upstream:
 
     def model(self, name: str) -> Model:
         """Facts about a model the operator names, whether or not the upstream is known to have it."""
-        return self.models.get(name) or self.kind.unlisted(name)
+        return self.models.get(name) or self.kind.unlisted_model(name)
 
-    def answers_as(self, before: Upstream | None) -> bool:
+    def equivalent_to(self, before: Upstream | None) -> bool:
         """Whether this one gives what the other one gave: their settings differ in nothing but `_PATIENCE`."""
         if before is None or type(self.settings) is not type(before.settings):
             return False
         same = {each: getattr(before.settings, each) for each in _PATIENCE}
         return self.settings.model_copy(update=same) == before.settings
 
-    def take_over(self, before: Upstream) -> None:
+    def inherit_models(self, before: Upstream) -> None:
         """Takes the models of the one in whose place it comes, if that is the same server, until it has been asked: its
         list may not be to be had at this very moment."""
         if self.discovers and (self.kind, self.settings.base_url) == (before.kind, before.settings.base_url):
-            self.models, self.lists = before.models, before.lists
+            self.models, self.lists_models = before.models, before.lists_models
 
     async def discover(self) -> None:
         """Asks the upstream for its models, unless it was just asked. Callers that come meanwhile wait for the same
@@ -107,14 +107,16 @@ class Upstream:
             return
         now = self._clock.monotonic()
         if self._asking is None:
-            if self._discovered_at is not None and now - self._discovered_at < (AWAY if self.away else FRESH):
+            if self._discovered_at is not None and now - self._discovered_at < (
+                LIST_RETRY if self.unavailable else LIST_TTL
+            ):
                 return
             self._discovered_at = now
             self._asking = asyncio.create_task(self._ask())
             self._asking.add_done_callback(self._asked)
         assert self._discovered_at is not None
-        failed = self.away and not isinstance(self.trouble, UpstreamUnreachable)
-        patience = HUNG_TIMEOUT if failed else LIST_TIMEOUT
+        failed = self.unavailable and not isinstance(self.trouble, UpstreamUnreachable)
+        patience = FAILED_LIST_TIMEOUT if failed else LIST_TIMEOUT
         _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + patience - now))
         if hanging and self.trouble is None:
             self.trouble = UpstreamTimeout("it does not answer")
@@ -139,10 +141,10 @@ class Upstream:
             self._cannot_list(UpstreamMisconfigured("its list of models is gone"))  # for the moment, most likely
             return
         self.trouble = None
-        if found is None and self.lists:
+        if found is None and self.lists_models:
             told = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: "
             log.warning(told + "only what is configured is served", self.name)
-        self.lists = found is not None
+        self.lists_models = found is not None
         empty = found is not None and not found
         if empty and not self._empty:
             log.warning("upstream %s has no model for embeddings: only what is configured is served", self.name)
@@ -165,9 +167,9 @@ class Upstream:
         await self._client.aclose()
 
 
-def _network(settings: UpstreamSettings) -> Network:
+def _network(settings: UpstreamSettings) -> NetworkEngine:
     proxy = settings.proxy.get_secret_value() if settings.proxy else None
-    return Network(connect_timeout=settings.connect_timeout, proxy=proxy)
+    return NetworkEngine(connect_timeout=settings.connect_timeout, proxy=proxy)
 
 
 def _secrets(settings: UpstreamSettings) -> Iterator[str]:

@@ -20,7 +20,7 @@ _PATIENCE = 4
 line must not hold them up for as long as it is."""
 
 
-class Together(Generic[Q, A]):
+class Coalescer(Generic[Q, A]):
     """`answer` gives one answer per question. It is called in a task of its own, so that a caller who hangs up takes
     nobody's answer along. Where it fails, all askers get `nothing`.
 
@@ -52,7 +52,7 @@ class Together(Generic[Q, A]):
         self._next: list[tuple[Q, asyncio.Future[A]]] | None = None
         """The last group in line, which others may join until it is full or its turn has come."""
         self._weight = 0
-        self._light, self._heavy = Turns(at_once), Turns(_HEAVY * most)
+        self._light, self._heavy = WeightedSemaphore(at_once), WeightedSemaphore(_HEAVY * most)
         self._deadlines = Deadlines()
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -84,16 +84,16 @@ class Together(Generic[Q, A]):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: Turns, weight: int) -> None:
+    def _begin(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: WeightedSemaphore, weight: int) -> None:
         task = asyncio.get_running_loop().create_task(self._run(asked, turns, weight))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: Turns, weight: int) -> None:
+    async def _run(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: WeightedSemaphore, weight: int) -> None:
         try:
             try:
                 if not turns.take(weight):
-                    with self._deadlines.waiting(_PATIENCE * self._limit(max(weight, self._most))):
+                    with self._deadlines.io_timeout(_PATIENCE * self._limit(max(weight, self._most))):
                         await turns.wait(weight)
             except TimeoutError:
                 self._late([question for question, future in asked if not future.done()])
@@ -127,7 +127,7 @@ def _stayed(other: asyncio.Future[A], gone: asyncio.Future[A]) -> bool:
     return other is not gone and not other.cancelled()
 
 
-class Turns:
+class WeightedSemaphore:
     """Turns for as many at once as weigh `most` together, or for a heavier one alone, in the order in which they
     came."""
 

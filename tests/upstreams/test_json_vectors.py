@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from app import vectors
 from app.types import Parsed
-from app.upstreams import documents
+from app.upstreams import json_vectors
 
 FLOATS = st.floats(allow_nan=False, allow_infinity=False) | st.floats(width=32, allow_nan=False, allow_infinity=False)
 NUMBERS = FLOATS | st.integers(-(2**70), 2**70)
@@ -24,7 +24,7 @@ def reply(*rows: str) -> bytes:
 
 
 def read(raw: bytes) -> Parsed:
-    body = documents.load(raw)
+    body = json_vectors.load(raw)
     assert body["usage"] == {"total_tokens": 7}
     return Parsed([row["index"] for row in body["data"]], vectors.parse([row["embedding"] for row in body["data"]]))
 
@@ -38,7 +38,7 @@ def test_numbers_of_any_kind_become_the_same_float32_as_by_way_of_python(rows: l
 
 def test_a_reply_of_numbers_is_vectors_from_the_start() -> None:
     pytest.importorskip("simdjson", reason="it is not there for this Python: numbers are vectors a step later")
-    body = documents.load(reply("[1, 2.5]"))
+    body = json_vectors.load(reply("[1, 2.5]"))
     assert body["data"][0]["embedding"] == vectors.from_numbers([1, 2.5])
 
 
@@ -57,10 +57,10 @@ def test_of_many_lists_of_numbers_other_threads_get_a_turn_among_them(monkeypatc
 def test_and_the_same_where_there_is_no_simdjson(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = ("[1, 2.5]", "[1e-3, -7, 0.1]", f"[{2**70}, 3.4028236e38]")
     with_it = read(reply(*rows)).vectors
-    monkeypatch.setattr(documents, "simdjson", None)
+    monkeypatch.setattr(json_vectors, "simdjson", None)
     assert read(reply(*rows)).vectors == with_it
     with pytest.raises(orjson.JSONDecodeError):
-        documents.load(reply("[NaN]"))
+        json_vectors.load(reply("[NaN]"))
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_and_the_same_where_there_is_no_simdjson(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_is_no_json_is_refused(row: str) -> None:
     with pytest.raises(orjson.JSONDecodeError):
-        documents.load(reply(row))
+        json_vectors.load(reply(row))
 
 
 @pytest.mark.parametrize("row", ['[1,"2"]', "[1,[2]]", "[[1],2]", "[1,{}]", "[[1,2]]", "7", "{}"])
@@ -82,11 +82,11 @@ def test_what_is_null_is_an_empty_vector_for_the_contract_check(row: str) -> Non
     assert read(reply("[1, 2]", row)).vectors == [vectors.from_numbers([1, 2]), b""]
 
 
-WORDS = st.sampled_from(["", "\0", "\0000", "a[1]", "[1", "1]", '","b":[1,2],"c":"', "[", "]", "embedding", "é"])
+CAPABILITIES = st.sampled_from(["", "\0", "\0000", "a[1]", "[1", "1]", '","b":[1,2],"c":"', "[", "]", "embedding", "é"])
 LISTS = st.lists(st.integers(-9, 9) | st.floats(-1, 1), min_size=1, max_size=3)
 VALUES = st.recursive(
     LISTS.map(json.dumps)
-    | WORDS.map(lambda word: json.dumps(word, ensure_ascii=False))
+    | CAPABILITIES.map(lambda word: json.dumps(word, ensure_ascii=False))
     | st.sampled_from(
         ["7", "null", "true", "[]", "{}", "[true]", "[1, null]", "[ -1\n]", "[1,[2]]", "[[1],2]", "[1 2]"]
     ),
@@ -119,9 +119,9 @@ def test_numbers_are_read_as_by_way_of_python_whatever_stands_around_them(value:
         expected = orjson.loads(raw)
     except orjson.JSONDecodeError:
         with pytest.raises(orjson.JSONDecodeError):
-            documents.load(raw)
+            json_vectors.load(raw)
     else:
-        assert packed(documents.load(raw)) == packed(expected)
+        assert packed(json_vectors.load(raw)) == packed(expected)
 
 
 def test_an_empty_list_is_an_empty_vector() -> None:
@@ -168,7 +168,7 @@ def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
     rows: list[Any], separators: tuple[str, str], beside: Any
 ) -> None:
     raw = json.dumps({"data": rows, "embedding": beside}, separators=separators).encode()
-    assert whole(documents.load(raw)) == whole(orjson.loads(raw))
+    assert whole(json_vectors.load(raw)) == whole(orjson.loads(raw))
 
 
 @pytest.mark.parametrize("raw", [
@@ -187,7 +187,7 @@ def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
     rb'{"data":[{"embedding":"AAAAAQ=="},{"embedding":""},{"embedding":"AAAABQAAAAYAAAAH"}]}',
 ])  # fmt: skip
 def test_rows_that_are_written_oddly_get_no_other_rows_vector(raw: bytes) -> None:
-    assert whole(documents.load(raw)) == whole(orjson.loads(raw))
+    assert whole(json_vectors.load(raw)) == whole(orjson.loads(raw))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +206,9 @@ def test_rows_that_are_written_oddly_get_no_other_rows_vector(raw: bytes) -> Non
 )
 def test_base64_in_what_is_no_json_is_refused(raw: bytes) -> None:
     with pytest.raises(orjson.JSONDecodeError):
-        documents.load(raw)
+        json_vectors.load(raw)
 
 
 def test_a_reply_in_base64_is_vectors_from_the_start() -> None:
-    body = documents.load(b'{"data":[{"index":0,"embedding":"AACAPw=="},{"index":1,"embedding":"AAAAQA=="}]}')
+    body = json_vectors.load(b'{"data":[{"index":0,"embedding":"AACAPw=="},{"index":1,"embedding":"AAAAQA=="}]}')
     assert [row["embedding"] for row in body["data"]] == [vectors.from_numbers([1]), vectors.from_numbers([2])]

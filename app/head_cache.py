@@ -9,9 +9,9 @@ from typing import Any
 from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
-LONGEST = 4 * 2**10
+MAX_HEAD = 4 * 2**10
 """Bytes up to which a head is worth keeping, for as long as its connection lives."""
-LESSONS = 4
+MAX_STORES = 4
 """Heads that a connection keeps in all, each in place of the one before. Where all differ, no more are kept."""
 
 _LENGTH = b"content-length"
@@ -50,7 +50,7 @@ def learn(head: bytes, scope: Mapping[str, Any]) -> Head | None:
     pairs = [line.partition(b":") for line in lines[1:]]
     headers = [(name.lower(), value.strip(b" \t")) for name, _, value in pairs]
     names = [name for name, _ in headers]
-    if len(head) > LONGEST or headers != scope["headers"]:
+    if len(head) > MAX_HEAD or headers != scope["headers"]:
         return None
     if names.count(_LENGTH) != 1 or not _PARSED_ONLY.isdisjoint(names):
         return None
@@ -62,17 +62,17 @@ def learn(head: bytes, scope: Mapping[str, Any]) -> Head | None:
     return Head(before, head[len(before) + len(digits) :], {**kept, "headers": headers}, place)
 
 
-class Remembering(HttpToolsProtocol):
+class HeadCachingProtocol(HttpToolsProtocol):
     """uvicorn's protocol, which remembers one head a connection and does not parse it when it comes again."""
 
     _known: Head | None = None
     _given = b""
     """The head that the parser is given, until it has found the end of it."""
-    _lessons = LESSONS
-    _owed = 0
+    _lessons = MAX_STORES
+    _body_left = 0
     """Bytes still to come of a body whose head was known: the parser is told of neither."""
 
-    def begin_known(self, data: bytes, end: int) -> bytes | None:
+    def start_cached(self, data: bytes, end: int) -> bytes | None:
         """Begins the request whose head is the first `end` bytes of `data`, as the server does once it has parsed one,
         and returns what is behind its body. None if it is to be parsed: its head is not known, or a request before it
         is not answered yet."""
@@ -98,22 +98,22 @@ class Remembering(HttpToolsProtocol):
             on_response=self.on_response_complete,
         )
         self._start_asgi_task(cycle, self.app)
-        self._owed = int(digits)
-        if len(data) - end != self._owed:
-            return self.take_in(data[end:])
-        self._owed = 0
+        self._body_left = int(digits)
+        if len(data) - end != self._body_left:
+            return self.feed_body(data[end:])
+        self._body_left = 0
         cycle.body += data[end:]
         cycle.more_body = False
         cycle.message_event.set()
         return b""
 
-    def take_in(self, data: bytes) -> bytes:
+    def feed_body(self, data: bytes) -> bytes:
         """Takes a piece of the body that is still owed. Returns what is behind the body."""
-        body, behind = data[: self._owed], data[self._owed :]
-        self._owed -= len(body)
+        body, behind = data[: self._body_left], data[self._body_left :]
+        self._body_left -= len(body)
         if body:
             self.on_body(body)
-        if not self._owed:
+        if not self._body_left:
             self.on_message_complete()
         return behind
 

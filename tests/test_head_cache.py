@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from uvicorn.server import ServerState
 
-from app import heads
+from app import head_cache
 from app.outbox import Outbox
 from app.protocol import Protocol
-from app.serve import config_of
+from app.serve import uvicorn_config
 from tests.harness import settings_of
 
 
@@ -54,12 +54,14 @@ class Server:
 
     def __init__(self) -> None:
         self.requests: list[tuple[dict[str, Any], bytes]] = []
-        config = config_of(
+        config = uvicorn_config(
             self._answer, settings_of({"upstreams": {"lexical": {"type": "lexical"}}}), interface="asgi3"
         )
         config.load()
         self.wire = Wire()
-        self.protocol = Protocol(config, ServerState(), {}, outbox=Outbox(), refused=lambda: None, timeout=lambda: 60.0)
+        self.protocol = Protocol(
+            config, ServerState(), {}, outbox=Outbox(), on_invalid_http=lambda: None, timeout=lambda: 60.0
+        )
         self.protocol.connection_made(self.wire)
 
     async def _answer(self, scope: Any, receive: Any, _send: Any) -> None:
@@ -195,14 +197,14 @@ async def test_an_offer_of_another_protocol_is_hidden_from_the_parser_each_time(
 
 
 async def test_a_connection_whose_heads_are_all_different_keeps_trying_for_a_while_only() -> None:
-    data = [PLAIN.replace(b"one", b"%d" % i) % 1 + b"x" for i in range(2 * heads.LESSONS)]
+    data = [PLAIN.replace(b"one", b"%d" % i) % 1 + b"x" for i in range(2 * head_cache.MAX_STORES)]
     requests, _, server = await told(data)
     assert len(requests) == len(data)
     assert server.protocol._known is not None
-    assert b"Bearer %d" % (heads.LESSONS - 1) in server.protocol._known.behind
+    assert b"Bearer %d" % (head_cache.MAX_STORES - 1) in server.protocol._known.behind
 
 
-@pytest.mark.parametrize("size", [heads.LONGEST - 200, heads.LONGEST])
+@pytest.mark.parametrize("size", [head_cache.MAX_HEAD - 200, head_cache.MAX_HEAD])
 async def test_a_long_head_is_not_kept(size: int) -> None:
     _, _, server = await told([PLAIN.replace(b"one", b"x" * size) % 1 + b"x"])
-    assert (server.protocol._known is not None) == (size < heads.LONGEST)
+    assert (server.protocol._known is not None) == (size < head_cache.MAX_HEAD)

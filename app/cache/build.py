@@ -1,4 +1,4 @@
-"""From the configuration to the tiers it asks for, in the order they are asked, and to what else Redis is for."""
+"""Builds the cache tiers a configuration asks for, in look-up order, and the other users of its Redis."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from app.types import Store
 
 
 def stores(settings: CacheSettings, metrics: Metrics, clock: Clock) -> list[Store]:
-    """Nothing is opened yet. Raises `ValueError` for a Redis URL that is none."""
+    """The configured tiers, not yet open. Raises `ValueError` for an invalid Redis URL."""
     built: list[Store] = []
     if memory := settings.memory:
         built.append(MemoryStore(memory.max_size, settings.ttl, clock, metrics))
@@ -26,7 +26,7 @@ def stores(settings: CacheSettings, metrics: Metrics, clock: Clock) -> list[Stor
 
 
 def shared_limits(settings: Settings, metrics: Metrics, clock: Clock) -> SharedLimits | None:
-    """Limits kept with the other replicas, where there is a Redis to keep them in."""
+    """Limits shared with the other replicas; None without Redis."""
     redis = settings.cache.redis
     if redis is None:
         return None
@@ -34,6 +34,6 @@ def shared_limits(settings: Settings, metrics: Metrics, clock: Clock) -> SharedL
 
 
 def shared_tokens(settings: Settings, metrics: Metrics) -> SharedTokens | None:
-    """Access tokens kept with the other replicas, where there is a Redis to keep them in."""
+    """Access tokens shared with the other replicas; None without Redis."""
     redis = settings.cache.redis
     return SharedTokens(redis.url.get_secret_value(), redis.timeout, metrics) if redis else None

@@ -1,5 +1,5 @@
-"""Questions to a server or a file, asked together: those of one turn of the event loop, and those that come while as
-many as may be are under way."""
+"""Coalesces questions to a server or a file: those asked in one turn of the event loop, or while the concurrency limit
+is reached, are answered together."""
 
 from __future__ import annotations
 
@@ -12,149 +12,148 @@ from app.deadlines import Deadlines
 Q = TypeVar("Q")
 A = TypeVar("A")
 
-_HEAVY = 8
-"""Times `most` that all heavy questions under way may weigh, unless there is only one. More would share the same
-network and event loop, and none of them would be answered in its time."""
-_PATIENCE = 4
-"""Times what an answer may take that a question waits for its turn: where answers are slower than questions come, the
-line must not hold them up for as long as it is."""
+_HEAVY_FACTOR = 8
+"""All heavy questions in flight weigh at most this many times `max_weight`, unless there is only one. More would share
+the same network and event loop, and none would be answered in time."""
+_WAIT_FACTOR = 4
+"""A question waits for its turn at most this many times as long as its answer may take: if questions arrive faster than
+they are answered, the queue must not delay them without bound."""
 
 
 class Coalescer(Generic[Q, A]):
-    """`answer` gives one answer per question. It is called in a task of its own, so that a caller who hangs up takes
-    nobody's answer along. Where it fails, all askers get `nothing`.
+    """`answer` returns one answer per question. It runs in a task of its own, so that a caller who hangs up cancels
+    nobody else's answer. If it raises, all its callers get `nothing`.
 
-    Questions that go together weigh `most` at most, by what `weigh` says of each. A heavier one goes alone, and waits
-    until few of its kind are under way. The light ones never wait for these, only until fewer than `at_once` groups of
-    their own are under way; while a group waits more may join it.
+    A group of questions weighs at most `max_weight`, the sum of `weigh` over them. A heavier question goes alone, and
+    waits until few heavy ones are in flight. Light questions never wait for heavy ones, only until fewer than
+    `max_groups` light groups are in flight; more questions may join a group while it waits.
 
-    `limit` says how many seconds an answer to questions of a weight may take. Questions whose turn does not come in
-    `_PATIENCE` times that, not counting the time that this thread is itself at work, get `nothing`, and `late` is told
-    of them.
+    `time_limit` returns the seconds an answer to questions of a given weight may take. Questions that wait
+    `_WAIT_FACTOR` times as long for their turn, not counting time in which this thread is itself at work, get `nothing`
+    and are passed to `on_late`.
 
-    `gone` is told of a question that was answered after its asker had hung up: with its answer, and the questions of
-    the other askers who got theirs with it.
+    `on_hang_up` is called for a question answered after its caller had hung up, with the question, its answer, and the
+    questions in the same group whose callers stayed.
     """
 
     def __init__(
         self,
         answer: Callable[[list[Q]], Awaitable[Sequence[A]]],
         nothing: A,
-        most: int,
-        at_once: int,
-        limit: Callable[[int], float],
-        late: Callable[[list[Q]], None],
+        max_weight: int,
+        max_groups: int,
+        time_limit: Callable[[int], float],
+        on_late: Callable[[list[Q]], None],
         weigh: Callable[[Q], int] = lambda _: 1,
-        gone: Callable[[Q, A, list[Q]], None] = lambda *_: None,
+        on_hang_up: Callable[[Q, A, list[Q]], None] = lambda *_: None,
     ) -> None:
-        self._answer, self._nothing, self._most, self._weigh = answer, nothing, most, weigh
-        self._limit, self._late, self._gone = limit, late, gone
-        self._next: list[tuple[Q, asyncio.Future[A]]] | None = None
-        """The last group in line, which others may join until it is full or its turn has come."""
-        self._weight = 0
-        self._light, self._heavy = WeightedSemaphore(at_once), WeightedSemaphore(_HEAVY * most)
+        self._answer, self._nothing, self._max_weight, self._weigh = answer, nothing, max_weight, weigh
+        self._time_limit, self._on_late, self._on_hang_up = time_limit, on_late, on_hang_up
+        self._open_group: list[tuple[Q, asyncio.Future[A]]] | None = None
+        """The last group in the queue, which questions may join until it is full or its turn comes."""
+        self._open_weight = 0
+        self._light, self._heavy = WeightedSemaphore(max_groups), WeightedSemaphore(_HEAVY_FACTOR * max_weight)
         self._deadlines = Deadlines()
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def ask(self, question: Q) -> A:
-        """Its answer, or `nothing` where there is none. Raises nothing but `CancelledError`."""
+        """The answer, or `nothing` if there is none. Raises only `CancelledError`."""
         weight = self._weigh(question)
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
-        if weight > self._most:
-            asked = [(question, future)]
-            self._begin(asked, self._heavy, weight)
+        if weight > self._max_weight:
+            group = [(question, future)]
+            self._start(group, self._heavy, weight)
         else:
-            if self._next is None or self._weight + weight > self._most:
-                self._next, self._weight = [], 0
-                self._begin(self._next, self._light, 1)
-            asked = self._next
-            asked.append((question, future))
-            self._weight += weight
+            if self._open_group is None or self._open_weight + weight > self._max_weight:
+                self._open_group, self._open_weight = [], 0
+                self._start(self._open_group, self._light, 1)
+            group = self._open_group
+            group.append((question, future))
+            self._open_weight += weight
         try:
             return await future
         except asyncio.CancelledError:
-            if not future.cancelled():  # the answer has come in this very turn
-                self._gone(question, future.result(), [each for each, other in asked if _stayed(other, future)])
+            if not future.cancelled():  # the answer arrived in the turn in which the caller was cancelled
+                self._on_hang_up(question, future.result(), [asked for asked, other in group if _stayed(other, future)])
             raise
 
     async def close(self) -> None:
-        """Gives up what is under way."""
-        await asyncio.sleep(0)  # a task that is cancelled before it has begun would tell nobody
+        """Cancels all questions; their callers get `nothing`."""
+        await asyncio.sleep(0)  # a task cancelled before its first step would never set its futures
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
-    def _begin(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: WeightedSemaphore, weight: int) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(asked, turns, weight))
+    def _start(self, group: list[tuple[Q, asyncio.Future[A]]], semaphore: WeightedSemaphore, weight: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._run(group, semaphore, weight))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, asked: list[tuple[Q, asyncio.Future[A]]], turns: WeightedSemaphore, weight: int) -> None:
+    async def _run(self, group: list[tuple[Q, asyncio.Future[A]]], semaphore: WeightedSemaphore, weight: int) -> None:
         try:
             try:
-                if not turns.take(weight):
-                    with self._deadlines.io_timeout(_PATIENCE * self._limit(max(weight, self._most))):
-                        await turns.wait(weight)
+                if not semaphore.try_acquire(weight):
+                    with self._deadlines.io_timeout(_WAIT_FACTOR * self._time_limit(max(weight, self._max_weight))):
+                        await semaphore.acquire(weight)
             except TimeoutError:
-                self._late([question for question, future in asked if not future.done()])
+                self._on_late([question for question, future in group if not future.done()])
                 return
             try:
-                if self._next is asked:
-                    self._next = None
-                await self._tell(asked)
+                if self._open_group is group:
+                    self._open_group = None
+                await self._answer_group(group)
             finally:
-                turns.give_back(weight)
+                semaphore.release(weight)
         finally:
-            if self._next is asked:
-                self._next = None
-            for _, future in asked:
+            if self._open_group is group:
+                self._open_group = None
+            for _, future in group:
                 if not future.done():
                     future.set_result(self._nothing)
 
-    async def _tell(self, asked: list[tuple[Q, asyncio.Future[A]]]) -> None:
-        asked = [each for each in asked if not each[1].done()]  # without those of askers who have hung up
-        if asked:
-            answers = await self._answer([question for question, _ in asked])
-            for (_, future), answer in zip(asked, answers, strict=True):
+    async def _answer_group(self, group: list[tuple[Q, asyncio.Future[A]]]) -> None:
+        group = [entry for entry in group if not entry[1].done()]  # drops callers who have hung up
+        if group:
+            answers = await self._answer([question for question, _ in group])
+            for (_, future), answer in zip(group, answers, strict=True):
                 if not future.done():
                     future.set_result(answer)
-            for (question, future), answer in zip(asked, answers, strict=True):
+            for (question, future), answer in zip(group, answers, strict=True):
                 if future.cancelled():
-                    self._gone(question, answer, [each for each, other in asked if _stayed(other, future)])
+                    self._on_hang_up(question, answer, [asked for asked, other in group if _stayed(other, future)])
 
 
-def _stayed(other: asyncio.Future[A], gone: asyncio.Future[A]) -> bool:
-    return other is not gone and not other.cancelled()
+def _stayed(other: asyncio.Future[A], cancelled: asyncio.Future[A]) -> bool:
+    return other is not cancelled and not other.cancelled()
 
 
 class WeightedSemaphore:
-    """Turns for as many at once as weigh `most` together, or for a heavier one alone, in the order in which they
-    came."""
+    """A FIFO semaphore for a total weight of `capacity`. A heavier holder is admitted alone."""
 
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._under_way = 0
-        self._line = asyncio.Lock()
-        self._over = asyncio.Event()
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
+        self._in_use = 0
+        self._queue = asyncio.Lock()
+        self._released = asyncio.Event()
 
-    def take(self, weight: int) -> bool:
-        """Whether it is this one's turn at once."""
-        if self._line.locked() or not self._room(weight):
+    def try_acquire(self, weight: int) -> bool:
+        """Acquires without waiting, or returns False."""
+        if self._queue.locked() or not self._fits(weight):
             return False
-        self._under_way += weight
+        self._in_use += weight
         return True
 
-    async def wait(self, weight: int) -> None:
-        """Until it is this one's turn."""
-        async with self._line:
-            while not self._room(weight):
-                self._over.clear()
-                await self._over.wait()
-            self._under_way += weight
+    async def acquire(self, weight: int) -> None:
+        """Waits behind earlier callers until `weight` fits."""
+        async with self._queue:
+            while not self._fits(weight):
+                self._released.clear()
+                await self._released.wait()
+            self._in_use += weight
 
-    def give_back(self, weight: int) -> None:
-        self._under_way -= weight
-        self._over.set()
+    def release(self, weight: int) -> None:
+        self._in_use -= weight
+        self._released.set()
 
-    def _room(self, weight: int) -> bool:
-        return not self._under_way or self._under_way + weight <= self._most
+    def _fits(self, weight: int) -> bool:
+        return not self._in_use or self._in_use + weight <= self._capacity

@@ -1,6 +1,6 @@
-"""A bounded handful of connections to one server, none of which is used again after a fault.
+"""A bounded connection pool for one server. A connection is never reused after a fault.
 
-Knows no URL, no command and no library: connections are made by what is handed in.
+Knows no URL, no command and no library: the caller supplies the connection factory.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 CONNECT_TIMEOUT = 2.0
-"""Seconds a handshake may take. Longer than a look-up waits: one that gives up leaves its connection to the next."""
+"""Seconds a handshake may take. Longer than a look-up waits: a caller that gives up leaves it to the next one."""
 
 Command: TypeAlias = tuple[bytes, ...]
 
 
 class Connection(Protocol):
-    """As much of redis-py's `AbstractConnection` as is used here."""
+    """The part of redis-py's `AbstractConnection` that is used here."""
 
     @property
     def is_connected(self) -> bool: ...
@@ -36,8 +36,9 @@ class Connection(Protocol):
 
 
 class Connections:
-    """At most `limit` connections, made by `make` when needed. A `refusal` is raised for a reply that is an error. One
-    that is `moved` says that the server is not, or no longer, the one to ask: no connection to it is kept."""
+    """At most `limit` connections, made by `make` on demand. `refusal` is what a connection raises for an error reply.
+    An error reply of a `moved` type says that this is the wrong server, or no longer the right one: no connection to it
+    is kept."""
 
     def __init__(
         self,
@@ -49,8 +50,8 @@ class Connections:
         self._make = make
         self._refusal = refusal
         self._moved = moved
-        # One slot per possible connection: an idle one, or None, the right to open one. Last in, first out: what was
-        # used last is least likely to have been closed by the other side.
+        # One slot per possible connection: an idle connection, or None, which permits opening one. Last in, first out:
+        # the server is least likely to have closed the connection that was used last.
         self._slots: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
         for _ in range(limit):
             self._slots.put_nowait(None)
@@ -58,11 +59,10 @@ class Connections:
         self._closed = False
 
     async def exchange(self, commands: Sequence[Command]) -> list[object]:
-        """Sends all commands in one go and reads a reply for each; a refusal is among them as it came.
+        """Pipelines all commands and returns one reply per command; an error reply is returned, not raised.
 
-        Raises what the connection raises where there is no whole conversation. However that comes to pass, by a
-        fault or by cancellation, the connection is closed: no reply is left for the next one to read
-        (CVE-2023-28858).
+        Raises what the connection raises if the exchange is not completed. Whether a fault or a cancellation cut it
+        short, the connection is then closed, so that no reply is left for the next caller to read (CVE-2023-28858).
         """
         connection = await self._take()
         replies: list[object] = []
@@ -78,7 +78,7 @@ class Connections:
         except BaseException as fault:
             await self._discard(connection)
             if isinstance(fault, Exception):
-                # What killed this one has most likely killed those that lie idle.
+                # What broke this connection has probably broken the idle ones as well.
                 await self.drop_idle()
             raise
         if moved or self._closed:
@@ -90,7 +90,7 @@ class Connections:
         return replies
 
     async def drop_idle(self) -> None:
-        """Closes what is not in use, so that the next command goes where the name leads by now."""
+        """Closes the idle connections, so that the next command goes where the host name now resolves to."""
         slots = [self._slots.get_nowait() for _ in range(self._slots.qsize())]
         for connection in slots:
             if connection is None:
@@ -99,13 +99,13 @@ class Connections:
                 await self._discard(connection)
 
     async def close(self) -> None:
-        """Closes what is idle or being opened now, and what is in use when it comes back."""
+        """Closes idle and opening connections now, and those in use when they are returned."""
         self._closed = True
         for task in self._opening:
             task.cancel()
         await asyncio.gather(*self._opening, return_exceptions=True)
-        # One that was just opened is put back in the next turn of the event loop; from Python 3.12 on gather gives none
-        # where all is done.
+        # A connection that was just opened is put back in the next turn of the event loop, and from Python 3.12 on
+        # `gather` does not yield when every task is done.
         await asyncio.sleep(0)
         await self.drop_idle()
 
@@ -114,7 +114,7 @@ class Connections:
             connection = await self._slots.get()
             if connection is None:
                 return await self._open()
-            # Anything to read, if only the end, means it is out of step or dead.
+            # Anything to read, even EOF, means the connection is out of step or dead.
             usable = False
             try:
                 with suppress(Exception):
@@ -132,14 +132,14 @@ class Connections:
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:
-            task.add_done_callback(self._left_behind)
+            task.add_done_callback(self._put_back)
             raise
         except BaseException:
             self._slots.put_nowait(None)
             raise
 
-    def _left_behind(self, task: asyncio.Task[Connection]) -> None:
-        """A connection whose caller has gone is for the next one."""
+    def _put_back(self, task: asyncio.Task[Connection]) -> None:
+        """Leaves a connection whose caller was cancelled to the next caller."""
         usable = not task.cancelled() and task.exception() is None
         self._slots.put_nowait(task.result() if usable else None)
 
@@ -149,13 +149,13 @@ class Connections:
             async with asyncio.timeout(CONNECT_TIMEOUT):
                 await connection.connect()
         except BaseException:
-            # redis-py leaves the socket open when a handshake fails on a unix socket.
+            # redis-py leaves the socket open when a handshake over a unix socket fails.
             await connection.disconnect(nowait=True)
             raise
         return connection
 
     async def _discard(self, connection: Connection) -> None:
-        """Closes without waiting for the other side, so that it cannot be cancelled half way."""
+        """Closes without waiting for the server, so that cancellation cannot interrupt it halfway."""
         try:
             with suppress(Exception):
                 await connection.disconnect(nowait=True)

@@ -1,4 +1,4 @@
-"""A tier's counters, bound to their labels once: binding costs more than counting."""
+"""A tier's counters, bound to their labels once: binding a label set costs more than counting."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from app.metrics import Counter, Metrics
 
 
 class Counts:
-    """`cache_operations_total` of one tier. Every counter counts values, not calls."""
+    """The `cache_operations_total` series of one tier. Each counts values, not calls."""
 
     def __init__(self, metrics: Metrics, tier: str) -> None:
         def bound(operation: str, result: str) -> Counter:

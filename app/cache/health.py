@@ -1,4 +1,4 @@
-"""What is wrong with a slow tier, told to the log when it changes and to `/readyz` while it lasts."""
+"""What is wrong with a slow tier: logged when it changes, shown by `/readyz` while it lasts."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import logging
 
 log = logging.getLogger(__name__)
 
-_TOLD = {"set": "writes", "claim": "claims"}
-"""Operations that leave a tier up for look-ups, as readers call them."""
+_SHOWN_AS = {"set": "writes", "claim": "claims"}
+"""Operations whose failure leaves the tier up for look-ups, by the name shown in `status`."""
 
 
-_LONGEST = 200
-"""Characters of a message that are told."""
+_MAX_MESSAGE = 200
+"""Characters of an error message that are shown."""
 
 
 def describe_error(error: BaseException) -> str:
-    """Type and message. Servers quote what they were sent and do not know, a password behind AUTH for example: that
-    stays out."""
-    words = str(error).partition(", with args")[0][:_LONGEST]
-    return f"{type(error).__name__}: {words}"
+    """The exception's type and message, without quoted arguments: servers quote the arguments of commands they do not
+    know, and those of AUTH hold a password."""
+    message = str(error).partition(", with args")[0][:_MAX_MESSAGE]
+    return f"{type(error).__name__}: {message}"
 
 
 class TierHealth:
@@ -30,21 +30,21 @@ class TierHealth:
 
     @property
     def status(self) -> str:
-        """ "up", or "down: " and why look-ups fail, or "up; writes fail: " (or claims) and why."""
+        """ "up", "down: REASON" if look-ups fail, or "up; writes fail: REASON" (or claims)."""
         if "get" in self._reasons:
             return f"down: {self._reasons['get']}"
-        for operation, describe_error in _TOLD.items():
+        for operation, shown in _SHOWN_AS.items():
             if operation in self._reasons:
-                return f"up; {describe_error} fail: {self._reasons[operation]}"
+                return f"up; {shown} fail: {self._reasons[operation]}"
         return "up"
 
     def failing(self, operation: str, why: str, level: int = logging.WARNING) -> None:
-        """It fails, for this reason, which is logged unless it was the last time."""
+        """The operation fails, for this reason, which is logged if it is new."""
         if self._reasons.get(operation) != why:
             self._reasons[operation] = why
             log.log(level, "%s cache: %s fails, requests are served without it: %s", self._tier, operation, why)
 
     def recovered(self, operation: str) -> None:
-        """It works."""
+        """The operation works."""
         if self._reasons.pop(operation, None) is not None:
             log.warning("%s cache: %s works again", self._tier, operation)

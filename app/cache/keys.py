@@ -1,6 +1,6 @@
 """Cache keys: a full-length hash over everything that may alter a vector, and nothing else.
 
-Must not know the public model's name, the caller's key or `user`: equal vectors share one entry, whoever asked.
+Must not know the public model's name, the caller's key or `user`: equal vectors share one entry, whoever the caller.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ NOT_IN_KEY = frozenset(
         "collect_too_long",
     }
 )
-"""Fields of `EmbedRequest` that alter no vector. `model` is the public name: the vector space stands for it.
-A test compares this with the class, so that a new field cannot be forgotten."""
+"""Fields of `EmbedRequest` that do not alter a vector. `model` is the public name; the vector space takes its place.
+A test compares this set with the class, so that a new field cannot be forgotten."""
 
 _FORMAT = b"embedding-gateway key 2\n"
-"""Stands first and alike in every key: a change of this module's format changes it."""
+"""The common prefix of every hashed key. Change it whenever this module's format changes."""
 
 
 def _field(value: object) -> bytes:
-    """One value, tagged with its type and prefixed with its length, so that no two lists of values read alike.
+    """One value, tagged with its type and prefixed with its length, so that no two lists of values encode alike.
 
-    Raises `TypeError` for a type that has no tag: a new kind of parameter needs a decision here.
+    Raises `TypeError` for a type without a tag: a new kind of parameter needs a decision here.
     """
     match value:
         case None:
@@ -60,7 +60,7 @@ def _field(value: object) -> bytes:
     return tag + len(raw).to_bytes(8, "big") + raw
 
 
-# Taken from the class, so that a parameter added later is in the key from its first day.
+# Taken from the class, so that a parameter added later is part of the key from the start.
 _PARAMS = tuple((name, _field(name)) for name in Params.__struct_fields__)
 
 
@@ -71,30 +71,30 @@ def _common(space: str, params: Params, namespace: str) -> bytes:
     return hashlib.sha256(b"".join(parts)).digest()
 
 
-_remembered = lru_cache(maxsize=1024)(_common)
+_cached_common = lru_cache(maxsize=1024)(_common)
 
 
 def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str = "") -> list[bytes]:
-    """One key of `KEY_SIZE` bytes per input, in their order.
+    """One key of `KEY_SIZE` bytes per input, in input order.
 
-    `space` is the identity of the vector space (vendor, model, revision); `namespace` keeps a caller's entries
-    apart from everyone else's. Raises `TypeError` for a parameter of an unknown type and `UnicodeEncodeError`
-    for a lone surrogate, which the door refuses.
+    `space` identifies the vector space (vendor, model, revision); `namespace` separates a caller's entries from
+    everyone else's. Raises `TypeError` for a parameter of an unknown type and `UnicodeEncodeError` for a lone
+    surrogate, which the API refuses.
     """
-    # The part all inputs share is hashed once; its hash, which has one length, stands before each. What clients choose
-    # freely is not remembered: it may be of any size.
-    common = (_remembered if params.instruct is None else _common)(space, params, namespace)
+    # What all inputs share is hashed once; that digest, whose length is fixed, precedes each input. Instructions are
+    # free text of any size, so digests over them are not cached.
+    common = (_cached_common if params.instruct is None else _common)(space, params, namespace)
     text, media, sha256 = common + b"text", common + b"media", hashlib.sha256
     return [
-        sha256(text + each.encode() if type(each) is str else media + b"".join(map(_field, _media(each)))).digest()
-        for each in inputs
+        sha256(text + item.encode() if type(item) is str else media + b"".join(map(_field, _media(item)))).digest()
+        for item in inputs
     ]
 
 
 def _media(media: Input) -> tuple[str | bytes, ...]:
-    """What an image or a video is: its address, or its type and its bytes, however they were written down."""
+    """What identifies an image or a video: its address, or its type and decoded bytes, however they were encoded."""
     assert isinstance(media, Media)
-    found = DATA_URI.match(media.source)
-    if found is None:
+    match = DATA_URI.match(media.source)
+    if match is None:
         return media.kind, "address", media.source
-    return media.kind, found["type"].lower(), pybase64.b64decode(media.source[found.end() :])
+    return media.kind, match["type"].lower(), pybase64.b64decode(media.source[match.end() :])

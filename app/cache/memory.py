@@ -1,7 +1,7 @@
-"""The tier inside the process: the embeddings themselves, least recently used out first, bounded in bytes.
+"""The tier inside the process: an LRU cache of embeddings, bounded in bytes.
 
-Of embeddings that are asked for as numbers again and again it keeps the numbers' text too, which is most of what
-answering costs. Never waits.
+For embeddings that are requested as numbers repeatedly it also keeps their JSON text, whose formatting is most of the
+cost of an answer. Never waits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from app.metrics import Metrics
 from app.types import Embedding
 
 OVERHEAD = 448
-"""Bytes an entry takes besides its vector: key, `Embedding`, expiry, node and slot of the ordered dict. 363 asked
-of the allocator on CPython 3.11 on average; the rest is for its rounding and the dict's growth."""
+"""Bytes an entry takes besides its vector: key, `Embedding`, expiry, node and slot of the ordered dict. On average
+363 are requested from the allocator (CPython 3.11); the rest covers its rounding and the growth of the dict."""
 TEXTS_AT_ONCE = 64
-"""Texts made in one look-up, at most: others wait for their turn on the event loop."""
+"""Texts formatted in one look-up, at most, so that it does not hold up the event loop."""
 
 
 class _Entry(Struct, gc=False):
@@ -29,12 +29,12 @@ class _Entry(Struct, gc=False):
     expires: float
     size: int
     """Bytes, overhead and text included."""
-    asked: bool = False
-    """Whether its numbers were asked for since it was inserted."""
+    read_as_numbers: bool = False
+    """Whether its numbers were requested since it was inserted."""
 
 
 class MemoryStore:
-    """Holds at most `max_size` bytes for `ttl` seconds each. For one event loop; not for threads."""
+    """Holds at most `max_size` bytes, each entry for `ttl` seconds. For one event loop; not thread-safe."""
 
     name = "memory"
     status = "up"
@@ -47,7 +47,7 @@ class MemoryStore:
         self._bytes = metrics.buffered_gauge(metrics.cache_bytes.labels(self.name))
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._size = 0
-        self._texts = 0
+        self._text_size = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -58,7 +58,7 @@ class MemoryStore:
         return self._size
 
     def lookup(self, keys: Sequence[bytes], *, numbers: bool = False) -> list[Embedding | None]:
-        """One answer per key, in their order. `numbers`: the caller wants numbers, not base64."""
+        """One answer per key, in key order. `numbers`: the caller wants numbers, not base64."""
         entries = self._entries
         find, touch = entries.get, entries.move_to_end
         now = self._now()
@@ -91,43 +91,43 @@ class MemoryStore:
         return found
 
     def peek(self, key: bytes) -> Embedding | None:
-        """One entry, for a second look: it is neither counted nor makes the entry recently used."""
+        """Looks up one entry without counting it or marking it as recently used."""
         entry = self._entries.get(key)
         return entry.embedding if entry is not None and entry.expires > self._now() else None
 
     def _keep_texts(self, entries: Iterable[_Entry]) -> None:
-        """Makes the texts of entries whose numbers are asked for the second time. All texts together may take half the
-        room: each takes three times what its vector does, and a vector saves more."""
-        made = 0
+        """Formats the texts of entries whose numbers are requested for the second time. Texts may take half of
+        `max_size` in total: a text is three times as large as its vector, and a vector saves more."""
+        formatted = 0
         for entry in entries:
-            if not entry.asked:
-                entry.asked = True
-            elif entry.embedding.text is None and made < TEXTS_AT_ONCE and self._texts < self._max_size // 2:
+            if not entry.read_as_numbers:
+                entry.read_as_numbers = True
+            elif entry.embedding.text is None and formatted < TEXTS_AT_ONCE and self._text_size < self._max_size // 2:
                 text = entry.embedding.text = vectors.to_json(entry.embedding.vector)
                 entry.size += len(text)
-                self._texts += len(text)
+                self._text_size += len(text)
                 self._size += len(text)
-                made += 1
+                formatted += 1
         self._shrink()
         self._bytes.set(self._size)
 
     def insert(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Keeps these. What alone is larger than the whole store is not kept."""
+        """Adds or replaces entries. Drops any that is larger than the whole store."""
         expires = self._now() + self._ttl
-        held, most = self._entries, self._max_size
+        held, max_size = self._entries, self._max_size
         dropped = added = 0
         for key, embedding in entries:
             if key in held:
                 self._drop(key)
             text = embedding.text
             size = OVERHEAD + embedding.size + len(text or b"")
-            if size > most:
+            if size > max_size:
                 dropped += 1
                 continue
             held[key] = _Entry(embedding, expires, size)
             added += size
             if text is not None:
-                self._texts += len(text)
+                self._text_size += len(text)
         self._size += added
         self._shrink()
         if dropped < len(entries):
@@ -146,9 +146,9 @@ class MemoryStore:
     def _forget(self, entry: _Entry) -> None:
         self._size -= entry.size
         if entry.embedding.text is not None:
-            self._texts -= len(entry.embedding.text)
+            self._text_size -= len(entry.embedding.text)
 
     async def close(self) -> None:
         self._entries.clear()
-        self._size = self._texts = 0
+        self._size = self._text_size = 0
         self._bytes.set(0)

@@ -1,4 +1,5 @@
-"""Look-ups in a slow tier: those that come together, or while it is busy, become one, which asks for each key once."""
+"""Look-ups in a slow tier. Concurrent ones, and those that arrive while it is busy, become one that asks for each key
+once."""
 
 from __future__ import annotations
 
@@ -13,27 +14,26 @@ from app.types import Embedding, SharedStore, SlowStore
 
 log = logging.getLogger(__name__)
 
-_TOGETHER = 64
-"""Keys that a shared look-up has, at most: all its requests wait for their vectors, 256 KiB if of 1,024 numbers
-each."""
-_LOG_EVERY = 60.0
-"""Seconds between two reports of a tier that raises although it must not."""
+_MAX_KEYS = 64
+"""Keys in a shared look-up, at most: every request in it waits for all their vectors, 256 KiB at 1,024 dimensions."""
+_LOG_INTERVAL = 60.0
+"""Seconds between two log messages about a tier that raises although it must not."""
 
 
 class Found(NamedTuple):
-    """What a look-up brought. `held`: keys that another replica is embedding. What is in neither is missing."""
+    """The result of a look-up. `held`: keys that another replica is embedding. A key in neither is missing."""
 
     embeddings: Mapping[bytes, Embedding]
     held: Collection[bytes] = ()
 
 
-_NONE = Found({})
+_NOTHING_FOUND = Found({})
 
 
 class Reader:
-    """`on_found` is told once what a look-up has found. `now` gives a monotonic clock's seconds. With `release_claims`
-    the reader claims what is missing in a shared tier; `release_claims` gets the keys claimed for a caller who has
-    hung up since."""
+    """`on_found` gets the hits of each look-up, once. `now` returns the seconds of a monotonic clock. With
+    `release_claims` the reader claims the keys missing from a shared tier; `release_claims` gets those claimed for a
+    caller who has since hung up."""
 
     def __init__(
         self,
@@ -46,31 +46,31 @@ class Reader:
     ) -> None:
         self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
         self._shared = store if release_claims and isinstance(store, SharedStore) else None
-        self._let_go = release_claims
-        self._together: Coalescer[Sequence[bytes], Found] = Coalescer(
-            self._answer, _NONE, _TOGETHER, store.at_once, store.time_limit, self._late, len, self._gone
+        self._release_claims = release_claims
+        self._coalescer: Coalescer[Sequence[bytes], Found] = Coalescer(
+            self._answer, _NOTHING_FOUND, _MAX_KEYS, store.at_once, store.time_limit, self._late, len, self._on_hang_up
         )
-        self._logged = -_LOG_EVERY
+        self._logged_at = -_LOG_INTERVAL
 
     async def get(self, keys: Sequence[bytes]) -> Found:
-        """What there is of these, perhaps among what others have asked for. Never raises."""
-        return await self._together.ask(keys)
+        """The embeddings found, which may include keys that other callers asked for. Never raises."""
+        return await self._coalescer.ask(keys)
 
     async def close(self) -> None:
-        """Gives up what is under way: misses."""
-        await self._together.close()
+        """Cancels the look-ups in flight; their keys count as missing."""
+        await self._coalescer.close()
 
-    async def _answer(self, asked: list[Sequence[bytes]]) -> list[Found]:
-        return [await self._look_up(list(dict.fromkeys(chain.from_iterable(asked))))] * len(asked)
+    async def _answer(self, lookups: list[Sequence[bytes]]) -> list[Found]:
+        return [await self._look_up(list(dict.fromkeys(chain.from_iterable(lookups))))] * len(lookups)
 
-    def _late(self, asked: list[Sequence[bytes]]) -> None:
-        self._counts.get_skipped.inc(sum(map(len, asked)))
+    def _late(self, lookups: list[Sequence[bytes]]) -> None:
+        self._counts.get_skipped.inc(sum(map(len, lookups)))
 
-    def _gone(self, keys: Sequence[bytes], found: Found, others: list[Sequence[bytes]]) -> None:
-        if self._let_go is not None:
+    def _on_hang_up(self, keys: Sequence[bytes], found: Found, others: list[Sequence[bytes]]) -> None:
+        if self._release_claims is not None:
             wanted = set(chain(found.embeddings, found.held, *others))
             if claimed := [key for key in keys if key not in wanted]:
-                self._let_go(claimed)
+                self._release_claims(claimed)
 
     async def _look_up(self, keys: list[bytes]) -> Found:
         held: Collection[bytes] = ()
@@ -83,10 +83,10 @@ class Reader:
         except Exception:
             self._counts.get_error.inc(len(keys))
             now = self._now()
-            if now - self._logged >= _LOG_EVERY:
-                self._logged = now
+            if now - self._logged_at >= _LOG_INTERVAL:
+                self._logged_at = now
                 log.exception("cache tier %s raised while reading", self._store.name)
-            return _NONE
+            return _NOTHING_FOUND
         if hits:
             self._on_found(hits)
         return Found(dict(hits), held)

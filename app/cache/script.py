@@ -1,4 +1,4 @@
-"""Scripts on the Redis server: sent by their hash, and whole where the server does not know them yet."""
+"""Lua scripts on the Redis server: sent by hash, and in full where the server does not know them yet."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Script:
     async def run(
         self, connections: Connections, calls: Sequence[Sequence[bytes]], then: Sequence[Command] = ()
     ) -> list[object]:
-        """A reply for each call and for each command that follows, in one round trip. A call is the number of its keys,
-        these, and its arguments."""
+        """One reply per call and per command in `then`, in one round trip; scripts the server does not know take a
+        second one. A call is the number of its keys, the keys, and the arguments."""
         replies = await connections.exchange([*[(b"EVALSHA", self._sha, *call) for call in calls], *then])
         unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
-            whole: list[Command] = [(b"EVAL", self._source, *calls[i]) for i in unknown]
-            for i, reply in zip(unknown, await connections.exchange(whole), strict=True):
+            in_full: list[Command] = [(b"EVAL", self._source, *calls[i]) for i in unknown]
+            for i, reply in zip(unknown, await connections.exchange(in_full), strict=True):
                 replies[i] = reply
         return replies

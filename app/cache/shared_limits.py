@@ -1,8 +1,8 @@
-"""Limits that all replicas keep together: one script per question, on the Redis server and by its clock. Questions of
-one turn of the event loop are one round trip.
+"""Rate limits shared by all replicas: one run of a script per question, on the Redis server and by its clock. Questions
+asked in one turn of the event loop share a round trip.
 
-Fails open and says so: where the server does not answer in time there is no verdict, and whoever asked keeps its
-share of the limit by itself (`replicas` says how many share).
+Fails open and says so: if the server does not answer in time there is no verdict, and the caller enforces its own share
+of the limit (`replicas` is the number of sharers).
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from app.metrics import Metrics
 log = logging.getLogger(__name__)
 
 PREFIX = b"{eg:limits}:1:"
-"""Before every key. The braces keep all of them on one node of a cluster."""
+"""Precedes every key. The braces, a hash tag, keep all keys on one node of a cluster."""
 
-SEEN = 60
-"""Seconds for which a replica that asked counts as one of those that share the limits."""
+REPLICA_TTL = 60
+"""Seconds for which a replica that asked counts among those that share the limits."""
 
-_TOGETHER = 64
+_BATCH = 64
 """Questions in one round trip."""
 
 _SCRIPT = Script(b"""
@@ -75,15 +75,15 @@ if next(buckets) then
 end
 return {exact(wait), levels[1], levels[2], replicas}
 """)
-"""Takes requests and tokens together or not at all. Per bucket: rate a minute (0: no such limit), burst, what is
-owed in any case, what must be there, what is then taken. A bucket nobody touches is gone once it is full again,
-which is what its absence means. The server's own clock decides; one that jumps back stands still meanwhile."""
+"""Takes requests and tokens together or not at all. Arguments per bucket: rate per minute (0: unlimited), burst, the
+amount owed in any case, the amount that must be available, the amount then taken. An untouched bucket expires once it
+is full again: an absent bucket is a full one. The server's clock decides; a jump back counts as no time elapsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Demand:
-    """Requests and tokens, in this order: what is `owed` whatever the verdict, what must be there (`need`), and
-    what is then taken."""
+    """Amounts of (requests, tokens): `owed` is taken whatever the verdict, `need` must be available, and `take` is then
+    taken."""
 
     owed: tuple[float, float]
     need: tuple[float, float]
@@ -92,7 +92,8 @@ class Demand:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """`wait`: seconds until what was asked for is there; 0 if it was, and has been taken. Levels are after that."""
+    """`wait`: seconds until the demand can be met; 0 if it was met and taken. `requests` and `tokens` are the bucket
+    levels afterwards."""
 
     wait: float
     requests: float
@@ -101,7 +102,8 @@ class Verdict:
 
 class SharedLimits:
     """Limits by name at `url`. `timeout`: seconds a question may wait for the server. `workers`: the processes known to
-    share before any has been counted. Raises `ValueError` for a URL that is none, and nothing else ever."""
+    share the limits before any has been counted. The constructor raises `ValueError` for an invalid URL; nothing else
+    is ever raised."""
 
     def __init__(
         self,
@@ -117,12 +119,12 @@ class SharedLimits:
         self._timeout = timeout
         self._breaker = Breaker(clock.monotonic)
         self._connections = connections(url, max_connections)
-        self._me = os.urandom(8).hex().encode()
+        self._replica = os.urandom(8).hex().encode()
         self._alone = False
-        """Whether there was no verdict the last time."""
+        """Whether the last question got no verdict."""
         self._workers = self.replicas = workers
-        self._together: Coalescer[list[bytes], Verdict | None] = Coalescer(
-            self._answer, None, _TOGETHER, max_connections, lambda _: timeout, self._late
+        self._coalescer: Coalescer[list[bytes], Verdict | None] = Coalescer(
+            self._answer, None, _BATCH, max_connections, lambda _: timeout, self._late
         )
 
         def count(result: str, number: int = 1) -> None:
@@ -131,22 +133,22 @@ class SharedLimits:
         self._count = count
 
     async def open(self) -> None:
-        """Makes this replica known to the others. Never fails."""
+        """Announces this replica to the others. Never fails."""
         await self.ask(b"none", Limit(None, None), Demand((0, 0), (0, 0), (0, 0)))
 
     async def close(self) -> None:
-        await self._together.close()
+        await self._coalescer.close()
         await self._connections.close()
 
-    async def ask(self, name: bytes, limit: Limit, ask: Demand) -> Verdict | None:
-        """None where there is no answer: it may have been counted all the same, if only the answer was late."""
-        arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._me, b"%d" % SEEN]
+    async def ask(self, name: bytes, limit: Limit, demand: Demand) -> Verdict | None:
+        """None if no answer came in time; the server may have taken the amounts all the same."""
+        arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._replica, b"%d" % REPLICA_TTL]
         for i, bucket in enumerate((limit.requests, limit.tokens)):
-            arguments += _bucket(bucket, ask.owed[i], ask.need[i], ask.take[i])
-        return await self._together.ask(arguments)
+            arguments += _encode_bucket(bucket, demand.owed[i], demand.need[i], demand.take[i])
+        return await self._coalescer.ask(arguments)
 
     async def _answer(self, questions: list[list[bytes]]) -> Sequence[Verdict | None]:
-        """One round trip."""
+        """Asks all questions in one round trip."""
         verdicts: list[Verdict | None] = [None] * len(questions)
         if not self._breaker.allow():
             self._count("skipped", len(questions))
@@ -160,21 +162,21 @@ class SharedLimits:
             raise
         except TimeoutError:
             self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms", len(questions))
-        except Exception as error:  # outermost door: a limit that cannot be asked is kept alone
-            self._failed("error", _told(error), len(questions))
+        except Exception as error:  # outermost door: each replica enforces its own share then
+            self._failed("error", _reason(error), len(questions))
         else:
             refused = verdicts.count(None)
             if refused < len(verdicts):
                 self._succeeded(len(verdicts) - refused)
             if refused:
-                self._failed("error", _told(replies[verdicts.index(None)]), refused)
+                self._failed("error", _reason(replies[verdicts.index(None)]), refused)
         return verdicts
 
     def _late(self, questions: list[list[bytes]]) -> None:
         self._count("skipped", len(questions))
 
     def _verdict(self, reply: object) -> Verdict | None:
-        """None for what is no verdict; that of another name may be one."""
+        """None if the reply is not a verdict. The replies for other names may still be."""
         if not isinstance(reply, list):
             return None
         wait, requests, tokens, replicas = reply
@@ -192,7 +194,7 @@ class SharedLimits:
             log.warning("redis limits: shared by the replicas again")
 
     def _failed(self, result: str, why: str, count: int) -> None:
-        """Counts it, and logs a change of state, and only a change."""
+        """Counts the failure, and logs only when sharing stops."""
         self._breaker.failed()
         self._count(result, count)
         if not self._alone:
@@ -200,10 +202,10 @@ class SharedLimits:
         self._alone = True
 
 
-def _told(fault: object) -> str:
+def _reason(fault: object) -> str:
     return describe_error(fault) if isinstance(fault, Exception) else "not a script's reply"
 
 
-def _bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:
-    whole = (bucket.per_minute, bucket.burst) if bucket else (0.0, 0.0)
-    return tuple(b"%.17g" % number for number in (*whole, *amounts))
+def _encode_bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:
+    rate_and_burst = (bucket.per_minute, bucket.burst) if bucket else (0.0, 0.0)
+    return tuple(b"%.17g" % number for number in (*rate_and_burst, *amounts))

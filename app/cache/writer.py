@@ -1,4 +1,4 @@
-"""Writes to a slow tier behind the caller's back: a queue bounded in bytes and one task that empties it."""
+"""Writes to a slow tier in the background: a queue bounded in bytes, and one task that drains it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ from app.types import Embedding, SlowStore
 
 log = logging.getLogger(__name__)
 
-_ENTRY = 512
-"""Bytes an entry in the queue takes besides its vector, about."""
+_OVERHEAD = 512
+"""Bytes a queued entry takes besides its vector, approximately."""
 _BATCH = 256
-"""Entries handed to the store at once."""
-_KEYS = 2**17
-"""Keys that may wait without their embeddings: 130 bytes each."""
+"""Entries passed to the store at once."""
+_MAX_BARE_KEYS = 2**17
+"""Keys that may be queued without their embeddings, at 130 bytes each."""
 
 
 class Writer:
-    """Keeps at most `max_size` bytes waiting for `store`. Of what does not fit, if `peek` finds it in memory, the key
-    waits, to be looked up when its turn comes. What is found no more, and all else, is dropped and counted."""
+    """Queues at most `max_size` bytes for `store`. If an entry does not fit but `peek` finds it in memory, its bare key
+    is queued, and the embedding looked up when its turn comes. If memory no longer has it then, or it was never there,
+    the entry is dropped and counted."""
 
     def __init__(
         self, store: SlowStore, counts: Counts, max_size: int, peek: Callable[[bytes], Embedding | None]
@@ -31,10 +32,10 @@ class Writer:
         self._counts = counts
         self._max_size, self._peek = max_size, peek
         self._queue: deque[tuple[bytes, Embedding | None]] = deque()
-        self._keys = 0
-        """Those in the queue without an embedding."""
+        self._bare_keys = 0
+        """Queued keys without an embedding."""
         self.waiting: dict[bytes, Embedding] = {}
-        """What waits, by key, that being written included: the newest where there are several."""
+        """The newest embedding of each key that is queued or being written."""
         self._size = 0
         self._task: asyncio.Task[None] | None = None
         self._failing = False
@@ -42,29 +43,29 @@ class Writer:
 
     @property
     def size(self) -> int:
-        """Bytes waiting, those being written included."""
+        """Bytes that are queued or being written."""
         return self._size
 
     def offer(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
-        """Takes what fits. Must be called within the event loop."""
+        """Queues what fits. Must be called within the event loop."""
         dropped = 0
         for key, embedding in entries:
-            cost = embedding.size + _ENTRY
+            cost = embedding.size + _OVERHEAD
             if self._closed:
                 dropped += 1
             elif self._size + cost <= self._max_size:
                 self._size += cost
                 self._queue.append((key, embedding))
                 self.waiting[key] = embedding
-            elif self._keys < _KEYS and self._peek(key) is not None:
-                self._keys += 1
+            elif self._bare_keys < _MAX_BARE_KEYS and self._peek(key) is not None:
+                self._bare_keys += 1
                 self._queue.append((key, None))
-                self.waiting.pop(key, None)  # it is an older one
+                self.waiting.pop(key, None)  # an older embedding
             else:
                 dropped += 1
         if dropped:
             self._counts.set_dropped.inc(dropped)
-        # No task waits for work: one begins with the first entry and ends with the last.
+        # The task lives only while entries are queued: the first starts it, the last ends it.
         if self._queue and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._drain())
 
@@ -72,7 +73,7 @@ class Writer:
         try:
             while self._queue:
                 taken = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
-                batch = self._whole(taken)
+                batch = self._complete(taken)
                 try:
                     if batch:
                         await self._store.put(batch)
@@ -86,25 +87,26 @@ class Writer:
                     self._counts.set_dropped.inc(len(batch))
                     raise
                 finally:
-                    self._size -= sum(embedding.size + _ENTRY for _, embedding in taken if embedding is not None)
+                    self._size -= sum(embedding.size + _OVERHEAD for _, embedding in taken if embedding is not None)
                     for key, embedding in batch:
                         if self.waiting.get(key) is embedding:
                             del self.waiting[key]
-                # A store that is down waits for nothing, nor do keys of which memory has let go: a hundred thousand.
+                # A store that is down never waits, nor do bare keys that memory has evicted, perhaps 100,000 of them.
                 await asyncio.sleep(0)
         finally:
             self._task = None
 
-    def _whole(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
-        """These with their embeddings, each key's newest alone: another is written in its turn, or has been from
-        memory, which may let go of one while it is written. Without those whose is found no more."""
+    def _complete(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
+        """Looks up the embeddings of bare keys, dropping the keys that memory no longer has. Skips an embedding that is
+        not its key's newest: the newest is written in its own turn, or was already, from memory. Embeddings found in
+        memory are added to `waiting`, because memory may evict them during the write."""
         batch: list[tuple[bytes, Embedding]] = []
         for key, embedding in taken:
             if embedding is not None:
                 if self.waiting.get(key) is embedding:
                     batch.append((key, embedding))
                 continue
-            self._keys -= 1
+            self._bare_keys -= 1
             if key in self.waiting:
                 continue
             if (found := self._peek(key)) is None:
@@ -115,7 +117,7 @@ class Writer:
         return batch
 
     async def close(self, timeout: float) -> None:
-        """Writes what waits for at most `timeout` seconds; drops the rest."""
+        """Drains the queue for at most `timeout` seconds and drops the rest."""
         self._closed = True
         if self._task is not None:
             task = self._task
@@ -127,4 +129,4 @@ class Writer:
             log.warning("cache tier %s: %d values not written at the end", self._store.name, len(self._queue))
             self._queue.clear()
             self.waiting.clear()
-            self._size = self._keys = 0
+            self._size = self._bare_keys = 0

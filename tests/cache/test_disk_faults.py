@@ -290,7 +290,7 @@ async def test_a_disk_that_does_not_answer_does_not_hold_up_the_end_and_is_told_
         answers.wait(60)
         close(table)
 
-    monkeypatch.setattr(disk, "_CLOSE", 0.05)
+    monkeypatch.setattr(disk, "_CLOSE_TIMEOUT", 0.05)
     monkeypatch.setattr(Table, "close", late)
     store = opened()
     assert await present(store, 1) == []

@@ -162,11 +162,11 @@ class Asked:
 
 
 async def test_as_many_look_ups_go_at_once_as_may_and_no_more() -> None:
-    turns = WeightedSemaphore(3)
-    waiting = [asyncio.create_task(turns.wait(1)) for _ in range(4)]
+    semaphore = WeightedSemaphore(3)
+    waiting = [asyncio.create_task(semaphore.acquire(1)) for _ in range(4)]
     await settle()
     assert [each.done() for each in waiting] == [True, True, True, False]
-    turns.give_back(1)
+    semaphore.release(1)
     await waiting[3]
 
 
@@ -186,7 +186,7 @@ async def test_large_look_ups_go_a_few_at_a_time_in_the_order_they_came_and_smal
     asked.go[11].set()
     asked.go[9].set()
     assert await asyncio.gather(*tasks) == [30, 40, 1000, 11, 9]
-    assert asked.together._heavy._under_way == 0
+    assert asked.together._heavy._in_use == 0
 
 
 async def test_of_large_look_ups_whose_callers_have_gone_while_they_stood_in_line_nothing_is_asked() -> None:
@@ -198,7 +198,7 @@ async def test_of_large_look_ups_whose_callers_have_gone_while_they_stood_in_lin
     assert asked.under_way == [60]
     asked.go[60].set()
     assert (await first, await last) == (80, 60)
-    assert asked.together._heavy._under_way == 0
+    assert asked.together._heavy._in_use == 0
 
 
 async def test_closing_leaves_nobody_in_line() -> None:

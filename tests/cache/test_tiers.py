@@ -330,7 +330,7 @@ async def test_what_comes_while_a_tier_is_asked_is_found_though_it_is_written_an
     tiers = Tiers([too_small, slow] if fast else [slow], metrics, clock)
     found = (await tiers.look_again(keys(2, 1))).embeddings if again else await tiers.get(keys(2, 1))
     assert found == ({key(1): embedding(1)} if again else [None, embedding(1)])
-    assert (tiers._writers[0].waiting, tiers._came, tiers._looked_for) == ({}, {}, {}), "it is kept for no longer"
+    assert (tiers._writers[0].waiting, tiers._arrived, tiers._lookups) == ({}, {}, {}), "it is kept for no longer"
     await tiers.close()
 
 
@@ -404,7 +404,7 @@ async def test_what_has_no_room_in_the_queue_is_written_from_memory(clock: Clock
     first = 10_000 // (embedding(0).size + 512)
     assert slow.values == dict(entries([*range(first), *range(1000 - kept, 1000)]))
     assert count(metrics, "redis", "set", "dropped") == 1000 - kept - first
-    assert (tiers._writers[0].size, tiers._writers[0]._keys) == (0, 0)
+    assert (tiers._writers[0].size, tiers._writers[0]._bare_keys) == (0, 0)
 
 
 async def test_what_is_written_from_memory_is_found_until_it_is(clock: Clock, metrics: Metrics) -> None:

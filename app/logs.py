@@ -1,4 +1,4 @@
-"""Logging: one line per request and the program's own messages, as text or JSON, on standard error."""
+"""Logging: one line per request, and the program's own messages, as text or JSON on standard error."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from msgspec.structs import asdict
 Format = Literal["text", "json"]
 
 MAX_BACKLOG = 2**20
-"""Bytes of request lines that may wait for a log that is stuck."""
+"""Bytes that may wait for an output that is stuck."""
 RETRY_INTERVAL = 0.25
-"""Seconds after which a log that was stuck is tried again."""
+"""Seconds between attempts to write to an output that is stuck."""
 
 _PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
-"""What logfmt takes without quotes."""
+"""Values that logfmt writes without quotes."""
 _QUOTE, _EQUALS = b'"='
-"""As numbers: looking for `bytes` within `bytes` raises and catches an exception inside, each time."""
+"""As integers: `bytes in bytes` raises and catches an exception internally, each time."""
 _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]").sub
 _MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
-"""How a timestamp ends: looking it up is quicker than formatting it."""
+"""The ends of timestamps: looking one up is quicker than formatting it."""
 
 
 class RequestLine(Struct):
-    """What the log says of a request, in this order: names and numbers, never texts or keys."""
+    """The fields logged for a request, in this order: names and numbers, never texts or keys."""
 
     request_id: bytes
     """Printable ASCII without spaces."""
@@ -52,50 +52,50 @@ class RequestLine(Struct):
 
 
 class RequestLog:
-    """The request lines. They are written together at the end of the event loop's turn, so that a busy gateway
-    writes once for many.
+    """The request lines. All lines of one turn of the event loop are written together, so that a busy gateway writes
+    once for many.
 
-    `write` takes bytes and says how many it has taken. A log that is stuck or broken never holds up a request
-    nor fails one: lines wait, up to `MAX_BACKLOG`, and what comes on top is dropped and counted.
+    `write` takes bytes and returns how many it wrote. An output that is stuck or broken never delays or fails a
+    request: lines wait, up to `MAX_BACKLOG`, and any beyond that are dropped and counted.
     """
 
     def __init__(self, form: Format, write: Callable[[bytes], int]) -> None:
-        self._line = _json if form == "json" else _logfmt
+        self._format = _json if form == "json" else _logfmt
         self._write = write
         self._waiting: list[bytes] = []
         self._size = 0
         self._dropped = 0
         self.on_drop: Callable[[], None] = lambda: None
-        """Told of each line that is dropped."""
-        self._flush_planned = False
+        """Called for each line that is dropped."""
+        self._flush_scheduled = False
         self._second, self._date = 0, b""
 
-    def line(self, told: RequestLine) -> None:
-        """Must be called within the event loop."""
+    def line(self, fields: RequestLine) -> None:
+        """Logs a request. Must be called within the event loop."""
         if self._size > MAX_BACKLOG:
             self._dropped += 1
             self.on_drop()
             return
-        line = self._line(self._now(), told, self._dropped)
+        line = self._format(self._now(), fields, self._dropped)
         self._dropped = 0
         self._waiting.append(line)
         self._size += len(line)
-        if not self._flush_planned:
-            self._flush_planned = True
+        if not self._flush_scheduled:
+            self._flush_scheduled = True
             asyncio.get_running_loop().call_soon(self.flush)
 
     def flush(self) -> None:
-        """Writes what waits, as far as `write` takes it; the rest soon."""
-        self._flush_planned = False
+        """Writes as much of the waiting lines as `write` takes, and retries the rest soon."""
+        self._flush_scheduled = False
         waiting = b"".join(self._waiting)
-        left = waiting[_taken(self._write, waiting) :]
+        left = waiting[_try_write(self._write, waiting) :]
         self._waiting, self._size = [left] if left else [], len(left)
         if left:
-            self._flush_planned = True
+            self._flush_scheduled = True
             asyncio.get_running_loop().call_later(RETRY_INTERVAL, self.flush)
 
     def _now(self) -> bytes:
-        """UTC, to the millisecond; the date is put together once a second."""
+        """The time in UTC, to the millisecond. The part down to the second is formatted once a second."""
         now = time.time()
         second = int(now)
         if second != self._second:
@@ -105,7 +105,7 @@ class RequestLog:
 
 
 class Output:
-    """Writes to a file descriptor, such as standard error, and never waits for it."""
+    """Writes to a file descriptor, such as standard error, without ever blocking on it."""
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
@@ -113,23 +113,23 @@ class Output:
         self._poll.register(descriptor, select.POLLOUT)
 
     def __call__(self, data: bytes) -> int:
-        """How much of it was written. Raises `OSError`."""
-        taken = 0
-        while taken < len(data):
-            # A pipe that is ready takes this much without waiting, and in one piece: the lines of several
-            # workers do not run into each other (POSIX, write()).
-            end = data.rfind(b"\n", taken, taken + select.PIPE_BUF) + 1 or taken + select.PIPE_BUF
+        """Returns the number of bytes written. Raises `OSError`."""
+        written = 0
+        while written < len(data):
+            # A pipe that is ready takes PIPE_BUF bytes without blocking and atomically, so that the lines of several
+            # workers are not interleaved (POSIX, write()).
+            end = data.rfind(b"\n", written, written + select.PIPE_BUF) + 1 or written + select.PIPE_BUF
             if not self._poll.poll(0):
                 break
-            taken += os.write(self._descriptor, data[taken:end])
-        return taken
+            written += os.write(self._descriptor, data[written:end])
+        return written
 
 
 class Messages(logging.Handler):
-    """The program's own messages, from any thread, each written at once.
+    """Handles the program's own messages, from any thread, and writes each at once.
 
-    A log that is stuck or broken holds up nobody here either: messages wait, up to `MAX_BACKLOG`, and are tried
-    again until they are taken. What comes on top is dropped, and counted in the next message that is not.
+    An output that is stuck or broken delays nobody here either: messages wait, up to `MAX_BACKLOG`, and are retried
+    until written. Any beyond that are dropped; the next message that is not is preceded by their number.
     """
 
     def __init__(self, write: Callable[[bytes], int]) -> None:
@@ -141,13 +141,13 @@ class Messages(logging.Handler):
         self._retry: threading.Timer | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        """To be called with the handler's lock, as `handle` does."""
+        """Must be called with the handler's lock held, as `handle` does."""
         if self._size > MAX_BACKLOG:
             self._dropped += 1
             return
         try:
             line = (self.format(record) + "\n").encode(errors="backslashreplace")
-        except Exception:  # whatever is wrong with a message is not to fail what it tells of
+        except Exception:  # a faulty message must not fail the code that logs it
             self.handleError(record)
             return
         if self._dropped:
@@ -159,50 +159,50 @@ class Messages(logging.Handler):
         self.flush()
 
     def flush(self) -> None:
-        """Writes what waits, as far as `write` takes it; the rest soon."""
+        """Writes as much of the waiting messages as `write` takes, and retries the rest soon."""
         self.acquire()
         try:
             while self._waiting:
                 line = self._waiting.popleft()
-                taken = _taken(self._write, line)
-                self._size -= taken
-                if taken < len(line):
-                    self._waiting.appendleft(line[taken:])
-                    self._try_again()
+                written = _try_write(self._write, line)
+                self._size -= written
+                if written < len(line):
+                    self._waiting.appendleft(line[written:])
+                    self._schedule_retry()
                     return
         finally:
             self.release()
 
-    def _try_again(self) -> None:
+    def _schedule_retry(self) -> None:
         if self._retry is None or not self._retry.is_alive() or self._retry is threading.current_thread():
             self._retry = threading.Timer(RETRY_INTERVAL, self.flush)
-            self._retry.daemon = True  # or a log that stays stuck would keep the process from ending
+            self._retry.daemon = True  # otherwise a stuck output would keep the process alive
             self._retry.start()
 
 
 def request_log(form: Format, level: int = logging.INFO) -> RequestLog:
-    """The request lines on standard error, or nowhere at a `level` above theirs."""
+    """A request log on standard error; it discards its lines if `level` is above INFO, which is theirs."""
     return RequestLog(form, Output(sys.stderr.fileno()) if level <= logging.INFO else len)
 
 
-def _taken(write: Callable[[bytes], int], data: bytes) -> int:
+def _try_write(write: Callable[[bytes], int], data: bytes) -> int:
     try:
         return write(data)
-    except OSError:  # a full disk, a reader that is gone
+    except OSError:  # a full disk, or a reader that has gone
         return 0
 
 
-def _json(timestamp: bytes, told: RequestLine, dropped: int) -> bytes:
-    whole = {"timestamp": timestamp.decode(), "level": "info", "event": "request", **asdict(told)}
-    whole |= {"request_id": told.request_id.decode(), "ms": round(told.ms, 1)}
+def _json(timestamp: bytes, fields: RequestLine, dropped: int) -> bytes:
+    record = {"timestamp": timestamp.decode(), "level": "info", "event": "request", **asdict(fields)}
+    record |= {"request_id": fields.request_id.decode(), "ms": round(fields.ms, 1)}
     if dropped:
-        whole["lines_dropped_before"] = dropped
-    return orjson.dumps(whole, option=orjson.OPT_APPEND_NEWLINE)
+        record["lines_dropped_before"] = dropped
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
-def _logfmt(timestamp: bytes, told: RequestLine, dropped: int) -> bytes:
-    # In bytes and whole numbers, as the response is: code that a request needs anyway is at hand (bench/README.md).
-    request_id, tenths = told.request_id, round(told.ms * 10)
+def _logfmt(timestamp: bytes, fields: RequestLine, dropped: int) -> bytes:
+    # In bytes and integers, like the response: code that a request needs anyway is in the CPU cache (bench/README.md).
+    request_id, tenths = fields.request_id, round(fields.ms * 10)
     if _QUOTE in request_id or _EQUALS in request_id:
         request_id = orjson.dumps(request_id.decode())
     return (
@@ -211,13 +211,13 @@ def _logfmt(timestamp: bytes, told: RequestLine, dropped: int) -> bytes:
     ) % (
         timestamp,
         request_id,
-        _shown(told.client),
-        _shown(told.model),
-        told.status,
-        _shown(told.error) if told.error else b"",
-        told.inputs,
-        told.cached,
-        told.calls,
+        _logfmt_value(fields.client),
+        _logfmt_value(fields.model),
+        fields.status,
+        _logfmt_value(fields.error) if fields.error else b"",
+        fields.inputs,
+        fields.cached,
+        fields.calls,
         tenths // 10,
         tenths % 10,
         b" lines_dropped_before=%d" % dropped if dropped else b"",
@@ -225,24 +225,24 @@ def _logfmt(timestamp: bytes, told: RequestLine, dropped: int) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _shown(text: str) -> bytes:
+def _logfmt_value(text: str) -> bytes:
     return text.encode() if _PLAIN(text) else orjson.dumps(text)
 
 
 def configure(form: Format, level: str) -> None:
-    """The program's own messages through the standard library's root logger, in the same form.
+    """Sends the program's own messages through the standard library's root logger, in the same form.
 
-    For the command line only: a process has one root logger.
+    For the command line only, since a process has one root logger.
     """
     handler = Messages(Output(sys.stderr.fileno()))
     handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    # It tells of its own start and stop, which the lines before and after tell better.
+    # uvicorn reports its start and stop at INFO; the gateway's own lines before and after say it better.
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
 
 
 def formatter(form: Format) -> logging.Formatter:
-    """A message to a line, in which nothing is left that a terminal would act on."""
+    """Formats a message as one line, with control characters escaped so that no terminal acts on them."""
     chain: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -264,4 +264,4 @@ def formatter(form: Format) -> logging.Formatter:
 
 
 def _printable(_logger: object, _method: str, line: Any) -> str:
-    return _CONTROLS(lambda found: found[0].encode("unicode_escape").decode(), line)
+    return _CONTROLS(lambda match: match[0].encode("unicode_escape").decode(), line)

@@ -1,6 +1,6 @@
-"""Every metric the gateway has. The only import of prometheus_client.
+"""All of the gateway's metrics. The only module that imports prometheus_client.
 
-Label values are bounded: names from the configuration or discovery, enumerations of ours, and `other`.
+Label values are bounded: names from the configuration or discovery, our own enumerations, and `other`.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _BATCH = (1, 2, 5, 10, 16, 20, 25, 32, 64, 100, 128, 256, 512, 1024, 2048)
 
 log = logging.getLogger(__name__)
 
-# A second series for each counter, saying since when it counts, which nobody asks for.
+# Nobody reads the `_created` series, a second one for each counter with its start time.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 __all__ = [
@@ -57,21 +57,22 @@ __all__ = [
 _PREFIX = "embedding_gateway_"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 PROCESS_NAME = "EMBEDDING_GATEWAY_METRICS"
-"""Says what a process calls its files there, to go on with those of the one before: else each leaves some for good."""
-_FIRST_SIZE = 2**16
-"""Bytes of a file of metrics; it is doubled when it is full."""
-_ENTRY = 40
-"""Bytes that a series takes there beside its name, at most."""
+"""The variable that names a process's files there, so that a restarted process continues its predecessor's files:
+otherwise each process would leave some behind for good."""
+_INITIAL_SIZE = 2**16
+"""Bytes of a new metrics file; the size doubles when the file is full."""
+_ENTRY_OVERHEAD = 40
+"""Bytes a series takes there besides its name, at most."""
 _Merge = Literal["livesum", "livemin", "livemax"]
 
-_once = functools.lru_cache(maxsize=4096)
-"""Remembers what was made for each tuple of label values, up to so many."""
+_cached = functools.lru_cache(maxsize=4096)
+"""Caches what was created for each tuple of label values, up to that many."""
 
 
 @contextlib.contextmanager
 def multiprocess(directory: str) -> Iterator[None]:
-    """As long as the block runs, this process's scrapes tell of all processes that it starts, and of what it counts
-    itself from here on, over files in this directory."""
+    """Within the block, this process's scrapes cover all processes that it starts, and what it counts itself from here
+    on, through files in this directory."""
     os.environ[_DIRECTORY] = directory
     values.ValueClass = values.MultiProcessValue()  # type: ignore[no-untyped-call]
     try:
@@ -82,30 +83,30 @@ def multiprocess(directory: str) -> Iterator[None]:
 
 
 def forget_process(name: str) -> None:
-    """It has ended: what it counted stays, what it held is gone."""
+    """Called when a process has ended: its counters stay, its live gauges go."""
     mark_process_dead(name)  # type: ignore[no-untyped-call]
 
 
 class _File(MmapedDict):
-    """What a process counts of one type, in a file that the others read. The file is mapped, and to write to a map
-    that the disk has no room for is a process's end (SIGBUS): so its blocks are there before they are written to,
-    and series that there is no room for are not counted."""
+    """A process's metrics of one type, in a memory-mapped file that the others read. Writing to a mapped page without
+    disk space would kill the process (SIGBUS), so blocks are allocated before they are written, and series without
+    space are not counted."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)
         self._capacity, self._positions = 0, {}
 
     def read_value(self, key: str) -> tuple[float, float]:
-        """Asked once for each series, before it is written."""
+        """Called once per series, before it is written."""
         try:
             if not self._capacity:
                 self._open()
-            if self._used + len(key.encode()) + _ENTRY > self._capacity:
+            if self._used + len(key.encode()) + _ENTRY_OVERHEAD > self._capacity:
                 with self._path.open("ab") as file:
                     file.write(bytes(self._capacity))
             return super().read_value(key)  # type: ignore[no-any-return, no-untyped-call]
         except OSError as error:
-            _say_left_out(self._path.parent, error.strerror)
+            _log_incomplete(self._path.parent, error.strerror)
             return 0.0, 0.0
 
     def write_value(self, key: str, value: float, timestamp: float) -> None:
@@ -118,38 +119,38 @@ class _File(MmapedDict):
 
     def _open(self) -> None:
         if not self._path.exists():
-            whole = self._path.with_suffix(".new")  # which nobody reads
+            new = self._path.with_suffix(".new")  # nobody reads this suffix
             try:
-                whole.write_bytes(bytes(_FIRST_SIZE))
-                whole.rename(self._path)
+                new.write_bytes(bytes(_INITIAL_SIZE))
+                new.rename(self._path)
             finally:
-                whole.unlink(missing_ok=True)
+                new.unlink(missing_ok=True)
         super().__init__(str(self._path))  # type: ignore[no-untyped-call]
 
 
 @functools.cache
-def _say_left_out(directory: Path, trouble: str) -> None:
-    """Once a process."""
-    log.error("metrics of this process are incomplete: %s: %s", directory, trouble)
+def _log_incomplete(directory: Path, reason: str) -> None:
+    """Logs once per process."""
+    log.error("metrics of this process are incomplete: %s: %s", directory, reason)
 
 
-def _make_anew(directory: Path) -> None:
-    """Where somebody has tidied up. What is counted by those who begin after that is seen again."""
+def _recreate(directory: Path) -> None:
+    """Recreates a directory that somebody has removed. Only processes that start afterwards are counted again."""
     if not directory.is_dir():
-        _say_left_out(directory, "it was removed; workers that had begun before count unseen")
+        _log_incomplete(directory, "it was removed; workers that had begun before count unseen")
         directory.mkdir(0o700, parents=True, exist_ok=True)
 
 
 values.MmapedDict = _File  # type: ignore[attr-defined, assignment]
-if (_name := os.environ.get(PROCESS_NAME)) and _DIRECTORY in os.environ:
-    values.ValueClass = values.MultiProcessValue(lambda: _name)  # type: ignore[no-untyped-call]
+if (_process_name := os.environ.get(PROCESS_NAME)) and _DIRECTORY in os.environ:
+    values.ValueClass = values.MultiProcessValue(lambda: _process_name)  # type: ignore[no-untyped-call]
 
 
 class Histogram(prometheus_client.Histogram):
-    """One that can be told of many observations at once."""
+    """A histogram that can record many observations at once."""
 
     def add(self, counts: Sequence[int], total: float) -> None:
-        """`counts`: how many there were in each bucket; `total`: their sum."""
+        """`counts`: the number of observations in each bucket; `total`: their sum."""
         for bucket, count in zip(self._buckets, counts, strict=True):
             if count:
                 bucket.inc(count)
@@ -157,39 +158,39 @@ class Histogram(prometheus_client.Histogram):
 
     @property
     def bounds(self) -> Sequence[float]:
-        """The upper end of each bucket."""
+        """The upper bound of each bucket."""
         return self._upper_bounds
 
 
 class BufferedSeries:
-    """A series that is counted in plain numbers, which Prometheus is told later: counting costs a tenth of that, and
-    what goes up and down again meanwhile costs nothing. Not for threads."""
+    """A series counted in plain numbers and flushed to prometheus_client later. Counting this way costs a tenth of
+    doing it there, and changes that cancel out before the flush cost nothing. Not thread-safe."""
 
-    __slots__ = ("_due", "waiting")
+    __slots__ = ("_queue", "queued")
 
-    def __init__(self, due: FlushQueue) -> None:
-        self._due = due
-        self.waiting = False
-        """Whether it is among those that are due."""
+    def __init__(self, queue: FlushQueue) -> None:
+        self._queue = queue
+        self.queued = False
+        """Whether it is in the queue."""
 
     def flush(self) -> None:
-        """Everything counted since the last time."""
+        """Passes on everything counted since the last flush."""
         raise NotImplementedError
 
 
 class BufferedCounter(BufferedSeries):
-    """A counter, or a gauge that goes up and down."""
+    """A counter, or a gauge that is incremented and decremented."""
 
     __slots__ = ("_amount", "_child")
 
-    def __init__(self, child: Counter | Gauge, due: FlushQueue) -> None:
-        super().__init__(due)
+    def __init__(self, child: Counter | Gauge, queue: FlushQueue) -> None:
+        super().__init__(queue)
         self._child, self._amount = child, 0.0
 
     def inc(self, amount: float = 1) -> None:
         self._amount += amount
-        if not self.waiting:
-            self._due.add(self)
+        if not self.queued:
+            self._queue.add(self)
 
     def dec(self, amount: float = 1) -> None:
         self.inc(-amount)
@@ -205,14 +206,14 @@ class BufferedGauge(BufferedSeries):
 
     __slots__ = ("_child", "_value")
 
-    def __init__(self, child: Gauge, due: FlushQueue) -> None:
-        super().__init__(due)
+    def __init__(self, child: Gauge, queue: FlushQueue) -> None:
+        super().__init__(queue)
         self._child, self._value = child, 0.0
 
     def set(self, value: float) -> None:
         self._value = value
-        if not self.waiting:
-            self._due.add(self)
+        if not self.queued:
+            self._queue.add(self)
 
     def flush(self) -> None:
         self._child.set(self._value)
@@ -223,16 +224,16 @@ class BufferedHistogram(BufferedSeries):
 
     __slots__ = ("_bounds", "_child", "_counts", "_total")
 
-    def __init__(self, child: Histogram, due: FlushQueue) -> None:
-        super().__init__(due)
+    def __init__(self, child: Histogram, queue: FlushQueue) -> None:
+        super().__init__(queue)
         self._child, self._bounds = child, child.bounds
         self._counts, self._total = [0] * len(self._bounds), 0.0
 
     def observe(self, value: float) -> None:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._total += value
-        if not self.waiting:
-            self._due.add(self)
+        if not self.queued:
+            self._queue.add(self)
 
     def flush(self) -> None:
         self._child.add(self._counts, self._total)
@@ -240,32 +241,32 @@ class BufferedHistogram(BufferedSeries):
 
 
 class FlushQueue:
-    """The series that have counted something Prometheus is yet to be told. It is told before this process's metrics are
-    read; where another process may read them (several workers share theirs), at the end of the event loop's turn."""
+    """The series with unflushed counts. They are flushed before this process's metrics are read; where another process
+    may read them (several workers share theirs), at the end of each turn of the event loop."""
 
     def __init__(self, *, multiprocess: bool) -> None:
-        self._shared = multiprocess
-        self._waiting: list[BufferedSeries] = []
-        self._planned = False
+        self._multiprocess = multiprocess
+        self._pending: list[BufferedSeries] = []
+        self._scheduled = False
 
     def add(self, series: BufferedSeries) -> None:
-        series.waiting = True
-        self._waiting.append(series)
-        if self._shared and not self._planned:
-            with contextlib.suppress(RuntimeError):  # no loop yet: told with the next, or when asked
+        series.queued = True
+        self._pending.append(series)
+        if self._multiprocess and not self._scheduled:
+            with contextlib.suppress(RuntimeError):  # no loop yet: flushed with the next series, or when read
                 asyncio.get_running_loop().call_soon(self.flush)
-                self._planned = True
+                self._scheduled = True
 
     def flush(self) -> None:
-        self._planned = False
-        waiting, self._waiting = self._waiting, []
-        for series in waiting:
-            series.waiting = False
+        self._scheduled = False
+        pending, self._pending = self._pending, []
+        for series in pending:
+            series.queued = False
             series.flush()
 
 
 class ConfigMetrics:
-    """Whether the configuration is in force. Of several processes, the one that reads it has these, too."""
+    """Whether the configuration is in force. With several processes, the one that reads it has these metrics too."""
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
         registry = registry or CollectorRegistry()
@@ -284,28 +285,28 @@ class ConfigMetrics:
         )
 
     def reloaded(self, valid: bool) -> None:
-        """It was read again, and is now in force or cannot be."""
+        """Records a reload: the configuration is now in force, or invalid."""
         self.config_valid.set(valid)
         self.config_reloads.labels("ok" if valid else "failed").inc()
 
 
 class Metrics(ConfigMetrics):
-    """The gateway's metrics. One instance per gateway; two gateways in one process do not meet."""
+    """The gateway's metrics. One instance per gateway; two gateways in one process share nothing."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self._due = FlushQueue(multiprocess=_DIRECTORY in os.environ)
+        self._flush_queue = FlushQueue(multiprocess=_DIRECTORY in os.environ)
         super().__init__(registry)
-        p = _PREFIX
+        prefix = _PREFIX
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(p + name, text, labels, registry=registry)
+        def counter(name: str, help_text: str, *labels: str) -> Counter:
+            return Counter(prefix + name, help_text, labels, registry=registry)
 
-        def gauge(name: str, text: str, *labels: str, merge: _Merge = "livesum") -> Gauge:
-            return Gauge(p + name, text, labels, registry=registry, multiprocess_mode=merge)
+        def gauge(name: str, help_text: str, *labels: str, merge: _Merge = "livesum") -> Gauge:
+            return Gauge(prefix + name, help_text, labels, registry=registry, multiprocess_mode=merge)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(p + name, text, labels, registry=registry, buckets=buckets)
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(prefix + name, help_text, labels, registry=registry, buckets=buckets)
 
         self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
         self.request_duration = histogram(
@@ -350,48 +351,48 @@ class Metrics(ConfigMetrics):
             PlatformCollector(registry=registry)
 
     def buffered_counter(self, child: Counter | Gauge) -> BufferedCounter:
-        """For what is counted with every request."""
-        return BufferedCounter(child, self._due)
+        """For a metric counted with every request."""
+        return BufferedCounter(child, self._flush_queue)
 
     def buffered_counters(self, counter: Counter) -> Callable[..., BufferedCounter]:
-        """`buffered_counter` by label values, each bound to its series once: that costs more than counting."""
-        return _once(lambda *labels: self.buffered_counter(counter.labels(*labels)))
+        """`buffered_counter` by label values, each bound to its series once: binding costs more than counting."""
+        return _cached(lambda *labels: self.buffered_counter(counter.labels(*labels)))
 
     def buffered_gauge(self, child: Gauge) -> BufferedGauge:
-        """For what is set with every request."""
-        return BufferedGauge(child, self._due)
+        """For a metric set with every request."""
+        return BufferedGauge(child, self._flush_queue)
 
     def buffered_histogram(self, child: Histogram) -> BufferedHistogram:
-        """For what is observed with every request."""
-        return BufferedHistogram(child, self._due)
+        """For a metric observed with every request."""
+        return BufferedHistogram(child, self._flush_queue)
 
     def buffered_histograms(self, histogram: Histogram) -> Callable[..., BufferedHistogram]:
         """`buffered_histogram` by label values, as `buffered_counters`."""
-        return _once(lambda *labels: self.buffered_histogram(histogram.labels(*labels)))
+        return _cached(lambda *labels: self.buffered_histogram(histogram.labels(*labels)))
 
     def show_deployment(self, upstream: str, model: str, available: bool) -> None:
-        """One that is configured, and whether it takes traffic."""
+        """Records whether a configured deployment takes traffic."""
         self.upstream_available.labels(upstream, model).set(available)
 
     def forget_deployment(self, upstream: str, model: str) -> None:
-        """A deployment that is configured no more."""
-        if _DIRECTORY in os.environ:  # where nothing can be removed
+        """Removes a deployment that is no longer configured."""
+        if _DIRECTORY in os.environ:  # multiprocess files do not support removal
             self.upstream_available.labels(upstream, model).set(math.nan)
         else:
             self.upstream_available.remove(upstream, model)
 
     @property
     def registry(self) -> CollectorRegistry:
-        """Its series, told of everything up to now."""
-        self._due.flush()
+        """The registry, with everything counted so far."""
+        self._flush_queue.flush()
         return self._registry
 
     async def exposition(self) -> bytes:
-        """Prometheus text. With several workers, of all of them. Of hundreds of models in use it takes a quarter of a
-        second, in a thread."""
+        """The metrics in Prometheus's text format, of all workers if there are several. Rendered in a thread: with
+        hundreds of models in use it takes a quarter of a second."""
         registry = self.registry
         if directory := os.environ.get(_DIRECTORY):
-            _make_anew(Path(directory))
+            _recreate(Path(directory))
             registry = CollectorRegistry()
             MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
         return await asyncio.to_thread(generate_latest, registry)

@@ -1,4 +1,4 @@
-"""The configuration: what may be said (`settings`), and how it is read and held to that (`load`)."""
+"""The configuration: its schema (`settings`), and how it is read and validated (`load`)."""
 
 from app.config.kind import UpstreamKind
 from app.config.settings import (

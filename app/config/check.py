@@ -1,5 +1,5 @@
-"""The tree to settings: every section against its model, every upstream against its type's,
-then what must fit together.
+"""Validates a tree and builds the settings: each section against its model, each upstream against its type's model,
+then the rules across sections.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _MAPPING = "must be a mapping (key: value)"
 
 
 def validate(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> Settings | None:
-    """The settings, or None with all that stands against them noted in the tree.
+    """The settings, or None with all mistakes noted in the tree.
 
-    What has a mistake is left out and the rest looked at as a whole, so that one mistake hides no other.
+    The cross-section rules are checked without the parts that have mistakes, so that one mistake hides no other.
     """
     values = copy.deepcopy(tree.values)
     values["upstreams"] = _upstreams(tree, kinds)
     try:
-        sound = Settings.model_validate(values)
+        settings = Settings.model_validate(values)
     except ValidationError as error:
         for mistake in explain(error, Settings, ()):
             tree.note(mistake)
-        sound = _sound_part(values, error)
-    _hold_to_rules(sound, tree, kinds)
-    return None if tree.mistakes else sound
+        settings = _valid_part(values, error)
+    _check_rules(settings, tree, kinds)
+    return None if tree.mistakes else settings
 
 
 def _upstreams(tree: Tree, kinds: Mapping[str, UpstreamKind]) -> dict[str, UpstreamSettings]:
@@ -64,43 +64,44 @@ def _upstream(path: Path, entry: Any, tree: Tree, kinds: Mapping[str, UpstreamKi
     return None
 
 
-def _sound_part(values: dict[str, Any], error: ValidationError) -> Settings:
-    """The settings without what has mistakes. Every round leaves out something more."""
+def _valid_part(values: dict[str, Any], error: ValidationError) -> Settings:
+    """The settings without the parts that have mistakes. Each round removes at least one more."""
     for owner, key in [_innermost(values, details["loc"]) for details in error.errors()]:
         owner.pop(key, None)
     try:
         return Settings.model_validate(values)
     except ValidationError as remaining:
-        return _sound_part(values, remaining)
+        return _valid_part(values, remaining)
 
 
 def _innermost(values: dict[str, Any], path: Path) -> tuple[dict[str, Any], str]:
-    """The last key on the path that is there, and its owner. No list's item: without it the others' numbers change."""
-    owner, key, place = values, str(path[0]), cast("Any", values)
+    """The last mapping key on the path that exists, and its owner. Never a list item: removing one would renumber the
+    others."""
+    owner, key, node = values, str(path[0]), cast("Any", values)
     for step in path:
-        if isinstance(place, dict) and step in place:
-            owner, key, place = place, str(step), place[step]
-        elif isinstance(place, list) and isinstance(step, int) and step < len(place):
-            place = place[step]
+        if isinstance(node, dict) and step in node:
+            owner, key, node = node, str(step), node[step]
+        elif isinstance(node, list) and isinstance(step, int) and step < len(node):
+            node = node[step]
         else:
             break
     return owner, key
 
 
-# --- what must fit together -------------------------------------------------------------------------
+# --- rules across sections --------------------------------------------------------------------------
 
 
-def _hold_to_rules(settings: Settings, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> None:
-    _callers_differ(settings, tree)
-    _names_differ(settings, tree)
-    _spaces_differ(settings, tree)
+def _check_rules(settings: Settings, tree: Tree, kinds: Mapping[str, UpstreamKind]) -> None:
+    _check_caller_keys(settings, tree)
+    _check_model_names(settings, tree)
+    _check_space_names(settings, tree)
     for name, model in settings.models.items():
-        _deployments_exist(("models", name, "deployments"), model, tree)
-        _one_space(("models", name, "deployments"), settings, model, tree, kinds)
-        _can_be_told(("models", name), settings, model, tree, kinds)
+        _check_deployments(("models", name, "deployments"), model, tree)
+        _check_single_space(("models", name, "deployments"), settings, model, tree, kinds)
+        _check_capabilities(("models", name), settings, model, tree, kinds)
 
 
-def _callers_differ(settings: Settings, tree: Tree) -> None:
+def _check_caller_keys(settings: Settings, tree: Tree) -> None:
     seen: dict[bytes, str] = {}
     for name, key in settings.auth.keys.items() if settings.auth else ():
         if name == "anonymous":
@@ -110,61 +111,60 @@ def _callers_differ(settings: Settings, tree: Tree) -> None:
             tree.reject(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
 
 
-def _names_differ(settings: Settings, tree: Tree) -> None:
-    """Every public name means one thing, and `upstream/model` always that upstream's own model."""
+def _check_model_names(settings: Settings, tree: Tree) -> None:
+    """Each public name has one meaning, and `upstream/model` always means that upstream's own model."""
     taken = {name: ("models", name) for name in _names(tree, "models")}
     for name, model in settings.models.items():
-        _means_an_upstream(("models", name), name, tree)
+        _check_upstream_prefix(("models", name), name, tree)
         for index, alias in enumerate(model.aliases):
             path: Path = ("models", name, "aliases", index)
             first = taken.setdefault(alias, ("models", name))
             if first != ("models", name) or alias in settings.models or alias in model.aliases[:index]:
                 tree.reject(path, f"{tree.shown(path, alias)} is a name or alias of {dotted(first)} already")
-            _means_an_upstream(path, alias, tree)
+            _check_upstream_prefix(path, alias, tree)
 
 
 def _names(tree: Tree, section: str) -> Collection[str]:
-    """All names of a section, of entries with mistakes too."""
+    """All names in a section, including those of entries with mistakes."""
     entries = tree.values.get(section)
     return entries if isinstance(entries, dict) else ()
 
 
-def _means_an_upstream(path: Path, name: str, tree: Tree) -> None:
+def _check_upstream_prefix(path: Path, name: str, tree: Tree) -> None:
     upstream, slash, _ = name.partition("/")
     if slash and upstream in _names(tree, "upstreams"):
         tree.reject(path, f"begins with upstream {upstream}'s name; {upstream}/... always means its own models")
 
 
-def _spaces_differ(settings: Settings, tree: Tree) -> None:
-    """A space that is named belongs to one set of deployments, or two models' vectors would have the same cache
-    keys."""
+def _check_space_names(settings: Settings, tree: Tree) -> None:
+    """A named space belongs to one set of deployments: otherwise vectors of two models would share cache keys."""
     taken: dict[str, tuple[str, set[tuple[str, str]]]] = {}
     for name, model in settings.models.items():
         served = {(each.upstream, each.model) for each in model.deployments}
         for index, deployment in enumerate(model.deployments):
             if deployment.space is None:
                 continue
-            first, same = taken.setdefault(deployment.space, (name, served))
-            if same != served:
+            first, owners = taken.setdefault(deployment.space, (name, served))
+            if owners != served:
                 path: Path = ("models", name, "deployments", index, "space")
-                told = tree.shown(path, deployment.space)
-                tree.reject(path, f"{told} is {dotted(('models', first))}'s, whose deployments are others")
+                shown = tree.shown(path, deployment.space)
+                tree.reject(path, f"{shown} is {dotted(('models', first))}'s, whose deployments are others")
 
 
-def _deployments_exist(path: Path, model: ModelSettings, tree: Tree) -> None:
+def _check_deployments(path: Path, model: ModelSettings, tree: Tree) -> None:
     names = _names(tree, "upstreams")
     seen: set[tuple[str, str]] = set()
     for index, deployment in enumerate(model.deployments):
-        place = (*path, index, "upstream")
+        upstream_path = (*path, index, "upstream")
         if names and deployment.upstream not in names:
-            shown = tree.shown(place, deployment.upstream)
-            tree.reject(place, f'no upstream "{shown}"{did_you_mean(shown, names)}')
+            shown = tree.shown(upstream_path, deployment.upstream)
+            tree.reject(upstream_path, f'no upstream "{shown}"{did_you_mean(shown, names)}')
         elif (deployment.upstream, deployment.model) in seen:
             tree.reject((*path, index), "the same upstream and model as a deployment above")
         seen.add((deployment.upstream, deployment.model))
 
 
-def _one_space(
+def _check_single_space(
     path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, UpstreamKind]
 ) -> None:
     spaces: dict[str, str] = {}
@@ -185,27 +185,29 @@ def _one_space(
 
 
 def _space(kind: UpstreamKind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:
-    """Two deployments give comparable vectors if and only if this is equal."""
+    """Two deployments give comparable vectors if and only if their spaces are equal."""
     if deployment.space is not None:
         return deployment.space
     return kind.facts(settings, deployment.model).space(kind.name)
 
 
-def _can_be_told(
+def _check_capabilities(
     path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, UpstreamKind]
 ) -> None:
-    """An upstream of the model must have a word for what the operator says that it takes; and a built-in upstream must
-    have the model."""
-    told: set[str] = set()
+    """Some upstream of the model must be able to express each capability that the operator claims for it. A built-in
+    upstream must have the model."""
+    expressible: set[str] = set()
     for index, deployment in enumerate(model.deployments):
         upstream = settings.upstreams.get(deployment.upstream)
         if upstream is None:
             return
         kind = kinds[upstream.type]
         listed, known = kind.models(upstream), kind.facts(upstream, deployment.model)
-        told |= kind.adapter(upstream).capabilities | {fact for fact in CAPABILITIES if getattr(known, fact)}
+        expressible |= kind.adapter(upstream).capabilities | {
+            capability for capability in CAPABILITIES if getattr(known, capability)
+        }
         if kind.built_in and deployment.model not in listed:
             tree.reject((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
-    for fact in CAPABILITIES:
-        if getattr(model, fact) and fact not in told:
-            tree.reject((*path, fact), "no upstream of this model has a word for it; leave it out")
+    for capability in CAPABILITIES:
+        if getattr(model, capability) and capability not in expressible:
+            tree.reject((*path, capability), "no upstream of this model has a word for it; leave it out")

@@ -1,9 +1,9 @@
-"""What the environment says: overrides of single values, and upstreams when no file names any.
+"""Configuration from the environment: overrides of single values, and upstreams when no file names any.
 
-Overrides are read with pydantic-settings' own EnvSettingsSource, which knows from the models where a value is JSON and
-where it is text. It is asked for one variable at a time and its answer is put into the tree here, since it reads the
-process's environment only, leaves unknown names out without a word, and cannot match `DS_COMPAT` with a key
-`ds-compat`, or a number with a list's item.
+Overrides are decoded by pydantic-settings' EnvSettingsSource, which knows from the models which values are JSON and
+which are text. It is given one variable at a time, and this module puts the result into the tree, because it reads only
+the process's environment, silently ignores unknown names, and cannot match `DS_COMPAT` with a key `ds-compat`, or a
+number with a list item.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from app.config.tree import Path, Tree
 PREFIX = "EMBEDDING_GATEWAY__"
 _DELIMITER = "__"
 _LAST_NAME = 2
-"""The last step that may be a name of the operator's choice with something below it: `auth.keys.NAME`."""
+"""Index of the last step that may be an operator-chosen name with something below it: `auth.keys.NAME`."""
 
 Listening = Callable[[str, int], bool]
 
@@ -33,7 +33,7 @@ Listening = Callable[[str, int], bool]
 def environment_upstreams(
     environ: Mapping[str, str], kinds: Mapping[str, UpstreamKind], listening: Listening
 ) -> dict[str, Any]:
-    """Upstreams that vendors' variables switch on, or that are found running where their type listens by default."""
+    """Upstreams that vendor variables switch on, or whose server is found running at the type's default address."""
     found: dict[str, Any] = {}
     for name, kind in kinds.items():
         settings = kind.environment(environ)
@@ -45,34 +45,36 @@ def environment_upstreams(
 
 
 def built_in_upstreams(kinds: Mapping[str, UpstreamKind]) -> dict[str, Any]:
-    """What serves when nothing else is there."""
+    """The upstreams that serve when no other is configured or found."""
     return {name: {"type": name} for name, kind in kinds.items() if kind.built_in}
 
 
 def apply_overrides(environ: Mapping[str, str], tree: Tree) -> None:
-    """Puts every `EMBEDDING_GATEWAY__…` into the tree, whole sections before their parts, and item 9 before item 10."""
+    """Applies every `EMBEDDING_GATEWAY__…` to the tree: sections before their parts, and item 9 before item 10."""
     variables = [name for name in environ if name.upper().startswith(PREFIX)]
-    for variable in sorted(variables, key=_turn):
+    for variable in sorted(variables, key=_sort_key):
         _Override(variable, tree).apply(environ[variable])
 
 
-def _turn(variable: str) -> tuple[int, list[tuple[int, str]]]:
-    """Of numbers the shorter one is the lower."""
+def _sort_key(variable: str) -> tuple[int, list[tuple[int, str]]]:
+    """Numbers sort by their length first, hence by value."""
     steps = variable.split(_DELIMITER)
     return len(steps), [(len(step) if step.isdecimal() else 0, step) for step in steps]
 
 
 class _OneVariable(EnvSettingsSource):
-    """A single variable, as pydantic-settings nests and decodes it."""
+    """Nests and decodes a single variable as pydantic-settings does."""
 
     def __init__(self, variable: str, value: str) -> None:
-        # No `BaseSettings`, which takes `_env_file` and its like for its own parameters: a file may hold any key.
+        # `Settings` is no `BaseSettings`, which would treat `_env_file` and the like as its own parameters: a file may
+        # hold any key.
         model: Any = Settings
         super().__init__(model, env_prefix=PREFIX, env_nested_delimiter=_DELIMITER, env_ignore_empty=True)
         self.env_vars = {variable.lower(): value}
 
     def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:  # noqa: ARG002  # inherited
-        """JSON only where it looks it: an upstream's own fields are unknown here, and a key of digits is no number."""
+        """Decodes JSON only if it looks like a list or mapping: an upstream's own fields are unknown here, and an API
+        key of digits is not a number."""
         return json.loads(value) if value.lstrip()[:1] in ("[", "{") else value
 
 
@@ -88,7 +90,7 @@ class _Override:
             return
         try:
             nested: Any = _OneVariable(self._variable, value)()
-            copy.deepcopy(nested)  # as all values are, later, when it is not known any more where one is from
+            copy.deepcopy(nested)  # fails here, where its origin is known, rather than in `validate`
         except SettingsError:
             self._refuse(steps, "not JSON; write [..] or {..} as JSON")
             return
@@ -100,31 +102,31 @@ class _Override:
         self._put(steps, None if nested == "null" else nested)
 
     def _put(self, steps: tuple[str, ...], value: Any) -> None:
-        """Walks down, making mappings and lists where there are none, and replaces what is at the end."""
-        place: Any = self._tree.values
+        """Descends along `steps`, creating missing mappings and lists, and replaces the value at the end."""
+        node: Any = self._tree.values
         path: Path = ()
-        for number, step in enumerate(steps):
-            key = self._key(place, step, path)
+        for depth, step in enumerate(steps):
+            key = self._key(node, step, path)
             if key is None:
                 return
             path = (*path, key)
-            last = number == len(steps) - 1
-            if last or not isinstance(_item(place, key), dict | list):
+            last = depth == len(steps) - 1
+            if last or not isinstance(_get(node, key), dict | list):
                 self._tree.forget(path)
                 self._tree.variables.setdefault(path, self._variable)
-                _set(place, key, value if last else _begun(steps, number + 1))
-            place = _item(place, key)
+                _set(node, key, value if last else _empty_container(steps, depth + 1))
+            node = _get(node, key)
         self._tree.variables[path] = self._variable
         self._tree.written[path] = f"${self._variable}"
 
-    def _key(self, place: Any, step: str, path: Path) -> str | int | None:
-        """The key that is meant: the one there that reads like this, or else the name itself. None is refused."""
-        if isinstance(place, list):
-            if step.isdecimal() and int(step) <= len(place):
+    def _key(self, node: Any, step: str, path: Path) -> str | int | None:
+        """The existing key that `step` spells, or `step` itself as a new one; None if it was refused."""
+        if isinstance(node, list):
+            if step.isdecimal() and int(step) <= len(node):
                 return int(step)
-            self._refuse((*path, step), f"the list has {len(place)} items, numbered from 0")
+            self._refuse((*path, step), f"the list has {len(node)} items, numbered from 0")
             return None
-        alike = [key for key in place if _plain(key) == _plain(step)]
+        alike = [key for key in node if _normalized(key) == _normalized(step)]
         if len(alike) > 1:
             self._refuse((*path, step), f"may mean {' or '.join(alike)}")
             return None
@@ -135,24 +137,24 @@ class _Override:
         self._tree.reject(path, text)
 
 
-def _plain(name: str) -> str:
+def _normalized(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "_", name.lower())
 
 
-def _begun(steps: tuple[str, ...], number: int) -> dict[str, Any] | list[Any]:
-    """What this step is the first in: a list where it is 0, but for `upstreams`, `models` and `auth.keys`, where a name
-    may be that."""
-    return [] if steps[number] == "0" and number > _LAST_NAME else {}
+def _empty_container(steps: tuple[str, ...], depth: int) -> dict[str, Any] | list[Any]:
+    """The container to create for the step at `depth`: a list if the step is 0, except in `upstreams`, `models` and
+    `auth.keys`, where 0 may be a name."""
+    return [] if steps[depth] == "0" and depth > _LAST_NAME else {}
 
 
-def _item(place: Any, key: str | int) -> Any:
-    if isinstance(place, list):
-        return place[int(key)] if int(key) < len(place) else None
-    return place.get(key)
+def _get(node: Any, key: str | int) -> Any:
+    if isinstance(node, list):
+        return node[int(key)] if int(key) < len(node) else None
+    return node.get(key)
 
 
-def _set(place: Any, key: str | int, value: Any) -> None:
-    if isinstance(place, list) and key == len(place):
-        place.append(value)
+def _set(node: Any, key: str | int, value: Any) -> None:
+    if isinstance(node, list) and key == len(node):
+        node.append(value)
     else:
-        place[key] = value
+        node[key] = value

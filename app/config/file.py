@@ -1,4 +1,4 @@
-"""A YAML file's text to plain data: safe, strict about keys, `${VAR}` replaced. Knows no settings."""
+"""Parses a YAML file's text into plain data: safe, strict about keys, `${VAR}` substituted. Knows no settings."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ import yaml
 
 from app.config.tree import Path, Tree, dotted
 
-_MOST_VALUES = 100_000
-_NAMED = {
+_MAX_VALUES = 100_000
+_NAME_FREE = {
     "undefined alias": "an alias (*name) that is defined nowhere; a value that begins with * must be in quotes",
     "duplicate anchor": "an anchor (&name) that is there already; a value that begins with & must be in quotes",
     "tag handle": "a tag (!name) that is not allowed here",
     "determine a constructor": "a tag (!name) that is not allowed here",
 }
-"""What the parser tells with the name that stood there, which may be a key without its quotes: told without it."""
+"""Parser messages that quote a name from the file, which may be an unquoted API key, and our wording without it."""
 _REFERENCE = re.compile(r"\$\$\{|\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^{}]*))?\}|\$\{")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe subset, without dates: a model called 2024-05-01 is text."""
+    """YAML's safe subset without dates: a model called 2024-05-01 is text."""
 
 
 _Loader.yaml_constructors = {
@@ -37,36 +37,36 @@ _Loader.yaml_implicit_resolvers = {
 
 
 def read_yaml(text: str, environ: Mapping[str, str], tree: Tree) -> None:
-    """Fills the tree. All that is wrong is noted there; a file that is no YAML leaves it empty."""
+    """Fills the tree with values and mistakes. Text that is not valid YAML leaves it without values."""
     try:
-        values = _parsed(text, tree)
+        values = _parse(text, tree)
     except (yaml.YAMLError, ValueError, LookupError, OverflowError, RecursionError) as error:
-        tree.reject((), _syntax(error, text.splitlines()))
+        tree.reject((), _syntax_message(error, text.splitlines()))
         return
     if isinstance(values, dict):
-        tree.values = _Filler(environ, tree).filled(values, ())
+        tree.values = _Substitution(environ, tree).substitute(values, ())
     elif values is not None:
         tree.reject((), "must hold a mapping at its top: lines of `key: value`")
 
 
-def _parsed(text: str, tree: Tree) -> Any:
+def _parse(text: str, tree: Tree) -> Any:
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
         if node is None:
             return None
-        _find_repeats(node, (), tree, {})
+        _reject_duplicate_keys(node, (), tree, {})
         return loader.construct_document(node)
     finally:
         loader.dispose()
 
 
-def _syntax(error: Exception, lines: list[str]) -> str:
+def _syntax_message(error: Exception, lines: list[str]) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         line, column = error.problem_mark.line, error.problem_mark.column
         unquoted = line < len(lines) and "${" in lines[line]
         hint = "; inside [..] and {..} a ${VAR} must be in quotes" if unquoted else ""
-        return f"line {line + 1}, column {column + 1}: {_problem(error)}{hint}"
+        return f"line {line + 1}, column {column + 1}: {_parser_message(error)}{hint}"
     if isinstance(error, yaml.reader.ReaderError):
         return f"character {error.position + 1} is one that YAML does not allow"
     if isinstance(error, KeyError):
@@ -74,22 +74,23 @@ def _syntax(error: Exception, lines: list[str]) -> str:
     return "is nested too deeply" if isinstance(error, RecursionError) else "holds a number that cannot be read"
 
 
-def _problem(error: yaml.MarkedYAMLError) -> str:
+def _parser_message(error: yaml.MarkedYAMLError) -> str:
     problem, context = error.problem or "not YAML", error.context or ""
     if "'\\t'" in problem:
         return "a tab; indent with spaces"
-    for told, ours in _NAMED.items():
-        if told in problem or told in context:
+    for theirs, ours in _NAME_FREE.items():
+        if theirs in problem or theirs in context:
             return ours
     if problem.startswith("but "):
         return f"{context}, {problem}"
-    begun, found = error.context_mark, error.problem_mark
-    since = f" from line {begun.line + 1}" if begun and found and begun.line < found.line else ""
+    start, found = error.context_mark, error.problem_mark
+    since = f" from line {start.line + 1}" if start and found and start.line < found.line else ""
     return f"{problem} {context}{since}".rstrip()
 
 
-def _find_repeats(node: yaml.Node, path: Path, tree: Tree, open_nodes: dict[yaml.Node, bool]) -> None:
-    """YAML keeps the last of two equal keys without a word; here both lines are named. Raises on what holds itself."""
+def _reject_duplicate_keys(node: yaml.Node, path: Path, tree: Tree, open_nodes: dict[yaml.Node, bool]) -> None:
+    """Names both lines of a duplicate key, of which YAML silently keeps the last. Raises for a node that contains
+    itself."""
     if node in open_nodes:
         if open_nodes[node]:
             raise yaml.constructor.ConstructorError(None, None, f"{dotted(path)} holds itself", node.start_mark)
@@ -97,7 +98,7 @@ def _find_repeats(node: yaml.Node, path: Path, tree: Tree, open_nodes: dict[yaml
     open_nodes[node] = True
     if isinstance(node, yaml.SequenceNode):
         for index, item in enumerate(node.value):
-            _find_repeats(item, (*path, index), tree, open_nodes)
+            _reject_duplicate_keys(item, (*path, index), tree, open_nodes)
     if isinstance(node, yaml.MappingNode):
         lines: dict[str, int] = {}
         for key, value in node.value:
@@ -105,28 +106,28 @@ def _find_repeats(node: yaml.Node, path: Path, tree: Tree, open_nodes: dict[yaml
             if name in lines and key.tag != "tag:yaml.org,2002:merge":
                 tree.reject((*path, name), f"given twice, in lines {lines[name]} and {line}")
             lines.setdefault(name, line)
-            _find_repeats(value, (*path, name), tree, open_nodes)
+            _reject_duplicate_keys(value, (*path, name), tree, open_nodes)
     open_nodes[node] = False
 
 
-class _Filler:
-    """Copies plain data with its references to variables replaced. A place that lacks one keeps its text."""
+class _Substitution:
+    """Copies plain data, substituting references to variables. Text whose variable is not set stays as it is."""
 
     def __init__(self, environ: Mapping[str, str], tree: Tree) -> None:
         self._environ = environ
         self._tree = tree
         self._count = 0
 
-    def filled(self, value: Any, path: Path) -> Any:
+    def substitute(self, value: Any, path: Path) -> Any:
         self._count += 1
-        if self._count > _MOST_VALUES:  # a few aliases of aliases make millions
-            return self._tree.reject(path[:1], f"holds more than {_MOST_VALUES} values")
+        if self._count > _MAX_VALUES:  # a few aliases of aliases make millions
+            return self._tree.reject(path[:1], f"holds more than {_MAX_VALUES} values")
         if isinstance(value, dict):
-            return {key: self.filled(item, (*path, key)) for key, item in value.items() if self._is_text(key, path)}
+            return {key: self.substitute(item, (*path, key)) for key, item in value.items() if self._is_text(key, path)}
         if isinstance(value, list):
-            return [self.filled(item, (*path, index)) for index, item in enumerate(value)]
+            return [self.substitute(item, (*path, index)) for index, item in enumerate(value)]
         if isinstance(value, str) and "${" in value:
-            return self._replaced(value, path)
+            return self._substitute_text(value, path)
         return value
 
     def _is_text(self, key: object, path: Path) -> bool:
@@ -134,7 +135,7 @@ class _Filler:
             self._tree.reject((*path, str(key)), "a key must be text; put it in quotes")
         return isinstance(key, str)
 
-    def _replaced(self, text: str, path: Path) -> str | None:
+    def _substitute_text(self, text: str, path: Path) -> str | None:
         names: list[str] = []
         missing: list[str] = []
         malformed = False

@@ -1,5 +1,5 @@
-"""What a dialect's module hands to the rest: its settings, its adapter, its credentials, its models. The configuration
-knows no dialect but by this."""
+"""What a dialect's module provides to the rest: its settings, adapter, credentials and models. The configuration knows
+dialects only through this."""
 
 from __future__ import annotations
 
@@ -17,43 +17,42 @@ from app.types import Adapter, Auth, Send, TokenStore
 
 
 def unlisted_model(name: str) -> Model:
-    """A model nothing is known of: few inputs a call, and whatever length the upstream takes."""
+    """A model of which nothing is known: few inputs per call, and whatever length the upstream takes."""
     return Model(name, dimension_choices=ANY, max_batch=10)
 
 
 @dataclass(frozen=True, slots=True)
 class UpstreamKind:
-    """One value of `type:` in the configuration. All functions take this type's own settings."""
+    """One value of `type:` in the configuration. The functions take this type's own settings."""
 
     name: str
     settings: type[UpstreamSettings]
     adapter: Callable[[Any], Adapter]
-    """The dialect spoken with these settings (a type may have modes)."""
+    """The adapter for these settings (a type may have modes)."""
     auth: Callable[[Any, Clock, TokenStore | None], Auth]
-    """With where tokens may be shared with other replicas, for types that have some."""
+    """Also takes the store in which replicas share access tokens, for types that use them."""
     models: Callable[[Any], Mapping[str, Model]]
-    """What is known beforehand, from the catalogue."""
+    """The models known beforehand, from the catalogue."""
     discover: Callable[[Any, Send], Awaitable[Sequence[Model] | None]] | None = None
-    """Asks the upstream for its models, None where it has no list; raises `GatewayError`. `Send` is already
-    authorised."""
+    """Asks the upstream for its models; None if it has no list. Raises `GatewayError`. `Send` adds the credentials."""
     environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = lambda _: None
-    """Settings (as in YAML) from vendor variables such as `X_API_KEY`, or None when they are not set."""
+    """Settings (as in YAML) from vendor variables such as `X_API_KEY`; None if they are not set."""
     switched_on_by: str = ""
-    """The variables `environment` looks at, in words for a reader; the names stand in capitals."""
+    """The variables `environment` reads, in prose for users; variable names are in capitals."""
     transport: Callable[[Any], httpx.AsyncBaseTransport | None] = lambda _: None
-    """A transport of its own, for an upstream inside this process."""
+    """The type's own transport, for an upstream inside this process."""
     default_address: tuple[str, int] | None = None
-    """Where a server of this type listens when nobody says otherwise: without a config file it is looked for there."""
+    """Where a server of this type listens by default: without configured upstreams it is looked for there."""
     built_in: bool = False
     """Serves when nothing else is configured."""
     unlisted_model: Callable[[str], Model] = unlisted_model
-    """Facts to go by for a model that is configured but not known."""
+    """The facts assumed for a model that is configured but not known."""
 
     def facts(self, settings: UpstreamSettings, model: str) -> Model:
-        """What is known of a model beforehand."""
+        """The facts known of a model beforehand."""
         return self.models(settings).get(model) or self.unlisted_model(model)
 
     @property
     def variables(self) -> tuple[str, ...]:
-        """Names of the variables `environment` looks at."""
+        """Names of the variables `environment` reads."""
         return tuple(re.findall(r"[A-Z][A-Z0-9]*(?:_[A-Z0-9]+)+", self.switched_on_by))

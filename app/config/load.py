@@ -1,8 +1,8 @@
-"""YAML and environment to settings: finds the file, fills in variables, applies overrides, checks all,
+"""Loads the settings from YAML and environment: finds the file, substitutes variables, applies overrides, validates,
 and reports all mistakes at once.
 
-The order of `load` is the order of precedence, lowest first: file or vendors' variables, then `EMBEDDING_GATEWAY__…`.
-Touches nothing but the file and, without one, the ports it is told to look at.
+The order of `load` is the order of precedence, lowest first: file or vendor variables, then `EMBEDDING_GATEWAY__…`.
+Touches only the file and, if it names no upstreams, the default ports of upstream types.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ DEFAULT_FILE = "config.yaml"
 
 
 class ConfigError(Exception):
-    """The configuration cannot be used. `mistakes` has a readable line for each thing to put right; no line holds a
-    secret, or anything else that a variable held."""
+    """The configuration cannot be used. `mistakes` has one readable line per mistake; no line holds a secret, or the
+    value of a variable."""
 
     def __init__(self, mistakes: list[str]) -> None:
         super().__init__("\n".join(mistakes))
@@ -36,7 +36,7 @@ class ConfigError(Exception):
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether something accepts connections there, found out within a fifth of a second."""
+    """Whether something accepts connections there. Takes at most a fifth of a second."""
     try:
         with socket.create_connection((host, port), timeout=0.2):
             return True
@@ -52,7 +52,8 @@ def load(
     cwd: Path | None = None,
     listening: Listening = listens,
 ) -> Settings:
-    """The settings from the file at `path` (`--config`), or the next place that has one, or the environment alone.
+    """The settings from the file at `path` (`--config`), else from the file that `find_file` finds, else from the
+    environment alone.
 
     Raises `ConfigError`. An empty environment variable counts as unset.
     """
@@ -68,8 +69,8 @@ def load_with_origin(
     listening: Listening = listens,
     may_be_empty: bool = True,
 ) -> tuple[Settings, bool]:
-    """What `load` gives, and whether there was a file that said anything. Unless it `may_be_empty`, raises for one that
-    says nothing, too."""
+    """The settings as from `load`, and whether they came from a file that was not empty. Unless the file
+    `may_be_empty`, also raises `ConfigError` if it is."""
     environ = {name: value for name, value in environ.items() if value}
     file = find_file(path, environ, cwd or Path())
     tree = Tree(label=file or "environment")
@@ -81,23 +82,23 @@ def load_with_origin(
     elif "REDIS_URL" in environ:
         tree.values["cache"] = {"redis": {"url": environ["REDIS_URL"]}}
         tree.variables["cache", "redis"] = "REDIS_URL"
-    said = file is not None and bool(tree.values)
-    # A file that cannot be read has one mistake; anything else would be about what it was meant to say.
+    from_file = file is not None and bool(tree.values)
+    # A file that cannot be read is one mistake; any other would only follow from its missing content.
     if not any(mistake.path == () for mistake in tree.mistakes):
-        settings = _completed(tree, environ, kinds, listening)
+        settings = _complete(tree, environ, kinds, listening)
         if settings is not None:
-            return settings, said
+            return settings, from_file
     raise ConfigError(tree.lines())
 
 
 def as_text(settings: Settings) -> str:
-    """The settings for another process, secrets included: `from_text` makes the same of it."""
-    said = settings.model_dump(exclude_unset=True, serialize_as_any=True)
-    return json.dumps(said, default=SecretStr.get_secret_value)
+    """The settings as text for another process, secrets included; `from_text` is the inverse."""
+    values = settings.model_dump(exclude_unset=True, serialize_as_any=True)
+    return json.dumps(values, default=SecretStr.get_secret_value)
 
 
 def from_text(text: str, kinds: Mapping[str, UpstreamKind]) -> Settings:
-    """What `as_text` was given, by the same program."""
+    """The settings that the same program passed to `as_text`."""
     tree = Tree(label="parent", values=json.loads(text))
     settings = validate(tree, kinds)
     if settings is None:
@@ -106,14 +107,14 @@ def from_text(text: str, kinds: Mapping[str, UpstreamKind]) -> Settings:
 
 
 def find_file(path: str | None, environ: Mapping[str, str], cwd: Path) -> str | None:
-    """The file that counts, as it was named; None where there is none. A file that is named need not exist."""
-    return path or environ.get(VARIABLE) or (DEFAULT_FILE if _is_there(cwd / DEFAULT_FILE) else None)
+    """The configuration file, as it was named; None if there is none. A file named explicitly need not exist."""
+    return path or environ.get(VARIABLE) or (DEFAULT_FILE if _exists(cwd / DEFAULT_FILE) else None)
 
 
-def _is_there(file: Path) -> bool:
+def _exists(file: Path) -> bool:
     try:
         return file.exists()
-    except OSError:  # in a directory that whoever runs this may not look into
+    except OSError:  # in a directory this user may not search
         return False
 
 
@@ -130,7 +131,7 @@ def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -
         read_yaml(text, environ, tree)
 
 
-def _completed(
+def _complete(
     tree: Tree, environ: Mapping[str, str], kinds: Mapping[str, UpstreamKind], listening: Listening
 ) -> Settings | None:
     values = tree.values
@@ -148,7 +149,8 @@ def _completed(
 
 
 def _drop_empty(values: dict[str, Any]) -> None:
-    """`cache:` with every line below it commented out is no cache section. An empty `auth:` is refused."""
+    """Drops empty sections: `cache:` with every line below it commented out counts as absent. An empty `auth:` is
+    refused instead."""
     for section in ("server", "cache", "upstreams", "models"):
         if section in values and values[section] is None:
             del values[section]

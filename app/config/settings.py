@@ -1,7 +1,7 @@
 """The settings: frozen, strict about their keys, secrets as SecretStr.
 
-`app.config.load` reads YAML and environment into them. Knows no upstream: each type brings its own settings class
-(`app.upstreams`), handed in by whoever loads.
+`app.config.load` reads YAML and environment into them. Knows no upstream: each type has its own settings class
+(`app.upstreams`), which the caller of `load` passes in.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from app.types import MAX_DIMENSIONS, Lane, OnLongInput
 
 
 class Section(BaseModel):
-    """A part of the configuration: frozen, and strict about its keys. No text in it is empty."""
+    """A part of the configuration: frozen, strict about its keys, and without empty strings."""
 
     model_config = ConfigDict(
         extra="forbid", frozen=True, hide_input_in_errors=True, str_min_length=1, allow_inf_nan=False
@@ -41,8 +41,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _yes_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """YAML's `yes` would pass for 1."""
+    def _refuse_bool_as_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """Otherwise YAML's `yes` would pass for 1."""
         annotation = cls.model_fields[info.field_name or ""].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise PydanticKnownError("int_type")
@@ -63,14 +63,14 @@ class ServerSettings(Section):
 
     @field_validator("metrics_port")
     @classmethod
-    def _is_another(cls, value: int | None, others: ValidationInfo) -> int | None:
+    def _differs_from_port(cls, value: int | None, others: ValidationInfo) -> int | None:
         if value and value == others.data.get("port"):
             raise ValueError("is the main port; give it another, or null to share the main one")
         return value
 
 
 class KeySettings(Section):
-    """One caller's key: `key` in clear or `sha256` of it, exactly one."""
+    """One caller's key: exactly one of `key`, in plain text, and its `sha256`."""
 
     key: Key | None = None
     sha256: str | None = Field(default=None, repr=False)
@@ -94,7 +94,7 @@ class KeySettings(Section):
         return self
 
     def digest(self) -> bytes:
-        """SHA-256 of the key: all that is needed to know it again."""
+        """SHA-256 of the key: all that is needed to recognise it."""
         if self.key is None:
             return bytes.fromhex(self.sha256 or "")
         return hashlib.sha256(self.key.get_secret_value().encode()).digest()
@@ -124,7 +124,7 @@ class RedisSettings(Section):
 
 
 class CacheSettings(Section):
-    """The tiers, asked in this order. None switches one off; all may be off."""
+    """The tiers, in look-up order. None switches a tier off; all may be off."""
 
     ttl: Duration = 30 * 86400.0
     memory: MemorySettings | None = MemorySettings()
@@ -133,7 +133,7 @@ class CacheSettings(Section):
 
 
 class UpstreamSettings(Section):
-    """What any upstream may say. Each type's own settings derive from this and add to it."""
+    """The settings common to all upstreams. Each type's own settings derive from this class."""
 
     type: str
     base_url: str = Field(description="the address requests go to, such as https://host/v1")
@@ -147,7 +147,7 @@ class UpstreamSettings(Section):
     headers: dict[str, str] = Field(default={}, repr=False)
     proxy: SecretStr | None = None
 
-    # By field and not by type, so that a type which gives a field its own default keeps the check.
+    # Validators are bound to fields, not types, so that a subclass that overrides a field's default keeps the check.
 
     @field_validator("*")
     @classmethod
@@ -172,7 +172,7 @@ class UpstreamSettings(Section):
         return value and SecretStr(proxy_text(value.get_secret_value()))
 
     @model_validator(mode="after")
-    def _keys_said_once(self) -> Self:
+    def _api_key_or_api_keys(self) -> Self:
         if self.api_key is not None and self.api_keys:
             raise ValueError("set api_key or api_keys, not both")
         return self
@@ -184,11 +184,11 @@ class DeploymentSettings(Section):
     weight: float = Field(default=1, gt=0)
     priority: int = Field(default=1, ge=0)
     space: str | None = None
-    """The operator's word that deployments with the same `space` give equal vectors, whatever the upstream."""
+    """The operator's assurance that deployments with the same `space` give equal vectors, whatever the upstream."""
 
 
 class PrefixSettings(Section):
-    """What goes before a text to tell its role, for a model that is told so."""
+    """What precedes a text to state its role, for models that learn the role from a prefix."""
 
     query: str = Field(default="", max_length=1000)
     document: str = Field(default="", max_length=1000)
@@ -220,8 +220,8 @@ class ModelSettings(Section):
 
 
 class Settings(Section):
-    """The whole configuration. It reads nothing by itself, since two gateways in one process may differ:
-    `app.config.load` reads, from what it is handed."""
+    """The whole configuration. It reads nothing by itself, since two gateways in one process may differ;
+    `app.config.load` reads from its arguments."""
 
     server: ServerSettings = ServerSettings()
     auth: AuthSettings | None = None
@@ -231,4 +231,4 @@ class Settings(Section):
 
 
 CAPABILITIES = ("instruct", "sparse", "images", "videos")
-"""What a model may take or give that not every dialect can tell it, or ask of it."""
+"""What a model may accept or return that not every dialect can express."""

@@ -1,4 +1,4 @@
-"""Where the settings come from, to be read again while the program runs; and what of them can change then."""
+"""Where the settings come from, for reloading at run time, and which of them can change without a restart."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from app.config.settings import Settings
 
 log = logging.getLogger(__name__)
 
-FIXED = ("host", "port", "workers", "metrics_port")
-"""Settings of `server` that hold from start to end; so does all of `cache`."""
+RESTART_ONLY = ("host", "port", "workers", "metrics_port")
+"""Settings of `server` that change only with a restart, as does all of `cache`."""
 
 
 class ConfigSource:
-    """The file that counts, decided once; or the environment alone, until SIGHUP finds a config.yaml.
+    """The configuration file, chosen once; or the environment alone, until a SIGHUP finds a config.yaml.
 
-    A file that is gone later, or empty and was not before, is a mistake then: otherwise the environment would silently
-    take its place, and whoever reaches the gateway that of its callers.
+    A file that is later missing, or newly empty, is a mistake: otherwise the environment would silently replace it, and
+    the gateway would serve anybody who can reach it instead of its configured callers.
     """
 
     def __init__(
@@ -28,24 +28,24 @@ class ConfigSource:
     ) -> None:
         self._environ, self._kinds, self._cwd = environ, kinds, cwd or Path()
         self.file = find_file(path, environ, self._cwd)
-        """As it was named; None where there is none."""
+        """The file as it was named; None if there is none."""
         self.loaded = self.signature()
-        """The signature of what was last read."""
-        self._said = False
-        """Whether the file that was last loaded said anything; one of comments alone may stay as it is."""
+        """The signature of the file when it was last read."""
+        self._had_values = False
+        """Whether the file last loaded had any values. A file of comments alone may stay that way."""
 
     def load(self) -> Settings:
-        """The settings as they are now. Raises `ConfigError`. Blocks for some milliseconds."""
-        # One that has come stays the file, or the environment would take its place when it is gone again.
+        """The current settings. Raises `ConfigError`. Blocks for some milliseconds."""
+        # A file that has appeared is kept: if it vanishes again, the environment must not take its place.
         self.file = find_file(self.file, self._environ, self._cwd)
         self.loaded = self.signature()
-        settings, self._said = load_with_origin(
-            self.file, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._said
+        settings, self._had_values = load_with_origin(
+            self.file, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._had_values
         )
         return settings
 
     def signature(self) -> tuple[int, int, int, int] | None:
-        """Differs when the file does, or who may read it; None while there is no file."""
+        """Changes whenever the file or its permissions do; None while there is no file."""
         try:
             stat = (self._cwd / self.file).stat() if self.file else None
         except OSError:
@@ -54,7 +54,7 @@ class ConfigSource:
 
 
 class ParentConfig:
-    """Settings as text from another process, which has read them and says when there are others."""
+    """Settings as text from the parent process, which reads them and sends new ones when they change."""
 
     loaded = None
 
@@ -65,15 +65,15 @@ class ParentConfig:
         return from_text(self.text, self._kinds)
 
     def signature(self) -> None:
-        """There is no file to look at."""
+        """None: there is no file to watch."""
 
 
 def applicable(running: Settings, wanted: Settings) -> Settings:
-    """`wanted` as far as a running program can follow it. What it cannot follow is said."""
-    fixed = {name: getattr(running.server, name) for name in FIXED}
-    stuck = [f"server.{name}" for name, value in fixed.items() if getattr(wanted.server, name) != value]
-    stuck += ["cache"] if wanted.cache != running.cache else []
-    for name in stuck:
+    """`wanted`, except for settings that a running program cannot change, which keep their values and are logged."""
+    fixed = {name: getattr(running.server, name) for name in RESTART_ONLY}
+    ignored = [f"server.{name}" for name, value in fixed.items() if getattr(wanted.server, name) != value]
+    ignored += ["cache"] if wanted.cache != running.cache else []
+    for name in ignored:
         log.warning("%s has changed, which takes a restart; the old value stays in force", name)
     server = wanted.server.model_copy(update=fixed)
     return wanted.model_copy(update={"server": server, "cache": running.cache})

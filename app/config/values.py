@@ -1,6 +1,6 @@
-"""Kinds of value the settings are made of: durations, sizes, names, keys, addresses.
+"""The value types of the settings: durations, sizes, names, keys, addresses.
 
-A ValueError is one readable sentence, and never holds the value: it may be a secret, or hold one.
+A ValueError is one readable sentence. It never contains the value, which may be or contain a secret.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ _SIZE = {
 
 DURATIONS = "250ms, 30s, 10m, 1h, 30d, or a number of seconds"
 SIZES = "64KiB, 256MiB, 2GiB, or a number of bytes"
-LONGEST = 36500 * 86400.0
-"""Seconds. What ends later ends beyond calendars, Redis's and others'."""
-LARGEST = 2**50
+MAX_DURATION = 36500 * 86400.0
+"""Seconds. Longer ones exceed the range of calendars, Redis's and others'."""
+MAX_SIZE = 2**50
 """Bytes."""
 _ESCAPES = "in a password write %23 for #, %2F for / and %3F for ?"
 
 
 def parse_duration(value: Any) -> Any:
-    """One of `DURATIONS` to seconds. Raises `ValueError`; what is no text is left for the field to judge."""
+    """Parses one of `DURATIONS` into seconds. Raises `ValueError`. Leaves a value that is not text to the field."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(ms|s|m|h|d)?\s*", value)
         if not match:
@@ -46,7 +46,7 @@ def parse_duration(value: Any) -> Any:
 
 
 def parse_size(value: Any) -> Any:
-    """One of `SIZES` to bytes, likewise."""
+    """Parses one of `SIZES` into bytes, likewise."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*([0-9]{1,16}(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", value)
         if not match:
@@ -55,40 +55,40 @@ def parse_size(value: Any) -> Any:
     return value
 
 
-def not_for_ever(value: float) -> float:
-    if value > LONGEST:
+def bounded_duration(value: float) -> float:
+    if value > MAX_DURATION:
         raise ValueError("must be at most 36500d")
     return value
 
 
-def not_endless(value: int) -> int:
-    if value > LARGEST:
+def bounded_size(value: int) -> int:
+    if value > MAX_SIZE:
         raise ValueError("must be at most 1024TiB")
     return value
 
 
 def plain_name(value: str) -> str:
-    """A name that can stand in a path, a metric's label and an environment variable."""
+    """A name that is valid in a path, a metric label and an environment variable."""
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", value):
         raise ValueError("a name here is letters, digits, '.', '_' and '-', and begins with a letter or digit")
     return value
 
 
 def model_name(value: str) -> str:
-    """Model names are the vendors' and may hold `/` and `:`; what they never hold is space."""
+    """Model names are the vendors' and may contain `/` and `:`, but never whitespace."""
     if not value or re.search(r"[\s\x00-\x1f\x7f]", value):
         raise ValueError("a model's name must not be empty or hold spaces")
     return value
 
 
 def key_text(value: SecretStr) -> SecretStr:
-    """A key travels in a header: printable ASCII. What stands around it (a line end from a file) is dropped."""
+    """A key is sent in a header, hence printable ASCII. Surrounding whitespace (a line end from a file) is dropped."""
     text = value.get_secret_value().strip()
     if not text:
         raise ValueError("must not be empty")
     if not re.fullmatch(r"[\x21-\x7e]+", text):
         raise ValueError("must be printable ASCII without spaces")
-    # What no shell has read: an .env file's quotes are part of the value for `docker --env-file`.
+    # Shell syntax that no shell has read: for `docker --env-file` the quotes in an .env file are part of the value.
     if re.fullmatch(r"(['\"]).*\1", text):
         raise ValueError("is in quotes, which are taken for a part of it; leave them out")
     if re.fullmatch(r"\$(\(\w+\)|[A-Z_][A-Z0-9_]*)", text):
@@ -97,14 +97,14 @@ def key_text(value: SecretStr) -> SecretStr:
 
 
 def file_path(value: str) -> str:
-    """A file's path, which no shell has read: `~` would be a directory of that name."""
+    """A file path. No shell expands it, so `~` would be a directory of that name."""
     if value.startswith("~"):
         raise ValueError("begins with ~ as a shell has it; write ${HOME} or the whole path")
     return value
 
 
 def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
-    """An absolute URL without a trailing slash, or ValueError. Messages never hold the URL: it may hold a password."""
+    """An absolute URL without a trailing slash. Raises `ValueError`, never with the URL: it may contain a password."""
     written = " or ".join(f"{scheme}://" for scheme in schemes)
     escapes = f"; {_ESCAPES}" if credentials and "@" in text else ""
     try:
@@ -139,11 +139,11 @@ _REDIS_OPTIONS = {
     "ssl_cert_reqs": "none|optional|required",
     "ssl_check_hostname": _TRUTH,
 }
-"""What may stand behind the `?` of a Redis URL: of redis-py's options those that leave deadlines to us."""
+"""The options allowed in the query of a Redis URL: those of redis-py's that do not affect deadlines."""
 
 
 def redis_url_text(value: str) -> str:
-    """`redis://` or `rediss://` with a database's number for a path, or `unix://` with a socket's."""
+    """`redis://` or `rediss://` with a database number as its path, or `unix://` with a socket's path."""
     checked = check_url(value, ("redis", "rediss", "unix"), credentials=True)
     url = urlsplit(checked)
     if url.fragment:
@@ -162,28 +162,28 @@ def redis_url_text(value: str) -> str:
 
 
 def base_url_text(value: str) -> str:
-    """Where paths are appended to: http(s), and nothing after the path."""
+    """A URL that paths are appended to: http(s), and nothing after the path."""
     checked = check_url(value, ("http", "https"), credentials=False)
     if "?" in checked or "#" in checked:
         raise ValueError("must not hold a query (?) or fragment (#)")
-    return _can_be_asked(checked)
+    return _check_host(checked)
 
 
 def proxy_text(value: str) -> str:
-    """Where requests go through: http(s), with a user and password or without."""
-    return _can_be_asked(check_url(value, ("http", "https"), credentials=True))
+    """The URL of a proxy: http(s), with or without user and password."""
+    return _check_host(check_url(value, ("http", "https"), credentials=True))
 
 
-def _can_be_asked(url: str) -> str:
+def _check_host(url: str) -> str:
     try:
-        httpx.URL(url)  # which knows what names in other scripts can be
+        httpx.URL(url)  # validates international host names
     except httpx.InvalidURL:
         raise ValueError("must be a URL whose host is a name that can be looked up, or an address") from None
     return url
 
 
 def header_fields(value: dict[str, str]) -> dict[str, str]:
-    """Extra request headers: sendable names and values, and none that frame the message."""
+    """Extra request headers: valid names and values, and none that affect message framing."""
     for name, text in value.items():
         if not re.fullmatch(r"[A-Za-z0-9!#$%&'*+.^_`|~-]+", name):
             raise ValueError("a header's name is letters, digits and '-'")
@@ -194,12 +194,12 @@ def header_fields(value: dict[str, str]) -> dict[str, str]:
     return value
 
 
-Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(not_for_ever)]
-Pause = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), AfterValidator(not_for_ever)]
-"""A duration that may be none at all."""
-Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), AfterValidator(not_endless)]
+Duration = Annotated[float, BeforeValidator(parse_duration), Field(gt=0), AfterValidator(bounded_duration)]
+Pause = Annotated[float, BeforeValidator(parse_duration), Field(ge=0), AfterValidator(bounded_duration)]
+"""A duration that may be 0."""
+Size = Annotated[int, BeforeValidator(parse_size), Field(gt=0), AfterValidator(bounded_size)]
 Count = Annotated[int, Field(ge=1, le=10**12)]
-"""A bounded whole number: Python's have no end, but these are turned into numbers of other kinds, which do."""
+"""A bounded whole number: Python's integers are unbounded, but these are converted to types that are not."""
 Name = Annotated[str, AfterValidator(plain_name)]
 FilePath = Annotated[str, AfterValidator(file_path)]
 ModelName = Annotated[str, AfterValidator(model_name)]

@@ -1,4 +1,4 @@
-"""Reads the configuration again while the program runs: when asked to, and when the file has changed."""
+"""Reloads the configuration while the program runs: on request, and when the file has changed."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from app.config.source import ConfigSource, ParentConfig
 
 log = logging.getLogger(__name__)
 
-LOOK = 2.0
-"""Seconds between two looks at the file. A change is read once it has stayed for one."""
+POLL_INTERVAL = 2.0
+"""Seconds between checks of the file. A change is loaded once the file has been stable for one interval."""
 
 
 class ConfigWatcher:
-    """`change` is to put new settings in force, or raise and change nothing; `result` is told whether all went well."""
+    """`change` puts new settings in force, or raises and changes nothing; `result` is called with whether the reload
+    succeeded."""
 
     def __init__(
         self,
@@ -28,33 +29,33 @@ class ConfigWatcher:
         result: Callable[[bool], None],
     ) -> None:
         self._source, self._clock, self._change, self._result = source, clock, change, result
-        self._asked = asyncio.Event()
+        self._requested = asyncio.Event()
 
     def ask(self) -> None:
-        """Has the configuration read again, soon. To be called in the event loop."""
-        self._asked.set()
+        """Requests a reload. Must be called within the event loop."""
+        self._requested.set()
 
     async def run(self) -> None:
-        """Until it is cancelled."""
-        await asyncio.gather(self._read_when_asked(), self._look_at_file())
+        """Runs until cancelled."""
+        await asyncio.gather(self._reload_on_request(), self._poll_file())
 
-    async def _look_at_file(self) -> None:
-        """Asks when the file has changed and is not being written to any more."""
+    async def _poll_file(self) -> None:
+        """Requests a reload when the file has changed and is no longer being written."""
         seen = self._source.loaded
         while True:
-            await self._clock.sleep(LOOK)
+            await self._clock.sleep(POLL_INTERVAL)
             before, seen = seen, self._source.signature()
             if seen is not None and seen == before and seen != self._source.loaded:
                 self.ask()
 
-    async def _read_when_asked(self) -> None:
+    async def _reload_on_request(self) -> None:
         while True:
-            await self._asked.wait()
-            self._asked.clear()
-            self._result(await self._read())
+            await self._requested.wait()
+            self._requested.clear()
+            self._result(await self._reload())
 
-    async def _read(self) -> bool:
-        """Whether the configuration as it stands is now in force. If not, nothing has changed."""
+    async def _reload(self) -> bool:
+        """Whether the current configuration is now in force. If not, nothing has changed."""
         try:
             await self._change(await asyncio.to_thread(self._source.load))
         except ConfigError as error:

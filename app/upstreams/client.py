@@ -1,6 +1,6 @@
 """The only door to the network: one HTTP exchange, bounded in time and bytes, redirects never followed.
 
-What performs it is an engine: `app.upstreams.network` as a rule, or any httpx transport that was handed in.
+An engine performs it: `app.upstreams.network` by default, or any httpx transport that is passed in.
 Knows no dialect, no retry and no credentials.
 """
 
@@ -22,9 +22,9 @@ _HEADERS = {"user-agent": f"embedding-gateway/{__version__}", "accept-encoding":
 
 
 class Engine(Protocol):
-    """Sends a request whose `url` is complete and has the query in it; reads the reply to its end.
+    """Sends a request whose `url` already contains the query; reads the whole reply.
 
-    Raises `UpstreamUnreachable`, `UpstreamTimeout`, and `UpstreamInvalidResponse` for a reply over its `max_reply`.
+    Raises `UpstreamUnreachable`, `UpstreamTimeout`, and `UpstreamInvalidResponse` for a reply over `max_reply` bytes.
     """
 
     async def exchange(self, request: WireRequest) -> WireReply: ...
@@ -33,9 +33,9 @@ class Engine(Protocol):
 
 
 class Client:
-    """Performs `WireRequest`s, which stay as they are. One per upstream; its engine has its own connection pool.
+    """Performs `WireRequest`s without changing them. One per upstream; its engine has its own connection pool.
 
-    `headers` are put on every request, in place of its own of these names.
+    `headers` are added to every request and override the request's own.
     """
 
     def __init__(
@@ -45,16 +45,17 @@ class Client:
         timeout: float,
         headers: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        self._engine = OverHttpx(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
+        self._engine = HttpxEngine(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
         self._timeout = timeout
         self._headers = {name.lower(): value for name, value in headers.items()}
         self._deadlines = Deadlines()
 
     async def send(self, request: WireRequest) -> WireReply:
-        """One exchange within `timeout` seconds in total, however slowly the bytes come.
+        """One exchange, within `timeout` seconds in total, however slowly the bytes arrive.
 
         Raises `UpstreamTimeout`, `UpstreamUnreachable` (no connection, or one that broke), and
-        `UpstreamInvalidResponse` (a reply over the request's `max_reply`, or compressed although we refuse that).
+        `UpstreamInvalidResponse` (a reply over the request's `max_reply` bytes, or compressed although we asked for
+        `identity`).
         """
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
         headers = {**_HEADERS, **request.headers, **self._headers}
@@ -72,17 +73,17 @@ class Client:
         await self._engine.aclose()
 
 
-class OverHttpx:
+class HttpxEngine:
     """An engine over an httpx transport: a test's, or one inside this process."""
 
     def __init__(self, transport: httpx.AsyncBaseTransport) -> None:
         self._transport = transport
 
     async def exchange(self, request: WireRequest) -> WireReply:
-        message = httpx.Request(request.method, request.url, headers=request.headers, content=request.body)
+        outgoing = httpx.Request(request.method, request.url, headers=request.headers, content=request.body)
         try:
-            response = await self._transport.handle_async_request(message)
-            # Not `aiter_raw`, which gives nothing of a response that was made with its whole body, as mocks' are.
+            response = await self._transport.handle_async_request(outgoing)
+            # Not `aiter_raw`, which yields nothing for a response built with its whole body, as mocks' are.
             assert isinstance(response.stream, httpx.AsyncByteStream)
             try:
                 chunks: list[bytes] = []
@@ -103,7 +104,7 @@ class OverHttpx:
 
 
 def _translate(error: httpx.TransportError) -> GatewayError:
-    """Transport trouble in the caller's words. The exception's own text may hold a URL and stays out."""
+    """A transport's error as one of ours. The exception's own text may contain a URL and is left out."""
     if isinstance(error, httpx.ConnectTimeout | httpx.PoolTimeout):
         return UpstreamUnreachable("no connection to the upstream in time")
     if isinstance(error, httpx.TimeoutException):

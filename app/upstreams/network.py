@@ -1,9 +1,9 @@
-"""The engine that reaches the network: connections to each origin, kept alive and used again, direct or by a proxy.
+"""The engine that reaches the network: kept-alive connections to each origin, direct or through a proxy.
 
-An HTTP client of our own, for those there are would cost more than all the rest of the gateway: with 16 calls at once,
-a call costs httpx 1,100 µs of processor time, aiohttp 82 and this one 20 (bench/README.md). Addresses are tried as in
-RFC 8305 (aiohappyeyeballs), TLS is the standard library's, framing llhttp's. No cookies, no redirects, no compression,
-no environment.
+We have our own HTTP client because the existing ones would cost more than the rest of the gateway: with 16 concurrent
+calls, a call costs httpx 1,100 µs of CPU time, aiohttp 82 and this one 20 (bench/README.md). Addresses are tried as in
+RFC 8305 (aiohappyeyeballs); TLS is the standard library's, framing llhttp's. No cookies, no redirects, no compression,
+no environment variables.
 """
 
 from __future__ import annotations
@@ -27,37 +27,38 @@ from app.types import WireReply, WireRequest
 from app.upstreams.connection import Connection, StaleConnection
 
 KEEP_ALIVE = 30.0
-"""Seconds a connection may lie idle. Servers close theirs after 5 s (uvicorn) to 75 s (nginx) and longer."""
+"""Seconds a connection may stay idle. Servers close idle ones after 5 s (uvicorn) to 75 s (nginx) or more."""
 ADDRESS_DELAY = 0.25
-"""Seconds after which the next address of a name is tried as well (RFC 8305, 8)."""
+"""Seconds before the next address of a name is tried as well (RFC 8305, 8)."""
 SCRATCH = 16 * 2**10
-"""Bytes received at once until a body has memory of its own. What comes along with a head is copied once more."""
-URLS = 64
-"""URLs remembered in their parsed form: parsing one costs more than sending to it."""
+"""Size in bytes of the shared receive buffer, used until a body has its own. Body bytes that arrive with a head are
+copied once more."""
+URL_CACHE_SIZE = 64
+"""Parsed URLs cached: parsing one costs more than sending to it."""
 
-_REFUSED = (403, 407)
-"""Statuses with which a proxy refuses for good: it does not lead there, or not with this password."""
+_PROXY_REFUSALS = (403, 407)
+"""Statuses of a proxy's permanent refusal: it does not serve this destination, or rejects our password."""
 
-_OURS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
-"""Why no socket, or no thread to look its address up, could be had here, which no upstream has part in."""
+_LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
+"""Errors of this machine and no upstream's fault: no socket is left, or no thread to look up an address."""
 
 _Addresses: TypeAlias = list[tuple[Any, ...]]
-"""As `socket.getaddrinfo` gives them."""
+"""As `socket.getaddrinfo` returns them."""
 
 
 class _Origin(NamedTuple):
-    """Where a connection leads."""
+    """Where a connection goes."""
 
     tls: bool
     host: str
-    """As DNS wants it."""
+    """As DNS takes it."""
     port: int
     authority: str
-    """As the Host header wants it."""
+    """As the Host header takes it."""
 
 
 class NetworkEngine:
-    """One upstream's connections. `connect_timeout` in seconds, until the TLS handshake is done; `proxy` a URL or
+    """One upstream's connections. `connect_timeout` is in seconds and includes the TLS handshake; `proxy` is a URL or
     None."""
 
     def __init__(self, *, connect_timeout: float, proxy: str | None = None) -> None:
@@ -65,45 +66,45 @@ class NetworkEngine:
         self._proxy = _Proxy(proxy) if proxy else None
         self._scratch = memoryview(bytearray(SCRATCH))
         self._idle: dict[_Origin, list[tuple[float, Connection]]] = {}
-        """The one used last is at the end."""
-        self._sweeping: asyncio.TimerHandle | None = None
+        """Most recently used last."""
+        self._sweep_timer: asyncio.TimerHandle | None = None
         self._urls: dict[str, tuple[_Origin, str]] = {}
         self._tls: ssl.SSLContext | None = None
-        self._looking: dict[_Origin, asyncio.Future[_Addresses]] = {}
+        self._lookups: dict[_Origin, asyncio.Future[_Addresses]] = {}
 
     async def exchange(self, request: WireRequest) -> WireReply:
-        """Sends; and once more, unasked, where a kept-alive connection turns out to have been closed."""
-        origin, target = self._parsed(request.url)
+        """Sends the request, and resends it on a new connection if a kept-alive one turns out to have been closed."""
+        origin, target = self._parse_url(request.url)
         message = self._message(request, origin, target)
-        kept = self._kept(origin)
-        if kept is not None:
+        idle = self._take_idle(origin)
+        if idle is not None:
             try:
-                return await self._over(kept, origin, message, request.max_reply)
+                return await self._exchange_on(idle, origin, message, request.max_reply)
             except StaleConnection:
                 pass
-        return await self._over(await self._connect(origin), origin, message, request.max_reply)
+        return await self._exchange_on(await self._connect(origin), origin, message, request.max_reply)
 
     async def aclose(self) -> None:
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            self._sweeping = None
+        if self._sweep_timer is not None:
+            self._sweep_timer.cancel()
+            self._sweep_timer = None
         for origin in list(self._idle):
             self._drop_idle(origin)
 
-    async def _over(self, connection: Connection, origin: _Origin, message: bytes, max_reply: int) -> WireReply:
+    async def _exchange_on(self, connection: Connection, origin: _Origin, message: bytes, max_reply: int) -> WireReply:
         try:
             reply = await connection.exchange(message, max_reply)
         except BaseException as fault:
-            connection.close()  # left unread, it can carry nothing else
-            if isinstance(fault, asyncio.CancelledError):  # no answer: where the way there has died, these have, too
+            connection.close()  # with a reply unread, it cannot be used again
+            if isinstance(fault, asyncio.CancelledError):  # no answer: if the path is dead, so are the idle ones
                 self._drop_idle(origin)
             raise
         if not connection.closed:
-            self._keep(origin, connection)
+            self._put_idle(origin, connection)
         return reply
 
     def _message(self, request: WireRequest, origin: _Origin, target: str) -> bytes:
-        """The whole message. Raises `UpstreamMisconfigured` for a header that would be more than one."""
+        """Head and body. Raises `UpstreamMisconfigured` for a header that would become several."""
         headers = {"host": origin.authority, **request.headers}
         if self._proxy and not origin.tls:
             target = f"http://{origin.authority}{target}"
@@ -115,57 +116,57 @@ class NetworkEngine:
             raise UpstreamMisconfigured("a header for the upstream holds a line break")
         return f"{request.method} {target} HTTP/1.1\r\n{lines}\r\n\r\n".encode() + request.body
 
-    def _parsed(self, url: str) -> tuple[_Origin, str]:
-        known = self._urls.get(url)
-        if known is None:
+    def _parse_url(self, url: str) -> tuple[_Origin, str]:
+        cached = self._urls.get(url)
+        if cached is None:
             parsed = httpx.URL(url)
-            known = self._urls[url] = (_origin(parsed), parsed.raw_path.decode("ascii"))
-            if len(self._urls) > URLS:
+            cached = self._urls[url] = (_origin(parsed), parsed.raw_path.decode("ascii"))
+            if len(self._urls) > URL_CACHE_SIZE:
                 self._urls.pop(next(iter(self._urls)))
-        return known
+        return cached
 
-    # --- connections kept ---------------------------------------------------------------------------------
+    # --- idle connections ---------------------------------------------------------------------------------
 
-    def _kept(self, origin: _Origin) -> Connection | None:
+    def _take_idle(self, origin: _Origin) -> Connection | None:
         connections = self._idle.get(origin)
-        oldest = asyncio.get_running_loop().time() - KEEP_ALIVE
+        cutoff = asyncio.get_running_loop().time() - KEEP_ALIVE
         while connections:
             since, connection = connections.pop()
             if connection.closed:
                 continue
-            if since > oldest:
+            if since > cutoff:
                 return connection
             connection.close()
         return None
 
-    def _keep(self, origin: _Origin, connection: Connection) -> None:
+    def _put_idle(self, origin: _Origin, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
         self._idle.setdefault(origin, []).append((loop.time(), connection))
-        if self._sweeping is None:
-            self._sweeping = loop.call_later(KEEP_ALIVE, self._sweep)
+        if self._sweep_timer is None:
+            self._sweep_timer = loop.call_later(KEEP_ALIVE, self._sweep)
 
     def _drop_idle(self, origin: _Origin) -> None:
         for _, connection in self._idle.pop(origin, ()):
             connection.close()
 
     def _sweep(self) -> None:
-        """Closes what has been idle too long; comes back while there is anything."""
+        """Closes connections idle for too long; reschedules itself while any are left."""
         loop = asyncio.get_running_loop()
-        oldest = loop.time() - KEEP_ALIVE
+        cutoff = loop.time() - KEEP_ALIVE
         for origin, connections in list(self._idle.items()):
             for since, connection in connections:
-                if since <= oldest:
+                if since <= cutoff:
                     connection.close()
             self._idle[origin] = [each for each in connections if not each[1].closed]
             if not self._idle[origin]:
                 del self._idle[origin]
-        self._sweeping = loop.call_later(KEEP_ALIVE / 4, self._sweep) if self._idle else None
+        self._sweep_timer = loop.call_later(KEEP_ALIVE / 4, self._sweep) if self._idle else None
 
-    # --- connections made ---------------------------------------------------------------------------------
+    # --- new connections ----------------------------------------------------------------------------------
 
     async def _connect(self, origin: _Origin) -> Connection:
-        """Raises `UpstreamUnreachable`, or `Overloaded` where the system gives this process no more sockets; an
-        exception's own text may hold a URL and stays out of it."""
+        """Raises `UpstreamUnreachable`, or `Overloaded` when the system gives this process no more sockets. The
+        exceptions' own texts may contain a URL and are left out."""
         try:
             async with asyncio.timeout(self._connect_timeout):
                 if self._proxy is None:
@@ -180,48 +181,48 @@ class NetworkEngine:
     async def _dial(self, origin: _Origin) -> Connection:
         loop = asyncio.get_running_loop()
         addresses = await self._addresses(origin)
-        connects = cast("asyncio.AbstractEventLoop", _Connects())
-        link = await aiohappyeyeballs.start_connection(
-            addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1, loop=connects
+        connector = cast("asyncio.AbstractEventLoop", _Connector())
+        sock = await aiohappyeyeballs.start_connection(
+            addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1, loop=connector
         )
         try:
             _, connection = await loop.create_connection(
                 lambda: Connection(self._scratch),
-                sock=link,
+                sock=sock,
                 ssl=self._context() if origin.tls else None,
                 server_hostname=origin.host if origin.tls else None,
             )
         except BaseException:
-            link.close()
+            sock.close()
             raise
         return connection
 
     async def _addresses(self, origin: _Origin) -> _Addresses:
-        """The addresses of its name. There is one look-up of it at a time, which goes on though callers give up: a name
-        server that does not answer is not asked once for each of them."""
-        looking = self._looking.get(origin)
-        if looking is None:
-            looking = self._looking[origin] = _look_up(origin.host, origin.port)
-            looking.add_done_callback(partial(self._looked, origin))
-        return await asyncio.shield(looking)
+        """Resolves the origin's host. One look-up runs at a time and outlives callers that give up, so that a name
+        server that does not answer is not asked once per caller."""
+        lookup = self._lookups.get(origin)
+        if lookup is None:
+            lookup = self._lookups[origin] = _look_up(origin.host, origin.port)
+            lookup.add_done_callback(partial(self._lookup_done, origin))
+        return await asyncio.shield(lookup)
 
-    def _looked(self, origin: _Origin, looking: asyncio.Future[_Addresses]) -> None:
-        del self._looking[origin]
-        if not looking.cancelled():
-            looking.exception()  # so that it counts as seen, where all callers have gone
+    def _lookup_done(self, origin: _Origin, lookup: asyncio.Future[_Addresses]) -> None:
+        del self._lookups[origin]
+        if not lookup.cancelled():
+            lookup.exception()  # marks it as retrieved, for when all callers have gone
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
-        """TLS with the origin, by a proxy that sees only where it leads (RFC 9110, 9.3.6)."""
+        """TLS with the origin through a proxy, which sees only the destination (RFC 9110, 9.3.6)."""
         loop = asyncio.get_running_loop()
         try:
-            where = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
-            headers = "".join(f"{name}: {value}\r\n" for name, value in {"host": where, **proxy.headers}.items())
-            asked = f"CONNECT {where} HTTP/1.1\r\n{headers}\r\n".encode()
-            reply = await connection.exchange(asked, 0, tunnel=True)
+            destination = f"[{origin.host}]:{origin.port}" if ":" in origin.host else f"{origin.host}:{origin.port}"
+            headers = "".join(f"{name}: {value}\r\n" for name, value in {"host": destination, **proxy.headers}.items())
+            connect = f"CONNECT {destination} HTTP/1.1\r\n{headers}\r\n".encode()
+            reply = await connection.exchange(connect, 0, tunnel=True)
             if reply.status // 100 != 2:
-                refused = UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {reply.status})")
-                refused.retryable = reply.status not in _REFUSED
-                raise refused
+                error = UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {reply.status})")
+                error.retryable = reply.status not in _PROXY_REFUSALS
+                raise error
             transport = await loop.start_tls(
                 connection.transport, connection, self._context(), server_hostname=origin.host
             )
@@ -233,58 +234,58 @@ class NetworkEngine:
         return connection
 
     def _context(self) -> ssl.SSLContext:
-        """Made when first needed: it reads the system's certificates. Raises `OSError` where it has no descriptor for
-        that: OpenSSL would say nothing, and trust nobody for as long as this process lives."""
+        """Created on first use, because it reads the system's certificates. Raises `OSError` if there is no descriptor
+        to read them with: OpenSSL would report nothing, and trust nobody for the life of this process."""
         if self._tls is None:
-            _need_descriptor()
+            _require_descriptor()
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
         return self._tls
 
 
 def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
-    """In a thread of its own: those of the event loop are few, and all upstreams would wait for one dead name."""
+    """Runs in its own thread: the event loop's are few, and one dead name would hold up every upstream."""
     loop = asyncio.get_running_loop()
-    found: asyncio.Future[_Addresses] = loop.create_future()
+    future: asyncio.Future[_Addresses] = loop.create_future()
 
-    def tell(addresses: _Addresses, error: Exception | None) -> None:
-        if found.done():
+    def settle(addresses: _Addresses, error: Exception | None) -> None:
+        if future.done():
             return
         if error is None:
-            found.set_result(addresses)
+            future.set_result(addresses)
         else:
-            found.set_exception(error)
+            future.set_exception(error)
 
-    def look() -> None:
+    def resolve() -> None:
         addresses: _Addresses = []
         failed: Exception | None = None
         try:
-            _need_descriptor()  # the first look-up of a process would say that there is no such host
+            _require_descriptor()  # without one, a process's first look-up reports an unknown host
             addresses = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
         except Exception as error:
             failed = error
-        with contextlib.suppress(RuntimeError):  # the event loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, addresses, failed)
+        with contextlib.suppress(RuntimeError):  # the event loop has been closed meanwhile
+            loop.call_soon_threadsafe(settle, addresses, failed)
 
     try:
-        threading.Thread(target=look, name="look-up", daemon=True).start()
-    except RuntimeError as error:  # the system gives no more of them, which Python tells in words alone
+        threading.Thread(target=resolve, name="look-up", daemon=True).start()
+    except RuntimeError as error:  # no more threads, which Python reports without an errno
         raise OSError(errno.EAGAIN, str(error)) from error
-    return found
+    return future
 
 
-class _Connects:
-    """Connects in place of the event loop: uvloop looks up even an address that is one, in its two threads for names,
-    where a name of Redis that no name server answers for would keep all upstreams waiting."""
+class _Connector:
+    """Connects in place of the event loop. uvloop resolves even literal addresses, in its two resolver threads, where
+    a Redis host that no name server answers for would keep every upstream waiting."""
 
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         loop = asyncio.get_running_loop()
         error = sock.connect_ex(address)
         if error == errno.EINPROGRESS:
-            settled = asyncio.Event()
-            loop.add_writer(sock, settled.set)
+            writable = asyncio.Event()
+            loop.add_writer(sock, writable.set)
             try:
-                await settled.wait()
+                await writable.wait()
             finally:
                 loop.remove_writer(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
@@ -296,12 +297,12 @@ class _Proxy:
     def __init__(self, url: str) -> None:
         self.origin = _origin(httpx.URL(url))
         self.headers: dict[str, str] = {}
-        if given := basic_credentials(url):
-            self.headers["proxy-authorization"] = f"Basic {given}"
+        if credentials := basic_credentials(url):
+            self.headers["proxy-authorization"] = f"Basic {credentials}"
 
 
 def basic_credentials(url: str) -> str:
-    """User and password of a URL as they are sent (RFC 7617), or nothing where it has none."""
+    """A URL's user and password as Basic authentication sends them (RFC 7617); empty if it has none."""
     parsed = httpx.URL(url)
     return b64encode(f"{parsed.username}:{parsed.password}".encode()).decode() if parsed.userinfo else ""
 
@@ -312,29 +313,29 @@ def _origin(url: httpx.URL) -> _Origin:
     return _Origin(tls, host, url.port or (443 if tls else 80), url.netloc.decode("ascii"))
 
 
-def _need_descriptor() -> None:
-    """Raises `OSError` where there is none, before somebody needs one who would not say so."""
-    socket.socket(socket.AF_UNIX).close()  # as the event loop has them: it takes no file that may not be there
+def _require_descriptor() -> None:
+    """Raises `OSError` if no file descriptor is left, ahead of code that would not report it."""
+    socket.socket(socket.AF_UNIX).close()  # unlike opening a file, this depends on no path
 
 
 def _translate(error: OSError) -> GatewayError:
-    why = _reason(error)
-    told = f": {why}" if why else ""
-    if error.errno in _OURS:
-        return Overloaded(f"the gateway has no room for another connection{told}", retry_after=1)
+    reason = _reason(error)
+    detail = f": {reason}" if reason else ""
+    if error.errno in _LOCAL_ERRORS:
+        return Overloaded(f"the gateway has no room for another connection{detail}", retry_after=1)
     if isinstance(error, ssl.SSLError | ssl.CertificateError):
-        failed = UpstreamUnreachable(f"the upstream's TLS certificate or handshake was refused{told}")
-        failed.retryable = False  # the next handshake meets the same certificate
+        failed = UpstreamUnreachable(f"the upstream's TLS certificate or handshake was refused{detail}")
+        failed.retryable = False  # the next handshake would meet the same certificate
         return failed
-    return UpstreamUnreachable(f"no connection to the upstream{told}")
+    return UpstreamUnreachable(f"no connection to the upstream{detail}")
 
 
 def _reason(error: OSError) -> str:
-    """In the system's words: Python's own may hold an address."""
+    """The system's message: Python's own may contain an address."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return error.verify_message.partition(",")[0]  # what follows is the host's name
+        return error.verify_message.partition(",")[0]  # the rest is the host's name
     if isinstance(error, ssl.SSLError):
-        return (error.reason or "").replace("_", " ").lower()  # "wrong version number" where no TLS is spoken
+        return (error.reason or "").replace("_", " ").lower()  # "wrong version number" if the peer speaks no TLS
     if isinstance(error, socket.gaierror):
-        return error.strerror or "its host is not found"  # it may be for the moment only
+        return error.strerror or "its host is not found"  # possibly a temporary failure
     return os.strerror(error.errno) if error.errno else ""

@@ -1,4 +1,4 @@
-"""One upstream, connected: its client, credentials, dialect and the models it is known to have."""
+"""A configured upstream: its client, credentials, dialect and known models."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from app.upstreams.redact import Redactor
 log = logging.getLogger(__name__)
 
 LIST_TTL = 10.0
-"""Seconds for which a list of models is not asked for again, however many unknown names are asked for."""
+"""Seconds before a list of models is fetched again, however many unknown models are requested."""
 LIST_RETRY = 1.0
-"""The same, where the upstream was not there to be asked."""
+"""The same for an upstream that was unavailable."""
 LIST_TIMEOUT = 5.0
-"""Seconds for which callers wait for a list of models; then they go on with what is known."""
+"""Seconds callers wait for a list of models before they go on with what is known."""
 FAILED_LIST_TIMEOUT = 0.2
-"""The same, where the list failed or did not come in time before: it may do so for good while embeddings work."""
+"""The same if the last list failed or timed out: it may never work, while embeddings do."""
 
-_PATIENCE = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
-"""Settings that say how much and how long an upstream is asked, and alter neither who answers nor what."""
+_LOAD_SETTINGS = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
+"""Settings that limit an upstream's calls in time and number, and change neither which server answers nor what."""
 
 
 class Upstream:
-    """A configured upstream. Holds a connection pool: close it."""
+    """Holds a connection pool: close it."""
 
     def __init__(
         self,
@@ -60,90 +60,87 @@ class Upstream:
         engine = kind.transport(settings) or transport or _network(settings)
         self._client = Client(engine, timeout=settings.timeout, headers=settings.headers)
         self.send: Send = self._client.send
-        """One exchange without credentials."""
+        """One exchange, without credentials."""
         self.adapter = kind.adapter(settings)
         self.auth = kind.auth(settings, clock, tokens)
         self.models: dict[str, Model] = dict(kind.models(settings))
         self.discovers = kind.discover is not None and not self.models
         self.trouble: GatewayError | None = None
-        """Why its models could not be listed, if they could not; free of secrets."""
+        """Why its models could not be listed, redacted; None if they could."""
         self.lists_models = True
-        """Whether it has a list of models: some servers have none, and serve what an operator names."""
+        """Whether it has a list of models. A server without one serves the models that are configured."""
         self._empty = False
-        self._discovered_at: float | None = None
-        self._asking: asyncio.Task[None] | None = None
+        self._listed_at: float | None = None
+        self._discovery: asyncio.Task[None] | None = None
 
     @property
     def unavailable(self) -> bool:
-        """Whether its models could not be listed because it is not there, or what stands in front of it says so, or it
-        fails altogether (a 500 or 502), or there was no room here for a connection."""
-        if self.trouble is None:  # nearly always, and asked for every request
+        """Whether its models could not be listed because it, or what is in front of it, is unreachable, unavailable or
+        failing (a 500 or 502), or because the gateway had no room for a connection."""
+        if self.trouble is None:  # nearly always, and every request checks
             return False
-        gone = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | Overloaded)
-        return gone or type(self.trouble) is UpstreamError
+        unreachable = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | Overloaded)
+        return unreachable or type(self.trouble) is UpstreamError
 
     def model(self, name: str) -> Model:
-        """Facts about a model the operator names, whether or not the upstream is known to have it."""
+        """Facts about a configured model, whether or not the upstream is known to have it."""
         return self.models.get(name) or self.kind.unlisted_model(name)
 
-    def equivalent_to(self, before: Upstream | None) -> bool:
-        """Whether this one gives what the other one gave: their settings differ in nothing but `_PATIENCE`."""
-        if before is None or type(self.settings) is not type(before.settings):
+    def equivalent_to(self, predecessor: Upstream | None) -> bool:
+        """Whether it gives the same answers as its predecessor: only `_LOAD_SETTINGS` differ."""
+        if predecessor is None or type(self.settings) is not type(predecessor.settings):
             return False
-        same = {each: getattr(before.settings, each) for each in _PATIENCE}
-        return self.settings.model_copy(update=same) == before.settings
+        theirs = {each: getattr(predecessor.settings, each) for each in _LOAD_SETTINGS}
+        return self.settings.model_copy(update=theirs) == predecessor.settings
 
-    def inherit_models(self, before: Upstream) -> None:
-        """Takes the models of the one in whose place it comes, if that is the same server, until it has been asked: its
-        list may not be to be had at this very moment."""
-        if self.discovers and (self.kind, self.settings.base_url) == (before.kind, before.settings.base_url):
-            self.models, self.lists_models = before.models, before.lists_models
+    def inherit_models(self, predecessor: Upstream) -> None:
+        """Starts with the predecessor's models if that is the same server: its list may not be available right now."""
+        if self.discovers and (self.kind, self.settings.base_url) == (predecessor.kind, predecessor.settings.base_url):
+            self.models, self.lists_models = predecessor.models, predecessor.lists_models
 
     async def discover(self) -> None:
-        """Asks the upstream for its models, unless it was just asked. Callers that come meanwhile wait for the same
-        answer, none of them for long, and one that leaves does not cancel it for the others. `models` is another
-        mapping object once it has changed."""
+        """Asks the upstream for its models, unless it was just asked. Concurrent callers wait for the same answer, for
+        a bounded time, and one that gives up does not cancel it for the others. A changed list is a new `models`
+        object."""
         if not self.discovers:
             return
         now = self._clock.monotonic()
-        if self._asking is None:
-            if self._discovered_at is not None and now - self._discovered_at < (
-                LIST_RETRY if self.unavailable else LIST_TTL
-            ):
+        if self._discovery is None:
+            if self._listed_at is not None and now - self._listed_at < (LIST_RETRY if self.unavailable else LIST_TTL):
                 return
-            self._discovered_at = now
-            self._asking = asyncio.create_task(self._ask())
-            self._asking.add_done_callback(self._asked)
-        assert self._discovered_at is not None
+            self._listed_at = now
+            self._discovery = asyncio.create_task(self._list_models())
+            self._discovery.add_done_callback(self._discovery_done)
+        assert self._listed_at is not None
         failed = self.unavailable and not isinstance(self.trouble, UpstreamUnreachable)
-        patience = FAILED_LIST_TIMEOUT if failed else LIST_TIMEOUT
-        _, hanging = await asyncio.wait([self._asking], timeout=max(0.0, self._discovered_at + patience - now))
-        if hanging and self.trouble is None:
+        timeout = FAILED_LIST_TIMEOUT if failed else LIST_TIMEOUT
+        _, pending = await asyncio.wait([self._discovery], timeout=max(0.0, self._listed_at + timeout - now))
+        if pending and self.trouble is None:
             self.trouble = UpstreamTimeout("it does not answer")
 
-    def _asked(self, _task: asyncio.Task[None]) -> None:
-        self._asking, self._discovered_at = None, self._clock.monotonic()
+    def _discovery_done(self, _task: asyncio.Task[None]) -> None:
+        self._discovery, self._listed_at = None, self._clock.monotonic()
 
-    async def _ask(self) -> None:
+    async def _list_models(self) -> None:
         assert self.kind.discover is not None
         try:
             found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
         except GatewayError as error:
             error.message = self.redact(error.message)
-            # What it refuses here is no caller's input.
+            # No caller sent anything that it could refuse here.
             self._cannot_list(UpstreamMisconfigured(error.message) if isinstance(error, InvalidRequest) else error)
             return
-        except Exception as bug:  # of ours: nobody else would hear of it
-            told = f"its list of models could not be read ({type(bug).__name__})"
-            self._cannot_list(UpstreamInvalidResponse(told), bug)
+        except Exception as bug:  # ours: otherwise nobody would hear of it
+            message = f"its list of models could not be read ({type(bug).__name__})"
+            self._cannot_list(UpstreamInvalidResponse(message), bug)
             return
         if found is None and self.models:
-            self._cannot_list(UpstreamMisconfigured("its list of models is gone"))  # for the moment, most likely
+            self._cannot_list(UpstreamMisconfigured("its list of models is gone"))  # most likely temporarily
             return
         self.trouble = None
         if found is None and self.lists_models:
-            told = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: "
-            log.warning(told + "only what is configured is served", self.name)
+            message = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: "
+            log.warning(message + "only what is configured is served", self.name)
         self.lists_models = found is not None
         empty = found is not None and not found
         if empty and not self._empty:
@@ -153,17 +150,17 @@ class Upstream:
         if models != self.models:
             self.models = models
 
-    def _cannot_list(self, why: GatewayError, bug: Exception | None = None) -> None:
-        """Remembers why, and logs it once: lists are asked for every minute."""
-        if self.trouble is None or why.message != self.trouble.message:
+    def _cannot_list(self, error: GatewayError, bug: Exception | None = None) -> None:
+        """Keeps the error and logs it when it is new: lists are fetched every minute."""
+        if self.trouble is None or error.message != self.trouble.message:
             level = logging.ERROR if bug else logging.WARNING
-            log.log(level, "upstream %s: cannot list its models: %s", self.name, why, exc_info=bug)
-        self.trouble = why
+            log.log(level, "upstream %s: cannot list its models: %s", self.name, error, exc_info=bug)
+        self.trouble = error
 
     async def aclose(self) -> None:
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.gather(self._asking, return_exceptions=True)
+        if self._discovery is not None:
+            self._discovery.cancel()
+            await asyncio.gather(self._discovery, return_exceptions=True)
         await self._client.aclose()
 
 
@@ -173,7 +170,7 @@ def _network(settings: UpstreamSettings) -> NetworkEngine:
 
 
 def _secrets(settings: UpstreamSettings) -> Iterator[str]:
-    """Every secret in an upstream's settings, wherever its type put it, and as it is sent."""
+    """Every secret in an upstream's settings, whatever the field, and in the form it is sent in."""
     for name in type(settings).model_fields:
         yield from _secrets_in(getattr(settings, name))
     if settings.proxy is not None:

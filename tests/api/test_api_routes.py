@@ -217,7 +217,7 @@ def test_a_model_that_its_upstream_got_meanwhile_is_found() -> None:
         fake.models = {MODEL: 8, "late": 8}
         assert gateway.post(late).status_code == 404, "the upstream was asked a moment ago"
         for upstream in gateway.app.gateway.upstreams.values():
-            upstream._discovered_at = None
+            upstream._listed_at = None
         assert gateway.post(late).status_code == 200
         assert "late" in {row["id"] for row in gateway.get("/v1/models").json()["data"]}
 

@@ -398,12 +398,12 @@ def test_a_list_that_is_gone_for_a_moment_takes_no_model_away() -> None:
             asked = {"model": "text-embedding-3-small", "input": "hi"}
             assert gateway.post(asked).status_code == 200
             fake.fail(faults.http_error(404, b"no such route"), times=None, path="/models")
-            gateway.app.gateway.upstreams["up"]._discovered_at = None
+            gateway.app.gateway.upstreams["up"]._listed_at = None
             assert gateway.post({"model": "up/other", "input": "hi"}).status_code == 502
             assert gateway.get("/readyz").json()["upstreams"]["up"]["status"] == "down"
             assert gateway.post(asked).status_code == 200
             fake.heal()
-            gateway.app.gateway.upstreams["up"]._discovered_at = None
+            gateway.app.gateway.upstreams["up"]._listed_at = None
             assert gateway.post({"model": "up/other", "input": "hi"}).status_code == 404
 
 

@@ -718,7 +718,7 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
         assert looked == ["dead.invalid"]
         assert (await other.exchange(post(server.url(host="localhost")))).body == b"[1,2]"
         answer.set()
-        await until(lambda: not dead._looking)
+        await until(lambda: not dead._lookups)
         with pytest.raises(UpstreamUnreachable):
             await dead.exchange(post("http://dead.invalid/v1"))
         assert looked.count("dead.invalid") == 2

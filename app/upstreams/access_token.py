@@ -1,7 +1,7 @@
-"""OAuth access tokens: fetched, renewed in time, shared with other replicas, put in the query of each request.
+"""OAuth access tokens: fetched, renewed in time, shared with other replicas, added to each request's query.
 
-Knows no adapter and no reply but the token server's own; which replies mean a stale token is told by the dialect. A
-request is never changed in place: whoever sends it may send it again.
+Knows no adapter and no reply but the token server's; the dialect says which replies mean a stale token. Requests are
+never changed in place: the sender may send them again.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from app.types import Send, WireReply, WireRequest
 from app.upstreams import replies
 from app.upstreams.sealed import SealedTokens, SharedToken
 
-REFUSED_FOR = 60.0
-"""Seconds for which a refused key, or a token server that fails while the old token serves, is not asked again."""
+RETRY_DELAY = 60.0
+"""Seconds before a refused key is tried again, or a token server that failed while the old token still served."""
 FETCH_CLAIM = 5.0
-"""Seconds for which one replica alone fetches a token. Should it die, it holds the others up for no longer."""
+"""Seconds for which one replica alone may fetch a token: the longest it delays the others if it dies."""
 POLL_INTERVAL = 0.1
-"""Seconds between looks at whether it has come."""
+"""Seconds between checks for the token that another replica is fetching."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Token:
-    """Told apart by identity: a server may give the same text twice."""
+    """Compared by identity: a server may issue the same text twice."""
 
     text: str
     renew_at: float
@@ -37,41 +37,41 @@ class _Token:
 
 
 class AccessToken:
-    """OAuth client credentials (RFC 6749, 4.4), the token in the query of each request.
+    """OAuth client credentials (RFC 6749, 4.4), with the token in each request's query.
 
-    Fetched once for any number of calls, renewed while the old one still serves, and replaced once when a
-    reply says that it is stale. Raises `UpstreamAuth` for a refused key, and other `GatewayError`s for a
-    token server in trouble.
+    The token is fetched once for any number of calls, renewed while the old one still serves, and replaced once when
+    a reply says that it is stale. Raises `UpstreamAuth` for a refused key, and other `GatewayError`s when the token
+    server fails.
     """
 
     def __init__(
         self,
-        ask: WireRequest,
+        token_request: WireRequest,
         is_stale: Callable[[WireReply], bool],
         clock: Clock,
         shared: SealedTokens | None = None,
     ) -> None:
-        """`shared`: where this and other replicas look before they fetch a token, and leave it."""
-        self._ask = ask
+        """`shared`: where replicas look for a token before they fetch one, and put the one they fetched."""
+        self._token_request = token_request
         self._is_stale = is_stale
         self._clock = clock
         self._shared = shared
-        self._stale = ""
-        """The text of the last token that was refused."""
+        self._stale_text = ""
+        """The last token that was refused."""
         self._token: _Token | None = None
-        self._fetching: asyncio.Task[_Token] | None = None
+        self._fetch: asyncio.Task[_Token] | None = None
         self._refusal = ""
-        self._refused_until = -1.0
+        self._retry_at = -1.0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
-        # A token that another replica has left may be stale as well; the one after that is new.
+        # A token from another replica may be stale too; the next one is fresh.
         for _ in range(2 if self._shared else 1):
             token = await self._current(send)
             reply = await send(_with_token(request, token))
             if not self._is_stale(reply):
                 return reply
-            if self._token is token:  # where many calls are refused with one token, the first drops it for all
-                self._token, self._stale = None, token.text
+            if self._token is token:  # the first of many calls refused with one token drops it for all
+                self._token, self._stale_text = None, token.text
         return await send(_with_token(request, await self._current(send)))
 
     async def _current(self, send: Send) -> _Token:
@@ -79,86 +79,86 @@ class AccessToken:
         token = self._token
         if token is not None and now < token.renew_at:
             return token
-        if now < self._refused_until:
+        if now < self._retry_at:
             if token is not None and now < token.expires_at:
                 return token
             if self._refusal:
                 raise UpstreamAuth(self._refusal)
-        fetching = self._fetch(send)
+        fetching = self._ensure_fetch(send)
         if token is not None and now < token.expires_at:
             return token
-        # In a task of its own, so that a caller who leaves takes the token from nobody.
+        # In its own task, so that a caller that gives up does not cancel it for the others.
         return await asyncio.shield(fetching)
 
-    def _fetch(self, send: Send) -> asyncio.Task[_Token]:
-        """The fetch under way, or a new one."""
-        if self._fetching is None:
-            self._fetching = asyncio.create_task(self._exchange(send))
-            self._fetching.add_done_callback(self._fetched)
-        return self._fetching
+    def _ensure_fetch(self, send: Send) -> asyncio.Task[_Token]:
+        """The fetch in progress, or a new one."""
+        if self._fetch is None:
+            self._fetch = asyncio.create_task(self._obtain(send))
+            self._fetch.add_done_callback(self._fetch_done)
+        return self._fetch
 
-    def _fetched(self, task: asyncio.Task[_Token]) -> None:
-        self._fetching = None
+    def _fetch_done(self, task: asyncio.Task[_Token]) -> None:
+        self._fetch = None
         error = None if task.cancelled() else task.exception()
         if error is None:
             return
-        # Remembered, so that a wrong key, or a renewal that fails, is not tried with every call.
-        self._refused_until = self._clock.monotonic() + REFUSED_FOR
+        # So that a wrong key, or a failing renewal, is not tried again with every call.
+        self._retry_at = self._clock.monotonic() + RETRY_DELAY
         self._refusal = error.message if isinstance(error, UpstreamAuth) else ""
 
-    async def _exchange(self, send: Send) -> _Token:
-        """The replicas' token, or a new one for all of them."""
+    async def _obtain(self, send: Send) -> _Token:
+        """The token that replicas share, or a new one for all of them."""
         shared = self._shared
         if shared is None:
-            return await self._fetch_anew(send)
-        until = self._clock.monotonic() + FETCH_CLAIM
-        while (known := await self._known(shared)) is None and not await shared.claim(FETCH_CLAIM):
-            if self._clock.monotonic() > until:
+            return await self._request_token(send)
+        deadline = self._clock.monotonic() + FETCH_CLAIM
+        while (existing := await self._read_shared(shared)) is None and not await shared.claim(FETCH_CLAIM):
+            if self._clock.monotonic() > deadline:
                 break
             await self._clock.sleep(POLL_INTERVAL)  # another replica is fetching one
-        if known is not None:
-            return known
+        if existing is not None:
+            return existing
         try:
-            if known := await self._known(shared):  # left between that look and the claim
-                return known
-            token = await self._fetch_anew(send)
-            ahead = self._clock.time() - self._clock.monotonic()
-            told = SharedToken(token.text, token.renew_at + ahead, token.expires_at + ahead)
-            await shared.put(told, token.expires_at - self._clock.monotonic())
+            if existing := await self._read_shared(shared):  # put there before the claim succeeded
+                return existing
+            token = await self._request_token(send)
+            offset = self._clock.time() - self._clock.monotonic()
+            shared_token = SharedToken(token.text, token.renew_at + offset, token.expires_at + offset)
+            await shared.put(shared_token, token.expires_at - self._clock.monotonic())
         finally:
             await shared.release()
         return token
 
-    async def _known(self, shared: SealedTokens) -> _Token | None:
-        """The token another replica has left, unless it was just refused or is due to be renewed."""
-        known = await shared.get()
-        if known is None or known.text == self._stale or known.renew_at <= self._clock.time():
+    async def _read_shared(self, shared: SealedTokens) -> _Token | None:
+        """The token from another replica, unless it was just refused or is due for renewal."""
+        existing = await shared.get()
+        if existing is None or existing.text == self._stale_text or existing.renew_at <= self._clock.time():
             return None
-        ahead = self._clock.monotonic() - self._clock.time()
-        self._token = _Token(known.text, known.renew_at + ahead, known.expires_at + ahead)
-        self._refused_until = -1.0
+        offset = self._clock.monotonic() - self._clock.time()
+        self._token = _Token(existing.text, existing.renew_at + offset, existing.expires_at + offset)
+        self._retry_at = -1.0
         return self._token
 
-    async def _fetch_anew(self, send: Send) -> _Token:
-        reply = await send(self._ask)
+    async def _request_token(self, send: Send) -> _Token:
+        reply = await send(self._token_request)
         now = self._clock.monotonic()
         try:
             body = orjson.loads(reply.body)
             if not isinstance(body, dict):
                 raise TypeError("no object")
-            # Baidu's SDKs ignore the status and look for `error`; so do we.
+            # Baidu's SDKs ignore the status and look for `error`; we check both.
             if reply.status >= 400 or body.get("error"):
-                raise _refused(reply, body)
+                raise _token_error(reply, body)
             text, lifetime = body["access_token"], float(body["expires_in"])
             if not (isinstance(text, str) and text and lifetime > 0):
                 raise ValueError("no token")
-        except (KeyError, TypeError, ValueError) as fault:
+        except (KeyError, TypeError, ValueError) as error:
             if reply.status >= 300:
-                raise replies.make_error(replies.by_status(reply.status, ""), reply) from fault
-            raise UpstreamInvalidResponse("the upstream's token server answered something else") from fault
+                raise replies.make_error(replies.by_status(reply.status, ""), reply) from error
+            raise UpstreamInvalidResponse("the upstream's token server answered something else") from error
         # An hour early as Baidu's clients do, or a tenth of a shorter life.
         self._token = _Token(text, now + lifetime - min(3600.0, lifetime / 10), now + lifetime)
-        self._refused_until = -1.0
+        self._retry_at = -1.0
         return self._token
 
 
@@ -166,8 +166,8 @@ def _with_token(request: WireRequest, token: _Token) -> WireRequest:
     return replace(request, query={**request.query, "access_token": token.text})
 
 
-def _refused(reply: WireReply, body: Mapping[str, object]) -> GatewayError:
-    """RFC 6749 5.2's errors are about our key; the rest are the server's own trouble."""
+def _token_error(reply: WireReply, body: Mapping[str, object]) -> GatewayError:
+    """The errors of RFC 6749, 5.2, concern our key; the others are the token server's failures."""
     error, message = str(body.get("error", "")), replies.error_fields(reply).message
     if error == "rate_limit_exceeded":
         return replies.make_error(RateLimited, reply, message)

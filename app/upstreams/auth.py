@@ -1,7 +1,7 @@
-"""Credentials put on requests: API keys, in turn where there are several.
+"""Adds credentials to requests: API keys, which take turns if there are several.
 
-Knows no adapter; what a reply means is told by the dialect. A request is never changed in place: whoever sends it may
-send it again. Access tokens and signatures are `access_token` and `signature`.
+Knows no adapter; the dialect says what a reply means. Requests are never changed in place: the sender may send them
+again. Access tokens and signatures are in `access_token` and `signature`.
 """
 
 from __future__ import annotations
@@ -20,108 +20,108 @@ from app.types import Auth, Send, WireReply, WireRequest
 
 log = logging.getLogger(__name__)
 
-Judge: TypeAlias = Callable[[WireReply], GatewayError | None]
+ParseError: TypeAlias = Callable[[WireReply], GatewayError | None]
 
-KEY_REFUSED_FOR = 600.0
-"""Seconds for which one of several keys that is refused or used up is not tried."""
+KEY_COOLDOWN = 600.0
+"""Seconds for which a refused or exhausted key is not tried while there are others."""
 
 
 def keys(settings: UpstreamSettings) -> list[str]:
-    """The keys to take turns; none for an upstream without."""
+    """The configured keys; empty if there is none."""
     secrets = (settings.api_key,) if settings.api_key is not None else settings.api_keys
     return [secret.get_secret_value() for secret in secrets]
 
 
 def need_key(settings: UpstreamSettings, variable: str) -> None:
-    """Raises `ValueError` for settings without a key, saying what to set."""
+    """Raises a `ValueError` that says what to set if the settings have no key."""
     if not keys(settings):
         raise ValueError(f'api_key: needed; set it here, for instance to "${{{variable}}}"')
 
 
-def bearer(keys: Sequence[str], judge: Judge, clock: Clock) -> Auth:
-    """`Authorization: Bearer …`, or nothing where there is no key."""
-    return HeaderKey("authorization", [f"Bearer {key}" for key in keys], judge, clock) if keys else NoAuth()
+def bearer(keys: Sequence[str], parse_error: ParseError, clock: Clock) -> Auth:
+    """`Authorization: Bearer …`, or no header without a key."""
+    return HeaderKey("authorization", [f"Bearer {key}" for key in keys], parse_error, clock) if keys else NoAuth()
 
 
 class NoAuth:
-    """For servers that ask for no key."""
+    """For servers that need no key."""
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
         return await send(request)
 
 
 class HeaderKey:
-    """A key in a header. Several take turns and are judged one by one: a key that is refused, used up or at
-    its rate leaves the rotation alone, and the call goes out again at once with the next.
+    """A key in a header. Several keys take turns: one that is refused, exhausted or rate-limited is suspended by
+    itself, and the call is sent again at once with the next.
 
-    `judge` is the dialect's `parse_error`.
+    `parse_error` is the dialect's.
     """
 
-    def __init__(self, header: str, values: Iterable[str], judge: Judge, clock: Clock) -> None:
+    def __init__(self, header: str, values: Iterable[str], parse_error: ParseError, clock: Clock) -> None:
         self._header = header
         self._values = list(values)
-        self._judge, self._clock = judge, clock
-        self._out_until = [0.0] * len(self._values)
-        self._at_rate: set[int] = set()
-        """Keys that were last left out for their rate."""
-        self._turn = 0
+        self._parse_error, self._clock = parse_error, clock
+        self._suspended_until = [0.0] * len(self._values)
+        self._rate_limited: set[int] = set()
+        """Keys last suspended for their rate."""
+        self._next_index = 0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
         if len(self._values) == 1:
-            return await send(self._with(request, 0))
-        refused: dict[int, GatewayError] = {}
+            return await send(self._with_key(request, 0))
+        errors: dict[int, GatewayError] = {}
         limited: list[tuple[float, int, WireReply]] = []
         while True:
-            key = self._next(refused)
-            reply = await send(self._with(request, key))
-            error = self._judge(reply)
+            key = self._next_key(errors)
+            reply = await send(self._with_key(request, key))
+            error = self._parse_error(reply)
             if not isinstance(error, UpstreamAuth | RateLimited | QuotaExhausted):
                 break
-            refused[key] = error
+            errors[key] = error
             if isinstance(error, RateLimited):
                 limited.append((error.retry_after or 0.0, key, reply))
-            # Before callers are told of what does not pass, keys that are out for their rate are tried all the same.
-            if not self._fresh(refused) and (limited or self._at_rate <= refused.keys()):
-                if limited:  # where no key is taken callers are told what will pass first, if anything will
+            # Keys suspended for their rate are tried after all before callers get an error that will not pass.
+            if not self._any_available(errors) and (limited or self._rate_limited <= errors.keys()):
+                if limited:  # no key works: callers get the error that passes first
                     _, _, reply = min(limited)
                 break
-        # Where every key is refused it is not about the keys: the account may not use the model, for example.
-        if len(refused) < len(self._values) or not all(isinstance(each, UpstreamAuth) for each in refused.values()):
-            for key, error in refused.items():
-                self._leave_out(key, error, request)
+        # If every key is refused, the keys are not at fault: the account may not use the model, for example.
+        if len(errors) < len(self._values) or not all(isinstance(each, UpstreamAuth) for each in errors.values()):
+            for key, error in errors.items():
+                self._suspend(key, error, request)
         return reply
 
-    def _leave_out(self, key: int, error: GatewayError, request: WireRequest) -> None:
-        """For its rate only as long as that takes. A refusal or a quota that is used up does not pass soon, and is
-        logged here: while other keys serve, nothing else shows it."""
-        now, seconds = self._clock.monotonic(), KEY_REFUSED_FOR
-        self._at_rate.discard(key)
+    def _suspend(self, key: int, error: GatewayError, request: WireRequest) -> None:
+        """Takes the key out of the rotation: a rate-limited one only until it may be used again, a refused or exhausted
+        one for longer. The latter is logged: while other keys serve, nothing else shows it."""
+        now, seconds = self._clock.monotonic(), KEY_COOLDOWN
+        self._rate_limited.discard(key)
         if isinstance(error, RateLimited):
-            self._at_rate.add(key)
-            # An upstream's word may be a date that was taken for a number of seconds.
+            self._rate_limited.add(key)
+            # What an upstream gives as seconds may be a date.
             seconds = min(seconds, 1.0 if error.retry_after is None else error.retry_after)
-        elif self._out_until[key] <= now:
+        elif self._suspended_until[key] <= now:
             log.warning(
                 "%s: key %d of %d is not used for %g s: %s",
                 *(urlsplit(request.url).hostname, key + 1, len(self._values), seconds, error.code),
             )
-        self._out_until[key] = now + seconds
+        self._suspended_until[key] = now + seconds
 
-    def _with(self, request: WireRequest, key: int) -> WireRequest:
+    def _with_key(self, request: WireRequest, key: int) -> WireRequest:
         return replace(request, headers={**request.headers, self._header: self._values[key]})
 
-    def _fresh(self, tried: Collection[int]) -> bool:
-        """Whether a key is left that is neither tried nor out."""
+    def _any_available(self, tried: Collection[int]) -> bool:
+        """Whether a key is neither tried nor suspended."""
         now = self._clock.monotonic()
-        return any(until <= now and key not in tried for key, until in enumerate(self._out_until))
+        return any(until <= now and key not in tried for key, until in enumerate(self._suspended_until))
 
-    def _next(self, tried: Collection[int]) -> int:
-        """The next key in turn that is not left out; if all are, the one that comes back first."""
+    def _next_key(self, tried: Collection[int]) -> int:
+        """The next untried key that is not suspended; if all are, the one whose suspension ends first."""
         now, count = self._clock.monotonic(), len(self._values)
-        turns = [(self._turn + step) % count for step in range(count)]
-        left = [key for key in turns if key not in tried]
-        key = next((key for key in left if self._out_until[key] <= now), None)
+        rotation = [(self._next_index + step) % count for step in range(count)]
+        untried = [key for key in rotation if key not in tried]
+        key = next((key for key in untried if self._suspended_until[key] <= now), None)
         if key is None:
-            key = min(left, key=lambda each: self._out_until[each])
-        self._turn = key + 1
+            key = min(untried, key=lambda each: self._suspended_until[each])
+        self._next_index = key + 1
         return key

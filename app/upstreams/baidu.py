@@ -37,11 +37,11 @@ from app.upstreams.signature import BceSignature
 _BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
 _TOKEN_PATH = "/oauth/2.0/token"  # noqa: S105  # a path
-_AS_WRITTEN = "Embedding-V1"
+_DOCUMENTED_NAME = "Embedding-V1"
 """How the page on embedding-v1 writes its name."""
 # V1's last part of the path; a custom service has its own, under its own name.
 _ENDPOINTS = {
-    _AS_WRITTEN: "embedding-v1",
+    _DOCUMENTED_NAME: "embedding-v1",
     "bge-large-zh": "bge_large_zh",
     "bge-large-en": "bge_large_en",
     "tao-8k": "tao_8k",
@@ -68,18 +68,18 @@ class BaiduSettings(UpstreamSettings):
         if self.mode == "v2":
             auth.need_key(self, "QIANFAN_API_KEY")
         elif self.auth == "iam":
-            _need(self.access_key, "access_key", "auth: iam signs with access_key and secret_key")
-            _need(self.secret_key, "secret_key", "auth: iam signs with access_key and secret_key")
+            _require(self.access_key, "access_key", "auth: iam signs with access_key and secret_key")
+            _require(self.secret_key, "secret_key", "auth: iam signs with access_key and secret_key")
         elif self.api_keys:
             raise ValueError("api_keys: an access token is made from one api_key and its secret_key")
         else:
-            besides = "" if self.secret_key else ", and secret_key"
-            _need(self.api_key, "api_key", f'set it here, for instance to "${{BAIDU_API_KEY}}"{besides}')
-            _need(self.secret_key, "secret_key", 'set it here, for instance to "${BAIDU_SECRET_KEY}"')
+            also = "" if self.secret_key else ", and secret_key"
+            _require(self.api_key, "api_key", f'set it here, for instance to "${{BAIDU_API_KEY}}"{also}')
+            _require(self.secret_key, "secret_key", 'set it here, for instance to "${BAIDU_SECRET_KEY}"')
         return self
 
 
-def _need(value: SecretStr | None, name: str, how: str) -> None:
+def _require(value: SecretStr | None, name: str, how: str) -> None:
     if value is None:
         raise ValueError(f"{name}: needed; {how}")
 
@@ -174,9 +174,9 @@ _V2_CODES: Mapping[str, type[GatewayError]] = {
 def parse_error_v2(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
-    told = replies.error_fields(reply)
-    kind = _V2_CODES.get(told.code) or _V2_CODES.get(told.type) or replies.by_status(reply.status, told.message)
-    return replies.make_error(kind, reply, told.message)
+    fields = replies.error_fields(reply)
+    kind = _V2_CODES.get(fields.code) or _V2_CODES.get(fields.type) or replies.by_status(reply.status, fields.message)
+    return replies.make_error(kind, reply, fields.message)
 
 
 _ADAPTERS = {
@@ -197,7 +197,7 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
         return BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
     key, server = auth.keys(settings)[0], settings.base_url.rstrip("/") + _TOKEN_PATH
     # Its parameters travel in the query although it is a POST; they are never part of a URL we hold.
-    ask = WireRequest(
+    token_request = WireRequest(
         "POST",
         server,
         {"content-type": "application/json", "accept": "application/json"},
@@ -208,7 +208,7 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
         },
     )
     shared = SealedTokens(tokens, server, key, secret) if tokens else None
-    return AccessToken(ask, is_stale, clock, shared)
+    return AccessToken(token_request, is_stale, clock, shared)
 
 
 def models(_settings: BaiduSettings) -> Mapping[str, Model]:
@@ -217,7 +217,7 @@ def models(_settings: BaiduSettings) -> Mapping[str, Model]:
 
 def unlisted_model(name: str) -> Model:
     """Neither API takes a number of dimensions."""
-    if name == _AS_WRITTEN:
+    if name == _DOCUMENTED_NAME:
         return replace(CATALOG["baidu"]["embedding-v1"], name=name, same_as="embedding-v1")
     return Model(name, max_batch=16)
 

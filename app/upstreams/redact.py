@@ -1,4 +1,4 @@
-"""Takes secrets out of what upstreams say, before anybody reads it, and finds the texts that they quote."""
+"""Removes secrets from upstreams' messages before anyone reads them, and detects inputs that they quote."""
 
 from __future__ import annotations
 
@@ -14,55 +14,55 @@ _SHAPES = re.compile(
     r"|((?:access_token|refresh_token|client_id|client_secret|api[-_]?key|secret[-_]?key|token|password)"
     r"[\"']?\s*[=:]\s*[\"']?)[^\s\"'&,;]+"
     r"|\bsk-[\w*-]{6,}"
-    r"|\b2[45]\.[0-9a-f]{32}\.[\w.-]+"  # an OAuth token, as its server writes it
-    r"|\bbce-auth-v1/[^\s\"',]+"  # a signature, good for half an hour
+    r"|\b2[45]\.[0-9a-f]{32}\.[\w.-]+"  # an OAuth token in Baidu's format
+    r"|\bbce-auth-v1/[^\s\"',]+"  # a signature, valid for half an hour
     r"|\b(https?://)[^\s\"']+"
 )
 
 
-_LEAST = 4
-"""Characters of a secret. What has fewer stands in for a key where a server wants none, and is in many a word: limits
-that an upstream states would be read from what is left of its own words."""
-_HALF = 8
-"""Characters of a secret that are taken for its beginning, where it is not whole."""
-LONGEST = 400
-"""Characters of a message that go on. Cut after redacting: half a key is a secret too."""
+_MIN_SECRET = 4
+"""Minimum characters of a secret. A shorter one is a placeholder for servers that need no key, and occurs within
+ordinary words and numbers: redacting it would spoil the limits that are read from a message."""
+_MIN_PREFIX = 8
+"""Minimum characters of an incomplete secret that count as its beginning."""
+MAX_MESSAGE = 400
+"""Maximum characters of a redacted message. It is cut after redacting: half a key is a secret too."""
 
 
 class Redactor:
-    """Replaces the secrets it was told of, the first half of one at the end, anything shaped like one, and URLs, by
-    `***`; and cuts to size."""
+    """Replaces the given secrets, the beginning of one at the end of the text, anything shaped like a secret, and URLs
+    with `***`; then truncates."""
 
     def __init__(self, secrets: Iterable[str] = ()) -> None:
-        # As they are, and as they stand in a URL. The longest first: one secret may be a part of another.
-        forms = {form for secret in secrets for form in (secret, quote(secret, safe="")) if len(form) >= _LEAST}
+        # Plain and percent-encoded. Longest first: one secret may be part of another.
+        forms = {form for secret in secrets for form in (secret, quote(secret, safe="")) if len(form) >= _MIN_SECRET}
         self._secrets = sorted(forms, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
         for secret in self._secrets:
             text = text.replace(secret, "***")
-        for secret in self._secrets:  # of which the end may be missing, where what was said was long
-            ends = (n for n in range(len(secret) - 1, _HALF - 1, -1) if text.endswith(secret[:n]))
+        for secret in self._secrets:  # whose end may be missing if the message was cut
+            ends = (n for n in range(len(secret) - 1, _MIN_PREFIX - 1, -1) if text.endswith(secret[:n]))
             if half := next(ends, 0):
                 text = text[:-half] + "***"
-        shown = _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)
-        return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
+        redacted = _SHAPES.sub(lambda match: (match[1] or match[2] or match[3] or "") + "***", text)
+        return redacted if len(redacted) <= MAX_MESSAGE else redacted[: MAX_MESSAGE - 1] + "…"
 
 
-_BEGINNING = 8
-"""Characters by which a text is known, white space counted as one. What has fewer bytes is a word, which upstreams use
-as well."""
+_MIN_QUOTE = 8
+"""Characters that identify a text, with white space collapsed. Fewer bytes than this are a mere word, which upstreams
+use themselves."""
 
 
-def quotes_input(words: str, inputs: Iterable[Input]) -> bool:
-    """Whether an upstream's words, their white space made single spaces, hold the beginning of one of these texts: as
-    it is, or as JSON has it."""
-    for text in inputs if words else ():
+def quotes_input(message: str, inputs: Iterable[Input]) -> bool:
+    """Whether an upstream's message, with its white space collapsed, contains the beginning of one of the inputs, plain
+    or JSON-escaped."""
+    for text in inputs if message else ():
         if type(text) is not str:
             continue
         start = text[:64].lstrip()
         forms = {start, json.dumps(start)[1:-1], json.dumps(start, ensure_ascii=False)[1:-1]}
-        beginnings = {" ".join(form.split())[:_BEGINNING] for form in forms}
-        if any(len(beginning.encode()) >= _BEGINNING and beginning in words for beginning in beginnings):
+        beginnings = {" ".join(form.split())[:_MIN_QUOTE] for form in forms}
+        if any(len(beginning.encode()) >= _MIN_QUOTE and beginning in message for beginning in beginnings):
             return True
     return False

@@ -1,4 +1,4 @@
-"""Access tokens that replicas share, sealed: only a holder of the upstream's own secret can read or make one."""
+"""Sealed access tokens shared by replicas: only a holder of the upstream's secret can read or create one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _PURPOSE = b"embedding-gateway access token 1"
 
 @dataclass(frozen=True, slots=True)
 class SharedToken:
-    """Times in seconds since the epoch: replicas have clocks of their own."""
+    """Times are seconds since the epoch, because each replica has its own monotonic clock."""
 
     text: str
     renew_at: float
@@ -26,8 +26,8 @@ class SharedToken:
 
 
 class SealedTokens:
-    """The token of one key of one token server. `secret` is the key's own, from which the seal's is derived (HKDF,
-    RFC 5869); the seal is Fernet: AES-128-CBC, HMAC-SHA256. Never raises."""
+    """The token for one key at one token server. The sealing key is derived from the key's `secret` (HKDF, RFC 5869);
+    the seal is Fernet: AES-128-CBC, HMAC-SHA256. Never raises."""
 
     def __init__(self, store: TokenStore, server: str, key: str, secret: str) -> None:
         self._store = store
@@ -36,7 +36,7 @@ class SealedTokens:
         self._seal = Fernet(urlsafe_b64encode(derived))
 
     async def get(self) -> SharedToken | None:
-        """What another replica has put there; what it has not sealed is nothing."""
+        """The token that a replica has put there; None if there is none with a valid seal."""
         sealed = await self._store.get(self._name)
         if sealed is None:
             return None
@@ -47,14 +47,14 @@ class SealedTokens:
             return None
 
     async def put(self, token: SharedToken, lifetime: float) -> None:
-        """`lifetime`: seconds until it is of no use."""
-        told = orjson.dumps([token.text, token.renew_at, token.expires_at])
-        await self._store.put(self._name, self._seal.encrypt(told), lifetime)
+        """`lifetime`: seconds until the token expires."""
+        payload = orjson.dumps([token.text, token.renew_at, token.expires_at])
+        await self._store.put(self._name, self._seal.encrypt(payload), lifetime)
 
     async def claim(self, seconds: float) -> bool:
-        """Whether this replica is the one to fetch a new one; also where nobody can tell."""
+        """Whether this replica should fetch a new token; true also if the store does not answer."""
         return await self._store.claim(self._name, seconds)
 
     async def release(self) -> None:
-        """Lets others fetch before the claim has run out."""
+        """Lets other replicas fetch before the claim expires."""
         await self._store.release(self._name)

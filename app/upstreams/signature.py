@@ -14,11 +14,11 @@ from app.clock import Clock
 from app.types import Send, WireReply, WireRequest
 
 EXPIRES_IN = 1800
-"""Seconds for which a signature is good."""
+"""Seconds for which a signature is valid."""
 
 
 class BceSignature:
-    """Signs `host` and all `x-bce-…` headers with an access key."""
+    """Signs the `host` and all `x-bce-…` headers with an access key."""
 
     def __init__(self, access_key: str, secret_key: str, clock: Clock) -> None:
         self._access_key, self._secret_key, self._clock = access_key, secret_key, clock
@@ -53,9 +53,9 @@ def bce_authorization(
     expires_in: int,
     signed: Iterable[str],
 ) -> str:
-    """The `Authorization` header of bce-auth-v1; `path` and `query` are not percent-encoded yet.
+    """The `Authorization` header of bce-auth-v1. `path` and `query` must not be percent-encoded yet.
 
-    `signed` names the headers to sign, in lower case. The body is never signed.
+    `signed` holds the lower-case names of the headers to sign. The body is never signed.
     """
     values = {name.lower(): value.strip() for name, value in headers.items()}
     names = sorted(name for name in signed if values.get(name))
@@ -76,5 +76,5 @@ def _encode(text: str) -> str:
 
 
 def _hmac(key: str, message: str) -> str:
-    """Lower-case hex. The signing key is used as this text, not as the bytes it stands for."""
+    """Lower-case hex. A signing key is used in this form, not as the bytes it encodes."""
     return hmac.new(key.encode(), message.encode(), hashlib.sha256).hexdigest()

@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from app.types import Media
 from app.upstreams import UPSTREAMS
 from app.upstreams.ollama import OllamaSettings
-from app.upstreams.redact import LONGEST, Redactor, quotes_input
+from app.upstreams.redact import MAX_MESSAGE, Redactor, quotes_input
 from app.upstreams.upstream import Upstream
 from tests.clock import HandClock
 
@@ -45,9 +45,9 @@ def test_a_stand_in_for_a_key_leaves_words_and_numbers_whole() -> None:
 
 def test_half_a_secret_is_not_left_where_a_message_is_cut() -> None:
     secret = "canary-0123456789"
-    for before in range(LONGEST - len(secret) - 5, LONGEST + 5):
-        shown = Redactor([secret])("x" * before + secret + "y" * LONGEST)
-        assert len(shown) == LONGEST
+    for before in range(MAX_MESSAGE - len(secret) - 5, MAX_MESSAGE + 5):
+        shown = Redactor([secret])("x" * before + secret + "y" * MAX_MESSAGE)
+        assert len(shown) == MAX_MESSAGE
         assert "c" not in shown
 
 

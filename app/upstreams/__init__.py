@@ -1,4 +1,4 @@
-"""Every upstream dialect, by the name the configuration uses: one module each, one line here."""
+"""Every upstream dialect by its `type` in the configuration: one module each, one entry here."""
 
 from __future__ import annotations
 

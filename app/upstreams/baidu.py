@@ -1,7 +1,7 @@
 """Baidu's embeddings: V1 (Wenxin Workshop: a path per model, errors with HTTP 200) and V2 (Qianfan).
 
-Must not know how a token is kept or a signature made: `access_token` and `signature` do; only which replies mean that a
-token is stale. Facts: cloud.baidu.com/doc (WENXINWORKSHOP, qianfan-api) and the qianfan SDK 0.4.12.3.
+Knows which replies mean a stale token, but not how tokens are kept or requests signed: `access_token` and `signature`
+do. Facts: cloud.baidu.com/doc (WENXINWORKSHOP, qianfan-api) and the qianfan SDK 0.4.12.3.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
 _TOKEN_PATH = "/oauth/2.0/token"  # noqa: S105  # a path
 _DOCUMENTED_NAME = "Embedding-V1"
-"""How the page on embedding-v1 writes its name."""
-# V1's last part of the path; a custom service has its own, under its own name.
+"""The name of embedding-v1 as its documentation page writes it."""
+# The last segment of V1's path; for a custom service it is the service's own name.
 _ENDPOINTS = {
     _DOCUMENTED_NAME: "embedding-v1",
     "bge-large-zh": "bge_large_zh",
@@ -52,7 +52,7 @@ class BaiduSettings(UpstreamSettings):
     type: Literal["baidu"] = "baidu"
     mode: Literal["v1", "v2"] = "v1"
     auth: Literal["access_token", "iam"] = "access_token"
-    """How V1 is told who asks. V2 takes its key as it is."""
+    """How V1 authenticates. V2 always sends its key as a bearer token."""
     secret_key: SecretStr | None = None
     access_key: SecretStr | None = None
 
@@ -93,7 +93,7 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
     return openai.post(target.base_url + _PATH + endpoint, {"input": batch.inputs})
 
 
-_STALE = frozenset({100, 110, 111})  # bad or missing, no longer valid, expired
+_STALE = frozenset({100, 110, 111})  # invalid or missing, no longer valid, expired
 
 _CODES: Mapping[int, type[GatewayError]] = {
     1: UpstreamError,
@@ -103,7 +103,7 @@ _CODES: Mapping[int, type[GatewayError]] = {
     6: UpstreamAuth,
     13: UpstreamAuth,
     14: UpstreamAuth,
-    15: UpstreamUnavailable,  # "app not exists or create failed": the vendor's page says to ask again
+    15: UpstreamUnavailable,  # "app not exists or create failed": the vendor's page says to retry
     17: QuotaExhausted,
     18: RateLimited,
     19: QuotaExhausted,
@@ -134,7 +134,7 @@ _CODES: Mapping[int, type[GatewayError]] = {
 
 
 def error_code(reply: WireReply) -> int:
-    """V1's `error_code`, or 0. Not told by `error_msg`, which may be there and empty."""
+    """V1's `error_code`, or 0. (`error_msg` proves nothing: it may be present and empty.)"""
     if b'"error_code"' not in reply.body:
         return 0
     try:
@@ -167,7 +167,7 @@ _V2_CODES: Mapping[str, type[GatewayError]] = {
     "account_overdue": QuotaExhausted,
     "characters_too_long": ContextLengthExceeded,
     "tokens_too_long": ContextLengthExceeded,
-    "unsafe_request": InvalidRequest,  # a type, which comes with a 403 too
+    "unsafe_request": InvalidRequest,  # a type; sent with a 403 as well
 }
 
 
@@ -196,7 +196,7 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
     if settings.auth == "iam":
         return BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
     key, server = auth.keys(settings)[0], settings.base_url.rstrip("/") + _TOKEN_PATH
-    # Its parameters travel in the query although it is a POST; they are never part of a URL we hold.
+    # The parameters go in the query although it is a POST; `query` keeps them out of any URL that we store.
     token_request = WireRequest(
         "POST",
         server,

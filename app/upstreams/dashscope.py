@@ -1,6 +1,6 @@
-"""Alibaba Cloud Model Studio (DashScope): text embeddings in its own dialect, or in OpenAI's.
+"""Alibaba Cloud Model Studio (DashScope): embeddings in its own dialect, or in OpenAI's.
 
-Must not know batching or limits: those are the catalogue's. Facts: help.aliyun.com/zh/model-studio, pages
+Knows no batching or limits: those are the catalogue's. Facts: help.aliyun.com/zh/model-studio, pages
 text-embedding-synchronous-api and error-code, and the dashscope SDK 2.0.2 (PyPI).
 """
 
@@ -58,7 +58,7 @@ class DashScopeSettings(UpstreamSettings):
 
 
 def build_request(batch: Batch, target: Target) -> WireRequest:
-    """The native form. `parameters` is sent even when empty: else there is a BadRequest.EmptyParameters."""
+    """The native form. `parameters` is sent even when empty: omitting it is a BadRequest.EmptyParameters."""
     params = batch.params
     parameters: dict[str, object] = {}
     role = params.input_type or target.model.default_role
@@ -79,7 +79,7 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
 
 
 def _takes_contents(model: Model) -> bool:
-    """Whether the model is reached where images are, however many of them an operator lets it have."""
+    """Whether the model uses the multimodal route, even if an operator allows it no images."""
     known = CATALOG["dashscope"].get(model.name, model)
     return known.images > 0 or known.videos > 0
 
@@ -88,7 +88,7 @@ def _content(each: Input) -> dict[str, str]:
     return {"text": each} if isinstance(each, str) else {each.kind: each.source}
 
 
-# Codes in lower case, of both modes, whole or up to their first dot.
+# Lower-case codes of both modes, complete or up to the first dot.
 _CODES: Mapping[str, type[GatewayError]] = {
     "invalidparameter": InvalidRequest,
     "invalidparameter.datainspection": UnreadableMedia,
@@ -112,7 +112,7 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "access_denied": UpstreamAuth,
     "workspace": UpstreamAuth,
     "app": UpstreamAuth,
-    # The key is good, only not for this model: others behind it go on.
+    # The key is valid, but not for this model: it still serves others.
     "model": UpstreamMisconfigured,
     "endpoint": UpstreamMisconfigured,
     "modelnotfound": UpstreamMisconfigured,
@@ -137,39 +137,39 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "modelunavailable": UpstreamUnavailable,
     "serviceunavailable": UpstreamUnavailable,
 }
-# The one code for a rate (passes within a minute) and for a quota (does not) is told apart by its words.
-_USED_UP = re.compile(r"\b(free|hour|week|month) allocated quota exceeded|free quota", re.IGNORECASE)
+# One code means both a rate limit (passes within a minute) and a quota (does not); the message tells them apart.
+_QUOTA_USED_UP = re.compile(r"\b(free|hour|week|month) allocated quota exceeded|free quota", re.IGNORECASE)
 # "url error": the model has another path.
 _NO_MODEL = re.compile(r"model (does )?not exist|does not support (a?synchronous) calls|^url error\b", re.IGNORECASE)
-# The algorithm's own refusals, which arrive under other codes and statuses as well.
-_REFUSED = re.compile(r"internalerror\.algo\.(invalidparameter|datainspectionfailed)")
+# Refusals by the algorithm, which also arrive under other codes and statuses.
+_WRAPPED_CODE = re.compile(r"internalerror\.algo\.(invalidparameter|datainspectionfailed)")
 
 
 def parse_error(reply: WireReply) -> GatewayError | None:
-    """Both modes. An error may come with HTTP 200; a `code` that is empty is none."""
+    """Both modes. An error may come with HTTP 200; an empty `code` means success."""
     succeeded = 200 <= reply.status < 300
     if succeeded and b'"code"' not in reply.body:
         return None
-    told = replies.error_fields(reply)
-    if succeeded and not told.code:
+    fields = replies.error_fields(reply)
+    if succeeded and not fields.code:
         return None
-    return replies.make_error(_kind(reply.status, told), reply, told.message)
+    return replies.make_error(_kind(reply.status, fields), reply, fields.message)
 
 
-def _kind(status: int, told: replies.ErrorFields) -> type[GatewayError]:
-    code = (told.code or told.type).lower()
-    if refused := _REFUSED.search(f"{code} {told.message.lower()}"):
-        code = refused[1]
-    kind = _CODES.get(code) or _CODES.get(code.partition(".")[0]) or replies.by_status(status, told.message)
-    if kind is RateLimited and _USED_UP.search(told.message):
+def _kind(status: int, fields: replies.ErrorFields) -> type[GatewayError]:
+    code = (fields.code or fields.type).lower()
+    if match := _WRAPPED_CODE.search(f"{code} {fields.message.lower()}"):
+        code = match[1]
+    kind = _CODES.get(code) or _CODES.get(code.partition(".")[0]) or replies.by_status(status, fields.message)
+    if kind is RateLimited and _QUOTA_USED_UP.search(fields.message):
         return QuotaExhausted
-    if kind in (InvalidRequest, UpstreamAuth) and _NO_MODEL.search(told.message):
+    if kind in (InvalidRequest, UpstreamAuth) and _NO_MODEL.search(fields.message):
         return UpstreamMisconfigured
-    return replies.by_message(told.message) if kind is InvalidRequest else kind
+    return replies.by_message(fields.message) if kind is InvalidRequest else kind
 
 
 def parse_response(reply: WireReply, batch: Batch) -> Parsed:
-    """The native form, of texts (`text_index`) and of contents (`index`)."""
+    """The native form, for texts (`text_index`) and for contents (`index`)."""
     body = json_vectors.load(reply.body)
     rows = body["output"]["embeddings"]
     output_type = batch.params.output_type
@@ -182,7 +182,7 @@ def parse_response(reply: WireReply, batch: Batch) -> Parsed:
 
 
 def _billed(usage: object) -> int | None:
-    """Documents disagree on the bill's name; where there is no total, images are counted apart."""
+    """The documentation disagrees on the field's name; without a total, images are counted separately."""
     total = replies.billed_tokens(usage, "total_tokens")
     parts = [replies.billed_tokens(usage, name) or 0 for name in ("input_tokens", "image_tokens")]
     return total or sum(parts) or None
@@ -190,7 +190,7 @@ def _billed(usage: object) -> int | None:
 
 _ADAPTERS = {
     "native": Adapter(build_request, parse_error, parse_response, capabilities=frozenset(CAPABILITIES)),
-    # Its gateway answers numbers to long requests whatever they ask for, so numbers are asked for.
+    # Its gateway answers long requests with numbers whatever they ask for, so we ask for numbers.
     "compatible": Adapter(openai.request_builder("/embeddings", {}, "float"), parse_error, openai.parse_response),
 }
 
@@ -203,8 +203,8 @@ def credentials(settings: DashScopeSettings, clock: Clock, _tokens: TokenStore |
     return auth.bearer(auth.keys(settings), parse_error, clock)
 
 
-# OpenAI's dialect has no words for roles, instructions and sparse vectors: every text is a document there. Models of
-# images it does not serve at all.
+# OpenAI's dialect cannot express roles, instructions or sparse vectors: every text is a document there. It does not
+# serve image models at all.
 _COMPATIBLE = {
     name: replace(model, roles=("document",), instruct=False, sparse=False)
     for name, model in CATALOG["dashscope"].items()

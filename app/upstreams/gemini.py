@@ -1,6 +1,6 @@
-"""Gemini's own API, `models/…:batchEmbedContents`: its OpenAI-style route knows no roles.
+"""Gemini's own API, `models/…:batchEmbedContents`: its OpenAI-style route supports no roles.
 
-Must not know how a model is told a role: that is the catalogue's. Facts: ai.google.dev/api/embeddings and
+Does not know how a model takes a role: that is the catalogue's. Facts: ai.google.dev/api/embeddings and
 google-genai 3.4.0 (PyPI).
 """
 
@@ -45,11 +45,11 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
     return openai.post(url, {"requests": requests})
 
 
-# What the status leaves open is in the body, an object or a list of one; the first that matches. Quotes within
-# a message are escaped, so that no text of a caller's reads as a field.
+# The body, an object or a list of one, says what the status leaves open; the first match counts. Quotes within a
+# message are escaped, so that no caller's text reads as a field.
 _FIELDS: Sequence[tuple[re.Pattern[bytes], type[GatewayError]]] = (
-    (re.compile(rb'"reason"\s*:\s*"API_KEY_INVALID"'), UpstreamAuth),  # comes as a 400
-    (re.compile(rb'"status"\s*:\s*"FAILED_PRECONDITION"'), UpstreamAuth),  # no service in our country, or for free
+    (re.compile(rb'"reason"\s*:\s*"API_KEY_INVALID"'), UpstreamAuth),  # sent as a 400
+    (re.compile(rb'"status"\s*:\s*"FAILED_PRECONDITION"'), UpstreamAuth),  # no service in this country, or no free tier
     (re.compile(rb'"quotaId"\s*:\s*"[^"]*PerDay'), QuotaExhausted),
     (re.compile(rb'"message"\s*:\s*"[^"]*dimensionality', re.IGNORECASE), UnsupportedDimensions),
 )
@@ -59,24 +59,24 @@ _DELAY = re.compile(rb'"retryDelay"\s*:\s*"(\d{1,9}(?:\.\d{1,9})?)s"')
 def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
-    message, body = replies.error_fields(reply).message, reply.body[: replies.LARGEST]
+    message, body = replies.error_fields(reply).message, reply.body[: replies.MAX_ERROR_BODY]
     kind = next((kind for pattern, kind in _FIELDS if pattern.search(body)), None)
     error = replies.make_error(kind or replies.by_status(reply.status, message), reply, message)
     delay = _DELAY.search(body)
-    if delay and kind is not QuotaExhausted:  # a day's quota comes with the delay of a minute's
+    if delay and kind is not QuotaExhausted:  # a daily quota comes with a per-minute quota's delay
         error.retry_after = float(delay[1])
     return error
 
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
-    """No index: vectors come in the order of the inputs. Those below full length are not of unit length."""
+    """No indexes: vectors come in input order. Those with reduced dimensions are not of unit length."""
     body = json_vectors.load(reply.body)
-    found = [_unit(vector) for vector in vectors.parse([row["values"] for row in body["embeddings"]])]
+    found = [_unit_length(vector) for vector in vectors.parse([row["values"] for row in body["embeddings"]])]
     return Parsed(range(len(found)), found, replies.billed_tokens(body.get("usageMetadata"), "promptTokenCount"))
 
 
-def _unit(vector: bytes) -> bytes:
-    """Of unit length. What is no embedding stays as it came, for the contract check to refuse."""
+def _unit_length(vector: bytes) -> bytes:
+    """The vector at unit length. An invalid one stays as it is, for the contract check to refuse."""
     return vector if vectors.fault(vector) else vectors.normalise(vector)
 
 
@@ -85,7 +85,7 @@ def adapter(_settings: GeminiSettings) -> Adapter:
 
 
 def credentials(settings: GeminiSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
-    """In a header and not as `?key=`, which ends up in logs."""
+    """The key goes in a header: `?key=` ends up in logs."""
     return auth.HeaderKey("x-goog-api-key", auth.keys(settings), parse_error, clock)
 
 
@@ -94,7 +94,7 @@ def models(_settings: GeminiSettings) -> Mapping[str, Model]:
 
 
 def unlisted_model(name: str) -> Model:
-    """A hundred inputs are the route's limit, whatever the model."""
+    """The route takes 100 inputs, whatever the model."""
     return Model(name, dimension_choices=ANY, max_batch=100)
 
 

@@ -1,11 +1,11 @@
-"""An upstream's reply as a document, its vectors as vectors from the start.
+"""Parses an upstream's JSON reply, decoding its vectors directly.
 
-To make Python floats of a batch's numbers costs more than everything else that is done to them; simdjson reads them
-into memory directly. Base64 is decoded where it stands: a parser would first make strings of it, another copy all over
-the heap. A reply that is unusual in any way is parsed by orjson, which has the last word.
+Converting a batch's numbers to Python floats costs more than everything else done to them; simdjson parses them
+straight into memory. Base64 is decoded in place: a parser would first copy it into strings all over the heap. orjson
+parses any reply that is unusual in any way, and decides whether it is valid.
 
-Vectors are cut out before the rest is parsed, and marks put in their place. This is done only where a reply has no
-escapes: then every quote begins or ends a string, and only a mark begins with a NUL, which takes an escape.
+Vectors are cut out and replaced by marks before the rest is parsed. This is done only if the reply has no escapes:
+then every quote begins or ends a string, and only a mark begins with a NUL, which cannot be written without an escape.
 """
 
 from __future__ import annotations
@@ -23,61 +23,62 @@ from app import vectors
 
 try:
     import simdjson
-except ImportError:  # where it has no wheel (pyproject.toml): orjson does the same, in three times the time
+except ImportError:  # no wheel for this platform (pyproject.toml): orjson takes three times as long
     simdjson = None  # type: ignore[assignment]
 
-DEEPEST = 8
-"""Levels of nesting in a reply of embeddings, at most; the deepest known has five."""
+MAX_DEPTH = 8
+"""Maximum levels of nesting in an embeddings reply; the deepest known has five."""
 
-_TURN = 16
-"""Lists of numbers after which a thread gives the event loop's thread a turn. It must do so itself: numpy lets go of
-the interpreter for each list, too briefly for the other thread to take it, and so often that this one is never made
-to."""
+_LISTS_PER_YIELD = 16
+"""Lists of numbers after which a worker thread yields to the event loop's. It must do so explicitly: numpy releases the
+GIL for each list, too briefly for the other thread to take it, and so often that this one is never forced to drop
+it."""
 
 _TEXT = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*"')
-"""What stands before a vector in base64."""
+"""What precedes a base64 vector."""
 _LIST = re.compile(rb"\[[ \t\r\n]*[-0-9]")
-"""What a list of numbers begins with."""
+"""How a list of numbers begins."""
 
 
 def load(raw: bytes | bytearray) -> Any:
-    """Like `orjson.loads`, but a list of numbers may be a vector (float32 bytes) already, and so may be the `embedding`
-    of each of `data`. Raises `ValueError`."""
-    # Worth it where there are vectors, which shows at once: a reply in base64 has a dozen commas all in all.
+    """Like `orjson.loads`, but a list of numbers may already be a vector (float32 bytes), and so may the `embedding`
+    of each item of `data`. Raises `ValueError`."""
+    # Only worth it for vectors, which show at once: a base64 reply has a dozen commas in all.
     text = _TEXT.search(raw, 0, 1024)
     try:
         if text is not None:
-            return _around_base64(raw, text.group())
+            return _load_base64(raw, text.group())
         if simdjson is not None and raw.count(b",", 0, 1024) > 32:
-            return _around_numbers(raw)
-    except (KeyError, RuntimeError, TypeError, ValueError):  # a RuntimeError for a number of more than 64 bits
+            return _load_numbers(raw)
+    except (KeyError, RuntimeError, TypeError, ValueError):  # RuntimeError: a number of more than 64 bits
         pass
     return orjson.loads(raw)
 
 
-def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
-    """The document with its rows' vectors in place. `before` is what stands before each: what follows, up to the next
-    quote, is all of its string.
+def _load_base64(raw: bytes | bytearray, prefix: bytes) -> Any:
+    """The document with its base64 vectors decoded. `prefix` precedes each vector's string, which ends at the next
+    quote.
 
-    Raises `KeyError`, `TypeError` or `ValueError` for what is not a list of rows with a vector each, written alike.
+    Raises `KeyError`, `TypeError` or `ValueError` if `data` is not a list of rows with one vector each, all written
+    alike.
     """
-    find, view, skip = raw.find, memoryview(raw), len(before)
+    find, view, skip = raw.find, memoryview(raw), len(prefix)
     texts: list[memoryview] = []
-    between: list[bytes | bytearray] = []
+    gaps: list[bytes | bytearray] = []
     length = end = 0
-    while (at := find(before, end)) >= 0:
+    while (at := find(prefix, end)) >= 0:
         begin = at + skip
-        between.append(raw[end:begin])
-        # Where the last one ended, this one will: were there a quote before, what is in between would be no base64.
+        gaps.append(raw[end:begin])
+        # All are taken to be as long as the last one: an earlier quote would leave a text that is not base64.
         if not raw.startswith(b'"', begin + length):
             length = find(b'"', begin) - begin
             if length < 0:
                 raise ValueError("no JSON")
         end = begin + length
         texts.append(view[begin:end])
-    between.append(raw[end:])
-    body = _without_escapes(b"\\u0000".join(between), len(texts))
-    # One mark in each row, and as many rows as marks: then they are in the same order.
+    gaps.append(raw[end:])
+    body = _parse_marked(b"\\u0000".join(gaps), len(texts))
+    # One mark in each row and as many rows as marks: so both are in the same order.
     for row, vector in zip(body["data"], vectors.from_base64(texts), strict=True):
         if row["embedding"] != "\0":
             raise ValueError("unusual")
@@ -85,47 +86,47 @@ def _around_base64(raw: bytes | bytearray, before: bytes) -> Any:
     return body
 
 
-def _around_numbers(raw: bytes | bytearray) -> Any:
+def _load_numbers(raw: bytes | bytearray) -> Any:
     """The document with a vector in place of each list of numbers.
 
-    Each list is parsed alone, in memory that is at hand: a parse of the whole writes three times its size. A list ends
-    with the first bracket that closes one, or else it is none of numbers. A mark within a string would end it, and what
-    follows would be no JSON. Raises `TypeError` or `ValueError` for what is not plain numbers in plain lists.
+    Each list is parsed by itself, in reused memory: parsing the whole would write three times its size. A list of
+    numbers ends at the first closing bracket. If it was inside a string, its mark ends the string and what follows is
+    no JSON. Raises `TypeError` or `ValueError` for anything but flat lists of plain numbers.
     """
     parse, search, find = simdjson.Parser().parse, _LIST.search, raw.find
-    aside = threading.current_thread() is not threading.main_thread()
+    in_thread = threading.current_thread() is not threading.main_thread()
     found: list[bytes] = []
     pieces: list[bytes | bytearray] = []
     end = 0
     with np.errstate(over="ignore"):  # becomes infinite, as in `vectors.from_numbers`
-        while (begins := search(raw, end)) is not None:
-            begin = begins.start()
+        while (match := search(raw, end)) is not None:
+            begin = match.start()
             pieces += (raw[end:begin], b'"\\u0000%d"' % len(found))
             end = find(b"]", begin) + 1
             if not end:
                 raise ValueError("no JSON")
             numbers = cast("simdjson.Array", parse(raw[begin:end])).as_buffer(of_type="d")
             found.append(np.frombuffer(numbers, "<f8").astype("<f4").tobytes())
-            if aside and len(found) % _TURN == 0:
+            if in_thread and len(found) % _LISTS_PER_YIELD == 0:
                 time.sleep(0)
     pieces.append(raw[end:])
-    return _filled(_without_escapes(b"".join(pieces), len(found)), found, DEEPEST)
+    return _fill(_parse_marked(b"".join(pieces), len(found)), found, MAX_DEPTH)
 
 
-def _without_escapes(text: bytes, marks: int) -> Any:
-    """The document, if it has this number of marks and no other escape; what was cut out has none, or was no vector."""
+def _parse_marked(text: bytes, marks: int) -> Any:
+    """Parses a text that must have this number of marks and no other escapes. (A cut-out vector has none.)"""
     if text.count(b"\\") != marks:
         raise ValueError("unusual")
     return orjson.loads(text)
 
 
-def _filled(value: Any, found: Sequence[bytes], depth: int) -> Any:
+def _fill(value: Any, found: Sequence[bytes], depth: int) -> Any:
     if not depth:
         raise ValueError("deep")
     if isinstance(value, str):
         return found[int(value[1:])] if value.startswith("\0") else value
     if isinstance(value, dict):
-        return {name: _filled(inner, found, depth - 1) for name, inner in value.items()}
+        return {name: _fill(inner, found, depth - 1) for name, inner in value.items()}
     if isinstance(value, list):
-        return [_filled(inner, found, depth - 1) for inner in value]
+        return [_fill(inner, found, depth - 1) for inner in value]
     return value

@@ -1,8 +1,8 @@
-"""An upstream inside this process: words and character n-grams hashed into a vector. For trying out, for
-tests and for work without a network; it sees spelling and never meaning, so no search engine of worth.
+"""An upstream inside this process: hashes words and character n-grams into a vector. For trying out, tests and offline
+work; it sees spelling and never meaning, so it is no use for real search.
 
-Goes through the client, OpenAI's dialect and the contract check as any upstream does. The same text gives the
-same bytes on every machine: hashes are ours, and all sums are of whole numbers.
+Uses the client, OpenAI's dialect and the contract check like any upstream. The same text gives the same bytes on every
+machine: the hashes are our own, and all sums are of whole numbers.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from app.upstreams.auth import NoAuth
 
 _Numbers = NDArray[np.uint64]
 _Flags = NDArray[np.bool_]
-_Found = tuple[NDArray[np.int64], _Numbers, NDArray[np.float64]]
+_Features = tuple[NDArray[np.int64], _Numbers, NDArray[np.float64]]
 
 _BASE = np.uint64(0x100000001B3)
 _SPACE = np.uint64(ord(" "))
-_IN_A_THREAD = 20_000
-"""Characters beyond which hashing would hold up the event loop for more than some milliseconds."""
-_AT_ONCE = 100_000
-"""Letters after which those so far are hashed: each takes 150 bytes meanwhile. How many characters one text may have,
-the catalogue says; most are one letter, some rare ones up to 18."""
+_THREAD_THRESHOLD = 20_000
+"""Characters beyond which hashing would block the event loop for more than a few milliseconds."""
+_MAX_LETTERS_PER_PASS = 100_000
+"""Letters collected before they are hashed, at 150 bytes of memory each. The catalogue limits one text's characters;
+most become one letter, a few rare ones up to 18."""
 
 # Scripts without spaces between words: kana, Han, Hangul.
 _WIDE = np.array([0x3040, 0x3100, 0x3400, 0xA000, 0xAC00, 0xD7B0, 0xF900, 0xFB00, 0x20000, 0x40000], np.uint64)
@@ -44,20 +44,20 @@ _SEPARATORS = re.compile(r"[\W_]+")
 
 
 def embed(texts: Sequence[str], dimensions: int) -> list[bytes]:
-    """One vector a text: unit length, float32, never zero. What stands beside a text does not alter its vector."""
+    """One vector per text: unit length, float32, never zero, and independent of the other texts."""
     found: list[bytes] = []
     words: list[str] = []
     letters = 0
     for text in texts:
         words.append(_words(text))
         letters += len(words[-1])
-        if letters > _AT_ONCE:
-            found += _embedded(words, dimensions)
+        if letters > _MAX_LETTERS_PER_PASS:
+            found += _embed_words(words, dimensions)
             words, letters = [], 0
-    return found + _embedded(words, dimensions) if words else found
+    return found + _embed_words(words, dimensions) if words else found
 
 
-def _embedded(words: Sequence[str], dimensions: int) -> list[bytes]:
+def _embed_words(words: Sequence[str], dimensions: int) -> list[bytes]:
     letters = np.frombuffer("".join(words).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     owners = np.repeat(np.arange(len(words), dtype=np.int64), [len(each) for each in words])
     places, hashes, weights = _features(letters)
@@ -65,26 +65,26 @@ def _embedded(words: Sequence[str], dimensions: int) -> list[bytes]:
     signs = 1.0 - 2.0 * (hashes >> np.uint64(63)).astype(np.float64)
     sums = np.bincount(cells, signs * weights, minlength=len(words) * dimensions).reshape(-1, dimensions)
     squares = (sums * sums).sum(axis=1)
-    # A few features may cancel each other out.
+    # When there are few features, they may cancel each other out.
     sums[squares == 0, 0] = 1.0
     squares[squares == 0] = 1.0
     return [row.tobytes() for row in (sums / np.sqrt(squares)[:, None]).astype("<f4")]
 
 
 def count_tokens(text: str) -> int:
-    """Words, and characters of scripts that do not space words."""
+    """Counts words, and the characters of scripts that do not space words."""
     letters = np.frombuffer(_words(text).encode("utf-32-le", "surrogatepass"), "<u4").astype(np.uint64)
     wide = _is_wide(letters)
     return int(wide.sum()) + int(_starts(wide | (letters == _SPACE)).sum())
 
 
 def _words(text: str) -> str:
-    """Each word between spaces, one to either side. Where there is no word the symbols are spelled out."""
+    """The words, each with a space before and after it. A text without words has its symbols spelled out."""
     words = _SEPARATORS.sub(" ", unicodedata.normalize("NFKC", text).casefold()).strip()
     return f" {words or ' '.join(f'u{ord(symbol):x}' for symbol in text) or 'nothing'} "
 
 
-def _features(letters: _Numbers) -> _Found:
+def _features(letters: _Numbers) -> _Features:
     """Where each feature begins, its hash and its weight."""
     space, wide = letters == _SPACE, _is_wide(letters)
     blocked = space | wide
@@ -95,10 +95,10 @@ def _features(letters: _Numbers) -> _Found:
         if size > 1:
             grams = grams[:-1] * _BASE + letters[size - 1 :]
         count = len(grams)
-        if size <= 2:  # Chinese: single characters and pairs; a pair is about a word
+        if size <= 2:  # Chinese: characters and pairs; a pair is roughly a word
             whole = wide[:count] & wide[size - 1 :]
             weight = 2.0 * size
-        else:  # words' parts, with the space that begins or ends the word, none within
+        else:  # parts of a word, including the space at its beginning or end but none within
             within = inside[size - 1 : size - 1 + count] - inside[1 : 1 + count]
             whole = (within == 0) & ~wide[:count] & ~wide[size - 1 :]
             weight = 1.0
@@ -111,8 +111,8 @@ def _features(letters: _Numbers) -> _Found:
     )
 
 
-def _whole_words(letters: _Numbers, blocked: _Flags) -> _Found:
-    """Longer words weigh more, up to eight letters: the short ones of most languages say least."""
+def _whole_words(letters: _Numbers, blocked: _Flags) -> _Features:
+    """Longer words weigh more, up to eight letters: in most languages short words mean least."""
     places = np.flatnonzero(_starts(blocked))
     inner = np.flatnonzero(~blocked)
     if not len(inner):
@@ -125,7 +125,7 @@ def _whole_words(letters: _Numbers, blocked: _Flags) -> _Found:
 
 
 def _starts(blocked: _Flags) -> _Flags:
-    """Where a run of letters begins: each text begins with a space."""
+    """Where a run of letters begins. (Every text begins with a space.)"""
     starts = ~blocked
     starts[1:] &= blocked[:-1]
     return starts
@@ -143,18 +143,18 @@ def _mix(numbers: _Numbers) -> _Numbers:
 
 
 class LexicalTransport(httpx.AsyncBaseTransport):
-    """Answers `POST …/embeddings` in OpenAI's shape, base64 always."""
+    """Answers `POST …/embeddings` in OpenAI's shape, always in base64."""
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
         try:
             body = orjson.loads(await request.aread())
             texts, model = body["input"], CATALOG["lexical"][body["model"]]
-            asked = body.get("dimensions", model.dimensions)
+            dimensions = body.get("dimensions", model.dimensions)
         except (KeyError, TypeError, ValueError):
             return _reply(404, {"error": {"message": "no such model", "code": "model_not_found"}})
-        if sum(map(len, texts)) > _IN_A_THREAD:
-            return _reply(200, await asyncio.to_thread(_answer, texts, asked))
-        return _reply(200, _answer(texts, asked))
+        if sum(map(len, texts)) > _THREAD_THRESHOLD:
+            return _reply(200, await asyncio.to_thread(_answer, texts, dimensions))
+        return _reply(200, _answer(texts, dimensions))
 
 
 def _answer(texts: list[str], dimensions: int) -> dict[str, object]:

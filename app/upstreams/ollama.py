@@ -1,6 +1,6 @@
-"""Ollama's own API, `/api/embed`: what its OpenAI-style route lacks is not silently cutting long texts.
+"""Ollama's own API, `/api/embed`: unlike its OpenAI-style route, it can refuse long texts instead of cutting them.
 
-Must not know where a server is: only how `OLLAMA_HOST` says it. Facts: ollama/ollama v0.33.0-rc2,
+Does not know where a server is, only how to read `OLLAMA_HOST`. Facts: ollama/ollama v0.33.0-rc2,
 server/routes.go, api/types.go and envconfig.
 """
 
@@ -34,14 +34,16 @@ from app.upstreams import auth, json_vectors, openai, replies
 
 PORT = 11434
 MAX_BATCH = 16
-"""It has no limit, but one input that fails fails its call, and a batch is no faster than its inputs."""
+"""The server has no limit, but one bad input fails the whole call, and a batch is no faster than its inputs one by
+one."""
 
 
-def stay_text(value: str | int) -> str | int:
-    """As Ollama reads it: seconds, below 0 for ever, or a duration of Go's, which has no days and always a unit."""
+def parse_keep_alive(value: str | int) -> str | int:
+    """As Ollama reads it: seconds, with a negative number meaning forever, or a Go duration, which has no days and
+    always a unit."""
     if isinstance(value, int):
         return value
-    if re.fullmatch(r"-?[0-9]{1,10}", value):  # from the environment, where everything is text
+    if re.fullmatch(r"-?[0-9]{1,10}", value):  # from the environment, where all values are text
         return int(value)
     if re.fullmatch(r"-?([0-9]+(\.[0-9]+)?(ms|s|m|h))+", value):
         return value
@@ -54,9 +56,9 @@ class OllamaSettings(UpstreamSettings):
     type: Literal["ollama"] = "ollama"
     base_url: str = f"http://localhost:{PORT}"
     max_concurrency: Count = 2
-    keep_alive: Annotated[str | int, AfterValidator(stay_text)] | None = None
+    keep_alive: Annotated[str | int, AfterValidator(parse_keep_alive)] | None = None
     truncate: bool = False
-    """Ollama's own default is true: a long text is cut and nobody is told."""
+    """Ollama's own default is true, which cuts long texts silently."""
 
 
 def build_request(settings: OllamaSettings, batch: Batch, target: Target) -> WireRequest:
@@ -72,12 +74,12 @@ def build_request(settings: OllamaSettings, batch: Batch, target: Target) -> Wir
     return openai.post(target.base_url + "/api/embed", body)
 
 
-# Any failure after scheduling is a 400, so the text decides. In this order: the first that matches.
-_TEXTS: Sequence[tuple[re.Pattern[str], type[GatewayError]]] = (
+# Any failure after scheduling is a 400, so the message decides; the first match counts.
+_MESSAGES: Sequence[tuple[re.Pattern[str], type[GatewayError]]] = (
     (re.compile(r"\bNaN\b|\bInf\b"), UpstreamInvalidVector),
     (re.compile(r"context length|too large to process"), ContextLengthExceeded),
     (re.compile(r"model .*not found|invalid model name|model is required"), UpstreamMisconfigured),
-    # What only we can be to blame for: asking again would not help.
+    # Only the gateway can have caused these: a retry would not help.
     (re.compile(r"invalid input type|unmarshal|request body|invalid character"), UpstreamMisconfigured),
 )
 
@@ -86,15 +88,15 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
     message = replies.error_fields(reply).message
-    kind = next((kind for pattern, kind in _TEXTS if pattern.search(message)), None)
+    kind = next((kind for pattern, kind in _MESSAGES if pattern.search(message)), None)
     if kind is None:
-        # A 400 that none of these texts explains is a runner that crashed, never the caller's fault.
+        # A 400 that matches none of these is a crashed runner, never the caller's fault.
         kind = UpstreamError if reply.status == 400 else replies.by_status(reply.status, message)
     return replies.make_error(kind, reply, message)
 
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
-    """No index: vectors come in the order of the inputs. A count of 0 is left out by the server."""
+    """No indexes: vectors come in input order. The server omits a count of 0."""
     body = json_vectors.load(reply.body)
     found = vectors.parse(body["embeddings"])
     return Parsed(range(len(found)), found, replies.billed_tokens(body, "prompt_eval_count"))
@@ -105,12 +107,12 @@ def adapter(settings: OllamaSettings) -> Adapter:
 
 
 def credentials(settings: OllamaSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
-    """A server asks for no key; a proxy before one may."""
+    """The server needs no key, but a proxy in front of it may."""
     return auth.bearer(auth.keys(settings), parse_error, clock)
 
 
 def models(_settings: OllamaSettings) -> Mapping[str, Model]:
-    """None beforehand: they are what has been pulled."""
+    """Empty: the models are those that have been pulled."""
     return {}
 
 
@@ -119,8 +121,8 @@ def unlisted_model(name: str) -> Model:
     return replace(
         known,
         name=name,
-        same_as=name.removesuffix(":latest"),  # what no tag means
-        # How long an input may be is the server's to say, and shorter vectors it makes itself, of any model.
+        same_as=name.removesuffix(":latest"),  # what a name without a tag means
+        # The server says how long an input may be, and shortens any model's vectors itself.
         dimension_choices=ANY,
         matryoshka_dimensions=None,
         max_batch=MAX_BATCH,
@@ -129,55 +131,55 @@ def unlisted_model(name: str) -> Model:
 
 
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
-    """The pulled models that can embed; one tagged `latest` also under its name without the tag."""
+    """The pulled models that can embed; those tagged `latest` also under their name without the tag."""
     base_url = settings.base_url.rstrip("/")
     try:
-        tags = await _ask(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
+        tags = await _request_json(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
     except UpstreamMisconfigured as error:
-        # Its own words last: half a key, where they are cut, is known by being there.
+        # The upstream's message comes last: the redactor detects a key that was cut off only at the end.
         raise UpstreamMisconfigured(f"(its base_url has no /api or /v1 at its end) {error.message}") from error
     found: list[Model] = []
-    unread: UpstreamError | None = None
-    for tag in _objects(tags.get("models")):
+    unreadable: UpstreamError | None = None
+    for tag in _dicts(tags.get("models")):
         name = str(tag.get("name") or tag.get("model") or "")
         try:
-            told = await _told(send, base_url, name, tag)
-        except UpstreamMisconfigured:  # removed since, or it has no such route
+            metadata = await _metadata(send, base_url, name, tag)
+        except UpstreamMisconfigured:  # removed meanwhile, or the server has no such route
             continue
         except UpstreamError as error:
             if type(error) is not UpstreamError:
                 raise
-            unread = error  # a file that it cannot read costs that model, and none of the others
+            unreadable = error  # an unreadable file costs that model only
             continue
-        if name and _embeds(told):
+        if name and _embeds(metadata):
             digest = str(tag.get("digest") or "").removeprefix("sha256:")[:12]
-            found += _models(name, told, digest, matryoshka_dimensions=settings.truncate)
-    if unread and not found:
-        raise unread
+            found += _models(name, metadata, digest, truncates=settings.truncate)
+    if unreadable and not found:
+        raise unreadable
     return found
 
 
-async def _told(send: Send, base_url: str, name: str, tag: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What is known of a model: its entry in the list, or what an older server tells model by model. Raises what
-    keeps that from us where the list is not enough."""
-    dimensions, longest = _length(tag, "embedding"), _length(tag, "context")
+async def _metadata(send: Send, base_url: str, name: str, tag: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A model's entry in the list if it is complete, else what an older server reports per model. Raises if that fails
+    and the entry gives no dimensions."""
+    dimensions, longest = _model_length(tag, "embedding"), _model_length(tag, "context")
     if _embeds(tag) is False or (_embeds(tag) and None not in (dimensions, longest)):
         return tag
     try:
-        return await _ask(send, openai.post(base_url + "/api/show", {"model": name}))
+        return await _request_json(send, openai.post(base_url + "/api/show", {"model": name}))
     except GatewayError:
         if dimensions is None:
             raise
         return tag
 
 
-def _models(name: str, told: Mapping[str, Any], digest: str, *, matryoshka_dimensions: bool) -> list[Model]:
-    """What the server tells, and beside it what is known of the model."""
-    longest = None if matryoshka_dimensions else _length(told, "context")
+def _models(name: str, metadata: Mapping[str, Any], digest: str, *, truncates: bool) -> list[Model]:
+    """The server's facts, completed from the catalogue."""
+    longest = None if truncates else _model_length(metadata, "context")
     return [
         replace(
             known := unlisted_model(each),
-            dimensions=_length(told, "embedding"),
+            dimensions=_model_length(metadata, "embedding"),
             max_tokens_per_input=longest,
             revision=digest,
             source=", ".join(filter(None, ("the server's list", known.source))),
@@ -186,29 +188,29 @@ def _models(name: str, told: Mapping[str, Any], digest: str, *, matryoshka_dimen
     ]
 
 
-def _embeds(told: Mapping[str, Any]) -> bool | None:
-    """Whether a model is for embedding: by its capabilities or its layers; None where neither is told."""
-    capabilities = told.get("capabilities")
+def _embeds(metadata: Mapping[str, Any]) -> bool | None:
+    """Whether a model embeds, by its capabilities or its layers; None if the server states neither."""
+    capabilities = metadata.get("capabilities")
     if isinstance(capabilities, list):
         return "embedding" in capabilities
-    info = told.get("model_info")
+    info = metadata.get("model_info")
     if not isinstance(info, dict):
         return None
     pools = any(str(key).endswith(".pooling_type") for key in info)
     return pools or "bert" in str(info.get("general.architecture"))
 
 
-def _length(told: Mapping[str, Any], what: str) -> int | None:
-    """`embedding` or `context` length: among a tag's `details`, or in a model's `model_info`."""
+def _model_length(metadata: Mapping[str, Any], kind: str) -> int | None:
+    """The `embedding` or `context` length, from a tag's `details` or a model's `model_info`."""
     for part in ("details", "model_info"):
-        facts = told.get(part)
+        facts = metadata.get(part)
         for key, value in facts.items() if isinstance(facts, dict) else ():
-            if f".{key}".endswith(f".{what}_length") and type(value) is int and value > 0:
+            if f".{key}".endswith(f".{kind}_length") and type(value) is int and value > 0:
                 return value
     return None
 
 
-async def _ask(send: Send, request: WireRequest) -> dict[str, Any]:
+async def _request_json(send: Send, request: WireRequest) -> dict[str, Any]:
     reply = await send(request)
     error = parse_error(reply)
     if error is not None:
@@ -219,7 +221,7 @@ async def _ask(send: Send, request: WireRequest) -> dict[str, Any]:
         raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
 
 
-def _objects(value: object) -> list[dict[str, Any]]:
+def _dicts(value: object) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
@@ -231,16 +233,16 @@ def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
 def _base_url(host: str) -> str:
     """`OLLAMA_HOST` as Ollama reads it: scheme, host, port and path may each be missing.
 
-    The server's own "listen everywhere" is no address to connect to; from here that is loopback.
+    A server's "listen everywhere" is no address to connect to and becomes loopback.
     """
     scheme, separator, rest = host.rpartition("://")
     default = {"http": 80, "https": 443}.get(scheme, PORT) if separator else PORT
-    if re.fullmatch(r"[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*", rest):  # IPv6 without its brackets
+    if re.fullmatch(r"[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*", rest):  # IPv6 without brackets
         rest = f"[{rest}]"
     try:
         url = urlsplit(f"{scheme or 'http'}://{rest}")
     except ValueError:
-        return host  # no address; the settings say so, readably
+        return host  # not an address: the settings report it readably
     try:
         port = url.port or default
     except ValueError:

@@ -1,6 +1,6 @@
-"""OpenAI's embeddings API, and every server that speaks it: Azure, vLLM, TEI, infinity, LM Studio and so on.
+"""OpenAI's embeddings API and every server that speaks it: Azure, vLLM, TEI, infinity, LM Studio and so on.
 
-What differs between them is configuration, never code. Must not know any vendor behind the dialect.
+They differ in configuration, never in code. Knows no vendor behind the dialect.
 Facts: openai-openapi's openapi.yaml, openai-python, and the servers' own sources.
 """
 
@@ -40,7 +40,7 @@ class OpenAISettings(UpstreamSettings):
     query: dict[str, str] = Field(default={})
     auth: Literal["bearer", "api-key", "none"] = "bearer"
     encoding_format: Literal["base64", "float", "omit"] = "base64"
-    """What to ask for. Either form is understood whatever was asked; `omit` is for servers that refuse it."""
+    """What requests ask for; replies in either form are understood. `omit` is for servers that refuse the field."""
 
     @field_validator("path")
     @classmethod
@@ -59,7 +59,7 @@ class OpenAISettings(UpstreamSettings):
 def request_builder(
     path: str, query: Mapping[str, str], encoding_format: str | None
 ) -> Callable[[Batch, Target], WireRequest]:
-    """`build_request` for a server that has its embeddings at `path` and is asked for `encoding_format`."""
+    """`build_request` for a server with its embeddings at `path`, asking for `encoding_format`."""
 
     def build_request(batch: Batch, target: Target) -> WireRequest:
         body: dict[str, object] = {"model": target.model.name, "input": batch.inputs}
@@ -73,7 +73,7 @@ def request_builder(
 
 
 def post(url: str, body: object, query: Mapping[str, str] | None = None) -> WireRequest:
-    """A JSON request, as every dialect makes it."""
+    """A JSON request, for every dialect."""
     headers = {"content-type": "application/json", "accept": "application/json"}
     return WireRequest("POST", url, headers, orjson.dumps(body), dict(query) if query else {})
 
@@ -88,30 +88,30 @@ _CODES: Mapping[str, type[GatewayError]] = {
     "invalid_api_key": UpstreamAuth,
     "model_not_found": UpstreamMisconfigured,
     "deploymentnotfound": UpstreamMisconfigured,
-    "operationnotsupported": UpstreamMisconfigured,  # Azure: a deployment of a model that is none of embeddings
+    "operationnotsupported": UpstreamMisconfigured,  # Azure: a deployment of a model that is not for embeddings
     "context_length_exceeded": ContextLengthExceeded,
     "string_above_max_length": ContextLengthExceeded,
 }
 
 
 def parse_error(reply: WireReply) -> GatewayError | None:
-    """Codes before statuses: OpenAI says 403 as well as 404 for a model it does not have."""
+    """Codes take precedence over statuses: OpenAI sends 403 as well as 404 for an unknown model."""
     if 200 <= reply.status < 300:
         return _error_in_success(reply)
-    told = replies.error_fields(reply)
-    kind = _by_code(told) or replies.by_status(reply.status, told.message)
-    if kind is InvalidRequest and told.param == "model":  # whose name is the configuration's, and not the caller's
+    fields = replies.error_fields(reply)
+    kind = _by_code(fields) or replies.by_status(reply.status, fields.message)
+    if kind is InvalidRequest and fields.param == "model":  # set by the configuration, not the caller
         kind = UpstreamMisconfigured
-    return replies.make_error(kind, reply, told.message)
+    return replies.make_error(kind, reply, fields.message)
 
 
-def _by_code(told: replies.ErrorFields) -> type[GatewayError] | None:
-    """What its code means, or its type where that says it."""
-    return _CODES.get(told.code.lower()) or _CODES.get(told.type.lower())
+def _by_code(fields: replies.ErrorFields) -> type[GatewayError] | None:
+    """The error class of the code, or else of the type."""
+    return _CODES.get(fields.code.lower()) or _CODES.get(fields.type.lower())
 
 
 def _error_in_success(reply: WireReply) -> GatewayError | None:
-    """Some gateways in front of a server say 200 and mean the error in the body. Such bodies are short."""
+    """Some gateways in front of a server send errors with status 200. Such bodies are short."""
     if len(reply.body) > 4096 or b'"error"' not in reply.body:
         return None
     try:
@@ -120,27 +120,27 @@ def _error_in_success(reply: WireReply) -> GatewayError | None:
         return None
     if not isinstance(body, dict) or not body.get("error") or body.get("data"):
         return None
-    told = replies.error_fields(reply)
-    kind = _by_code(told)
-    if kind is None and told.code.isdecimal() and 400 <= int(told.code) < 600:
-        kind = replies.by_status(int(told.code), told.message)
-    return replies.make_error(kind or UpstreamError, reply, told.message)
+    fields = replies.error_fields(reply)
+    kind = _by_code(fields)
+    if kind is None and fields.code.isdecimal() and 400 <= int(fields.code) < 600:
+        kind = replies.by_status(int(fields.code), fields.message)
+    return replies.make_error(kind or UpstreamError, reply, fields.message)
 
 
 def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
-    """Numbers or base64, whichever came."""
+    """Accepts numbers and base64."""
     body = json_vectors.load(reply.body)
     rows = body["data"]
     found = vectors.parse([row["embedding"] for row in rows])
-    indexes = [row.get("index", 0) for row in rows]  # Gemini's route of this form leaves out what is 0
+    indexes = [row.get("index", 0) for row in rows]  # Gemini's OpenAI-style route omits an index of 0
     return Parsed(
         indexes, found, replies.billed_tokens(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens")
     )
 
 
 def adapter(settings: OpenAISettings) -> Adapter:
-    asked = None if settings.encoding_format == "omit" else settings.encoding_format
-    return Adapter(request_builder(settings.path, settings.query, asked), parse_error, parse_response)
+    encoding_format = None if settings.encoding_format == "omit" else settings.encoding_format
+    return Adapter(request_builder(settings.path, settings.query, encoding_format), parse_error, parse_response)
 
 
 def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
@@ -153,18 +153,18 @@ def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | No
 
 
 def models(settings: OpenAISettings) -> Mapping[str, Model]:
-    """OpenAI's own; what another server has, it is asked."""
+    """OpenAI's models; any other server is asked for its own."""
     return CATALOG["openai"] if settings.base_url.rstrip("/") == BASE_URL else {}
 
 
 def unlisted_model(name: str) -> Model:
-    """The catalogue's facts for a name it has, wherever served; else 32 rows, TEI's default."""
+    """The catalogue's facts if it has the name, wherever it is served; else 32 rows, TEI's default."""
     if name in CATALOG["openai"]:
         return CATALOG["openai"][name]
     known = family(name)
     if known is None:
         return Model(name, dimension_choices=ANY, max_batch=32)
-    # The server may have been told another length, or another model to have this name; what it gives, it gives.
+    # The server may be configured for another length, or serve another model under this name: what it returns counts.
     full = None if known.dimensions is None else (known.dimensions,)
     return replace(
         known,
@@ -179,8 +179,8 @@ _NO_SUCH_ROUTE = (404, 405, 501)
 
 
 async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | None:
-    """`GET /models`, which not every server has (TEI, a deployment on Azure): None. In old versions of infinity `data`
-    is one object and not a list of them."""
+    """`GET /models`; None from a server without that route (TEI, a deployment on Azure). In old versions of infinity
+    `data` is one object and not a list."""
     url = settings.base_url.rstrip("/") + "/models"
     reply = await send(WireRequest("GET", url, {"accept": "application/json"}, query=dict(settings.query)))
     if reply.status in _NO_SUCH_ROUTE:
@@ -190,14 +190,14 @@ async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | No
         raise error
     try:
         rows = orjson.loads(reply.body)["data"]
-        found = {row["id"]: _listed(row) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]}
+        found = {row["id"]: _listed_model(row) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]}
     except (KeyError, TypeError, ValueError) as fault:
         raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
     return list(found.values())
 
 
-def _listed(row: Mapping[str, Any]) -> Model:
-    """vLLM and SGLang say how long an input may be, which is what the server was started with."""
+def _listed_model(row: Mapping[str, Any]) -> Model:
+    """vLLM and SGLang give the longest input that the server was started with."""
     model, limit = unlisted_model(str(row["id"])), row.get("max_model_len")
     return replace(model, max_tokens_per_input=limit) if type(limit) is int and limit > 0 else model
 

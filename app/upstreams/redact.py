@@ -55,8 +55,8 @@ use themselves."""
 
 
 def quotes_input(message: str, inputs: Iterable[Input]) -> bool:
-    """Whether an upstream's message, with its white space collapsed, contains the beginning of one of the inputs, plain
-    or JSON-escaped."""
+    """Whether an upstream's message contains the beginning of one of the inputs, plain or JSON-escaped. White space in
+    the message must be collapsed already."""
     for text in inputs if message else ():
         if type(text) is not str:
             continue

@@ -36,7 +36,7 @@ class SealedTokens:
         self._seal = Fernet(urlsafe_b64encode(derived))
 
     async def get(self) -> SharedToken | None:
-        """The token that a replica has put there; None if there is none with a valid seal."""
+        """The shared token; None if there is none, or its seal is not ours."""
         sealed = await self._store.get(self._name)
         if sealed is None:
             return None

@@ -1,4 +1,4 @@
-"""A deployment is one model on one upstream; an upstream's slots bound the calls it gets at once."""
+"""A deployment is one model on one upstream; an upstream's slots bound its concurrent calls."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from app.types import BatchEmbedder, Input, Lane, Media, OutputType, Params
 
 @dataclass(slots=True)
 class CallLimits:
-    """What one call to a deployment may carry; narrowed when the upstream says so."""
+    """What one call to a deployment may carry. Narrowed when the upstream says so."""
 
     max_batch: int
     max_tokens_per_batch: int | None = None
@@ -23,67 +23,67 @@ class CallLimits:
     videos: int = 0
 
     def surely_allow(self, inputs: Sequence[Input]) -> bool:
-        """Whether one call may carry these. False may also mean that it does not show at a glance; for texts it nearly
-        always does."""
-        most = self.max_tokens_per_batch
+        """Whether one call may carry these, decided at a glance. False may also mean that a closer look is needed;
+        for texts that is rare."""
+        max_tokens = self.max_tokens_per_batch
         return (
             len(inputs) <= self.max_batch
             and Media not in set(map(type, inputs))
-            and (most is None or tokens.surely_within(most, inputs))
+            and (max_tokens is None or tokens.surely_within(max_tokens, inputs))
         )
 
 
 class BatchSpace:
-    """What room a call has left while it is filled."""
+    """The space left in a call while it is filled."""
 
-    __slots__ = ("_empty", "_media", "_portion", "_tokens")
+    __slots__ = ("_empty", "_media", "_paced_tokens", "_tokens")
 
     def __init__(self, limits: CallLimits, tokens_per_call: float | None = None) -> None:
-        """`tokens_per_call`: tokens, by estimate, that it may carry besides, where there is a pace."""
-        self._tokens, self._portion = limits.max_tokens_per_batch, tokens_per_call
+        """`tokens_per_call`: the estimated tokens that the pace lets it carry, if there is one: a limit of its own."""
+        self._tokens, self._paced_tokens = limits.max_tokens_per_batch, tokens_per_call
         self._media = {"image": limits.images, "video": limits.videos}
         self._empty = True
 
     def take(self, given: Input) -> bool:
-        """Takes the input, if there is room for it, and says whether. The first text always has room."""
+        """Takes the input if it fits, and returns whether it does. The first text always fits."""
         kind = given.kind if type(given) is Media else None
         if kind and not self._media[kind]:
             return False
         upper_bound = 0 if self._tokens is None else tokens.upper_bound(given)
-        estimate = 0 if self._portion is None else tokens.estimate(given)
-        if not self._empty and (upper_bound > (self._tokens or 0) or estimate > (self._portion or 0)):
+        estimate = 0 if self._paced_tokens is None else tokens.estimate(given)
+        if not self._empty and (upper_bound > (self._tokens or 0) or estimate > (self._paced_tokens or 0)):
             return False
         if kind:
             self._media[kind] -= 1
         if self._tokens is not None:
             self._tokens -= upper_bound
-        if self._portion is not None:
-            self._portion -= estimate
+        if self._paced_tokens is not None:
+            self._paced_tokens -= estimate
         self._empty = False
         return True
 
 
 class Slots:
-    """How many calls an upstream takes at once and at which pace, shared by all its models. Of those that wait, the one
-    that was served longest ago comes first.
+    """How many concurrent calls an upstream takes and at which pace, shared by all its models. Of those that wait, the
+    least recently served goes first.
 
-    A rate limit halves both, and successes give them back. Bulk work leaves a quarter of the slots to queries.
+    A rate limit halves both, and successes restore them. Bulk work leaves a quarter of the slots to queries.
     """
 
     def __init__(self, count: int, pace: Pace | None = None) -> None:
-        self._most = count
+        self._max = count
         self._allowed = float(count)
         self.busy = 0
-        """Calls under way."""
+        """Calls in flight."""
         self.pace = pace
-        """Counts calls and their tokens, where the upstream has rate limits."""
+        """Counts calls and their tokens, if the upstream has rate limits."""
         self._waiting: dict[Callable[[], None], float] = {}
         if pace:
             pace.on_ready = self.notify
 
     def take(self, lane: Lane, *, ahead: bool = False) -> bool:
-        """Takes a slot if one is free for this lane and the pace allows a call. `ahead` does not wait for the
-        pace, which is paid back by those who come later."""
+        """Takes a slot if one is free for this lane and the pace allows a call. `ahead`: whatever the pace allows;
+        later calls wait for the difference."""
         if not self._free(lane):
             return False
         if self.pace:
@@ -94,7 +94,7 @@ class Slots:
         return True
 
     def has_spare(self, lane: Lane) -> bool:
-        """Whether calls cost nothing here: another one could start at once, and no pace counts them."""
+        """Whether calls are free here: another one could start at once, and no pace counts them."""
         return self.pace is None and self._free(lane)
 
     def _free(self, lane: Lane) -> bool:
@@ -102,12 +102,12 @@ class Slots:
         return self.busy < allowed - (allowed // 4 if lane == "bulk" else 0)
 
     def give_back(self) -> None:
-        """Frees a slot and tells those who wait."""
+        """Frees a slot and calls back those who wait."""
         self.busy -= 1
         self.notify()
 
     def notify(self) -> None:
-        """Calls back all that wait, in their order: each takes a slot or waits anew."""
+        """Calls back all that wait, in order: each takes a slot or waits again."""
         waiting, self._waiting = self._waiting, {}
         for callback in sorted(waiting, key=waiting.__getitem__):
             callback()
@@ -117,35 +117,35 @@ class Slots:
         self._waiting[callback] = since
 
     def forget(self, callback: Callable[[], None]) -> None:
-        """Does not call back any more."""
+        """Cancels `when_free`."""
         self._waiting.pop(callback, None)
 
     def wait(self) -> float:
-        """Seconds until the pace allows a call, whether a slot is free or not."""
+        """Seconds until the pace allows a call, whether or not a slot is free."""
         return self.pace.wait() if self.pace else 0.0
 
     def time_for(self, calls: float, tokens: float) -> float:
-        """Seconds that so much would take at this pace."""
+        """Seconds that this much would take at this pace."""
         return self.pace.time_for(calls, tokens) if self.pace else 0.0
 
     def shrink(self) -> None:
-        """A rate limit was reached: half as many calls at once, one at least, and half the pace."""
+        """A rate limit was reached: halves the concurrent calls, down to one, and the pace."""
         self._allowed = max(1.0, self._allowed / 2)
         if self.pace:
             self.pace.slow_down()
 
     def grow(self) -> None:
-        """A call succeeded. As many of these as calls are allowed at once allow one more; and the pace regains a
+        """A call succeeded. As many successes as calls are allowed at once allow one more; the pace recovers a
         little."""
-        self._allowed = min(float(self._most), self._allowed + 1 / self._allowed)
+        self._allowed = min(float(self._max), self._allowed + 1 / self._allowed)
         if self.pace:
             self.pace.recover()
 
 
 @dataclass(slots=True, unsafe_hash=True)
 class Deployment:
-    """One model on one upstream, with the chain that embeds a batch there, and the weight and priority that it has
-    under a name. Names whose deployments are equal share calls."""
+    """One model on one upstream, with the chain that embeds a batch there, and its weight and priority under a public
+    name. Names whose deployments are equal share calls."""
 
     upstream: str
     model: Model
@@ -154,7 +154,7 @@ class Deployment:
     limits: CallLimits = field(compare=False)
     health: Health
     embed: BatchEmbedder = field(compare=False)
-    """Never raises `GatewayError`: what fails is an input's outcome."""
+    """Never raises `GatewayError`: a failure is an input's outcome."""
     weight: float = 1
     priority: int = 1
 
@@ -167,18 +167,18 @@ class Deployment:
         return honours(self.model, params)
 
 
-Kind: TypeAlias = tuple[Role | None, OutputType, bool]
-"""Of parameters: role, form, and whether there is no instruction."""
+Requirements: TypeAlias = tuple[Role | None, OutputType, bool]
+"""What parameters require of a model: a role, an output type, and whether they carry no instruction."""
 
 
-def kind(params: Params) -> Kind:
-    """All that `honours` looks at: the same deployments serve all parameters of one kind."""
+def requirements(params: Params) -> Requirements:
+    """All that `honours` looks at: the same deployments serve all parameters with equal requirements."""
     return params.input_type, params.output_type, params.instruct is None
 
 
 def honours(model: Model, params: Params) -> bool:
-    """Whether a model honours these parameters. In a dialect that has no word for them they would be left out, and the
-    vector be that of another request."""
+    """Whether a model honours these parameters. A dialect without a word for them would leave them out, and the vector
+    would be that of another request."""
     return (
         (params.input_type is None or params.input_type in model.roles)
         and (params.instruct is None or model.instruct)

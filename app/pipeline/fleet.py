@@ -1,5 +1,5 @@
-"""What serves, by whatever name: one deployment per upstream and set of facts, one batcher per set of deployments, one
-canary per batcher. What a change of configuration leaves as it is goes on in the next one's fleet.
+"""Everything that serves, under whatever name: one deployment per upstream and set of facts, one batcher per set of
+deployments, one canary per batcher. What a change of configuration leaves unchanged lives on in the next fleet.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from app.upstreams.upstream import Upstream
 
 
 class Fleet:
-    """All deployments and batchers of one configuration. Names are made over them anew each time a list of models has
-    changed: between `begin` and `retain`."""
+    """All deployments and batchers of one configuration. Public names are rebuilt over them each time a list of models
+    changes: between `begin` and `retain`."""
 
     def __init__(
         self,
@@ -36,28 +36,28 @@ class Fleet:
         clock: Clock,
         before: Fleet | None = None,
     ) -> None:
-        """`slots`: each upstream's own. Of upstreams that `before` has as well, what it uses is shared with it."""
+        """`slots`: each upstream's own. For upstreams that `before` has as well, what it uses is shared with it."""
         self._upstreams, self._slots = upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
         self._expected: ReferenceVectors = (
             before._expected if before else ReferenceVectors(cache if cache.persistent else None)
         )
-        """Canaries': what a space is expected to give outlives a change of configuration."""
+        """The canaries': what a space is expected to return outlives a change of configuration."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
-        """Those in which a deployment is known or taken to be right: another one there has to be compared first."""
+        """Spaces in which a deployment is known or taken to be right: any other one there has to be compared first."""
         self._before: dict[tuple[str, str, str], Health] = {}
-        """While names are made: the health of deployments that are out, and, under the configuration before, of those
-        that still answer as they did. By upstream, its model, and space."""
+        """While names are rebuilt: the health of deployments that are out, and of the previous configuration's whose
+        upstreams still answer as they did. By upstream, its model, and space."""
         self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
-        """One per set of deployments, so that names which lead to the same ones share calls; and their canary."""
+        """One batcher and canary per set of deployments, so that names that lead to the same ones share calls."""
         self._replaced: list[Batcher] = []
-        """Those that no name leads to any more, and that have calls under way."""
+        """Those that no name leads to any more and that still have calls in flight."""
         self._in_force: Literal["not yet", "now", "no more"] = "now" if before is None else "not yet"
-        """The metrics show the deployments of the one that is. One that was serves the requests that it still has; the
-        deployments it finds from then on are for these alone."""
+        """The metrics show the deployments of the fleet in force. One that was in force serves the requests it still
+        has, and deployments it finds from then on are for these alone."""
         if before is not None:
-            self._take_over(before)
+            self._inherit(before)
 
     @property
     def deployments(self) -> Iterable[Deployment]:
@@ -68,8 +68,8 @@ class Fleet:
         return [canary for _, canary in self._batchers.values() if canary.compares]
 
     def begin(self) -> None:
-        """Names are about to be made anew. A deployment that is out stays so also where the list only says something
-        else of it, as how long an input may be."""
+        """Names are about to be rebuilt. A deployment that is out stays out even if the list now says something else
+        about it, such as how long an input may be."""
         self._before |= {_identity(each): each.health for each in self.deployments if each.health.out is not None}
 
     def deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
@@ -85,10 +85,10 @@ class Fleet:
         if self._in_force == "no more":
             health.retire()
         before = self._before.get((upstream.name, model.name, identity))
-        # Until it has been compared the others of its space are asked in its place: in doubt the first is right.
+        # Until it has been compared, the others of its space serve in its place: in doubt the first is right.
         health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
         if before is not None:
-            health.answered = before.answered  # or the first by name would be right, whatever callers have been given
+            health.answered = before.answered  # or the first by name would be right, whatever callers previous given
             if before.out is not None:
                 health.stay_out(before)
         self._spaces.add(identity)
@@ -97,7 +97,7 @@ class Fleet:
         return deployment
 
     def batcher(self, deployments: tuple[Deployment, ...], *, configured: bool) -> Batcher:
-        """`configured`: whether it is the operator who has them stand in for each other."""
+        """`configured`: whether the operator has them stand in for each other."""
         if deployments not in self._batchers:
             route = Route(deployments, self._metrics, self._clock)
             canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
@@ -107,53 +107,53 @@ class Fleet:
         return self._batchers[deployments][0]
 
     def retain(self, used: Set[tuple[Deployment, ...]]) -> None:
-        """Names are made, each over one of these sets of deployments: lets go of all others, and of their batchers."""
+        """Names have been rebuilt, each over one of these sets of deployments. Drops all others, and their batchers."""
         self._before.clear()
-        stay = {each.health for deployments in used for each in deployments}
-        gone = {key: each for key, each in self._deployments.items() if each.health not in stay}
+        kept = {each.health for deployments in used for each in deployments}
+        gone = {key: each for key, each in self._deployments.items() if each.health not in kept}
         for key in gone:
             del self._deployments[key]
         self._spaces = {each.space for each in self.deployments}
-        # Also where its deployments are still there: no request comes to it, and its canary would pay for looks.
+        # Even if its deployments are still used: no request reaches it, and its canary would pay for its checks.
         for unused in self._batchers.keys() - used:
             self._replaced.append(self._batchers.pop(unused)[0])
         self._replaced = [batcher for batcher in self._replaced if batcher.busy]
         if self._in_force == "now":
-            self._leave(gone.values(), self.deployments)
+            self._retire(gone.values(), self.deployments)
 
     def hand_over(self, successor: Fleet) -> None:
-        """Another one is in force from now on; deployments it does not have leave the metrics."""
+        """The successor is in force from now on; deployments it does not have leave the metrics."""
         self._in_force, successor._in_force = "no more", "now"
         kept = {each.health for each in successor.deployments}
-        self._leave([each for each in self.deployments if each.health not in kept], successor.deployments)
+        self._retire([each for each in self.deployments if each.health not in kept], successor.deployments)
 
     async def aclose(self, successor: Fleet | None = None) -> None:
-        """Waits for the calls under way, but not those of batchers that a `successor` has as well."""
+        """Waits for the calls in flight, except those of batchers that `successor` has as well."""
         shared = successor._every_batcher() if successor else set()
         await asyncio.gather(*(batcher.aclose() for batcher in self._every_batcher() - shared))
 
     def _every_batcher(self) -> set[Batcher]:
         return {*(batcher for batcher, _ in self._batchers.values()), *self._replaced}
 
-    def _take_over(self, before: Fleet) -> None:
-        same = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
-        self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in same}
-        as_before = {each for each, now in self._upstreams.items() if now.equivalent_to(before._upstreams.get(each))}
-        # Of several that are one and the same the worst comes last, and counts; of those that take traffic the one that
-        # callers know, for one that has not been compared under a name nobody uses says nothing.
-        were = sorted((each for each in before.deployments if each.upstream in as_before), key=_how_bad)
-        self._before = {_identity(each): each.health for each in were}
+    def _inherit(self, before: Fleet) -> None:
+        unchanged = {name for name, upstream in self._upstreams.items() if before._upstreams.get(name) is upstream}
+        self._deployments = {key: each for key, each in before._deployments.items() if each.upstream in unchanged}
+        equivalent = {each for each, now in self._upstreams.items() if now.equivalent_to(before._upstreams.get(each))}
+        # Of several with one identity the last counts: the worst, or, of those that take traffic, the one that callers
+        # know, for one that has not been compared under a name nobody uses says nothing.
+        previous = sorted((each for each in before.deployments if each.upstream in equivalent), key=_severity)
+        self._before = {_identity(each): each.health for each in previous}
         sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
         sound += [(each.space, each.health) for each in self.deployments]
-        # One that came beside another of its space and serves alone is never compared: what it gave callers counts.
+        # One that joined another of its space and now serves alone is never compared: what it gave callers counts.
         self._spaces = {space for space, health in sound if health.answered or not health.unverified}
         known = {each.health for each in self.deployments}
-        for deployments, served in before._batchers.items():
+        for deployments, batcher_and_canary in before._batchers.items():
             if all(each.health in known for each in deployments):
-                self._batchers[deployments] = served
+                self._batchers[deployments] = batcher_and_canary
 
-    def _leave(self, gone: Iterable[Deployment], kept: Iterable[Deployment]) -> None:
-        """Tells the metrics of deployments that get no more calls: their names are others' now, or nobody's."""
+    def _retire(self, gone: Iterable[Deployment], kept: Iterable[Deployment]) -> None:
+        """Tells the metrics which deployments get no more calls: their names now belong to others, or to nobody."""
         for each in gone:
             each.health.retire()
         names = {(each.upstream, each.model.name) for each in kept}
@@ -167,6 +167,6 @@ def _identity(deployment: Deployment) -> tuple[str, str, str]:
     return deployment.upstream, deployment.model.name, deployment.space
 
 
-def _how_bad(deployment: Deployment) -> tuple[bool, ...]:
+def _severity(deployment: Deployment) -> tuple[bool, ...]:
     health = deployment.health
     return health.out is not None, health.ejected, health.answered, not health.unverified

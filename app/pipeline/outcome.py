@@ -1,4 +1,4 @@
-"""What a request's inputs came to, wherever each was embedded: its result, or its one error. Decides no retry."""
+"""A request's result, or its one error, from the outcomes of its inputs. Decides no retry."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from app.types import NO_EMBEDDING, Embedding, EmbedRequest, EmbedResult, Source
 
 
 def is_fatal(outcome: Embedding | GatewayError) -> bool:
-    """Whether the request need not wait for its other inputs: they would meet the same refusal.
+    """Whether the request need not wait for its other inputs, because they would be refused alike.
 
-    Otherwise it waits, for what is embedded meanwhile is cached, and asking again then costs only the rest.
+    Otherwise it waits: what is embedded meanwhile is cached, so a retry costs only the rest.
     """
     return not isinstance(outcome, Embedding) and not outcome.retryable and not outcome.blames_input
 
 
 def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
-    """The request's embeddings, in the order of its inputs' `jobs`, which are done; `sources` are where it found them.
+    """The request's embeddings, in the order of its `jobs`, which are done; `sources` says where each came from.
 
-    Raises `GatewayError` where an input has none, unless it is too long and the request spares that.
+    Raises `GatewayError` if an input has none, unless it is too long and the request collects such inputs.
     """
     outcomes = [job.outcome for job in jobs]
-    flights = [call_record for call_record in dict.fromkeys([job.call_record for job in jobs]) if call_record]
+    call_records = [call_record for call_record in dict.fromkeys([job.call_record for job in jobs]) if call_record]
     too_long: dict[int, GatewayError] = {}
     if set(map(type, outcomes)) <= {Embedding}:  # nearly always
         embeddings: list[Embedding] = outcomes  # type: ignore[assignment]
-        if len(flights) == 1:
-            return EmbedResult(embeddings, sources, flights[0].calls, flights[0].deployments)
+        if len(call_records) == 1:
+            return EmbedResult(embeddings, sources, call_records[0].calls, call_records[0].deployments)
     else:
         positions = request.positions or range(len(jobs))
         others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
         if others or not request.collect_too_long:
             error = _error(jobs, positions)
-            error.calls = sum([call_record.calls for call_record in flights])
+            error.calls = sum([call_record.calls for call_record in call_records])
             raise error
         for i, job in enumerate(jobs):
             if isinstance(job.outcome, ContextLengthExceeded):
@@ -43,15 +43,15 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
     return EmbedResult(
         embeddings=embeddings,
         sources=sources,
-        calls=sum([call_record.calls for call_record in flights]),
-        deployments=tuple(dict.fromkeys([name for call_record in flights for name in call_record.deployments])),
+        calls=sum([call_record.calls for call_record in call_records]),
+        deployments=tuple(dict.fromkeys([name for call_record in call_records for name in call_record.deployments])),
         too_long=too_long,
     )
 
 
 def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:
-    """The request's one error: a refusal of its inputs, naming each by the caller's own index, or else
-    the first trouble in input order. A refusal tells the caller more than trouble that may pass."""
+    """The request's one error: a refusal of its inputs, naming each by the caller's own index, or else the first error
+    in input order. A refusal tells the caller more than trouble that may pass."""
     errors = [
         (position, job.outcome)
         for position, job in zip(positions, jobs, strict=True)
@@ -59,9 +59,9 @@ def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:
     ]
     refused = [(position, error) for position, error in errors if isinstance(error, InvalidRequest)]
     position, error = (refused or errors)[0]
-    told = error.at_input(position)
-    places = list(dict.fromkeys(position for position, _ in refused))
-    if error.blames_input and len(places) > 1:
-        names = ", ".join(map(str, places[:20]))
-        told.message += f" (inputs {names}{' …' if len(places) > 20 else ''})"
-    return told
+    reported = error.at_input(position)
+    indexes = list(dict.fromkeys(position for position, _ in refused))
+    if error.blames_input and len(indexes) > 1:
+        names = ", ".join(map(str, indexes[:20]))
+        reported.message += f" (inputs {names}{' …' if len(indexes) > 20 else ''})"
+    return reported

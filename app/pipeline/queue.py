@@ -1,4 +1,4 @@
-"""Inputs on their way to an upstream call, and who waits for them: the batcher's own data, which decides nothing."""
+"""Inputs waiting for an upstream call, and who waits for them: the batcher's data. Decides nothing."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from msgspec import Struct
 from app import tokens
 from app.errors import GatewayError
 from app.metrics import BufferedCounter
-from app.pipeline.deployment import BatchSpace, CallLimits, Kind, kind
+from app.pipeline.deployment import BatchSpace, CallLimits, Requirements, requirements
 from app.types import Embedding, Input, Lane, Params
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
-"""In the order in which they are served."""
+"""In the order they are served."""
 TARGET_BATCH = 128
-"""Inputs that make a call worth its while. Requests share a larger one only where calls are scarce, for each of them
-waits for the whole reply."""
+"""Inputs that make a call worthwhile. Requests share a larger call only when calls are scarce, since each of them waits
+for the whole reply."""
 
 BULK_STALL = 10.0
-"""Seconds since the last call for bulk work began, after which those under way are taken for hanging."""
+"""Seconds since the last bulk call started, after which the bulk calls in flight are taken for hanging."""
 
-PASSED = 16
-"""Inputs without room in a call after which it goes; until then smaller ones behind them are taken."""
+MAX_PASSED_OVER = 16
+"""A call goes once this many inputs have found no room in it; until then smaller ones behind them are taken."""
 
 
 class CallRecord(Struct, eq=False):
-    """What became of an upstream call: shared by all inputs in it."""
+    """What an upstream call came to: one record, shared by all inputs in it."""
 
     calls: int
     deployments: tuple[str, ...]
@@ -39,7 +39,7 @@ class CallRecord(Struct, eq=False):
 
 
 class Waiter(Struct, eq=False):
-    """A request waiting for its inputs: one future, however many they are."""
+    """A request waiting for its inputs: one future, however many inputs there are."""
 
     future: asyncio.Future[None]
     missing: int = 0
@@ -51,15 +51,15 @@ class Waiter(Struct, eq=False):
 
 
 class Job(Struct, eq=False):
-    """One input on its way, from the first request that wants it to its outcome."""
+    """One input, from the first request that wants it to its outcome."""
 
     key: bytes
     input: Input
     deadline: float
     waiters: tuple[Waiter, ...]
-    """A tuple, because nearly all inputs of a request have the same one."""
+    """A tuple, because nearly all inputs of a request share the same one."""
     store: bool
-    """Whether what comes may be cached."""
+    """Whether its embedding may be cached."""
     sent: bool = False
     """Whether it has been in an upstream call."""
     call_record: CallRecord | None = None
@@ -71,55 +71,55 @@ BatchKey: TypeAlias = tuple[str, Params, bool]
 
 
 class QueueSet:
-    """The groups whose parameters are of one kind, which the same deployments serve: where one of them gets no slot
-    none does."""
+    """The queues whose parameters have the same requirements, so that the same deployments serve them: if one of them
+    gets no slot, none does."""
 
-    __slots__ = ("_bulk", "_bulk_began", "earliest_deadline", "params", "turns")
+    __slots__ = ("_bulk_calls", "_bulk_started", "earliest_deadline", "params", "round_robin")
 
     def __init__(self, params: Params) -> None:
-        """`params`: those of any of the groups."""
+        """`params`: those of any of the queues."""
         self.params = params
-        self.turns: dict[Lane, OrderedDict[Queue, None]] = {lane: OrderedDict() for lane in LANES}
-        """By lane, the queues that have inputs in it, the next to be served first."""
+        self.round_robin: dict[Lane, OrderedDict[Queue, None]] = {lane: OrderedDict() for lane in LANES}
+        """By lane, the queues with inputs in it, the next to be served first."""
         self.earliest_deadline: dict[Lane, float] = dict.fromkeys(LANES, math.inf)
-        """By lane, the earliest deadline its inputs may have: before it is due a backlog is not looked through."""
-        self._bulk, self._bulk_began = 0, 0.0
-        """Calls under way that were made for bulk work, and when the last of them began."""
+        """By lane, a lower bound of its inputs' deadlines: a backlog is not scanned before then."""
+        self._bulk_calls, self._bulk_started = 0, 0.0
+        """Bulk calls in flight, and when the last of them started."""
 
     def begin_bulk(self, now: float) -> None:
-        """A call was made for bulk work."""
-        self._bulk += 1
-        self._bulk_began = now
+        """Counts a call made for bulk work."""
+        self._bulk_calls += 1
+        self._bulk_started = now
 
     def end_bulk(self) -> None:
-        self._bulk -= 1
+        self._bulk_calls -= 1
 
-    def bulk_goes(self, now: float) -> bool:
-        """Whether bulk work has calls of its own under way that do not hang."""
-        return self._bulk > 0 and now - self._bulk_began < BULK_STALL
+    def bulk_in_flight(self, now: float) -> bool:
+        """Whether bulk calls are in flight and not hanging."""
+        return self._bulk_calls > 0 and now - self._bulk_started < BULK_STALL
 
     @property
-    def waits(self) -> bool:
-        """Whether there are inputs."""
-        return any(self.turns.values())
+    def has_inputs(self) -> bool:
+        """Whether any input is queued."""
+        return any(self.round_robin.values())
 
 
 class Queue:
-    """Inputs of one group that wait for a slot, query lane first. `waiting` counts them for the metrics."""
+    """Inputs with one batch key that wait for a slot, query lane first. `waiting` counts them for the metrics."""
 
-    __slots__ = ("_waiting", "batch_key", "lanes", "queue_set", "turn")
+    __slots__ = ("_waiting", "batch_key", "lanes", "queue_set", "sequence")
 
     def __init__(
-        self, batch_key: BatchKey, queue_set: QueueSet, turn: int, waiting: Mapping[Lane, BufferedCounter]
+        self, batch_key: BatchKey, queue_set: QueueSet, sequence: int, waiting: Mapping[Lane, BufferedCounter]
     ) -> None:
-        """`turn`: lower than that of a queue that was served later."""
-        self.batch_key, self.queue_set, self.turn = batch_key, queue_set, turn
+        """`sequence`: lower than that of a queue served later."""
+        self.batch_key, self.queue_set, self.sequence = batch_key, queue_set, sequence
         self.lanes: dict[Lane, deque[Job]] = {"query": deque(), "bulk": deque()}
         self._waiting = waiting
 
     def size(self) -> tuple[int, float]:
-        """How many inputs there are, and about how many bytes: a backlog may be long, so the first of each lane stand
-        for all."""
+        """The number of inputs, and of their bytes, roughly: a backlog may be long, so it is extrapolated from the
+        first inputs of each lane."""
         size = 0.0
         for jobs in self.lanes.values():
             first = [tokens.upper_bound(job.input) for job in islice(jobs, TARGET_BATCH)]
@@ -127,7 +127,7 @@ class Queue:
         return sum(map(len, self.lanes.values())), size
 
     def drop_abandoned(self) -> list[Job]:
-        """Takes inputs nobody waits for off the front of each lane, and returns them."""
+        """Removes inputs nobody waits for from the front of each lane, and returns them."""
         dropped: list[Job] = []
         for lane, jobs in self.lanes.items():
             if jobs and not jobs[0].waiters:
@@ -138,152 +138,151 @@ class Queue:
         return dropped
 
     def drop_all_abandoned(self) -> list[Job]:
-        """Takes out all inputs nobody waits for, and returns them."""
-        return [job for lane in LANES for job in self._take_out(lane, lambda job: not job.waiters)]
+        """Removes all inputs nobody waits for, and returns them."""
+        return [job for lane in LANES for job in self._remove(lane, lambda job: not job.waiters)]
 
-    def take_expiring(self, lane: Lane, before: float) -> list[Job]:
-        """Takes out the inputs of this lane whose callers wait no longer than `before`."""
-        return self._take_out(lane, lambda job: job.deadline <= before)
+    def take_expiring(self, lane: Lane, cutoff: float) -> list[Job]:
+        """Removes the inputs of this lane whose callers wait no longer than `cutoff`, and returns them."""
+        return self._remove(lane, lambda job: job.deadline <= cutoff)
 
-    def _take_out(self, lane: Lane, which: Callable[[Job], bool]) -> list[Job]:
+    def _remove(self, lane: Lane, condition: Callable[[Job], bool]) -> list[Job]:
         jobs = self.lanes[lane]
-        found = [job for job in jobs if which(job)]
-        if found:
-            stay = [job for job in jobs if not which(job)]
-            self._waiting[lane].dec(len(found))
+        removed = [job for job in jobs if condition(job)]
+        if removed:
+            kept = [job for job in jobs if not condition(job)]
+            self._waiting[lane].dec(len(removed))
             jobs.clear()
-            jobs.extend(stay)
-        return found
+            jobs.extend(kept)
+        return removed
 
     def take(
         self, limits: CallLimits, *, scarce: bool, tokens_per_call: float | None = None, lanes: Sequence[Lane] = LANES
     ) -> tuple[list[Job], list[Job]]:
-        """The fullest batch that is legal within `limits`, and abandoned inputs met on the way. Where calls are not
-        `scarce`, no request's inputs are added to others' beyond what is `TARGET_BATCH`. `tokens_per_call`: tokens, by
-        estimate, that the upstream's pace lets a call carry.
+        """Takes the fullest batch that is legal within `limits`; also returns the abandoned inputs it met on the way.
 
-        Bulk inputs fill up a batch of queries, where both `lanes` are asked for. One input over the token limit, or the
-        portion, goes alone.
+        Unless calls are `scarce`, requests share a batch only up to `TARGET_BATCH` inputs. `tokens_per_call`: tokens,
+        by estimate, that the upstream's pace lets a call carry. If both `lanes` are given, bulk inputs fill up a batch
+        of queries. An input that exceeds the token limit, or `tokens_per_call`, goes alone.
         """
-        most = limits.max_batch
-        first = list(islice(chain.from_iterable([self.lanes[lane] for lane in lanes]), most))
+        max_inputs = limits.max_batch
+        first = list(islice(chain.from_iterable([self.lanes[lane] for lane in lanes]), max_inputs))
         waited_for = [job.waiters for job in first]
         if len(first) > TARGET_BATCH and not scarce:
-            most = _enough(waited_for)
-            del first[most:], waited_for[most:]
+            max_inputs = _shared_size(waited_for)
+            del first[max_inputs:], waited_for[max_inputs:]
         inputs = [job.input for job in first]
         fits = tokens_per_call is None or sum(tokens.estimates(inputs)) <= tokens_per_call
         if fits and all(waited_for) and limits.surely_allow(inputs):
-            self._drop(len(first))
+            self._remove_first(len(first))
             return first, []
-        return self._pick(limits, most, tokens_per_call, lanes)
+        return self._pick(limits, max_inputs, tokens_per_call, lanes)
 
-    def _drop(self, count: int) -> None:
-        """Takes so many off the front."""
+    def _remove_first(self, count: int) -> None:
+        """Removes the first `count` inputs."""
         for lane, jobs in self.lanes.items():
-            some = min(count, len(jobs))
-            if some:
-                for _ in range(some):
+            taken = min(count, len(jobs))
+            if taken:
+                for _ in range(taken):
                     jobs.popleft()
-                self._waiting[lane].dec(some)
-                count -= some
+                self._waiting[lane].dec(taken)
+                count -= taken
 
     def _pick(
-        self, limits: CallLimits, most: int, tokens_per_call: float | None, lanes: Sequence[Lane]
+        self, limits: CallLimits, max_inputs: int, tokens_per_call: float | None, lanes: Sequence[Lane]
     ) -> tuple[list[Job], list[Job]]:
-        """`most` inputs, or as many as are legal, looking at each. A few that have no room left are passed over, and
-        are first in the next call. Where tokens have to be waited for (`tokens_per_call`) none is: each has its
-        turn."""
+        """Takes `max_inputs` inputs, or as many as are legal, checking each. A few that do not fit are passed over, and
+        come first in the next call. Where tokens have to be waited for (`tokens_per_call`) none is: each has its turn.
+        """
         batch: list[Job] = []
         dropped: list[Job] = []
-        room, most_passed = BatchSpace(limits, tokens_per_call), PASSED if tokens_per_call is None else 1
+        room, max_passed_over = BatchSpace(limits, tokens_per_call), MAX_PASSED_OVER if tokens_per_call is None else 1
         for lane in lanes:
             jobs = self.lanes[lane]
             before = len(jobs)
-            passed: list[Job] = []
-            while jobs and len(batch) < most and len(passed) < most_passed:
+            passed_over: list[Job] = []
+            while jobs and len(batch) < max_inputs and len(passed_over) < max_passed_over:
                 job = jobs.popleft()
                 if not job.waiters:
                     dropped.append(job)
                 elif room.take(job.input):
                     batch.append(job)
                 else:
-                    passed.append(job)
-            jobs.extendleft(reversed(passed))
+                    passed_over.append(job)
+            jobs.extendleft(reversed(passed_over))
             self._waiting[lane].dec(before - len(jobs))
         return batch, dropped
 
 
 class Queues:
-    """All of a batcher's, one for each group that has inputs."""
+    """All queues of a batcher, one for each batch key that has inputs."""
 
     def __init__(self, waiting: Mapping[Lane, BufferedCounter]) -> None:
         self._waiting, self._numbers = waiting, count()
         self.by_key: dict[BatchKey, Queue] = {}
-        self.queue_sets: dict[Kind, QueueSet] = {}
+        self.queue_sets: dict[Requirements, QueueSet] = {}
 
     def put(self, batch_key: BatchKey, lane: Lane, jobs: list[Job], earliest_deadline: float) -> None:
         """`earliest_deadline`: none of them has a deadline before this, now or later."""
         queue = self.by_key.get(batch_key)
         if queue is None:
-            of_kind = kind(batch_key[1])
-            queue_set = self.queue_sets.get(of_kind)
+            required = requirements(batch_key[1])
+            queue_set = self.queue_sets.get(required)
             if queue_set is None:
-                queue_set = self.queue_sets[of_kind] = QueueSet(batch_key[1])
+                queue_set = self.queue_sets[required] = QueueSet(batch_key[1])
             queue = self.by_key[batch_key] = Queue(batch_key, queue_set, next(self._numbers), self._waiting)
         queue_set, waiting = queue.queue_set, queue.lanes[lane]
         if not waiting:
-            queue_set.turns[lane][queue] = None
+            queue_set.round_robin[lane][queue] = None
         waiting.extend(jobs)
         self._waiting[lane].inc(len(jobs))
         if earliest_deadline < queue_set.earliest_deadline[lane]:
             queue_set.earliest_deadline[lane] = earliest_deadline
 
     def reschedule(self, queue: Queue, *, served: bool = False) -> None:
-        """Keeps the queue's place in a lane only where it has inputs left; if it was `served`, behind all others."""
-        turns, left = queue.queue_set.turns, False
+        """Removes the queue from lanes in which it has no inputs left; in others it goes last if it was `served`."""
+        round_robin, left = queue.queue_set.round_robin, False
         for lane, jobs in queue.lanes.items():
             if not jobs:
-                turns[lane].pop(queue, None)
+                round_robin[lane].pop(queue, None)
                 continue
             left = True
             if served:
-                turns[lane].move_to_end(queue)
+                round_robin[lane].move_to_end(queue)
         if not left:
             del self.by_key[queue.batch_key]
         elif served:
-            queue.turn = next(self._numbers)
+            queue.sequence = next(self._numbers)
 
     def drop_all_abandoned(self) -> list[Job]:
-        """Takes out all inputs nobody waits for, and returns them."""
+        """Removes all inputs nobody waits for, and returns them."""
         dropped: list[Job] = []
         for queue in list(self.by_key.values()):
             dropped += queue.drop_all_abandoned()
             self.reschedule(queue)
         return dropped
 
-    def take_expiring(self, queue_set: QueueSet, before: float) -> list[tuple[Queue, list[Job]]]:
-        """Takes out the inputs whose callers wait no longer than `before`, of each queue that has any."""
+    def take_expiring(self, queue_set: QueueSet, cutoff: float) -> list[tuple[Queue, list[Job]]]:
+        """Removes the inputs whose callers wait no longer than `cutoff`, and returns them by queue."""
         due: list[tuple[Queue, list[Job]]] = []
-        for lane, turns in queue_set.turns.items():
-            if queue_set.earliest_deadline[lane] > before:
+        for lane, round_robin in queue_set.round_robin.items():
+            if queue_set.earliest_deadline[lane] > cutoff:
                 continue
-            for queue in list(turns):
-                if jobs := queue.take_expiring(lane, before):
+            for queue in list(round_robin):
+                if jobs := queue.take_expiring(lane, cutoff):
                     due.append((queue, jobs))
                     self.reschedule(queue)
             queue_set.earliest_deadline[lane] = min(
-                [job.deadline for queue in turns for job in queue.lanes[lane]], default=math.inf
+                [job.deadline for queue in round_robin for job in queue.lanes[lane]], default=math.inf
             )
         return due
 
 
-def _enough(waiters: Sequence[tuple[Waiter, ...]]) -> int:
-    """How many of these inputs, told by who waits for each, are enough for a call: those of one request at least, and
-    of whole ones. There are more than `TARGET_BATCH`."""
+def _shared_size(waiters: Sequence[tuple[Waiter, ...]]) -> int:
+    """How many of these inputs, each given by who waits for it, make a shared call: whole requests up to
+    `TARGET_BATCH` inputs, or the first request alone if it has more. There are more inputs than that."""
 
-    def begins(place: int) -> bool:
-        return waiters[place][:1] != waiters[place - 1][:1]
+    def starts_request(index: int) -> bool:
+        return waiters[index][:1] != waiters[index - 1][:1]
 
-    several = next(filter(begins, range(TARGET_BATCH, 0, -1)), None)
-    return several or next(filter(begins, range(TARGET_BATCH + 1, len(waiters))), len(waiters))
+    boundary = next(filter(starts_request, range(TARGET_BATCH, 0, -1)), None)
+    return boundary or next(filter(starts_request, range(TARGET_BATCH + 1, len(waiters))), len(waiters))

@@ -156,7 +156,7 @@ async def test_calls_of_a_batch_that_nobody_waits_for_any_more_are_not_made(word
     result = await Adapt(upstream, CallLimits(1000))(abandoned)
     assert list(map(len, upstream.calls)) == sent
     assert result.calls == 3
-    assert verdict.of(result) is None, "it speaks against no deployment"
+    assert verdict.deployment_error(result) is None, "it speaks against no deployment"
 
 
 @pytest.mark.parametrize("kind", [UpstreamInvalidVector, UpstreamWrongCount, UpstreamError, UpstreamInvalidResponse])

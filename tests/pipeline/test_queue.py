@@ -179,7 +179,7 @@ class Several:
                 queue.take(CallLimits(size), scarce=True)
                 self.queues.reschedule(queue, served=True)
                 if batch_key in self.queues.by_key:
-                    assert queue.turn == max(each.turn for each in self.queues.by_key.values())
+                    assert queue.sequence == max(each.sequence for each in self.queues.by_key.values())
             case "join":
                 for job in self._jobs()[:size]:
                     job.deadline = max(job.deadline, Watched(deadline))
@@ -199,8 +199,10 @@ class Several:
         queues = self.queues.by_key.values()
         assert all(any(queue.lanes.values()) for queue in queues)
         for queue_set in self.queues.queue_sets.values():
-            for lane, turns in queue_set.turns.items():
-                assert set(turns) == {queue for queue in queues if queue.queue_set is queue_set and queue.lanes[lane]}
+            for lane, round_robin in queue_set.round_robin.items():
+                assert set(round_robin) == {
+                    queue for queue in queues if queue.queue_set is queue_set and queue.lanes[lane]
+                }
 
     def _jobs(self, queue_set: QueueSet | None = None) -> list[Job]:
         queues = [each for each in self.queues.by_key.values() if queue_set in (None, each.queue_set)]

@@ -36,7 +36,7 @@ from app.pipeline import build
 from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
 from app.pipeline.call import Call
-from app.pipeline.deployment import CallLimits, Deployment, Slots, honours, kind
+from app.pipeline.deployment import CallLimits, Deployment, Slots, honours, requirements
 from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
 from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
@@ -512,7 +512,7 @@ def test_what_is_honoured_of_one_kind_of_parameters_is_of_all() -> None:
     for roles, instruct, sparse in product([(), ROLES, ("document",)], flags, flags):
         model = Model("m", roles=roles, instruct=instruct, sparse=sparse)
         for params in starmap(Params, product([None, 8], [None, *ROLES], ["dense", "sparse"], [None, "a", "b"])):
-            answers.setdefault((model, kind(params)), set()).add(honours(model, params))
+            answers.setdefault((model, requirements(params)), set()).add(honours(model, params))
     assert {len(each) for each in answers.values()} == {1}
 
 

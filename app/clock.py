@@ -1,4 +1,4 @@
-"""Time, injected: expiries, breakers and signatures read it here, and tests move it by hand."""
+"""Time, injected: expiries, breakers and signatures read it here, and tests advance it by hand."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
-"""Rates as token buckets: pure arithmetic on a clock's seconds. Knows neither callers nor a store."""
+"""Rate limits as token buckets: pure arithmetic on a clock's seconds. Knows neither callers nor a store."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-_ENOUGH = 1e-6
-"""How much may be missing without a wait: it is a float's rounding."""
+_TOLERANCE = 1e-6
+"""How much may be missing without a wait: the rounding of floats."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """What a minute allows; None is no limit."""
+    """What a minute allows; None means no limit."""
 
     requests: int | None = None
     tokens: int | None = None
@@ -20,16 +20,17 @@ class Rates:
 
 
 class Bucket:
-    """Fills continuously by `per_minute`, up to `burst`; may be in debt, and is paid off before anything else fits.
+    """A token bucket: fills continuously by `per_minute`, up to `burst`. It may be in debt, which is paid off before
+    anything else fits.
 
-    `now` is any clock's seconds that never run backwards.
+    `now` is the seconds of any clock that never runs backwards.
     """
 
     __slots__ = ("_at", "_level", "_share", "burst", "per_minute")
 
     def __init__(self, per_minute: float, burst: float, now: float) -> None:
         self.per_minute, self.burst = per_minute, burst
-        """The whole, whatever the share."""
+        """Of the whole bucket, whatever the share."""
         self._share = 1
         self._level, self._at = burst, now
 
@@ -39,42 +40,42 @@ class Bucket:
         return self.burst / self._share
 
     def level(self, now: float) -> float:
-        """What is there; negative is debt."""
+        """What the bucket holds; negative is debt."""
         return min(self.max_level, self._level + (now - self._at) * self.rate)
 
     def wait(self, now: float, amount: float) -> float:
-        """Seconds until `amount` is there. More than the bucket holds is there when it is full."""
-        short = min(amount, self.max_level) - self.level(now)
-        return short / self.rate if short > _ENOUGH else 0.0
+        """Seconds until `amount` fits. More than the bucket can hold fits when it is full."""
+        missing = min(amount, self.max_level) - self.level(now)
+        return missing / self.rate if missing > _TOLERANCE else 0.0
 
     def take(self, now: float, amount: float) -> None:
-        """Takes it, there or not; a negative amount is given back."""
+        """Takes `amount`, even into debt; a negative amount is given back."""
         self._level, self._at = self.level(now) - amount, now
 
     def set(self, now: float, level: float) -> None:
-        """What is there by somebody else's count, of the whole."""
+        """Sets the level of the whole bucket, as counted elsewhere."""
         self._share = 1
         self._level, self._at = level, now
 
     def divide(self, share: int, now: float) -> None:
-        """From now on this is one of `share` equal parts, of what is there as well as of what comes."""
+        """Makes this one of `share` equal parts, both of the level and of the rate."""
         if share != self._share:
             self._level, self._at = self.level(now) * self._share / share, now
             self._share = share
 
     def until_full(self, now: float) -> float:
-        """Seconds until it is at rest."""
+        """Seconds until it is full."""
         return (self.max_level - self.level(now)) / self.rate
 
     @property
     def rate(self) -> float:
-        """What comes in a second, of this share."""
+        """What this share gains per second."""
         return self.per_minute / 60 / self._share
 
 
 @dataclass(slots=True)
 class Limit:
-    """A bucket of requests and one of tokens; each only where there is such a limit."""
+    """A bucket of requests and one of tokens, each None if there is no such limit."""
 
     requests: Bucket | None
     tokens: Bucket | None
@@ -85,7 +86,7 @@ class Limit:
         return max(longest, self.tokens.wait(now, tokens)) if self.tokens else longest
 
     def take(self, now: float, requests: float, tokens: float) -> None:
-        """Takes from both, there or not; negative amounts are given back."""
+        """Takes from both, even into debt; negative amounts are given back."""
         if self.requests:
             self.requests.take(now, requests)
         if self.tokens:
@@ -99,7 +100,7 @@ class Limit:
 
 
 def burst_limit(rates: Rates, now: float) -> Limit:
-    """For callers: one that was quiet may use a whole minute's worth at once."""
+    """For callers: one that has been idle may use a whole minute's worth at once."""
     return Limit(
         Bucket(rates.requests, rates.requests, now) if rates.requests else None,
         Bucket(rates.tokens, rates.tokens, now) if rates.tokens else None,
@@ -107,12 +108,12 @@ def burst_limit(rates: Rates, now: float) -> Limit:
 
 
 TICK = 0.1
-"""Seconds' worth that may go at once to an upstream: vendors that state a minute's rate enforce it by the second. And
-seconds after which what other replicas have used of a limit is asked for again."""
+"""Seconds' worth that may go to an upstream at once: vendors that state a rate per minute enforce it by the second.
+Also the seconds after which Redis is asked again what other replicas have used of a limit."""
 
 
 def smooth_limit(rates: Rates, now: float) -> Limit:
-    """For upstreams: one call, and a tenth of a second's worth, at once; all else evenly."""
+    """For upstreams: one call and a tenth of a second's worth at once, everything else evenly spaced."""
     return Limit(
         Bucket(rates.requests, 1 + rates.requests / 60 * TICK, now) if rates.requests else None,
         Bucket(rates.tokens, 1 + rates.tokens / 60 * TICK, now) if rates.tokens else None,

@@ -1,4 +1,4 @@
-"""Where several replicas miss the same texts at once, one embeds and pays for them, and the others wait for that."""
+"""When several replicas miss the same texts at once, one embeds and pays for them, and the others wait for it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from app.cache.tiers import Tiers
 from app.pipeline.parts import merge_result, sub_request
 from app.types import CLAIM_TTL, NO_EMBEDDING, Embedder, EmbedRequest, EmbedResult, Source
 
-_LOOK = 0.02
-"""Seconds between two looks for what another embeds."""
+_POLL_INTERVAL = 0.02
+"""Seconds between two look-ups of what another replica is embedding."""
 
 
 class Claim:
-    """Embeds what no other replica has claimed, and then what others have not brought: they failed, died, or took
-    longer than a claim lasts. Waiting for others ends with half of the request's time, so as to leave some for that."""
+    """Embeds what no other replica has claimed, and then what the others did not deliver: they failed, died, or took
+    longer than a claim lasts. It waits for them no longer than half of the request's time, so that the rest is left
+    for that."""
 
     def __init__(self, inner: Embedder, cache: Tiers) -> None:
         self._inner, self._cache = inner, cache
@@ -33,8 +34,8 @@ class Claim:
             if not theirs:
                 return whole
             if not ours:
-                # All requests that wait look in the same turn of the event loop, and so in one look-up.
-                await asyncio.sleep(_LOOK - asyncio.get_running_loop().time() % _LOOK)
+                # All waiting requests look in the same turn of the event loop, and so share one look-up.
+                await asyncio.sleep(_POLL_INTERVAL - asyncio.get_running_loop().time() % _POLL_INTERVAL)
             late = asyncio.get_running_loop().time() >= until
             found, held = await self._cache.look_again(list(dict.fromkeys(keys[i] for i in theirs)))
             for i in theirs:
@@ -46,12 +47,12 @@ class Claim:
         try:
             result = await self._inner(request)
         except Exception:
-            # Not of inputs under way, which `release_claims` sees to: their calls go on, and what they bring is cached.
+            # `release_claims` keeps those on inputs in flight: their calls go on, and their results are cached.
             if request.shareable:
                 self._cache.release_claims(request.keys)
             raise
-        # A caller that hangs up lets go of nothing here, for the same reason: of what is dropped from the queue, or
-        # fails when nobody waits for it any more, the batcher tells (`on_drop`).
+        # A caller that hangs up releases nothing here, for the same reason: the batcher reports (`on_drop`) what it
+        # drops from the queue, and what fails when nobody waits for it any more.
         if request.shareable and result.too_long:
             self._cache.release_claims([request.keys[i] for i in result.too_long])
         return result

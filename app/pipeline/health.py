@@ -128,7 +128,7 @@ class Health:
 
     def let_in(self) -> None:
         """Its vectors are right. After its first ejection it may take a call at once, for the others may be at their
-        limit by now. Later ejections run their time: some servers answer nothing but a short text."""
+        limit by now. Later ejections run their time: some servers still answer a short text, and nothing else."""
         if self._ejections == 1:
             self._ejected_until = 0.0
         if self.out is not None:

@@ -1,7 +1,7 @@
-"""The rate at which calls go to an upstream, kept by waiting. Knows no queue: whoever waits is called back.
+"""The rate at which calls go to an upstream, kept by waiting. Knows no queue: those who wait are called back.
 
-A call may start while the balance is positive, and is charged when it is known what it carries. The balance may then
-be below zero, and the next call waits for longer: on average the rate is kept exactly.
+A call may start while the balance is positive, and is charged once it is known what it carries. The balance may then
+be negative, and the next call waits longer: on average the rate is kept exactly.
 """
 
 from __future__ import annotations
@@ -14,23 +14,24 @@ from app.cache.shared_limits import Demand, SharedLimits
 from app.clock import Clock
 from app.limits import TICK, Limit, Rates
 
-LEAST = 1 / 8
-"""Of the configured rate, after the upstream has said again and again that it is too much."""
+MIN_FACTOR = 1 / 8
+"""The least share of the configured rate, after the upstream has refused it again and again."""
 RECOVERY = 0.05
-"""Of the configured rate, regained by each success."""
-LOST = 1.0
-"""Seconds for which a replica whose Redis does not answer keeps its own part of the rate before it asks again."""
-AHEAD = 2.0
-"""Seconds' worth of tokens that one call may carry: a query waits for so long where bulk work has just taken them."""
-PENDING = 0.05
-"""Seconds within which an answer from Redis is expected; whoever waits is called when it is there."""
+"""The share of the configured rate that each success regains."""
+REDIS_RETRY = 1.0
+"""Seconds that a replica whose Redis does not answer keeps to its own part of the rate before it asks again."""
+CALL_SECONDS = 2.0
+"""Seconds' worth of tokens that one call may carry: a query waits this long when bulk work has just taken them."""
+REDIS_REPLY = 0.05
+"""Seconds within which an answer from Redis is expected. Those who wait are called back when it has come."""
 
 
 class Pace:
-    """One upstream's, for all its models. `on_ready` is called when a call may have become possible out of turn.
+    """One upstream's pace, for all its models. `on_ready` is called when a call may have become possible before the
+    time that `wait` gave.
 
-    With Redis, calls are leased a tenth of a second's worth at a time, so that most need no round trip; without it,
-    or while it is away, each process keeps its part of the rate.
+    With Redis, calls are leased a tenth of a second's worth at a time, so that most need no round trip. Without it,
+    or while it is away, each process keeps to its part of the rate.
     """
 
     def __init__(
@@ -40,14 +41,14 @@ class Pace:
         self._limit = limits.smooth_limit(rates, clock.monotonic())
         self._limit.divide(processes, clock.monotonic())
         self._lease = _Lease(name, rates, self._limit, shared) if shared else None
-        self._worth = 1.0
+        self._factor = 1.0
         self._renewal: asyncio.Task[None] | None = None
         self._alone_until: float | None = None
         self._refused_until = 0.0
         self.on_ready: Callable[[], None] = lambda: None
 
     def wait(self) -> float:
-        """Seconds until a call may start; 0: now. An estimate where Redis has to be asked first."""
+        """Seconds until a call may start; 0: now. An estimate if Redis has to be asked first."""
         now = self._clock.monotonic()
         lease = self._lease
         if lease is None:
@@ -61,39 +62,39 @@ class Pace:
         if now < self._refused_until:
             return self._refused_until - now
         self._renew(lease)
-        return PENDING
+        return REDIS_REPLY
 
     def charge(self, requests: float, tokens: float) -> None:
-        """Counts a call, or what was not known of it when it began; negative tokens are given back."""
-        requests, tokens = requests / self._worth, tokens / self._worth
+        """Charges calls, and tokens once they are known; negative tokens are given back."""
+        requests, tokens = requests / self._factor, tokens / self._factor
         if self._lease is None or self._alone_until is not None:
             self._limit.take(self._clock.monotonic(), requests, tokens)
             return
         self._lease.use(requests, tokens)
         if self._lease.in_debt():
-            self._renew(self._lease)  # the others are to know at once what this one has used
+            self._renew(self._lease)  # the other replicas must know at once what this one has used
 
     def tokens_per_call(self) -> float | None:
-        """Tokens that one call may carry; None where tokens are not counted. `AHEAD` seconds' worth, or more where each
-        call has to carry more for the rate of tokens to be used up within the rate of calls."""
+        """Tokens that one call may carry; None if tokens are not counted. `CALL_SECONDS` worth of them, or more if
+        calls must carry more to use up the rate of tokens within the rate of calls."""
         calls, tokens = self._limit.requests, self._limit.tokens
         if tokens is None:
             return None
-        return max(tokens.rate * self._worth * AHEAD, tokens.rate / calls.rate if calls else 0.0)
+        return max(tokens.rate * self._factor * CALL_SECONDS, tokens.rate / calls.rate if calls else 0.0)
 
     def time_for(self, requests: float, tokens: float) -> float:
-        """Seconds until so much would have gone at this rate, beginning now."""
+        """Seconds until this much would have been sent at this rate, beginning now."""
         rates = ((requests, self._limit.requests), (tokens, self._limit.tokens))
         longest = max((amount * 60 / bucket.per_minute for amount, bucket in rates if bucket), default=0.0)
-        return self.wait() + longest / self._worth
+        return self.wait() + longest / self._factor
 
     def slow_down(self) -> None:
-        """The upstream has too much of it: half the rate."""
-        self._worth = max(LEAST, self._worth / 2)
+        """The upstream has refused the rate: halves it."""
+        self._factor = max(MIN_FACTOR, self._factor / 2)
 
     def recover(self) -> None:
-        """A call succeeded: `RECOVERY` more, up to the whole rate."""
-        self._worth = min(1.0, self._worth + RECOVERY)
+        """A call succeeded: regains `RECOVERY` of the rate, up to the whole."""
+        self._factor = min(1.0, self._factor + RECOVERY)
 
     async def aclose(self) -> None:
         if self._renewal is not None:
@@ -112,22 +113,22 @@ class Pace:
         now = self._clock.monotonic()
         if wait is None:
             self._limit.divide(lease.shared.replicas, now)
-            self._alone_until = now + LOST
+            self._alone_until = now + REDIS_RETRY
         else:
             self._alone_until = None
             self._refused_until = now + wait
-            if lease.in_debt():  # since it was asked
+            if lease.in_debt():  # since Redis was asked
                 self._renew(lease)
         self.on_ready()
 
 
 class _Lease:
-    """Calls and tokens that Redis has let this replica have, less what it has used of them."""
+    """Calls and tokens that Redis has granted this replica, less those it has used."""
 
     def __init__(self, name: str, rates: Rates, limit: Limit, shared: SharedLimits) -> None:
         self.shared = shared
         self._key, self._limit = b"upstream:" + name.encode(), limit
-        self._size = (_worth_asking(rates.requests), _worth_asking(rates.tokens))
+        self._size = (_lease_size(rates.requests), _lease_size(rates.tokens))
         self.requests = self.tokens = 0.0
 
     def covers_a_call(self) -> bool:
@@ -142,8 +143,8 @@ class _Lease:
         return self.requests < 0 or self.tokens < 0
 
     async def renew(self) -> float | None:
-        """Reports what was used beyond the lease, and asks for more. Seconds until there is some, 0 if it was given;
-        None where Redis does not answer."""
+        """Reports what was used beyond the lease, and asks for more. Returns the seconds until there is some, 0 if it
+        was granted; None if Redis does not answer."""
         owed = (max(0.0, -self.requests), max(0.0, -self.tokens))
         requests, tokens = self._size
         take = (requests if self.requests < requests else 0.0, tokens if self.tokens < tokens else 0.0)
@@ -159,5 +160,5 @@ class _Lease:
         return verdict.wait
 
 
-def _worth_asking(per_minute: int | None) -> float:
+def _lease_size(per_minute: int | None) -> float:
     return max(1.0, per_minute / 60 * TICK) if per_minute else 0.0

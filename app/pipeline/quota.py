@@ -1,8 +1,8 @@
-"""What a caller's key allows per minute: asked at the door, before anything is spent. Knows no HTTP.
+"""What a caller's API key allows per minute, checked before anything is spent. Knows no HTTP.
 
-With Redis all processes keep one limit together. It is asked again after a tenth of a second, or once this process has
-let in its part of a hundredth of the limit: where the limit is small, or little of it is left, that is for every
-request. What is surely over the limit is refused without asking. Without Redis, or while it is away, each process keeps
+With Redis, all processes share one limit. Redis is asked again after a tenth of a second, or once this process has
+admitted its part of a hundredth of the limit: if the limit is small, or little of it is left, that is on every request.
+What is certainly over the limit is refused without asking. Without Redis, or while it is away, each process keeps to
 its own part of the limit.
 """
 
@@ -18,16 +18,16 @@ from app.errors import InvalidRequest, RateLimited
 from app.limits import TICK, Bucket, Rates
 from app.metrics import Metrics
 
-_MOST_TEXT = 2**13
-"""Tokens that a body of unknown content is taken for at most, to say when to come back: an image in it counts as
+_MAX_BODY_TOKENS = 2**13
+"""The most tokens that a body of unknown content is taken for, to say when to retry: an image in it counts as
 one."""
 SLACK = 0.01
-"""Of a limit: what all processes together may let in before Redis hears of it."""
+"""The share of a limit that all processes together may admit before Redis hears of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class LimitStatus:
-    """One limit of a caller: how much a minute, what is left of it now, seconds until all of it is back."""
+    """One limit of a caller: how much a minute, what is left of it now, and the seconds until all of it is back."""
 
     kind: str
     """`requests` or `tokens`."""
@@ -37,7 +37,7 @@ class LimitStatus:
 
 
 class Quota:
-    """One caller's limits. `processes`: how many share them where there is no Redis."""
+    """One caller's limits. `processes`: how many share them if there is no Redis."""
 
     def __init__(
         self,
@@ -53,25 +53,25 @@ class Quota:
         self._refused = metrics.rejected_requests.labels(RateLimited.code)
         now = clock.monotonic()
         self._limit = limits.burst_limit(rates, now)
-        """With Redis, what that said last: there is no more than that now, for others take from it."""
+        """With Redis, as of its last answer: no more is left by now, for others take from it."""
         if shared is None:
             self._limit.divide(processes, now)
         self._owed = [0.0, 0.0]
-        """Requests and tokens counted here that Redis has yet to hear of."""
+        """Requests and tokens counted here that are not reported to Redis yet."""
         self._asking: set[asyncio.Task[float]] = set()
         self._known_until = 0.0
-        """Until when what Redis said last holds, within the slack."""
+        """Until when the last answer of Redis holds, within the slack."""
 
     def check(self, size: int) -> None:
-        """Raises `RateLimited` where not even the smallest request fits. The time it tells is until this one would, by
-        all that is known of it yet, its body's `size`: a token for three bytes, up to `_MOST_TEXT`. Asks nobody."""
+        """Raises `RateLimited` if not even the smallest request fits. Its `retry_after` is the time until this one
+        fits, as far as its body's `size` tells: a token per three bytes, up to `_MAX_BODY_TOKENS`. Asks nobody."""
         now = self._clock.monotonic()
         if self._limit.wait(now, 1, 1):
-            raise self._over(self._limit.wait(now, 1, min(max(1, size // 3), _MOST_TEXT)), now, 1)
+            raise self._rate_limited(self._limit.wait(now, 1, min(max(1, size // 3), _MAX_BODY_TOKENS)), now, 1)
 
     async def take(self, tokens: int) -> None:
-        """One request of about so many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit, which
-        counts as a request."""
+        """Counts one request of about this many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit,
+        which counts as a request."""
         most = self.rates.tokens
         if most is not None and tokens > most:
             self.adjust(1, 0)
@@ -83,26 +83,26 @@ class Quota:
         now = self._clock.monotonic()
         wait = self._limit.wait(now, 1, tokens)
         if wait:
-            raise self._over(wait, now, tokens)
+            raise self._rate_limited(wait, now, tokens)
         if self._shared is None or self._covers(self._shared.replicas, tokens, now):
             self.adjust(1, tokens)
         else:
-            # Goes on where the caller hangs up: what Redis has counted must not be reported to it again.
+            # Goes on if the caller hangs up: what Redis has counted must not be reported to it again.
             asking = asyncio.get_running_loop().create_task(self._ask(self._shared, tokens))
             self._asking.add(asking)
             asking.add_done_callback(self._asking.discard)
             if wait := await asyncio.shield(asking):
-                raise self._over(wait, self._clock.monotonic(), tokens)
+                raise self._rate_limited(wait, self._clock.monotonic(), tokens)
 
     def adjust(self, requests: int, tokens: int) -> None:
-        """Counts what was not known, or wrong, when the request was taken. Negative amounts are given back."""
+        """Corrects what was unknown or wrong when the request was counted. Negative amounts are given back."""
         self._limit.take(self._clock.monotonic(), requests, tokens)
         if self._shared is not None:
             self._owed[0] += requests
             self._owed[1] += tokens
 
     def limit_statuses(self) -> list[LimitStatus]:
-        """By what is known here."""
+        """The limits, by what is known here."""
         now = self._clock.monotonic()
         return [
             LimitStatus(kind, int(bucket.per_minute), max(0, int(bucket.level(now))), bucket.until_full(now))
@@ -111,7 +111,7 @@ class Quota:
         ]
 
     def _covers(self, replicas: int, tokens: int, now: float) -> bool:
-        """Whether this surely fits, by what Redis said last, and Redis need not hear of it at once."""
+        """Whether this certainly fits, by the last answer of Redis, and Redis need not hear of it at once."""
         if now >= self._known_until:
             return False
         for bucket, owed, amount in (
@@ -136,17 +136,17 @@ class Quota:
                 self._limit.tokens.set(now, verdict.tokens - self._owed[1])
             self._known_until = now + TICK
             return verdict.wait
-        # Fails open, within this process's own part. Redis hears of it when it is back, but never of more than that
-        # part. It may have counted this question and only answered late: so nothing is given back a second time.
+        # Fails open, within this process's own part. Redis hears of it once it is back, but never of more than that
+        # part. It may have counted this question and only answered late, so nothing is given back a second time.
         self._limit.divide(shared.replicas, now)
         wait = self._limit.wait(now, 1, tokens)
         taken = (0, 0) if wait else (1, tokens)
         self._limit.take(now, *taken)
-        self._owed[0] = _at_most(self._owed[0] + max(0.0, requests_owed) + taken[0], self._limit.requests)
-        self._owed[1] = _at_most(self._owed[1] + max(0.0, tokens_owed) + taken[1], self._limit.tokens)
+        self._owed[0] = _capped(self._owed[0] + max(0.0, requests_owed) + taken[0], self._limit.requests)
+        self._owed[1] = _capped(self._owed[1] + max(0.0, tokens_owed) + taken[1], self._limit.tokens)
         return wait
 
-    def _over(self, wait: float, now: float, tokens: int) -> RateLimited:
+    def _rate_limited(self, wait: float, now: float, tokens: int) -> RateLimited:
         self._refused.inc()
         requests = self._limit.requests
         by_requests = requests is not None and requests.wait(now, 1) > 0
@@ -157,5 +157,5 @@ class Quota:
         )
 
 
-def _at_most(amount: float, bucket: Bucket | None) -> float:
+def _capped(amount: float, bucket: Bucket | None) -> float:
     return min(amount, bucket.max_level) if bucket else 0.0

@@ -39,7 +39,7 @@ class BatchSpace:
     __slots__ = ("_empty", "_media", "_paced_tokens", "_tokens")
 
     def __init__(self, limits: CallLimits, tokens_per_call: float | None = None) -> None:
-        """`tokens_per_call`: the estimated tokens that the pace lets it carry, if there is one: a limit of its own."""
+        """`tokens_per_call`: a second limit, on estimated tokens, if there is a pace."""
         self._tokens, self._paced_tokens = limits.max_tokens_per_batch, tokens_per_call
         self._media = {"image": limits.images, "video": limits.videos}
         self._empty = True
@@ -94,7 +94,7 @@ class Slots:
         return True
 
     def has_spare(self, lane: Lane) -> bool:
-        """Whether calls are free here: another one could start at once, and no pace counts them."""
+        """Whether a call costs nothing here: it could start at once, and no pace counts it."""
         return self.pace is None and self._free(lane)
 
     def _free(self, lane: Lane) -> bool:

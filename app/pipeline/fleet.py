@@ -47,8 +47,8 @@ class Fleet:
         self._spaces: set[str] = set()
         """Spaces in which a deployment is known or taken to be right: any other one there has to be compared first."""
         self._before: dict[tuple[str, str, str], Health] = {}
-        """While names are rebuilt: the health of deployments that are out, and of the previous configuration's whose
-        upstreams still answer as they did. By upstream, its model, and space."""
+        """While names are rebuilt: the health of deployments that are out, and of those of the previous configuration
+        whose upstreams still answer as they did. By upstream, its model, and space."""
         self._batchers: dict[tuple[Deployment, ...], tuple[Batcher, Canary]] = {}
         """One batcher and canary per set of deployments, so that names that lead to the same ones share calls."""
         self._replaced: list[Batcher] = []

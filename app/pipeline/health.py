@@ -16,7 +16,7 @@ FAILURES = 5
 SUSPECT = 1.0
 """Seconds after a failure during which other deployments go first."""
 DOUBTFUL = 10.0
-"""The same after a reply that lacked what another deployment returns: it may do so again, and retries are few."""
+"""The same after a reply that lacked what another deployment returns: it may do so every time, and retries are few."""
 EJECTION = 30.0
 """Seconds out of the rotation; twice, three times … as long if it then fails again at once."""
 MOST_EJECTIONS = 10
@@ -73,7 +73,7 @@ class Health:
         """Whether it has ever answered."""
         self.trouble: str | None = None
         """What needs an operator, or why it was ejected, since it last answered: code and message."""
-        self._rest_reason = ""
+        self._rest = ""
         """The same for its last long rest."""
         self._retired = False
 
@@ -89,11 +89,7 @@ class Health:
     @property
     def problem(self) -> str | None:
         """What is wrong with it now."""
-        return (
-            self.trouble
-            or self.silent
-            or (self._rest_reason if self._rest_reason and self.cooldown_remaining() else None)
-        )
+        return self.trouble or self.silent or (self._rest if self._rest and self.cooldown_remaining() else None)
 
     @property
     def suspect(self) -> bool:
@@ -213,8 +209,8 @@ class Health:
             wait = DEFAULT_COOLDOWN if error.retry_after is None else min(error.retry_after, LONGEST_REST)
             self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
             if wait >= LONG_REST:
-                self._rest_reason = f"{error.code}: {error.message}; it has no call for {wait:g} s"
-                self._warn(self._rest_reason)
+                self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
+                self._warn(self._rest)
         else:
             problem = f"{error.code}: {error.message}"
             if error.needs_operator:

@@ -494,6 +494,13 @@ def test_every_metric_is_on_the_dashboard(dashboard: dict[str, Any]) -> None:
     assert not {name for name in families if name not in shown}
 
 
+def test_no_panel_looks_for_a_public_model_among_the_upstreams_own(dashboard: dict[str, Any]) -> None:
+    """`model` of an upstream_* metric is the upstream's name for it: an outage of `docs` would be shown as none."""
+    for title, expr in panel_expressions(dashboard):
+        for selector in re.findall(r"embedding_gateway_upstream_\w+\{[^}]*\}", expr):
+            assert "$model" not in selector, title
+
+
 # ---------------------------------------------------------------- grafana
 
 

@@ -1,6 +1,6 @@
-"""Facts about known models, as data: what fits in a call, which dimensions there are, where the fact is from.
+"""Facts about known models, as data: what fits in a call, which dimensions there are, and the source of each fact.
 
-No behaviour but looking a name up. A vendor's name may stand here and in its adapter, nowhere else. An operator
+No behaviour except looking up a name. A vendor's name may appear here and in its adapter, nowhere else. An operator
 overrides a row in the configuration; an upstream that lists its models (`Upstream.discover`) adds rows at run time.
 """
 
@@ -27,58 +27,58 @@ class Model:
     name: str
     """The upstream's own name for it."""
     dimensions: int | None = None
-    """Length of a vector when none is asked for."""
+    """Default length of a vector."""
     dimension_choices: tuple[int, ...] | None = None
-    """Lengths that can be asked for: None, only `dimensions`; ANY (empty), whatever the upstream takes."""
+    """Lengths that can be requested. None: only `dimensions`; ANY (empty): whatever the upstream takes."""
     max_batch: int = 16
     """Inputs per call."""
     max_tokens_per_input: int | None = None
     max_characters_per_input: int | None = None
     max_tokens_per_batch: int | None = None
     counted_by: TokenRule = "bytes"
-    """How tokens are bounded: by bytes, as in any byte-level vocabulary, or as a vendor counts them; `cl100k_base` is
+    """How tokens are bounded: by bytes, as in any byte-level vocabulary, or by a vendor's own rule; `cl100k_base` is
     counted exactly."""
     cuts_silently: bool = False
-    """Whether the upstream may cut a longer input without a word, so that its own refusal cannot be waited for."""
+    """Whether the upstream may silently truncate a longer input, so that the gateway cannot rely on a refusal."""
     roles: tuple[Role, ...] = ()
-    """What a text can be said to be for; empty where the model does not tell queries from documents."""
+    """The roles a text can have; empty if the model does not distinguish queries from documents."""
     default_role: Role | None = None
-    """The role that the upstream assumes where it is told none: to ask for this one is the same as to ask for none."""
+    """The role that the upstream assumes by default: requesting it is the same as requesting none."""
     prefixes: tuple[str, ...] = ()
-    """Where a role is told within the text: what goes before the text, one for each of `roles`. `{instruct}` in
-    it is the caller's instruction."""
+    """For a model that is told the role within the text: the prefix for each of `roles`. `{instruct}` stands for the
+    caller's instruction."""
     instruct: bool = False
     """Whether the model takes an instruction."""
     instruction: str = ""
-    """The instruction in a prefix when the caller gives none."""
+    """The instruction in a prefix if the caller gives none."""
     matryoshka_dimensions: tuple[int, ...] | None = None
-    """Shorter lengths the gateway makes itself, from the first numbers of the full vector, where the model is
-    made for that (Matryoshka) and its server may not know how: as `dimension_choices`."""
+    """Shorter lengths that the gateway makes itself, by truncating the full vector, if the model is trained for that
+    (Matryoshka) and its server may not support it. Values as in `dimension_choices`."""
     sparse: bool = False
-    """Whether it gives sparse vectors, beside the dense ones or alone."""
+    """Whether it returns sparse vectors, with dense ones or alone."""
     images: int = 0
-    """Images in a call, at the most; 0: it takes none."""
+    """Maximum images per call; 0: it takes none."""
     videos: int = 0
     max_image_bytes: int | None = None
-    """Of an image that is sent along; what is told by its address is the vendor's to weigh."""
+    """Of an image sent inline; one given by its URL is for the vendor to check."""
     revision: str = ""
-    """Told apart in the vector space: the same name with another revision is another space."""
+    """Part of the vector space's name: the same model in another revision is another space."""
     same_as: str = ""
-    """Its other name, by which its vector space is called, where an upstream knows it by several."""
+    """The name used for its vector space, if an upstream knows it by several."""
     price_per_million_tokens: float | None = None
     currency: str = "USD"
     source: str = ""
     """Where these facts are from."""
 
     def space(self, kind: str) -> str:
-        """What its vector space is called behind an upstream of this type."""
+        """The name of its vector space behind an upstream of type `kind`."""
         return f"{kind}/{self.same_as or self.name}{f'@{self.revision}' if self.revision else ''}"
 
 
 def combined(models: Sequence[Model]) -> Model:
-    """What is true of one model behind several deployments. The first stands for all, with these exceptions: roles,
-    instructions and sparse vectors are served where any deployment has them, images and videos where all do; an input
-    is too long where it is for any; and where the catalogue has lengths to cut to for any, they hold for all."""
+    """The facts of one model behind several deployments: those of the first, with these exceptions. Roles, instructions
+    and sparse vectors are served if any deployment has them, images and videos if all do; an input is too long if it is
+    for any; and if the catalogue has lengths to shorten to for any, they apply to all."""
     if len(models) == 1:
         return models[0]
     return replace(
@@ -98,7 +98,7 @@ def combined(models: Sequence[Model]) -> Model:
 
 
 def least(limits: Iterable[int | None]) -> int | None:
-    """The least of the limits that are known; None where none is."""
+    """The lowest of the limits that are known; None if none is."""
     return min((limit for limit in limits if limit is not None), default=None)
 
 
@@ -122,10 +122,10 @@ def _dashscope() -> Iterable[Model]:
 
 
 def _dashscope_multimodal() -> Iterable[Model]:
-    """Where sources differ, the smaller limit. Images are JPG, PNG or BMP; videos go by their address only."""
+    """Where sources differ, the lower limit. Images are JPG, PNG or BMP; videos by URL only."""
     page = "help.aliyun.com/zh/model-studio/multimodal-embedding-api-reference"
     small, large = 3 * 2**20, 5 * 2**20
-    # It cuts a longer text in silence.
+    # It silently truncates a longer text.
     yield Model(
         "multimodal-embedding-v1", 1024, None, 20, 512,
         cuts_silently=True, images=1, videos=1, max_image_bytes=small, source=page,
@@ -134,11 +134,11 @@ def _dashscope_multimodal() -> Iterable[Model]:
     sizes = {"tongyi-embedding-vision-plus": 1152, "tongyi-embedding-vision-flash": 768}
     for name, size in sizes.items():
         yield seeing(name, size, images=8, max_image_bytes=small)
-    for name, size in sizes.items():  # which give fewer dimensions as well, but it is not said how many
+    for name, size in sizes.items():  # they return fewer dimensions too, but which is not documented
         yield seeing(f"{name}-2026-03-06", size, ANY, images=64, max_image_bytes=large)
     full = (2560, 2048, 1536, 1024, 768, 512, 256)
     yield Model("qwen3-vl-embedding", 2560, full, 20, 32_000, images=5, videos=1, max_image_bytes=large, source=page)
-    # All contents of a call become one vector: one a call.
+    # All contents of a call are fused into one vector: one input per call.
     fused = (2048, 1024, 768, 512)
     yield Model("qwen2.5-vl-embedding", 1024, fused, 1, 32_000, images=1, videos=1, max_image_bytes=large, source=page)
 
@@ -175,7 +175,7 @@ def _openai() -> Iterable[Model]:
 def _gemini() -> Iterable[Model]:
     page = "ai.google.dev/gemini-api/docs/embeddings"
     yield Model("gemini-embedding-001", 3072, ANY, 100, 2048, cuts_silently=True, roles=ROLES, source=page)
-    # These ignore or refuse the parameter for the role. text-embedding-004 is shut down.
+    # These ignore or refuse the role parameter. text-embedding-004 is shut down.
     prefixes = ("task: search result | query: ", "title: none | text: ")
     for name in ("gemini-embedding-2", "gemini-embedding-2-preview"):
         yield Model(name, 3072, ANY, 100, 8192, cuts_silently=True, roles=ROLES, prefixes=prefixes, source=page)
@@ -183,7 +183,7 @@ def _gemini() -> Iterable[Model]:
 
 def _lexical() -> Iterable[Model]:
     choices = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072)
-    # A text's letters are hashed all at once, in 150 bytes of memory each: more would be too much of it.
+    # A text's letters are hashed all at once, at 150 bytes of memory each: a longer text would take too much.
     yield Model(
         "lexical", 512, choices, 256, max_characters_per_input=100_000, revision="1", source="app/upstreams/lexical.py"
     )
@@ -210,14 +210,14 @@ _CARD = "huggingface.co/"
 
 
 _ByPattern: TypeAlias = Iterable[tuple[str, Model]]
-"""Models, each behind the pattern of its names."""
+"""Models, each with the pattern that its names match."""
 
 
 def _nomic() -> _ByPattern:
     page = _CARD + "nomic-ai/nomic-embed-text-"
     model = partial(Model, dimensions=768, roles=ROLES, prefixes=("search_query: ", "search_document: "))
     matryoshka_dimensions = (768, 512, 256, 128, 64)
-    # What Ollama has under the bare name is 1.5.
+    # Ollama's unversioned name is 1.5.
     yield (
         r"nomic-embed-text(-v1\.5)?",
         model("nomic-embed-text-v1.5", matryoshka_dimensions=matryoshka_dimensions, source=page + "v1.5"),
@@ -243,7 +243,7 @@ def _bge() -> _ByPattern:
         for size, length in (("small", 384 if language == "en" else 512), ("base", 768), ("large", 1024)):
             name, pattern = f"bge-{size}-{language}-v1.5", rf"bge-{size}-{language}(-v1\.5)?"
             if name == "bge-large-en-v1.5":
-                pattern += "|bge-large"  # as Ollama has it
+                pattern += "|bge-large"  # Ollama's name for it
             yield pattern, model(name, length, prefixes=(prefix, ""), source=f"{_CARD}BAAI/{name}")
     yield r"bge-m3", Model("bge-m3", 1024, source=_CARD + "BAAI/bge-m3")
 
@@ -266,7 +266,7 @@ def _mxbai() -> _ByPattern:
 def _arctic() -> _ByPattern:
     page, name = _CARD + "Snowflake/snowflake-arctic-embed-", "snowflake-arctic-embed"
     model = partial(Model, roles=ROLES, prefixes=(_SEARCH, ""))
-    # The first ones were not made to be cut; which size a server has under the bare name, its tag tells.
+    # The first generation was not trained to be truncated. Under the unversioned name, a server's tag tells the size.
     yield name, model(name, source=page + "l")
     for size, dimensions in (("xs", 384), ("s", 384), ("m", 768), ("m-long", 768), ("l", 1024)):
         yield f"{name}-{size}", model(f"{name}-{size}", dimensions, source=page + size)
@@ -291,7 +291,7 @@ def _others() -> _ByPattern:
             source="ai.google.dev/gemma/docs/embeddinggemma/model_card",
         ),
     )
-    # A bare name is of any of the sizes: its tag tells, and its server.
+    # A name without a size may be any of them: the server's tag, or the server, tells.
     for suffix, qwen_length in (("", None), ("-0.6b", 1024), ("-4b", 2560), ("-8b", 4096)):
         yield (
             rf"qwen3-embedding{re.escape(suffix)}",
@@ -313,21 +313,21 @@ FAMILIES: tuple[tuple[re.Pattern[str], Model], ...] = tuple(
     for rows in (_nomic(), _e5(), _bge(), _mxbai(), _arctic(), _others())
     for pattern, model in rows
 )
-"""Open models by the pattern of their names, wherever they are served. What only a server knows (how long its
-inputs may be, how many it takes) is not here, unless the model itself allows no more."""
+"""Open models by the pattern of their names, wherever they are served. Limits that only a server knows (length and
+number of inputs) are not here, unless the model itself allows no more."""
 
-# An owner before it, a tag, a file's name, or what it was quantised with after it.
-# Callers name models too: what one repetition has taken it keeps, or a name of 65 characters takes seconds.
+# Before the bare name: an owner. After it: a tag, a file format, a quantisation. The repetitions are possessive because
+# clients name models too: with backtracking, a name of 65 characters takes seconds.
 _PACKING = r"([-._@](gguf|ggml|onnx|mlx|awq|gptq|int8|fp8|fp16|f16|bf16|f32|i?q\d(_\w+)?|\d+bit))*+"
 _DRESS = re.compile(rf"^(.*/)?(text-embedding-)?(?P<name>.*?){_PACKING}(:[\w.-]+)?{_PACKING}$")
 
 
 _LONGEST_NAME = 256
-"""Characters; none is known that has half as many."""
+"""Characters; no known name has half as many."""
 
 
 def family(name: str) -> Model | None:
-    """What is known of a model whoever serves it: by its name without owner, tag and packing."""
+    """The facts known about a model whoever serves it, found by its name without owner, tag and packaging."""
     dressed = _DRESS.match(name.lower()) if len(name) <= _LONGEST_NAME else None
     bare = dressed["name"] if dressed else ""
     return next((model for pattern, model in FAMILIES if pattern.fullmatch(bare)), None)
@@ -343,4 +343,4 @@ UNSERVED: Mapping[str, Mapping[str, str]] = MappingProxyType(
         )
     }
 )
-"""Models a vendor has and the gateway cannot serve, and what to use instead, by type of upstream."""
+"""By type of upstream: models that the vendor has and the gateway cannot serve, and what to use instead."""

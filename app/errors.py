@@ -4,8 +4,8 @@
     ├── InvalidRequest                400   invalid_value: the caller's input; `param` names the field
     │   ├── InvalidJson               400
     │   ├── ContextLengthExceeded     400   an input longer than the model takes
-    │   ├── ExceedsTokensPerMinute    400   more tokens than the upstream's account may have in a minute: another's may
-    │   ├── UnreadableMedia           400   an image or video that could not be fetched or read, when asked twice
+    │   ├── ExceedsTokensPerMinute    400   more tokens than the upstream's account may use per minute; another may
+    │   ├── UnreadableMedia           400   an image or video that could not be fetched or read, even when asked again
     │   ├── UnsupportedDimensions     400
     │   ├── InvalidApiKey             401   the caller's key
     │   ├── ModelNotAllowed           403   the caller's key, for this model
@@ -15,22 +15,22 @@
     │   ├── SlowBody                  408
     │   ├── BodyTooLarge              413
     │   └── UnsupportedEncoding       415
-    ├── RateLimited                   429   a rate; passes by itself
-    ├── QuotaExhausted                429   a quota; does not
+    ├── RateLimited                   429   a rate limit; passes by itself
+    ├── QuotaExhausted                429   a quota; does not pass by itself
     ├── UpstreamError                 502   the upstream failed in a way that may pass
-    │   ├── UpstreamAuth              502   it refused our key: never the caller's 401
-    │   ├── UpstreamUnreachable       502   no connection, or one that broke
-    │   ├── UpstreamInvalidResponse   502   it answered something that is not the vectors asked for
-    │   │   ├── UpstreamIgnoredDimensions  its vectors have its own length, and not the one that was asked for
-    │   │   ├── UpstreamWrongCount         more or fewer vectors than inputs: some servers always give one
-    │   │   └── UpstreamInvalidVector      one vector in it is none; the others are what they should be
+    │   ├── UpstreamAuth              502   it refused our key; never a 401 to the caller
+    │   ├── UpstreamUnreachable       502   no connection, or a broken one
+    │   ├── UpstreamInvalidResponse   502   its answer is not the vectors requested
+    │   │   ├── UpstreamIgnoredDimensions  its vectors have its default length, not the one requested
+    │   │   ├── UpstreamWrongCount         more or fewer vectors than inputs: some servers always return one
+    │   │   └── UpstreamInvalidVector      one of its vectors is invalid; the others are good
     │   ├── UpstreamMisconfigured     502   it does not know the model or the path we were configured with
     │   └── UpstreamTimeout           504
-    └── Overloaded                    503   we have no room
-        └── UpstreamUnavailable       503   it has no room, or every deployment is out
+    └── Overloaded                    503   the gateway has no room
+        └── UpstreamUnavailable       503   the upstream has no room, or every deployment is out of the rotation
 
-Adapters raise nothing: `parse_error` returns one of these. Messages reach the caller, so they never hold
-a key, a token or a URL: what upstreams say is freed of them (`app.upstreams.redact`) before it goes on.
+Adapters raise nothing: `parse_error` returns one of these. Messages reach the caller, so they never contain
+a key, a token or a URL: those of upstreams are redacted first (`app.upstreams.redact`).
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ from typing import Self
 
 
 class GatewayError(Exception):
-    """Base of everything the gateway answers with. `str(error)` is the message the caller reads."""
+    """Base of every error the gateway answers with. `str(error)` is the message the caller reads."""
 
     status: int = 500
     type: str = "server_error"
     code: str = "internal_error"
     retryable: bool = False
-    """Whether the same call, made again or elsewhere, may succeed."""
+    """Whether the same call, repeated or made elsewhere, may succeed."""
     blames_input: bool = False
-    """Whether one input may be at fault, so that the batch's other inputs would do without it."""
+    """Whether a single input may be at fault, so that the rest of the batch would succeed without it."""
     stops_batch: bool = False
-    """Whether the batch's other calls to the deployment would meet it as well, or wait in vain."""
+    """Whether the batch's other calls to the deployment would fail the same way, or wait in vain."""
     needs_operator: bool = False
-    """Whether it does not pass by itself: an operator must see to it, and is told."""
+    """Whether it does not pass by itself, so that an operator has to act, and is told."""
 
     def __init__(
         self,
@@ -65,13 +65,13 @@ class GatewayError(Exception):
         self.message = message
         self.param = param
         if code is not None:
-            self.code = code  # an instance may be more exact than its class
+            self.code = code  # an instance may be more specific than its class
         self.retry_after = retry_after
-        """Seconds after which asking again is sensible, if anybody knows."""
+        """Seconds after which a retry makes sense, if known."""
         self.model: str | None = None
-        """The model that was asked for, if that could be read of a request that was refused for something else."""
+        """The model requested, if it could be read from a request that was refused for another reason."""
         self.no_client_retry = False
-        """Whether the caller, too, had better not ask again at once."""
+        """Whether the caller should not retry at once either."""
         self.calls = 0
         """Upstream calls that the request took part in."""
 
@@ -79,14 +79,14 @@ class GatewayError(Exception):
         return self.message
 
     def without_traceback(self) -> Self:
-        """Itself, without where it comes from. For whoever keeps an error it has caught: its traceback has the frame in
-        which it is kept, and in the frames below are bodies and inputs. They would stay until the collector of cycles
-        comes, which goes by the number of objects and not by their size."""
+        """Drops its traceback and context, and returns it. For code that keeps an error it has caught: the traceback
+        refers to the frame that keeps the error, and to the frames below, which hold bodies and inputs. They would live
+        until the cyclic garbage collector runs, which counts objects and not their bytes."""
         self.__traceback__ = self.__cause__ = self.__context__ = None
         return self
 
     def at_input(self, index: int) -> GatewayError:
-        """The same error, told about `input[index]` of the caller's request.
+        """A copy of the error that names `input[index]` of the caller's request.
 
         Callers that share an upstream call share its error; each gets a copy with its own index.
         """
@@ -236,7 +236,7 @@ class Overloaded(GatewayError):
     status = 503
     type = "overloaded_error"
     code = "overloaded"
-    # Ours, not the upstream's: asking ourselves again at once is what overload is made of.
+    # The gateway's own, not the upstream's: retrying at once would only add to the overload.
     retryable = False
     stops_batch = True
 

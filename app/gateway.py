@@ -1,4 +1,4 @@
-"""Owns the upstreams and the cache, from start to end, and knows what models there are."""
+"""Owns the upstreams and the cache, from startup to shutdown, and knows which models there are."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from app.upstreams.upstream import Upstream
 log = logging.getLogger(__name__)
 
 REFRESH = 60.0
-"""Seconds after which lists of models are read again."""
+"""Seconds between two readings of the lists of models."""
 RETURN = 10.0
-"""The same, while an upstream is away."""
+"""The same, while an upstream is unavailable."""
 
 
 class Gateway:
-    """The whole program but its HTTP face. `start` before use, `aclose` after."""
+    """The whole program except its HTTP layer. Call `start` before use and `aclose` after."""
 
     def __init__(
         self,
@@ -49,18 +49,18 @@ class Gateway:
         transport: httpx.AsyncBaseTransport | None = None,
         before: Gateway | None = None,
     ) -> None:
-        """`before` is the gateway this one takes over from. Whatever is configured as before is shared with it, so that
-        connections, tokens, health and learned limits stay; `cache` and `metrics` must be the same ones."""
+        """`before` is the gateway that this one replaces. Whatever is configured as it was is shared with it, so that
+        connections, tokens, health and learned limits survive; `cache` and `metrics` must be the same objects."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         server = settings.server
         largest = (
             server.max_body + INPUT_OVERHEAD * server.max_inputs
-        )  # one whole request, for which there must be room
+        )  # there must be room for one request of maximum size
         self.capacity = Capacity(server.max_inflight, max(server.max_inflight_size, largest), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
         self.quotas = self._quotas(before)
-        """By caller's name, for those whose key has a limit."""
+        """By caller's name, for callers whose key has a limit."""
         self.upstreams: dict[str, Upstream] = {}
         self._slots: dict[str, Slots] = {}
         for name, each in settings.upstreams.items():
@@ -75,19 +75,19 @@ class Gateway:
         self._watching: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())
-        """What callers are told as the time of the models' creation: seconds since the epoch."""
+        """When the models were created, as clients are told: seconds since the epoch."""
         self.draining = False
-        """Not ready for traffic any more."""
+        """Whether it is shutting down, and no longer ready for traffic."""
         self.fleet: Fleet = Fleet(self.upstreams, self._slots, cache, metrics, clock, before.fleet if before else None)
         self.registry = Registry(settings, self.upstreams, self.fleet, cache)
 
     @property
     def names(self) -> Mapping[str, PublicModel]:
-        """Every name that can be asked for, aliases included."""
+        """Every name that can be requested, aliases included."""
         return self.registry.names
 
     async def start(self) -> None:
-        """Asks the upstreams for their models and opens the cache. An upstream that is away is served once it is
+        """Asks the upstreams for their models and opens the cache. An upstream that is unavailable is served once it is
         back."""
         await asyncio.gather(self.refresh(), *([self.cache.open()] if self._opens_cache else []))
         if self._shared and (self.quotas or any(slots.pace for slots in self._slots.values())):
@@ -99,7 +99,7 @@ class Gateway:
             self._watching.append(asyncio.create_task(self._keep_fresh()))
 
     def hand_over(self, successor: Gateway) -> None:
-        """Another gateway serves from now on, and counts the requests that are inside."""
+        """`successor` serves from now on, and takes over the count of requests in flight."""
         self.capacity.alter(successor.capacity)
         successor.capacity = self.capacity
         self.fleet.hand_over(successor.fleet)
@@ -107,9 +107,9 @@ class Gateway:
             task.cancel()
 
     async def aclose(self, successor: Gateway | None = None) -> None:
-        """Waits for the calls under way, writes the cache out, closes connections.
+        """Waits for calls in flight, flushes the cache, closes connections.
 
-        What a `successor` shares stays as it is.
+        What a `successor` shares stays open.
         """
         for task in self._watching:
             task.cancel()
@@ -127,10 +127,10 @@ class Gateway:
         await asyncio.gather(*(upstream.aclose() for upstream in self.upstreams.values() if upstream not in held))
 
     async def find(self, name: str) -> PublicModel:
-        """The model of this name. Asks upstreams that may have got it since, then raises `ModelNotFound`, or why they
-        cannot be asked."""
+        """The model of this name. Asks upstreams that may have added it since; then raises `ModelNotFound`, or the
+        error for which they cannot be asked."""
         public = self.names.get(name)
-        if upstreams := self.registry.unlisted(public) if public else self.upstreams.values():  # hardly ever
+        if upstreams := self.registry.unlisted(public) if public else self.upstreams.values():  # rarely
             await self.refresh(upstreams)
             public = self.names.get(name)
         if public is None:
@@ -138,8 +138,8 @@ class Gateway:
         return public
 
     def _unknown(self, name: str) -> GatewayError:
-        """`ModelNotFound`; or the trouble of an upstream that cannot be asked, if the name begins with its own, or is
-        one of a well-known model: "no such model" would be a guess, and callers take it for the last word."""
+        """`ModelNotFound`; or the error of an upstream that cannot be asked, if the name begins with that upstream's,
+        or is a well-known model's: "no such model" would be a guess, and callers take it as final."""
         own = self.upstreams.get(name.partition("/")[0])
         might = [own] if own else [each for each in self.upstreams.values() if not each.models]
         mute = {each.name: each.trouble for each in might if each.trouble}
@@ -153,7 +153,7 @@ class Gateway:
         return ModelNotFound(self._instead(name) or problem, param="model")
 
     def _instead(self, name: str) -> str | None:
-        """What to use in place of a model that an upstream has and the gateway cannot serve."""
+        """What to use instead of a model that an upstream has and the gateway cannot serve."""
         for upstream in self.upstreams.values():
             problem = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
             if problem:
@@ -161,32 +161,31 @@ class Gateway:
         return None
 
     async def refresh(self, upstreams: Iterable[Upstream] | None = None) -> None:
-        """Asks these upstreams, or all, for their lists of models (each at most every few seconds), and publishes what
-        has changed."""
+        """Asks these upstreams, or all, for their lists of models (each at most every few seconds), and publishes any
+        changes."""
         asked = self.upstreams.values() if upstreams is None else upstreams
         await asyncio.gather(*(upstream.discover() for upstream in asked))
-        # Compared with what is published: the list may have come for another gateway, or a caller who hung up.
+        # Compared with what is published: another gateway may have fetched the list, or a caller that has hung up.
         if self.registry.outdated():
             self.registry.publish()
 
     async def _keep_fresh(self) -> None:
-        """Refreshes now and then: a model that was pulled anew is another one, in a vector space of its own."""
+        """Refreshes periodically: a model that was pulled again is another one, in a vector space of its own."""
         while True:
             await self._clock.sleep(RETURN if any(each.unavailable for each in self.upstreams.values()) else REFRESH)
             try:
                 await self.refresh()
-            except Exception:  # a bug of ours must not end this for good
+            except Exception:  # a bug of ours must not stop this for good
                 log.exception("upstreams could not be asked for their models")
 
     def unserved(self) -> list[str]:
-        """A line for each model that a key names and no upstream has now: misspelt, most likely, but it may come
-        back."""
+        """A line for each model that a key names and no upstream has now: probably misspelt, but it may come back."""
         keys = self.settings.auth.keys.items() if self.settings.auth else ()
         named = [(name, model) for name, key in keys for model in key.models or ()]
         return [f"auth.keys.{name}.models: there is no model {m} now" for name, m in named if m not in self.names]
 
     def status(self) -> dict[str, Any]:
-        """Ready or draining, and a line per upstream and cache tier. Asks nobody: probes come often."""
+        """Ready or draining, and a line per upstream and cache tier. Makes no calls, because probes are frequent."""
         upstreams: dict[str, dict[str, Any]] = {
             name: {"status": "down" if upstream.trouble else "up", "models": len(upstream.models)}
             | ({"reason": upstream.trouble.message} if upstream.trouble else {})

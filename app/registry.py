@@ -1,4 +1,4 @@
-"""What callers can ask for: public model names, built into pipelines over deployments."""
+"""The public models: every name that callers can request, each built into a pipeline over deployments."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ _FACTS = (
     "videos",
     "price_per_million_tokens",
 )
-"""What an operator may know better than the catalogue: fields of both `ModelSettings` and `Model`."""
+"""Facts that an operator may override: fields of both `ModelSettings` and `Model`."""
 _APART = "its deployments are in different vector spaces"
 
 
 @dataclass(frozen=True, slots=True)
 class PublicModel:
-    """A model as callers know it: its own name, its pipeline, and what can be said about it."""
+    """A model as callers know it: its own name, its pipeline, and its facts."""
 
     name: str
     embed: Prepare
     dimensions: int | None
-    """Length of the vectors for callers that ask for none."""
+    """Default length of its vectors."""
     space: str
     deployments: tuple[Deployment, ...]
 
     @property
     def facts(self) -> Model:
-        """What is true of the model behind all its deployments. Rows and tokens of a call are those learned so far,
-        which may be fewer than the catalogue has."""
+        """Its facts, over all its deployments. A call's rows and tokens are as learned so far, which may be fewer than
+        in the catalogue."""
         limits = [deployment.limits for deployment in self.deployments]
         return replace(
             combined([deployment.model for deployment in self.deployments]),
@@ -61,25 +61,26 @@ class PublicModel:
 
 
 class Registry:
-    """Every name there is, made of what the configuration names and the upstreams list, over what serves it."""
+    """Every public name, built from what the configuration names and what the upstreams list."""
 
     def __init__(self, settings: Settings, upstreams: Mapping[str, Upstream], fleet: Fleet, cache: Tiers) -> None:
         self._settings, self._upstreams, self._fleet, self._cache = settings, upstreams, fleet, cache
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
-        """Every name that can be asked for, aliases included."""
+        """Every name that can be requested, aliases included."""
         self._listed: dict[str, Mapping[str, Model]] = {}
-        """By upstream, the list of models that `names` was made from."""
+        """By upstream, the list of models that `names` was built from."""
         self.publish()
 
     def outdated(self) -> bool:
-        """Whether an upstream lists other models now."""
+        """Whether an upstream has a different list of models by now."""
         return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
 
     def unlisted(self, public: PublicModel) -> list[Upstream]:
-        """The upstreams to ask for their lists before this model is used; nearly always none. All of its upstreams,
-        unless one has the list that `names` was made from and is in reach, or had the model in it: what a list says of
-        a model, a revision for example, may make it another vector space."""
+        """The upstreams to ask for their lists before this model is used; nearly always none. It is all of the model's
+        upstreams, unless the list of one is still that from which `names` was built, and that upstream is reachable or
+        has the model in its list: what a list says of a model, its revision for example, may put it in another vector
+        space."""
         for each in public.deployments:
             upstream = self._upstreams[each.upstream]
             published = upstream.models is self._listed[each.upstream]
@@ -88,15 +89,15 @@ class Registry:
         return [self._upstreams[each.upstream] for each in public.deployments]
 
     def publish(self) -> None:
-        """Makes every name anew, and lets go of deployments that none leads to any more, whose model its upstream has
-        replaced or dropped."""
+        """Rebuilds every name, and drops deployments that no name leads to any more because their upstream has replaced
+        or dropped the model."""
         self._fleet.begin()
         self._name_all()
         self._fleet.retain({public.deployments for public in self.names.values()})
 
     def _name_all(self) -> None:
-        """Configured models and their aliases; then the upstreams' own names, plain and as `upstream/model`; then
-        `upstream/model` of what is configured and not listed."""
+        """Configured models and their aliases; then listed models, by plain name and as `upstream/model`; then
+        configured models that are not listed, as `upstream/model`."""
         names: dict[str, PublicModel] = {}
         for name, settings in self._settings.models.items():
             public = self._configured(name, settings)
@@ -121,13 +122,12 @@ class Registry:
         self._listed = {name: upstream.models for name, upstream in self._upstreams.items()}
 
     def unfit(self) -> list[str]:
-        """A line for each model that is configured in a way in which it refuses requests that say no more than model
-        and input."""
+        """A line for each model whose configuration makes it refuse requests that give only model and input."""
         models = {public.name: public.embed for public in self.names.values()}
         return [f"models.{name}: {why}" for name, embed in models.items() if (why := _unfit(embed))]
 
     def apart(self) -> list[str]:
-        """A line for each model that not all deployments serve which it is configured to have, though all are there."""
+        """A line for each model that only some of its configured deployments serve, although all are available."""
         unavailable = {name for name, upstream in self._upstreams.items() if upstream.trouble}
         configured = [(name, each.deployments, self.names[name]) for name, each in self._settings.models.items()]
         return [
@@ -137,8 +137,8 @@ class Registry:
         ]
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
-        """A model whose name begins with another upstream's, as a proxy's list may have it, has no plain name: that one
-        means the other's own models, whether or not they are there."""
+        """A model whose name begins with another upstream's, as in a proxy's list, has no plain name: that name means
+        the other upstream's own model, available or not."""
         served: dict[str, list[Deployment]] = {}
         for upstream in self._upstreams.values():
             for model in upstream.models.values():
@@ -151,7 +151,7 @@ class Registry:
     def _configured(self, name: str, settings: ModelSettings) -> PublicModel:
         deployments = [self._configured_deployment(each, settings) for each in settings.deployments]
         space = deployments[0].space
-        # What the configuration alone could tell was refused at start; a revision may differ all the same.
+        # What the configuration alone could tell was refused at startup; a revision may still differ.
         same = tuple(deployment for deployment in deployments if deployment.space == space)
         if len(same) < len(deployments):
             self._warn_of_spaces(name, deployments, f"only {_named(same)} serves it")
@@ -167,9 +167,9 @@ class Registry:
         return replace(deployment, weight=wanted.weight, priority=wanted.priority)
 
     def _facts(self, wanted: DeploymentSettings, settings: ModelSettings) -> Model:
-        """What is known of the upstream's model, and what the operator knows better."""
+        """The upstream's facts about its model, with the operator's overrides."""
         upstream = self._upstreams[wanted.upstream]
-        # What a dialect has no word for would be left out of a call, and the caller given a vector of something else.
+        # A dialect omits what it cannot express, and the caller would get a vector of something else.
         mute = {
             field for field in CAPABILITIES if field not in upstream.adapter.capabilities and getattr(settings, field)
         }
@@ -177,14 +177,14 @@ class Registry:
             field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
         }
         known = upstream.model(wanted.model)
-        if settings.dimension_choices is not None:  # its server's then, and not those that are made here
+        if settings.dimension_choices is not None:  # then they are the server's, and none are made here
             known = replace(known, matryoshka_dimensions=None)
         return replace(known, **better)
 
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
         known = self.names.get(name)
         if known is not None and known.name == name and known.deployments == deployments:
-            return known  # to make thousands anew because a list has one more would hold everybody up
+            return known  # rebuilding thousands because a list has one more would block the event loop
         first = deployments[0]
         batcher = self._fleet.batcher(deployments, configured=settings is not None)
         embed = build.pipeline(
@@ -195,7 +195,7 @@ class Registry:
             models=[deployment.model for deployment in deployments],
             settings=settings,
         )
-        # Brought to unit length they compare differently from what the upstream gives, whoever else serves that.
+        # At unit length they compare differently from what the upstream returns, whoever else serves that.
         space = f"{first.space};normalized" if settings and settings.normalize else first.space
         dimensions = (settings and settings.dimensions) or first.model.dimensions
         return PublicModel(name, embed, dimensions, space, deployments)
@@ -219,8 +219,8 @@ def _unfit(prepare: Prepare) -> str | None:
 
 
 def _mark(prefixes: PrefixSettings) -> str:
-    """Tells these prefixes from others in a space's name. They alter vectors, so vectors made with others are in
-    another space, even one an operator has named: what was cached before they were changed is not found any more."""
+    """Distinguishes these prefixes from others in a space's name. Prefixes affect vectors, so other prefixes make
+    another space, even one that an operator has named: what was cached before they were changed is no longer found."""
     return hashlib.sha256("\0".join(getattr(prefixes, role) for role in ROLES).encode()).hexdigest()[:8]
 
 

@@ -1,7 +1,7 @@
-"""Tokens: ids to text and back, bounds and estimates that show at a glance, and how a batch's bill is shared.
+"""Tokens: ids to text and back, cheap bounds and estimates of their number, and each input's share of a batch's usage.
 
-The table is OpenAI's cl100k_base (see NOTICE), package data, loaded on first use: decoding needs no
-merges and no regular expression, only the 100,256 byte strings in order.
+The table is OpenAI's cl100k_base (see NOTICE), package data, loaded on first use: decoding needs no merges and no
+regular expression, only the 100,256 byte strings in order.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ from app.types import Input, Media
 
 TABLE_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
 _LONGEST_TOKEN = 128
-"""Bytes of a token in it, at the most."""
+"""Maximum bytes of a token in the table."""
 
 
 @lru_cache(maxsize=1)
 def _table() -> tuple[bytes, ...]:
-    """id -> bytes, from the packed rank file; a copy that is not the published one is refused."""
+    """id -> bytes, from the packed rank file. Raises `RuntimeError` if the file is not the published one."""
     packed = files("app.data").joinpath("cl100k_base.tiktoken.xz").read_bytes()
     text = lzma.decompress(packed)
     if hashlib.sha256(text).hexdigest() != TABLE_SHA256:
         raise RuntimeError("app/data/cl100k_base.tiktoken.xz is damaged: its sha256 is not the published one")
-    # One line an id: base64 of its bytes, a space, the id. The ids are 0, 1, 2 … in this order.
+    # One line per id: base64 of its bytes, a space, the id. The ids are 0, 1, 2 … in this order.
     return tuple(b64decode(line.split(b" ", 1)[0]) for line in text.splitlines())
 
 
 def decode(ids: Sequence[int], most: int = sys.maxsize) -> str:
-    """cl100k_base ids to text. Raises `IndexError` holding the position of an id that is none, and `OverflowError`
-    for more than `most` bytes of text.
+    """Decodes cl100k_base ids to text. Raises `IndexError` with the position of an id that does not exist, and
+    `OverflowError` for more than `most` bytes of text.
 
-    A character cut in two by whoever tokenised becomes U+FFFD, as in tiktoken.
+    A character that the client's tokenisation cut in two becomes U+FFFD, as in tiktoken.
     """
     table = _table()
     try:
-        if min(ids, default=0) < 0:  # which would count from the end
+        if min(ids, default=0) < 0:  # a negative id would index from the end
             raise IndexError
         if len(ids) * _LONGEST_TOKEN > most and sum(map(len, map(table.__getitem__, ids))) > most:
-            raise OverflowError  # before it is made
+            raise OverflowError  # before the text is built
         text = b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
     except IndexError:
         raise IndexError(next(place for place, token in enumerate(ids) if not 0 <= token < len(table))) from None
-    if upper_bound(text) > most:  # U+FFFD has three bytes, and what it stands for may have had one
+    if upper_bound(text) > most:  # U+FFFD is three bytes, and may replace a single one
         raise OverflowError
     return text
 
@@ -63,70 +63,71 @@ _WORDS = (
 
 @lru_cache(maxsize=1)
 def _encoding() -> Encoding:
-    """Loaded when a text is first to be counted: a tenth of a second. <|endoftext|> and its like are text here."""
+    """Built when a text is first counted, which takes a tenth of a second. <|endoftext|> and the like are plain text
+    here."""
     ranks = {piece: rank for rank, piece in enumerate(_table())}
     return Encoding("cl100k_base", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
 
 
 def encode(text: str) -> list[int]:
-    """Text to cl100k_base ids, as OpenAI counts them."""
+    """Encodes text to cl100k_base ids, as OpenAI counts them."""
     return _encoding().encode_ordinary(text)
 
 
 def decode_prefix(ids: Sequence[int]) -> str:
-    """The text of the first ids of one, without a character that the last of them holds only the first bytes of."""
+    """Decodes the first ids of a text, without a final character of which they hold only the first bytes."""
     return _encoding().decode_bytes(ids).decode("utf-8", "ignore")
 
 
 def upper_bound(text: Input) -> int:
-    """No byte-level tokenizer makes more tokens of `text` than this: it has at least one byte a token. Images and
-    videos are not counted in tokens."""
+    """Upper bound on the tokens of `text` under any byte-level tokenizer: a token has at least one byte. 0 for images
+    and videos, which are not counted in tokens."""
     if type(text) is not str:
         return 0
     return len(text) if text.isascii() else len(text.encode())
 
 
 def surely_within(most: int, inputs: Sequence[Input]) -> bool:
-    """Whether texts have no more than `most` tokens together, as far as that shows at a glance: a character has four
-    bytes at the most."""
+    """Whether texts surely have at most `most` tokens together: a quick check, as a character has at most four bytes.
+    False is inconclusive."""
     try:
-        return 4 * sum(map(len, inputs)) <= most  # type: ignore[arg-type]  # what is no text has no length
+        return 4 * sum(map(len, inputs)) <= most  # type: ignore[arg-type]  # media has no length
     except TypeError:
         return False
 
 
 def estimate(text: Input) -> int:
-    """About how many tokens `text` is: four bytes of ASCII each, one character of anything else. Nobody says what an
-    image will come to: one."""
+    """Estimates the tokens of `text`: one per four ASCII characters, one per any other character. 1 for an image or a
+    video, whose tokens cannot be known in advance."""
     if type(text) is not str:
         return 1
-    narrow = len(text.encode("ascii", "ignore"))  # 60 times as fast as looking at each character
+    narrow = len(text.encode("ascii", "ignore"))  # 60 times as fast as a loop over the characters
     return max(1, len(text) - narrow + (narrow + 3) // 4)
 
 
 def estimates(inputs: Iterable[Input]) -> list[int]:
-    """`estimate` of each; one of plain ASCII shows at a glance."""
+    """`estimate` of each input, with a short cut for plain ASCII."""
     return [(len(text) + 3) // 4 or 1 if type(text) is str and text.isascii() else estimate(text) for text in inputs]
 
 
 MAX_BYTES_PER_CHARACTER = 36
-"""Bytes that one character becomes at most, as it is or in the compatibility form some tokenizers bring it to."""
+"""Maximum bytes of one character, as it is or in the compatibility form to which some tokenizers normalise it."""
 _BESIDES = 2**13
-"""Tokens that a server may count beside a text's own: an instruction, or what a short one is padded with."""
+"""Tokens that a server may count besides a text's own: an instruction, or the padding of a short text."""
 _OF_MEDIA = 2**20
-"""Tokens that an image or a video comes to at most, by any vendor's count."""
+"""Maximum tokens of an image or a video, by any vendor's count."""
 
 
 def credible(total: int, inputs: Sequence[Input], weights: Sequence[int]) -> bool:
-    """Whether a call's inputs can have come to `total` tokens; to an unsigned -1, for example, they cannot. `weights`
-    are their estimates: for each unit of it a text has four characters at most."""
+    """Whether a call's inputs can amount to `total` tokens; an unsigned -1, for example, is not credible. `weights` are
+    their estimates: a text has at most four characters for each unit."""
     most = 4 * MAX_BYTES_PER_CHARACTER * sum(weights) + _BESIDES * len(weights)
     return total <= most or total <= most + _OF_MEDIA * sum(isinstance(each, Media) for each in inputs)
 
 
 def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
-    """Each input's part of a call's `total`. `weights` are their estimates. Nobody can tell what an image or a video
-    comes to, so these share what the texts beside them leave."""
+    """Each input's share of a call's `total` tokens. `weights` are their estimates. Nobody can tell what an image or a
+    video amounts to, so these share what the estimates of the texts leave."""
     if Media not in set(map(type, inputs)):
         return apportion(total, weights)
     of_texts = [0 if isinstance(each, Media) else weight for each, weight in zip(inputs, weights, strict=True)]
@@ -137,9 +138,9 @@ def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
 
 
 def apportion(total: int, weights: Sequence[int]) -> list[int]:
-    """`total` tokens shared out in proportion to `weights`; the parts add up to `total` exactly.
+    """Divides `total` tokens in proportion to `weights`; the parts add up to `total` exactly.
 
-    Largest remainder; equal weights that do not divide evenly differ by one, the first getting more.
+    Largest remainder; equal weights that do not divide evenly differ by one, the first ones getting more.
     """
     if not weights:
         return []
@@ -150,7 +151,7 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
     short = total - sum(parts)
     if short:
         remainders = [total * weight % whole for weight in weights]
-        # Sorting backwards keeps the order of equals.
+        # A reverse sort keeps equal remainders in input order.
         for i in sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)[:short]:
             parts[i] += 1
     return parts

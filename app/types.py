@@ -1,9 +1,9 @@
-"""The shared words: what travels between the HTTP face, the pipeline and the wire. No behaviour, no I/O.
+"""Shared types: what travels between the HTTP layer, the pipeline and the wire. No behaviour, no I/O.
 
-Above the batcher everything is an `Embedder` (one caller's request in, its embeddings out); below it
-everything is a `BatchEmbedder` (one upstream call's worth of inputs, drawn from any number of requests).
+Every stage above the batcher is an `Embedder` (one caller's request in, its embeddings out); every stage below it is a
+`BatchEmbedder` (one upstream call's worth of inputs, drawn from any number of requests).
 
-Structs, because these are made, narrowed and compared with every request: each costs a fifth of a dataclass.
+Structs, because these are created, copied and compared on every request: each costs a fifth of a dataclass.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from app.catalog import MediaKind, Model, Role
 from app.errors import GatewayError
 
 DATA_URI = re.compile(r"data:(?P<type>[\w.+-]+/[\w.+-]+)(?:;[\w=.+-]+)*;base64,", re.IGNORECASE)
-"""The beginning of a data URI (RFC 2397), up to its base64."""
+"""The prefix of a base64 data URI (RFC 2397), up to the data."""
 
 MAX_DIMENSIONS = 65536
-"""More of them make a vector of no model there is; 2**53 and beyond come from JSON as well and mean nothing."""
+"""No known model has more. The bound also keeps out the meaningless integers of 2**53 and above that JSON can carry."""
 
 OutputType: TypeAlias = Literal["dense", "sparse", "dense&sparse"]
 Lane: TypeAlias = Literal["query", "bulk"]
@@ -31,18 +31,18 @@ OnLongInput: TypeAlias = Literal["error", "truncate", "split"]
 
 
 class Media(Struct, frozen=True):
-    """An image or a video, by its address or (a data URI) by itself. The gateway fetches none."""
+    """An image or a video, given as a URL or as a data URI. The gateway never fetches it."""
 
     kind: MediaKind
     source: str
 
 
 Input: TypeAlias = str | Media
-"""One thing to embed. Token ids are decoded to text at the door, so that equal texts are equal inputs."""
+"""One thing to embed. Token ids are decoded to text on arrival, so that equal texts are equal inputs."""
 
 
 class Source(StrEnum):
-    """Where an input's vector came from, in the words of the metrics."""
+    """Where an input's vector came from, as the metrics label it."""
 
     CACHE = "cache"
     INFLIGHT = "inflight"
@@ -50,7 +50,7 @@ class Source(StrEnum):
 
 
 class Params(Struct, frozen=True):
-    """Everything besides the input that may alter its vector. All of it is part of the cache key."""
+    """Everything besides the input that may affect its vector. Every field is part of the cache key."""
 
     dimensions: int | None = None
     input_type: Role | None = None
@@ -59,95 +59,95 @@ class Params(Struct, frozen=True):
 
 
 class Caller(Struct, frozen=True):
-    """Who asks, as far as the pipeline may know: a name for metrics and logs, a lane, a part of the cache."""
+    """The caller, as far as the pipeline may know: a name for metrics and logs, a lane, a cache namespace."""
 
     name: str = "anonymous"
     lane: Lane | None = None
-    """None lets the size of the request decide."""
+    """None: decided by the size of the request."""
     namespace: str = ""
-    """Callers with different ones share neither cached embeddings nor those under way."""
+    """Callers in different namespaces share neither cached embeddings nor those in flight."""
 
 
 class EmbedRequest(Struct):
-    """One caller's request. Stages narrow it (`replace`); nobody changes it in place."""
+    """One caller's request. Stages derive a new one (`replace`); nobody modifies it in place."""
 
     model: str
-    """The public model's own name, aliases resolved."""
+    """The public model's name, aliases resolved."""
     inputs: Sequence[Input]
     params: Params
     deadline: float
-    """On the event loop's clock, seconds."""
+    """Seconds, on the event loop's clock."""
     caller: Caller = field(default_factory=Caller)
     media: bool = False
-    """Whether any of the inputs is no text."""
+    """Whether any of the inputs is not text."""
     numbers: bool = False
-    """Whether the caller wants numbers and not base64: it is worth keeping their text."""
+    """Whether the caller wants numbers rather than base64: then their text is worth caching."""
     read_cache: bool = True
     write_cache: bool = True
     keys: Sequence[bytes] = ()
-    """Cache keys, one per input, once the cache stage has derived them."""
+    """Cache keys, one per input, once `CacheRead` has derived them."""
     held: Collection[bytes] = ()
-    """The keys among them that another replica has claimed: it is embedding these inputs."""
+    """Those of `keys` that another replica has claimed: it is embedding these inputs."""
     positions: Sequence[int] | None = None
-    """Where each input stood in the caller's request, once a stage has left some out or cut some in pieces."""
+    """Each input's index in the caller's request, once a stage has left some out or split some; None until then."""
     on_long_input: OnLongInput | None = None
-    """What the caller wants done with an input longer than the model takes; None leaves it to the model."""
+    """What to do with an input longer than the model takes; None: as the model is configured."""
     collect_too_long: bool = False
-    """Whether an input that turns out too long is left for the stage that asked (`EmbedResult.too_long`), and
-    not an error of the whole request."""
+    """Whether inputs that the upstream finds too long are returned in `EmbedResult.too_long`, instead of failing the
+    whole request."""
 
     @property
     def shareable(self) -> bool:
-        """Whether replicas share the work on it. A request that reads no cache cannot wait for what another replica
-        embeds, and nobody can wait for one that writes none."""
+        """Whether replicas may share the work on it. A request that does not read the cache cannot wait for another
+        replica's embeddings, and no replica can wait for one that does not write it."""
         return self.read_cache and self.write_cache
 
 
 class Embedding(Struct, gc=False):
-    """A vector and what its input cost.
+    """A vector, and the tokens its input cost.
 
-    `vector` is float32, little-endian, from the moment a reply is parsed until a response is written.
-    Shared between requests and the memory cache: treat it as frozen.
+    `vector` is float32, little-endian, from the moment a reply is parsed until a response is written. Shared between
+    requests and the memory cache: treat it as immutable.
     """
 
     vector: bytes
-    """Empty where only a sparse one was asked for."""
+    """Empty if only a sparse vector was requested."""
     tokens: int
     sparse: bytes | None = None
-    """The sparse vector, where one was asked for: a JSON array of `{"index", "value", "token"}`."""
+    """The sparse vector, if one was requested: a JSON array of `{"index", "value", "token"}`."""
     text: bytes | None = None
-    """The numbers as a JSON array, where the memory cache keeps it too."""
+    """`vector` as a JSON array of numbers, if the memory cache keeps that too."""
 
     @property
     def size(self) -> int:
-        """Bytes in it, but for the text."""
+        """Bytes of its vectors, not counting `text`."""
         return len(self.vector) if self.sparse is None else len(self.vector) + len(self.sparse)
 
 
 class EmbedResult(Struct):
-    """A request's embeddings in input order, and how they came about."""
+    """A request's embeddings, in input order, and where they came from."""
 
     embeddings: list[Embedding]
     sources: list[Source]
     calls: int = 0
     """Upstream calls this request took part in, retries included."""
     deployments: tuple[str, ...] = ()
-    """`upstream/model` of those that served it, in order of first use."""
+    """`upstream/model` of each deployment that served it, in order of first use."""
     too_long: dict[int, GatewayError] = field(default_factory=dict)
-    """Inputs, by place, that the upstream found too long, where the request spares them; their embeddings are
-    `NO_EMBEDDING`."""
+    """By index, the errors of inputs that the upstream found too long, if the request sets `collect_too_long`; their
+    embeddings are `NO_EMBEDDING`."""
     truncated: int = 0
-    """Inputs of which only the beginning was embedded."""
+    """Number of inputs of which only the beginning was embedded."""
     split: int = 0
-    """Inputs that were embedded in pieces."""
+    """Number of inputs that were embedded in pieces."""
     cached_tokens: int = 0
     shared_tokens: int = 0
-    """Of inputs that were embedded in pieces, some of which did cost: tokens of the pieces that were found in the
-    cache, and of those that were asked once for several."""
+    """Of inputs embedded in pieces, at least one of which was billed: tokens of the pieces found in the cache, and of
+    those that shared an embedding in flight."""
 
 
 NO_EMBEDDING = Embedding(b"", 0)
-"""Stands where an input has no embedding (yet)."""
+"""Placeholder where an input has no embedding, or none yet."""
 
 
 class Embedder(Protocol):
@@ -164,32 +164,32 @@ class Batch(Struct):
     keys: Sequence[bytes]
     params: Params
     store: bool
-    """Whether what comes back may be cached."""
+    """Whether the result may be cached."""
     deadline: float
     completed: dict[bytes, Embedding] | None = None
-    """By key, what the finished calls of a batch that takes several have brought: kept where the deadline cuts off the
-    others. None while there is one call."""
+    """By key, the embeddings from completed calls of a batch that takes several: kept when the deadline cuts off the
+    rest. None while the batch is a single call."""
     still_wanted: Callable[[], bool] = lambda: True
-    """Whether anybody still waits for any of it."""
+    """Whether any caller still waits for any of its inputs."""
     later_deadline: Callable[[], float] = lambda: math.inf
-    """The earliest deadline, later than the batch's own, of an input that callers have joined since; infinite where
-    there is none."""
+    """The earliest deadline after the batch's own among callers that have joined its inputs since; infinite if there is
+    none."""
 
 
 class BatchResult(Struct):
-    """One outcome per input, in the batch's order; an input that is refused fails alone."""
+    """One outcome per input, in batch order; an input that is refused fails alone."""
 
     outcomes: list[Embedding | GatewayError]
     calls: int = 1
     late: bool = False
-    """Whether what failed might have been embedded before a later deadline."""
+    """Whether what failed might have succeeded with a later deadline."""
     deployments: tuple[str, ...] = ()
-    """Names of those that embedded it; the route fills them in."""
+    """Names of the deployments that embedded it; filled in by the route."""
 
 
 class BatchEmbedder(Protocol):
-    """A stage below the batcher. Raises `GatewayError` when the whole batch failed; a deployment's outermost one
-    (`app.pipeline.adapt`) does not, and then has that as each input's outcome."""
+    """A stage below the batcher. Raises `GatewayError` when the whole batch fails; only a deployment's outermost stage
+    (`app.pipeline.adapt`) never does, and returns the error as every input's outcome."""
 
     async def __call__(self, batch: Batch) -> BatchResult: ...
 
@@ -198,11 +198,11 @@ class BatchEmbedder(Protocol):
 
 
 MAX_REPLY = 256 * 2**20
-"""Bytes that any reply may have. 2,048 vectors of 3,072 numbers are 160 MB as text."""
+"""Maximum bytes of any reply. 2,048 vectors of 3,072 numbers are 160 MB as text."""
 
 
 class WireRequest(Struct):
-    """An HTTP request as plain data. `headers` have lower-case names; `query` is appended encoded."""
+    """An HTTP request as plain data. Header names are lower-case; `query` is encoded and appended to `url`."""
 
     method: str
     url: str
@@ -210,16 +210,16 @@ class WireRequest(Struct):
     body: bytes = b""
     query: dict[str, str] = field(default_factory=dict)
     max_reply: int = MAX_REPLY
-    """Bytes that its reply may have."""
+    """Maximum bytes of its reply."""
 
 
 class WireReply(Struct):
-    """An HTTP response as plain data, read to its end. `headers` have lower-case names."""
+    """An HTTP response as plain data, read to its end. Header names are lower-case."""
 
     status: int
     headers: dict[str, str]
     body: bytes | bytearray
-    """Held by the reply alone, and not to be changed: a long one is passed on as it was received, without a copy."""
+    """Owned by the reply and not to be modified: a long body is passed on as received, without a copy."""
 
 
 Send: TypeAlias = Callable[[WireRequest], Awaitable[WireReply]]
@@ -227,8 +227,8 @@ Send: TypeAlias = Callable[[WireRequest], Awaitable[WireReply]]
 
 
 class Auth(Protocol):
-    """Puts credentials on a request and sends it. May send requests of its own first (a token), or the
-    same one again (a token that had expired). Knows no adapter, and no adapter knows it."""
+    """Adds credentials to a request and sends it. May first send requests of its own (to fetch a token), or repeat this
+    one (when a token has expired). Knows no adapter, and no adapter knows it."""
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply: ...
 
@@ -242,49 +242,49 @@ class Target(Struct, frozen=True):
 
 
 class Parsed(Struct):
-    """What an adapter read from a reply, unchecked: `indexes[i]` is the place in the batch of `vectors[i]`."""
+    """What an adapter read from a reply, unchecked: `vectors[i]` belongs to the batch's input `indexes[i]`."""
 
     indexes: Sequence[int]
     vectors: Sequence[bytes]
-    """Empty ones where only sparse vectors were asked for."""
+    """Empty ones if only sparse vectors were requested."""
     tokens: int | None = None
-    """The batch's bill as the upstream states it, or None where it states none."""
+    """The batch's tokens as the upstream reports them; None if it reports none."""
     sparse: Sequence[object] | None = None
-    """As the upstream gives them, one for each of `vectors`; None where none were asked for."""
+    """As the upstream returned them, one for each of `vectors`; None if none were requested."""
 
 
 class Adapter(Struct, frozen=True):
-    """An upstream's dialect: three pure functions. No I/O, no clock, no retry, no batching, no check.
+    """An upstream's dialect: three pure functions. No I/O, no clock, no retry, no batching, no validation.
 
-    `parse_error` sees every reply, whatever its status, and returns None for a success.
-    `parse_response` may raise `KeyError`, `TypeError`, `ValueError` or `IndexError` on a reply of the
-    wrong shape: the caller turns these into `UpstreamInvalidResponse`.
+    `parse_error` sees every reply, whatever its status, and returns None for a success. `parse_response` may raise
+    `KeyError`, `TypeError`, `ValueError` or `IndexError` on a reply of the wrong shape: the caller turns these into
+    `UpstreamInvalidResponse`.
     """
 
     build_request: Callable[[Batch, Target], WireRequest]
     parse_error: Callable[[WireReply], GatewayError | None]
     parse_response: Callable[[WireReply, Batch], Parsed]
     capabilities: frozenset[str] = frozenset()
-    """Which of `app.config.settings.CAPABILITIES` it can tell a model, or ask of it."""
+    """Which of `app.config.settings.CAPABILITIES` the dialect can express."""
 
 
 class TokenStore(Protocol):
-    """Where replicas share access tokens, sealed. Never raises: what goes wrong is a token that is fetched again."""
+    """Where replicas share access tokens, sealed. Never raises: if it fails, a token is fetched again."""
 
     async def get(self, name: bytes) -> bytes | None: ...
 
     async def put(self, name: bytes, sealed: bytes, seconds: float) -> None: ...
 
     async def claim(self, name: bytes, seconds: float) -> bool:
-        """Claims the fetching of a new token for so many seconds, or until `release`. Whether the caller has it now;
-        also true where the store does not answer."""
+        """Claims the fetching of a new token, for `seconds` or until `release`. Returns whether the caller now has the
+        claim; also true if the store does not answer."""
         ...
 
     async def release(self, name: bytes) -> None: ...
 
 
 class Store(Protocol):
-    """One cache tier. Never raises into a request: what goes wrong is a miss, logged and counted."""
+    """One cache tier. Never raises into a request: a failure is a miss, logged and counted."""
 
     name: str
 
@@ -297,47 +297,47 @@ class Store(Protocol):
 
 
 LookupResult: TypeAlias = tuple[list[Embedding | None], Collection[bytes]]
-"""One answer per key; and the keys of what is missing and another replica has claimed."""
+"""One answer per key, and the missing keys that another replica has claimed."""
 
 
 @runtime_checkable
 class SlowStore(Store, Protocol):
-    """A tier that is waited for."""
+    """A tier whose lookups are awaited."""
 
     at_once: int
-    """How many look-ups of a few keys it may have under way."""
+    """Maximum concurrent lookups of a few keys each."""
 
     def time_limit(self, keys: int, /) -> float:
-        """Seconds a look-up of so many keys may take."""
+        """Seconds that a lookup of this many keys may take."""
         ...
 
     async def open(self) -> None:
-        """Gets ready ahead of the first request, so that `status` is true from the start. Never fails."""
+        """Prepares the tier before the first request, so that `status` is true from the start. Never fails."""
         ...
 
     async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-        """One look-up for all keys; the answer is as long as `keys`."""
+        """Looks up all keys at once; the answer is as long as `keys`."""
         ...
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Keep these. May drop any of them."""
+        """Stores the entries. May drop any of them."""
         ...
 
 
 @runtime_checkable
 class SharedStore(SlowStore, Protocol):
-    """A tier of all replicas, who tell each other there what they are embedding. Never raises either."""
+    """A tier shared by all replicas, in which each claims what it is embedding. Never raises either."""
 
     async def get_or_claim(self, keys: Sequence[bytes]) -> LookupResult:
-        """As `get`. What is missing and not claimed yet is then claimed for this replica, for `CLAIM_TTL` seconds at
-        most; where the tier cannot do that, nothing is."""
+        """Like `get`; also claims the keys that are missing and unclaimed for this replica, for at most `CLAIM_TTL`
+        seconds. A tier that cannot do that claims nothing."""
         ...
 
     async def release_claims(self, keys: Sequence[bytes]) -> None:
-        """Ends this replica's claims on keys for which no embedding will come."""
+        """Releases this replica's claims on keys that it will not embed."""
         ...
 
 
 CLAIM_TTL = 3.0
-"""Seconds a claim lasts: longer than most calls take, and short of the 5 that httpx waits by default, for its owner may
+"""Seconds a claim lasts: longer than most calls take, but less than httpx's default timeout of 5, because its owner may
 have died."""

@@ -1,7 +1,7 @@
-"""The canonical vector, float32 little-endian bytes, and everything that is done to one.
+"""The canonical vector, float32 little-endian bytes, and every operation on it.
 
-Knows nothing of HTTP, upstreams or caches. Functions raise `ValueError` on bytes or numbers that are
-no vector; what that means to a caller is for the stage that asked.
+Knows nothing of HTTP, upstreams or caches. Functions raise `ValueError` on bytes or numbers that are not a vector; what
+that means to the caller is for the calling stage to decide.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 
 def from_numbers(numbers: Sequence[float]) -> bytes:
-    """A list of numbers, as a JSON parser gives it, to float32 bytes.
+    """Packs a list of numbers, as a JSON parser returns it, into float32 bytes.
 
-    Raises `TypeError` for anything in it that is no number and `ValueError` for no list. A number beyond
-    float32's range becomes infinite here and is refused by `check`.
+    Raises `TypeError` if an element is not a number and `ValueError` if it is not a list. A number beyond float32's
+    range becomes infinite here and is reported by `fault`.
     """
     if not isinstance(numbers, list):
         raise ValueError("not a list of numbers")
@@ -32,9 +32,9 @@ def from_numbers(numbers: Sequence[float]) -> bytes:
 
 
 def from_base64(texts: Iterable[str | memoryview]) -> list[bytes]:
-    """Vectors in OpenAI's base64 form, float32 little-endian, to bytes. Raises `ValueError`."""
+    """Decodes vectors in OpenAI's base64 form, float32 little-endian. Raises `ValueError`."""
     decode = pybase64.b64decode
-    found = [decode(text, None, True) for text in texts]  # validated; by position, for names take half as long again
+    found = [decode(text, None, True) for text in texts]  # validate=True; keywords take half as long again
     for raw in found:
         if len(raw) % 4:
             raise ValueError("not a whole number of float32")
@@ -42,8 +42,8 @@ def from_base64(texts: Iterable[str | memoryview]) -> list[bytes]:
 
 
 def parse(values: Sequence[object]) -> list[bytes]:
-    """Vectors in either form an upstream may answer in, or vectors already; an empty one for each that holds null,
-    which is how NaN is often written, or is null itself. Raises `TypeError` or `ValueError`."""
+    """Vectors in either form that upstreams answer in, base64 or a list of numbers, as bytes; bytes pass unchanged. One
+    that is null, or holds null, as NaN is often written, becomes empty. Raises `TypeError` or `ValueError`."""
     for value in values:
         if type(value) is not bytes:
             return [_parse(each) for each in values]
@@ -57,15 +57,15 @@ def _parse(value: object) -> bytes:
         return b""
     if isinstance(value, str):
         return from_base64([value])[0]
-    return from_numbers(value)  # type: ignore[arg-type]  # from_numbers refuses what is no list
+    return from_numbers(value)  # type: ignore[arg-type]  # from_numbers refuses anything but a list
 
 
 to_base64: Callable[[bytes], bytes] = pybase64.b64encode
-"""ASCII base64 of a vector: what OpenAI's SDKs ask for by default."""
+"""A vector as ASCII base64, the form that OpenAI's SDKs request by default."""
 
 
 def to_json(vector: bytes) -> bytes:
-    """The vector as a JSON array, each number the shortest text that reads back as the same float32."""
+    """The vector as a JSON array, each number the shortest text that parses to the same float32."""
     if not vector:
         return b"[]"
     return orjson.dumps(np.frombuffer(vector, "<f4"), option=orjson.OPT_SERIALIZE_NUMPY)
@@ -76,9 +76,9 @@ def fault(vector: bytes) -> str | None:
     if not vector:
         return "is empty or null"
     numbers = np.frombuffer(vector, "<f4")
-    # One dot product settles nearly every vector: any NaN or infinity makes it so, and only zeros make
-    # zero. It also overflows for huge and underflows for tiny numbers, which the exact tests then clear.
-    # `vdot`, for the others warn of an overflow, and not to be warned costs more than the product.
+    # One dot product settles nearly every vector: any NaN or infinity propagates to it, and only zeros give zero. It
+    # also overflows for huge and underflows for tiny numbers, which the exact tests then clear. `vdot`, because the
+    # other products warn on overflow, and suppressing that costs more than the product.
     if 0.0 < np.vdot(numbers, numbers) < np.inf:
         return None
     if not np.isfinite(numbers).all():
@@ -89,23 +89,25 @@ def fault(vector: bytes) -> str | None:
 
 
 _TOGETHER = 32
-"""Vectors looked at in one go: copied side by side, so many stay in the processor's cache."""
+"""Vectors checked in one step: they are copied side by side, and this many fit in the processor's cache."""
 
 
 def faultless(rows: Sequence[bytes]) -> bool:
-    """Whether one look at vectors of one length finds no `fault` in any. If not, each may still be without one."""
+    """Whether a quick check of vectors of one length shows that none has a `fault`. If not, they may all still be
+    good."""
     squares = np.empty(len(rows), "<f4")
     with np.errstate(over="ignore", invalid="ignore"):
         for start in range(0, len(rows), _TOGETHER):
             some = rows[start : start + _TOGETHER]
             numbers = np.frombuffer(b"".join(some), "<f4").reshape(len(some), -1 if some[0] else 0)
             np.vecdot(numbers, numbers, out=squares[start : start + len(some)])
-    return bool(squares.min() > 0 and squares.max() < np.inf)  # NaN is the least as well as the greatest
+    return bool(squares.min() > 0 and squares.max() < np.inf)  # a NaN is both the minimum and the maximum
 
 
 def sparse(given: object) -> bytes:
-    """A list of `{"index", "value", "token"}` as JSON bytes, in the order given: the form in which the one vendor that
-    has them answers. Raises `KeyError`, `TypeError` or `ValueError` for anything else, a place named twice included."""
+    """A list of `{"index", "value", "token"}` as JSON bytes, in the order given: the form in which the only vendor with
+    sparse vectors answers. Raises `KeyError`, `TypeError` or `ValueError` for anything else, including a repeated
+    index."""
     if not isinstance(given, list):
         raise TypeError("no list")
     rows = [{"index": row["index"], "value": row["value"], "token": row.get("token", "")} for row in given]
@@ -126,7 +128,7 @@ def dimensions(vector: bytes) -> int:
 
 
 def cosine(one: bytes, other: bytes) -> float:
-    """The cosine of the angle between two vectors; 0 where their lengths differ, which leaves no angle."""
+    """The cosine similarity of two vectors; 0 if their lengths differ."""
     if len(one) != len(other):
         return 0.0
     a, b = (np.frombuffer(vector, "<f4").astype(np.float64) for vector in (one, other))
@@ -134,8 +136,8 @@ def cosine(one: bytes, other: bytes) -> float:
 
 
 def shorten(vector: bytes, dimensions: int) -> bytes:
-    """The vector's first numbers, at unit length; one that has no more stays as it is. Raises `ValueError` where
-    they are too few, or all zero."""
+    """The vector's first numbers, at unit length; one of exactly that length is returned unchanged. Raises `ValueError`
+    if there are too few, or all are zero."""
     if len(vector) < 4 * dimensions:
         raise ValueError(f"has {len(vector) // 4} dimensions, not {dimensions} or more")
     if len(vector) == 4 * dimensions:
@@ -144,9 +146,9 @@ def shorten(vector: bytes, dimensions: int) -> bytes:
 
 
 def mean(parts: Sequence[bytes], weights: Sequence[int]) -> bytes:
-    """The direction of several vectors' weighted mean, at unit length. Raises `ValueError` where there is none."""
+    """The weighted mean of several vectors, at unit length. Raises `ValueError` if it is zero."""
     total = np.zeros(len(parts[0]) // 4)
-    for vector, weight in zip(parts, weights, strict=True):  # one after the other: the same sum on every machine
+    for vector, weight in zip(parts, weights, strict=True):  # one after another: the same sum on every machine
         total += weight * np.frombuffer(vector, "<f4").astype(np.float64)
     return _unit(total)
 

@@ -1,11 +1,11 @@
-"""A refusal is studied, not relayed: a limit the upstream names is learned, a bad input is singled out.
+"""Learns from an upstream's refusals instead of relaying them: adopts the limits they name, and isolates bad inputs.
 
-Callers share upstream calls, so one caller's bad input must not become another's error. A batch refused
-for its content is halved until the guilty input stands alone; everything else is embedded.
+Callers share upstream calls, so one caller's bad input must not become another's error. A batch refused for its content
+is bisected until the bad input is alone; everything else is embedded.
 
-Learned are limits of a call: its rows, and its tokens. How long one input may be is left to the upstream:
-only its tokenizer can tell, so a refusal before sending would have to guess. Such an input is singled out,
-and the upstream's words about it reach the caller (or `LongInputs`, which cuts it).
+Only limits of a call are learned: its rows, and its tokens. How long a single input may be is left to the upstream:
+only its tokenizer can tell, so refusing an input before sending it would be a guess. Such an input is isolated, and the
+upstream's message about it reaches the caller (or `LongInputs`, which cuts it).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ _ROWS = re.compile(
 )
 # "Requested 300001 tokens, max 300000 tokens per request", "at most 8192 tokens can be in one batch", "the limit is
 # 8192 tokens summed across all inputs", "the max allowed tokens per submitted batch is 120000", "batch … not be larger
-# than 8192 tokens", "tokens per min (TPM): Limit 40000, Requested 75000" (where some are "Used", that is what is in the
-# way). Not "maximum context length is 8192 tokens", which is one input's.
+# than 8192 tokens", "tokens per min (TPM): Limit 40000, Requested 75000" (but not with "Used" in between: then that is
+# the obstacle). Not "maximum context length is 8192 tokens", which limits one input.
 _CALL = r"(?:per|in|for|across)\s+(?:an? |one |each |all |the )?(?:single |submitted )?(?:batch|request|call|inputs)\b"
 _TOKENS = re.compile(
     r"(?:\bmax(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?"
@@ -53,14 +53,14 @@ _TOKENS = re.compile(
 )
 
 IN_VAIN = 2
-"""Calls for one input each, one after another, to which a server gave no vector, after which the batch's other inputs
-are not tried: they would hardly fare better."""
+"""Consecutive calls with one input to which a server returned no vector, after which the batch's other inputs are not
+tried: they would hardly fare better."""
 
 
 class Adapt:
-    """Keeps a deployment's batches legal as it learns what is, and isolates inputs it refuses.
+    """Keeps a deployment's batches within the limits learned so far, and isolates inputs it refuses.
 
-    `longest`: tokens that one input may have, if that is known.
+    `longest`: maximum tokens of one input, if known.
     """
 
     def __init__(self, inner: BatchEmbedder, limits: CallLimits, longest: int | None = None) -> None:
@@ -68,8 +68,8 @@ class Adapt:
         self._limits, self._longest = limits, longest
 
     async def __call__(self, batch: Batch) -> BatchResult:
-        # A single culprit among n is found in 2·log2(n) calls. What takes more is not one input's fault,
-        # and halving on would make a hopeless batch of n cost 2n calls.
+        # Bisection finds a single bad input among n in 2·log2(n) calls. If it takes more, no single input is at fault,
+        # and going on would cost a hopeless batch of n 2n calls.
         budget = _Budget(4 * len(batch.inputs).bit_length() + 4)
         result = await self._embed(batch, budget)
         if budget.undecided:
@@ -91,7 +91,8 @@ class Adapt:
         return result
 
     async def _after(self, error: GatewayError, batch: Batch, budget: _Budget) -> BatchResult:
-        """What becomes of a batch of which a call came to this."""
+        """Handles the error of a call with the whole batch: tries again in a way that may succeed, or fails the
+        batch."""
         if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
             return await self._embed(batch, budget)
         if isinstance(error, UpstreamWrongCount):
@@ -103,19 +104,19 @@ class Adapt:
         return BatchResult([error] * len(batch.inputs), calls=0)
 
     async def _with_fewer(self, error: UpstreamWrongCount, batch: Batch, budget: _Budget) -> BatchResult:
-        """The server may do better with fewer inputs. Where it does not even with one, `IN_VAIN` soon ends this, so it
-        takes none of the budget."""
+        """Tries fewer inputs per call, which the server may handle better. If it fails even with one, `IN_VAIN` soon
+        ends this, so it takes nothing from the budget."""
         count = len(batch.inputs)
         if count == 1:
             budget.in_vain += 1
             return BatchResult([error], calls=0)
         result = await self._embed_halves(batch, budget, by_length=False)
         if count > 3 and result.calls == 2 * count - 2 and budget.in_vain == 0:
-            self._limits.max_batch = 1  # all calls for several were in vain, and none for one
+            self._limits.max_batch = 1  # every call with several failed, and none with one
         return result
 
     async def _embed_halves(self, batch: Batch, budget: _Budget, *, by_length: bool) -> BatchResult:
-        """`by_length`: the shorter ones first, of which all may be good however many are not."""
+        """`by_length`: the shorter inputs first, which may all be good however many of the longer ones are not."""
         inputs, places = batch.inputs, list(range(len(batch.inputs)))
         if by_length:
             places.sort(key=lambda i: tokens.estimate(inputs[i]))
@@ -123,18 +124,18 @@ class Adapt:
         return await self._embed_parts(batch, [places[:middle], places[middle:]], budget)
 
     async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
-        """`parts`: the places of each one's inputs. They go one after the other, for the batch holds one slot. A part's
-        error is its own, unless the other parts would meet it too (`stops_batch`): then these are not sent and have the
-        same error; the route decides whether and where they are asked again. Once nobody waits for any of the batch no
-        further part is sent either."""
+        """`parts`: the indexes of each part's inputs. They are sent one after another, because the batch holds a single
+        slot. A part's error is its own, unless the other parts would meet it too (`stops_batch`): then these are not
+        sent and get the same error, and the route decides whether and where to retry them. Once nobody waits for any of
+        the batch, no further part is sent either."""
         if batch.completed is None:
-            batch.completed = {}  # which its parts share, and theirs
+            batch.completed = {}  # shared with its parts, and theirs
         outcomes: dict[int, Embedding | GatewayError] = {}
         calls = 0
         trouble: GatewayError | None = None
         for places in parts:
             if trouble is None and not batch.still_wanted():
-                trouble = InvalidRequest("nobody waits for it any more")  # nobody reads it, and nobody is blamed
+                trouble = InvalidRequest("nobody waits for it any more")  # nobody reads it, nor is blamed
             if trouble is not None:
                 outcomes.update(dict.fromkeys(places, trouble))
                 continue
@@ -149,8 +150,8 @@ class Adapt:
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
     def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
-        """Takes the rows or tokens that a call may have from the upstream's words. True if they taught something new.
-        Words that quote an input teach nothing, or a caller's text could set a limit for all."""
+        """Adopts the limit on a call's rows or tokens that the upstream's message names. Returns whether it is a new
+        one. A message that quotes an input is ignored, or a caller's text could set a limit for everybody."""
         limits = self._limits
         most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
         if (most or rows) and quotes_input(upstream_message(error), sent):
@@ -164,8 +165,8 @@ class Adapt:
         return False
 
     def _is_about_one(self, most: int, sent: Sequence[Input]) -> bool:
-        """Whether a limit of so many tokens may be a single input's, whatever the words say: it is no more than the
-        model takes in one input, and one of these may be longer."""
+        """Whether a limit of `most` tokens may be that of a single input, whatever the message says: it is no more than
+        the model takes in one input, and one of these may be longer."""
         return (
             self._longest is not None
             and most <= self._longest
@@ -181,9 +182,9 @@ def _stops(error: GatewayError, budget: _Budget) -> bool:
 def _decide(
     inputs: Sequence[Input], outcomes: list[Embedding | GatewayError], undecided: Sequence[GatewayError]
 ) -> None:
-    """Settles inputs that were refused together and never tried alone. Where others of the batch were embedded these
-    may be good, so their error becomes one that says to ask again; except for an input at least as long as one that was
-    too long by itself, which surely is too long as well."""
+    """Decides the outcome of inputs that were refused together and never tried alone. If others of the batch were
+    embedded these may be good, so they get an error that says to ask again; except an input at least as long as one
+    that was too long by itself, which surely is too long as well."""
     if not any(isinstance(each, Embedding) for each in outcomes):
         return
     told = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
@@ -202,14 +203,14 @@ def _decide(
 
 
 def _named(limit: re.Pattern[str], words: str) -> int:
-    """The number these words name as a limit, or 0."""
+    """The limit that a message names, or 0."""
     match = limit.search(words)
     return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
 
 
 def _legal(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int]]:
-    """The places of each call's inputs, in order. The batch was filled by `Queue.take`; since then limits may have been
-    learned, or it goes to another deployment. An input over the token limit goes alone."""
+    """The indexes of each call's inputs, in order. The batch was within the limits when `Queue.take` filled it; since
+    then limits may have been learned, or it goes to another deployment. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
         return [range(len(inputs))]
     parts: list[list[int]] = []
@@ -224,8 +225,8 @@ def _legal(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int
 
 
 class _Budget:
-    """The extra calls that one batch may still cause; the refusals for which none were left; and how many calls for a
-    single input, one after another, have brought no vector."""
+    """The extra calls that one batch may still cause; the refusals that were left undecided for want of them; and the
+    number of consecutive calls with a single input that returned no vector."""
 
     def __init__(self, calls: int) -> None:
         self._calls = calls

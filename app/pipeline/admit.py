@@ -1,5 +1,5 @@
-"""Refuses before anything is spent: no more requests, and no more bytes of them and of their answers, than the gateway
-has room for."""
+"""Admission: refuses a request before any work is done, once the gateway is at its limit of requests, or of bytes of
+requests and responses, in flight."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from app.errors import Overloaded
 from app.metrics import Metrics
 
 INPUT_OVERHEAD = 1024
-"""Bytes an input takes while it waits, besides its text."""
+"""Bytes of memory that a waiting input takes besides its text."""
 
 
 class Capacity:
-    """How much room is left, over all models. It bounds the queues too: what queues for an upstream counts as
-    inside."""
+    """The gateway's remaining capacity, over all models. It bounds the queues too: a request queued for an upstream is
+    in flight."""
 
     def __init__(self, requests: int, size: int, metrics: Metrics) -> None:
-        """`size`: bytes of request bodies, and of answers that are not taken yet."""
+        """`size`: bytes of request bodies, and of responses that the client has not yet taken."""
         self.requests, self.size = requests, size
         self._whole = requests, size
         self.inside = metrics.buffered_counter(metrics.inflight_requests)
 
     def alter(self, other: Capacity) -> None:
-        """Becomes as large as the other one is when empty; requests inside stay."""
+        """Takes on the total capacity of `other`; requests in flight still count."""
         self.requests += other._whole[0] - self._whole[0]
         self.size += other._whole[1] - self._whole[1]
         self._whole = other._whole
 
 
 class Admission(Struct, eq=False):
-    """A request's place in the room, from before its body is read until its answer is taken. A context, so that it is
-    left in any case."""
+    """One request's part of the capacity, from before its body is read until its response is taken. A context manager,
+    so that it is always given back."""
 
     _room: Capacity
     _held: int = 0
@@ -41,7 +41,7 @@ class Admission(Struct, eq=False):
         return self
 
     def enter(self) -> None:
-        """Raises `Overloaded` at once if there is no room."""
+        """Raises `Overloaded` immediately if there is no capacity."""
         room = self._room
         if room.requests <= 0:
             raise Overloaded("the gateway is at its limit of requests in flight", retry_after=1)
@@ -50,7 +50,7 @@ class Admission(Struct, eq=False):
         self._inside = True
 
     def hold(self, size: int) -> None:
-        """Takes room for `size` bytes of the request in all. Raises `Overloaded` at once if there is none."""
+        """Reserves `size` bytes for the request in total. Raises `Overloaded` immediately if there are not enough."""
         more = size - self._held
         if more > 0:
             if more > self._room.size:
@@ -59,13 +59,13 @@ class Admission(Struct, eq=False):
             self._held = size
 
     def hold_answer(self, size: int) -> None:
-        """Takes room for `size` bytes of the answer in place of the request's, whether there is any or not: the answer
-        is paid for. Requests that come next are refused instead."""
+        """Reserves `size` bytes for the response in place of the request's, even if there are not enough: the response
+        is paid for. The next requests are refused instead."""
         self._room.size += self._held - size
         self._held = size
 
     def leave(self) -> None:
-        """Gives back what was taken, once."""
+        """Gives back what was taken. Idempotent."""
         if self._inside:
             room = self._room
             room.requests += 1

@@ -23,8 +23,8 @@ from app.types import BatchEmbedder, Embedder
 def pipeline(
     embed: Embedder, *, name: str, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
 ) -> Prepare:
-    """A public model, from the door to its batcher: Prepare, LongInputs, Shape, CacheRead, Claim (where there are
-    replicas to share with), Batcher (over its Route)."""
+    """A public model's stages, from the request to its batcher: Prepare, LongInputs, Shape, CacheRead, Claim (if there
+    are replicas to share with), Batcher (over its Route)."""
     if cache.shared:
         embed = Claim(embed, cache)
     lengths = {model.dimensions for model in models}
@@ -35,8 +35,8 @@ def pipeline(
 
 
 def chain(call: Call, *, cache: Tiers, limits: CallLimits, model: Model) -> BatchEmbedder:
-    """A deployment, from a slot to the wire: Adapt, CacheFill, Prefix, Call. What each call brings is filled in:
-    where a batch takes several, the first ones' embeddings stay whatever becomes of the rest."""
+    """A deployment's stages, from a slot to the wire: Adapt, CacheFill, Prefix, Call. CacheFill sees every call: if a
+    batch takes several, the embeddings of the first ones are kept whatever becomes of the rest."""
     embed: BatchEmbedder = call
     embed = Prefix(embed, model)
     embed = CacheFill(embed, cache)

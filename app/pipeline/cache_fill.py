@@ -1,4 +1,4 @@
-"""Keeps what an upstream call brought, so that a sibling's failure costs only itself later."""
+"""Caches the embeddings of every upstream call, so that after a sibling's failure a retry costs only that sibling."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from app.types import Batch, BatchEmbedder, BatchResult, Embedding
 
 
 class CacheFill:
-    """Hands every embedding of a finished call to the cache; waits for no write."""
+    """Hands every embedding of a completed call to the cache; does not wait for the write."""
 
     def __init__(self, inner: BatchEmbedder, cache: Tiers) -> None:
         self._inner = inner

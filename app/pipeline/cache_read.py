@@ -1,4 +1,4 @@
-"""Answers from the cache what it holds; only misses go on, in full batches, below."""
+"""Answers from the cache; only misses go on, to be batched below."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from app.types import NO_EMBEDDING, Embedder, Embedding, EmbedRequest, EmbedResu
 
 
 class CacheRead:
-    """Derives the inputs' cache keys and makes one look-up for them. `space` is the vector space's identity.
+    """Derives the inputs' cache keys and looks them all up at once. `space` is the vector space's name.
 
-    A full vector found is not cut for a shorter one that the upstream gives itself, even where the vendor says
-    it is its beginning: the last bits would depend on what happened to be cached.
+    A cached full-length vector is never truncated to a shorter length that the upstream makes itself, even if the
+    vendor says that one is its prefix: the last bits would depend on what happened to be cached.
     """
 
     def __init__(self, inner: Embedder, cache: Tiers, space: str, native: int | None = None) -> None:
-        """`native`: the length of vectors that the model is known to give unasked, if it is."""
+        """`native`: the model's default vector length, if known."""
         self._inner = inner
         self._cache = cache
         self._space = space
@@ -38,7 +38,7 @@ class CacheRead:
         wanted = request.params.dimensions or self._native
         if wanted is not None and any(found):
             found = _of_length(found, 4 * wanted)
-        if all(found):  # an embedding is always true
+        if all(found):  # an embedding is always truthy
             result = EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
         elif not any(found):
             result = await self._inner(replace(request, keys=derived, held=held))
@@ -53,10 +53,12 @@ class CacheRead:
         return result
 
     async def _anew(self, request: EmbedRequest, calls: int) -> EmbedResult:
-        """The model behind the name has become another one, or was one for a moment, and what is cached is of either.
-        Asked all at once it is of one again, and takes the place of what was cached. Raises `UpstreamInvalidResponse`.
+        """Embeds the whole request again. The model behind the name has changed, for good or for a moment, and the
+        cache has vectors of both. Asked for all at once, they are of one model again, and replace those in the cache.
+        Raises `UpstreamInvalidResponse`.
 
-        `calls`: those made so far."""
+        `calls`: those made so far.
+        """
         result = await self._inner(request)
         result.calls += calls
         if mixed_lengths(result.embeddings):
@@ -67,8 +69,8 @@ class CacheRead:
 
 
 def _of_length(found: list[Embedding | None], length: int) -> list[Embedding | None]:
-    """Without vectors of other lengths in bytes, which nobody here has written: the contract refuses them. A sparse
-    one stands alone."""
+    """Drops vectors of other lengths in bytes; no gateway wrote these, because the contract refuses them. An empty one
+    belongs to a sparse embedding."""
     if {len(each.vector) for each in found if each} <= {length, 0}:  # nearly always
         return found
     return [each if each is None or len(each.vector) in (length, 0) else None for each in found]

@@ -25,21 +25,21 @@ from app.upstreams.redact import quotes_input
 from app.upstreams.upstream import Upstream
 
 AT_ONCE = 8 * 2**20
-"""Bytes of a reply that are parsed between two turns of the event loop: 12 ms if they are numbers. A larger one is
+"""Maximum bytes of a reply that are parsed in one turn of the event loop: 12 ms if they are numbers. A larger reply is
 parsed in a thread."""
 LARGE = 2**20
-"""Bytes of a reply from which on only one of a deployment is parsed in a turn of the event loop: calls made together
-are answered together, and would hold up everything else for ten times as long."""
+"""Bytes above which only one reply of a deployment is parsed in a turn of the event loop: calls made together are
+answered together, and would block everything else for ten times as long."""
 
 REPLY, REPLY_PER_INPUT = 2**20, 2**21
-"""Bytes that a reply may have, and as many more for each input: `MAX_DIMENSIONS` numbers with 17 digits, signs and
+"""Maximum bytes of a reply: a base, and as many more for each input. `MAX_DIMENSIONS` numbers with 17 digits, signs and
 exponents are 1.7 MiB."""
 QUOTES = 4
-"""Times that a reply may hold what was sent, besides: some servers refuse an input by quoting all of it, once for each
-form that it does not have."""
+"""Times that a reply may also repeat what was sent: some servers refuse an input by quoting all of it, once for each
+type that it fails to match."""
 
 _NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
-"""What some servers write into a list of numbers, though then it is no JSON. One text may be the cause."""
+"""What some servers write into a list of numbers, which makes it invalid JSON. A single text may be the cause."""
 
 
 class Call:
@@ -53,7 +53,7 @@ class Call:
         self._tokens, self._cost = metrics.buffered_counters(metrics.tokens), metrics.buffered_counters(metrics.cost)
         self._parsing = asyncio.Lock()
 
-    # Made with the first call: an upstream may list thousands of models, and every scrape would have all their series.
+    # Made on the first call: an upstream may list thousands of models, and every scrape would carry all their series.
 
     @cached_property
     def _duration(self) -> BufferedHistogram:
@@ -72,7 +72,7 @@ class Call:
         self._batch_inputs.observe(len(batch.inputs))
         try:
             parsed = await self._exchange(batch)
-            # Billed is what was answered, whether or not it can be used.
+            # Whatever was answered is billed, whether or not it can be used.
             weights = tokens.estimates(batch.inputs)
             bills = tokens.bills(self._charge(batch, parsed.tokens, weights), batch.inputs, weights)
             params, native = batch.params, self._target.model.dimensions
@@ -82,7 +82,7 @@ class Call:
             self._count(error.code)
             raise
         except asyncio.CancelledError:
-            # Only one thing cuts off calls: their callers' last deadline.
+            # Only one thing cancels calls: their callers' last deadline.
             self._count(UpstreamTimeout.code)
             raise
         finally:
@@ -111,7 +111,7 @@ class Call:
         return self._parse(reply, batch)
 
     def _parse(self, reply: WireReply, batch: Batch) -> Parsed:
-        """Raises `GatewayError` for a reply that is an error, or none of embeddings."""
+        """Raises `GatewayError` for a reply that is an error, or is not an embeddings reply."""
         error = self._adapter.parse_error(reply)
         if error is not None:
             raise self._told(error, reply, batch)
@@ -123,8 +123,8 @@ class Call:
             raise self._no_reply(reply, batch) from fault
 
     def _no_reply(self, reply: WireReply, batch: Batch) -> UpstreamInvalidResponse:
-        """The error for a reply that is none, with the words of a page (a proxy's, a login's) that came in its place.
-        Nothing else is quoted: it may be half a reply, of vectors."""
+        """The error for a reply that is not an embeddings reply, quoting the page (a proxy's, a login's) that came in
+        its place. Nothing else is quoted: it may be half a reply, full of vectors."""
         kind = reply.headers.get("content-type", "no content type")
         words = replies.html_text(reply)
         told = f": {words}" if words and not quotes_input(words, batch.inputs) else ""
@@ -133,26 +133,28 @@ class Call:
         )
 
     def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
-        """The error as all callers that share the call, the log and `/readyz` may see it: without any caller's text."""
+        """The error as it may be shown to all callers that share the call, in the log and in `/readyz`: without any
+        caller's text."""
         upstream_message = replies.upstream_message(error)
         if isinstance(error, UnsupportedDimensions):
             texts = [each for each in batch.inputs if type(each) is str]
             speaking = [each for each in texts if replies.by_message(each) is UnsupportedDimensions]
             if batch.params.dimensions is None or quotes_input(upstream_message, speaking):
-                # No dimensions were asked for, so it may mean an image's, of one input. Or the word is a quoted text's.
+                # None were requested, so it may be about the dimensions of one input, an image. Or the word is a quoted
+                # text's.
                 error = replies.make_error(InvalidRequest, reply, upstream_message)
-        # A refusal of one input is told only to the callers that sent it.
+        # The refusal of a single input is shown only to the callers that sent it.
         shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
         if shared and quotes_input(upstream_message, batch.inputs):
             error.message = replies.make_error(type(error), reply).message
         return error
 
     def _charge(self, batch: Batch, stated: int | None, weights: list[int]) -> int:
-        """Counts the batch's bill in tokens, and returns it: the upstream's, or our estimate where it states none that
-        is credible, for callers' and upstreams' limits are charged with it."""
+        """Counts the batch's tokens in the metrics, and returns them: the upstream's number, or our estimate if it
+        reports none that is credible, since callers' and upstreams' rate limits are charged with it."""
         total = sum(weights) if stated is None or not tokens.credible(stated, batch.inputs, weights) else stated
         model = self._target.model
-        # By the name callers know the model by; several may lead here.
+        # By the name callers know the model by; several names may lead here.
         self._tokens(batch.model, self._upstream, "billed").inc(total)
         if price := model.price_per_million_tokens:
             self._cost(batch.model, self._upstream, model.currency).inc(total * price / 1_000_000)

@@ -1,7 +1,7 @@
-"""The contract every upstream reply must keep, checked in this one place, whoever parsed it.
+"""The contract every upstream reply must keep, checked in this one place, whichever adapter parsed it.
 
-As many vectors as inputs, their indexes a permutation, equal lengths, the length asked for, every number finite, none
-all zero; in a sparse vector each place once. A reply that breaks it is never cached and never reaches a caller.
+As many vectors as inputs, their indexes a permutation, equal lengths, the length requested, every number finite, none
+all zero; in a sparse vector no index repeated. A reply that breaks it is never cached and never reaches a caller.
 """
 
 from __future__ import annotations
@@ -27,12 +27,11 @@ def in_order(
     *,
     native: int | None = None,
 ) -> list[Embedding | GatewayError]:
-    """The embeddings in the batch's order, each checked; a vector that is no vector is an error in its place.
+    """The embeddings in batch order, each checked; an invalid vector is an error in its place.
 
-    `bills`: tokens of each input. `dimensions` is the length that was asked for, `native` the one that the model is
-    known to give unasked; None accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` where nothing
-    in the reply can be trusted, and `UpstreamIgnoredDimensions` where the model gives its own length whatever it is
-    asked for.
+    `bills`: tokens of each input. `dimensions` is the length requested, `native` the model's known default; None
+    accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` if nothing in the reply can be trusted, and
+    `UpstreamIgnoredDimensions` if the model returns its default length whatever is requested.
     """
     found, count = parsed.vectors, len(bills)
     if len(found) != count or len(parsed.indexes) != count:
@@ -55,7 +54,7 @@ def in_order(
 
 
 def _order(indexes: Sequence[int]) -> Sequence[int] | None:
-    """Where in the reply each input's vector is; None where each is in its own place."""
+    """For each input, the index of its vector in the reply; None if they are in order."""
     places = list(range(len(indexes)))
     whole = set(map(type, indexes)) <= {int}  # bool is an int to Python, and 1.0 equals 1
     if whole and [*indexes] == places:  # nearly always
@@ -71,7 +70,7 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
 
 
 def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) -> dict[int, str]:
-    """By place, what is wrong with each vector that is no embedding."""
+    """By index, what is wrong with each vector that is not an embedding."""
     lengths = set(map(len, whole))
     if len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
@@ -84,14 +83,14 @@ def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) 
                 f"the upstream gave its own {length} dimensions, not the {dimensions} asked for"
             )
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {wanted}")
-    # Nearly always, and a tenth of looking at each.
+    # Nearly always, and a tenth of the time of checking each.
     if len(whole) > 1 and len(lengths) == 1 and vectors.faultless(whole):
         return {}
     return {i: fault for i, vector in enumerate(whole) if (fault := vectors.fault(vector)) is not None}
 
 
 def _sparse(given: object) -> bytes:
-    """As it is kept and answered: JSON, each place once, every value finite."""
+    """A sparse vector as it is cached and answered: JSON, no index repeated, every value finite."""
     try:
         return vectors.sparse(given)
     except (KeyError, TypeError, ValueError):

@@ -1,6 +1,6 @@
-"""How long a text is, as an upstream may count it, and where one that is too long is cut.
+"""How long a text is by an upstream's count, and where to cut one that is too long.
 
-Costs are in tenths of a token (a word is 1.3 to one vendor) and belong to characters: no text costs more than its
+Costs are in tenths of a token (one vendor counts 1.3 for a word) and belong to characters: no text costs more than its
 characters do.
 """
 
@@ -21,22 +21,23 @@ from app.catalog import TokenRule
 
 _Numbers = NDArray[np.int64]
 _AROUND = {"bytes": 40, "han+words": 0}
-"""What is counted besides the text's characters: marks before and after it, and a space some tokenizers add."""
+"""Tenths of a token that are counted besides the text's characters: marks before and after it, and a space that some
+tokenizers add."""
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
-# A letter or digit at the beginning or after a space: no vocabulary in use has a token across two of them.
+# A letter or digit at the beginning or after a space: no vocabulary in use has a token that spans two of them.
 _WORD = re.compile(r"(?<![^ \t\r\n])[^\W_]")
 
 LONGEST = 2**17
-"""Characters of a text that are counted exactly: some 15 tokens' worth for each of a model's 8,192. What is longer
-is not worth the time, for it will hardly fit."""
+"""Maximum characters of a text whose tokens are counted exactly: 16 for each of a model's 8,192. A longer one is not
+worth the time, because it will hardly fit."""
 
 
 def at_most(text: str, rule: TokenRule = "bytes") -> int:
-    """No count of `text`'s tokens by this rule is above this.
+    """Upper bound on the tokens of `text` by this rule.
 
-    `bytes`: every token has a byte of the text or of its compatibility form (NFKC). `han+words`: characters
-    written in Han, and 1.3 for each word; whatever else could pass for a word counts as one. `cl100k_base`: a byte
-    each, which is quickly told.
+    `bytes`: every token has a byte of the text or of its compatibility form (NFKC). `han+words`: one for each Han
+    character and 1.3 for each word; whatever else could pass for a word counts as one. `cl100k_base`: one for each
+    byte, which is quickly counted.
     """
     if rule == "cl100k_base":
         return tokens.upper_bound(text)
@@ -46,7 +47,7 @@ def at_most(text: str, rule: TokenRule = "bytes") -> int:
 
 
 def at_least(text: str, rule: TokenRule = "bytes") -> int:
-    """No count of `text`'s tokens by this rule is below this: its words between spaces, or the count itself."""
+    """Lower bound on the tokens of `text` by this rule: its words between spaces, or the exact count."""
     if rule == "cl100k_base" and len(text) <= LONGEST:
         return len(tokens.encode(text))
     if rule != "han+words":
@@ -56,13 +57,13 @@ def at_least(text: str, rule: TokenRule = "bytes") -> int:
 
 
 def characters(text: str) -> int:
-    """The most that anyone counts: an emoji is two where a string is UTF-16."""
+    """Characters as the strictest vendor counts them: an emoji is two if strings are UTF-16."""
     return len(text) if text.isascii() else len(text.encode("utf-16-le", "surrogatepass")) // 2
 
 
 @dataclass(frozen=True)
 class InputLimit:
-    """How much text may be in one input. None is no limit."""
+    """The maximum length of one input. None: no limit."""
 
     tokens: int | None
     characters: int | None
@@ -70,12 +71,12 @@ class InputLimit:
 
     @property
     def unbounded(self) -> bool:
-        """Whether nobody knows of a limit."""
+        """Whether no limit is known."""
         return self.tokens is None and self.characters is None
 
     @cached_property
     def any_text(self) -> int:
-        """A text of so many characters fits, whatever they are."""
+        """A text of this many characters always fits, whatever they are."""
         by_tokens = (
             sys.maxsize
             if self.tokens is None
@@ -84,21 +85,21 @@ class InputLimit:
         return min(by_tokens, sys.maxsize if self.characters is None else self.characters // 2)
 
     def surely_holds(self, text: str) -> bool:
-        """Whether the text fits, however its tokens are counted; told without counting any."""
+        """Whether the text fits, however its tokens are counted; decided without counting them."""
         if len(text) <= self.any_text:
             return True
         if self.rule != "han+words" and self.tokens is not None and len(text) > self.tokens:
-            return False  # a body's worth of text is not looked at for nothing
+            return False  # there is no need to scan a whole body's worth of text
         return (self.characters is None or characters(text) <= self.characters) and (
             self.tokens is None or at_most(text, self.rule) <= self.tokens
         )
 
     def counts(self, text: str) -> bool:
-        """Whether this text's tokens are counted, and not bounded."""
+        """Whether this text's tokens are counted rather than bounded."""
         return self.rule == "cl100k_base" and self.tokens is not None and len(text) <= LONGEST
 
     def holds(self, text: str) -> bool:
-        """Whether a text that does not surely fit is known to, because its tokens can be counted."""
+        """Whether a text that does not surely fit is known to fit, because its tokens can be counted."""
         return (
             self.counts(text)
             and self.tokens is not None
@@ -108,12 +109,12 @@ class InputLimit:
 
     @property
     def most_characters(self) -> int:
-        """No piece is cut longer than this. (Where only words are counted, spaces and letters could go on.)"""
+        """Maximum characters of a piece. (If only words are counted, spaces and letters could go on for ever.)"""
         by_tokens = sys.maxsize if self.tokens is None else self.tokens * _LENGTHS[self.rule]
         return max(1, min(by_tokens, sys.maxsize if self.characters is None else self.characters))
 
     def without(self, before: str) -> InputLimit:
-        """What is left of it when this stands before every text."""
+        """What remains of it with `before` in front of every text."""
         if not before:
             return self
         return InputLimit(
@@ -123,12 +124,13 @@ class InputLimit:
         )
 
     def first(self, text: str) -> str:
-        """The longest beginning that surely fits, up to a good border. Raises `ValueError` where not even one
-        character does."""
+        """The longest prefix that surely fits, cut at a good place. Raises `ValueError` if not even one character
+        fits."""
         return next(self._cut(text))
 
     def pieces(self, text: str) -> Sequence[str]:
-        """The text in pieces that surely fit, each as long as can be; joined they are the text. Raises `ValueError`."""
+        """The text in pieces that surely fit, each as long as possible; joined, they are the text. Raises
+        `ValueError`."""
         return list(self._cut(text))
 
     def _cut(self, text: str) -> Iterator[str]:
@@ -153,16 +155,16 @@ class InputLimit:
 
 
 _LENGTHS: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
-"""Characters a token, in the longest piece."""
+"""Characters per token, in the longest piece."""
 _SPARE = 16
-"""Tokens looked at beyond a piece: where what is looked at ends within a word, its last tokens are not the text's
-own."""
+"""Tokens encoded beyond a piece: if the encoded text ends within a word, its last tokens are not those of the whole
+text."""
 
 
 def _counted_end(text: str, start: int, fits: int, most: int) -> int:
-    """As far as so many tokens go, of the next `fits` characters. What was cut off may have been part of a token:
-    then a little less."""
-    # Looked at is about what a piece takes, and not all that is left, once for each piece.
+    """The end of a piece of at most `most` tokens, among the next `fits` characters. Cutting may break up a token, so
+    the piece is counted again, and shortened if need be."""
+    # About a piece's worth is encoded, not all of the rest for every piece.
     looked_at = 2 * max(most, _SPARE)
     while True:
         ids = tokens.encode(text[start : start + min(looked_at, fits)])
@@ -170,7 +172,7 @@ def _counted_end(text: str, start: int, fits: int, most: int) -> int:
             break
         looked_at *= 4
     if len(ids) > most:
-        # A character that the last token holds the first bytes of only is not in it.
+        # Without a character of which the last token holds only the first bytes.
         fits = len(tokens.decode_prefix(ids[:most]))
     while fits > 0:
         end = _border(text, start, start + fits)
@@ -181,13 +183,13 @@ def _counted_end(text: str, start: int, fits: int, most: int) -> int:
 
 
 def _reach(costs: _Numbers, most: int) -> int:
-    """How many characters from the first cost no more than this together."""
+    """How many characters from the start cost at most `most` together."""
     return int(np.searchsorted(np.cumsum(costs), most, side="right"))
 
 
 def _border(text: str, start: int, end: int) -> int:
-    """The last good place to cut at or before `end`: after a space, if there is one in the last quarter;
-    else between two characters as a reader sees them; else, for want of one, `end`. Where the text ends is one."""
+    """The last good place to cut at or before `end`: the end of the text; or after a space, if there is one in the last
+    quarter; or else between two user-perceived characters; or else `end`."""
     if end == len(text):
         return end
     space = max(text.rfind(mark, end - (end - start) // 4, end) for mark in " \n\t\u3000")
@@ -200,31 +202,31 @@ def _border(text: str, start: int, end: int) -> int:
 
 
 def _joined(before: str, after: str) -> bool:
-    """Whether two code points are parts of one character to a reader: marks, emoji sequences, Hangul, CR LF.
+    """Whether two code points are parts of one user-perceived character: marks, emoji sequences, Hangul, CR LF.
 
-    Less than Unicode's grapheme clusters (UAX 29), for which a table would be needed, and enough to keep what
-    occurs in texts whole.
+    Less than Unicode's grapheme clusters (UAX 29), which would need a table, and enough to keep what occurs in texts
+    whole.
     """
     if before.isascii() and after.isascii():
         return before == "\r" and after == "\n"
     return (
         unicodedata.category(after)[0] == "M"
         or "\u200d" in (before, after)
-        or "\U0001f3fb" <= after <= "\U0001f3ff"  # tones of skin
-        or "\U000e0020" <= after <= "\U000e007f"  # tags, of which some flags are made
-        or "\u1160" <= after <= "\u11ff"  # vowels and finals of Hangul in letters
+        or "\U0001f3fb" <= after <= "\U0001f3ff"  # skin tones
+        or "\U000e0020" <= after <= "\U000e007f"  # tags, which make up some flags
+        or "\u1160" <= after <= "\u11ff"  # Hangul vowels and finals, written as single letters
         or ("\U0001f1e6" <= before <= "\U0001f1ff" and "\U0001f1e6" <= after <= "\U0001f1ff")  # flags
     )
 
 
 def _costs(text: str, rule: TokenRule) -> _Numbers:
-    """What each character costs at the most, in tenths of a token."""
+    """The maximum cost of each character, in tenths of a token."""
     codes = _codes(text)
     distinct, places = np.unique(codes, return_inverse=True)
     cost = _byte_cost if rule == "bytes" else _word_cost
     costs = np.array([cost(chr(code)) for code in distinct], np.int64)[places]
     if rule == "han+words":
-        # A word costs once, where it begins; negative costs mark what a word is made of.
+        # A word costs once, where it begins; negative costs mark the characters of a word.
         inside = costs < 0
         inside[1:] &= inside[:-1]
         inside[:1] = False
@@ -244,7 +246,7 @@ def _word_cost(character: str) -> int:
         return 10
     if character.isspace():
         return 0
-    # Scripts that do not space their words may be counted by the character, like symbols.
+    # Scripts that put no spaces between words may be counted by the character, like symbols.
     spaced = character.isalnum() and unicodedata.east_asian_width(character) not in "WFH"
     return -13 if spaced else 13
 

@@ -1,7 +1,7 @@
-"""Inputs longer than the model takes: refused, cut, or embedded in pieces, never without a word.
+"""Inputs longer than the model takes: refused, truncated, or embedded in pieces, never silently.
 
-What fits is a matter of bounds (`app.pipeline.lengths`), for the tokenizer is the upstream's. An input that may fit and
-may not is the upstream's to judge; one that it refuses is cut to what surely fits.
+What fits is a matter of bounds (`app.pipeline.lengths`), because the tokenizer is the upstream's. An input that may or
+may not fit is for the upstream to judge; one that it refuses is cut to what surely fits.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _Work: TypeAlias = Generator[None, None, T]
 """Work on texts that can be interrupted before each of them."""
 
 PIECES = 2048
-"""The most that one request's inputs may be cut into, besides one each."""
+"""Maximum pieces into which one request's inputs may be cut, not counting the first of each."""
 _LOOK = 100
-"""Characters a token that are looked at to tell that a text is too long."""
+"""Characters per token of the limit that are examined to tell that a text is too long."""
 _FAR = 2
-"""How many times the limit an input's estimate must be for it surely not to fit: in some vocabularies a token of
-Chinese has 1.8 characters. Such an input is not tried, nor left to an upstream that cuts without a word."""
+"""An input whose estimate is this many times the limit surely does not fit: in some vocabularies a token of Chinese has
+1.8 characters. Such an input is not tried, nor left to an upstream that truncates silently."""
 _LETTERS = 8
-"""Characters a token that no text has which is worth trying; English has 5."""
+"""A text of more characters than this per token of the limit is not worth trying; English has 5."""
 _IN_A_THREAD = 100_000
-"""Characters beyond which texts are looked at in a thread: some milliseconds' worth, of short Chinese texts 25."""
+"""Characters above which texts are examined in a thread: some milliseconds of work, 25 for short Chinese texts."""
 _AT_ONCE = 0.02
-"""Seconds for which a thread looks at one request's texts, though at one text at least; then others get their turn, for
-there are few threads, and a request whose caller has hung up, or that is late, ends."""
+"""Seconds for which a thread works on one request's texts, though on at least one; then others get their turn, because
+threads are few, and a request that is late, or whose caller has hung up, ends."""
 
 # "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
 # process. increase the physical batch size (current batch size: 512)", "is larger than the max context size (512
@@ -68,12 +68,12 @@ class LongInputs:
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         params, policy = request.params, request.on_long_input or self._usual
         before = prefix_of(self._model, params.input_type, params.instruct)
-        # An instruction beside the text may count or not: nothing is refused for it, and room is left.
+        # An instruction beside the text may count or not: no input is refused for it, and room is left.
         ahead = before or params.instruct or ""
         room = self._room.without(ahead)
         plan: _Plan | None
         if policy != "error" and room.unbounded:
-            # Nobody has said how long an input may be: who refuses one may.
+            # No limit is known: an upstream that refuses an input may name it.
             texts = {i for i, text in enumerate(request.inputs) if type(text) is str}
             plan = _Plan(request.inputs, texts, room, whole=policy == "split", asks=True)
         elif not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
@@ -96,7 +96,7 @@ class LongInputs:
     def _plan(
         self, request: EmbedRequest, policy: OnLongInput, room: lengths.InputLimit, before: str
     ) -> _Work[_Plan | None]:
-        """How the inputs are to be cut; None where all are sent as they are. Raises `InvalidRequest`."""
+        """How to cut the inputs; None if all are sent as they are. Raises `InvalidRequest`."""
         long: list[int] = []
         for i, text in enumerate(request.inputs):
             yield
@@ -119,9 +119,9 @@ class LongInputs:
 
     def _refuse(self, i: int, before: str, text: str) -> None:
         """Raises `ContextLengthExceeded` for an input that is too long however its tokens are counted; and for one that
-        is far too long by estimate, where the upstream would cut it without a word."""
+        is far too long by estimate, if the upstream would truncate it silently."""
         room, whole = self._room, before + text
-        # Enough to tell, however long it is.
+        # Enough to tell, however long the text is.
         looked_at = whole[: _LOOK * room.tokens] if room.tokens is not None else ""
         if room.characters is not None and len(whole) > room.characters:
             size, limit = f"{len(whole)} characters", room.characters
@@ -138,8 +138,8 @@ class LongInputs:
         )
 
     async def _embed(self, request: EmbedRequest, plan: _Plan, ahead: str) -> EmbedResult:
-        """All pieces at once; what is then found too long is cut as well and asked again. `ahead` needs room as well,
-        before each of them."""
+        """Embeds all pieces at once; inputs that are then found too long are cut and tried again. `ahead` needs room
+        too, in front of each piece."""
         everything = range(len(request.inputs))
         result = await self._ask(request, plan, everything)
         if not result.too_long:
@@ -147,7 +147,7 @@ class LongInputs:
         refused = sorted({plan.owners[place] for place in result.too_long})
         for place, error in result.too_long.items():
             if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
-                raise error  # a piece that surely fits was refused: how to cut it now would be a guess
+                raise error  # a piece that surely fits was refused: cutting it now would be a guess
         if plan.room.unbounded:
             if plan.whole:
                 _check_dense(request)
@@ -158,7 +158,7 @@ class LongInputs:
         result.cached_tokens += again.cached_tokens
         result.shared_tokens += again.shared_tokens
         result.too_long = {}
-        if mixed_lengths(result.embeddings):  # the two results were checked apart; asked together they are of one model
+        if mixed_lengths(result.embeddings):  # each was checked by itself; asked for together, they are of one model
             result = await self._ask(request, plan, everything, final=True)
         result.calls = plan.calls
         return result
@@ -172,21 +172,21 @@ class LongInputs:
 
 
 class _Plan:
-    """Which pieces each input is embedded in."""
+    """The pieces in which each input is embedded."""
 
     def __init__(
         self, inputs: Sequence[Input], long: Collection[int], room: lengths.InputLimit, *, whole: bool, asks: bool
     ) -> None:
-        """`long`: the inputs that do not surely fit. `whole`: an input's pieces are all embedded, and not only the
-        first. `asks`: what may fit is tried."""
+        """`long`: the inputs that do not surely fit. `whole`: embed all pieces of an input, not only the first. `asks`:
+        try inputs that may fit."""
         self.long, self.room, self.whole = long, room, whole
         self._inputs, self._asks = inputs, asks
         self._pieces: dict[int, Sequence[str]] = {}
         self._left = PIECES
         self.owners: list[int] = []
-        """To which input each piece of the last request belongs."""
+        """For each piece of the last request, the index of its input."""
         self.calls = 0
-        """Upstream calls so far: whatever becomes of the request, they were made."""
+        """Upstream calls so far: they count whatever becomes of the request."""
 
     @property
     def count(self) -> int:
@@ -197,10 +197,10 @@ class _Plan:
         return i in self._pieces
 
     def may_fit(self, i: int) -> bool:
-        """Whether to try the input as it is: likely to fit, and refused if it does not."""
+        """Whether to try the input as it is: it is likely to fit, and refused if it does not."""
         text, room = _text(self._inputs, i), self.room
         if room.counts(text):
-            return False  # that it does not fit is why it is here; counting again would hold up the event loop
+            return False  # it was counted and does not fit; counting again would block the event loop
         if not self._asks or (room.characters is not None and len(text) > room.characters):
             return False
         if room.tokens is None:
@@ -222,7 +222,7 @@ class _Plan:
                     f"not even the beginning of input[{i}] surely fits this model, with what goes before it",
                     param=f"input[{i}]",
                 ) from None
-            # Space alone means nothing, and some upstreams refuse it.
+            # A piece of whitespace means nothing, and some upstreams refuse it.
             self._pieces[i] = [piece for piece in pieces if not piece.isspace()] or pieces[:1]
             self._left -= len(self._pieces[i]) - 1
             if self._left < 0:
@@ -233,7 +233,7 @@ class _Plan:
         return ContextLengthExceeded(f"{where} has {length} characters: too many pieces for one request", param=where)
 
     def request(self, request: EmbedRequest, which: Sequence[int], *, final: bool = False) -> EmbedRequest:
-        """The request for the pieces of these inputs, each known by its input's place."""
+        """The request for the pieces of these inputs; each piece's position is its input's index."""
         pieces = [(i, piece) for i in which for piece in self._pieces.get(i, (self._inputs[i],))]
         self.owners = [i for i, _ in pieces]
         return replace(
@@ -244,7 +244,7 @@ class _Plan:
         )
 
     def join(self, result: EmbedResult, which: Sequence[int]) -> EmbedResult:
-        """One embedding for each of these inputs, made from its pieces'."""
+        """One embedding for each of these inputs, made from those of its pieces."""
         embeddings, sources, free = [], [], dict.fromkeys(Source, 0)
         found = iter(zip(result.embeddings, result.sources, strict=True))
         for i in which:
@@ -262,7 +262,8 @@ class _Plan:
 
 
 async def _aside(work: _Work[T], texts: Iterable[Input]) -> T:
-    """What this work on these texts comes to; in a thread where they are long, by turns with others."""
+    """Runs this work on these texts and returns its result; in a thread if they are long, in turns with other
+    requests."""
     long = sum(len(text) for text in texts if type(text) is str) > _IN_A_THREAD
     came: tuple[T] | None = None
     while came is None:
@@ -271,8 +272,9 @@ async def _aside(work: _Work[T], texts: Iterable[Input]) -> T:
 
 
 def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
-    """Some of it; what it came to, if that was the rest. Not the exception that says so: whoever kept it would be in
-    its traceback, and the request with it until the collector of cycles comes."""
+    """Runs the work for so many seconds; returns its result, as a tuple, if that completes it. The exception that
+    carries the result is not returned: its traceback would refer to whoever keeps it, and hold the request until the
+    cyclic garbage collector runs."""
     until = time.perf_counter() + seconds
     try:
         while time.perf_counter() < until:
@@ -283,7 +285,7 @@ def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
 
 
 def _over(room: lengths.InputLimit, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
-    """Those of `which` that do not fit when counted. `first`: stops at the first one that is counted and does not."""
+    """Those of `which` that do not fit when counted. `first`: stop at the first one that is counted and does not."""
     over: list[int] = []
     for i in which:
         yield
@@ -295,13 +297,13 @@ def _over(room: lengths.InputLimit, inputs: Sequence[Input], which: Sequence[int
 
 
 def _check_dense(request: EmbedRequest) -> None:
-    """Raises `InvalidRequest` where sparse vectors are asked for: of these no mean is made."""
+    """Raises `InvalidRequest` if sparse vectors are requested: there is no mean of these."""
     if request.params.output_type != "dense":
         raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
 
 
 def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.InputLimit:
-    """The room for an input by the words of upstreams that refused some. Raises a refusal that names no limit."""
+    """The input limit that upstreams named when they refused some. Raises a refusal that names none."""
     most_tokens, most_characters = [], []
     for refusal in refusals:
         if found := _TOKENS.search(refusal.message):
@@ -326,9 +328,10 @@ def _text(inputs: Sequence[Input], i: int) -> str:
 
 
 def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embedding:
-    """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length; of one, too."""
+    """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length; also if there is only
+    one."""
     if any(not part.vector for part in parts):
-        return Embedding(b"", 0)  # one of them was refused: what becomes of the input is decided in `_embed`
+        return Embedding(b"", 0)  # one of them was refused: `_embed` decides what becomes of the input
     try:
         vector = vectors.mean([part.vector for part in parts], [len(piece) for piece in pieces])
     except ValueError:
@@ -337,5 +340,5 @@ def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embeddin
 
 
 def _worst(sources: Collection[Source]) -> Source:
-    """Where an input counts as coming from, whose pieces came from these: the costliest of them."""
+    """The source that an input counts as coming from, given those of its pieces: the costliest of them."""
     return next(each for each in (Source.UPSTREAM, Source.INFLIGHT, Source.CACHE) if each in sources)

@@ -1,4 +1,4 @@
-"""Some of a request's or a batch's inputs as one of their own, and what becomes of them in the whole's result."""
+"""Requests and batches for some of the inputs, and merging their results back into the whole."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _VECTOR = attrgetter("vector")
 
 
 def sub_request(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
-    """The inputs in these places, which know where the caller has them."""
+    """The request for the inputs at `places`, with their positions in the caller's request."""
     positions = request.positions
     return replace(
         request,
@@ -24,7 +24,7 @@ def sub_request(request: EmbedRequest, places: Sequence[int]) -> EmbedRequest:
 
 
 def merge_result(whole: EmbedResult, places: Sequence[int], result: EmbedResult) -> None:
-    """Puts what a part came to into its places of the whole."""
+    """Merges the result for the inputs at `places` into the whole."""
     for i, embedding, source in zip(places, result.embeddings, result.sources, strict=True):
         whole.embeddings[i], whole.sources[i] = embedding, source
     whole.calls += result.calls
@@ -33,11 +33,11 @@ def merge_result(whole: EmbedResult, places: Sequence[int], result: EmbedResult)
 
 
 def mixed_lengths(embeddings: Sequence[Embedding]) -> bool:
-    """Whether their lengths differ, but for those that have none. Where a model's length is known each call was checked
-    against it; where it is not, a call could only be checked within itself."""
+    """Whether their vectors differ in length, ignoring empty ones. If a model's length is known, each call was checked
+    against it; if not, a call could only be checked within itself."""
     return len(set(map(len, map(_VECTOR, embeddings))) - {0}) > 1
 
 
 def sub_batch(batch: Batch, places: Sequence[int]) -> Batch:
-    """The inputs in these places, in the order of the places."""
+    """The batch of the inputs at `places`, in that order."""
     return replace(batch, inputs=[batch.inputs[i] for i in places], keys=[batch.keys[i] for i in places])

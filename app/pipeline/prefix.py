@@ -1,6 +1,6 @@
-"""Tells a model a text's role within the text, where that is how it is told: `search_query: …`.
+"""Puts a text's role before the text (`search_query: …`), for models that are told it that way.
 
-Below the cache and the batcher, which know the role and the caller's own words.
+Below the cache and the batcher, which work with the role and the caller's own text.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ from app.types import Batch, BatchEmbedder, BatchResult
 
 
 def prefix_of(model: Model, role: Role | None, instruct: str | None = None) -> str:
-    """What stands before a text of this role."""
+    """The prefix of a text in this role."""
     if role is None or not model.prefixes:
         return ""
     prefix = model.prefixes[model.roles.index(role)]
-    # An operator's own prefix has no instruction in it, whatever it looks like.
+    # In an operator's own prefix, `{instruct}` is plain text.
     return prefix.replace("{instruct}", instruct or model.instruction) if model.instruction else prefix
 
 
 class Prefix:
-    """Puts the role's prefix before every input of a batch; then the role is told, and no parameter any more."""
+    """Puts the role's prefix before every text of a batch, and clears the parameters that it expresses."""
 
     def __init__(self, inner: BatchEmbedder, model: Model) -> None:
         self._inner = inner

@@ -1,7 +1,7 @@
-"""Brings a request to the one form in which a model knows it, so that equal requests have equal keys.
+"""Brings a request's parameters into the model's canonical form, so that equal requests have equal keys.
 
-Defaults are filled in, what the model would ignore is left out, what it cannot do is refused here and
-not after an upstream call.
+Defaults are filled in, what the model would ignore is left out, and what it cannot do is refused here rather than after
+an upstream call.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from app.types import DATA_URI, Embedder, EmbedRequest, EmbedResult, Input, Para
 
 
 class Prepare:
-    """Checks and completes a request's parameters. `models` are the facts of each deployment, the first
-    standing for all; `settings` are the operator's defaults; `name` is what callers know the model by."""
+    """Validates and completes a request's parameters. `models` are the facts of each deployment, the first standing for
+    all; `settings` are the operator's defaults; `name` is the model's public name."""
 
     def __init__(self, inner: Embedder, name: str, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner, self._name = inner, name
@@ -32,7 +32,8 @@ class Prepare:
         params = self._prepared.get(request.params)
         if params is None:
             params = self.prepared(request.params)
-            # Clients send a handful of combinations; no client may fill memory, and an instruction is of any size.
+            # Clients send a handful of combinations. Bounded, and without instructions, which may be of any size: no
+            # client may fill the memory.
             if len(self._prepared) < 256 and params.instruct is None:
                 self._prepared[request.params] = params
         if request.media:
@@ -44,7 +45,7 @@ class Prepare:
         for i, media in enumerate(inputs):
             if isinstance(media, str):
                 continue
-            # By all deployments: any of them may be the one that is asked.
+            # Supported by all deployments: any of them may serve the request.
             if not (self._facts.images if media.kind == "image" else self._facts.videos):
                 also = " and images" if self._facts.images else ""
                 raise InvalidRequest(
@@ -55,7 +56,7 @@ class Prepare:
             limit, found = self._model.max_image_bytes, DATA_URI.match(media.source)
             if limit is None or found is None:
                 continue
-            # Four characters of base64 are three bytes, less what fills up the last four.
+            # Four characters of base64 are three bytes, less the padding.
             size = (len(media.source) - found.end()) * 3 // 4 - media.source.count("=", -2)
             if size > limit:
                 raise InvalidRequest(
@@ -64,7 +65,7 @@ class Prepare:
                 )
 
     def prepared(self, params: Params) -> Params:
-        """`params` as the model knows them. Raises `InvalidRequest` for what it cannot do."""
+        """`params` in the model's canonical form. Raises `InvalidRequest` for what the model cannot do."""
         model = self._model
         if params.output_type != "dense" and not self._facts.sparse:
             raise InvalidRequest(f"model {self._name!r} gives dense vectors only", param="output_type")
@@ -88,18 +89,19 @@ class Prepare:
         return self._model.prefixes[self._model.roles.index(role)] if role else ""
 
     def _role(self, asked: Role | None) -> Role | None:
-        """`asked` if it makes a difference; None where the model knows no roles, or takes this one unasked."""
+        """The role if it makes a difference; None if the model knows no roles, or assumes this one by default. Raises
+        `InvalidRequest`."""
         if asked is None or asked == self._model.default_role or not self._facts.roles:
             return None
         if asked not in self._facts.roles:
             raise InvalidRequest(
                 f"model {self._name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
             )
-        # A role that is told by no word at all is no other text.
+        # With an empty prefix, the role makes no difference to the text.
         return asked if not self._model.prefixes or self._prefix(asked) else None
 
     def _allowed(self, asked: int | None) -> int | None:
-        """`asked` if the model can; None where that is what it gives unasked."""
+        """The length requested, if the model can make it; None if it is the default. Raises `UnsupportedDimensions`."""
         model = self._model
         if asked is None or asked == model.dimensions:
             return None

@@ -1,7 +1,7 @@
-"""The vector as the caller wants it, made from the vector as the upstream gives it: shorter, or of unit length.
+"""Turns the upstream's vector into the one that the caller wants: shorter, or of unit length.
 
-Above the cache, which keeps the upstream's own: one entry serves every length, and no setting made here can
-mix with another.
+Above the cache, which keeps the upstream's own: one entry serves every length, and vectors made with different settings
+cannot mix.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from app.types import Embedder, Embedding, EmbedRequest, EmbedResult
 
 
 class Shape:
-    """Shortens where the gateway does it and not the upstream (`Model.matryoshka_dimensions`); brings to unit length
-    on request."""
+    """Shortens vectors if that is up to the gateway and not the upstream (`Model.matryoshka_dimensions`); normalises
+    them if configured."""
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
@@ -38,7 +38,7 @@ class Shape:
         return result
 
 
-# Each makes another object: the cache's own is shared.
+# Both return new objects: the cache's own are shared.
 
 
 def _shortened(embedding: Embedding, dimensions: int) -> Embedding:

@@ -130,12 +130,12 @@ def _dashscope_multimodal() -> Iterable[Model]:
         "multimodal-embedding-v1", 1024, None, 20, 512,
         cuts_silently=True, images=1, videos=1, max_image_bytes=small, source=page,
     )  # fmt: skip
-    seeing = partial(Model, max_batch=20, max_tokens_per_input=1024, videos=8, source=page)
+    vision = partial(Model, max_batch=20, max_tokens_per_input=1024, videos=8, source=page)
     sizes = {"tongyi-embedding-vision-plus": 1152, "tongyi-embedding-vision-flash": 768}
     for name, size in sizes.items():
-        yield seeing(name, size, images=8, max_image_bytes=small)
+        yield vision(name, size, images=8, max_image_bytes=small)
     for name, size in sizes.items():  # they return fewer dimensions too, but which is not documented
-        yield seeing(f"{name}-2026-03-06", size, ANY, images=64, max_image_bytes=large)
+        yield vision(f"{name}-2026-03-06", size, ANY, images=64, max_image_bytes=large)
     full = (2560, 2048, 1536, 1024, 768, 512, 256)
     yield Model("qwen3-vl-embedding", 2560, full, 20, 32_000, images=5, videos=1, max_image_bytes=large, source=page)
     # All contents of a call are fused into one vector: one input per call.
@@ -318,18 +318,18 @@ number of inputs) are not here, unless the model itself allows no more."""
 
 # Before the bare name: an owner. After it: a tag, a file format, a quantisation. The repetitions are possessive because
 # clients name models too: with backtracking, a name of 65 characters takes seconds.
-_PACKING = r"([-._@](gguf|ggml|onnx|mlx|awq|gptq|int8|fp8|fp16|f16|bf16|f32|i?q\d(_\w+)?|\d+bit))*+"
-_DRESS = re.compile(rf"^(.*/)?(text-embedding-)?(?P<name>.*?){_PACKING}(:[\w.-]+)?{_PACKING}$")
+_PACKAGING = r"([-._@](gguf|ggml|onnx|mlx|awq|gptq|int8|fp8|fp16|f16|bf16|f32|i?q\d(_\w+)?|\d+bit))*+"
+_DECORATED_NAME = re.compile(rf"^(.*/)?(text-embedding-)?(?P<name>.*?){_PACKAGING}(:[\w.-]+)?{_PACKAGING}$")
 
 
-_LONGEST_NAME = 256
+_MAX_NAME_LENGTH = 256
 """Characters; no known name has half as many."""
 
 
 def family(name: str) -> Model | None:
     """The facts known about a model whoever serves it, found by its name without owner, tag and packaging."""
-    dressed = _DRESS.match(name.lower()) if len(name) <= _LONGEST_NAME else None
-    bare = dressed["name"] if dressed else ""
+    match = _DECORATED_NAME.match(name.lower()) if len(name) <= _MAX_NAME_LENGTH else None
+    bare = match["name"] if match else ""
     return next((model for pattern, model in FAMILIES if pattern.fullmatch(bare)), None)
 
 

@@ -31,9 +31,9 @@ from app.upstreams.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-REFRESH = 60.0
+REFRESH_INTERVAL = 60.0
 """Seconds between two readings of the lists of models."""
-RETURN = 10.0
+RECOVERY_INTERVAL = 10.0
 """The same, while an upstream is unavailable."""
 
 
@@ -64,15 +64,15 @@ class Gateway:
         self.upstreams: dict[str, Upstream] = {}
         self._slots: dict[str, Slots] = {}
         for name, each in settings.upstreams.items():
-            known = before.upstreams.get(name) if before else None
-            if before and known and known.settings == each:  # with what it has learned
-                self.upstreams[name], self._slots[name] = known, before._slots[name]
+            previous = before.upstreams.get(name) if before else None
+            if before and previous and previous.settings == each:  # with what it has learned
+                self.upstreams[name], self._slots[name] = previous, before._slots[name]
             else:
                 self.upstreams[name] = Upstream(name, each, UPSTREAMS[each.type], clock, transport, self._tokens)
                 self._slots[name] = Slots(each.max_concurrency, self._pace(name, each))
-                if known:
-                    self.upstreams[name].inherit_models(known)
-        self._watching: list[asyncio.Task[None]] = []
+                if previous:
+                    self.upstreams[name].inherit_models(previous)
+        self._tasks: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())
         """When the models were created, as clients are told: seconds since the epoch."""
@@ -94,16 +94,16 @@ class Gateway:
             await self._shared.open()
         for trouble in (*self.registry.unfit(), *self.unserved()):
             log.warning("%s", trouble)
-        self._watching.append(asyncio.create_task(canary.watch(lambda: self.fleet.canaries, self._clock)))
+        self._tasks.append(asyncio.create_task(canary.watch(lambda: self.fleet.canaries, self._clock)))
         if any(upstream.discovers for upstream in self.upstreams.values()):
-            self._watching.append(asyncio.create_task(self._keep_fresh()))
+            self._tasks.append(asyncio.create_task(self._refresh_forever()))
 
     def hand_over(self, successor: Gateway) -> None:
         """`successor` serves from now on, and takes over the count of requests in flight."""
         self.capacity.alter(successor.capacity)
         successor.capacity = self.capacity
         self.fleet.hand_over(successor.fleet)
-        for task in self._watching:
+        for task in self._tasks:
             task.cancel()
 
     async def aclose(self, successor: Gateway | None = None) -> None:
@@ -111,7 +111,7 @@ class Gateway:
 
         What a `successor` shares stays open.
         """
-        for task in self._watching:
+        for task in self._tasks:
             task.cancel()
         await self.fleet.aclose(successor.fleet if successor else None)
         kept_slots = successor._slots.values() if successor else ()
@@ -123,8 +123,8 @@ class Gateway:
             if self._tokens:
                 await self._tokens.close()
             await self.cache.close()
-        held = successor.upstreams.values() if successor else ()
-        await asyncio.gather(*(upstream.aclose() for upstream in self.upstreams.values() if upstream not in held))
+        kept = successor.upstreams.values() if successor else ()
+        await asyncio.gather(*(upstream.aclose() for upstream in self.upstreams.values() if upstream not in kept))
 
     async def find(self, name: str) -> PublicModel:
         """The model of this name. Asks upstreams that may have added it since; then raises `ModelNotFound`, or the
@@ -140,39 +140,41 @@ class Gateway:
     def _unknown(self, name: str) -> GatewayError:
         """`ModelNotFound`; or the error of an upstream that cannot be asked, if the name begins with that upstream's,
         or is a well-known model's: "no such model" would be a guess, and callers take it as final."""
-        own = self.upstreams.get(name.partition("/")[0])
-        might = [own] if own else [each for each in self.upstreams.values() if not each.models]
-        mute = {each.name: each.trouble for each in might if each.trouble}
-        if mute and (own or family(name)):
-            why = next(iter(mute.values()))
-            problem = f"no model '{name[:200]}' is known, and {', '.join(mute)} cannot say what models there are: {why}"
-            return type(why)(problem, code=why.code, retry_after=why.retry_after)
-        problem = f"The model '{name[:200]}' does not exist"
-        if mute:
-            problem += ", as far as those upstreams know that can be asked now"
-        return ModelNotFound(self._instead(name) or problem, param="model")
+        named = self.upstreams.get(name.partition("/")[0])
+        candidates = [named] if named else [each for each in self.upstreams.values() if not each.models]
+        down = {each.name: each.trouble for each in candidates if each.trouble}
+        if down and (named or family(name)):
+            why = next(iter(down.values()))
+            message = f"no model '{name[:200]}' is known, and {', '.join(down)} cannot say what models there are: {why}"
+            return type(why)(message, code=why.code, retry_after=why.retry_after)
+        message = f"The model '{name[:200]}' does not exist"
+        if down:
+            message += ", as far as those upstreams know that can be asked now"
+        return ModelNotFound(self._replacement_for(name) or message, param="model")
 
-    def _instead(self, name: str) -> str | None:
+    def _replacement_for(self, name: str) -> str | None:
         """What to use instead of a model that an upstream has and the gateway cannot serve."""
         for upstream in self.upstreams.values():
-            problem = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
-            if problem:
-                return problem
+            instead = UNSERVED.get(upstream.kind.name, {}).get(name.removeprefix(f"{upstream.name}/"))
+            if instead:
+                return instead
         return None
 
     async def refresh(self, upstreams: Iterable[Upstream] | None = None) -> None:
         """Asks these upstreams, or all, for their lists of models (each at most every few seconds), and publishes any
         changes."""
-        asked = self.upstreams.values() if upstreams is None else upstreams
-        await asyncio.gather(*(upstream.discover() for upstream in asked))
+        targets = self.upstreams.values() if upstreams is None else upstreams
+        await asyncio.gather(*(upstream.discover() for upstream in targets))
         # Compared with what is published: another gateway may have fetched the list, or a caller that has hung up.
         if self.registry.outdated():
             self.registry.publish()
 
-    async def _keep_fresh(self) -> None:
+    async def _refresh_forever(self) -> None:
         """Refreshes periodically: a model that was pulled again is another one, in a vector space of its own."""
         while True:
-            await self._clock.sleep(RETURN if any(each.unavailable for each in self.upstreams.values()) else REFRESH)
+            await self._clock.sleep(
+                RECOVERY_INTERVAL if any(each.unavailable for each in self.upstreams.values()) else REFRESH_INTERVAL
+            )
             try:
                 await self.refresh()
             except Exception:  # a bug of ours must not stop this for good
@@ -193,9 +195,9 @@ class Gateway:
         }
         for deployment in self.fleet.deployments:
             health = deployment.health
-            for word, problem in (("out", health.out), ("trouble", health.problem)):
+            for field, problem in (("out", health.out), ("trouble", health.problem)):
                 if problem is not None:
-                    upstreams[deployment.upstream].setdefault(word, {})[deployment.model.name] = problem
+                    upstreams[deployment.upstream].setdefault(field, {})[deployment.model.name] = problem
         state = "draining" if self.draining else "ready"
         return {"status": state, "upstreams": upstreams, "cache": self.cache.status()}
 
@@ -205,9 +207,9 @@ class Gateway:
         quotas: dict[str, Quota] = {}
         for name, key in self.settings.auth.keys.items() if self.settings.auth else ():
             rates = Rates(key.requests_per_minute, key.tokens_per_minute)
-            known = before.quotas.get(name) if before else None
-            if known is not None and known.rates == rates:
-                quotas[name] = known
+            previous = before.quotas.get(name) if before else None
+            if previous is not None and previous.rates == rates:
+                quotas[name] = previous
             elif rates:
                 workers = self.settings.server.workers
                 quotas[name] = Quota(name, rates, self._clock, self.metrics, self._shared, workers)

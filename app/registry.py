@@ -20,7 +20,7 @@ from app.upstreams.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-_FACTS = (
+_OVERRIDABLE = (
     "max_batch",
     "max_tokens_per_input",
     "max_characters_per_input",
@@ -34,7 +34,7 @@ _FACTS = (
     "price_per_million_tokens",
 )
 """Facts that an operator may override: fields of both `ModelSettings` and `Model`."""
-_APART = "its deployments are in different vector spaces"
+_SPACES_DIFFER = "its deployments are in different vector spaces"
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,10 +92,10 @@ class Registry:
         """Rebuilds every name, and drops deployments that no name leads to any more because their upstream has replaced
         or dropped the model."""
         self._fleet.begin()
-        self._name_all()
+        self._build_names()
         self._fleet.retain({public.deployments for public in self.names.values()})
 
-    def _name_all(self) -> None:
+    def _build_names(self) -> None:
         """Configured models and their aliases; then listed models, by plain name and as `upstream/model`; then
         configured models that are not listed, as `upstream/model`."""
         names: dict[str, PublicModel] = {}
@@ -104,13 +104,13 @@ class Registry:
             for each in (name, *settings.aliases):
                 names[each] = public
         for name, served in self._by_plain_name().items():
-            combined = None
+            joint = None
             if len({deployment.space for deployment in served}) > 1:
-                self._warn_of_spaces(name, served, "are kept apart")
+                self._warn_of_conflict(name, served, "are kept apart")
             elif name not in names:
-                combined = names[name] = self._public(name, tuple(served), None)
+                joint = names[name] = self._public(name, tuple(served), None)
             for deployment in served:
-                alone = combined if len(served) == 1 else None
+                alone = joint if len(served) == 1 else None
                 names.setdefault(deployment.name, alone or self._public(deployment.name, (deployment,), None))
         for settings in self._settings.models.values():
             for wanted in settings.deployments:
@@ -124,14 +124,14 @@ class Registry:
     def unfit(self) -> list[str]:
         """A line for each model whose configuration makes it refuse requests that give only model and input."""
         models = {public.name: public.embed for public in self.names.values()}
-        return [f"models.{name}: {why}" for name, embed in models.items() if (why := _unfit(embed))]
+        return [f"models.{name}: {why}" for name, embed in models.items() if (why := _default_refusal(embed))]
 
     def apart(self) -> list[str]:
         """A line for each model that only some of its configured deployments serve, although all are available."""
         unavailable = {name for name, upstream in self._upstreams.items() if upstream.trouble}
         configured = [(name, each.deployments, self.names[name]) for name, each in self._settings.models.items()]
         return [
-            f"models.{name}.deployments: {_APART}; only {_named(public.deployments)} would serve it"
+            f"models.{name}.deployments: {_SPACES_DIFFER}; only {_joined_names(public.deployments)} would serve it"
             for name, wanted, public in configured
             if len(public.deployments) < len(wanted) and unavailable.isdisjoint(each.upstream for each in wanted)
         ]
@@ -154,15 +154,15 @@ class Registry:
         # What the configuration alone could tell was refused at startup; a revision may still differ.
         same = tuple(deployment for deployment in deployments if deployment.space == space)
         if len(same) < len(deployments):
-            self._warn_of_spaces(name, deployments, f"only {_named(same)} serves it")
+            self._warn_of_conflict(name, deployments, f"only {_joined_names(same)} serves it")
         return self._public(name, same, settings)
 
     def _configured_deployment(self, wanted: DeploymentSettings, settings: ModelSettings) -> Deployment:
         facts, space = self._facts(wanted, settings), wanted.space
         if settings.prefixes is not None:
-            mark = _mark(settings.prefixes)
-            facts = _told_by(facts, settings.prefixes, mark)
-            space = f"{space}+{mark}" if space else None
+            digest = _prefix_hash(settings.prefixes)
+            facts = _with_prefixes(facts, settings.prefixes, digest)
+            space = f"{space}+{digest}" if space else None
         deployment = self._fleet.deployment(self._upstreams[wanted.upstream], facts, space)
         return replace(deployment, weight=wanted.weight, priority=wanted.priority)
 
@@ -170,21 +170,23 @@ class Registry:
         """The upstream's facts about its model, with the operator's overrides."""
         upstream = self._upstreams[wanted.upstream]
         # A dialect omits what it cannot express, and the caller would get a vector of something else.
-        mute = {
+        inexpressible = {
             field for field in CAPABILITIES if field not in upstream.adapter.capabilities and getattr(settings, field)
         }
-        better = {
-            field: value for field in _FACTS if field not in mute and (value := getattr(settings, field)) is not None
+        overrides = {
+            field: value
+            for field in _OVERRIDABLE
+            if field not in inexpressible and (value := getattr(settings, field)) is not None
         }
         known = upstream.model(wanted.model)
         if settings.dimension_choices is not None:  # then they are the server's, and none are made here
             known = replace(known, matryoshka_dimensions=None)
-        return replace(known, **better)
+        return replace(known, **overrides)
 
     def _public(self, name: str, deployments: tuple[Deployment, ...], settings: ModelSettings | None) -> PublicModel:
-        known = self.names.get(name)
-        if known is not None and known.name == name and known.deployments == deployments:
-            return known  # rebuilding thousands because a list has one more would block the event loop
+        current = self.names.get(name)
+        if current is not None and current.name == name and current.deployments == deployments:
+            return current  # rebuilding thousands because a list has one more would block the event loop
         first = deployments[0]
         batcher = self._fleet.batcher(deployments, configured=settings is not None)
         embed = build.pipeline(
@@ -200,34 +202,34 @@ class Registry:
         dimensions = (settings and settings.dimensions) or first.model.dimensions
         return PublicModel(name, embed, dimensions, space, deployments)
 
-    def _warn_of_spaces(self, name: str, served: Sequence[Deployment], so: str) -> None:
+    def _warn_of_conflict(self, name: str, served: Sequence[Deployment], consequence: str) -> None:
         if name not in self._conflicts:
             self._conflicts.add(name)
-            log.warning("model %s: %s and %s: %s", name, _APART, so, _named(served))
+            log.warning("model %s: %s and %s: %s", name, _SPACES_DIFFER, consequence, _joined_names(served))
 
 
-def _named(deployments: Iterable[Deployment]) -> str:
+def _joined_names(deployments: Iterable[Deployment]) -> str:
     return ", ".join(deployment.name for deployment in deployments)
 
 
-def _unfit(prepare: Prepare) -> str | None:
+def _default_refusal(prepare: Prepare) -> str | None:
     try:
-        prepare.prepared(Params())
+        prepare.canonical(Params())
     except InvalidRequest as refusal:
         return f"a request without parameters is refused: {refusal.message}"
     return None
 
 
-def _mark(prefixes: PrefixSettings) -> str:
+def _prefix_hash(prefixes: PrefixSettings) -> str:
     """Distinguishes these prefixes from others in a space's name. Prefixes affect vectors, so other prefixes make
     another space, even one that an operator has named: what was cached before they were changed is no longer found."""
     return hashlib.sha256("\0".join(getattr(prefixes, role) for role in ROLES).encode()).hexdigest()[:8]
 
 
-def _told_by(model: Model, prefixes: PrefixSettings, mark: str) -> Model:
+def _with_prefixes(model: Model, prefixes: PrefixSettings, digest: str) -> Model:
     """The model with the operator's prefixes."""
     texts = tuple(getattr(prefixes, role) for role in ROLES)
-    revision = f"{model.revision}+{mark}" if model.revision else f"prefixes-{mark}"
+    revision = f"{model.revision}+{digest}" if model.revision else f"prefixes-{digest}"
     return replace(
         model, roles=ROLES, default_role=None, prefixes=texts, instruct=False, instruction="", revision=revision
     )

@@ -19,7 +19,7 @@ from tiktoken import Encoding
 from app.types import Input, Media
 
 TABLE_SHA256 = "223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7"
-_LONGEST_TOKEN = 128
+_MAX_TOKEN_BYTES = 128
 """Maximum bytes of a token in the table."""
 
 
@@ -34,9 +34,9 @@ def _table() -> tuple[bytes, ...]:
     return tuple(b64decode(line.split(b" ", 1)[0]) for line in text.splitlines())
 
 
-def decode(ids: Sequence[int], most: int = sys.maxsize) -> str:
+def decode(ids: Sequence[int], maximum: int = sys.maxsize) -> str:
     """Decodes cl100k_base ids to text. Raises `IndexError` with the position of an id that does not exist, and
-    `OverflowError` for more than `most` bytes of text.
+    `OverflowError` for more than `maximum` bytes of text.
 
     A character that the client's tokenisation cut in two becomes U+FFFD, as in tiktoken.
     """
@@ -44,17 +44,17 @@ def decode(ids: Sequence[int], most: int = sys.maxsize) -> str:
     try:
         if min(ids, default=0) < 0:  # a negative id would index from the end
             raise IndexError
-        if len(ids) * _LONGEST_TOKEN > most and sum(map(len, map(table.__getitem__, ids))) > most:
+        if len(ids) * _MAX_TOKEN_BYTES > maximum and sum(map(len, map(table.__getitem__, ids))) > maximum:
             raise OverflowError  # before the text is built
         text = b"".join(map(table.__getitem__, ids)).decode("utf-8", errors="replace")
     except IndexError:
         raise IndexError(next(place for place, token in enumerate(ids) if not 0 <= token < len(table))) from None
-    if upper_bound(text) > most:  # U+FFFD is three bytes, and may replace a single one
+    if upper_bound(text) > maximum:  # U+FFFD is three bytes, and may replace a single one
         raise OverflowError
     return text
 
 
-_WORDS = (
+_SPLIT_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
@@ -66,7 +66,7 @@ def _encoding() -> Encoding:
     """Built when a text is first counted, which takes a tenth of a second. <|endoftext|> and the like are plain text
     here."""
     ranks = {piece: rank for rank, piece in enumerate(_table())}
-    return Encoding("cl100k_base", pat_str=_WORDS, mergeable_ranks=ranks, special_tokens={})
+    return Encoding("cl100k_base", pat_str=_SPLIT_PATTERN, mergeable_ranks=ranks, special_tokens={})
 
 
 def encode(text: str) -> list[int]:
@@ -87,11 +87,11 @@ def upper_bound(text: Input) -> int:
     return len(text) if text.isascii() else len(text.encode())
 
 
-def surely_within(most: int, inputs: Sequence[Input]) -> bool:
-    """Whether texts surely have at most `most` tokens together: a quick check, as a character has at most four bytes.
-    False is inconclusive."""
+def surely_within(maximum: int, inputs: Sequence[Input]) -> bool:
+    """Whether texts surely have at most `maximum` tokens together: a quick check, as a character has at most four
+    bytes. False is inconclusive."""
     try:
-        return 4 * sum(map(len, inputs)) <= most  # type: ignore[arg-type]  # media has no length
+        return 4 * sum(map(len, inputs)) <= maximum  # type: ignore[arg-type]  # media has no length
     except TypeError:
         return False
 
@@ -101,8 +101,8 @@ def estimate(text: Input) -> int:
     video, whose tokens cannot be known in advance."""
     if type(text) is not str:
         return 1
-    narrow = len(text.encode("ascii", "ignore"))  # 60 times as fast as a loop over the characters
-    return max(1, len(text) - narrow + (narrow + 3) // 4)
+    ascii_bytes = len(text.encode("ascii", "ignore"))  # 60 times as fast as a loop over the characters
+    return max(1, len(text) - ascii_bytes + (ascii_bytes + 3) // 4)
 
 
 def estimates(inputs: Iterable[Input]) -> list[int]:
@@ -112,17 +112,17 @@ def estimates(inputs: Iterable[Input]) -> list[int]:
 
 MAX_BYTES_PER_CHARACTER = 36
 """Maximum bytes of one character, as it is or in the compatibility form to which some tokenizers normalise it."""
-_BESIDES = 2**13
+_MAX_EXTRA_TOKENS = 2**13
 """Tokens that a server may count besides a text's own: an instruction, or the padding of a short text."""
-_OF_MEDIA = 2**20
+_MAX_MEDIA_TOKENS = 2**20
 """Maximum tokens of an image or a video, by any vendor's count."""
 
 
 def credible(total: int, inputs: Sequence[Input], weights: Sequence[int]) -> bool:
     """Whether a call's inputs can amount to `total` tokens; an unsigned -1, for example, is not credible. `weights` are
     their estimates: a text has at most four characters for each unit."""
-    most = 4 * MAX_BYTES_PER_CHARACTER * sum(weights) + _BESIDES * len(weights)
-    return total <= most or total <= most + _OF_MEDIA * sum(isinstance(each, Media) for each in inputs)
+    maximum = 4 * MAX_BYTES_PER_CHARACTER * sum(weights) + _MAX_EXTRA_TOKENS * len(weights)
+    return total <= maximum or total <= maximum + _MAX_MEDIA_TOKENS * sum(isinstance(each, Media) for each in inputs)
 
 
 def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
@@ -130,10 +130,10 @@ def bills(total: int, inputs: Sequence[Input], weights: list[int]) -> list[int]:
     video amounts to, so these share what the estimates of the texts leave."""
     if Media not in set(map(type, inputs)):
         return apportion(total, weights)
-    of_texts = [0 if isinstance(each, Media) else weight for each, weight in zip(inputs, weights, strict=True)]
-    of_media = [int(isinstance(each, Media)) for each in inputs]
-    texts = min(total, sum(of_texts))
-    parts = zip(apportion(texts, of_texts), apportion(total - texts, of_media), strict=True)
+    text_weights = [0 if isinstance(each, Media) else weight for each, weight in zip(inputs, weights, strict=True)]
+    media_weights = [int(isinstance(each, Media)) for each in inputs]
+    text_total = min(total, sum(text_weights))
+    parts = zip(apportion(text_total, text_weights), apportion(total - text_total, media_weights), strict=True)
     return [text + media for text, media in parts]
 
 
@@ -144,14 +144,14 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
     """
     if not weights:
         return []
-    whole = sum(weights)
-    if whole <= 0:
-        weights, whole = [1] * len(weights), len(weights)
-    parts = [total * weight // whole for weight in weights]
-    short = total - sum(parts)
-    if short:
-        remainders = [total * weight % whole for weight in weights]
+    total_weight = sum(weights)
+    if total_weight <= 0:
+        weights, total_weight = [1] * len(weights), len(weights)
+    parts = [total * weight // total_weight for weight in weights]
+    shortfall = total - sum(parts)
+    if shortfall:
+        remainders = [total * weight % total_weight for weight in weights]
         # A reverse sort keeps equal remainders in input order.
-        for i in sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)[:short]:
+        for i in sorted(range(len(weights)), key=remainders.__getitem__, reverse=True)[:shortfall]:
             parts[i] += 1
     return parts

@@ -34,11 +34,11 @@ def from_numbers(numbers: Sequence[float]) -> bytes:
 def from_base64(texts: Iterable[str | memoryview]) -> list[bytes]:
     """Decodes vectors in OpenAI's base64 form, float32 little-endian. Raises `ValueError`."""
     decode = pybase64.b64decode
-    found = [decode(text, None, True) for text in texts]  # validate=True; keywords take half as long again
-    for raw in found:
+    decoded = [decode(text, None, True) for text in texts]  # validate=True; keywords take half as long again
+    for raw in decoded:
         if len(raw) % 4:
             raise ValueError("not a whole number of float32")
-    return found
+    return decoded
 
 
 def parse(values: Sequence[object]) -> list[bytes]:
@@ -88,7 +88,7 @@ def fault(vector: bytes) -> str | None:
     return None
 
 
-_TOGETHER = 32
+_CHUNK = 32
 """Vectors checked in one step: they are copied side by side, and this many fit in the processor's cache."""
 
 
@@ -97,20 +97,20 @@ def faultless(rows: Sequence[bytes]) -> bool:
     good."""
     squares = np.empty(len(rows), "<f4")
     with np.errstate(over="ignore", invalid="ignore"):
-        for start in range(0, len(rows), _TOGETHER):
-            some = rows[start : start + _TOGETHER]
-            numbers = np.frombuffer(b"".join(some), "<f4").reshape(len(some), -1 if some[0] else 0)
-            np.vecdot(numbers, numbers, out=squares[start : start + len(some)])
+        for start in range(0, len(rows), _CHUNK):
+            chunk = rows[start : start + _CHUNK]
+            numbers = np.frombuffer(b"".join(chunk), "<f4").reshape(len(chunk), -1 if chunk[0] else 0)
+            np.vecdot(numbers, numbers, out=squares[start : start + len(chunk)])
     return bool(squares.min() > 0 and squares.max() < np.inf)  # a NaN is both the minimum and the maximum
 
 
-def sparse(given: object) -> bytes:
+def sparse(entries: object) -> bytes:
     """A list of `{"index", "value", "token"}` as JSON bytes, in the order given: the form in which the only vendor with
     sparse vectors answers. Raises `KeyError`, `TypeError` or `ValueError` for anything else, including a repeated
     index."""
-    if not isinstance(given, list):
+    if not isinstance(entries, list):
         raise TypeError("no list")
-    rows = [{"index": row["index"], "value": row["value"], "token": row.get("token", "")} for row in given]
+    rows = [{"index": row["index"], "value": row["value"], "token": row.get("token", "")} for row in entries]
     for row in rows:
         index, value, token = row.values()
         if type(index) is not int or index < 0 or type(value) not in (int, float) or type(token) is not str:

@@ -52,7 +52,7 @@ _TOKENS = re.compile(
     re.IGNORECASE,
 )
 
-IN_VAIN = 2
+MAX_FRUITLESS_CALLS = 2
 """Consecutive calls with one input to which a server returned no vector, after which the batch's other inputs are not
 tried: they would hardly fare better."""
 
@@ -60,12 +60,12 @@ tried: they would hardly fare better."""
 class Adapt:
     """Keeps a deployment's batches within the limits learned so far, and isolates inputs it refuses.
 
-    `longest`: maximum tokens of one input, if known.
+    `max_input_tokens`: maximum tokens of one input, if known.
     """
 
-    def __init__(self, inner: BatchEmbedder, limits: CallLimits, longest: int | None = None) -> None:
+    def __init__(self, inner: BatchEmbedder, limits: CallLimits, max_input_tokens: int | None = None) -> None:
         self._inner = inner
-        self._limits, self._longest = limits, longest
+        self._limits, self._max_input_tokens = limits, max_input_tokens
 
     async def __call__(self, batch: Batch) -> BatchResult:
         # Bisection finds a single bad input among n in 2·log2(n) calls. If it takes more, no single input is at fault,
@@ -73,55 +73,55 @@ class Adapt:
         budget = _Budget(4 * len(batch.inputs).bit_length() + 4)
         result = await self._embed(batch, budget)
         if budget.undecided:
-            _decide(batch.inputs, result.outcomes, budget.undecided)
+            _settle(batch.inputs, result.outcomes, budget.undecided)
         return result
 
     async def _embed(self, batch: Batch, budget: _Budget) -> BatchResult:
-        parts = _legal(batch.inputs, self._limits)
+        parts = _split(batch.inputs, self._limits)
         if len(parts) > 1:
             return await self._embed_parts(batch, parts, budget)
         try:
             result = await self._inner(batch)
-            budget.in_vain = 0
+            budget.fruitless_calls = 0
             return result
         except GatewayError as error:
             refusal = error.without_traceback()
-        result = await self._after(refusal, batch, budget)
+        result = await self._recover(refusal, batch, budget)
         result.calls += 1
         return result
 
-    async def _after(self, error: GatewayError, batch: Batch, budget: _Budget) -> BatchResult:
+    async def _recover(self, error: GatewayError, batch: Batch, budget: _Budget) -> BatchResult:
         """Handles the error of a call with the whole batch: tries again in a way that may succeed, or fails the
         batch."""
         if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
             return await self._embed(batch, budget)
         if isinstance(error, UpstreamWrongCount):
-            return await self._with_fewer(error, batch, budget)
+            return await self._retry_with_fewer(error, batch, budget)
         if error.blames_input and len(batch.inputs) > 1:
             if budget.take(2):
                 return await self._embed_halves(batch, budget, by_length=isinstance(error, ContextLengthExceeded))
             budget.undecided.append(error)
         return BatchResult([error] * len(batch.inputs), calls=0)
 
-    async def _with_fewer(self, error: UpstreamWrongCount, batch: Batch, budget: _Budget) -> BatchResult:
-        """Tries fewer inputs per call, which the server may handle better. If it fails even with one, `IN_VAIN` soon
-        ends this, so it takes nothing from the budget."""
+    async def _retry_with_fewer(self, error: UpstreamWrongCount, batch: Batch, budget: _Budget) -> BatchResult:
+        """Tries fewer inputs per call, which the server may handle better. If it fails even with one,
+        `MAX_FRUITLESS_CALLS` soon ends this, so it takes nothing from the budget."""
         count = len(batch.inputs)
         if count == 1:
-            budget.in_vain += 1
+            budget.fruitless_calls += 1
             return BatchResult([error], calls=0)
         result = await self._embed_halves(batch, budget, by_length=False)
-        if count > 3 and result.calls == 2 * count - 2 and budget.in_vain == 0:
+        if count > 3 and result.calls == 2 * count - 2 and budget.fruitless_calls == 0:
             self._limits.max_batch = 1  # every call with several failed, and none with one
         return result
 
     async def _embed_halves(self, batch: Batch, budget: _Budget, *, by_length: bool) -> BatchResult:
         """`by_length`: the shorter inputs first, which may all be good however many of the longer ones are not."""
-        inputs, places = batch.inputs, list(range(len(batch.inputs)))
+        inputs, indexes = batch.inputs, list(range(len(batch.inputs)))
         if by_length:
-            places.sort(key=lambda i: tokens.estimate(inputs[i]))
-        middle = (len(places) + 1) // 2
-        return await self._embed_parts(batch, [places[:middle], places[middle:]], budget)
+            indexes.sort(key=lambda i: tokens.estimate(inputs[i]))
+        middle = (len(indexes) + 1) // 2
+        return await self._embed_parts(batch, [indexes[:middle], indexes[middle:]], budget)
 
     async def _embed_parts(self, batch: Batch, parts: Sequence[Sequence[int]], budget: _Budget) -> BatchResult:
         """`parts`: the indexes of each part's inputs. They are sent one after another, because the batch holds a single
@@ -133,53 +133,58 @@ class Adapt:
         outcomes: dict[int, Embedding | GatewayError] = {}
         calls = 0
         trouble: GatewayError | None = None
-        for places in parts:
+        for indexes in parts:
             if trouble is None and not batch.still_wanted():
                 trouble = InvalidRequest("nobody waits for it any more")  # nobody reads it, nor is blamed
             if trouble is not None:
-                outcomes.update(dict.fromkeys(places, trouble))
+                outcomes.update(dict.fromkeys(indexes, trouble))
                 continue
-            part = sub_batch(batch, places)
+            part = sub_batch(batch, indexes)
             result = await self._embed(part, budget)
             pairs = zip(part.keys, result.outcomes, strict=True)
             batch.completed.update((key, each) for key, each in pairs if isinstance(each, Embedding))
-            outcomes.update(zip(places, result.outcomes, strict=True))
+            outcomes.update(zip(indexes, result.outcomes, strict=True))
             calls += result.calls
             errors = (each for each in result.outcomes if isinstance(each, GatewayError))
             trouble = next((error for error in errors if _stops(error, budget)), None)
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
-    def _learn(self, error: InvalidRequest, sent: Sequence[Input]) -> bool:
+    def _learn(self, error: InvalidRequest, inputs: Sequence[Input]) -> bool:
         """Adopts the limit on a call's rows or tokens that the upstream's message names. Returns whether it is a new
         one. A message that quotes an input is ignored, or a caller's text could set a limit for everybody."""
         limits = self._limits
-        most, rows = _named(_TOKENS, error.message), _named(_ROWS, error.message)
-        if (most or rows) and quotes_input(upstream_message(error), sent):
+        max_tokens, max_rows = _named_limit(_TOKENS, error.message), _named_limit(_ROWS, error.message)
+        if (max_tokens or max_rows) and quotes_input(upstream_message(error), inputs):
             return False
-        if most and len(sent) > 1 and most < sum(map(tokens.upper_bound, sent)) and not self._is_about_one(most, sent):
-            limits.max_tokens_per_batch = min(most, limits.max_tokens_per_batch or most)
+        if (
+            max_tokens
+            and len(inputs) > 1
+            and max_tokens < sum(map(tokens.upper_bound, inputs))
+            and not self._may_be_per_input(max_tokens, inputs)
+        ):
+            limits.max_tokens_per_batch = min(max_tokens, limits.max_tokens_per_batch or max_tokens)
             return True
-        if 0 < rows < len(sent):
-            limits.max_batch = min(rows, limits.max_batch)
+        if 0 < max_rows < len(inputs):
+            limits.max_batch = min(max_rows, limits.max_batch)
             return True
         return False
 
-    def _is_about_one(self, most: int, sent: Sequence[Input]) -> bool:
-        """Whether a limit of `most` tokens may be that of a single input, whatever the message says: it is no more than
-        the model takes in one input, and one of these may be longer."""
+    def _may_be_per_input(self, max_tokens: int, inputs: Sequence[Input]) -> bool:
+        """Whether a limit of `max_tokens` tokens may be that of a single input, whatever the message says: it is no
+        more than the model takes in one input, and one of these may be longer."""
         return (
-            self._longest is not None
-            and most <= self._longest
-            and any(tokens.upper_bound(each) > most for each in sent)
+            self._max_input_tokens is not None
+            and max_tokens <= self._max_input_tokens
+            and any(tokens.upper_bound(each) > max_tokens for each in inputs)
         )
 
 
 def _stops(error: GatewayError, budget: _Budget) -> bool:
     """Whether a part's error is a reason not to send the batch's other parts."""
-    return budget.in_vain >= IN_VAIN if isinstance(error, UpstreamWrongCount) else error.stops_batch
+    return budget.fruitless_calls >= MAX_FRUITLESS_CALLS if isinstance(error, UpstreamWrongCount) else error.stops_batch
 
 
-def _decide(
+def _settle(
     inputs: Sequence[Input], outcomes: list[Embedding | GatewayError], undecided: Sequence[GatewayError]
 ) -> None:
     """Decides the outcome of inputs that were refused together and never tried alone. If others of the batch were
@@ -187,7 +192,7 @@ def _decide(
     that was too long by itself, which surely is too long as well."""
     if not any(isinstance(each, Embedding) for each in outcomes):
         return
-    told = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
+    ask_again = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
     too_long = min(
         (
             tokens.estimate(each)
@@ -199,27 +204,27 @@ def _decide(
     for i, outcome in enumerate(outcomes):
         surely = isinstance(outcome, ContextLengthExceeded) and tokens.estimate(inputs[i]) >= too_long
         if isinstance(outcome, InvalidRequest) and outcome in undecided and not surely:
-            outcomes[i] = told
+            outcomes[i] = ask_again
 
 
-def _named(limit: re.Pattern[str], words: str) -> int:
+def _named_limit(pattern: re.Pattern[str], message: str) -> int:
     """The limit that a message names, or 0."""
-    match = limit.search(words)
+    match = pattern.search(message)
     return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
 
 
-def _legal(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int]]:
+def _split(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int]]:
     """The indexes of each call's inputs, in order. The batch was within the limits when `Queue.take` filled it; since
     then limits may have been learned, or it goes to another deployment. An input over the token limit goes alone."""
     if limits.surely_allow(inputs):
         return [range(len(inputs))]
     parts: list[list[int]] = []
-    room = BatchSpace(limits)
+    space = BatchSpace(limits)
     for i, each in enumerate(inputs):
-        if not parts or len(parts[-1]) == limits.max_batch or not room.take(each):
+        if not parts or len(parts[-1]) == limits.max_batch or not space.take(each):
             parts.append([])
-            room = BatchSpace(limits)
-            room.take(each)
+            space = BatchSpace(limits)
+            space.take(each)
         parts[-1].append(i)
     return parts
 
@@ -231,7 +236,7 @@ class _Budget:
     def __init__(self, calls: int) -> None:
         self._calls = calls
         self.undecided: list[GatewayError] = []
-        self.in_vain = 0
+        self.fruitless_calls = 0
 
     def take(self, calls: int) -> bool:
         self._calls -= calls

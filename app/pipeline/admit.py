@@ -19,21 +19,21 @@ class Capacity:
     def __init__(self, requests: int, size: int, metrics: Metrics) -> None:
         """`size`: bytes of request bodies, and of responses that the client has not yet taken."""
         self.requests, self.size = requests, size
-        self._whole = requests, size
+        self._total = requests, size
         self.inside = metrics.buffered_counter(metrics.inflight_requests)
 
     def alter(self, other: Capacity) -> None:
         """Takes on the total capacity of `other`; requests in flight still count."""
-        self.requests += other._whole[0] - self._whole[0]
-        self.size += other._whole[1] - self._whole[1]
-        self._whole = other._whole
+        self.requests += other._total[0] - self._total[0]
+        self.size += other._total[1] - self._total[1]
+        self._total = other._total
 
 
 class Admission(Struct, eq=False):
     """One request's part of the capacity, from before its body is read until its response is taken. A context manager,
     so that it is always given back."""
 
-    _room: Capacity
+    _capacity: Capacity
     _held: int = 0
     _inside: bool = False
 
@@ -42,35 +42,35 @@ class Admission(Struct, eq=False):
 
     def enter(self) -> None:
         """Raises `Overloaded` immediately if there is no capacity."""
-        room = self._room
-        if room.requests <= 0:
+        capacity = self._capacity
+        if capacity.requests <= 0:
             raise Overloaded("the gateway is at its limit of requests in flight", retry_after=1)
-        room.requests -= 1
-        room.inside.inc()
+        capacity.requests -= 1
+        capacity.inside.inc()
         self._inside = True
 
     def hold(self, size: int) -> None:
         """Reserves `size` bytes for the request in total. Raises `Overloaded` immediately if there are not enough."""
         more = size - self._held
         if more > 0:
-            if more > self._room.size:
+            if more > self._capacity.size:
                 raise Overloaded("the gateway is at its limit of bytes in flight", retry_after=1)
-            self._room.size -= more
+            self._capacity.size -= more
             self._held = size
 
     def hold_answer(self, size: int) -> None:
         """Reserves `size` bytes for the response in place of the request's, even if there are not enough: the response
         is paid for. The next requests are refused instead."""
-        self._room.size += self._held - size
+        self._capacity.size += self._held - size
         self._held = size
 
     def leave(self) -> None:
         """Gives back what was taken. Idempotent."""
         if self._inside:
-            room = self._room
-            room.requests += 1
-            room.size += self._held
-            room.inside.dec()
+            capacity = self._capacity
+            capacity.requests += 1
+            capacity.size += self._held
+            capacity.inside.dec()
             self._inside = False
 
     def __exit__(self, *exc_info: object) -> None:

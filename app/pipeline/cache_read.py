@@ -35,9 +35,9 @@ class CacheRead:
             found, held = await self._cache.get_or_claim(derived, numbers=request.numbers)
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
-        wanted = request.params.dimensions or self._native
-        if wanted is not None and any(found):
-            found = _of_length(found, 4 * wanted)
+        expected = request.params.dimensions or self._native
+        if expected is not None and any(found):
+            found = _drop_other_lengths(found, 4 * expected)
         if all(found):  # an embedding is always truthy
             result = EmbedResult(found, [Source.CACHE] * len(found))  # type: ignore[arg-type]
         elif not any(found):
@@ -49,10 +49,10 @@ class CacheRead:
                 result, missing, await self._inner(sub_request(replace(request, keys=derived, held=held), missing))
             )
         if len(derived) > 1 and mixed_lengths(result.embeddings):
-            return await self._anew(replace(request, keys=derived), result.calls)
+            return await self._embed_again(replace(request, keys=derived), result.calls)
         return result
 
-    async def _anew(self, request: EmbedRequest, calls: int) -> EmbedResult:
+    async def _embed_again(self, request: EmbedRequest, calls: int) -> EmbedResult:
         """Embeds the whole request again. The model behind the name has changed, for good or for a moment, and the
         cache has vectors of both. Asked for all at once, they are of one model again, and replace those in the cache.
         Raises `UpstreamInvalidResponse`.
@@ -68,7 +68,7 @@ class CacheRead:
         return result
 
 
-def _of_length(found: list[Embedding | None], length: int) -> list[Embedding | None]:
+def _drop_other_lengths(found: list[Embedding | None], length: int) -> list[Embedding | None]:
     """Drops vectors of other lengths in bytes; no gateway wrote these, because the contract refuses them. An empty one
     belongs to a sparse embedding."""
     if {len(each.vector) for each in found if each} <= {length, 0}:  # nearly always

@@ -24,17 +24,17 @@ from app.upstreams import replies
 from app.upstreams.redact import quotes_input
 from app.upstreams.upstream import Upstream
 
-AT_ONCE = 8 * 2**20
+INLINE_PARSE_LIMIT = 8 * 2**20
 """Maximum bytes of a reply that are parsed in one turn of the event loop: 12 ms if they are numbers. A larger reply is
 parsed in a thread."""
-LARGE = 2**20
+SERIAL_PARSE_LIMIT = 2**20
 """Bytes above which only one reply of a deployment is parsed in a turn of the event loop: calls made together are
 answered together, and would block everything else for ten times as long."""
 
-REPLY, REPLY_PER_INPUT = 2**20, 2**21
+REPLY_BASE, REPLY_PER_INPUT = 2**20, 2**21
 """Maximum bytes of a reply: a base, and as many more for each input. `MAX_DIMENSIONS` numbers with 17 digits, signs and
 exponents are 1.7 MiB."""
-QUOTES = 4
+MAX_ECHOES = 4
 """Times that a reply may also repeat what was sent: some servers refuse an input by quoting all of it, once for each
 type that it fails to match."""
 
@@ -99,12 +99,12 @@ class Call:
 
     async def _exchange(self, batch: Batch) -> Parsed:
         request = self._adapter.build_request(batch, self._target)
-        expected = REPLY + len(batch.inputs) * REPLY_PER_INPUT + QUOTES * len(request.body)
+        expected = REPLY_BASE + len(batch.inputs) * REPLY_PER_INPUT + MAX_ECHOES * len(request.body)
         request.max_reply = min(expected, MAX_REPLY)
         reply = await self._auth(request, self._send)
-        if len(reply.body) > AT_ONCE:
+        if len(reply.body) > INLINE_PARSE_LIMIT:
             return await asyncio.to_thread(self._parse, reply, batch)
-        if len(reply.body) > LARGE:
+        if len(reply.body) > SERIAL_PARSE_LIMIT:
             async with self._parsing:
                 await asyncio.sleep(0)
                 return self._parse(reply, batch)
@@ -114,38 +114,38 @@ class Call:
         """Raises `GatewayError` for a reply that is an error, or is not an embeddings reply."""
         error = self._adapter.parse_error(reply)
         if error is not None:
-            raise self._told(error, reply, batch)
+            raise self._without_inputs(error, reply, batch)
         try:
             return self._adapter.parse_response(reply, batch)
-        except (KeyError, TypeError, ValueError, IndexError) as fault:
+        except (KeyError, TypeError, ValueError, IndexError) as exc:
             if _NAN.search(reply.body):
-                raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from fault
-            raise self._no_reply(reply, batch) from fault
+                raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from exc
+            raise self._not_embeddings(reply, batch) from exc
 
-    def _no_reply(self, reply: WireReply, batch: Batch) -> UpstreamInvalidResponse:
+    def _not_embeddings(self, reply: WireReply, batch: Batch) -> UpstreamInvalidResponse:
         """The error for a reply that is not an embeddings reply, quoting the page (a proxy's, a login's) that came in
         its place. Nothing else is quoted: it may be half a reply, full of vectors."""
         kind = reply.headers.get("content-type", "no content type")
-        words = replies.html_text(reply)
-        told = f": {words}" if words and not quotes_input(words, batch.inputs) else ""
+        page = replies.html_text(reply)
+        excerpt = f": {page}" if page and not quotes_input(page, batch.inputs) else ""
         return UpstreamInvalidResponse(
-            f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply{told}"
+            f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply{excerpt}"
         )
 
-    def _told(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
+    def _without_inputs(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
         """The error as it may be shown to all callers that share the call, in the log and in `/readyz`: without any
         caller's text."""
-        upstream_message = replies.upstream_message(error)
+        message = replies.upstream_message(error)
         if isinstance(error, UnsupportedDimensions):
             texts = [each for each in batch.inputs if type(each) is str]
-            speaking = [each for each in texts if replies.by_message(each) is UnsupportedDimensions]
-            if batch.params.dimensions is None or quotes_input(upstream_message, speaking):
+            misleading = [each for each in texts if replies.by_message(each) is UnsupportedDimensions]
+            if batch.params.dimensions is None or quotes_input(message, misleading):
                 # None were requested, so it may be about the dimensions of one input, an image. Or the word is a quoted
                 # text's.
-                error = replies.make_error(InvalidRequest, reply, upstream_message)
+                error = replies.make_error(InvalidRequest, reply, message)
         # The refusal of a single input is shown only to the callers that sent it.
         shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
-        if shared and quotes_input(upstream_message, batch.inputs):
+        if shared and quotes_input(message, batch.inputs):
             error.message = replies.make_error(type(error), reply).message
         return error
 

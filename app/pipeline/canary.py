@@ -25,16 +25,16 @@ log = logging.getLogger(__name__)
 _Answer: TypeAlias = bytes | GatewayError | None
 """A deployment's vector, or the error it failed with; None if it did not answer in time."""
 
-_SILENT = "it has not shown its vectors yet: others are asked until it does"
+_UNVERIFIED = "it has not shown its vectors yet: others are asked until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
-SAME = 0.999
+MIN_COSINE = 0.999
 """Cosine similarity from which two vectors count as the same text in the same space."""
-EVERY = 4 * 3600.0
+CHECK_INTERVAL = 4 * 3600.0
 """Seconds between two checks."""
-AGAIN = 60.0
+RECHECK_INTERVAL = 60.0
 """The same, if the last check brought no answer, or the deployment has been away since, is out of the rotation, or was
-within the last `EVERY`: two models may take turns behind its address, and the last check may have met only one of
-them."""
+within the last `CHECK_INTERVAL`: two models may take turns behind its address, and the last check may have met only one
+of them."""
 ROUND = 10.0
 """Seconds between two rounds; each makes the checks that are due. A deployment that takes no traffic until it has been
 compared is checked in every round, so that it is used soon after it answers."""
@@ -43,7 +43,7 @@ TIMEOUT = 600.0
 judged by its traffic, not here."""
 PATIENCE = 2.0
 """Seconds it has once another that callers need now has answered (`_enough`): it is asked again in the next round."""
-AT_FIRST = 10.0
+FIRST_CHECK_TIMEOUT = 10.0
 """Seconds it has if the space has no reference yet: the first deployment's vector is to become it, and that one may
 have to load its model. After that, whichever has answered will do."""
 
@@ -57,7 +57,7 @@ class ReferenceVectors:
         """`cache`: None keeps nothing beyond this process."""
         self._cache = cache
         self._vectors: dict[str, bytes] = {}
-        self._meanwhile: dict[str, bytes] = {}
+        self._provisional: dict[str, bytes] = {}
         """Provisional references, while the cache, which may have others, does not answer."""
 
     def knows(self, space: str) -> bool:
@@ -83,17 +83,17 @@ class ReferenceVectors:
                 self._vectors.setdefault(space, stored.vector)
         return space in self._vectors
 
-    async def of(self, space: str, now: bytes) -> bytes:
-        """This space's reference. If there is none, `now`, which a deployment has just returned, becomes it. While a
-        cache that may have another does not answer, the first such `now` is used: with a later one, a deployment that
-        is checked alone would be compared with itself."""
-        now = self._meanwhile.get(space, now)
+    async def of(self, space: str, vector: bytes) -> bytes:
+        """This space's reference. If there is none, `vector`, which a deployment has just returned, becomes it. While a
+        cache that may have another does not answer, the first such `vector` is used: with a later one, a deployment
+        that is checked alone would be compared with itself."""
+        vector = self._provisional.get(space, vector)
         if not await self.recall(space) and not self.readable:
-            return self._meanwhile.setdefault(space, now)
-        expected = self._vectors.setdefault(space, now)
+            return self._provisional.setdefault(space, vector)
+        reference = self._vectors.setdefault(space, vector)
         if self._cache is not None:
-            self._cache.put([(_key(space), Embedding(expected, 0))])
-        return expected
+            self._cache.put([(_key(space), Embedding(reference, 0))])
+        return reference
 
 
 def _key(space: str) -> bytes:
@@ -105,19 +105,19 @@ class Canary:
     """Compares the deployments of one vector space with each other and with its reference."""
 
     def __init__(self, deployments: Sequence[Deployment], expected: ReferenceVectors, *, from_start: bool) -> None:
-        # In the order in which callers' requests go to them: in doubt the first is right (`_right`).
+        # In the order in which callers' requests go to them: in doubt the first is right (`_choose_reference`).
         self._deployments = deployments
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
-        self._expected = expected
+        self._references = expected
         self._from_start = from_start
-        self._asked: dict[Deployment, tuple[float, bool]] = {}
+        self._last_asked: dict[Deployment, tuple[float, bool]] = {}
         """When each was last asked, and whether it answered then."""
-        self._looking = False
-        self._several = len(deployments) > 1
+        self._checking = False
+        self._interchangeable = len(deployments) > 1
         """Whether they stand in for each other."""
-        self._unsettled = False
+        self._compared_without_cache = False
         """Whether they were compared with each other only, because the cache could not be read."""
-        self.waited = -math.inf
+        self.last_timeout = -math.inf
         """When it last waited in vain for one of them."""
 
     @property
@@ -125,7 +125,7 @@ class Canary:
         """Whether there is anything to compare with: another deployment, or a cache that outlives this process. Also
         true while one is out of the rotation: no request goes there, so only a check can find that it is right
         again."""
-        return self._several or self._expected.persistent or self._any_out
+        return self._interchangeable or self._references.persistent or self._any_out
 
     @property
     def _any_out(self) -> bool:
@@ -135,12 +135,12 @@ class Canary:
         """Whether it is time for a check. Deployments configured to stand in for each other are compared from the
         start, and so is one that is out of the rotation. The others are compared once they are used: asking a model may
         mean loading it."""
-        used = any(each.health.asked if self._several else each.health.answered for each in self._deployments)
-        return (self._from_start or used or self._any_out) and not self._looking and bool(self._to_ask(now))
+        used = any(each.health.asked if self._interchangeable else each.health.answered for each in self._deployments)
+        return (self._from_start or used or self._any_out) and not self._checking and bool(self._due_deployments(now))
 
-    def _to_ask(self, now: float) -> list[Deployment]:
+    def _due_deployments(self, now: float) -> list[Deployment]:
         """The deployments that are due; all of them, once the cache can be read after a comparison without it."""
-        if self._unsettled and self._expected.readable:
+        if self._compared_without_cache and self._references.readable:
             return list(self._deployments)
         return [each for each in self._deployments if self._is_due(each, now)]
 
@@ -148,49 +148,53 @@ class Canary:
         """Whether its last check is long enough ago. Of several that stand in for each other, one that was ejected, and
         may come back as another model, is always due, and so is one that has not been compared yet."""
         health = deployment.health
-        if self._several and (health.ejected or health.unverified):
+        if self._interchangeable and (health.ejected or health.unverified):
             return True
-        asked_at, answered = self._asked.get(deployment, (-math.inf, False))
-        settled = answered and health.compared and health.out is None and now - health.readmitted_at >= EVERY
-        return now - asked_at >= (EVERY if settled else AGAIN)
+        asked_at, answered = self._last_asked.get(deployment, (-math.inf, False))
+        settled = answered and health.compared and health.out is None and now - health.readmitted_at >= CHECK_INTERVAL
+        return now - asked_at >= (CHECK_INTERVAL if settled else RECHECK_INTERVAL)
 
-    async def check(self, now: float, mute: set[str]) -> None:
+    async def check(self, now: float, unresponsive: set[str]) -> None:
         """Asks every deployment that is due once. One that returns another vector is taken out of the rotation; one
         that returns the right one is let in again. One that does not answer takes no traffic while others do, as it may
         have come back as another model; unless it was compared before and has not been away since.
 
-        `mute`: upstreams that did not answer a check of this round in time; this check adds to them. If the space has a
-        reference they are not asked; if it has none they are waited for less long, because the other deployments, which
-        may be all that serve, are compared only after that. An upstream may hang for one model alone, so a deployment
-        that was compared before and is not asked keeps its traffic.
+        `unresponsive`: upstreams that did not answer a check of this round in time; this check adds to them. If the
+        space has a reference they are not asked; if it has none they are waited for less long, because the other
+        deployments, which may be all that serve, are compared only after that. An upstream may hang for one model
+        alone, so a deployment that was compared before and is not asked keeps its traffic.
         """
-        asked = self._to_ask(now)
-        if not asked:  # it waited for other checks, and is no longer due
+        due = self._due_deployments(now)
+        if not due:  # it waited for other checks, and is no longer due
             return
-        self._looking = True
+        self._checking = True
         try:
-            known = await self._expected.recall(self._space)
-            spared = [each for each in asked if known and each.upstream in mute]
-            answers = await _ask_all([each for each in asked if each not in spared], mute, known=known)
-            shown = {each: answer for each, answer in answers.items() if isinstance(answer, bytes)}
-            expected = await self._expected.of(self._space, _right(shown)) if shown else b""
+            has_reference = await self._references.recall(self._space)
+            skipped = [each for each in due if has_reference and each.upstream in unresponsive]
+            answers = await _ask_all(
+                [each for each in due if each not in skipped], unresponsive, has_reference=has_reference
+            )
+            returned = {each: answer for each, answer in answers.items() if isinstance(answer, bytes)}
+            reference = await self._references.of(self._space, _choose_reference(returned)) if returned else b""
         finally:  # also when a change of configuration cancels it: the next gateway has the same canary
-            self._looking = False
-        hanging = {each.upstream for each, answer in answers.items() if answer is None}
-        mute |= hanging
-        if hanging and not spared:  # or it would be the last again in the next round, and never ask those it skipped
-            self.waited = now
-        if shown:
-            self._unsettled = not self._expected.knows(self._space)
-        unseen = [
-            each for each in spared if each.health.needs_comparison or (self._several and not each.health.compared)
+            self._checking = False
+        timed_out = {each.upstream for each, answer in answers.items() if answer is None}
+        unresponsive |= timed_out
+        if timed_out and not skipped:  # or it would be the last again in the next round, and never ask those it skipped
+            self.last_timeout = now
+        if returned:
+            self._compared_without_cache = not self._references.knows(self._space)
+        unchecked = [
+            each
+            for each in skipped
+            if each.health.needs_comparison or (self._interchangeable and not each.health.compared)
         ]
-        answers.update(dict.fromkeys(unseen))
+        answers.update(dict.fromkeys(unchecked))
         for deployment, answer in answers.items():
-            self._asked[deployment] = now, deployment in shown
+            self._last_asked[deployment] = now, deployment in returned
             if isinstance(answer, bytes):
-                self._compare(deployment, answer, expected)
-            elif self._several:
+                self._compare(deployment, answer, reference)
+            elif self._interchangeable:
                 self._keep_out(deployment, answer)
 
     def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
@@ -211,10 +215,10 @@ class Canary:
                 "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does%s",
                 *(deployment.name, self._space, why),
             )
-        health.mark_unverified(_SILENT + why)
+        health.mark_unverified(_UNVERIFIED + why)
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
-        if cosine >= SAME:
+        if cosine >= MIN_COSINE:
             deployment.health.let_in()
             return
         reason = f"its vectors are not those of {self._space} (cosine {cosine:.4f} to the expected one)"
@@ -228,23 +232,24 @@ class Canary:
         deployment.health.take_out(reason)
 
 
-def _right(shown: Mapping[Deployment, bytes]) -> bytes:
+def _choose_reference(returned: Mapping[Deployment, bytes]) -> bytes:
     """The vector that becomes the reference: that of the first deployment to have answered callers, or else of the
     first of all."""
-    return shown[min(shown, key=lambda each: not each.health.answered)]
+    return returned[min(returned, key=lambda each: not each.health.answered)]
 
 
-async def _ask_all(asked: Sequence[Deployment], mute: Collection[str], *, known: bool) -> dict[Deployment, _Answer]:
-    """What each answers in time, in their order. `known`: whether the space has a reference. `mute`: upstreams that are
-    not waited for as long."""
-    tasks = {asyncio.create_task(_ask(each)): each for each in asked}
+async def _ask_all(
+    deployments: Sequence[Deployment], unresponsive: Collection[str], *, has_reference: bool
+) -> dict[Deployment, _Answer]:
+    """What each answers in time, in their order. `unresponsive`: upstreams that are not waited for as long."""
+    tasks = {asyncio.create_task(_ask(each)): each for each in deployments}
     if not tasks:
         return {}
     time = asyncio.get_running_loop().time
-    until = time() + AT_FIRST
+    until = time() + FIRST_CHECK_TIMEOUT
     try:
         _, waiting = await asyncio.wait(tasks, timeout=PATIENCE)
-        while waiting and not _enough(tasks, mute, known=known, late=time() >= until):
+        while waiting and not _enough(tasks, unresponsive, has_reference=has_reference, late=time() >= until):
             left = until - time()
             _, waiting = await asyncio.wait(
                 waiting, timeout=left if left > 0 else None, return_when=asyncio.FIRST_COMPLETED
@@ -256,21 +261,22 @@ async def _ask_all(asked: Sequence[Deployment], mute: Collection[str], *, known:
 
 
 def _enough(
-    tasks: Mapping[asyncio.Task[_Answer], Deployment], mute: Collection[str], *, known: bool, late: bool
+    tasks: Mapping[asyncio.Task[_Answer], Deployment], unresponsive: Collection[str], *, has_reference: bool, late: bool
 ) -> bool:
     """Whether a deployment that callers need has answered, so that the rest need not be waited for.
 
     If the space has a reference, that is any but an ejected one, which may answer this text and no other while another
     one loads its model. If it has none, the first in order serves callers meanwhile: then another one is needed only
-    once all before it have failed, or hang at a `mute` upstream; and one that has answered callers and may still answer
-    is waited for wherever it stands, because its vector becomes the reference. `late`: any that has answered will do.
+    once all before it have failed, or hang at an `unresponsive` upstream; and one that has answered callers and may
+    still answer is waited for wherever it stands, because its vector becomes the reference. `late`: any that has
+    answered will do.
     """
-    needed, patient = known, not known and not late
+    needed, patient = has_reference, not has_reference and not late
     if patient and any(each.health.answered and not task.done() for task, each in tasks.items()):
         return False
     for task, each in tasks.items():
         if not task.done():
-            if patient and each.upstream not in mute:
+            if patient and each.upstream not in unresponsive:
                 return False
             needed = True
         elif not isinstance(task.result(), bytes):
@@ -299,7 +305,7 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
     """Makes the checks that are due, round after round, until it is cancelled. Those of one upstream are made one after
     another, as it may have to load each model; those of different ones concurrently, so that none waits for one that
     hangs."""
-    looking: dict[str, asyncio.Task[None]] = {}
+    running: dict[str, asyncio.Task[None]] = {}
     try:
         while True:
             due: dict[str, list[Canary]] = {}
@@ -307,21 +313,21 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
                 if canary.due(clock.monotonic()):
                     due.setdefault(canary.upstream, []).append(canary)
             for upstream, each in due.items():
-                if upstream not in looking or looking[upstream].done():
-                    looking[upstream] = asyncio.create_task(_look(each, clock))
+                if upstream not in running or running[upstream].done():
+                    running[upstream] = asyncio.create_task(_check_in_turn(each, clock))
             await clock.sleep(ROUND)
     finally:
-        for task in looking.values():
+        for task in running.values():
             task.cancel()
-        await asyncio.gather(*looking.values(), return_exceptions=True)
+        await asyncio.gather(*running.values(), return_exceptions=True)
 
 
-async def _look(canaries: Sequence[Canary], clock: Clock) -> None:
-    """One after another, those that waited in vain most recently last: once a check finds an upstream mute, those after
-    it do not ask it, and each is to have its turn."""
-    mute: set[str] = set()
-    for canary in sorted(canaries, key=lambda each: each.waited):
+async def _check_in_turn(canaries: Sequence[Canary], clock: Clock) -> None:
+    """One after another, those that waited in vain most recently last: once a check finds an upstream
+    unresponsive, those after it do not ask it, and each is to have its turn."""
+    unresponsive: set[str] = set()
+    for canary in sorted(canaries, key=lambda each: each.last_timeout):
         try:
-            await canary.check(clock.monotonic(), mute)
+            await canary.check(clock.monotonic(), unresponsive)
         except Exception:  # a bug of ours must not stop the checks of all the others
             log.exception("a canary could not be looked at")

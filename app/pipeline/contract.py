@@ -33,20 +33,20 @@ def in_order(
     accepts any, as long as all are equal. Raises `UpstreamInvalidResponse` if nothing in the reply can be trusted, and
     `UpstreamIgnoredDimensions` if the model returns its default length whatever is requested.
     """
-    found, count = parsed.vectors, len(bills)
-    if len(found) != count or len(parsed.indexes) != count:
-        raise UpstreamWrongCount(f"the upstream returned {len(found)} vectors for {count} inputs")
+    returned, count = parsed.vectors, len(bills)
+    if len(returned) != count or len(parsed.indexes) != count:
+        raise UpstreamWrongCount(f"the upstream returned {len(returned)} vectors for {count} inputs")
     order = _order(parsed.indexes)
-    whole = found if order is None else [found[place] for place in order]
-    faults = {} if output_type == "sparse" else _faults(whole, dimensions, native)
+    ordered = returned if order is None else [returned[place] for place in order]
+    faults = {} if output_type == "sparse" else _faults(ordered, dimensions, native)
     embeddings: list[Embedding | GatewayError]
     if output_type == "dense":
-        embeddings = list(map(Embedding, whole, bills))
+        embeddings = list(map(Embedding, ordered, bills))
     else:
         if parsed.sparse is None or len(parsed.sparse) != count:
             raise UpstreamInvalidResponse("the upstream returned no sparse vectors")
         embeddings = list(
-            map(Embedding, whole, bills, [_sparse(parsed.sparse[place]) for place in order or range(count)])
+            map(Embedding, ordered, bills, [_sparse(parsed.sparse[place]) for place in order or range(count)])
         )
     for i, fault in faults.items():
         embeddings[i] = UpstreamInvalidVector(f"the upstream returned a vector that {fault}")
@@ -56,10 +56,10 @@ def in_order(
 def _order(indexes: Sequence[int]) -> Sequence[int] | None:
     """For each input, the index of its vector in the reply; None if they are in order."""
     places = list(range(len(indexes)))
-    whole = set(map(type, indexes)) <= {int}  # bool is an int to Python, and 1.0 equals 1
-    if whole and [*indexes] == places:  # nearly always
+    integral = set(map(type, indexes)) <= {int}  # bool is an int to Python, and 1.0 equals 1
+    if integral and [*indexes] == places:  # nearly always
         return None
-    if not whole or min(indexes) < 0 or max(indexes) >= len(indexes):
+    if not integral or min(indexes) < 0 or max(indexes) >= len(indexes):
         raise UpstreamInvalidResponse("the upstream returned an index outside the batch")
     if sorted(indexes) != places:
         raise UpstreamInvalidResponse("the upstream returned one index twice")
@@ -69,24 +69,24 @@ def _order(indexes: Sequence[int]) -> Sequence[int] | None:
     return order
 
 
-def _faults(whole: Sequence[bytes], dimensions: int | None, native: int | None) -> dict[int, str]:
+def _faults(ordered: Sequence[bytes], dimensions: int | None, native: int | None) -> dict[int, str]:
     """By index, what is wrong with each vector that is not an embedding."""
-    lengths = set(map(len, whole))
+    lengths = set(map(len, ordered))
     if len(lengths - {0}) > 1:
         raise UpstreamInvalidResponse("the upstream returned vectors of different lengths")
-    length, wanted = max(lengths) // 4, dimensions or native
+    length, expected = max(lengths) // 4, dimensions or native
     if length > MAX_DIMENSIONS:
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions, which no model has")
-    if wanted is not None and length and length != wanted:
+    if expected is not None and length and length != expected:
         if dimensions is not None and native in (None, length):
             raise UpstreamIgnoredDimensions(
                 f"the upstream gave its own {length} dimensions, not the {dimensions} asked for"
             )
-        raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {wanted}")
+        raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {expected}")
     # Nearly always, and a tenth of the time of checking each.
-    if len(whole) > 1 and len(lengths) == 1 and vectors.faultless(whole):
+    if len(ordered) > 1 and len(lengths) == 1 and vectors.faultless(ordered):
         return {}
-    return {i: fault for i, vector in enumerate(whole) if (fault := vectors.fault(vector)) is not None}
+    return {i: fault for i, vector in enumerate(ordered) if (fault := vectors.fault(vector)) is not None}
 
 
 def _sparse(given: object) -> bytes:

@@ -20,14 +20,14 @@ from app import tokens
 from app.catalog import TokenRule
 
 _Numbers = NDArray[np.int64]
-_AROUND = {"bytes": 40, "han+words": 0}
+_OVERHEAD = {"bytes": 40, "han+words": 0}
 """Tenths of a token that are counted besides the text's characters: marks before and after it, and a space that some
 tokenizers add."""
 _HAN = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]")
 # A letter or digit at the beginning or after a space: no vocabulary in use has a token that spans two of them.
 _WORD = re.compile(r"(?<![^ \t\r\n])[^\W_]")
 
-LONGEST = 2**17
+MAX_COUNTED_CHARACTERS = 2**17
 """Maximum characters of a text whose tokens are counted exactly: 16 for each of a model's 8,192. A longer one is not
 worth the time, because it will hardly fit."""
 
@@ -42,13 +42,13 @@ def at_most(text: str, rule: TokenRule = "bytes") -> int:
     if rule == "cl100k_base":
         return tokens.upper_bound(text)
     if rule == "bytes" and text.isascii():
-        return len(text) + _AROUND[rule] // 10
-    return -(-(int(_costs(text, rule).sum()) + _AROUND[rule]) // 10)
+        return len(text) + _OVERHEAD[rule] // 10
+    return -(-(int(_costs(text, rule).sum()) + _OVERHEAD[rule]) // 10)
 
 
 def at_least(text: str, rule: TokenRule = "bytes") -> int:
     """Lower bound on the tokens of `text` by this rule: its words between spaces, or the exact count."""
-    if rule == "cl100k_base" and len(text) <= LONGEST:
+    if rule == "cl100k_base" and len(text) <= MAX_COUNTED_CHARACTERS:
         return len(tokens.encode(text))
     if rule != "han+words":
         return len(_WORD.findall(text))
@@ -75,18 +75,18 @@ class InputLimit:
         return self.tokens is None and self.characters is None
 
     @cached_property
-    def any_text(self) -> int:
+    def safe_characters(self) -> int:
         """A text of this many characters always fits, whatever they are."""
         by_tokens = (
             sys.maxsize
             if self.tokens is None
-            else (self.tokens - _AROUND["bytes"] // 10) // tokens.MAX_BYTES_PER_CHARACTER
+            else (self.tokens - _OVERHEAD["bytes"] // 10) // tokens.MAX_BYTES_PER_CHARACTER
         )
         return min(by_tokens, sys.maxsize if self.characters is None else self.characters // 2)
 
-    def surely_holds(self, text: str) -> bool:
+    def surely_allows(self, text: str) -> bool:
         """Whether the text fits, however its tokens are counted; decided without counting them."""
-        if len(text) <= self.any_text:
+        if len(text) <= self.safe_characters:
             return True
         if self.rule != "han+words" and self.tokens is not None and len(text) > self.tokens:
             return False  # there is no need to scan a whole body's worth of text
@@ -94,32 +94,32 @@ class InputLimit:
             self.tokens is None or at_most(text, self.rule) <= self.tokens
         )
 
-    def counts(self, text: str) -> bool:
+    def is_counted(self, text: str) -> bool:
         """Whether this text's tokens are counted rather than bounded."""
-        return self.rule == "cl100k_base" and self.tokens is not None and len(text) <= LONGEST
+        return self.rule == "cl100k_base" and self.tokens is not None and len(text) <= MAX_COUNTED_CHARACTERS
 
-    def holds(self, text: str) -> bool:
+    def allows(self, text: str) -> bool:
         """Whether a text that does not surely fit is known to fit, because its tokens can be counted."""
         return (
-            self.counts(text)
+            self.is_counted(text)
             and self.tokens is not None
             and (self.characters is None or characters(text) <= self.characters)
             and len(tokens.encode(text)) <= self.tokens
         )
 
     @property
-    def most_characters(self) -> int:
+    def max_piece_characters(self) -> int:
         """Maximum characters of a piece. (If only words are counted, spaces and letters could go on for ever.)"""
-        by_tokens = sys.maxsize if self.tokens is None else self.tokens * _LENGTHS[self.rule]
+        by_tokens = sys.maxsize if self.tokens is None else self.tokens * _CHARACTERS_PER_TOKEN[self.rule]
         return max(1, min(by_tokens, sys.maxsize if self.characters is None else self.characters))
 
-    def without(self, before: str) -> InputLimit:
-        """What remains of it with `before` in front of every text."""
-        if not before:
+    def without(self, prefix: str) -> InputLimit:
+        """What remains of it with `prefix` in front of every text."""
+        if not prefix:
             return self
         return InputLimit(
-            None if self.tokens is None else self.tokens - at_most(before, self.rule),
-            None if self.characters is None else self.characters - characters(before),
+            None if self.tokens is None else self.tokens - at_most(prefix, self.rule),
+            None if self.characters is None else self.characters - characters(prefix),
             self.rule,
         )
 
@@ -141,53 +141,53 @@ class InputLimit:
             start = end
 
     def _end(self, text: str, start: int) -> int:
-        window = text[start : start + self.most_characters]
+        window = text[start : start + self.max_piece_characters]
         fits = len(window)
         if self.characters is not None:
-            fits = min(fits, _reach(1 + (_codes(window) > 0xFFFF).astype(np.int64), self.characters))
+            fits = min(fits, _count_within(1 + (_codes(window) > 0xFFFF).astype(np.int64), self.characters))
         if self.rule == "cl100k_base" and self.tokens is not None:
             return _counted_end(text, start, fits, self.tokens)
         if self.tokens is not None:
-            fits = min(fits, _reach(_costs(window, self.rule), 10 * self.tokens - _AROUND[self.rule]))
+            fits = min(fits, _count_within(_costs(window, self.rule), 10 * self.tokens - _OVERHEAD[self.rule]))
         if not fits:
             raise ValueError("there is no room for a single character")
-        return _border(text, start, start + fits)
+        return _boundary(text, start, start + fits)
 
 
-_LENGTHS: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
+_CHARACTERS_PER_TOKEN: Mapping[TokenRule, int] = {"bytes": 1, "han+words": 8, "cl100k_base": 16}
 """Characters per token, in the longest piece."""
-_SPARE = 16
+_LOOKAHEAD = 16
 """Tokens encoded beyond a piece: if the encoded text ends within a word, its last tokens are not those of the whole
 text."""
 
 
-def _counted_end(text: str, start: int, fits: int, most: int) -> int:
-    """The end of a piece of at most `most` tokens, among the next `fits` characters. Cutting may break up a token, so
-    the piece is counted again, and shortened if need be."""
+def _counted_end(text: str, start: int, fits: int, maximum: int) -> int:
+    """The end of a piece of at most `maximum` tokens, among the next `fits` characters. Cutting may break up a
+    token, so the piece is counted again, and shortened if need be."""
     # About a piece's worth is encoded, not all of the rest for every piece.
-    looked_at = 2 * max(most, _SPARE)
+    window = 2 * max(maximum, _LOOKAHEAD)
     while True:
-        ids = tokens.encode(text[start : start + min(looked_at, fits)])
-        if len(ids) > most + _SPARE or looked_at >= fits:
+        ids = tokens.encode(text[start : start + min(window, fits)])
+        if len(ids) > maximum + _LOOKAHEAD or window >= fits:
             break
-        looked_at *= 4
-    if len(ids) > most:
+        window *= 4
+    if len(ids) > maximum:
         # Without a character of which the last token holds only the first bytes.
-        fits = len(tokens.decode_prefix(ids[:most]))
+        fits = len(tokens.decode_prefix(ids[:maximum]))
     while fits > 0:
-        end = _border(text, start, start + fits)
-        if len(tokens.encode(text[start:end])) <= most:
+        end = _boundary(text, start, start + fits)
+        if len(tokens.encode(text[start:end])) <= maximum:
             return end
         fits = end - start - 1
     raise ValueError("there is no room for a single character")
 
 
-def _reach(costs: _Numbers, most: int) -> int:
-    """How many characters from the start cost at most `most` together."""
-    return int(np.searchsorted(np.cumsum(costs), most, side="right"))
+def _count_within(costs: _Numbers, maximum: int) -> int:
+    """How many characters from the start cost at most `maximum` together."""
+    return int(np.searchsorted(np.cumsum(costs), maximum, side="right"))
 
 
-def _border(text: str, start: int, end: int) -> int:
+def _boundary(text: str, start: int, end: int) -> int:
     """The last good place to cut at or before `end`: the end of the text; or after a space, if there is one in the last
     quarter; or else between two user-perceived characters; or else `end`."""
     if end == len(text):
@@ -196,12 +196,12 @@ def _border(text: str, start: int, end: int) -> int:
     if space >= start:
         return space + 1
     for place in range(end, max(start, end - 64), -1):
-        if not _joined(text[place - 1], text[place]):
+        if not _same_character(text[place - 1], text[place]):
             return place
     return end
 
 
-def _joined(before: str, after: str) -> bool:
+def _same_character(before: str, after: str) -> bool:
     """Whether two code points are parts of one user-perceived character: marks, emoji sequences, Hangul, CR LF.
 
     Less than Unicode's grapheme clusters (UAX 29), which would need a table, and enough to keep what occurs in texts

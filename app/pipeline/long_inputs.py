@@ -28,18 +28,18 @@ T = TypeVar("T")
 _Work: TypeAlias = Generator[None, None, T]
 """Work on texts that can be interrupted before each of them."""
 
-PIECES = 2048
+MAX_PIECES = 2048
 """Maximum pieces into which one request's inputs may be cut, not counting the first of each."""
-_LOOK = 100
+_SAMPLE_PER_TOKEN = 100
 """Characters per token of the limit that are examined to tell that a text is too long."""
-_FAR = 2
+_FAR_OVER = 2
 """An input whose estimate is this many times the limit surely does not fit: in some vocabularies a token of Chinese has
 1.8 characters. Such an input is not tried, nor left to an upstream that truncates silently."""
-_LETTERS = 8
+_MAX_CHARACTERS_PER_TOKEN = 8
 """A text of more characters than this per token of the limit is not worth trying; English has 5."""
-_IN_A_THREAD = 100_000
+_INLINE_CHARACTERS = 100_000
 """Characters above which texts are examined in a thread: some milliseconds of work, 25 for short Chinese texts."""
-_AT_ONCE = 0.02
+_TIME_SLICE = 0.02
 """Seconds for which a thread works on one request's texts, though on at least one; then others get their turn, because
 threads are few, and a request that is late, or whose caller has hung up, ends."""
 
@@ -61,29 +61,29 @@ class LongInputs:
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
         self._model, facts = models[0], combined(models)
-        self._room = lengths.InputLimit(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
-        self._asks = not facts.cuts_silently
-        self._usual: OnLongInput = settings.on_long_input if settings else "error"
+        self._limit = lengths.InputLimit(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
+        self._tries = not facts.cuts_silently
+        self._default_policy: OnLongInput = settings.on_long_input if settings else "error"
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        params, policy = request.params, request.on_long_input or self._usual
-        before = prefix_of(self._model, params.input_type, params.instruct)
+        params, policy = request.params, request.on_long_input or self._default_policy
+        prefix = prefix_of(self._model, params.input_type, params.instruct)
         # An instruction beside the text may count or not: no input is refused for it, and room is left.
-        ahead = before or params.instruct or ""
-        room = self._room.without(ahead)
+        reserved = prefix or params.instruct or ""
+        limit = self._limit.without(reserved)
         plan: _Plan | None
-        if policy != "error" and room.unbounded:
+        if policy != "error" and limit.unbounded:
             # No limit is known: an upstream that refuses an input may name it.
             texts = {i for i, text in enumerate(request.inputs) if type(text) is str}
-            plan = _Plan(request.inputs, texts, room, whole=policy == "split", asks=True)
-        elif not request.media and max(map(len, request.inputs)) <= room.any_text:  # type: ignore[arg-type]  # all are text
+            plan = _Plan(request.inputs, texts, limit, all_pieces=policy == "split", tries=True)
+        elif not request.media and max(map(len, request.inputs)) <= limit.safe_characters:  # type: ignore[arg-type]  # all are text
             return await self._inner(request)
         else:
-            plan = await _aside(self._plan(request, policy, room, before), request.inputs)
+            plan = await _run(self._plan(request, policy, limit, prefix), request.inputs)
         if plan is None:
             return await self._inner(request)
         try:
-            result = await self._embed(request, plan, ahead)
+            result = await self._embed(request, plan, reserved)
         except GatewayError as error:
             error.calls += plan.calls
             raise
@@ -94,51 +94,55 @@ class LongInputs:
         return result
 
     def _plan(
-        self, request: EmbedRequest, policy: OnLongInput, room: lengths.InputLimit, before: str
+        self, request: EmbedRequest, policy: OnLongInput, limit: lengths.InputLimit, prefix: str
     ) -> _Work[_Plan | None]:
         """How to cut the inputs; None if all are sent as they are. Raises `InvalidRequest`."""
         long: list[int] = []
         for i, text in enumerate(request.inputs):
             yield
-            if type(text) is str and not room.surely_holds(text):
+            if type(text) is str and not limit.surely_allows(text):
                 long.append(i)
-        if long and room.rule == "cl100k_base":
-            long = yield from _over(room, request.inputs, long, first=policy == "error")
+        if long and limit.rule == "cl100k_base":
+            long = yield from _not_fitting(limit, request.inputs, long, first=policy == "error")
         if not long:
             return None
         if policy == "error":
             for i in long:
                 yield
-                self._refuse(i, before, _text(request.inputs, i))
+                self._refuse(i, prefix, _text(request.inputs, i))
             return None
         if policy == "split":
             _check_dense(request)
-        plan = _Plan(request.inputs, set(long), room, whole=policy == "split", asks=self._asks)
+        plan = _Plan(request.inputs, set(long), limit, all_pieces=policy == "split", tries=self._tries)
         yield from plan.cut([i for i in long if not plan.may_fit(i)])
         return plan
 
-    def _refuse(self, i: int, before: str, text: str) -> None:
+    def _refuse(self, i: int, prefix: str, text: str) -> None:
         """Raises `ContextLengthExceeded` for an input that is too long however its tokens are counted; and for one that
         is far too long by estimate, if the upstream would truncate it silently."""
-        room, whole = self._room, before + text
+        limit, full_text = self._limit, prefix + text
         # Enough to tell, however long the text is.
-        looked_at = whole[: _LOOK * room.tokens] if room.tokens is not None else ""
-        if room.characters is not None and len(whole) > room.characters:
-            size, limit = f"{len(whole)} characters", room.characters
-        elif room.tokens is not None and (count := lengths.at_least(looked_at, room.rule)) > room.tokens:
-            exact = room.rule == "cl100k_base" and len(looked_at) == len(whole) <= lengths.LONGEST
-            size, limit = f"{count} tokens" if exact else f"at least {count} tokens", room.tokens
-        elif room.tokens is not None and not self._asks and (about := tokens.estimate(whole)) > _FAR * room.tokens:
-            size, limit = f"about {about} tokens", room.tokens
+        sample = full_text[: _SAMPLE_PER_TOKEN * limit.tokens] if limit.tokens is not None else ""
+        if limit.characters is not None and len(full_text) > limit.characters:
+            size, maximum = f"{len(full_text)} characters", limit.characters
+        elif limit.tokens is not None and (count := lengths.at_least(sample, limit.rule)) > limit.tokens:
+            exact = limit.rule == "cl100k_base" and len(sample) == len(full_text) <= lengths.MAX_COUNTED_CHARACTERS
+            size, maximum = f"{count} tokens" if exact else f"at least {count} tokens", limit.tokens
+        elif (
+            limit.tokens is not None
+            and not self._tries
+            and (estimate := tokens.estimate(full_text)) > _FAR_OVER * limit.tokens
+        ):
+            size, maximum = f"about {estimate} tokens", limit.tokens
         else:
             return
-        besides = " with its role or instruction" if before else ""
+        suffix = " with its role or instruction" if prefix else ""
         raise ContextLengthExceeded(
-            f"input[{i}] has {size}{besides}; this model takes at most {limit}", param=f"input[{i}]"
+            f"input[{i}] has {size}{suffix}; this model takes at most {maximum}", param=f"input[{i}]"
         )
 
-    async def _embed(self, request: EmbedRequest, plan: _Plan, ahead: str) -> EmbedResult:
-        """Embeds all pieces at once; inputs that are then found too long are cut and tried again. `ahead` needs room
+    async def _embed(self, request: EmbedRequest, plan: _Plan, reserved: str) -> EmbedResult:
+        """Embeds all pieces at once; inputs that are then found too long are cut and tried again. `reserved` needs room
         too, in front of each piece."""
         everything = range(len(request.inputs))
         result = await self._ask(request, plan, everything)
@@ -148,11 +152,11 @@ class LongInputs:
         for place, error in result.too_long.items():
             if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
                 raise error  # a piece that surely fits was refused: cutting it now would be a guess
-        if plan.room.unbounded:
-            if plan.whole:
+        if plan.limit.unbounded:
+            if plan.all_pieces:
                 _check_dense(request)
-            plan.room = _room_of(result.too_long.values(), plan.room.rule).without(ahead)
-        await _aside(plan.cut(refused), [request.inputs[i] for i in refused])
+            plan.limit = _stated_limit(result.too_long.values(), plan.limit.rule).without(reserved)
+        await _run(plan.cut(refused), [request.inputs[i] for i in refused])
         again = await self._ask(request, plan, refused, final=True)
         merge_result(result, refused, again)
         result.cached_tokens += again.cached_tokens
@@ -164,25 +168,31 @@ class LongInputs:
         return result
 
     async def _ask(
-        self, request: EmbedRequest, plan: _Plan, which: Sequence[int], *, final: bool = False
+        self, request: EmbedRequest, plan: _Plan, indexes: Sequence[int], *, final: bool = False
     ) -> EmbedResult:
-        result = await self._inner(plan.request(request, which, final=final))
+        result = await self._inner(plan.request(request, indexes, final=final))
         plan.calls += result.calls
-        return plan.join(result, which)
+        return plan.join(result, indexes)
 
 
 class _Plan:
     """The pieces in which each input is embedded."""
 
     def __init__(
-        self, inputs: Sequence[Input], long: Collection[int], room: lengths.InputLimit, *, whole: bool, asks: bool
+        self,
+        inputs: Sequence[Input],
+        long: Collection[int],
+        limit: lengths.InputLimit,
+        *,
+        all_pieces: bool,
+        tries: bool,
     ) -> None:
-        """`long`: the inputs that do not surely fit. `whole`: embed all pieces of an input, not only the first. `asks`:
-        try inputs that may fit."""
-        self.long, self.room, self.whole = long, room, whole
-        self._inputs, self._asks = inputs, asks
+        """`long`: the inputs that do not surely fit. `all_pieces`: embed all pieces of an input, not only the first.
+        `tries`: try inputs that may fit."""
+        self.long, self.limit, self.all_pieces = long, limit, all_pieces
+        self._inputs, self._tries = inputs, tries
         self._pieces: dict[int, Sequence[str]] = {}
-        self._left = PIECES
+        self._pieces_left = MAX_PIECES
         self.owners: list[int] = []
         """For each piece of the last request, the index of its input."""
         self.calls = 0
@@ -198,25 +208,27 @@ class _Plan:
 
     def may_fit(self, i: int) -> bool:
         """Whether to try the input as it is: it is likely to fit, and refused if it does not."""
-        text, room = _text(self._inputs, i), self.room
-        if room.counts(text):
+        text, limit = _text(self._inputs, i), self.limit
+        if limit.is_counted(text):
             return False  # it was counted and does not fit; counting again would block the event loop
-        if not self._asks or (room.characters is not None and len(text) > room.characters):
+        if not self._tries or (limit.characters is not None and len(text) > limit.characters):
             return False
-        if room.tokens is None:
+        if limit.tokens is None:
             return True
-        if room.rule == "bytes" and (len(text) > _LETTERS * room.tokens or tokens.estimate(text) > _FAR * room.tokens):
+        if limit.rule == "bytes" and (
+            len(text) > _MAX_CHARACTERS_PER_TOKEN * limit.tokens or tokens.estimate(text) > _FAR_OVER * limit.tokens
+        ):
             return False
-        return lengths.at_least(text, room.rule) <= room.tokens
+        return lengths.at_least(text, limit.rule) <= limit.tokens
 
-    def cut(self, which: Sequence[int]) -> _Work[None]:
-        for i in which:
+    def cut(self, indexes: Sequence[int]) -> _Work[None]:
+        for i in indexes:
             yield
             text = _text(self._inputs, i)
-            if self.whole and len(text) > (self._left + 1) * self.room.most_characters:
+            if self.all_pieces and len(text) > (self._pieces_left + 1) * self.limit.max_piece_characters:
                 raise self._too_many(i)
             try:
-                pieces = self.room.pieces(text) if self.whole else [self.room.first(text)]
+                pieces = self.limit.pieces(text) if self.all_pieces else [self.limit.first(text)]
             except ValueError:
                 raise InvalidRequest(
                     f"not even the beginning of input[{i}] surely fits this model, with what goes before it",
@@ -224,54 +236,54 @@ class _Plan:
                 ) from None
             # A piece of whitespace means nothing, and some upstreams refuse it.
             self._pieces[i] = [piece for piece in pieces if not piece.isspace()] or pieces[:1]
-            self._left -= len(self._pieces[i]) - 1
-            if self._left < 0:
+            self._pieces_left -= len(self._pieces[i]) - 1
+            if self._pieces_left < 0:
                 raise self._too_many(i)
 
     def _too_many(self, i: int) -> ContextLengthExceeded:
         where, length = f"input[{i}]", len(_text(self._inputs, i))
         return ContextLengthExceeded(f"{where} has {length} characters: too many pieces for one request", param=where)
 
-    def request(self, request: EmbedRequest, which: Sequence[int], *, final: bool = False) -> EmbedRequest:
+    def request(self, request: EmbedRequest, indexes: Sequence[int], *, final: bool = False) -> EmbedRequest:
         """The request for the pieces of these inputs; each piece's position is its input's index."""
-        pieces = [(i, piece) for i in which for piece in self._pieces.get(i, (self._inputs[i],))]
+        pieces = [(i, piece) for i in indexes for piece in self._pieces.get(i, (self._inputs[i],))]
         self.owners = [i for i, _ in pieces]
         return replace(
             request,
             inputs=[piece for _, piece in pieces],
             positions=self.owners,
-            collect_too_long=self._asks and not final,
+            collect_too_long=self._tries and not final,
         )
 
-    def join(self, result: EmbedResult, which: Sequence[int]) -> EmbedResult:
+    def join(self, result: EmbedResult, indexes: Sequence[int]) -> EmbedResult:
         """One embedding for each of these inputs, made from those of its pieces."""
-        embeddings, sources, free = [], [], dict.fromkeys(Source, 0)
+        embeddings, sources, tokens_by_source = [], [], dict.fromkeys(Source, 0)
         found = iter(zip(result.embeddings, result.sources, strict=True))
-        for i in which:
+        for i in indexes:
             pieces = self._pieces.get(i, ("",))
             parts = [next(found) for _ in pieces]
-            source = _worst([each for _, each in parts])
+            source = _costliest([each for _, each in parts])
             if source is Source.UPSTREAM:
                 for embedding, each in parts:
-                    free[each] += embedding.tokens
-            of_pieces = self.whole and i in self._pieces
-            embeddings.append(_mean(i, [each for each, _ in parts], pieces) if of_pieces else parts[0][0])
+                    tokens_by_source[each] += embedding.tokens
+            averaged = self.all_pieces and i in self._pieces
+            embeddings.append(_mean(i, [each for each, _ in parts], pieces) if averaged else parts[0][0])
             sources.append(source)
-        cached, shared = free[Source.CACHE], free[Source.INFLIGHT]
+        cached, shared = tokens_by_source[Source.CACHE], tokens_by_source[Source.INFLIGHT]
         return replace(result, embeddings=embeddings, sources=sources, cached_tokens=cached, shared_tokens=shared)
 
 
-async def _aside(work: _Work[T], texts: Iterable[Input]) -> T:
+async def _run(work: _Work[T], texts: Iterable[Input]) -> T:
     """Runs this work on these texts and returns its result; in a thread if they are long, in turns with other
     requests."""
-    long = sum(len(text) for text in texts if type(text) is str) > _IN_A_THREAD
-    came: tuple[T] | None = None
-    while came is None:
-        came = await asyncio.to_thread(_go_on, work, _AT_ONCE) if long else _go_on(work, math.inf)
-    return came[0]
+    long = sum(len(text) for text in texts if type(text) is str) > _INLINE_CHARACTERS
+    done: tuple[T] | None = None
+    while done is None:
+        done = await asyncio.to_thread(_run_for, work, _TIME_SLICE) if long else _run_for(work, math.inf)
+    return done[0]
 
 
-def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
+def _run_for(work: _Work[T], seconds: float) -> tuple[T] | None:
     """Runs the work for so many seconds; returns its result, as a tuple, if that completes it. The exception that
     carries the result is not returned: its traceback would refer to whoever keeps it, and hold the request until the
     cyclic garbage collector runs."""
@@ -279,21 +291,23 @@ def _go_on(work: _Work[T], seconds: float) -> tuple[T] | None:
     try:
         while time.perf_counter() < until:
             next(work)
-    except StopIteration as over:
-        return (over.value,)
+    except StopIteration as stop:
+        return (stop.value,)
     return None
 
 
-def _over(room: lengths.InputLimit, inputs: Sequence[Input], which: Sequence[int], *, first: bool) -> _Work[list[int]]:
-    """Those of `which` that do not fit when counted. `first`: stop at the first one that is counted and does not."""
-    over: list[int] = []
-    for i in which:
+def _not_fitting(
+    limit: lengths.InputLimit, inputs: Sequence[Input], indexes: Sequence[int], *, first: bool
+) -> _Work[list[int]]:
+    """Those of `indexes` that do not fit when counted. `first`: stop at the first that is counted and does not fit."""
+    too_long: list[int] = []
+    for i in indexes:
         yield
-        if not room.holds(_text(inputs, i)):
-            over.append(i)
-            if first and room.counts(_text(inputs, i)):
+        if not limit.allows(_text(inputs, i)):
+            too_long.append(i)
+            if first and limit.is_counted(_text(inputs, i)):
                 break
-    return over
+    return too_long
 
 
 def _check_dense(request: EmbedRequest) -> None:
@@ -302,18 +316,18 @@ def _check_dense(request: EmbedRequest) -> None:
         raise InvalidRequest("on_long_input: split gives dense vectors only", param="on_long_input")
 
 
-def _room_of(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.InputLimit:
+def _stated_limit(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.InputLimit:
     """The input limit that upstreams named when they refused some. Raises a refusal that names none."""
-    most_tokens, most_characters = [], []
+    token_limits, character_limits = [], []
     for refusal in refusals:
         if found := _TOKENS.search(refusal.message):
-            most_tokens.append(max(1, _number(found[2] or found[3]) - (found[1] is not None)))
+            token_limits.append(max(1, _number(found[2] or found[3]) - (found[1] is not None)))
         elif found := _CHARACTERS.search(refusal.message):
-            most_characters.append(_number(found[1] or found[2]))
+            character_limits.append(_number(found[1] or found[2]))
         else:
             refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
             raise refusal
-    return lengths.InputLimit(min(most_tokens, default=None), min(most_characters, default=None), rule)
+    return lengths.InputLimit(min(token_limits, default=None), min(character_limits, default=None), rule)
 
 
 def _number(digits: str) -> int:
@@ -339,6 +353,6 @@ def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embeddin
     return Embedding(vector, sum(part.tokens for part in parts))
 
 
-def _worst(sources: Collection[Source]) -> Source:
+def _costliest(sources: Collection[Source]) -> Source:
     """The source that an input counts as coming from, given those of its pieces: the costliest of them."""
     return next(each for each in (Source.UPSTREAM, Source.INFLIGHT, Source.CACHE) if each in sources)

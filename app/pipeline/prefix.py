@@ -33,5 +33,5 @@ class Prefix:
             return await self._inner(batch)
         prefix = prefix_of(self._model, params.input_type, params.instruct)
         inputs = [prefix + each if isinstance(each, str) else each for each in batch.inputs]
-        told = replace(params, input_type=None, instruct=None)
-        return await self._inner(replace(batch, inputs=inputs, params=told))
+        cleared = replace(params, input_type=None, instruct=None)
+        return await self._inner(replace(batch, inputs=inputs, params=cleared))

@@ -26,16 +26,16 @@ class Prepare:
         self._models, self._model, self._facts = models, models[0], combined(models)
         self._dimensions = settings.dimensions if settings else None
         self._input_type = settings.input_type if settings else None
-        self._prepared: dict[Params, Params] = {}
+        self._canonical: dict[Params, Params] = {}
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        params = self._prepared.get(request.params)
+        params = self._canonical.get(request.params)
         if params is None:
-            params = self.prepared(request.params)
+            params = self.canonical(request.params)
             # Clients send a handful of combinations. Bounded, and without instructions, which may be of any size: no
             # client may fill the memory.
-            if len(self._prepared) < 256 and params.instruct is None:
-                self._prepared[request.params] = params
+            if len(self._canonical) < 256 and params.instruct is None:
+                self._canonical[request.params] = params
         if request.media:
             self._check_media(request.inputs)
         return await self._inner(request if params == request.params else replace(request, params=params))
@@ -53,18 +53,18 @@ class Prepare:
                     f"model {self._name!r} takes text{also} only",
                     param=f"input[{i}]",
                 )
-            limit, found = self._model.max_image_bytes, DATA_URI.match(media.source)
-            if limit is None or found is None:
+            limit, data_uri = self._model.max_image_bytes, DATA_URI.match(media.source)
+            if limit is None or data_uri is None:
                 continue
             # Four characters of base64 are three bytes, less the padding.
-            size = (len(media.source) - found.end()) * 3 // 4 - media.source.count("=", -2)
+            size = (len(media.source) - data_uri.end()) * 3 // 4 - media.source.count("=", -2)
             if size > limit:
                 raise InvalidRequest(
                     f"input[{i}] is an image of {size} bytes; model {self._name!r} takes at most {limit}",
                     param=f"input[{i}]",
                 )
 
-    def prepared(self, params: Params) -> Params:
+    def canonical(self, params: Params) -> Params:
         """`params` in the model's canonical form. Raises `InvalidRequest` for what the model cannot do."""
         model = self._model
         if params.output_type != "dense" and not self._facts.sparse:
@@ -76,49 +76,51 @@ class Prepare:
             raise InvalidRequest(
                 f"model {self._name!r} takes an instruction for queries only; say input_type: query", param="instruct"
             )
-        prepared = replace(params, dimensions=self._allowed(params.dimensions or self._dimensions), input_type=role)
-        if not any(honours(each, prepared) for each in self._models):
+        canonical = replace(
+            params, dimensions=self._dimensions_for(params.dimensions or self._dimensions), input_type=role
+        )
+        if not any(honours(each, canonical) for each in self._models):
             raise InvalidRequest(
                 f"no deployment of model {self._name!r} takes input_type, instruct and output_type as they are here "
                 "together",
                 param="input_type" if role else "instruct",
             )
-        return prepared
+        return canonical
 
     def _prefix(self, role: Role | None) -> str:
         return self._model.prefixes[self._model.roles.index(role)] if role else ""
 
-    def _role(self, asked: Role | None) -> Role | None:
+    def _role(self, requested: Role | None) -> Role | None:
         """The role if it makes a difference; None if the model knows no roles, or assumes this one by default. Raises
         `InvalidRequest`."""
-        if asked is None or asked == self._model.default_role or not self._facts.roles:
+        if requested is None or requested == self._model.default_role or not self._facts.roles:
             return None
-        if asked not in self._facts.roles:
+        if requested not in self._facts.roles:
             raise InvalidRequest(
-                f"model {self._name!r} is reached in a way that cannot tell it a {asked}", param="input_type"
+                f"model {self._name!r} is reached in a way that cannot tell it a {requested}", param="input_type"
             )
         # With an empty prefix, the role makes no difference to the text.
-        return asked if not self._model.prefixes or self._prefix(asked) else None
+        return requested if not self._model.prefixes or self._prefix(requested) else None
 
-    def _allowed(self, asked: int | None) -> int | None:
+    def _dimensions_for(self, requested: int | None) -> int | None:
         """The length requested, if the model can make it; None if it is the default. Raises `UnsupportedDimensions`."""
         model = self._model
-        if asked is None or asked == model.dimensions:
+        if requested is None or requested == model.dimensions:
             return None
         choices = (
             model.dimension_choices if self._facts.matryoshka_dimensions is None else self._facts.matryoshka_dimensions
         )
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
-            raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {asked}", param="dimensions")
-        if choices and asked not in choices:
+            raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {requested}", param="dimensions")
+        if choices and requested not in choices:
             listed = ", ".join(map(str, sorted(choices)))
             raise UnsupportedDimensions(
-                f"model {self._name!r} gives {listed} dimensions, not {asked}", param="dimensions"
+                f"model {self._name!r} gives {listed} dimensions, not {requested}", param="dimensions"
             )
-        if not choices and model.dimensions is not None and asked > model.dimensions:
+        if not choices and model.dimensions is not None and requested > model.dimensions:
             raise UnsupportedDimensions(
-                f"model {self._name!r} gives at most {model.dimensions} dimensions, not {asked}",
+                f"model {self._name!r} gives at most {model.dimensions} dimensions, not {requested}",
                 param="dimensions",
             )
-        return asked
+        return requested

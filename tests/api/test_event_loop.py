@@ -27,7 +27,7 @@ from app.logs import RequestLog
 from app.main import create_app
 from app.metrics import Metrics
 from app.pipeline import call as call_module
-from app.pipeline.call import AT_ONCE, Call
+from app.pipeline.call import INLINE_PARSE_LIMIT, Call
 from app.types import (
     Adapter,
     Batch,
@@ -159,7 +159,7 @@ def reply_of(numbers: str, size: int = 0) -> bytes:
 
 
 NUMBERS = ",".join(["0.5"] * 1024)
-LARGE = AT_ONCE + 1
+LARGE = INLINE_PARSE_LIMIT + 1
 
 
 async def test_a_large_reply_is_not_parsed_while_others_wait() -> None:
@@ -189,7 +189,7 @@ async def test_a_scrape_is_not_written_while_others_wait() -> None:
 
 
 async def test_of_large_replies_that_come_together_each_has_a_turn_of_its_own() -> None:
-    call = call_that_gets(reply_of(NUMBERS, call_module.LARGE + 1), Metrics())
+    call = call_that_gets(reply_of(NUMBERS, call_module.SERIAL_PARSE_LIMIT + 1), Metrics())
     async with turns() as others:
         calls = [asyncio.create_task(call(ASKED)) for _ in range(5)]
         for done, each in enumerate(calls):

@@ -20,7 +20,7 @@ from app.errors import RateLimited, UpstreamTimeout, UpstreamUnreachable
 from app.metrics import Metrics
 from app.pipeline import canary
 from app.pipeline.batcher import Batcher
-from app.pipeline.canary import AGAIN, EVERY, ReferenceVectors
+from app.pipeline.canary import CHECK_INTERVAL, RECHECK_INTERVAL, ReferenceVectors
 from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import EJECTION, FAILURES, Health
 from app.pipeline.route import Route
@@ -146,7 +146,7 @@ def test_a_model_that_changes_between_two_runs_is_found_by_what_was_stored(tmp_p
                     refused = gateway.post({"model": "m", "input": "new"})
                     assert refused.status_code == 503
                     fake.changed = False
-                    clock.passed += EVERY
+                    clock.passed += CHECK_INTERVAL
                     clock.woken += 1
                     while gateway.post({"model": "m", "input": "back"}).status_code != 200:
                         pass
@@ -243,7 +243,7 @@ def test_one_that_has_left_does_not_come_back_by_a_change_of_configuration() -> 
             stays.wait_for_calls(1)
             drifts.wait_for_calls(1)
             drifts.changed = True
-            clock.passed += EVERY
+            clock.passed += CHECK_INTERVAL
             until_looked(clock, lambda: len(drifts.calls) == 2)
             assert "cosine" in until_out(gateway, "up0")[MODEL]
             heavier = config(drifts, stays)
@@ -306,7 +306,7 @@ async def test_a_look_that_fails_for_a_bug_of_ours_does_not_end_the_watch(caplog
     looked: list[str] = []
 
     class Looks:
-        waits, upstream, waited = False, "up", 0.0
+        waits, upstream, last_timeout = False, "up", 0.0
 
         def __init__(self, name: str) -> None:
             self._name = name
@@ -464,10 +464,10 @@ async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_a
     _, before = several(clock, hangs, answers, expected=expected)
     (first, *_), looks = several(clock, answers, hangs, answers, expected=expected)
     first.health.unverified = True
-    await asyncio.wait_for(canary._look([before, looks], clock), 5)
+    await asyncio.wait_for(canary._check_in_turn([before, looks], clock), 5)
     assert first.health.unverified
     clock.now += canary.ROUND
-    round_two = asyncio.create_task(canary._look([before, looks], clock))
+    round_two = asyncio.create_task(canary._check_in_turn([before, looks], clock))
     async with asyncio.timeout(5):
         while not first.health.compared:
             await asyncio.sleep(0.01)
@@ -620,7 +620,7 @@ async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_
 async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "AT_FIRST", 0.05)
+    monkeypatch.setattr(canary, "FIRST_CHECK_TIMEOUT", 0.05)
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second), looks = several(clock, hangs, answers)
     second.health.unverified = True
@@ -633,7 +633,7 @@ async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
 async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "AT_FIRST", 0.01)
+    monkeypatch.setattr(canary, "FIRST_CHECK_TIMEOUT", 0.01)
 
     (first, second), looks = several(clock, refuses, late)
     await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
@@ -643,7 +643,7 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
 async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "AT_FIRST", 0.01)
+    monkeypatch.setattr(canary, "FIRST_CHECK_TIMEOUT", 0.01)
     monkeypatch.setattr(canary, "PATIENCE", 0.01)
 
     (first, second), looks = several(clock, hangs, late)
@@ -657,7 +657,7 @@ async def test_whoever_counts_where_the_first_has_failed_is_not_kept_waiting_by_
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second, third), looks = several(clock, refuses, answers, hangs)
     second.health.unverified = third.health.unverified = True
-    await asyncio.wait_for(looks.check(clock.monotonic(), set()), canary.AT_FIRST / 2)
+    await asyncio.wait_for(looks.check(clock.monotonic(), set()), canary.FIRST_CHECK_TIMEOUT / 2)
     assert [each.health.unverified for each in (first, second, third)] == [True, False, True]
 
 
@@ -710,7 +710,7 @@ async def test_an_upstream_that_hangs_holds_up_no_look_at_another(clock: HandClo
     looked: list[str] = []
 
     class Looks:
-        waited = 0.0
+        last_timeout = 0.0
 
         def __init__(self, upstream: str) -> None:
             self.upstream = upstream
@@ -759,10 +759,10 @@ async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clo
     (first, _), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
     first.embed = limited
-    clock.now += EVERY
+    clock.now += CHECK_INTERVAL
     await looks.check(clock.monotonic(), set())
-    clock.now += AGAIN
-    assert looks._to_ask(clock.monotonic()) == [first]
+    clock.now += RECHECK_INTERVAL
+    assert looks._due_deployments(clock.monotonic()) == [first]
 
 
 async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None:
@@ -770,8 +770,8 @@ async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None
     (_, second), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
     second.health.take_out("its vectors were not those of the space")
-    clock.now += AGAIN
-    assert looks._to_ask(clock.monotonic()) == [second]
+    clock.now += RECHECK_INTERVAL
+    assert looks._due_deployments(clock.monotonic()) == [second]
     await looks.check(clock.monotonic(), set())
     assert second.health.out is None
 
@@ -787,12 +787,12 @@ async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock)
         return turns.health.out
 
     assert await passes(0, answers_otherwise)
-    assert not await passes(AGAIN, answers)
-    assert await passes(AGAIN, answers_otherwise)
-    assert not await passes(AGAIN, answers)
-    assert not await passes(EVERY, answers)
-    assert not await passes(AGAIN, answers_otherwise), "it is not asked any more"
-    assert await passes(EVERY, answers_otherwise)
+    assert not await passes(RECHECK_INTERVAL, answers)
+    assert await passes(RECHECK_INTERVAL, answers_otherwise)
+    assert not await passes(RECHECK_INTERVAL, answers)
+    assert not await passes(CHECK_INTERVAL, answers)
+    assert not await passes(RECHECK_INTERVAL, answers_otherwise), "it is not asked any more"
+    assert await passes(CHECK_INTERVAL, answers_otherwise)
 
 
 async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_is_down(clock: HandClock) -> None:
@@ -807,7 +807,7 @@ async def test_one_that_stands_in_for_nobody_is_not_asked_every_round_while_it_i
 async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock) -> None:
     (first, _), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
-    clock.now += AGAIN
+    clock.now += RECHECK_INTERVAL
     assert not looks.due(clock.monotonic())
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
     assert looks.due(clock.monotonic())
@@ -816,15 +816,15 @@ async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock
 async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_others_had(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(canary, "AT_FIRST", 0.05)
+    monkeypatch.setattr(canary, "FIRST_CHECK_TIMEOUT", 0.05)
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, _), looks = several(clock, answers, hangs)
     looking = asyncio.create_task(looks.check(clock.monotonic(), set()))
     await settle()
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
     await asyncio.wait_for(looking, 5)
-    clock.now += AGAIN
-    assert first in looks._to_ask(clock.monotonic())
+    clock.now += RECHECK_INTERVAL
+    assert first in looks._due_deployments(clock.monotonic())
 
 
 async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_compared(clock: HandClock) -> None:
@@ -834,12 +834,12 @@ async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_co
     second.embed = hangs
     for each in (first, second):
         each.health.end(UpstreamUnreachable("no connection"), each.health.begin())
-    clock.now += AGAIN
+    clock.now += RECHECK_INTERVAL
     looking = asyncio.create_task(looks.check(clock.monotonic(), set()))
     await settle()
     looking.cancel()
     await asyncio.gather(looking, return_exceptions=True)
-    assert first in looks._to_ask(clock.monotonic())
+    assert first in looks._due_deployments(clock.monotonic())
 
 
 async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from app import tokens
 from app.metrics import BufferedCounter, Metrics
-from app.pipeline.adapt import _legal
+from app.pipeline.adapt import _split
 from app.pipeline.deployment import CallLimits
 from app.pipeline.queue import LANES, TARGET_BATCH, BatchKey, Job, Queue, Queues, QueueSet, Waiter
 from app.types import Input, Lane, Media, Params
@@ -94,7 +94,7 @@ def test_what_is_taken_for_one_call_is_not_split_for_the_same_limits(
     lanes: tuple[list[tuple[Input, int]], list[tuple[Input, int]]], limits: CallLimits
 ) -> None:
     taken, _ = Case(lanes).queue.take(limits, scarce=True)
-    assert len(_legal([job.input for job in taken], limits)) == 1
+    assert len(_split([job.input for job in taken], limits)) == 1
 
 
 def test_what_has_no_room_is_passed_over_and_goes_with_the_next_call() -> None:

@@ -530,8 +530,8 @@ async def test_what_clients_ask_for_fills_no_memory() -> None:
     for number in range(300):
         assert await prepare(request("x", params=Params(dimensions=number + 1)))
         assert await prepare(request("x", params=Params(instruct=f"{number}")))
-    assert len(prepare._prepared) == 256
-    assert {params.instruct for params in prepare._prepared} == {None}
+    assert len(prepare._canonical) == 256
+    assert {params.instruct for params in prepare._canonical} == {None}
 
 
 async def test_an_image_is_taken_where_every_deployment_takes_it() -> None:

@@ -24,7 +24,7 @@ from app.errors import (
     UpstreamUnavailable,
     UpstreamUnreachable,
 )
-from app.gateway import REFRESH, Gateway
+from app.gateway import REFRESH_INTERVAL, Gateway
 from app.main import create_app
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import baidu, ollama, openai
@@ -554,7 +554,7 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
     before.deployments[0].health.end(UpstreamMisconfigured("who?"), 0)
     assert gateway.status()["upstreams"]["one"]["trouble"]
     one.models = [Model("m", revision="b")]
-    await clock.advance(REFRESH)
+    await clock.advance(REFRESH_INTERVAL)
     await settle()
     after = gateway.names["one/m"]
     assert (before.space, after.space) == ("openai/m@a", "openai/m@b")
@@ -562,7 +562,7 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
     before.deployments[0].health.take_out("what is under way there is nobody's business")
     assert available(gateway, "one", "m") == 1
     one.models = []
-    await clock.advance(REFRESH)
+    await clock.advance(REFRESH_INTERVAL)
     await settle()
     assert "one/m" not in gateway.names
     assert available(gateway, "one", "m") is None
@@ -591,7 +591,7 @@ async def test_what_cannot_be_asked_is_said_once(
     await gateway.start()
     await settle()
     for _ in range(3):
-        await clock.advance(REFRESH)
+        await clock.advance(REFRESH_INTERVAL)
         await settle()
     assert one.asked == 4
     assert [record.message for record in caplog.records if "upstream one" in record.message] == [
@@ -612,7 +612,7 @@ async def test_a_list_without_a_model_and_a_server_without_a_list_are_told_once(
     await gateway.start()
     await settle()
     for _ in range(3):
-        await clock.advance(REFRESH)
+        await clock.advance(REFRESH_INTERVAL)
         await settle()
     assert one.asked == other.asked == 4
     assert sorted(record.message for record in caplog.records if record.message.startswith("upstream ")) == [

@@ -51,7 +51,7 @@ class GatewayError(Exception):
     stops_batch: bool = False
     """Whether the batch's other calls to the deployment would fail the same way, or wait in vain."""
     needs_operator: bool = False
-    """Whether it does not pass by itself, so that an operator has to act, and is told."""
+    """Whether an operator has to act, and is told, because it does not pass by itself."""
 
     def __init__(
         self,

@@ -63,13 +63,15 @@ class Gateway:
         """By caller's name, for callers whose key has a limit."""
         self.upstreams: dict[str, Upstream] = {}
         self._slots: dict[str, Slots] = {}
-        for name, each in settings.upstreams.items():
+        for name, upstream_settings in settings.upstreams.items():
             previous = before.upstreams.get(name) if before else None
-            if before and previous and previous.settings == each:  # with what it has learned
+            if before and previous and previous.settings == upstream_settings:  # with what it has learned
                 self.upstreams[name], self._slots[name] = previous, before._slots[name]
             else:
-                self.upstreams[name] = Upstream(name, each, UPSTREAMS[each.type], clock, transport, self._tokens)
-                self._slots[name] = Slots(each.max_concurrency, self._pace(name, each))
+                self.upstreams[name] = Upstream(
+                    name, upstream_settings, UPSTREAMS[upstream_settings.type], clock, transport, self._tokens
+                )
+                self._slots[name] = Slots(upstream_settings.max_concurrency, self._pace(name, upstream_settings))
                 if previous:
                     self.upstreams[name].inherit_models(previous)
         self._tasks: list[asyncio.Task[None]] = []

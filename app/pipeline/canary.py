@@ -129,20 +129,23 @@ class Canary:
 
     @property
     def _any_out(self) -> bool:
-        return any(each.health.out is not None for each in self._deployments)
+        return any(deployment.health.out is not None for deployment in self._deployments)
 
     def due(self, now: float) -> bool:
         """Whether it is time for a check. Deployments configured to stand in for each other are compared from the
         start, and so is one that is out of the rotation. The others are compared once they are used: asking a model may
         mean loading it."""
-        used = any(each.health.asked if self._interchangeable else each.health.answered for each in self._deployments)
+        used = any(
+            deployment.health.asked if self._interchangeable else deployment.health.answered
+            for deployment in self._deployments
+        )
         return (self._from_start or used or self._any_out) and not self._checking and bool(self._due_deployments(now))
 
     def _due_deployments(self, now: float) -> list[Deployment]:
         """The deployments that are due; all of them, once the cache can be read after a comparison without it."""
         if self._compared_without_cache and self._references.readable:
             return list(self._deployments)
-        return [each for each in self._deployments if self._is_due(each, now)]
+        return [deployment for deployment in self._deployments if self._is_due(deployment, now)]
 
     def _is_due(self, deployment: Deployment, now: float) -> bool:
         """Whether its last check is long enough ago. Of several that stand in for each other, one that was ejected, and
@@ -170,24 +173,26 @@ class Canary:
         self._checking = True
         try:
             has_reference = await self._references.recall(self._space)
-            skipped = [each for each in due if has_reference and each.upstream in unresponsive]
+            skipped = [deployment for deployment in due if has_reference and deployment.upstream in unresponsive]
             answers = await _ask_all(
-                [each for each in due if each not in skipped], unresponsive, has_reference=has_reference
+                [deployment for deployment in due if deployment not in skipped],
+                unresponsive,
+                has_reference=has_reference,
             )
-            returned = {each: answer for each, answer in answers.items() if isinstance(answer, bytes)}
+            returned = {deployment: answer for deployment, answer in answers.items() if isinstance(answer, bytes)}
             reference = await self._references.of(self._space, _choose_reference(returned)) if returned else b""
         finally:  # also when a change of configuration cancels it: the next gateway has the same canary
             self._checking = False
-        timed_out = {each.upstream for each, answer in answers.items() if answer is None}
+        timed_out = {deployment.upstream for deployment, answer in answers.items() if answer is None}
         unresponsive |= timed_out
         if timed_out and not skipped:  # or it would be the last again in the next round, and never ask those it skipped
             self.last_timeout = now
         if returned:
             self._compared_without_cache = not self._references.knows(self._space)
         unchecked = [
-            each
-            for each in skipped
-            if each.health.needs_comparison or (self._interchangeable and not each.health.compared)
+            deployment
+            for deployment in skipped
+            if deployment.health.needs_comparison or (self._interchangeable and not deployment.health.compared)
         ]
         answers.update(dict.fromkeys(unchecked))
         for deployment, answer in answers.items():
@@ -235,14 +240,14 @@ class Canary:
 def _choose_reference(returned: Mapping[Deployment, bytes]) -> bytes:
     """The vector that becomes the reference: that of the first deployment to have answered callers, or else of the
     first of all."""
-    return returned[min(returned, key=lambda each: not each.health.answered)]
+    return returned[min(returned, key=lambda deployment: not deployment.health.answered)]
 
 
 async def _ask_all(
     deployments: Sequence[Deployment], unresponsive: Collection[str], *, has_reference: bool
 ) -> dict[Deployment, _Answer]:
     """What each answers in time, in their order. `unresponsive`: upstreams that are not waited for as long."""
-    tasks = {asyncio.create_task(_ask(each)): each for each in deployments}
+    tasks = {asyncio.create_task(_ask(deployment)): deployment for deployment in deployments}
     if not tasks:
         return {}
     time = asyncio.get_running_loop().time
@@ -254,7 +259,7 @@ async def _ask_all(
             _, waiting = await asyncio.wait(
                 waiting, timeout=left if left > 0 else None, return_when=asyncio.FIRST_COMPLETED
             )
-        return {each: task.result() if task.done() else None for task, each in tasks.items()}
+        return {deployment: task.result() if task.done() else None for task, deployment in tasks.items()}
     finally:
         for task in tasks:
             task.cancel()
@@ -272,16 +277,16 @@ def _enough(
     answered will do.
     """
     needed, patient = has_reference, not has_reference and not late
-    if patient and any(each.health.answered and not task.done() for task, each in tasks.items()):
+    if patient and any(deployment.health.answered and not task.done() for task, deployment in tasks.items()):
         return False
-    for task, each in tasks.items():
+    for task, deployment in tasks.items():
         if not task.done():
-            if patient and each.upstream not in unresponsive:
+            if patient and deployment.upstream not in unresponsive:
                 return False
             needed = True
         elif not isinstance(task.result(), bytes):
             needed = True
-        elif late or (needed and not each.health.ejected):
+        elif late or (needed and not deployment.health.ejected):
             return True
     return False
 
@@ -312,9 +317,9 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
             for canary in canaries():
                 if canary.due(clock.monotonic()):
                     due.setdefault(canary.upstream, []).append(canary)
-            for upstream, each in due.items():
+            for upstream, due_canaries in due.items():
                 if upstream not in running or running[upstream].done():
-                    running[upstream] = asyncio.create_task(_check_in_turn(each, clock))
+                    running[upstream] = asyncio.create_task(_check_in_turn(due_canaries, clock))
             await clock.sleep(ROUND)
     finally:
         for task in running.values():
@@ -326,7 +331,7 @@ async def _check_in_turn(canaries: Sequence[Canary], clock: Clock) -> None:
     """One after another, those that waited in vain most recently last: once a check finds an upstream
     unresponsive, those after it do not ask it, and each is to have its turn."""
     unresponsive: set[str] = set()
-    for canary in sorted(canaries, key=lambda each: each.last_timeout):
+    for canary in sorted(canaries, key=lambda canary: canary.last_timeout):
         try:
             await canary.check(clock.monotonic(), unresponsive)
         except Exception:  # a bug of ours must not stop the checks of all the others

@@ -41,7 +41,7 @@ _INLINE_CHARACTERS = 100_000
 """Characters above which texts are examined in a thread: some milliseconds of work, 25 for short Chinese texts."""
 _TIME_SLICE = 0.02
 """Seconds for which a thread works on one request's texts, though on at least one; then others get their turn, because
-threads are few, and a request that is late, or whose caller has hung up, ends."""
+threads are few, and a request that is late, or whose caller has hung up, ends there."""
 
 # "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
 # process. increase the physical batch size (current batch size: 512)", "is larger than the max context size (512

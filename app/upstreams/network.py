@@ -167,16 +167,18 @@ class NetworkEngine:
     async def _connect(self, origin: _Origin) -> Connection:
         """Raises `UpstreamUnreachable`, or `Overloaded` when the system gives this process no more sockets. The
         exceptions' own texts may contain a URL and are left out."""
+        peer = "the proxy" if self._proxy else "the upstream"
         try:
             async with asyncio.timeout(self._connect_timeout):
                 if self._proxy is None:
                     return await self._dial(origin)
                 connection = await self._dial(self._proxy.origin)
+                peer = "the upstream"
                 return await self._tunnel(connection, self._proxy, origin) if origin.tls else connection
         except TimeoutError:
-            raise UpstreamUnreachable("no connection to the upstream in time") from None
+            raise UpstreamUnreachable(f"no connection to {peer} in time") from None
         except OSError as error:
-            raise _translate(error) from error
+            raise _translate(error, peer) from error
 
     async def _dial(self, origin: _Origin) -> Connection:
         loop = asyncio.get_running_loop()
@@ -318,16 +320,16 @@ def _require_descriptor() -> None:
     socket.socket(socket.AF_UNIX).close()  # unlike opening a file, this depends on no path
 
 
-def _translate(error: OSError) -> GatewayError:
+def _translate(error: OSError, peer: str) -> GatewayError:
     reason = _reason(error)
     detail = f": {reason}" if reason else ""
     if error.errno in _LOCAL_ERRORS:
         return Overloaded(f"the gateway has no room for another connection{detail}", retry_after=1)
     if isinstance(error, ssl.SSLError | ssl.CertificateError):
-        failed = UpstreamUnreachable(f"the upstream's TLS certificate or handshake was refused{detail}")
+        failed = UpstreamUnreachable(f"{peer}'s TLS certificate or handshake was refused{detail}")
         failed.retryable = False  # the next handshake would meet the same certificate
         return failed
-    return UpstreamUnreachable(f"no connection to the upstream{detail}")
+    return UpstreamUnreachable(f"no connection to {peer}{detail}")
 
 
 def _reason(error: OSError) -> str:

@@ -696,6 +696,15 @@ async def test_a_proxy_that_refuses_is_told_from_the_upstream(status: int, passe
         assert proxy.heads[0].startswith(b"CONNECT upstream.example:443 HTTP/1.1\r\nhost: upstream.example:443\r\n")
 
 
+@pytest.mark.parametrize("url", ["http://upstream.example/", "https://upstream.example/"])
+async def test_a_proxy_that_is_away_is_not_taken_for_the_upstream(url: str) -> None:
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        async with connected(f"http://127.0.0.1:{closed.getsockname()[1]}") as network:
+            with pytest.raises(UpstreamUnreachable, match="^no connection to the proxy: Connection refused$"):
+                await network.exchange(post(url))
+
+
 async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
     """A name server that does not answer keeps a look-up waiting far longer than a connection may take."""
     looked: list[str] = []

@@ -33,9 +33,9 @@ TIMEOUT_DECAY = 0.8
 MAX_AMPLE_TIME = 30.0
 """Seconds in which a call should be answered, however long calls have taken."""
 LONG_REST = 30.0
-"""Seconds of rest from which an operator is told."""
+"""Seconds of rest, or of rests without another answer, from which an operator is told."""
 LOG_INTERVAL = 60.0
-"""Seconds between two log lines about trouble that comes and goes."""
+"""Seconds between two log lines about one kind of trouble."""
 
 
 class Health:
@@ -56,7 +56,8 @@ class Health:
         self._era = 0
         """Counts ejections: a call that began before one says nothing about the time after it."""
         self._longest_call = 0.0
-        self._next_log = 0.0
+        self._next_log: dict[str, float] = {}
+        """By error code, when a line about it may be logged again."""
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
         self.readmitted_at = -math.inf
@@ -73,8 +74,10 @@ class Health:
         """Whether it has ever answered."""
         self.trouble: str | None = None
         """What needs an operator, or why it was ejected, since it last answered: code and message."""
+        self._limited_since: float | None = None
+        """When the first rate limit came, of those since it last answered."""
         self._rest = ""
-        """The same for its last long rest."""
+        """The same for its last rest, if that is long, or if there has been nothing but rests for long."""
         self._retired = False
 
     def show(self) -> None:
@@ -201,20 +204,19 @@ class Health:
                 self._log("%s answers again", self._name)
                 self._ejections = 0
                 self.show()
-            self.trouble = None
+            self.trouble = self._limited_since = None
+            self._rest = ""
             self._failures = 0
             self._suspect_until = self._ejected_until = 0.0
             self.answered = True
         elif isinstance(error, RateLimited):
-            wait = DEFAULT_COOLDOWN if error.retry_after is None else min(error.retry_after, LONGEST_REST)
-            self._cooling_until = max(self._cooling_until, self._clock.monotonic() + wait)
-            if wait >= LONG_REST:
-                self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
-                self._warn(self._rest)
+            self._cool_down(error)
         else:
             problem = f"{error.code}: {error.message}"
             if error.needs_operator:
                 self._note_trouble(problem)
+            else:
+                self._warn(problem)
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False
             self._failures += 1
@@ -222,6 +224,21 @@ class Health:
             # While it is ejected it is called only if all are; a failure is then nothing new.
             if self._failures >= FAILURES and self._clock.monotonic() >= self._ejected_until:
                 self._eject(problem)
+
+    def _cool_down(self, error: RateLimited) -> None:
+        now = self._clock.monotonic()
+        wait = DEFAULT_COOLDOWN if error.retry_after is None else min(error.retry_after, LONGEST_REST)
+        self._cooling_until = max(self._cooling_until, now + wait)
+        if self._limited_since is None:
+            self._limited_since = now
+        limited = now - self._limited_since
+        if wait >= LONG_REST:
+            self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
+        elif limited >= LONG_REST:
+            self._rest = f"{error.code}: {error.message}; no other answer for {limited:.0f} s"
+        else:
+            return
+        self._warn(self._rest)
 
     def _prefer_others(self, seconds: float) -> None:
         self._suspect_until = max(self._suspect_until, self._clock.monotonic() + seconds)
@@ -233,9 +250,11 @@ class Health:
         self.trouble = trouble
 
     def _warn(self, what: str) -> None:
-        if self._clock.monotonic() >= self._next_log:
+        """Logs "code: message", each code at most once a minute."""
+        code, now = what.partition(":")[0], self._clock.monotonic()
+        if now >= self._next_log.get(code, 0.0):
             self._log("%s: %s", self._name, what)
-            self._next_log = self._clock.monotonic() + LOG_INTERVAL
+            self._next_log[code] = now + LOG_INTERVAL
 
     def _eject(self, problem: str) -> None:
         self._era += 1

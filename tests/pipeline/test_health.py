@@ -117,6 +117,36 @@ async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, capl
     assert not up.problem, "though it may be long until somebody asks"
 
 
+async def test_rate_limits_without_another_answer_are_told_after_a_while(
+    clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    for _ in range(int(LONG_REST)):
+        up.end(RateLimited("slowly", retry_after=1), up.begin())
+        assert not up.problem
+        await clock.advance(1)
+    up.end(RateLimited("slowly", retry_after=1), up.begin())
+    assert up.problem == "rate_limit_exceeded: slowly; no other answer for 30 s"
+    assert [record.getMessage() for record in caplog.records] == [f"up/m: {up.problem}"]
+    up.end(None, up.begin())
+    assert not up.problem
+    up.end(RateLimited("slowly", retry_after=1), up.begin())
+    assert not up.problem, "it has answered since"
+
+
+async def test_why_a_call_failed_is_told_though_it_passes_once_a_minute_for_each_reason(
+    clock: HandClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    for _ in range(5):  # it comes and goes, and never leaves the rotation
+        up.end(UpstreamError("boom"), up.begin())
+        up.end(UpstreamAuth("wrong key"), up.begin())
+        up.end(None, up.begin())
+        await clock.advance(20)
+    told = ["up/m: upstream_error: boom", "up/m: upstream_auth: wrong key"]
+    assert [record.getMessage() for record in caplog.records] == told * 2
+
+
 async def test_leaving_the_rotation_and_coming_back_are_told(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -129,6 +159,7 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
     assert not up.trouble
     problem = [record.getMessage() for record in caplog.records]
     assert problem == [
+        "up/m: upstream_error: failed",
         "up/m is left out for 30 s, after 5 failures in a row; the last: upstream_error: failed",
         "up/m answers again",
     ]

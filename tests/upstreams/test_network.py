@@ -701,7 +701,7 @@ async def test_a_proxy_that_is_away_is_not_taken_for_the_upstream(url: str) -> N
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         async with connected(f"http://127.0.0.1:{closed.getsockname()[1]}") as network:
-            with pytest.raises(UpstreamUnreachable, match="^no connection to the proxy: Connection refused$"):
+            with pytest.raises(UpstreamUnreachable, match=r"^no connection to the proxy: Connection refused$"):
                 await network.exchange(post(url))
 
 

@@ -1,4 +1,4 @@
-"""A caller's key to its name, lane and allowed models. Keys are kept and compared as digests only."""
+"""Maps an API key to its caller's name, lane and allowed models. Keys are stored and compared only as digests."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from app.config import AuthSettings
 from app.errors import InvalidApiKey, ModelNotAllowed
 from app.types import Caller
 
-_BEGINNING = 2
-"""Bytes of a digest by which keys are looked up: enough to leave few whole digests to compare with."""
+_PREFIX_BYTES = 2
+"""Bytes of a digest that index the keys: enough to leave few whole digests to compare."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
-    """Who a key belongs to and what it opens. `models` None opens all."""
+    """The owner of a key and the models it may use: all of them if `models` is None."""
 
     caller: Caller
     models: frozenset[str] | None = None
@@ -25,42 +25,43 @@ class Tenant:
     def may_use(self, *names: str) -> bool:
         return self.models is None or not self.models.isdisjoint(names)
 
-    def check(self, asked: str, own_name: str) -> None:
-        """Raises `ModelNotAllowed` unless the key opens the model, by the name asked for or its own."""
-        if not self.may_use(asked, own_name):
-            raise ModelNotAllowed(f"this API key may not use model '{asked[:200]}'", param="model")
+    def check(self, requested: str, own_name: str) -> None:
+        """Raises `ModelNotAllowed` unless the key allows the model, by its requested name or its own."""
+        if not self.may_use(requested, own_name):
+            raise ModelNotAllowed(f"this API key may not use model '{requested[:200]}'", param="model")
 
 
 ANONYMOUS = Tenant(Caller())
 
 
 class Keys:
-    """All callers' keys; without any, everybody is let in."""
+    """All callers' keys. Without any, every caller is accepted."""
 
     def __init__(self, settings: AuthSettings | None) -> None:
         self._tenants: dict[bytes, list[tuple[bytes, Tenant]]] = {}
-        """Digest and tenant of each key, by the digest's first bytes: that these match tells nothing of the key."""
+        """Digest and tenant of each key, by the digest's first bytes, whose match reveals nothing about the key."""
         for name, key in settings.keys.items() if settings else ():
             models = frozenset(key.models) if key.models is not None else None
             tenant = Tenant(Caller(name, key.lane, namespace=name if key.cache == "own" else ""), models)
             digest = key.digest()
-            self._tenants.setdefault(digest[:_BEGINNING], []).append((digest, tenant))
+            self._tenants.setdefault(digest[:_PREFIX_BYTES], []).append((digest, tenant))
 
     @property
     def needed(self) -> bool:
-        """Whether a caller must have one."""
+        """Whether callers must present one."""
         return bool(self._tenants)
 
     def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
-        """Raises `InvalidApiKey`. `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty is none."""
+        """The tenant of the key in `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty counts as absent.
+        Raises `InvalidApiKey`."""
         if not self._tenants:
             return ANONYMOUS
         presented = _presented(headers)
         if not presented:
             raise InvalidApiKey("You didn't provide an API key; send Authorization: Bearer YOUR_KEY")
         digest = hashlib.sha256(presented).digest()
-        for known, tenant in self._tenants.get(digest[:_BEGINNING], ()):
-            if hmac.compare_digest(known, digest):
+        for stored, tenant in self._tenants.get(digest[:_PREFIX_BYTES], ()):
+            if hmac.compare_digest(stored, digest):
                 return tenant
         raise InvalidApiKey("Incorrect API key provided")
 

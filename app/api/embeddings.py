@@ -1,7 +1,7 @@
-"""`POST /v1/embeddings` as a plain ASGI application: from the first byte in to the last byte out.
+"""`POST /v1/embeddings` as a plain ASGI application, from the first byte in to the last byte out.
 
-The framework's own machinery would cost more than everything done here (bench/README.md), so this is
-answered in front of it; the route is declared and documented in `app.api.routes` all the same.
+FastAPI's own machinery would cost more than all the work done here (bench/README.md), so this runs in front of it.
+`app.api.routes` still declares and documents the route.
 """
 
 from __future__ import annotations
@@ -46,58 +46,58 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Sender = Callable[[Message], Awaitable[None]]
 
-_PLAIN = frozenset(
+_PATHS = frozenset(
     path + slash for path in ("/v1/embeddings", "/embeddings", "/openai/v1/embeddings") for slash in ("", "/")
 )
-_NAMED = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embeddings/?")
+_MODEL_PATH = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embeddings/?")
 LINGER = 5.0
-"""Seconds for which the rest of a refused body is taken in and thrown away."""
+"""Seconds to go on reading and discarding the rest of a rejected body."""
 
 INLINE_PARSE_LIMIT = 256 * 2**10
-"""Bytes of a body that are parsed between two turns of the event loop: 10 ms if they are token ids. A larger one is
-parsed in a thread, in which only the JSON itself holds up others."""
+"""Bytes of the largest body parsed on the event loop, which takes 10 ms if it is token ids. A larger body is parsed in
+a thread, where only the JSON decoding itself blocks other requests."""
 SERIAL_PARSE_LIMIT = 2 * 2**20
-"""Bytes of a body from which it is the only one that is parsed: token ids take up to 15 times their text meanwhile, and
-the place among those inside counts the text."""
+"""Bytes above which bodies are parsed one at a time: token ids take up to 15 times their text meanwhile, and a
+request's `Admission` accounts only for the text."""
 
 _OK = b"HTTP/1.1 200 OK\r\n"
-_ALWAYS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"
-"""The headers that every answer ends with."""
+_HEADERS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"
+"""The last headers of every response."""
 
 log = logging.getLogger(__name__)
 
 
 def match(path: str) -> tuple[bool, str | None]:
-    """Whether this path is the embeddings route in any of its forms, and the model it names, if it does."""
-    if path in _PLAIN:
+    """Whether the path is any form of the embeddings route, and the model it names, if any."""
+    if path in _PATHS:
         return True, None
-    named = _NAMED.fullmatch(path)
+    named = _MODEL_PATH.fullmatch(path)
     return named is not None, named["model"] if named else None
 
 
 class _Exchange(Struct):
-    """What is known of one exchange, for its metrics and its log line."""
+    """The state of one request and its response, for metrics and the log line."""
 
     headers: Mapping[bytes, bytes]
-    """The caller's; where a name is there several times, the last."""
+    """The request's, by name; of a repeated header, the last."""
     id: bytes
     started: float
-    """On the event loop's clock, as deadlines are; it may tell milliseconds only."""
-    began: float
+    """On the event loop's clock, like deadlines; its resolution may be only a millisecond."""
+    perf_started: float
     """On `time.perf_counter`, for durations."""
-    place: Admission
-    """In the gateway, until the answer is taken."""
+    admission: Admission
+    """Held until the caller has taken the response."""
     tenant: Tenant = ANONYMOUS
     quota: Quota | None = None
     counted: bool = True
-    """Whether the quota needs to hear no more of this request."""
+    """Whether the quota, if there is one, has counted this request."""
     public: PublicModel | None = None
     result: EmbedResult | None = None
     usage: Usage | None = None
     """Of the result."""
     inputs: int = 0
     reading: bool = True
-    """Whether the caller's body is still to come: then it is the caller who misses the deadline."""
+    """Whether the request body is incomplete: a missed deadline is then the caller's fault."""
 
 
 class Embeddings:
@@ -108,8 +108,8 @@ class Embeddings:
         self._server = gateway.settings.server
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
-        self._alone = ThreadPoolExecutor(1, thread_name_prefix="parse")
-        """For heavy bodies: one is parsed to its end, though its caller may have gone, before the next one is."""
+        self._serial_executor = ThreadPoolExecutor(1, thread_name_prefix="parse")
+        """Parses the largest bodies one at a time, each to its end even if its caller has disconnected."""
         self._requests, self._inputs = (
             metrics.buffered_counters(metrics.requests),
             metrics.buffered_counters(metrics.inputs),
@@ -118,13 +118,13 @@ class Embeddings:
         self._durations = metrics.buffered_histograms(metrics.request_duration)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
-        sent = dict(scope["headers"])
-        now, began = asyncio.get_running_loop().time(), time.perf_counter()
+        headers = dict(scope["headers"])
+        now, perf_started = asyncio.get_running_loop().time(), time.perf_counter()
         first_byte = scope.get("extensions", {}).get("first_byte")
-        if first_byte is not None:  # its head took time as well
-            now, began = first_byte, began - (now - first_byte)
-        with Admission(self._gateway.capacity) as place:
-            exchange = _Exchange(sent, head.request_id(sent), now, began, place)
+        if first_byte is not None:  # the head arrived in pieces: its time counts too
+            now, perf_started = first_byte, perf_started - (now - first_byte)
+        with Admission(self._gateway.capacity) as admission:
+            exchange = _Exchange(headers, head.request_id(headers), now, perf_started, admission)
             error: GatewayError | None = None
             try:
                 lines, body = await self._answer(exchange, scope, receive, path_model)
@@ -133,7 +133,7 @@ class Embeddings:
                 return
             except GatewayError as failure:
                 error = failure.without_traceback()
-            except asyncio.CancelledError:  # the server waits no longer, not for the rest of a body either
+            except asyncio.CancelledError:  # the server stops waiting, also for the rest of a body
                 exchange.reading = False
                 error = Overloaded("the gateway is stopping")
             except Exception:
@@ -142,59 +142,59 @@ class Embeddings:
             status = 200
             if error is not None:
                 status = error.status
-                lines, body = self._refusal(exchange, error)
+                lines, body = self._error_response(exchange, error)
             if exchange.quota is not None:
                 if not exchange.counted:
-                    exchange.quota.adjust(1, 0)  # refused for what it says: that counts as well
-                lines += render.lines(render.rate_limit_headers(exchange.quota.limit_statuses()))
+                    exchange.quota.adjust(1, 0)  # a request rejected for its content counts too
+                lines += render.encode_headers(render.rate_limit_headers(exchange.quota.limit_statuses()))
             self._record(exchange, status, error)
-            exchange.result = None  # until it is taken an answer is in memory once, as bytes
+            exchange.result = None  # while being sent, a response is in memory only once, as bytes
             await self._send(exchange, scope, receive, send, status, lines, body)
 
     async def _answer(
         self, exchange: _Exchange, scope: Scope, receive: Receive, path_model: str | None
     ) -> tuple[bytes, list[bytes]]:
-        """The answer's headers, a line each, and its body in pieces."""
+        """Returns the response's header lines and the pieces of its body."""
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
         exchange.tenant = self._keys.tenant(exchange.headers)
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
-            # Before it takes room: a caller that floods takes none from others.
+            # Before admission, so that a caller that floods takes no room from others.
             exchange.quota.check(head.content_length(exchange.headers))
             exchange.counted = False
-        deadline, place = exchange.started + self._server.request_timeout, exchange.place
+        deadline, admission = exchange.started + self._server.request_timeout, exchange.admission
         try:
             guard = Guard(deadline, self._deadlines)
             with guard:
-                place.enter()
+                admission.enter()
                 self._check_head(exchange.headers, scope)
-                raw = self._at_hand(scope, place) or await self._read(receive, place)
+                raw = self._buffered_body(scope, admission) or await self._read(receive, admission)
                 exchange.reading = False
                 guard.watch(scope)
                 if len(raw) <= INLINE_PARSE_LIMIT:
                     body = self._parse(raw, path_model)
                 else:
-                    threads = self._alone if len(raw) > SERIAL_PARSE_LIMIT else None  # None: the common ones
+                    executor = self._serial_executor if len(raw) > SERIAL_PARSE_LIMIT else None  # None: the default one
                     loop = asyncio.get_running_loop()
-                    body = await loop.run_in_executor(threads, self._parse_large, raw, path_model)
-                place.hold(max(len(raw), body.decoded) + INPUT_OVERHEAD * len(body.inputs))
+                    body = await loop.run_in_executor(executor, self._parse_large, raw, path_model)
+                admission.hold(max(len(raw), body.decoded) + INPUT_OVERHEAD * len(body.inputs))
                 result, public = await self._embed(exchange, body, deadline, scope)
                 exchange.usage = usage = Usage.of(result)
                 rendered = await render.embeddings(result, usage, body.model, body.encoding)
         except TimeoutError:
             if exchange.reading:
                 raise SlowBody("the request body did not arrive in time") from None
-            if not exchange.inputs:  # no upstream's fault: it came late, or waited for other large ones
+            if not exchange.inputs:  # not the upstream's fault: the body came late, or waited for other large ones
                 raise Overloaded("the request body could not be read in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
         return render.result_headers(result, usage, public.space), rendered
 
-    def _refusal(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
-        """Headers and body for a request that ends in this error. Gives up its place: there is little to send, but it
-        may be long until the rest of the caller's body has come."""
-        exchange.place.leave()
+    def _error_response(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
+        """Returns the header lines and body of an error response. Ends the request's admission: there is little to
+        send, but the rest of the request body may take long to arrive."""
+        exchange.admission.leave()
         if error.model is not None:
             exchange.public = self._gateway.names.get(error.model)
         headers = render.error_headers(error)
@@ -203,7 +203,7 @@ class Embeddings:
         if exchange.reading:
             # The rest of the body will not be read, so the connection cannot carry another request.
             headers.append((b"connection", b"close"))
-        return render.lines(headers), [render.error_body(error)]
+        return render.encode_headers(headers), [render.error_body(error)]
 
     def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
         self._check_size(head.content_length(headers))
@@ -214,20 +214,20 @@ class Embeddings:
         if size > self._server.max_body:
             raise BodyTooLarge(f"the request body is larger than {self._server.max_body} bytes")
 
-    def _take_in(self, size: int, place: Admission) -> None:
-        """Counts what has come of the body, `size` bytes so far. What is only announced takes no room."""
+    def _account_for(self, size: int, admission: Admission) -> None:
+        """Accounts for the `size` bytes of body received so far. A length that is only announced takes no room."""
         self._check_size(size)
-        place.hold(size)
+        admission.hold(size)
 
-    def _at_hand(self, scope: Scope, place: Admission) -> bytes | None:
-        """The whole body, if the server has all of it already (`app.protocol`)."""
+    def _buffered_body(self, scope: Scope, admission: Admission) -> bytes | None:
+        """The whole body, if the server has received all of it (`app.protocol`)."""
         body = scope.get("extensions", {}).get("body")
         raw: bytes | None = body() if body else None
         if raw:
-            self._take_in(len(raw), place)
+            self._account_for(len(raw), admission)
         return raw
 
-    async def _read(self, receive: Receive, place: Admission) -> bytes:
+    async def _read(self, receive: Receive, admission: Admission) -> bytes:
         chunks: list[bytes] = []
         size, more = 0, True
         while more:
@@ -236,7 +236,7 @@ class Embeddings:
                 raise ClientGone
             chunk = message.get("body", b"")
             size += len(chunk)
-            self._take_in(size, place)
+            self._account_for(size, admission)
             chunks.append(chunk)
             more = message.get("more_body", False)
         return chunks[0] if len(chunks) == 1 else b"".join(chunks)
@@ -256,8 +256,8 @@ class Embeddings:
         public = await self._gateway.find(body.model)
         exchange.public = public
         exchange.tenant.check(body.model, public.name)
-        told = b"cache-control" in exchange.headers
-        read_cache, write_cache = head.cache_control(scope["headers"]) if told else (True, True)
+        has_directives = b"cache-control" in exchange.headers
+        read_cache, write_cache = head.cache_control(scope["headers"]) if has_directives else (True, True)
         request = EmbedRequest(
             model=public.name,
             inputs=body.inputs,
@@ -273,7 +273,7 @@ class Embeddings:
         if exchange.quota is None:
             exchange.result = await public.embed(request)
         else:
-            exchange.result = await _within(exchange.quota, exchange, public, request)
+            exchange.result = await _embed_limited(exchange.quota, exchange, public, request)
         return exchange.result, public
 
     async def _send(
@@ -286,30 +286,30 @@ class Embeddings:
         lines: bytes,
         body: list[bytes],
     ) -> None:
-        elapsed = time.perf_counter() - exchange.began
+        elapsed = time.perf_counter() - exchange.perf_started
         size = sum(map(len, body))
-        lines += _ALWAYS % (size, exchange.id, elapsed * 1000)
+        lines += _HEADERS % (size, exchange.id, elapsed * 1000)
         respond = scope.get("extensions", {}).get("respond") if status == 200 else None
         if respond is not None:
-            exchange.place.hold_answer(size)
+            exchange.admission.hold_answer(size)
             try:
                 await respond(_OK + lines, body, size, exchange.started + self._server.request_timeout)
-            except TimeoutError:  # the connection is gone: there is nobody left to tell
+            except TimeoutError:  # the connection is closed: there is no one left to answer
                 self._metrics.rejected_requests.labels("answer_not_taken").inc()
             return
-        whole = b"".join(body)
-        await send({"type": "http.response.start", "status": status, "headers": render.headers(lines)})
+        payload = b"".join(body)
+        await send({"type": "http.response.start", "status": status, "headers": render.decode_headers(lines)})
         if exchange.reading:
-            await send({"type": "http.response.body", "body": whole, "more_body": True})
+            await send({"type": "http.response.body", "body": payload, "more_body": True})
             await _linger(receive, 2 * self._server.max_body)
-            whole = b""
-        await send({"type": "http.response.body", "body": whole})
+            payload = b""
+        await send({"type": "http.response.body", "body": payload})
 
     def _record(self, exchange: _Exchange, status: int, error: GatewayError | None) -> None:
-        """Counts the exchange and writes its one log line: names and numbers, never texts or keys."""
+        """Updates the metrics and writes the request's one log line: names and numbers, never texts or keys."""
         metrics = self._metrics
         model = exchange.public.name if exchange.public else "other"
-        elapsed = time.perf_counter() - exchange.began
+        elapsed = time.perf_counter() - exchange.perf_started
         self._requests(model, status, exchange.tenant.caller.name).inc()
         self._durations(model).observe(elapsed)
         result = exchange.result
@@ -334,7 +334,7 @@ class Embeddings:
         )
 
     def _count(self, model: str, usage: Usage) -> None:
-        """Inputs, and the tokens nobody was billed for."""
+        """Counts the inputs by source, and the tokens that no upstream billed."""
         if usage.upstream:
             self._inputs(model, Source.UPSTREAM).inc(usage.upstream)
         if usage.cached:
@@ -347,8 +347,8 @@ class Embeddings:
             self._tokens(model, "", "deduplicated").inc(usage.shared_tokens)
 
 
-async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
-    """Embeds the request if the quota has room for its estimated tokens, which are set right in the end."""
+async def _embed_limited(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
+    """Embeds the request if the quota has room for its estimated tokens; the estimate is corrected afterwards."""
     estimated = sum(tokens.estimates(request.inputs))
     exchange.counted = True
     await quota.take(estimated)
@@ -358,7 +358,8 @@ async def _within(quota: Quota, exchange: _Exchange, public: PublicModel, reques
 
 
 async def _linger(receive: Receive, limit: int) -> None:
-    """Takes in what the caller still sends, for a while: closed at once, many clients never read the answer."""
+    """Reads and discards what the caller still sends, for up to `LINGER` seconds: many clients never read the response
+    if the connection closes while they are sending."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(LINGER):
             while limit > 0:

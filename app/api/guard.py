@@ -1,4 +1,4 @@
-"""What ends a request before its time: its deadline, and a caller who hangs up."""
+"""Ends a request early: at its deadline, or when its caller disconnects."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from app.deadlines import Deadline
 
 
 class ClientGone(Exception):
-    """The caller hung up; there is nobody to answer."""
+    """The caller disconnected; there is no one to answer."""
 
 
 class Guard(Deadline):
-    """A deadline that also ends the block, once `watch` was called, when the caller hangs up; it then raises
+    """A deadline that, once `watch` has been called, also ends its block when the caller disconnects, by raising
     `ClientGone`."""
 
     _listeners: set[Callable[[], None]] | None = None
 
     def watch(self, scope: MutableMapping[str, Any]) -> None:
-        """From now on nothing more is to come from the caller, whose connection calls back when it is lost
-        (`app.protocol`). Under a server that does not, callers who hang up are not noticed."""
+        """To be called when the request has been read. The connection calls back when it is lost (`app.protocol`);
+        under a server without that extension, disconnects go unnoticed."""
         self._listeners = scope.get("extensions", {}).get("hang_up")
         if self._listeners is not None:
-            self._listeners.add(self._gone)
+            self._listeners.add(self._disconnected)
 
-    def _gone(self) -> None:
+    def _disconnected(self) -> None:
         self.stop(ClientGone)
 
     def __exit__(self, *raised: Any) -> None:
         if self._listeners is not None:
-            self._listeners.discard(self._gone)
+            self._listeners.discard(self._disconnected)
         super().__exit__(*raised)

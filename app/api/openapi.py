@@ -1,4 +1,4 @@
-"""What `/docs` says: schemas as data, for a route answered off the framework and for answers made by hand."""
+"""Schemas for `/docs`, as data: the framework neither parses the requests nor builds the responses they describe."""
 
 from __future__ import annotations
 
@@ -194,15 +194,15 @@ def _content(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def success(words: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
-    """The description of a 200."""
-    return {200: {"description": words, "content": _content(schema)}}
+def success(summary: str, schema: dict[str, Any]) -> dict[int | str, dict[str, Any]]:
+    """The response description of a 200."""
+    return {200: {"description": summary, "content": _content(schema)}}
 
 
 def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Response descriptions for these statuses, and for whatever else is none, in the gateway's one error shape."""
-    told = {status: _ERRORS[status] for status in statuses} | {"default": "any other error"}
-    return {status: {"description": words, "content": _content(ERROR)} for status, words in told.items()}
+    """Response descriptions of these statuses, and of every other error, in the gateway's one error shape."""
+    texts = {status: _ERRORS[status] for status in statuses} | {"default": "any other error"}
+    return {status: {"description": summary, "content": _content(ERROR)} for status, summary in texts.items()}
 
 
 EMBEDDINGS: dict[str, Any] = {

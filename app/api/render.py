@@ -1,4 +1,4 @@
-"""Results and errors to the bytes of a response, straight from float32: no model, no list of floats."""
+"""Renders results and errors to response bytes, straight from float32: no response model, no list of floats."""
 
 from __future__ import annotations
 
@@ -20,37 +20,37 @@ from app.types import EmbedResult
 Header = tuple[bytes, bytes]
 
 VECTORS_PER_TURN = {"float": 64, "base64": 512}
-"""Vectors rendered in one go; then other requests get a turn on the event loop. 64 of 1,024 numbers each take 2 ms."""
+"""Vectors rendered before yielding to the event loop. 64 of 1,024 numbers each take 2 ms."""
 
 
 _QUOTE = {"float": b"", "base64": b'"'}
-"""Around a vector."""
+"""What encloses a vector."""
 
 
-def _before(index: int, encoding: str, more: bytes = b"") -> bytes:
-    """What is printed between the previous vector and this one, with their quotes. `more`: further members of this
-    one's object, each with a comma behind it."""
+def _separator(index: int, encoding: str, extra: bytes = b"") -> bytes:
+    """The JSON between the previous vector and this one, including their quotes. `extra`: further members of this
+    vector's object, each followed by a comma."""
     end = _QUOTE[encoding] + b"}," if index else b""
-    return b'%b{"object":"embedding","index":%d,%b"embedding":%b' % (end, index, more, _QUOTE[encoding])
+    return b'%b{"object":"embedding","index":%d,%b"embedding":%b' % (end, index, extra, _QUOTE[encoding])
 
 
-_BEFORE = {encoding: tuple(_before(index, encoding) for index in range(2048)) for encoding in VECTORS_PER_TURN}
-"""To print a number takes longer than to look it up."""
+_SEPARATORS = {encoding: tuple(_separator(index, encoding) for index in range(2048)) for encoding in VECTORS_PER_TURN}
+"""Precomputed, because formatting an index takes longer than looking it up."""
 
 
 async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: str) -> list[bytes]:
-    """OpenAI's response body, in pieces. `model` is the name that was asked for."""
+    """OpenAI's response body, in pieces. `model` is the name in the request."""
     pieces: list[bytes] = [b'{"object":"list","data":[']
-    numbers, at_once, known = encoding == "float", VECTORS_PER_TURN[encoding], _BEFORE[encoding]
-    if len(result.embeddings) > len(known):
-        known = tuple([_before(index, encoding) for index in range(len(result.embeddings))])
+    numbers, per_turn, separators = encoding == "float", VECTORS_PER_TURN[encoding], _SEPARATORS[encoding]
+    if len(result.embeddings) > len(separators):
+        separators = tuple([_separator(index, encoding) for index in range(len(result.embeddings))])
     for i, embedding in enumerate(result.embeddings):
-        if i % at_once == 0 and i:
+        if i % per_turn == 0 and i:
             await asyncio.sleep(0)
-        before, vector = known[i], embedding.vector
+        separator, vector = separators[i], embedding.vector
         if embedding.sparse is not None:
-            before = _before(i, encoding, b'"sparse_embedding":%b,' % embedding.sparse)
-        pieces += (before, (embedding.text or vectors.to_json(vector)) if numbers else vectors.to_base64(vector))
+            separator = _separator(i, encoding, b'"sparse_embedding":%b,' % embedding.sparse)
+        pieces += (separator, (embedding.text or vectors.to_json(vector)) if numbers else vectors.to_base64(vector))
     pieces.append(
         b'%b}],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d,"prompt_tokens_details":{"cached_tokens":%d}}}'
         % (
@@ -65,14 +65,14 @@ async def embeddings(result: EmbedResult, usage: Usage, model: str, encoding: st
 
 
 def result_headers(result: EmbedResult, usage: Usage, space: str) -> bytes:
-    """`x-embedding-*`: how the answer came about, and which vectors it may be compared with; a line each."""
+    """The `x-embedding-*` header lines: where the vectors came from, and which others they may be compared with."""
     cached = usage.cached
     state = b"hit" if cached == len(result.sources) else b"partial" if cached else b"miss"
     lines = b"x-embedding-cache: %b\r\nx-embedding-cached-inputs: %d\r\nx-embedding-upstream-calls: %d\r\n%b" % (
         state,
         cached,
         result.calls,
-        _origin(space, vectors.dimensions(result.embeddings[0].vector), result.deployments),
+        _origin_headers(space, vectors.dimensions(result.embeddings[0].vector), result.deployments),
     )
     if result.truncated:
         lines += b"x-embedding-truncated-inputs: %d\r\n" % result.truncated
@@ -82,59 +82,59 @@ def result_headers(result: EmbedResult, usage: Usage, space: str) -> bytes:
 
 
 @lru_cache(maxsize=1024)
-def _origin(space: str, length: int, deployments: tuple[str, ...]) -> bytes:
-    """The headers that say which space the vectors are in and who gave them. Sparse ones have no length."""
-    headers = [(b"x-embedding-space", _field(f"{space};{length or 'sparse'}"))]
+def _origin_headers(space: str, length: int, deployments: tuple[str, ...]) -> bytes:
+    """The header lines that name the vector space and the deployments. Sparse vectors have no length."""
+    headers = [(b"x-embedding-space", _header_value(f"{space};{length or 'sparse'}"))]
     if deployments:
-        headers.append((b"x-embedding-upstream", _field(", ".join(deployments))))
-    return lines(headers)
+        headers.append((b"x-embedding-upstream", _header_value(", ".join(deployments))))
+    return encode_headers(headers)
 
 
-def lines(headers: Sequence[Header]) -> bytes:
-    """Headers as they are written."""
+def encode_headers(headers: Sequence[Header]) -> bytes:
+    """Headers as lines of HTTP/1.1."""
     return b"".join([b"%b: %b\r\n" % header for header in headers])
 
 
 @lru_cache(maxsize=2)
 def head_end(second: int, keep_alive: bool) -> bytes:
-    """How a head ends: with its date (RFC 9110 6.6.1; where the server writes the head, it has one of its own), and
-    whether it is the last on its connection. `second`: since the epoch."""
+    """The end of a response head: its date (RFC 9110 6.6.1; uvicorn adds its own to the heads it writes), whether the
+    connection closes, and the empty line. `second`: since the epoch."""
     date = formatdate(second, usegmt=True).encode()
     return b"date: %b\r\n%b\r\n" % (date, b"" if keep_alive else b"connection: close\r\n")
 
 
-def headers(lines: bytes) -> list[Header]:
-    """What `lines` was given, for a server that wants headers one by one."""
+def decode_headers(lines: bytes) -> list[Header]:
+    """The inverse of `encode_headers`, for ASGI's `send`, which takes headers in pairs."""
     pairs = [line.partition(b": ") for line in lines.splitlines()]
     return [(name, value) for name, _, value in pairs]
 
 
-def _field(text: str) -> bytes:
-    """A header's value. Upstreams name models as they like, line ends and all."""
+def _header_value(text: str) -> bytes:
+    """Encodes a header's value. Upstreams name models as they like, line breaks included."""
     return text.encode() if text.isprintable() else quote(text, safe=" /:;,@").encode()
 
 
 def rate_limit_headers(limit_statuses: Sequence[LimitStatus]) -> list[Header]:
-    """`x-ratelimit-*` as OpenAI has them (developers.openai.com/api/docs/guides/rate-limits#rate-limits-in-headers)."""
+    """`x-ratelimit-*`, as at OpenAI (developers.openai.com/api/docs/guides/rate-limits#rate-limits-in-headers)."""
     headers: list[Header] = []
-    for each in limit_statuses:
-        kind = each.kind.encode()
+    for status in limit_statuses:
+        kind = status.kind.encode()
         headers += (
-            (b"x-ratelimit-limit-" + kind, b"%d" % each.limit),
-            (b"x-ratelimit-remaining-" + kind, b"%d" % each.remaining),
-            (b"x-ratelimit-reset-" + kind, duration(each.reset)),
+            (b"x-ratelimit-limit-" + kind, b"%d" % status.limit),
+            (b"x-ratelimit-remaining-" + kind, b"%d" % status.remaining),
+            (b"x-ratelimit-reset-" + kind, duration(status.reset)),
         )
     return headers
 
 
 def duration(seconds: float) -> bytes:
-    """As Go and OpenAI write it: `12ms`, `1s`, `8.64s`, `6m0s`. Rounded up to whole milliseconds."""
+    """Formats a duration as Go and OpenAI do: `12ms`, `1s`, `8.64s`, `6m0s`. Rounds up to whole milliseconds."""
     milliseconds = math.ceil(seconds * 1000)
     if 0 < milliseconds < 1000:
         return b"%dms" % milliseconds
     minutes, rest = divmod(milliseconds, 60_000)
-    told = b"%g" % (rest / 1000) + b"s"
-    return b"%dm" % minutes + told if minutes else told
+    formatted = b"%g" % (rest / 1000) + b"s"
+    return b"%dm" % minutes + formatted if minutes else formatted
 
 
 def error_body(error: GatewayError) -> bytes:
@@ -145,9 +145,9 @@ def error_body(error: GatewayError) -> bytes:
 
 
 def error_headers(error: GatewayError) -> list[Header]:
-    """When to ask again, in the forms the SDKs read; and not to, where asking again cannot help.
+    """When to retry, in every form the SDKs read, or not to, where a retry cannot help.
 
-    Waits are clamped to 1–60 s: beyond that one SDK does not retry at all and another sleeps it out.
+    Waits are clamped to 1–60 s: for a longer one, one SDK does not retry at all and another sleeps it out.
     """
     headers: list[Header] = []
     if isinstance(error, Overloaded | RateLimited):

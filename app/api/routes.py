@@ -1,7 +1,7 @@
-"""The routes on the framework: models, health, metrics and docs; errors in OpenAI's shape throughout.
+"""The FastAPI routes: models, health, metrics and docs, with all errors in OpenAI's shape.
 
-The framework keeps the functions it is given, and whatever they refer to. So they refer to no gateway: each request
-brings the one that is to answer it.
+FastAPI keeps route functions alive, and all that they refer to. So they refer to no gateway: each request carries the
+one that answers it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from app.metrics import CONTENT_TYPE, Metrics
 from app.registry import PublicModel
 
 GENERATION = "embedding_gateway"
-"""The key in a request's scope of the `Generation` that is to answer it."""
+"""The scope's key for the `Generation` that answers the request."""
 
-_NOT_KEPT = {"cache-control": "no-store"}
-"""What a cache on the way, which may know no key but `Authorization`, would give to others, or for too long."""
+_NO_STORE = {"cache-control": "no-store"}
+"""Keeps caches on the way, which may know no credentials but `Authorization`, from serving a response to other callers,
+or for too long."""
 
 
 class Generation(Protocol):
-    """One configuration's gateway and what is in front of it."""
+    """One configuration's gateway and the keys in front of it."""
 
     @property
     def gateway(self) -> Gateway: ...
@@ -40,13 +41,13 @@ class Generation(Protocol):
     def keys(self) -> Keys: ...
 
 
-def _in_force(request: Request) -> Generation:
+def _generation_of(request: Request) -> Generation:
     found: Generation = request.scope[GENERATION]
     return found
 
 
 class _HeadAsGet:
-    """HEAD is GET without the body (RFC 9110 9.3.2), which the server leaves out: it knows what was asked."""
+    """Answers HEAD as GET (RFC 9110 9.3.2). The server knows the real method and omits the body."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -58,38 +59,38 @@ class _HeadAsGet:
 
 
 def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
-    """The framework's application. `admin` includes /metrics and /docs, which may have a port of their own; with
-    `keys` it is described that callers need one."""
+    """Builds the FastAPI application. `admin` includes /metrics and /docs, which may have a port of their own; `keys`
+    documents that callers need one."""
     api = _application(
         description="One OpenAI-compatible `/v1/embeddings` in front of every embedding vendor.",
         docs_url="/docs" if admin else None,
     )
-    # For the description alone: what a key opens is decided in any case.
-    described = [Security(HTTPBearer(auto_error=False, description="one of auth.keys"))] if keys else []
-    _add_embeddings(api, described)
-    _add_models(api, described)
+    # For the documentation only: keys are checked in any case.
+    security = [Security(HTTPBearer(auto_error=False, description="one of auth.keys"))] if keys else []
+    _add_embeddings(api, security)
+    _add_models(api, security)
     _add_health(api)
     if admin:
         _add_metrics(api, metrics)
     return api
 
 
-def build_admin(metrics: Metrics, described: Callable[[], FastAPI]) -> FastAPI:
-    """/metrics and /docs for a port of their own; the description is the main application's of that moment."""
-    # Nothing to try from here: the routes are at another port, which browsers take for another site.
+def build_admin(metrics: Metrics, main_app: Callable[[], FastAPI]) -> FastAPI:
+    """Builds /metrics and /docs for a port of their own; the docs are those of the current main application."""
+    # No "Try it out": the routes are on another port, which is another origin to browsers.
     api = _application(swagger_ui_parameters={"supportedSubmitMethods": []})
-    api.openapi = lambda: described().openapi()  # type: ignore[method-assign]  # FastAPI's documented way to replace it
+    api.openapi = lambda: main_app().openapi()  # type: ignore[method-assign]  # FastAPI's documented way to replace it
     _add_metrics(api, metrics)
     return api
 
 
-def _application(**more: Any) -> FastAPI:
+def _application(**options: Any) -> FastAPI:
     api = FastAPIOffline(
         title="embedding-gateway",
         version=__version__,
         redoc_url=None,
-        redirect_slashes=False,  # to an address made of the caller's Host, and clients lose the body or the key
-        **more,
+        redirect_slashes=False,  # they would lead to the caller's Host, and clients drop the body or the key
+        **options,
     )
     api.add_middleware(_HeadAsGet)
     _add_errors(api)
@@ -97,14 +98,14 @@ def _application(**more: Any) -> FastAPI:
 
 
 def _json(content: Any, status: int = 200) -> Response:
-    return Response(orjson.dumps(content), status, _NOT_KEPT, media_type="application/json")
+    return Response(orjson.dumps(content), status, _NO_STORE, media_type="application/json")
 
 
 def _add_errors(api: FastAPI) -> None:
     @api.exception_handler(GatewayError)
     async def gateway_error(_: Request, error: GatewayError) -> Response:
         headers = {name.decode(): value.decode() for name, value in render.error_headers(error)}
-        return Response(render.error_body(error), error.status, headers | _NOT_KEPT, media_type="application/json")
+        return Response(render.error_body(error), error.status, headers | _NO_STORE, media_type="application/json")
 
     @api.exception_handler(Exception)
     async def bug(request: Request, _: Exception) -> Response:
@@ -112,15 +113,15 @@ def _add_errors(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
-        told: GatewayError
+        mapped: GatewayError
         path, method = request.scope["path"], request.scope["method"]
         if error.status_code == 405:
-            told = MethodNotAllowed(f"{method[:20]} is not allowed on {path[:200]}")
+            mapped = MethodNotAllowed(f"{method[:20]} is not allowed on {path[:200]}")
         elif error.status_code == 404:
-            told = NotFound(f"there is no route {path[:200]}; embeddings are at /v1/embeddings")
+            mapped = NotFound(f"there is no route {path[:200]}; embeddings are at /v1/embeddings")
         else:
-            told = InvalidRequest(str(error.detail))
-        response = await gateway_error(request, told)
+            mapped = InvalidRequest(str(error.detail))
+        response = await gateway_error(request, mapped)
         response.status_code = error.status_code
         response.headers.update(error.headers or {})
         return response
@@ -134,47 +135,47 @@ def _add_embeddings(api: FastAPI, key: list[Any]) -> None:
     async def embed() -> None:
         """OpenAI's request and response. Also on `/embeddings`, `/openai/v1/embeddings`, with a trailing
         slash, on `/v1/engines/{model}/embeddings` and on `/openai/deployments/{model}/embeddings`."""
-        raise NotFound("embeddings are at /v1/embeddings")  # and answered in front of the framework (app.main)
+        raise NotFound("embeddings are at /v1/embeddings")  # which app.main answers in front of FastAPI
 
 
 def _add_models(api: FastAPI, key: list[Any]) -> None:
     async def list_models(request: Request) -> Response:
-        gateway, tenant = _asked_by(request)
+        gateway, tenant = _authenticate(request)
         await gateway.refresh()
         served = [(name, model) for name, model in gateway.names.items() if tenant.may_use(name, model.name)]
-        return _json({"object": "list", "data": [_described(gateway, *each) for each in served]})
+        return _json({"object": "list", "data": [_model_object(gateway, *each) for each in served]})
 
     async def get_model(request: Request, model: str) -> Response:
-        gateway, tenant = _asked_by(request)
+        gateway, tenant = _authenticate(request)
         name = model.removesuffix("/")
         found = await gateway.find(name)
         if not tenant.may_use(name, found.name):
             raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
-        return _json(_described(gateway, name, found))
+        return _json(_model_object(gateway, name, found))
 
-    whole = openapi.success("Every model that this key opens.", openapi.MODELS) | openapi.error_responses(401)
-    one = openapi.success("The model.", openapi.MODEL) | openapi.error_responses(401, 404)
+    listing = openapi.success("Every model that this key opens.", openapi.MODELS) | openapi.error_responses(401)
+    single = openapi.success("The model.", openapi.MODEL) | openapi.error_responses(401, 404)
     for base in ("/v1/models", "/models", "/openai/v1/models", "/openai/models"):
-        shown = base == "/v1/models"
+        canonical = base == "/v1/models"
         for path in (base, base + "/"):
             api.get(
-                path, include_in_schema=shown and path == base, tags=["models"], summary="List models",
-                responses=whole, dependencies=key,
+                path, include_in_schema=canonical and path == base, tags=["models"], summary="List models",
+                responses=listing, dependencies=key,
             )(list_models)  # fmt: skip
         api.get(
-            base + "/{model:path}", include_in_schema=shown, tags=["models"], summary="One model", responses=one,
+            base + "/{model:path}", include_in_schema=canonical, tags=["models"], summary="One model", responses=single,
             dependencies=key,
         )(get_model)  # fmt: skip
 
 
-def _asked_by(request: Request) -> tuple[Gateway, Tenant]:
-    """The gateway that is to answer, and the tenant that asks. Raises `InvalidApiKey`."""
-    now = _in_force(request)
-    return now.gateway, now.keys.tenant(dict(request.scope["headers"]))
+def _authenticate(request: Request) -> tuple[Gateway, Tenant]:
+    """The gateway that answers the request, and the caller's tenant. Raises `InvalidApiKey`."""
+    generation = _generation_of(request)
+    return generation.gateway, generation.keys.tenant(dict(request.scope["headers"]))
 
 
-def _described(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
-    """OpenAI's model object, and beside it what we know."""
+def _model_object(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
+    """OpenAI's model object, extended by what is known of the model."""
     model, facts = public.deployments[0].model, public.facts
     return {
         "id": name,
@@ -210,11 +211,11 @@ def _add_health(api: FastAPI) -> None:
     )  # fmt: skip
     async def readyz(request: Request) -> Response:
         """503 while draining. A line per upstream and cache tier: what is known, without asking them."""
-        state = _in_force(request).gateway.status()
+        state = _generation_of(request).gateway.status()
         return _json(state, 200 if state["status"] == "ready" else 503)
 
 
 def _add_metrics(api: FastAPI, metrics: Metrics) -> None:
     @api.get("/metrics", tags=["operation"], summary="Prometheus metrics", response_class=PlainTextResponse)
     async def scrape() -> Response:
-        return Response(await metrics.exposition(), 200, _NOT_KEPT, media_type=CONTENT_TYPE)
+        return Response(await metrics.exposition(), 200, _NO_STORE, media_type=CONTENT_TYPE)

@@ -1,8 +1,8 @@
-"""OpenAI's embeddings request: raw body to what was asked for, or a 400 that names the field.
+"""Parses and validates OpenAI's embeddings request; errors are 400s that name the field.
 
-orjson parses, strictly (no NaN, no lone surrogates, at most 1,024 levels; of duplicate keys the last
-wins). Checking is by hand: a refusal then names `input[7]` and says what would be right, and a good
-request costs a microsecond.
+orjson parses strictly: no NaN, no lone surrogates, at most 1,024 levels; the last of duplicate keys wins. Validation is
+written by hand, so that an error names `input[7]` and says what would be valid, and a valid request costs a
+microsecond.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDim
 from app.types import MAX_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
-"""Token ids of one input, at most: twice what the longest model takes, and decoded fast enough to hold up nobody."""
+"""Token ids per input, at most: twice what the longest model takes, and decoded fast enough to delay no one."""
 
-OBJECTS, OBJECTS_PER_INPUT = 2**18, 32
-"""Strings, keys among them, lists and objects of a body, at most: far more than any request that is taken needs."""
+MAX_OBJECTS, MAX_OBJECTS_PER_INPUT = 2**18, 32
+"""Strings (keys included), lists and objects in a body, at most: far more than any valid request needs."""
 
 Encoding: TypeAlias = Literal["float", "base64"]
 CHOICES: Mapping[str, tuple[str, ...]] = {
@@ -33,16 +33,16 @@ CHOICES: Mapping[str, tuple[str, ...]] = {
     "output_type": get_args(OutputType),
     "on_long_input": get_args(OnLongInput),
 }
-"""The words that may stand in a field."""
+"""The values that a field allows."""
 
 MAX_INSTRUCT_CHARACTERS = 4096
-"""Characters. An instruction is a sentence or a few, and goes with every call, or every text."""
+"""An instruction is a few sentences at most, and is sent with every call, or every text."""
 _IN_PARAMS = frozenset(("dimensions", "input_type", "text_type", "output_type", "instruct"))
-_USUAL = Params()
+_DEFAULT_PARAMS = Params()
 
 
 class EmbeddingsBody(Struct):
-    """A request body, checked. Token ids are text by now."""
+    """A validated request body. Token ids have been decoded to text."""
 
     model: str
     inputs: Sequence[Input]
@@ -50,14 +50,14 @@ class EmbeddingsBody(Struct):
     encoding: Encoding
     on_long_input: OnLongInput | None = None
     media: bool = False
-    """Whether any of the inputs is no text."""
+    """Whether any input is not text."""
     decoded: int = 0
-    """Bytes of text that came as token ids."""
+    """Bytes of text decoded from token ids."""
 
 
 def parse_body(raw: bytes, *, max_inputs: int, max_decoded: int, path_model: str | None = None) -> EmbeddingsBody:
-    """Raises `InvalidRequest`. `max_decoded`: bytes of text that token ids may come to. `path_model` is the model named
-    by the route, which then decides."""
+    """Parses and validates a body. `max_decoded` limits the bytes of text decoded from token ids. `path_model`, the
+    model named in the path, takes precedence over the body's. Raises `InvalidRequest`."""
     body = _object(raw)
     model = path_model if path_model is not None else body.get("model")
     if not isinstance(model, str) or not model:
@@ -75,46 +75,45 @@ def parse_body(raw: bytes, *, max_inputs: int, max_decoded: int, path_model: str
 
 
 def check_object_count(raw: bytes, *, max_inputs: int) -> None:
-    """Refuses a body that would take too much memory, before it is parsed: `[],` has 3 bytes, and takes 70 once it is
-    parsed. Numbers, of which token ids are made, take up to 15 times their text and do not count. Raises
-    `InvalidRequest`."""
-    most = OBJECTS + OBJECTS_PER_INPUT * max_inputs
-    if raw.count(b'"') + raw.count(b"[") + raw.count(b"{") <= most:
+    """Rejects a body that would take too much memory, before it is parsed: `[],` is 3 bytes, but 70 once parsed.
+    Numbers, and so token ids, take up to 15 times their text and do not count. Raises `InvalidRequest`."""
+    limit = MAX_OBJECTS + MAX_OBJECTS_PER_INPUT * max_inputs
+    if raw.count(b'"') + raw.count(b"[") + raw.count(b"{") <= limit:
         return
-    # Brackets within texts do not count, so texts are left out: every second piece between quotes.
+    # Brackets within strings do not count, so strings, every second piece between quotes, are left out.
     plain = raw.replace(rb"\\", b"").replace(rb"\"", b"")
     strings = plain.count(b'"') // 2
-    if strings <= most:
+    if strings <= limit:
         outside = b"".join(plain.split(b'"')[::2])
-        if strings + outside.count(b"[") + outside.count(b"{") <= most:
+        if strings + outside.count(b"[") + outside.count(b"{") <= limit:
             return
-    raise InvalidRequest(f"the request body has more than {most} strings, lists and objects")
+    raise InvalidRequest(f"the request body has more than {limit} strings, lists and objects")
 
 
 def _object(raw: bytes) -> dict[str, Any]:
     try:
         body = orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        raise _no_json(raw, error) from None
+        raise _invalid_json(raw, error) from None
     if not isinstance(body, dict):
         raise InvalidRequest(f"the request body must be a JSON object, not {_kind(body)}")
     return body
 
 
-def _no_json(raw: bytes, error: orjson.JSONDecodeError) -> InvalidJson:
-    told = str(error)
-    if "surrogates not allowed" in told:  # what orjson says of any byte that is not UTF-8
+def _invalid_json(raw: bytes, error: orjson.JSONDecodeError) -> InvalidJson:
+    detail = str(error)
+    if "surrogates not allowed" in detail:  # orjson's message for any invalid UTF-8
         try:
             raw.decode()
         except UnicodeDecodeError as fault:
-            told = f"it is not UTF-8 at byte {fault.start}"
-    code = "invalid_unicode" if "surrogate in string" in told else None
-    return InvalidJson(f"the request body is not valid JSON: {told}", code=code)
+            detail = f"it is not UTF-8 at byte {fault.start}"
+    code = "invalid_unicode" if "surrogate in string" in detail else None
+    return InvalidJson(f"the request body is not valid JSON: {detail}", code=code)
 
 
 def _params(body: dict[str, Any]) -> Params:
     if _IN_PARAMS.isdisjoint(body):
-        return _USUAL
+        return _DEFAULT_PARAMS
     role = _choice(body, "input_type")
     synonym = _choice(body, "text_type")
     if role and synonym and role != synonym:
@@ -123,8 +122,8 @@ def _params(body: dict[str, Any]) -> Params:
     if instruct is not None and not isinstance(instruct, str):
         raise InvalidRequest(f"instruct must be a string, not {_kind(instruct)}", param="instruct")
     if instruct is not None and len(instruct) > MAX_INSTRUCT_CHARACTERS:
-        told = f"instruct has {len(instruct)} characters; it may have {MAX_INSTRUCT_CHARACTERS}"
-        raise InvalidRequest(told, param="instruct")
+        detail = f"instruct has {len(instruct)} characters; it may have {MAX_INSTRUCT_CHARACTERS}"
+        raise InvalidRequest(detail, param="instruct")
     return Params(
         dimensions=_dimensions(body.get("dimensions")),
         input_type=role or synonym,
@@ -136,18 +135,18 @@ def _params(body: dict[str, Any]) -> Params:
 def _dimensions(value: Any) -> int | None:
     if value is None:
         return None
-    if type(value) is not int or value < 1:  # bool is an int to Python
+    if type(value) is not int or value < 1:  # bool is a subclass of int
         raise InvalidRequest(f"dimensions must be a whole number of at least 1, not {_kind(value)}", param="dimensions")
     if value > MAX_DIMENSIONS:
         raise UnsupportedDimensions(f"no model gives more than {MAX_DIMENSIONS} dimensions", param="dimensions")
     return value
 
 
-def _choice(body: dict[str, Any], field: str, usual: str | None = None) -> Any:
-    """The field's value, one of its `CHOICES`; `usual` where it is absent."""
+def _choice(body: dict[str, Any], field: str, default: str | None = None) -> Any:
+    """The field's value, one of its `CHOICES`; `default` if it is absent."""
     value = body.get(field)
     if value is None:
-        return usual
+        return default
     choices = CHOICES[field]
     if value not in choices:
         shown = value[:40] if isinstance(value, str) else _kind(value)
@@ -159,7 +158,7 @@ def _choice(body: dict[str, Any], field: str, usual: str | None = None) -> Any:
 
 
 _Inputs = tuple[Sequence[Input], bool, int]
-"""The inputs, whether any of them is no text, and bytes of text that came as token ids."""
+"""The inputs, whether any of them is not text, and the bytes of text decoded from token ids."""
 
 
 def _inputs(value: Any, max_inputs: int, max_decoded: int) -> _Inputs:
@@ -171,10 +170,10 @@ def _inputs(value: Any, max_inputs: int, max_decoded: int) -> _Inputs:
         raise InvalidRequest(f"input must be a string or a list, not {_kind(value)}", param="input")
     if not value:
         raise InvalidRequest("input must not be an empty list", param="input")
-    return _listed(value, max_inputs, max_decoded)
+    return _input_list(value, max_inputs, max_decoded)
 
 
-def _listed(value: list[Any], max_inputs: int, max_decoded: int) -> _Inputs:
+def _input_list(value: list[Any], max_inputs: int, max_decoded: int) -> _Inputs:
     kinds = set(map(type, value))
     if kinds == {int}:
         text = _tokens(value, "input", 0, max_decoded)
@@ -192,16 +191,16 @@ def _listed(value: list[Any], max_inputs: int, max_decoded: int) -> _Inputs:
             decoded += tokens.upper_bound(texts[-1])
         return texts, False, decoded
     if kinds <= {str, dict}:
-        return _contents(value)
-    raise _mixed(value)
+        return _content_objects(value)
+    raise _mixed_types_error(value)
 
 
-def _contents(value: list[Any]) -> _Inputs:
+def _content_objects(value: list[Any]) -> _Inputs:
     inputs = [
         _text(item, f"input[{i}]") if isinstance(item, str) else content.parse(item, f"input[{i}]", _text)
         for i, item in enumerate(value)
     ]
-    return inputs, any(isinstance(each, Media) for each in inputs), 0
+    return inputs, any(isinstance(item, Media) for item in inputs), 0
 
 
 def _text(text: str, where: str) -> str:
@@ -210,9 +209,9 @@ def _text(text: str, where: str) -> str:
     return text
 
 
-def _tokens(ids: list[Any], where: str, before: int, most: int) -> str:
-    """The ids' text. With the `before` bytes of the inputs before it, it may have `most`: an id of five digits may
-    stand for 128 bytes."""
+def _tokens(ids: list[Any], where: str, before: int, limit: int) -> str:
+    """Decodes token ids to text, at most `limit` bytes including the `before` bytes of the inputs before it: an id of
+    five digits may stand for 128 bytes."""
     if not ids:
         raise InvalidRequest(f"{where} must not be an empty list of token ids", param=where)
     if len(ids) > MAX_IDS:
@@ -220,10 +219,12 @@ def _tokens(ids: list[Any], where: str, before: int, most: int) -> str:
     if set(map(type, ids)) != {int}:
         raise InvalidRequest(f"{where} must hold token ids only, whole numbers", param=where)
     try:
-        return tokens.decode(ids, most - before)
+        return tokens.decode(ids, limit - before)
     except OverflowError:
-        told = f"the token ids of one request may stand for {most} bytes of text, and up to {where} they stand for more"
-        raise BodyTooLarge(told, param=where) from None
+        detail = (
+            f"the token ids of one request may stand for {limit} bytes of text, and up to {where} they stand for more"
+        )
+        raise BodyTooLarge(detail, param=where) from None
     except IndexError as error:
         position = error.args[0]
         raise InvalidRequest(
@@ -231,12 +232,12 @@ def _tokens(ids: list[Any], where: str, before: int, most: int) -> str:
         ) from None
 
 
-def _mixed(value: list[Any]) -> InvalidRequest:
-    """What is wrong with a list that is neither all strings nor all lists of ids: its first item of a kind that is
-    never allowed, or else its first of another kind than its first item."""
+def _mixed_types_error(value: list[Any]) -> InvalidRequest:
+    """The error for a list that is neither all strings nor all lists of ids. It names the first item of a type that is
+    never allowed, or else the first whose type differs from the first item's."""
     first = type(value[0])
-    never = (i for i, item in enumerate(value) if type(item) not in (str, list, int, dict))
-    odd = next(never, None)
+    disallowed = (i for i, item in enumerate(value) if type(item) not in (str, list, int, dict))
+    odd = next(disallowed, None)
     if odd is None:
         odd = next(i for i, item in enumerate(value) if type(item) is not first)
     item = value[odd]
@@ -247,7 +248,8 @@ def _mixed(value: list[Any]) -> InvalidRequest:
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's kind in a reader's words; never the value, which may be anything and any size."""
+    """A JSON value's type in plain words. Of values, which may be anything and of any size, only small numbers are
+    shown."""
     match value:
         case None:
             return "null"

@@ -38,7 +38,7 @@ def test_the_headers_of_a_result_read_one_by_one(sparse: bool) -> None:
     result.calls, result.deployments, result.truncated, result.split = 3, ("a/b\r\nx: y", "c/d"), 1, 2
     lines = render.result_headers(result, Usage.of(result), "vendor/m: 1")
     assert lines.endswith(b"\r\n")
-    assert dict(render.headers(lines)) == {
+    assert dict(render.decode_headers(lines)) == {
         b"x-embedding-cache": b"miss",
         b"x-embedding-cached-inputs": b"0",
         b"x-embedding-upstream-calls": b"3",

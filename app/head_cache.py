@@ -1,4 +1,4 @@
-"""Request heads that come again: a client sends one with every request, and only the body's length in it differs."""
+"""A cache of parsed request heads: a client repeats its head with every request, with only another content-length."""
 
 from __future__ import annotations
 
@@ -10,78 +10,78 @@ from msgspec import Struct
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 MAX_HEAD = 4 * 2**10
-"""Bytes up to which a head is worth keeping, for as long as its connection lives."""
+"""Bytes up to which a head is worth caching for the life of its connection."""
 MAX_STORES = 4
-"""Heads that a connection keeps in all, each in place of the one before. Where all differ, no more are kept."""
+"""Heads that a connection caches in its life, each replacing the last; if they all differ, it then stops trying."""
 
 _LENGTH = b"content-length"
-_PARSED_ONLY = {b"transfer-encoding", b"upgrade", b"expect"}
-"""Headers that the parser must see to each time anew."""
+_UNCACHEABLE = {b"transfer-encoding", b"upgrade", b"expect"}
+"""Headers that the parser must process each time."""
 
 
-class Head(Struct, frozen=True):
-    """A head as it came, in two parts around the digits of its `content-length`, and what the parser made of it."""
+class CachedHead(Struct, frozen=True):
+    """A raw head, split around the digits of its `content-length`, and the scope that the parser made of it."""
 
     before: bytes
-    behind: bytes
+    after: bytes
     scope: Mapping[str, Any]
-    """ASGI's scope, without what belongs to one request alone."""
-    place: int
-    """Of `content-length` among the headers."""
+    """The ASGI scope, without what belongs to a single request."""
+    length_index: int
+    """Position of `content-length` in the headers."""
 
-    def digits(self, data: bytes, end: int) -> bytes | None:
-        """The digits of the length, if the first `end` bytes of `data` are this head in all else: then the parser would
-        find nothing in them that it did not find in this one."""
-        digits = data[len(self.before) : end - len(self.behind)]
-        alike = data.startswith(self.before) and data.startswith(self.behind, end - len(self.behind))
-        return digits if alike and digits.isdigit() and len(digits) < 16 else None
+    def matching_length(self, data: bytes, end: int) -> bytes | None:
+        """The digits of the content-length, if the first `end` bytes of `data` otherwise equal this head: the parser
+        would then find nothing new in them."""
+        digits = data[len(self.before) : end - len(self.after)]
+        matches = data.startswith(self.before) and data.startswith(self.after, end - len(self.after))
+        return digits if matches and digits.isdigit() and len(digits) < 16 else None
 
-    def again(self, digits: bytes) -> dict[str, Any]:
-        """What the parser would make of this head with another length."""
+    def with_length(self, digits: bytes) -> dict[str, Any]:
+        """The scope that the parser would make of this head with another content-length."""
         headers = self.scope["headers"].copy()
-        headers[self.place] = (_LENGTH, digits)
+        headers[self.length_index] = (_LENGTH, digits)
         return {**self.scope, "headers": headers}
 
 
-def learn(head: bytes, scope: Mapping[str, Any]) -> Head | None:
-    """This head and the scope that the parser made of it, to be known again. None where one like it had better be
-    parsed again: wherever the plainest way to read it does not give the same headers."""
+def cache_entry(head: bytes, scope: Mapping[str, Any]) -> CachedHead | None:
+    """A cache entry for this head and the scope that the parser made of it. None if such a head must be parsed every
+    time, as whenever splitting it naively does not give the parser's headers."""
     lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     pairs = [line.partition(b":") for line in lines[1:]]
     headers = [(name.lower(), value.strip(b" \t")) for name, _, value in pairs]
     names = [name for name, _ in headers]
     if len(head) > MAX_HEAD or headers != scope["headers"]:
         return None
-    if names.count(_LENGTH) != 1 or not _PARSED_ONLY.isdisjoint(names):
+    if names.count(_LENGTH) != 1 or not _UNCACHEABLE.isdisjoint(names):
         return None
-    place = names.index(_LENGTH)
-    digits = headers[place][1]
-    line = lines[1 + place]
-    before = b"\r\n".join([*lines[: 1 + place], line[: line.rindex(digits)]])
+    length_index = names.index(_LENGTH)
+    digits = headers[length_index][1]
+    line = lines[1 + length_index]
+    before = b"\r\n".join([*lines[: 1 + length_index], line[: line.rindex(digits)]])
     kept = {name: value for name, value in scope.items() if name not in ("state", "extensions")}
-    return Head(before, head[len(before) + len(digits) :], {**kept, "headers": headers}, place)
+    return CachedHead(before, head[len(before) + len(digits) :], {**kept, "headers": headers}, length_index)
 
 
 class HeadCachingProtocol(HttpToolsProtocol):
-    """uvicorn's protocol, which remembers one head a connection and does not parse it when it comes again."""
+    """uvicorn's protocol, which caches one head per connection and does not parse it when it is repeated."""
 
-    _known: Head | None = None
-    _given = b""
-    """The head that the parser is given, until it has found the end of it."""
-    _lessons = MAX_STORES
+    _cached: CachedHead | None = None
+    _candidate = b""
+    """The head that the parser is working on, if it may be cached."""
+    _stores_left = MAX_STORES
     _body_left = 0
-    """Bytes still to come of a body whose head was known: the parser is told of neither."""
+    """Bytes still to come of a body whose head was cached: the parser sees neither."""
 
     def start_cached(self, data: bytes, end: int) -> bytes | None:
-        """Begins the request whose head is the first `end` bytes of `data`, as the server does once it has parsed one,
-        and returns what is behind its body. None if it is to be parsed: its head is not known, or a request before it
-        is not answered yet."""
-        head = self._known
-        digits = head.digits(data, end) if head else None
+        """Starts the request whose head is the first `end` bytes of `data`, as uvicorn does after parsing one, and
+        returns the data after its body. None if it must be parsed: its head is not cached, or the previous request is
+        not answered yet."""
+        head = self._cached
+        digits = head.matching_length(data, end) if head else None
         if head is None or digits is None or not self.cycle.response_complete:
-            self._given = data[:end] if self._lessons else b""
+            self._candidate = data[:end] if self._stores_left else b""
             return None
-        scope: Any = head.again(digits)
+        scope: Any = head.with_length(digits)
         scope["state"] = self.app_state.copy()
         self.scope = scope
         self.cycle = cycle = RequestResponseCycle(
@@ -94,7 +94,7 @@ class HeadCachingProtocol(HttpToolsProtocol):
             default_headers=self.server_state.default_headers,
             message_event=asyncio.Event(),
             expect_100_continue=False,
-            keep_alive=True,  # or the connection would have ended with the one before
+            keep_alive=True,  # or the connection would have ended with the previous request
             on_response=self.on_response_complete,
         )
         self._start_asgi_task(cycle, self.app)
@@ -108,22 +108,22 @@ class HeadCachingProtocol(HttpToolsProtocol):
         return b""
 
     def feed_body(self, data: bytes) -> bytes:
-        """Takes a piece of the body that is still owed. Returns what is behind the body."""
-        body, behind = data[: self._body_left], data[self._body_left :]
+        """Receives the next piece of the body. Returns the data after the body."""
+        body, after = data[: self._body_left], data[self._body_left :]
         self._body_left -= len(body)
         if body:
             self.on_body(body)
         if not self._body_left:
             self.on_message_complete()
-        return behind
+        return after
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """The parser leaves the white space behind a value, which is no part of it (RFC 9110 5.5)."""
+        """Strips white space after a value, which is not part of it (RFC 9110 5.5); the parser does not."""
         super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
-        if self._given:
-            self._lessons -= 1
-            self._known = learn(self._given, self.scope)
-            self._given = b""
+        if self._candidate:
+            self._stores_left -= 1
+            self._cached = cache_entry(self._candidate, self.scope)
+            self._candidate = b""

@@ -162,7 +162,7 @@ async def test_nor_does_a_length_that_no_body_has_make_a_difference(
 
 async def _says_the_same(data: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     requests, written, _ = await told(data)
-    monkeypatch.setattr(Protocol, "_lessons", 0)
+    monkeypatch.setattr(Protocol, "_stores_left", 0)
     expected, answers, _ = await told(data)
     assert requests == expected
     # A request id of what was refused is new each time, and a second may have passed.
@@ -200,11 +200,11 @@ async def test_a_connection_whose_heads_are_all_different_keeps_trying_for_a_whi
     data = [PLAIN.replace(b"one", b"%d" % i) % 1 + b"x" for i in range(2 * head_cache.MAX_STORES)]
     requests, _, server = await told(data)
     assert len(requests) == len(data)
-    assert server.protocol._known is not None
-    assert b"Bearer %d" % (head_cache.MAX_STORES - 1) in server.protocol._known.behind
+    assert server.protocol._cached is not None
+    assert b"Bearer %d" % (head_cache.MAX_STORES - 1) in server.protocol._cached.after
 
 
 @pytest.mark.parametrize("size", [head_cache.MAX_HEAD - 200, head_cache.MAX_HEAD])
 async def test_a_long_head_is_not_kept(size: int) -> None:
     _, _, server = await told([PLAIN.replace(b"one", b"x" * size) % 1 + b"x"])
-    assert (server.protocol._known is not None) == (size < head_cache.MAX_HEAD)
+    assert (server.protocol._cached is not None) == (size < head_cache.MAX_HEAD)

@@ -229,7 +229,7 @@ def test_behind_an_answer_a_head_has_the_rest_of_its_time(
     connection._timeout = lambda: 60.0
     connection._running = SimpleNamespace(response_complete=complete)
     connection._idle_since = 100.0
-    connection._late()
+    connection._on_head_timeout()
     assert timers == [seconds]
 
 

@@ -283,7 +283,7 @@ def test_an_answer_that_is_taken_at_once_is_not_waited_for(monkeypatch: pytest.M
     async def take(*about: object) -> None:
         waited.append(about)
 
-    monkeypatch.setattr(protocol.Protocol, "_take", take)
+    monkeypatch.setattr(protocol.Protocol, "_wait_taken", take)
     with lexical() as gateway, wire(gateway.url) as connection:
         for _ in range(3):
             connection.send(post(SMALL) * 5)

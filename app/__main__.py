@@ -1,17 +1,17 @@
-"""The program `embedding-gateway`, and `python -m app`: told what to do with signals first of all."""
+"""Entry point of `embedding-gateway` and `python -m app`: sets up signals before anything is imported."""
 
 import os
 import signal
 
 
 def main() -> None:
-    """As `app.cli.main`."""
-    # What is imported takes a second, or several where processor time is short. A stop must be heard meanwhile, also by
-    # process 1 of a container, which gets no signal that has no handler; and a reload must not be the end.
+    """Runs `app.cli.main`."""
+    # Imports take a second, or several if processor time is short. A stop must work meanwhile, also for process 1 of a
+    # container, which receives no signal without a handler; and a reload must not end the process.
     signal.signal(signal.SIGTERM, _end)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     interrupt = signal.getsignal(signal.SIGINT)
-    if interrupt is signal.default_int_handler:  # else it is ignored, as by what a script has started beside itself
+    if interrupt is signal.default_int_handler:  # otherwise ignored, as in a script's background job
         signal.signal(signal.SIGINT, _end)
     from app import cli
 
@@ -20,7 +20,7 @@ def main() -> None:
 
 
 def _end(number: int, _frame: object) -> None:
-    # At once: an exception may be lost in what is being imported, and where that is a library in C be a crash of it.
+    # At once: an exception may be lost in a module being imported, or crash it if it is written in C.
     os._exit(128 + number)
 
 

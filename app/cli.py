@@ -25,7 +25,7 @@ from app.main import App, create_app, warn_if_open
 from app.metrics import multiprocess
 from app.pipeline.deployment import Deployment
 from app.registry import PublicModel
-from app.serve import CannotListen, listen, serve, serve_workers
+from app.serve import CannotListen, bind, serve, serve_workers
 from app.types import Batch, Embedding, Params
 from app.upstreams import UPSTREAMS
 from app.workers import ParentChannel, own_command
@@ -56,10 +56,10 @@ Any value of the configuration can be set in the environment: EMBEDDING_GATEWAY_
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The program. Exits 0, or 2 with one readable line per mistake."""
-    _fill_standard()
+    """Runs the program. Exits with 0, or with 2 and one readable line per mistake."""
+    _open_standard_streams()
     options = _parser().parse_args(arguments)
-    commands = {"serve": _serve, "check": _check, "worker": _work}
+    commands = {"serve": _serve, "check": _check, "worker": _worker}
     try:
         commands[options.command](options)
     except ConfigError as error:
@@ -70,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(130)
 
 
-def _fill_standard() -> None:
-    """Nothing of ours is to have the number of a standard stream that was closed: workers have another in its place,
-    and the event loop's library ends a process that closes one. In a jail without a /dev they stay as they are."""
+def _open_standard_streams() -> None:
+    """Opens /dev/null for standard streams that are closed, so that nothing of ours gets their numbers: workers have
+    another file in their place, and libuv ends a process that closes one. In a jail without a /dev they stay closed."""
     with contextlib.suppress(OSError):
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
@@ -82,8 +82,10 @@ def _fill_standard() -> None:
 def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     variables = "\n".join(f"  {kind.switched_on_by}" for kind in UPSTREAMS.values() if kind.switched_on_by)
-    described = _HELP.format(variables=variables)
-    parser = argparse.ArgumentParser("embedding-gateway", description=described, epilog=_EXAMPLES, formatter_class=raw)
+    description = _HELP.format(variables=variables)
+    parser = argparse.ArgumentParser(
+        "embedding-gateway", description=description, epilog=_EXAMPLES, formatter_class=raw
+    )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, text in (
@@ -101,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--probe", action="store_true", help="embed one text on every deployment (costs a few tokens)"
             )
-    # What `serve` starts where there are several; nobody else has a listener to give it, so it is not shown.
+    # `serve` starts it for each of several workers. Nobody else has a listener to give it, so it is not shown.
     command = commands.add_parser("worker")
     command.add_argument("--listener", type=int, required=True)
     command.add_argument("--orders", type=int, required=True)
@@ -115,12 +117,12 @@ def _add_logging(command: argparse.ArgumentParser) -> None:
     command.add_argument("--log-level", choices=levels, default="info", help="default info")
 
 
-def _show(line: str) -> None:
-    """A line of what was asked for. Where nobody takes it, the program ends; quietly, if they have seen enough."""
+def _print_line(line: str) -> None:
+    """Prints a line of output. If that fails the program ends: quietly if the reader has closed the pipe."""
     try:
         print(line, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter tries again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again on exit
         if isinstance(error, BrokenPipeError):
             sys.exit(128 + signal.SIGPIPE)
         _fail([f"cannot write: {error.strerror}"])
@@ -138,13 +140,13 @@ _FLAGS = ("host", "port", "workers")
 
 
 def _serve(options: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop; that is no failure
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # no failure before there is something to stop
     logs.configure(options.log_format, options.log_level)
     source = ConfigSource(options.config, os.environ, UPSTREAMS)
     settings = _load(source, options)
     server = settings.server
-    listener = listen(server.host, server.port)
-    admin = None if server.metrics_port is None else listen(server.host, server.metrics_port)
+    listener = bind(server.host, server.port)
+    admin = None if server.metrics_port is None else bind(server.host, server.metrics_port)
     _announce(settings, listener, admin)
     if source.file is None:
         _warn_of_unused(os.environ)
@@ -153,23 +155,23 @@ def _serve(options: argparse.Namespace) -> None:
         return
     listener.set_inheritable(True)
 
-    def command(orders: int) -> list[str]:
+    def command(descriptor: int) -> list[str]:
         logging_as = ["--log-format", options.log_format, "--log-level", options.log_level]
-        return own_command("worker", *logging_as, "--listener", str(listener.fileno()), "--orders", str(orders))
+        return own_command("worker", *logging_as, "--listener", str(listener.fileno()), "--orders", str(descriptor))
 
     try:
         temporary = tempfile.TemporaryDirectory(prefix="embedding-gateway-")
     except OSError as error:
         _fail([f"several workers need a temporary directory: {error.strerror}"])
-    app = create_app(settings, stores=[])  # its own metrics are to be none of those that are shared
-    with temporary as directory, _kept(directory), multiprocess(directory):
+    app = create_app(settings, stores=[])  # before `multiprocess`, which must not include its own metrics
+    with temporary as directory, _locked(directory), multiprocess(directory):
         sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
 
 
 @contextlib.contextmanager
-def _kept(directory: str) -> Iterator[None]:
-    """A lock on it tells systemd-tmpfiles that it is in use: else it goes when its files have lain there for ten days,
-    and those that are mapped look as old as they were made (python/cpython#81831)."""
+def _locked(directory: str) -> Iterator[None]:
+    """Locks the directory, which tells systemd-tmpfiles that it is in use: otherwise it is removed when its files are
+    ten days old, and mapped files keep their time of creation (python/cpython#81831)."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -178,32 +180,32 @@ def _kept(directory: str) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _work(options: argparse.Namespace) -> None:
-    """One of several worker processes, which its parent has given a listener."""
+def _worker(options: argparse.Namespace) -> None:
+    """Runs one of several worker processes, on the listener passed on by its parent."""
     logs.configure(options.log_format, options.log_level)
     try:
-        orders = ParentChannel(options.orders, UPSTREAMS)
+        parent = ParentChannel(options.orders, UPSTREAMS)
     except EOFError:
         return
-    app = _app(orders.given.load(), options, orders.given)
-    serve(app, socket.socket(fileno=options.listener), orders=orders)
+    app = _app(parent.config.load(), options, parent.config)
+    serve(app, socket.socket(fileno=options.listener), parent=parent)
 
 
 def _load(source: ConfigSource, options: argparse.Namespace) -> Settings:
-    """The settings with the flags over them. The environment carries flags, so that a reload finds
-    them too; a mistake in one is told by the flag's name."""
-    told: dict[str, str] = {}
+    """Loads the settings, with the flags taking precedence. Flags are put in the environment, so that a reload
+    applies them too; a mistake in one is reported under the flag's name."""
+    flag_names: dict[str, str] = {}
     for name in _FLAGS:
         value = getattr(options, name)
         if value is not None:
             variable = f"EMBEDDING_GATEWAY__SERVER__{name.upper()}"
             os.environ[variable] = str(value)
-            told[f"{variable}: server.{name}: "] = f"--{name}: "
+            flag_names[f"{variable}: server.{name}: "] = f"--{name}: "
     try:
         return source.load()
     except ConfigError as error:
         mistakes = error.mistakes
-        for variable, flag in told.items():
+        for variable, flag in flag_names.items():
             mistakes = [each.replace(variable, flag, 1) for each in mistakes]
         raise ConfigError(mistakes) from None
 
@@ -224,14 +226,14 @@ def _announce(settings: Settings, listener: socket.socket, admin: socket.socket 
 
 
 def _url(host: str, listener: socket.socket) -> str:
-    """An address that can be used from this machine."""
+    """A URL that works from this machine."""
     if _is_unspecified(host):
         host = "::1" if ":" in host else "127.0.0.1"
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
 
 
 def _warn_of_unused(environ: Mapping[str, str]) -> None:
-    """Half of what switches an upstream on does nothing, and it is hard to see why."""
+    """Warns if only some of an upstream's variables are set: it stays off, and it is hard to see why."""
     present = {name: value for name, value in environ.items() if value}
     for name, kind in UPSTREAMS.items():
         found = [variable for variable in kind.variables if variable in present]
@@ -259,34 +261,34 @@ def _check(options: argparse.Namespace) -> None:
 
 
 async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
-    """Prints the table of models; returns what is wrong with them, a line each."""
+    """Prints the table of models; returns what is wrong with them, one line each."""
     await gateway.refresh()
     try:
         rows: list[tuple[str, ...]] = [
             ("MODEL", "DIMENSIONS", "INPUTS/CALL", "TOKENS/INPUT", "VECTOR SPACE", "DEPLOYMENTS")
         ]
-        rows += [_row(name, public) for name, public in sorted(gateway.names.items()) if _listed(name, public)]
+        rows += [_row(name, public) for name, public in sorted(gateway.names.items()) if _is_listed(name, public)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         for row in rows:
-            _show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+            _print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
         registry = gateway.registry
-        wrong = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
-        return wrong + (await _probe(gateway) if probe else [])
+        faults = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
+        return faults + (await _probe(gateway) if probe else [])
     finally:
         await gateway.aclose()
 
 
-def _listed(name: str, public: PublicModel) -> bool:
-    """`upstream/model` names only where there is no shorter one for the same thing."""
+def _is_listed(name: str, public: PublicModel) -> bool:
+    """Whether the table shows this name: `upstream/model` only if the model has no shorter name."""
     return name == public.name or public.deployments[0].name != name
 
 
 def _row(name: str, public: PublicModel) -> tuple[str, ...]:
     facts = public.facts
-    shown = name if name == public.name else f"{name} (alias of {public.name})"
+    label = name if name == public.name else f"{name} (alias of {public.name})"
     return (
-        shown,
+        label,
         str(public.dimensions or "?"),
         str(facts.max_batch),
         str(facts.max_tokens_per_input or "?"),
@@ -306,14 +308,14 @@ async def _probe(gateway: Gateway) -> list[str]:
         if not each.lists_models and name not in used
     ]
     for name, deployment in sorted(deployments.items()):
-        trouble = await _try(deployment)
-        _show(f"probe {name}: {trouble or 'ok'}")
+        trouble = await _probe_one(deployment)
+        _print_line(f"probe {name}: {trouble or 'ok'}")
         if trouble:
             failed.append(f"{name}: {trouble}")
     return failed
 
 
-async def _try(deployment: Deployment) -> str | None:
+async def _probe_one(deployment: Deployment) -> str | None:
     deadline = asyncio.get_running_loop().time() + 30
     batch = Batch("probe", ["probe"], [b"probe"], Params(), False, deadline)
     (outcome,) = (await deployment.embed(batch)).outcomes

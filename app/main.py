@@ -1,4 +1,4 @@
-"""The one composition root: settings to a running ASGI application. Everything else is handed what it needs."""
+"""The composition root: builds the ASGI application from settings. Everything else is handed its dependencies."""
 
 from __future__ import annotations
 
@@ -29,33 +29,33 @@ from app.types import Store
 log = logging.getLogger(__name__)
 
 GRACE = 10.0
-"""Seconds beyond a request's own time for which requests are waited for, after their gateway was replaced or the
+"""Seconds to wait, beyond the request timeout, for requests in flight when their gateway has been replaced or the
 listener has closed."""
 
 LAG_INTERVAL = 0.5
-"""Seconds between two measurements of how late the event loop is."""
+"""Seconds between measurements of the event loop's lag."""
 
 BuildGateway = Callable[[Settings, Gateway | None], Gateway]
 
 
 @dataclass(slots=True, eq=False)
 class _Generation:
-    """One configuration in force: its gateway and the HTTP face over it."""
+    """One configuration in force: its gateway and the HTTP layer over it."""
 
     gateway: Gateway
     keys: Keys
     route: embeddings.Embeddings
     api: Any
-    """The framework's application, which knows no configuration."""
-    inside: int = 0
-    """Requests that came in while it was in force and are not answered yet."""
+    """The FastAPI application, which knows no configuration."""
+    in_flight: int = 0
+    """Requests that arrived while it was in force and are not answered yet."""
 
 
 class App:
-    """The ASGI application: embeddings answered at once, everything else by the framework behind it.
+    """The ASGI application: answers embeddings directly, and everything else by the FastAPI application behind it.
 
-    A new configuration is a new generation, built whole and put in place by one assignment; requests end on the
-    generation they began on. `source` is where to read the configuration again; without it, it never changes.
+    A new configuration is a new generation, built whole and then swapped in by one assignment; requests end on the
+    generation they began on. `source` is where to reload the configuration from; without it, it never changes.
     """
 
     def __init__(
@@ -70,34 +70,34 @@ class App:
         gateway = build_gateway(settings, None)
         self._metrics = gateway.metrics
         self._apis: dict[bool, Any] = {}
-        """The framework's applications, by whether callers need a key: all that a configuration changes in them."""
-        self._described: Any = None
-        """The latest configuration's, be it in force here or in the workers."""
-        self._now = self._generation(gateway)
-        apart = settings.server.metrics_port is not None
-        self.admin = routes.build_admin(self._metrics, lambda: self._described) if apart else None
-        """/metrics and /docs for a port of their own, if the configuration gives them one."""
-        self._watch = source and ConfigWatcher(source, clock, self._change_to, self._metrics.reloaded)
+        """The FastAPI applications, by whether callers need a key: nothing else in them depends on a configuration."""
+        self._documented: Any = None
+        """The FastAPI application of the latest configuration, whether in force here or in the workers."""
+        self._current = self._generation(gateway)
+        separate_port = settings.server.metrics_port is not None
+        self.admin = routes.build_admin(self._metrics, lambda: self._documented) if separate_port else None
+        """Serves /metrics and /docs on a port of their own, if the configuration has one."""
+        self._watcher = source and ConfigWatcher(source, clock, self._change_to, self._metrics.reloaded)
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Lock()
 
     def on_invalid_http(self) -> None:
-        """Counts what came over a connection and was no valid HTTP request."""
+        """Counts data on a connection that was not a valid HTTP request."""
         self._metrics.rejected_requests.labels("invalid_http").inc()
 
     def request_timeout(self) -> float:
-        """Seconds that a request may take in all, by the configuration in force."""
+        """Seconds that a request may take in total, by the configuration in force."""
         return self.settings.server.request_timeout
 
     @property
     def gateway(self) -> Gateway:
         """The one in force."""
-        return self._now.gateway
+        return self._current.gateway
 
     @property
     def draining(self) -> bool:
-        """Whether it is about to stop, for good."""
+        """Whether the application is about to stop."""
         return self.gateway.draining
 
     @property
@@ -111,35 +111,35 @@ class App:
             return
         if scope["type"] != "http":
             raise RuntimeError(f"no {scope['type']} here")
-        now = self._now
-        if now.gateway.draining:  # answers are their connections' last: clients connect anew, to a replica that goes on
-            send = _last(send)
+        generation = self._current
+        if generation.gateway.draining:  # close connections after their responses: clients reconnect to another replica
+            send = _close_after_response(send)
             extensions = scope.get("extensions", {})
             if "respond" in extensions:
                 extensions["respond"] = partial(extensions["respond"], last=True)
-        now.inside += 1
+        generation.in_flight += 1
         try:
             matched, model = embeddings.match(scope["path"])
             if matched:
-                await now.route(scope, receive, send, model)
+                await generation.route(scope, receive, send, model)
             else:
-                await now.api({**scope, routes.GENERATION: now}, receive, _identified(scope, send))
+                await generation.api({**scope, routes.GENERATION: generation}, receive, _with_request_id(scope, send))
         finally:
-            now.inside -= 1
+            generation.in_flight -= 1
 
     def drain(self) -> None:
-        """From now on the gateway is not ready. Requests are answered as ever; no further configuration takes over."""
+        """Makes the gateway not ready and stops reloading. Requests are still answered."""
         self.gateway.draining = True
         if self._watching:
             self._watching.cancel()
 
     def reload(self) -> None:
-        """Has the configuration read again, soon. To be called in the event loop."""
-        if self._watch:
-            self._watch.ask()
+        """Schedules a reload of the configuration. To be called in the event loop."""
+        if self._watcher:
+            self._watcher.ask()
 
     async def _lifespan(self, receive: embeddings.Receive, send: embeddings.Sender) -> None:
-        """ASGI's start and stop messages around the gateway's."""
+        """Starts and stops the gateway at ASGI's lifespan messages."""
         started = await receive()
         assert started["type"] == "lifespan.startup"
         try:
@@ -148,12 +148,12 @@ class App:
             log.exception("cannot start")
             await send({"type": "lifespan.startup.failed", "message": str(error)})
             return
-        # What lives from here on lives long: collections need not look at it again (p99, bench/README.md).
+        # What is alive by now lives long, so collections need not scan it again (p99, bench/README.md).
         gc.collect()
         gc.freeze()
         background = [asyncio.create_task(self._watch_lag())]
-        if self._watch:
-            self._watching = asyncio.create_task(self._watch.run())
+        if self._watcher:
+            self._watching = asyncio.create_task(self._watcher.run())
             background.append(self._watching)
         await send({"type": "lifespan.startup.complete"})
         stopped = await receive()
@@ -167,7 +167,7 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch_lag(self) -> None:
-        """Measures how late the event loop is, by its own clock: what holds it up holds up every request."""
+        """Measures the event loop's lag, by its own clock: whatever blocks the loop delays every request."""
         now = asyncio.get_running_loop().time
         while True:
             due = now() + LAG_INTERVAL
@@ -182,15 +182,15 @@ class App:
         if keys.needed not in self._apis:
             admin = gateway.settings.server.metrics_port is None
             self._apis[keys.needed] = routes.build(self._metrics, admin=admin, keys=keys.needed)
-        self._described = self._apis[keys.needed]
-        return _Generation(gateway, keys, route, self._described)
+        self._documented = self._apis[keys.needed]
+        return _Generation(gateway, keys, route, self._documented)
 
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)
-        if _alike(settings, self.settings):
+        if _same_settings(settings, self.settings):
             log.info("configuration read again: nothing to change")
             return
-        before = self._now
+        before = self._current
         gateway = self._build_gateway(settings, before.gateway)
         try:
             await gateway.start()
@@ -198,17 +198,17 @@ class App:
         except BaseException:
             await gateway.aclose(before.gateway)
             raise
-        self._now = after
+        self._current = after
         before.gateway.hand_over(gateway)
         log.info("configuration changed")
         if before.gateway.settings.auth is not None and settings.auth is None:
-            _warn_of_open(settings)  # on loopback too: until now callers had keys
+            _warn_of_open(settings)  # on loopback too: until now callers needed keys
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
     async def dry_run(self, settings: Settings) -> None:
-        """Builds what would serve with these settings, and drops it again. Raises what building raises."""
+        """Builds a gateway and its HTTP layer from these settings, and discards both. Raises what building raises."""
         before = self.gateway
         gateway = self._build_gateway(settings, before)
         try:
@@ -217,24 +217,24 @@ class App:
             await gateway.aclose(before)
 
     async def _retire(self, old: _Generation, successor: Gateway) -> None:
-        """Closes a gateway once its requests are answered. Gateways are closed one after the other, in their order:
-        what one shares with its successor the successor closes, which must not be sooner."""
+        """Closes a gateway once its requests are answered. Gateways are closed one at a time, in order: what a gateway
+        shares with its successor is closed by the successor, which must not happen sooner."""
         async with self._closing:
-            left = old.gateway.settings.server.request_timeout + GRACE
-            while old.inside and left > 0:
+            remaining = old.gateway.settings.server.request_timeout + GRACE
+            while old.in_flight and remaining > 0:
                 await self._clock.sleep(0.1)
-                left -= 0.1
+                remaining -= 0.1
             await old.gateway.aclose(successor)
 
 
-def _alike(one: Settings, other: Settings) -> bool:
-    """Whether nothing differs, nor the order of upstreams and models: what is named first counts."""
+def _same_settings(one: Settings, other: Settings) -> bool:
+    """Whether the settings are equal, including the order of upstreams and models: the one named first counts."""
     orders = [(*each.upstreams, *each.models) for each in (one, other)]
     return one == other and orders[0] == orders[1]
 
 
 def warn_if_open(settings: Settings) -> None:
-    """Warns where anybody on another machine may embed."""
+    """Warns if anyone on another machine may embed."""
     if settings.auth is None and not _is_loopback(settings.server.host):
         _warn_of_open(settings)
 
@@ -250,28 +250,28 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _last(send: embeddings.Sender) -> embeddings.Sender:
-    """`send` that makes the response the last one on its connection."""
+def _close_after_response(send: embeddings.Sender) -> embeddings.Sender:
+    """Wraps `send` to close the connection after the response."""
 
-    async def closing(message: embeddings.Message) -> None:
+    async def send_closing(message: embeddings.Message) -> None:
         if message["type"] == "http.response.start":
             others = [header for header in message.get("headers", ()) if header[0] != b"connection"]
             message["headers"] = [*others, (b"connection", b"close")]
         await send(message)
 
-    return closing
+    return send_closing
 
 
-def _identified(scope: embeddings.Scope, send: embeddings.Sender) -> embeddings.Sender:
-    """`send` that puts the request's id on the response."""
+def _with_request_id(scope: embeddings.Scope, send: embeddings.Sender) -> embeddings.Sender:
+    """Wraps `send` to add the request id to the response."""
     request_id = head.request_id(dict(scope["headers"]))
 
-    async def with_id(message: embeddings.Message) -> None:
+    async def send_with_id(message: embeddings.Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
         await send(message)
 
-    return with_id
+    return send_with_id
 
 
 def create_app(
@@ -283,8 +283,8 @@ def create_app(
     request_log: logs.RequestLog | None = None,
     source: ConfigSource | ParentConfig | None = None,
 ) -> App:
-    """The application for these settings. `transport`, `stores` and `clock` replace the real ones; from `source`
-    it reads its configuration again, when the file changes or `reload` is called."""
+    """Builds the application. `transport`, `stores` and `clock` replace the real ones; the configuration is reloaded
+    from `source` when its file changes or `reload` is called."""
     clock = clock or SystemClock()
     metrics = Metrics()
     if stores is None:

@@ -1,4 +1,4 @@
-"""Running the application: listeners, signals, worker processes. The only module that knows the ASGI server."""
+"""Runs the application: listeners, signals, worker processes. The only module that runs the ASGI server."""
 
 from __future__ import annotations
 
@@ -28,31 +28,31 @@ from app.workers import ParentChannel, Workers
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE = 75
-"""Seconds for which a connection may lie idle: longer than any load balancer in use takes it to."""
+"""Seconds that a connection may be idle: longer than any load balancer in use keeps one."""
 BACKLOG = 2048
-"""Connections that wait to be accepted, at most."""
-MOMENT = 0.25
-"""Seconds after the listener has closed in which a request that was on its way over an idle connection is answered."""
+"""Maximum number of connections waiting to be accepted."""
+CLOSE_DELAY = 0.25
+"""Seconds after the listener has closed for requests that were already on their way over idle connections."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""mallopt(3)'s."""
+"""Parameters of mallopt(3)."""
 
 
 class CannotListen(Exception):
-    """The address cannot be had. The text is for whoever started the program."""
+    """The address is not available. The message is for whoever started the program."""
 
     def __init__(self, host: str, port: int, reason: str | None) -> None:
         super().__init__(f"cannot listen on {host}:{port}: {reason}")
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A bound socket, so that a port that is taken is known before anything is built. Raises `CannotListen`.
+def bind(host: str, port: int) -> socket.socket:
+    """Binds a socket, so that a port in use is noticed before anything is built. Raises `CannotListen`.
 
-    Nobody is to wait at a port where nothing serves yet, so it listens later, and whoever listens first has the port.
+    It does not listen yet, so that no client waits at a port that nothing serves; the first to listen gets the port.
     """
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        family, kind, _, _, address = found[0]
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        family, kind, _, _, address = addresses[0]
         listener = socket.socket(family, kind)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -63,8 +63,8 @@ def listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _begin(listener: socket.socket) -> None:
-    """Listens, or goes on. Raises `CannotListen`."""
+def _start_listening(listener: socket.socket) -> None:
+    """Listens, or goes on listening. Raises `CannotListen`."""
     host, port = listener.getsockname()[:2]
     try:
         listener.listen(BACKLOG)
@@ -77,10 +77,10 @@ def uvicorn_config(
     settings: Settings,
     on_invalid_http: Callable[[], None] = lambda: None,
     timeout: Callable[[], float] | None = None,
-    **more: Any,
+    **options: Any,
 ) -> uvicorn.Config:
-    """The ASGI server as it serves an application of ours; `on_invalid_http` is told of what is no HTTP request, and
-    `timeout` says how long a request may take in all, if that may change."""
+    """uvicorn's configuration for an application of ours. `on_invalid_http` is called for data that is not a valid HTTP
+    request; `timeout` returns the current request timeout, where that may change."""
     timeout = timeout or (lambda: settings.server.request_timeout)
     return uvicorn.Config(
         app,
@@ -93,7 +93,7 @@ def uvicorn_config(
         timeout_graceful_shutdown=_grace(settings),
         ws="none",
         backlog=BACKLOG,
-        **more,
+        **options,
     )
 
 
@@ -102,16 +102,16 @@ def _grace(settings: Settings) -> int:
 
 
 class Server(uvicorn.Server):
-    """The ASGI server, stopping the way load balancers need it, for they hear of a stop later than the process does.
+    """The ASGI server, with a stop that suits load balancers, which learn of it later than the process does.
 
-    The first SIGTERM makes the application not ready at once; `drain` seconds later the listener closes and
-    requests finish. A second one does not wait so long, nor does Ctrl-C; Ctrl-C after that drops what is left.
-    SIGHUP reads the configuration again. A worker is told all that by its parent: see `app.workers`.
+    The first SIGTERM makes the application not ready at once; `drain` seconds later the listener closes and requests
+    finish. A second SIGTERM skips that delay, and so does Ctrl-C; Ctrl-C after that drops the remaining requests.
+    SIGHUP reloads the configuration. A worker is told all this by its parent: see `app.workers`.
     """
 
-    def __init__(self, config: uvicorn.Config, app: App, orders: ParentChannel | None = None) -> None:
+    def __init__(self, config: uvicorn.Config, app: App, parent: ParentChannel | None = None) -> None:
         super().__init__(config)
-        self._app, self._orders = app, orders
+        self._app, self._parent = app, parent
         self.interrupted = False
 
     @contextlib.contextmanager
@@ -119,52 +119,52 @@ class Server(uvicorn.Server):
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, self._terminate)
         loop.add_signal_handler(signal.SIGINT, self._interrupt)
-        if self._orders:
-            self._orders.follow(stop=self._begin_stop, reload=self._app.reload)
+        if self._parent:
+            self._parent.follow(stop=self._begin_stop, reload=self._app.reload)
         else:
             loop.add_signal_handler(signal.SIGHUP, self._app.reload)
         yield
-        # What is left to do takes no time and must not be cut short: the exit code is to say that all went well.
+        # The remaining work takes no time and must not be interrupted: the exit code is to report success.
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             loop.remove_signal_handler(number)
             signal.signal(number, signal.SIG_IGN)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        # The event loop closes a socket that it cannot listen on without a word. Listening again raises what it hid.
-        again = [listener.dup() for listener in sockets or ()]
+        # The event loop silently closes a socket that it cannot listen on. Listening again raises the hidden error.
+        duplicates = [listener.dup() for listener in sockets or ()]
         await super().startup(sockets)
         try:
-            for listener in again:
-                _begin(listener)
+            for listener in duplicates:
+                _start_listening(listener)
         except CannotListen:
             await self.shutdown()
             raise
         finally:
-            for listener in again:
+            for listener in duplicates:
                 listener.close()
-        if self._orders:
-            self._orders.start_heartbeat()
+        if self._parent:
+            self._parent.start_heartbeat()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As the server does it, but whoever came before the listener closed is answered: what is closed with bytes
-        unread is reset, be it in the backlog or here."""
+        """As in uvicorn, but answers every caller that connected before the listener closed: a connection closed with
+        unread bytes, whether in the backlog or here, is reset."""
         for server, listener in zip(self.servers, sockets or (), strict=False):
-            await self._let_in(server, listener)
+            await self._accept_backlog(server, listener)
         if not self.force_exit:
-            await asyncio.sleep(MOMENT)
+            await asyncio.sleep(CLOSE_DELAY)
         await super().shutdown(sockets)
 
-    async def _let_in(self, server: asyncio.Server, listener: socket.socket) -> None:
-        """Closes the listener, and accepts the connections that wait in its backlog."""
+    async def _accept_backlog(self, server: asyncio.Server, listener: socket.socket) -> None:
+        """Closes the listener, and accepts the connections waiting in its backlog."""
         protocol: Any = self.config.http_protocol_class
 
         def connected() -> asyncio.BaseProtocol:
-            made: asyncio.BaseProtocol = protocol(
+            instance: asyncio.BaseProtocol = protocol(
                 config=self.config, server_state=self.server_state, app_state=self.lifespan.state
             )
-            return made
+            return instance
 
-        # An error is that there are no more, or that there are no descriptors for them.
+        # An error means that the backlog is empty, or that there are no descriptors left.
         with contextlib.suppress(OSError), listener.dup() as backlog:
             server.close()
             backlog.setblocking(False)
@@ -201,8 +201,8 @@ class Server(uvicorn.Server):
         self._stop()
 
 
-class _Beside(uvicorn.Server):
-    """A server that leaves signals to whoever it runs beside."""
+class _SideServer(uvicorn.Server):
+    """A server that leaves signals to the one it runs beside."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -211,14 +211,14 @@ class _Beside(uvicorn.Server):
 
 @contextlib.asynccontextmanager
 async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None]:
-    """Serves /metrics and /docs on a listener of their own, if there is one, as long as the block runs. Raises
+    """Serves /metrics and /docs on a listener of their own, if there is one, while the block runs. Raises
     `CannotListen`."""
     if listener is None:
         yield
         return
-    _begin(listener)
-    server = _Beside(uvicorn_config(app.admin, app.settings, lifespan="off"))
-    server.config.timeout_graceful_shutdown = 1  # a scrape is no work worth waiting for
+    _start_listening(listener)
+    server = _SideServer(uvicorn_config(app.admin, app.settings, lifespan="off"))
+    server.config.timeout_graceful_shutdown = 1  # a scrape is not worth waiting for
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         yield
@@ -228,42 +228,43 @@ async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None
 
 
 def keep_freed_memory() -> None:
-    """Has glibc keep what big replies and bodies took, instead of giving it back to the kernel and paying for every
-    page of the next one again: of 139 page faults a request of 128 texts 13 are left (bench/README.md). Elsewhere
-    it does nothing."""
+    """Makes glibc keep the memory of large replies and bodies, instead of returning it to the kernel and faulting in
+    every page of the next one: a request of 128 texts then takes 13 page faults, not 139 (bench/README.md). Does
+    nothing without glibc."""
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(_M_MMAP_THRESHOLD, 32 * 2**20)
         mallopt(_M_TRIM_THRESHOLD, 64 * 2**20)
 
 
-def allow_connections() -> None:
-    """Has the kernel give as many descriptors as it may. What is usual at first, 1024, is for programs that must be
-    able to `select`; past it connections wait unseen, and upstreams cannot be called."""
+def raise_descriptor_limit() -> None:
+    """Raises the limit on descriptors as far as allowed. The usual one, 1024, is for programs that must be able to
+    `select`; beyond it connections are not accepted, and upstreams cannot be called."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
-        with contextlib.suppress(OSError, ValueError):  # some systems give a process fewer than they say
+        with contextlib.suppress(OSError, ValueError):  # some systems allow fewer than they report
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def serve(
-    app: App, listener: socket.socket, *, admin: socket.socket | None = None, orders: ParentChannel | None = None
+    app: App, listener: socket.socket, *, admin: socket.socket | None = None, parent: ParentChannel | None = None
 ) -> None:
-    """One process, until a signal or an order. `admin` is the listener for /metrics and /docs, if they have one.
+    """Serves in this process until a signal, or its parent, stops it. `admin` is the listener for /metrics and /docs,
+    if they have one of their own.
 
-    Raises `CannotListen`, and `KeyboardInterrupt` when it was Ctrl-C that stopped it.
+    Raises `CannotListen`, and `KeyboardInterrupt` if Ctrl-C stopped it.
     """
     keep_freed_memory()
-    allow_connections()
+    raise_descriptor_limit()
     config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
-    server = Server(config, app, orders)
+    server = Server(config, app, parent)
 
-    async def both() -> None:
+    async def run() -> None:
         async with _admin(app, admin):
             await server.serve(sockets=[listener])
 
     with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(both())
+        runner.run(run())
     if server.interrupted:
         raise KeyboardInterrupt
 
@@ -276,28 +277,29 @@ def serve_workers(
     source: ConfigSource,
     admin: socket.socket | None = None,
 ) -> int:
-    """Several processes behind one listener, which they inherit. `command` starts one, given its orders' descriptor.
+    """Serves in several processes that inherit one listener. `command` returns the command line of one, given the
+    descriptor of its channel to this process.
 
-    `app` is not served here, only its /metrics, which tell of all workers where metrics are `shared`. The
-    configuration is read again here, once for all of them. Returns the exit code. Raises `CannotListen`.
+    `app` itself is not served here, only its /metrics, which cover all workers where metrics are `multiprocess`.
+    The configuration is reloaded here, once for all workers. Returns the exit code. Raises `CannotListen`.
     """
-    allow_connections()
+    raise_descriptor_limit()
     workers = Workers(command, app.settings, listener)
 
-    async def both() -> int:
+    async def run() -> int:
         config = ConfigMetrics()
 
         def result(valid: bool) -> None:
-            if valid:  # each worker counts that it has followed
+            if valid:  # each worker counts its own reload
                 config.config_valid.set(1)
             else:
                 config.reloaded(False)
 
-        async def change(settings: Settings) -> None:
-            await app.dry_run(settings)  # no worker could start with what cannot be built
+        async def apply(settings: Settings) -> None:
+            await app.dry_run(settings)  # no worker could start with settings that cannot be built
             await workers.change(settings)
 
-        watch = ConfigWatcher(source, SystemClock(), change, result)
+        watch = ConfigWatcher(source, SystemClock(), apply, result)
         loop = asyncio.get_running_loop()
         loop.add_signal_handler(signal.SIGTERM, workers.stop, signal.SIGTERM)
         loop.add_signal_handler(signal.SIGINT, workers.stop, signal.SIGINT)
@@ -310,4 +312,4 @@ def serve_workers(
             watching.cancel()
 
     with asyncio.Runner(loop_factory=uvicorn_config(app, app.settings).get_loop_factory()) as runner:
-        return runner.run(both())
+        return runner.run(run())

@@ -23,7 +23,7 @@ from app.config import Settings
 from app.config.load import load
 from app.logs import RequestLine, RequestLog
 from app.main import App, create_app
-from app.serve import listen, uvicorn_config
+from app.serve import bind, uvicorn_config
 from app.upstreams import UPSTREAMS
 
 START = 20.0
@@ -135,7 +135,7 @@ def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None,
     request_log = _AtOnce("text", lambda lines: log.write(lines.decode()) and len(lines))
     settings = settings_of(config, environ)
     app = create_app(settings, request_log=request_log, **parts)
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     server = _Server(uvicorn_config(app, settings, app.on_invalid_http, app.request_timeout))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()

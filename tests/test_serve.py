@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from app.main import create_app
-from app.serve import CannotListen, Server, _admin, listen, uvicorn_config
+from app.serve import CannotListen, Server, _admin, bind, uvicorn_config
 from tests.api.support import head, post
 from tests.harness import settings_of
 
@@ -27,7 +27,7 @@ async def stopping() -> AsyncIterator[tuple[tuple[str, int], Callable[[], Corout
     config.load()
     server = Server(config, app)
     server.lifespan = config.lifespan_class(config)
-    listener = listen("127.0.0.1", 0)
+    listener = bind("127.0.0.1", 0)
     await server.startup([listener])
 
     async def stop() -> None:
@@ -98,7 +98,7 @@ def test_a_port_for_metrics_that_is_lost_while_starting_is_told() -> None:
     """Who binds a port with SO_REUSEADDR has it only once it listens; and the event loop would close it in silence."""
 
     async def test() -> None:
-        with listen("127.0.0.1", 0) as ours, socket.socket() as rival:
+        with bind("127.0.0.1", 0) as ours, socket.socket() as rival:
             rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             rival.bind(ours.getsockname())
             rival.listen()

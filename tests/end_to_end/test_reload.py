@@ -469,8 +469,8 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
 
     app = create_app(settings(8, "one", "two"))
     await app.gateway.start()
-    first = app._now
-    first.inside += 1  # a request that takes its time
+    first = app._current
+    first.in_flight += 1  # a request that takes its time
     old = (await app.gateway.find("m")).deployments[0].health
     for _ in range(FAILURES):
         old.end(UpstreamError("down"), 0)
@@ -479,7 +479,7 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     assert (shown("one"), shown("two")) == (None, 1), "what was left out for failures has gone, too"
     await app._change_to(settings(9, "one", "two"))
     old.take_out("too late")
-    first.inside -= 1
+    first.in_flight -= 1
     await asyncio.gather(*app._tasks)
     assert (shown("one"), shown("two")) == (1, 1)
     (await app.gateway.find("one/lexical")).deployments[0].health.take_out("another model")
@@ -494,8 +494,8 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
 
     app = create_app(settings("one", "two"), stores=[])
     await app.gateway.start()
-    old, first = app.gateway, app._now
-    first.inside += 1  # a request that takes its time
+    old, first = app.gateway, app._current
+    first.in_flight += 1  # a request that takes its time
     await app._change_to(settings("one"))
     for name in ("one", "two"):
         old.upstreams[name].models = {"new": Model("new")}
@@ -506,7 +506,7 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
             old.names[name].deployments[0].health.end(UpstreamError("down"), 0)
     told = (await app.gateway.metrics.exposition()).decode()
     assert re.findall(r'available\{model="new",upstream="(\w+)"\} (.*)', told) == [("one", "1.0")]
-    first.inside -= 1
+    first.in_flight -= 1
     await asyncio.gather(*app._tasks)
     await app.gateway.aclose()
 

@@ -305,12 +305,12 @@ async def test_a_worker_that_starts_while_settings_change_has_the_last_ones(cut:
         told = [_message(as_text(settings_of({"server": {"max_inputs": number}}))) for number in (1, 2, 3)]
         ours.sendall(told[0] + told[1] + told[2][:cut])
         orders = ParentChannel(theirs.detach(), UPSTREAMS)
-        assert orders.given.load().server.max_inputs == (3 if cut is None else 2)
+        assert orders.config.load().server.max_inputs == (3 if cut is None else 2)
         reloads = asyncio.Event()
         orders.follow(stop=lambda: None, reload=reloads.set)
         ours.sendall(told[2][cut:] if cut is not None else told[2])
         await asyncio.wait_for(reloads.wait(), 30)
-        assert orders.given.load().server.max_inputs == 3
+        assert orders.config.load().server.max_inputs == 3
         asyncio.get_running_loop().remove_reader(orders._socket)
         orders._socket.close()
 
@@ -378,7 +378,7 @@ async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(
         return [str(tmp_path / "none") if kind == "no room" else sys.executable, "-c", script]
 
     class Hasty(Workers):
-        async def _rest(self, seconds: float) -> None:
+        async def _pause(self, seconds: float) -> None:
             rests.append(seconds)
             if len(rests) == 10:
                 self.stop(signal.SIGTERM)

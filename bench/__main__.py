@@ -23,13 +23,13 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
-    """Runs what the options say; prints tables, writes JSON. Exits 1 when any vector was wrong."""
+    """Runs what the options say; prints tables, writes JSON. Exits with 1 if any vector was wrong."""
     options = _options()
     plan = Plan(options.runs, options.seconds, options.warmup, options.digits)
     cores = Cores.of_this_machine()
     scenarios = [SCENARIOS[name] for name in options.scenarios]
     facts = report.machine()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends what was started, as Ctrl-C does
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # stops what was started, as Ctrl-C does
     # This process only waits; the load generators it starts inherit its core.
     os.sched_setaffinity(0, {cores.load})
     cells: list[Cell] = []
@@ -68,14 +68,14 @@ class Session:
     def cells(
         self, scenarios: Sequence[Scenario], kinds: Sequence[str], peers: Sequence[str], versions: dict[str, str]
     ) -> Iterator[Cell]:
-        """Scenario by scenario: limits and gateway, each fresh, and the peers, which live as long as the session."""
+        """Measures each scenario: limits and gateway, freshly started, and peers, which live as long as the session."""
         with contextlib.ExitStack() as stack:
             started = [each for name in peers for each in self._peer(stack, name, scenarios, versions)]
             for scenario in scenarios:
                 with contextlib.ExitStack() as fresh:
                     own = [
                         self._start(fresh, target, cache, scenario, kind)
-                        for target, cache, kind in _own(scenario, kinds)
+                        for target, cache, kind in _own_targets(scenario, kinds)
                     ]
                     others = [contender for cache, contender in started if cache in scenario.caches]
                     yield from self._bench.cells(scenario, [*own, *others])
@@ -83,14 +83,14 @@ class Session:
     def _peer(
         self, stack: contextlib.ExitStack, name: str, scenarios: Sequence[Scenario], versions: dict[str, str]
     ) -> Iterator[tuple[str, Contender]]:
-        """The peer with each cache that is asked for, in a process of its own."""
+        """Starts the peer with each cache that a scenario needs, in a process of its own."""
         peer = PEERS[name]
         try:
             say(f"{name}: installing, if it is not there")
             versions[name] = peer.install()
         except BenchError as error:
             versions[name] = f"failed: {error}"
-            yield from ((cache, Contender(_called(peer, cache), "A", None, str(error))) for cache in peer.caches)
+            yield from ((cache, Contender(_target_name(peer, cache), "A", None, str(error))) for cache in peer.caches)
             return
         for cache in peer.caches:
             wanted = [each for each in scenarios if cache in each.caches]
@@ -100,9 +100,9 @@ class Session:
     def _start(
         self, stack: contextlib.ExitStack, target: Target, cache: str, scenario: Scenario, kind: str
     ) -> Contender:
-        """Started, and then idle until its turn comes. Nothing is stopped meanwhile: gunicorn, under which one peer
-        runs, would take its worker for dead."""
-        name = _called(target, cache)
+        """Starts a target, which then idles until its turn. It is not suspended meanwhile: gunicorn, under which one
+        peer runs, would take its worker for dead."""
+        name = _target_name(target, cache)
         setup = Setup(scenario, cache, self._mock_port, self._redis_port, self._work, self._cores)
         try:
             running = target.start(setup)
@@ -112,13 +112,13 @@ class Session:
         return Contender(name, kind, running)
 
 
-def _called(target: Target, cache: str) -> str:
-    """A peer's name says what cache it is measured with; the gateway always has one."""
+def _target_name(target: Target, cache: str) -> str:
+    """The target's name in tables. A peer's names its cache; the gateway always has one."""
     return f"{target.name} + {cache} cache" if target.name in PEERS and cache != "none" else target.name
 
 
-def _own(scenario: Scenario, kinds: Sequence[str]) -> Iterator[tuple[Target, str, str]]:
-    """The limits and the gateway, with cache and kind of upstream."""
+def _own_targets(scenario: Scenario, kinds: Sequence[str]) -> Iterator[tuple[Target, str, str]]:
+    """The limits and the gateway, each with its cache and kind of upstream."""
     if scenario.own_cache != "redis":
         yield DIRECT, "none", "A"
     if scenario.bare:

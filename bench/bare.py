@@ -1,4 +1,4 @@
-"""A limit: the barest ASGI application, answering with ready-made bytes under the gateway's own server settings.
+"""A limit: a minimal ASGI application that answers with ready-made bytes, under the gateway's own server settings.
 
 python -m bench.bare PORT TEXTS float|base64
 """
@@ -19,7 +19,7 @@ Message = MutableMapping[str, Any]
 
 
 class Bare:
-    """Reads the request's body and sends the same answer to all."""
+    """Reads the request's body and always sends the same response."""
 
     def __init__(self, body: bytes) -> None:
         self._start = {
@@ -43,7 +43,7 @@ class Bare:
 
 
 def hot_answer(texts: int, encoding: str) -> bytes:
-    """The right answer to a hot request."""
+    """The correct response to a hot request."""
     request = traffic(Shape("hot", texts, encoding)).request(0)
     return b"".join(State().embed(request.split(b"\r\n\r\n", 1)[1]))
 

@@ -30,15 +30,15 @@ from tests.redis_server import RedisServer
 
 INPUTS = (1, 16, 128, 512, 1024, 2048)
 ROWS = 20
-"""Inputs an upstream call takes, in the first part."""
+"""Inputs per upstream call, in the first part."""
 REPEATS = 7
 REPLICAS = 4
 TEXTS = 4096
-"""Texts that each of the replicas is asked for."""
+"""Texts requested from each replica."""
 
 
 class Growth:
-    """One mock upstream, and what is measured over it."""
+    """The measurements, over one mock upstream."""
 
     def __init__(self, stack: contextlib.ExitStack, work: Path, cores: Cores) -> None:
         self._work, self._cores = work, cores
@@ -46,28 +46,28 @@ class Growth:
         mock = Process([sys.executable, "-m", "bench.mock", str(self._mock_port)], cores.mock, work / "mock.log")
         stack.callback(mock.stop)
         mock.wait_for(self._mock_port, "/stats", 20)
-        self._asked = 0
+        self._texts_sent = 0
 
     # --- more inputs ----------------------------------------------------------------------------------------
 
     def inputs(self, encoding: str) -> None:
-        """One request at a time, of new texts, over an upstream of 20 rows a call. A process for each size: memory
-        that an earlier one left would hide what a later one takes."""
+        """Sends one request of new texts at a time, over an upstream of 20 rows per call. Each size has a process of
+        its own: memory left by an earlier one would hide what a later one takes."""
         self._control()
         _head(f"inputs, {encoding}", "ms", "µs an input", "upstream calls", "response, MiB", "peak above idle", "times")
         for count in INPUTS:
             gateway = self._gateway(self._cores.target, models=_models(max_batch=ROWS))
             assert gateway.process is not None
             try:
-                self._ask(gateway, ["warm"], encoding)
+                self._embed(gateway, ["warm"], encoding)
                 gateway.process.reset_peak()
                 idle = gateway.process.peak()
                 calls = self._calls()
-                size = len(self._ask(gateway, self._new(count), encoding)) / 2**20
+                size = len(self._embed(gateway, self._new_texts(count), encoding)) / 2**20
                 calls, peak = self._calls() - calls, gateway.process.peak() - idle
                 times = []
                 for _ in range(REPEATS):
-                    texts = self._new(count)
+                    texts = self._new_texts(count)
                     began = time.perf_counter()
                     answer = self._exchange(gateway, texts, encoding)
                     times.append(time.perf_counter() - began)
@@ -79,7 +79,7 @@ class Growth:
             each = f"{best * 1e6 / count:.0f}"
             _row(f"{count:,}", f"{best * 1000:.1f}", each, calls, f"{size:.2f}", f"{peak:.1f}", many)
 
-    def _ask(self, gateway: Running, texts: Sequence[str], encoding: str) -> bytes:
+    def _embed(self, gateway: Running, texts: Sequence[str], encoding: str) -> bytes:
         answer = self._exchange(gateway, texts, encoding)
         self._compare(answer, texts)
         return answer
@@ -93,26 +93,26 @@ class Growth:
         if wrong_vectors(answer, [pool.vector_index(text, start) for text in texts]):
             raise BenchError(f"wrong vectors: {answer[:300]!r}")
 
-    def _new(self, count: int) -> list[str]:
-        self._asked += count
-        return [f"text {self._asked - i}" for i in range(count)]
+    def _new_texts(self, count: int) -> list[str]:
+        self._texts_sent += count
+        return [f"text {self._texts_sent - i}" for i in range(count)]
 
     # --- more workers ---------------------------------------------------------------------------------------
 
     def workers(self, seconds: float) -> None:
-        """Hits of 16 texts, by as many load generators as there are cores, and what one scrape says of them."""
-        have = len(os.sched_getaffinity(0))
+        """Sends cache hits of 16 texts from as many load generators as there are cores; compares with one scrape."""
+        cores = len(os.sched_getaffinity(0))
         _head("workers", "answered/s", "vectors/s", "processor µs a request", "answered", "counted in one scrape")
-        for count in dict.fromkeys((1, 2, have)):
+        for count in dict.fromkeys((1, 2, cores)):
             gateway = self._gateway(None, server={"workers": count})
             assert gateway.process is not None
             try:
                 shape = Shape("hot", 16, "float", headers=gateway.headers)
                 spec = Spec(gateway.port, 16, shape, seconds)
-                _right(load(replace(spec, limit=200, seconds=0, warmup=0)))
+                _checked(load(replace(spec, limit=200, seconds=0, warmup=0)))
                 before, used = self._counted(gateway), gateway.process.cpu()
-                with ThreadPoolExecutor(have) as threads:
-                    results = [_right(each) for each in threads.map(load, [spec] * have)]
+                with ThreadPoolExecutor(cores) as threads:
+                    results = [_checked(each) for each in threads.map(load, [spec] * cores)]
                 used = gateway.process.cpu() - used
                 answered = sum(each.total for each in results)
                 rate = sum(each.requests / each.seconds for each in results)
@@ -130,8 +130,8 @@ class Growth:
     # --- more gateways over one Redis -------------------------------------------------------------------------
 
     def replicas(self) -> None:
-        """Each is asked for the same texts, 64 at a time, one replica after the other and then all at once; and all at
-        once for as many that are new."""
+        """Sends the same texts to each replica, 64 at a time: to one after the other, then to all at once; then as many
+        new texts to all at once."""
         self._control()
         _head(
             "cache", "texts asked for", "rows paid", "upstream calls", "vectors/s, first", "others", "all at once",
@@ -151,9 +151,9 @@ class Growth:
             rates = []
             specs = self._same_texts(running)
             for spec in specs:
-                result = _right(load(spec))
+                result = _checked(load(spec))
                 rates.append(result.requests * 64 / result.seconds)
-                time.sleep(0.5)  # writes to Redis hold nobody up, and come a moment later
+                time.sleep(0.5)  # Redis is written to in the background, a moment later
             paid = self._stats()
             together = _at_once(specs)
             new = _at_once(self._same_texts(running))
@@ -163,9 +163,9 @@ class Growth:
         _row(name, f"{TEXTS * REPLICAS:,}", f"{paid['rows']:,}", paid["calls"], *speeds, f"{paid_for_new:,}")
 
     def _same_texts(self, replicas: Sequence[Running]) -> list[Spec]:
-        """Each is to be asked for the same new texts."""
-        self._asked += 10_000_000
-        shapes = [Shape("fresh", 64, "base64", headers=each.headers, first=self._asked) for each in replicas]
+        """One run for each replica, all of the same new texts."""
+        self._texts_sent += 10_000_000
+        shapes = [Shape("fresh", 64, "base64", headers=each.headers, first=self._texts_sent) for each in replicas]
         count = TEXTS // 64
         return [
             Spec(each.port, 8, shape, 0, 0, min_answers=count, limit=count, sample_every=5)
@@ -175,7 +175,7 @@ class Growth:
     # --- more time ----------------------------------------------------------------------------------------------
 
     def minutes(self, minutes: float, cache: str) -> None:
-        """128 new texts in each request, without a pause. `cache` is the size of the memory cache."""
+        """Sends requests of 128 new texts without a pause. `cache` is the size of the memory cache."""
         self._control()
         gateway = self._gateway(self._cores.target, cache={"memory": {"max_size": cache}})
         assert gateway.process is not None
@@ -183,9 +183,9 @@ class Growth:
         try:
             for minute in range(1, int(minutes) + 1):
                 gateway.process.reset_peak()
-                self._asked += 10_000_000
-                shape = Shape("fresh", 128, "float", headers=gateway.headers, first=self._asked)
-                result = _right(load(Spec(gateway.port, 4, shape, 60, 0)))
+                self._texts_sent += 10_000_000
+                shape = Shape("fresh", 128, "float", headers=gateway.headers, first=self._texts_sent)
+                result = _checked(load(Spec(gateway.port, 4, shape, 60, 0)))
                 _row(minute, f"{result.requests / result.seconds:,.0f}", f"{gateway.process.peak():.0f}")
         finally:
             gateway.stop()
@@ -222,25 +222,25 @@ def _models(**settings: object) -> dict[str, object]:
     return {pool.MODELS[0]: {"dimensions": pool.DIMENSIONS, "deployments": deployments, **settings}}
 
 
-def _right(result: Result) -> Result:
-    """Raises `BenchError` for a run in which anything was wrong."""
+def _checked(result: Result) -> Result:
+    """Returns the result. Raises `BenchError` if anything went wrong in the run."""
     if result.errors or result.wrong or not result.total:
         raise BenchError(result.first_error or f"{result.wrong} of {result.compared} vectors are wrong")
     return result
 
 
 def _at_once(specs: Sequence[Spec]) -> float:
-    """Vectors a second of all of them together."""
+    """Starts all runs at once. Returns their vectors per second, together."""
     with ThreadPoolExecutor(len(specs)) as threads:
-        results = [_right(each) for each in threads.map(load, specs)]
+        results = [_checked(each) for each in threads.map(load, specs)]
     return sum(each.total for each in results) * 64 / max(each.wall for each in results)
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """What is asked for on the command line."""
+    """Parses the command line."""
     parts = ("inputs", "workers", "replicas", "minutes")
     parser = argparse.ArgumentParser("python -m bench.growth", description=__doc__)
-    # Without `choices`, which argparse holds an empty list to as well.
+    # Without `choices`, which argparse applies to an empty list as well.
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(parts)} (default: all but minutes)")
     parser.add_argument("--minutes", type=float, default=10, help="of the part of that name (default: 10)")
     parser.add_argument("--cache", default="256MiB", help="size of the memory cache there (default: the gateway's own)")
@@ -252,7 +252,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 
 def main() -> None:
-    """Prints tables. Raises `BenchError` for any answer that is not right."""
+    """Prints tables. Raises `BenchError` for any wrong response."""
     options = parse_arguments()
     cores = Cores.of_this_machine()
     with tempfile.TemporaryDirectory(prefix="eg-growth-") as work, contextlib.ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""Micro-benchmarks of the single operations a request is made of: `python -m bench.kernels`.
+"""Micro-benchmarks of the individual operations of a request: `python -m bench.kernels`.
 
 Best of several repeats, in microseconds per call and per vector: other work on the machine can only add to a figure.
 """
@@ -27,7 +27,7 @@ from bench.mock import State
 from bench.traffic import Shape, traffic
 
 _SECONDS = 0.04
-"""Of each repeat."""
+"""Length of each repeat."""
 _REPEATS = 7
 
 
@@ -87,20 +87,20 @@ def kernels(count: int) -> dict[str, Callable[[], object]]:
 
 def _reply(texts: list[str], form: str) -> WireReply:
     state = State("A" if form == "base64" else "B", "short" if form == "base64" else form)
-    asked: dict[str, Any] = {"model": pool.MODELS[0], "input": texts, "encoding_format": "base64"}
-    return WireReply(200, {}, b"".join(state.embed(orjson.dumps(asked))))
+    request: dict[str, Any] = {"model": pool.MODELS[0], "input": texts, "encoding_format": "base64"}
+    return WireReply(200, {}, b"".join(state.embed(orjson.dumps(request))))
 
 
 def main() -> None:
     """Prints a table: a line per operation, for 1, 16 and 128 texts."""
     counts = (1, 16, 128)
-    found = [{name: timed(work) for name, work in kernels(count).items()} for count in counts]
+    results = [{name: timed(work) for name, work in kernels(count).items()} for count in counts]
     head = ["operation", *(f"µs, {count}" for count in counts), "µs a vector, of 128"]
     print("| " + " | ".join(head) + " |")
     print("|" + " --- |" * len(head))
-    for name in found[0]:
-        row = [f"{each[name]:.2f}" for each in found]
-        print(f"| {name} | {' | '.join(row)} | {found[-1][name] / counts[-1]:.3f} |")
+    for name in results[0]:
+        row = [f"{each[name]:.2f}" for each in results]
+        print(f"| {name} | {' | '.join(row)} | {results[-1][name] / counts[-1]:.3f} |")
 
 
 if __name__ == "__main__":

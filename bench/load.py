@@ -2,8 +2,8 @@
 
     python -m bench.load < spec.json > result.json
 
-Each connection sends its next request when its last one has been answered. Samples of the answers are kept, within a
-budget, and compared bit by bit after the clock has stopped, so that checking does not slow the load down.
+Each connection sends its next request when its last one has been answered. Samples of the responses are kept, within a
+budget, and compared bit by bit after the run, so that checking does not slow the load down.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import uvloop
 
 from bench.traffic import Shape, Traffic, traffic, wrong_vectors
 
-_SAMPLES = 64 * 2**20
-"""Bytes of answers kept for comparing."""
-_MOST = 5_000_000
-"""Requests in one run, whatever the rest of the specification says."""
+_SAMPLE_BUDGET = 64 * 2**20
+"""Bytes of responses to keep for comparison, at most."""
+_MAX_REQUESTS = 5_000_000
+"""Requests in one run, at most, whatever its `Spec` says."""
 _DRAIN = 60.0
-"""Seconds that answers under way may take when the time is up."""
+"""Seconds to wait for outstanding responses when the time is up."""
 
 
 @dataclass
 class Spec:
     """One run. It lasts `seconds` after `warmup`, and longer, up to `max_seconds`, until `min_answers` answers are in.
 
-    With `limit`, it ends when so many requests have been answered.
+    With `limit`, it ends after that many requests.
     """
 
     port: int
@@ -43,14 +43,14 @@ class Spec:
     warmup: float = 0.5
     min_answers: int = 20
     max_seconds: float = 30.0
-    limit: int = _MOST
+    limit: int = _MAX_REQUESTS
     sample_every: int = 50
-    """Each so-manieth answer is compared."""
+    """One in this many responses is compared."""
 
 
 @dataclass
 class Result:
-    """What a run found. Latencies in milliseconds."""
+    """The results of a run. Latencies are in milliseconds."""
 
     requests: int = 0
     seconds: float = 0.0
@@ -63,41 +63,41 @@ class Result:
     """Vectors compared bit by bit."""
     wrong: int = 0
     total: int = 0
-    """Requests answered, the warm-up's included."""
+    """Requests answered, including the warm-up's."""
     wall: float = 0.0
     """Seconds from the first request to the last answer."""
     cpu: float = 0.0
-    """Seconds of processor time the load generator itself took meanwhile."""
+    """Seconds of processor time used by the load generator itself."""
 
 
 @dataclass
 class Run:
-    """What the connections of one run share."""
+    """The state shared by the connections of one run."""
 
     spec: Spec
     traffic: Traffic
-    begins: float
+    measured_from: float
     sent: int = 0
     answered: int = 0
     counted: int = 0
     last: float = 0.0
     stopped: bool = False
     latencies: array[float] = field(default_factory=lambda: array("d"))
-    kept: list[tuple[int, list[bytes], bool]] = field(default_factory=list)
-    room: int = _SAMPLES
+    samples: list[tuple[int, list[bytes], bool]] = field(default_factory=list)
+    sample_budget: int = _SAMPLE_BUDGET
     errors: int = 0
     first_error: str = ""
     buffer: memoryview = field(default_factory=lambda: memoryview(bytearray(2**20)))
 
-    def failed(self, why: str) -> None:
+    def fail(self, why: str) -> None:
         self.errors += 1
         self.first_error = self.first_error or why
 
-    def over(self, now: float) -> bool:
-        """Whether nothing more is to be sent."""
+    def is_over(self, now: float) -> bool:
+        """Whether to stop sending."""
         if self.sent >= self.spec.limit:
             return True
-        ran = now - self.begins
+        ran = now - self.measured_from
         if ran < self.spec.seconds:
             return False
         return self.counted >= self.spec.min_answers or ran > self.spec.max_seconds or self.errors >= 1000
@@ -110,10 +110,10 @@ class Connection(asyncio.BufferedProtocol):
         self._run = run
         self._number = -1
         self._started = 0.0
-        self._rest = -1
+        self._body_left = -1
         """Bytes of the body still to come; -1 while the head is not complete."""
         self._chunked = False
-        self._keep = False
+        self._sampled = False
         self._head_bytes = self._tail = self._status = b""
         self._parts: list[bytes] = []
         self.done = asyncio.get_running_loop().create_future()
@@ -124,25 +124,25 @@ class Connection(asyncio.BufferedProtocol):
 
     def _send(self) -> None:
         run = self._run
-        if run.over(time.perf_counter()):
+        if run.is_over(time.perf_counter()):
             self._number = -1
             self._transport.close()
             return
         self._number = number = run.sent
         run.sent += 1
-        self._rest = -1
-        self._keep = number % run.spec.sample_every == 0 and run.room > 0
+        self._body_left = -1
+        self._sampled = number % run.spec.sample_every == 0 and run.sample_budget > 0
         self._parts = []
         request = run.traffic.request(number)
         self._started = time.perf_counter()
         self._transport.write(request)
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002
-        return self._run.buffer  # read from at once, so all connections can share it
+        return self._run.buffer  # consumed before the next read, so all connections can share it
 
     def buffer_updated(self, nbytes: int) -> None:
         start = 0
-        if self._rest < 0:
+        if self._body_left < 0:
             head = self._head_bytes + bytes(self._run.buffer[: min(nbytes, 4096)])
             end = head.find(b"\r\n\r\n")
             if end < 0:
@@ -150,50 +150,50 @@ class Connection(asyncio.BufferedProtocol):
                 return
             start = end + 4 - len(self._head_bytes)
             self._read_head(head[:end].lower())
-        if self._keep or self._chunked or self._status != b"200":
+        if self._sampled or self._chunked or self._status != b"200":
             data = bytes(self._run.buffer[start:nbytes])
             self._tail = (self._tail + data)[-7:]
             self._parts.append(data)
         if self._chunked:
             if self._tail == b"\r\n0\r\n\r\n":
-                self._answered()
+                self._on_response()
             return
-        self._rest -= nbytes - start
-        if self._rest <= 0:
-            self._answered()
+        self._body_left -= nbytes - start
+        if self._body_left <= 0:
+            self._on_response()
 
     def _read_head(self, head: bytes) -> None:
         self._status = head[9:12]
         at = head.find(b"content-length:")
         self._chunked = at < 0
         self._tail = self._head_bytes = b""
-        self._rest = 0 if at < 0 else int(head[at + 15 :].split(b"\r", 1)[0])
+        self._body_left = 0 if at < 0 else int(head[at + 15 :].split(b"\r", 1)[0])
 
-    def _answered(self) -> None:
+    def _on_response(self) -> None:
         run, now = self._run, time.perf_counter()
         if self._status != b"200":
-            run.failed(f"{self._status.decode()} {b''.join(self._parts)[:300].decode(errors='replace')}")
+            run.fail(f"{self._status.decode()} {b''.join(self._parts)[:300].decode(errors='replace')}")
         else:
             run.answered += 1
-            if run.begins <= self._started:
+            if run.measured_from <= self._started:
                 run.latencies.append(now - self._started)
-            if run.begins <= now:
+            if run.measured_from <= now:
                 run.counted += 1
                 run.last = now
-            if self._keep:
-                run.room -= sum(map(len, self._parts))
-                run.kept.append((self._number, self._parts, self._chunked))
+            if self._sampled:
+                run.sample_budget -= sum(map(len, self._parts))
+                run.samples.append((self._number, self._parts, self._chunked))
         self._send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._number >= 0:
-            self._run.failed(f"connection lost: {exc!r}")
+            self._run.fail(f"connection lost: {exc!r}")
         if not self.done.done():
             self.done.set_result(None)
 
 
-def _plain(parts: list[bytes], chunked: bool) -> bytes:
-    """The body, freed of the chunked transfer coding."""
+def _decode_chunked(parts: list[bytes], chunked: bool) -> bytes:
+    """The body, without the chunked transfer coding."""
     body = b"".join(parts)
     if not chunked:
         return body
@@ -216,17 +216,17 @@ async def run(spec: Spec) -> Result:
     began, used = time.perf_counter(), _cpu()
 
     async def caller() -> None:
-        for _ in range(100):  # a target that closes connections is connected to again, but not for ever
+        for _ in range(100):  # reconnects to a target that closes connections, but not for ever
             _, connection = await loop.create_connection(lambda: Connection(state), "127.0.0.1", spec.port)
             await connection.done
-            if state.over(time.perf_counter()):
+            if state.is_over(time.perf_counter()):
                 return
 
     callers = [loop.create_task(caller()) for _ in range(spec.connections)]
     _, late = await asyncio.wait(callers, timeout=spec.warmup + max(spec.seconds, spec.max_seconds) + _DRAIN)
     for task in late:
         task.cancel()
-        state.failed("no answer in time")
+        state.fail("no answer in time")
     return _result(state, time.perf_counter() - began, _cpu() - used)
 
 
@@ -234,7 +234,7 @@ def _result(state: Run, wall: float, cpu: float) -> Result:
     ordered = sorted(state.latencies) or [0.0]
     result = Result(
         requests=state.counted,
-        seconds=max(state.last - state.begins, 1e-9),
+        seconds=max(state.last - state.measured_from, 1e-9),
         p50=ordered[len(ordered) // 2] * 1000,
         p99=ordered[len(ordered) * 99 // 100] * 1000,
         slowest=ordered[-1] * 1000,
@@ -244,10 +244,10 @@ def _result(state: Run, wall: float, cpu: float) -> Result:
         wall=wall,
         cpu=cpu,
     )
-    for number, parts, chunked in state.kept:
+    for number, parts, chunked in state.samples:
         expected = state.traffic.expected(number)
         result.compared += len(expected)
-        result.wrong += wrong_vectors(_plain(parts, chunked), expected)
+        result.wrong += wrong_vectors(_decode_chunked(parts, chunked), expected)
     return result
 
 

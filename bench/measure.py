@@ -1,4 +1,4 @@
-"""One cell of the table: a target in a scenario over an upstream of one kind, run several times."""
+"""Measures the cells of the table: a target in a scenario, over an upstream of one kind, run several times."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ from bench.traffic import Shape
 
 @dataclass
 class Cell:
-    """What was measured, a value per run in each list."""
+    """What was measured. Each list has one value per run."""
 
     scenario: str
     target: str
     kind: str
     failed: str = ""
     rates: list[float] = field(default_factory=list)
-    """Requests a second."""
+    """Requests per second."""
     vectors: float = 0.0
-    """Vectors a second, of the median run."""
+    """Vectors per second in the median run."""
     p50: list[float] = field(default_factory=list)
     p99: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    """Microseconds of processor time the target took per request."""
+    """The target's processor time per request, in microseconds."""
     bench_busy: list[float] = field(default_factory=list)
-    """Share of its core that mock and load generator took; near 1, they were the limit."""
+    """Share of a core that mock and load generator used; near 1, they were the bottleneck."""
     foreign: list[float] = field(default_factory=list)
-    """Share of the target's core that others took meanwhile."""
+    """Share of the target's core that other processes used."""
     peak: float = 0.0
-    """Most resident memory in this scenario, MiB."""
+    """Peak resident memory in this scenario, MiB."""
     errors: int = 0
     first_error: str = ""
     compared: int = 0
     wrong: int = 0
     requests: int = 0
     upstream: dict[str, int] = field(default_factory=dict)
-    """What the mock was asked in all runs: calls, rows, tokens; the most rows in a call and calls at once."""
+    """The mock's counts over all runs: calls, rows and tokens; the most rows in a call and the most calls at once."""
     mock_cpu: float = 0.0
     load_cpu: float = 0.0
-    """Seconds, over all runs: with `answered`, what either could do alone on a core."""
+    """Seconds over all runs; with `answered`, they give the rate of each alone on a core."""
     answered: int = 0
 
     @property
@@ -65,19 +65,19 @@ class Cell:
 
 @dataclass(frozen=True)
 class Contender:
-    """What a cell is about."""
+    """What a cell measures."""
 
     name: str
     kind: str
-    """Of upstream, A or B."""
+    """Kind of upstream, A or B."""
     running: Running | None
     failed: str = ""
-    """Why it does not run, if it does not."""
+    """Why it is not running, if it is not."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how often."""
+    """How often and how long to measure."""
 
     runs: int
     seconds: float
@@ -93,12 +93,12 @@ class Bench:
         self._first = 0
 
     def cells(self, scenario: Scenario, contenders: Sequence[Contender]) -> list[Cell]:
-        """Verifies each, then measures them by turns, so that a busy minute of the machine is everybody's. One that
-        cannot answer is a cell that says so."""
+        """Verifies each contender, then measures them in turns, so that a busy minute of the machine affects them all.
+        One that cannot answer gives a cell that says why."""
         cells = [Cell(scenario.name, each.name, each.kind, each.failed) for each in contenders]
         pairs = [(cell, each.running) for cell, each in zip(cells, contenders, strict=True) if each.running]
         for cell, running in pairs:
-            with _failing(cell):
+            with _recording_failure(cell):
                 self._control(scenario, cell.kind)
                 self._verify(cell, scenario, running)
                 if running.process:
@@ -106,14 +106,14 @@ class Bench:
         for number in range(self._plan.runs):
             for cell, running in pairs:
                 if not cell.failed:
-                    with _failing(cell):
-                        self._turn(cell, scenario, running, number)
+                    with _recording_failure(cell):
+                        self._run_once(cell, scenario, running, number)
         return cells
 
-    def _turn(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
-        """One run of one of them, and what it made the upstream do."""
+    def _run_once(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
+        """Runs a contender once, and records the upstream work it caused."""
         self._control(scenario, cell.kind)
-        self._one(cell, scenario, running, number)
+        self._measure(cell, scenario, running, number)
         if running.process:
             cell.peak = running.process.peak()
         stats = self._stats()
@@ -141,7 +141,7 @@ class Bench:
         )
 
     def _verify(self, cell: Cell, scenario: Scenario, running: Running) -> None:
-        """Every vector of a few answers, bit for bit; fills the caches of hot scenarios by the way."""
+        """Compares every vector of a few responses, bit by bit. This also fills the caches for hot scenarios."""
         count = 20 if scenario.texts < 64 else 6
         shape = self._shape(scenario, running, 999)
         spec = Spec(running.port, min(2, scenario.connections), shape, 0, 0, count, 60, count, 1)
@@ -152,7 +152,7 @@ class Bench:
             raise BenchError(f"{result.wrong} of {result.compared} vectors are wrong")
         cell.compared += result.compared
 
-    def _one(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
+    def _measure(self, cell: Cell, scenario: Scenario, running: Running, number: int) -> None:
         plan, process, core = self._plan, running.process, self._cores.target
         spec = Spec(
             running.port,
@@ -178,8 +178,8 @@ class Bench:
 
 
 @contextlib.contextmanager
-def _failing(cell: Cell) -> Iterator[None]:
-    """What goes wrong is told in the cell."""
+def _recording_failure(cell: Cell) -> Iterator[None]:
+    """Records a failure in the cell."""
     try:
         yield
     except (BenchError, OSError, http.client.HTTPException) as error:
@@ -201,7 +201,7 @@ def _add(cell: Cell, result: Result, cpu: float) -> None:
 
 
 def load(spec: Spec) -> Result:
-    """One run of the load generator in a process of its own, on this process's core. Raises `BenchError`."""
+    """Runs the load generator once, in a process of its own on this process's core. Raises `BenchError`."""
     command = [sys.executable, "-m", "bench.load"]
     done = subprocess.run(
         command, input=orjson.dumps(asdict(spec)), capture_output=True, cwd=ROOT, check=False, timeout=300

@@ -35,22 +35,22 @@ class Engine:
     def __init__(self, kind: str) -> None:
         self._state = State(kind)
         self.seconds = 0.0
-        """Spent here, which is none of the gateway's."""
+        """Spent here, not in the gateway."""
 
     async def exchange(self, request: WireRequest) -> WireReply:
         if request.method == "GET":
-            return WireReply(200, {}, b'{"data":[]}')  # the models it has, which the configuration tells
+            return WireReply(200, {}, b'{"data":[]}')  # its list of models; the configuration names them
         began = time.perf_counter()
         body = bytearray(b"".join(self._state.embed(request.body)))
         self.seconds += time.perf_counter() - began
         return WireReply(200, {"content-type": "application/json"}, body)
 
     async def aclose(self) -> None:
-        """Holds nothing."""
+        """Has nothing to close."""
 
 
 def application(engine: Engine) -> App:
-    """With its default settings, as `bench.targets` has them."""
+    """The application with its default settings, as in `bench.targets`."""
     models = {
         name: {"dimensions": pool.DIMENSIONS, "deployments": [{"upstream": "mock", "model": name}]}
         for name in pool.MODELS
@@ -62,40 +62,40 @@ def application(engine: Engine) -> App:
             "models": models,
         }
     )
-    either = cast("httpx.AsyncBaseTransport", engine)  # handed on to the client, which takes one as well
+    either = cast("httpx.AsyncBaseTransport", engine)  # passed to the client, which also accepts an engine
     return create_app(settings, transport=either, request_log=logs.RequestLog("text", len))
 
 
 class Caller:
-    """Sends its requests one after the other, as a connection does."""
+    """Sends requests one after the other, as a connection does."""
 
     def __init__(self, app: App, shape: Shape) -> None:
         self._app, self._traffic = app, traffic(shape)
         head, _ = self._traffic.request(0).split(b"\r\n\r\n")
-        self._begin = len(head) + 4
-        named = (line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
-        self._headers = [(name.lower(), value) for name, value in named]
+        self._body_start = len(head) + 4
+        fields = (line.split(b": ", 1) for line in head.split(b"\r\n")[1:])
+        self._headers = [(name.lower(), value) for name, value in fields]
         self.answers: list[tuple[int, bytes]] = []
-        """The last one, with its request's number."""
+        """The last response, with the number of its request."""
 
     async def ask(self, numbers: Iterable[int]) -> None:
-        """Raises `RuntimeError` for an answer that is no success."""
+        """Sends these requests. Raises `RuntimeError` for a response that is not a success."""
         for number in numbers:
-            body = self._traffic.request(number)[self._begin :]
+            body = self._traffic.request(number)[self._body_start :]
 
-            def at_hand(body: bytes = body) -> bytes:
+            def buffered_body(body: bytes = body) -> bytes:
                 return body
 
             async def respond(head: bytes, body: list[bytes], size: int, until: float, number: int = number) -> None:
                 del head, size, until
                 self.answers = [(number, b"".join(body))]
 
-            extensions = {"hang_up": set(), "body": at_hand, "respond": respond}
+            extensions = {"hang_up": set(), "body": buffered_body, "respond": respond}
             scope = {"type": "http", "method": "POST", "path": "/v1/embeddings", "headers": self._headers}
             await self._app({**scope, "extensions": extensions}, _nothing, _refused)
 
     def wrong(self) -> int:
-        """How many of the last answer's vectors are not what they must be."""
+        """The number of wrong vectors in the last response."""
         return sum(wrong_vectors(body, self._traffic.expected(number)) for number, body in self.answers)
 
 
@@ -108,7 +108,7 @@ async def _refused(message: Any) -> None:
 
 
 async def measure(options: argparse.Namespace) -> None:
-    """Prints the best and the median of several rounds, in microseconds a request."""
+    """Prints the best and the median of several rounds, in microseconds per request."""
     engine = Engine(options.kind)
     app = application(engine)
     await app.gateway.start()
@@ -116,16 +116,18 @@ async def measure(options: argparse.Namespace) -> None:
     gc.freeze()
     shape = Shape("hot" if options.hot else "fresh", options.texts, options.encoding, headers=HEADERS)
     callers = [Caller(app, shape) for _ in range(options.at_once)]
-    each, first, took = options.requests // options.at_once, 0, []
+    per_caller, first, times = options.requests // options.at_once, 0, []
     for _ in range(options.rounds):
         began = time.perf_counter() - engine.seconds
         async with asyncio.TaskGroup() as tasks:
             for caller in callers:
-                tasks.create_task(caller.ask(range(first, first + each)))
-                first += each
-        took.append((time.perf_counter() - engine.seconds - began) / (each * len(callers)) * 1e6)
+                tasks.create_task(caller.ask(range(first, first + per_caller)))
+                first += per_caller
+        times.append((time.perf_counter() - engine.seconds - began) / (per_caller * len(callers)) * 1e6)
     wrong = sum(caller.wrong() for caller in callers)
-    print(f"best {min(took):.1f} µs, median {median(took):.1f} µs a request; {wrong} wrong vectors in the last answers")
+    print(
+        f"best {min(times):.1f} µs, median {median(times):.1f} µs a request; {wrong} wrong vectors in the last answers"
+    )
     await app.gateway.aclose()
 
 

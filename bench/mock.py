@@ -1,9 +1,9 @@
-"""An upstream that is never the bottleneck: OpenAI's dialect from ready-made pieces, with counts of what it was asked.
+"""An upstream that is never the bottleneck: OpenAI's dialect from ready-made pieces, with counts of its work.
 
     python -m bench.mock PORT
 
 `POST /control {"kind": "A"|"B", "digits": "short"|"long", "latency": seconds}` sets how it answers and resets the
-counts; `GET /stats` tells them. Kind A answers base64 when asked, kind B numbers whatever was asked.
+counts; `GET /stats` returns them. Kind A answers base64 when asked for it, kind B always answers numbers.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bench import pool
 _ROWS = 2048
 _OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
 _HEADS = [b'%b{"object":"embedding","index":%d,"embedding":' % (b"," if i else b"", i) for i in range(_ROWS)]
-_NUMBERED = {name: [getattr(each, name) + b"}" for each in pool.vectors()] for name in ("base64", "short", "long")}
+_VECTORS = {name: [getattr(each, name) + b"}" for each in pool.vectors()] for name in ("base64", "short", "long")}
 
 
 @dataclass
 class State:
-    """How it answers, and what it has been asked since the last reset."""
+    """How the mock answers, and its counts since the last reset."""
 
     kind: str = "A"
     digits: str = "short"
@@ -40,10 +40,10 @@ class State:
     at_once: int = 0
     most_at_once: int = 0
 
-    def control(self, wanted: dict[str, Any]) -> None:
-        self.kind = wanted.get("kind", self.kind)
-        self.digits = wanted.get("digits", self.digits)
-        self.latency = wanted.get("latency", self.latency)
+    def control(self, settings: dict[str, Any]) -> None:
+        self.kind = settings.get("kind", self.kind)
+        self.digits = settings.get("digits", self.digits)
+        self.latency = settings.get("latency", self.latency)
         self.calls = self.rows = self.tokens = self.most_rows = self.most_at_once = 0
 
     def stats(self) -> dict[str, Any]:
@@ -52,20 +52,20 @@ class State:
 
     def embed(self, raw: bytes) -> list[bytes]:
         """The pieces of a response body."""
-        asked = orjson.loads(raw)
-        texts = asked["input"]
+        request = orjson.loads(raw)
+        texts = request["input"]
         if isinstance(texts, str):
             texts = [texts]
-        model = asked["model"]
-        form = "base64" if self.kind == "A" and asked.get("encoding_format") == "base64" else self.digits
-        table = _NUMBERED[form]
+        model = request["model"]
+        form = "base64" if self.kind == "A" and request.get("encoding_format") == "base64" else self.digits
+        table = _VECTORS[form]
         start = pool.seed(model)
         pieces = [b'{"object":"list","data":[']
         add = pieces.append
         for head, text in zip(_HEADS, texts, strict=False):
             add(head)
             add(table[pool.vector_index(text, start)])
-        # Not what a tokenizer would count, but as steady.
+        # Not a tokenizer's count, but as deterministic.
         tokens = sum(map(len, texts)) // 4 + len(texts)
         add(b'],"model":%b,"usage":{"prompt_tokens":%d,"total_tokens":%d}}' % (orjson.dumps(model), tokens, tokens))
         self.calls += 1
@@ -76,7 +76,7 @@ class State:
 
 
 class Connection(asyncio.Protocol):
-    """One kept-alive connection; requests come one after the other."""
+    """One kept-alive connection, without pipelining."""
 
     def __init__(self, state: State) -> None:
         self._state = state

@@ -27,17 +27,17 @@ from bench.targets import KEY
 
 ROOM = 64
 """`max_inflight`."""
-TIMES = 5
+OVERLOAD = 5
 SECONDS = 5.0
 IDLE = 10_000
-"""Connections that say nothing, at the end."""
-COME_BACK = 1.0
-"""Seconds after which a refused caller comes back, about."""
+"""Idle connections, at the end."""
+RETRY_AFTER = 1.0
+"""Seconds after which a refused caller retries, on average."""
 
 
 @dataclass
-class Seen:
-    """Milliseconds each answer took."""
+class Timings:
+    """How long each response took, in milliseconds."""
 
     seconds: float
     answered: list[float] = field(default_factory=list)
@@ -46,12 +46,12 @@ class Seen:
 
     @property
     def goodput(self) -> float:
-        """Requests answered a second."""
+        """Requests answered per second."""
         return len(self.answered) / self.seconds
 
 
 async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, request: bytes) -> tuple[bytes, bool]:
-    """Status, and whether the connection ends with it."""
+    """Sends a request. Returns the status, and whether the connection closes after it."""
     writer.write(request)
     head = (await reader.readuntil(b"\r\n\r\n")).lower()
     body = await reader.readexactly(int(head.split(b"content-length:")[1].split(b"\r\n")[0]))
@@ -61,7 +61,7 @@ async def _ask(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, reque
     return status, b"connection: close" in head
 
 
-async def _caller(port: int, number: int, until: float, seen: Seen) -> None:
+async def _caller(port: int, number: int, until: float, timings: Timings) -> None:
     connection: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
     count = 0
     while (began := time.perf_counter()) < until:
@@ -74,42 +74,44 @@ async def _caller(port: int, number: int, until: float, seen: Seen) -> None:
         )
         connection = connection or await asyncio.open_connection("127.0.0.1", port)
         status, ends = await _ask(*connection, request)
-        took = (time.perf_counter() - began) * 1000
+        elapsed_ms = (time.perf_counter() - began) * 1000
         if ends:
             connection[1].close()
             connection = None
-        if began + took / 1000 > until:
-            break  # of callers who come back late, nobody is left by then
+        if began + elapsed_ms / 1000 > until:
+            break  # not counted: by then the other callers have stopped
         if status == b"200":
-            seen.answered.append(took)
+            timings.answered.append(elapsed_ms)
         else:
-            seen.refused.append(took)
-            await asyncio.sleep(COME_BACK * (0.5 + random.random()))
+            timings.refused.append(elapsed_ms)
+            await asyncio.sleep(RETRY_AFTER * (0.5 + random.random()))
     if connection:
         connection[1].close()
 
 
-async def _probe(port: int, until: float, seen: Seen) -> None:
-    """As a load balancer would: a new connection each time."""
+async def _probe(port: int, until: float, timings: Timings) -> None:
+    """Probes as a load balancer would, over a new connection each time."""
     while (began := time.perf_counter()) < until:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         status, _ = await _ask(reader, writer, b"GET /healthz HTTP/1.1\r\nhost: bench\r\n\r\n")
         writer.close()
-        seen.healthy.append((time.perf_counter() - began) * 1000)
+        timings.healthy.append((time.perf_counter() - began) * 1000)
         if status != b"200":
             raise BenchError("/healthz does not answer")
         await asyncio.sleep(0.05)
 
 
-async def _load(port: int, callers: int, seconds: float) -> Seen:
-    seen = Seen(seconds=seconds)
+async def _load(port: int, callers: int, seconds: float) -> Timings:
+    timings = Timings(seconds=seconds)
     until = time.perf_counter() + seconds
-    await asyncio.gather(_probe(port, until, seen), *(_caller(port, number, until, seen) for number in range(callers)))
-    return seen
+    await asyncio.gather(
+        _probe(port, until, timings), *(_caller(port, number, until, timings) for number in range(callers))
+    )
+    return timings
 
 
 async def _idle(port: int, process: Process) -> str:
-    """What callers who connect and say nothing cost."""
+    """Measures what idle connections cost."""
     process.reset_peak()
     before = process.peak()
     writers: list[asyncio.StreamWriter] = []
@@ -117,14 +119,14 @@ async def _idle(port: int, process: Process) -> str:
         while len(writers) < IDLE:
             opened = await asyncio.gather(*(asyncio.open_connection("127.0.0.1", port) for _ in range(100)))
             writers += [writer for _, writer in opened]
-        seen = await _load(port, 1, 1.0)
+        timings = await _load(port, 1, 1.0)
         after = process.peak()
     finally:
         for writer in writers:
             writer.close()
     return (
         f"{IDLE:,} idle connections: {before:.0f} -> {after:.0f} MiB, {(after - before) * 1024 / IDLE:.1f} KiB each; "
-        f"a request meanwhile: p50 {_percentile(seen.answered, 0.5):.0f} ms."
+        f"a request meanwhile: p50 {_percentile(timings.answered, 0.5):.0f} ms."
     )
 
 
@@ -132,17 +134,17 @@ def _percentile(values: list[float], share: float) -> float:
     return sorted(values)[int(len(values) * share)] if values else 0.0
 
 
-def _row(name: str, seen: Seen) -> str:
+def _row(name: str, timings: Timings) -> str:
     return (
-        f"| {name} | {seen.goodput:,.0f} | {_percentile(seen.answered, 0.5):.0f} "
-        f"| {_percentile(seen.answered, 0.99):.0f} "
-        f"| {len(seen.refused) / seen.seconds:,.0f} | {_percentile(seen.refused, 0.5):.1f} "
-        f"| {_percentile(seen.refused, 0.99):.1f} | {_percentile(seen.healthy, 0.99):.1f} |"
+        f"| {name} | {timings.goodput:,.0f} | {_percentile(timings.answered, 0.5):.0f} "
+        f"| {_percentile(timings.answered, 0.99):.0f} "
+        f"| {len(timings.refused) / timings.seconds:,.0f} | {_percentile(timings.refused, 0.5):.1f} "
+        f"| {_percentile(timings.refused, 0.99):.1f} | {_percentile(timings.healthy, 0.99):.1f} |"
     )
 
 
 def main() -> None:
-    """Prints a table. Raises `BenchError` for an answer that is neither a success nor a refusal."""
+    """Prints a table. Raises `BenchError` for a response that is neither a success nor a refusal."""
     argparse.ArgumentParser("python -m bench.overload", description=__doc__).parse_args()
     cores = Cores.of_this_machine()
     os.sched_setaffinity(0, {cores.load})
@@ -156,14 +158,14 @@ def main() -> None:
         stack.callback(gateway.stop)
         uvloop.run(_load(gateway.port, ROOM, 1.0))  # warm
         peak = uvloop.run(_load(gateway.port, ROOM, SECONDS))
-        over = uvloop.run(_load(gateway.port, ROOM * TIMES, SECONDS))
+        over = uvloop.run(_load(gateway.port, ROOM * OVERLOAD, SECONDS))
         assert gateway.process is not None
         idle = uvloop.run(_idle(gateway.port, gateway.process))
     print("| callers | answered/s | p50 ms | p99 ms | refused/s | p50 ms | p99 ms | /healthz p99 ms |")
     print("| --- " * 8 + "|")
     print(_row(f"{ROOM}, all with room", peak))
-    print(_row(f"{ROOM * TIMES}", over))
-    print(f"\nGoodput at {TIMES} times the callers: {over.goodput / peak.goodput:.0%} of peak.")
+    print(_row(f"{ROOM * OVERLOAD}", over))
+    print(f"\nGoodput at {OVERLOAD} times the callers: {over.goodput / peak.goodput:.0%} of peak.")
     print(idle)
 
 

@@ -15,8 +15,8 @@ from bench.procs import BenchError, Process, free_port
 from bench.targets import KEY, Running, Setup, Target, started
 
 HOME = Path(__file__).parent / ".peers"
-_INSTALLING = 900.0
-_STARTING = 120.0
+_INSTALL_TIMEOUT = 900.0
+_START_TIMEOUT = 120.0
 
 LITELLM = "1.106.2"
 TENSORZERO = "2026.6.0"
@@ -26,16 +26,16 @@ PORTKEY = "1.9.8"  # later ones answer 500 to embeddings of provider openai
 
 def _run(command: Sequence[str]) -> None:
     try:
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALLING)
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_INSTALL_TIMEOUT)
     except subprocess.CalledProcessError as error:
-        words = (error.stderr or error.stdout).strip().splitlines()
-        raise BenchError(f"{' '.join(command[:4])} …: {words[-1] if words else error.returncode}") from None
+        output = (error.stderr or error.stdout).strip().splitlines()
+        raise BenchError(f"{' '.join(command[:4])} …: {output[-1] if output else error.returncode}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise BenchError(f"{' '.join(command[:4])} …: {error}") from None
 
 
 def _from_pypi(name: str, version: str, *packages: str) -> str:
-    """A virtual environment with these packages, unless there is one; byte-compiled, which pip does."""
+    """Creates a virtual environment with these packages, unless there is one. pip byte-compiles them."""
     home = HOME / name
     done = home / f".installed-{version}"
     if not done.exists():
@@ -85,7 +85,7 @@ def _litellm(setup: Setup) -> Running:
     env = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_MODE": "PRODUCTION", "LITELLM_LOG": "ERROR"}
     process = Process(command, setup.cores.target, setup.work / "litellm.log", env, setup.work)
     headers = (("authorization", f"Bearer sk-{KEY}"),)
-    return started(Running(port, process, headers=headers), "/health/liveliness", _STARTING)
+    return started(Running(port, process, headers=headers), "/health/liveliness", _START_TIMEOUT)
 
 
 # --- TensorZero -------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ while True:
 
 
 def _tensorzero(setup: Setup) -> Running:
-    """The HTTP gateway that its Python package embeds, in Rust; observability off, for it would need a database."""
+    """The HTTP gateway in Rust that its Python package embeds; observability is off, as it needs a database."""
     names = [f"bench-{i}" for i in range(len(pool.MODELS))]
     lines = ["[gateway]", "observability.enabled = false"]
     for name, model in zip(names, pool.MODELS, strict=True):
@@ -121,7 +121,7 @@ def _tensorzero(setup: Setup) -> Running:
     address.unlink(missing_ok=True)
     command = [str(HOME / "tensorzero/bin/python"), "-c", _TENSORZERO, str(config), str(address)]
     process = Process(command, setup.cores.target, setup.work / "tensorzero.log", cwd=setup.work)
-    until = time.monotonic() + _STARTING
+    until = time.monotonic() + _START_TIMEOUT
     while not (address.exists() and address.read_text().rstrip("/")):
         if time.monotonic() > until or not process.alive:
             process.stop()
@@ -129,7 +129,7 @@ def _tensorzero(setup: Setup) -> Running:
         time.sleep(0.05)
     port = int(address.read_text().split(":")[2].split("/")[0])
     models = tuple(f"tensorzero::embedding_model_name::{name}" for name in names)
-    return started(Running(port, process, "/openai/v1/embeddings", models=models), "/health", _STARTING)
+    return started(Running(port, process, "/openai/v1/embeddings", models=models), "/health", _START_TIMEOUT)
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def _mlflow(setup: Setup) -> Running:
     command = [str(program / "mlflow"), "gateway", "start", "--config-path", str(file), "--port", str(port)]
     env = {"PATH": f"{program}:/usr/bin:/bin", "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true"}
     process = Process([*command, "--workers", "1"], setup.cores.target, setup.work / "mlflow.log", env, setup.work)
-    return started(Running(port, process), "/health", _STARTING)
+    return started(Running(port, process), "/health", _START_TIMEOUT)
 
 
 # --- Portkey ----------------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def _portkey(setup: Setup) -> Running:
         ("x-portkey-provider", "openai"),
         ("x-portkey-custom-host", setup.upstream),
     )
-    return started(Running(port, process, headers=headers), "/", _STARTING)
+    return started(Running(port, process, headers=headers), "/", _START_TIMEOUT)
 
 
 PEERS: dict[str, Target] = {
@@ -184,7 +184,7 @@ PEERS: dict[str, Target] = {
             "litellm",
             _litellm,
             ("none", "memory", "redis"),
-            # With opentelemetry at hand: without, it tries to import it anew on every request.
+            # With opentelemetry, because otherwise LiteLLM tries to import it again on every request.
             lambda: _from_pypi("litellm", LITELLM, f"litellm[proxy]=={LITELLM}", "opentelemetry-sdk"),
         ),
         Target(

@@ -1,6 +1,6 @@
-"""256 vectors that mock, bare application and load generator know alike, and the rule that picks one for a text.
+"""256 vectors shared by mock, bare application and load generator, and the rule that picks one for a text.
 
-A vector depends on model and text, so any mix-up anywhere between is found by comparing bits.
+A vector depends on model and text, so comparing bits finds any mix-up in between.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import orjson
 
 DIMENSIONS = 1024
 MODELS = ("text-embedding-3-small", "text-embedding-3-large")
-"""In the gateway's catalogue, so that what is known of them (2,048 inputs a call) is used."""
+"""In the gateway's catalogue, so that its facts about them (2,048 inputs per call) apply."""
 
 _SIZE = 256
 _SEEDS = {model: crc32(model.encode()) for model in MODELS}
 
 
 class Vector(NamedTuple):
-    """One vector in every form in which it travels."""
+    """One vector, in every form in which it is sent."""
 
     raw: bytes
     """float32, little-endian."""
@@ -31,7 +31,7 @@ class Vector(NamedTuple):
     short: bytes
     """As JSON numbers, each the shortest text that reads back as the same float32."""
     long: bytes
-    """As JSON numbers with a double's digits, as servers print that hold doubles."""
+    """As JSON numbers with a double's digits, as servers that hold doubles print them."""
 
 
 @cache
@@ -51,10 +51,10 @@ def vectors() -> tuple[Vector, ...]:
 
 
 def seed(model: str) -> int:
-    """What `vector_index` begins with for this model; unknown models share one."""
+    """The initial checksum for this model, for `vector_index`; unknown models share one."""
     return _SEEDS.get(model, 0)
 
 
 def vector_index(text: str, start: int) -> int:
-    """Which vector of the pool stands for this text, `start` being the model's seed."""
+    """The index of this text's vector in the pool. `start` is the model's seed."""
     return crc32(text.encode(), start) & (_SIZE - 1)

@@ -1,4 +1,4 @@
-"""Processes under measurement: started on a core each, asked what they used, and ended."""
+"""Processes under measurement: starts them on a core each, reads what they used, and kills them."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 _TICK = os.sysconf("SC_CLK_TCK")
 _CORES = os.sched_getaffinity(0)
-"""All that are ours, before anything is pinned."""
+"""All cores that this process may use, before anything is pinned."""
 
 
 class BenchError(Exception):
-    """A target that could not be installed, started or asked; the reason is for the report."""
+    """A target could not be installed, started or called. The message is for the report."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Cores:
 
     @staticmethod
     def of_this_machine() -> Cores:
-        have = sorted(os.sched_getaffinity(0))
-        return Cores(have[0], have[1 % len(have)], have[2] if len(have) > 2 else have[-1])
+        available = sorted(os.sched_getaffinity(0))
+        return Cores(available[0], available[1 % len(available)], available[2] if len(available) > 2 else available[-1])
 
     @property
     def shared(self) -> bool:
-        """Whether mock and load generator have one core between them."""
+        """Whether mock and load generator share a core."""
         return self.mock == self.load
 
 
@@ -75,7 +75,7 @@ class Process:
         return lines[-1][:300] if lines else "it said nothing"
 
     def wait_for(self, port: int, path: str, seconds: float) -> None:
-        """Returns when it answers a GET. Raises `BenchError` when it ends or takes too long."""
+        """Waits until the process answers a GET. Raises `BenchError` if it exits or takes too long."""
         until = time.monotonic() + seconds
         while time.monotonic() < until:
             if not self.alive:
@@ -97,11 +97,11 @@ class Process:
 
     def cpu(self) -> float:
         """Seconds of processor time of the whole tree so far."""
-        mine = set(self.tree())
-        return sum(int(fields[11]) + int(fields[12]) for pid, fields in _stats() if pid in mine) / _TICK
+        pids = set(self.tree())
+        return sum(int(fields[11]) + int(fields[12]) for pid, fields in _stats() if pid in pids) / _TICK
 
     def reset_peak(self) -> None:
-        """Forgets the peak of resident memory, where the kernel lets us."""
+        """Resets the peak of resident memory, if the kernel allows it."""
         for pid in self.tree():
             try:
                 Path(f"/proc/{pid}/clear_refs").write_text("5")
@@ -121,7 +121,7 @@ class Process:
         return total / 1024
 
     def stop(self) -> None:
-        """Ends it and all it has started, at once: nothing here has anything to save."""
+        """Kills the process and its descendants: none of them has anything to save."""
         for pid in self.tree():
             try:
                 os.kill(pid, signal.SIGKILL)
@@ -138,7 +138,7 @@ def free_port() -> int:
 
 
 def busy(core: int) -> float:
-    """Seconds this core has spent on anything at all, other machines' share (steal) included."""
+    """Seconds that this core has been busy, including time stolen by other virtual machines."""
     for line in Path("/proc/stat").read_text().splitlines():
         name, *counts = line.split()
         if name == f"cpu{core}":
@@ -150,7 +150,7 @@ def busy(core: int) -> float:
 def exchange(
     port: int, method: str, path: str, body: bytes = b"", headers: Mapping[str, str] = {}, seconds: float = 10.0
 ) -> bytes:
-    """One request on loopback. Raises `OSError` or `http.client.HTTPException`."""
+    """Sends one request on loopback. Raises `OSError` or `http.client.HTTPException`."""
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=seconds)
     try:
         connection.request(method, path, body, headers)
@@ -178,7 +178,7 @@ def _stats() -> Iterable[tuple[int, list[str]]]:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, without what would configure a gateway or reach beyond this machine."""
+    """This process's environment, without variables that configure a gateway or lead beyond this machine."""
     dropped = ("EMBEDDING_GATEWAY", "PROMETHEUS_MULTIPROC_DIR", "PYTHONDONTWRITEBYTECODE")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(dropped)}
     return {name: value for name, value in kept.items() if not name.lower().endswith("_proxy")}

@@ -1,4 +1,4 @@
-"""What was measured, as tables for people and as JSON for machines."""
+"""Reports what was measured, as tables for people and as JSON for machines."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from bench.measure import Cell, Plan
 from bench.scenarios import SCENARIOS
 
 _TIGHT = 0.85
-"""Share of its core above which mock and load generator may have been what was measured."""
+"""Share of a core above which mock and load generator may have been the bottleneck."""
 _NOISY = 0.1
-"""Share of the target's core taken by others above which a row is not to be trusted."""
+"""Share of the target's core used by other processes above which a row is not to be trusted."""
 
 
 def machine() -> dict[str, str]:
-    """Facts that absolute figures belong to."""
+    """The facts that absolute figures depend on."""
     cpu = "unknown processor"
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -57,7 +57,7 @@ def tables(cells: Sequence[Cell], facts: dict[str, str], versions: dict[str, str
 
 
 def _ceilings(cells: Iterable[Cell]) -> str:
-    """What mock and load generator can do: together as measured, and each alone by the processor time it took."""
+    """The rates of mock and load generator: together as measured, and each alone, from its processor time."""
     rows = []
     for cell in cells:
         if cell.target != "direct" or cell.failed or SCENARIOS[cell.scenario].latency or not cell.mock_cpu:
@@ -98,17 +98,17 @@ def _row(cell: Cell, cells: Sequence[Cell]) -> tuple[str, ...]:
         f"{_number(cell.rate)} ({_number(min(cell.rates))}–{_number(max(cell.rates))})",
         _number(cell.vectors) if cell.vectors else "",
         f"{cell.latency:.3f}",
-        f"{_middle(cell.p99):.2f}",
-        _number(_middle(cell.cpu)) if cell.target != "direct" else "",
+        f"{_median(cell.p99):.2f}",
+        _number(_median(cell.cpu)) if cell.target != "direct" else "",
         _number(cell.peak) if cell.peak else "",
         _ratio(cell, cells, lambda each: each.rate),
-        "" if cell.target == "direct" else _ratio(cell, cells, lambda each: 1e6 / max(1e-9, _middle(each.cpu))),
+        "" if cell.target == "direct" else _ratio(cell, cells, lambda each: 1e6 / max(1e-9, _median(each.cpu))),
         _notes(cell, cells),
     )
 
 
 def _ratio(cell: Cell, cells: Sequence[Cell], rate: Callable[[Cell], float]) -> str:
-    """How many times this row's rate the gateway's is, over each kind of upstream."""
+    """The gateway's rate as a multiple of this row's, over each kind of upstream."""
     own = [each for each in cells if each.target == "gateway" and each.rates]
     if cell.target == "gateway" or not rate(cell):
         return ""
@@ -134,7 +134,7 @@ def _notes(cell: Cell, cells: Sequence[Cell]) -> str:
 
 
 def _cost(cells: Sequence[Cell]) -> str:
-    """What each made the upstream do for the same trace."""
+    """The upstream work that each target caused for the same traces."""
     head = ("target", "kind", "requests", "upstream calls", "calls per 1,000", "tokens billed", "inputs a call", "most")
     rows = []
     for cell in cells:
@@ -170,7 +170,7 @@ def _grid(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def _middle(values: Sequence[float]) -> float:
+def _median(values: Sequence[float]) -> float:
     return sorted(values)[len(values) // 2] if values else 0.0
 
 
@@ -179,7 +179,7 @@ def _number(value: float) -> str:
 
 
 def write_json(directory: Path, cells: Sequence[Cell], facts: dict[str, str], versions: dict[str, str]) -> Path:
-    """Everything, for machines. Returns the file."""
+    """Writes everything as JSON. Returns the file."""
     directory.mkdir(exist_ok=True)
     file = directory / time.strftime("%Y%m%dT%H%M%SZ.json", time.gmtime())
     document = {"machine": facts, "peers": versions, "cells": [asdict(cell) for cell in cells]}

@@ -7,29 +7,29 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Scenario:
-    """What is asked of a target, and how it is to be set up for it."""
+    """The requests sent to a target, and how it is set up for them."""
 
     name: str
     about: str
     kind: str
-    """Of the texts: fresh, hot or trace (`bench.traffic.Shape`)."""
+    """Kind of texts: fresh, hot or trace (`bench.traffic.Shape`)."""
     texts: int
     encoding: str
     connections: int
     latency: float = 0.0
     """Seconds the upstream takes."""
     caches: tuple[str, ...] = ("none",)
-    """What a peer is measured with: none, memory, redis. A peer without such a cache is left out."""
+    """The caches that peers are measured with: none, memory, redis. A peer without such a cache is left out."""
     own_cache: str = "memory"
-    """What the gateway is measured with."""
+    """The cache that the gateway is measured with."""
     numbers_only: bool = False
     """Whether the gateway is measured over an upstream of kind B as well."""
     bare: bool = False
-    """Whether a bare ASGI application sending the same bytes is a limit."""
+    """Whether to measure a bare ASGI application that sends the same bytes, as a limit."""
 
     @property
     def requests(self) -> int | None:
-        """How many requests a run has, where it is not the clock that ends it."""
+        """The number of requests in a run; None if it is limited by time."""
         return 2000 if self.kind == "trace" else None
 
 

@@ -1,4 +1,4 @@
-"""What is measured: the limits, the gateway, and how any of them is started. Peers are in `bench.peers`."""
+"""The targets to measure, limits and gateway, and how each is started. Peers are in `bench.peers`."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Setup:
 
 @dataclass
 class Running:
-    """A target that takes requests."""
+    """A target that is ready for requests."""
 
     port: int
     process: Process | None = None
@@ -56,7 +56,7 @@ class Target:
     start: Callable[[Setup], Running]
     caches: tuple[str, ...] = ("none",)
     install: Callable[[], str] = lambda: ""
-    """Puts it on this machine, if it is not there, and returns its version."""
+    """Installs the target if necessary, and returns its version."""
 
 
 def _direct(setup: Setup) -> Running:
@@ -78,8 +78,8 @@ def _gateway(setup: Setup) -> Running:
 
 
 def gateway(mock_port: int, work: Path, core: int | None, more: Mapping[str, object]) -> Running:
-    """Default settings but for `more`: a key, metrics, memory cache, one worker, a request log; the log goes to a
-    file. Raises `BenchError`."""
+    """Starts the gateway with default settings, except for `more`: a key, metrics, memory cache, one worker, and a
+    request log in a file. Raises `BenchError`."""
     upstream = {"type": "openai", "base_url": _url(mock_port), "api_key": "sk-bench"}
     config = {
         "auth": {"keys": {"bench": {"key": KEY}}},
@@ -103,7 +103,7 @@ def _url(mock_port: int) -> str:
 
 
 def started(running: Running, path: str, seconds: float) -> Running:
-    """`running` once it answers at `path`; ended if it does not. Raises `BenchError`."""
+    """Returns `running` once it answers at `path`; stops it if it does not. Raises `BenchError`."""
     assert running.process is not None
     try:
         running.process.wait_for(running.port, path, seconds)

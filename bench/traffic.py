@@ -1,4 +1,4 @@
-"""What is asked: ready-made request bytes with changing texts, and the vectors a right answer holds."""
+"""The load: ready-made request bytes with changing texts, and the vectors that a correct response holds."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class Shape:
     path: str = "/v1/embeddings"
     headers: tuple[tuple[str, str], ...] = ()
     models: tuple[str, ...] = pool.MODELS
-    """What the target calls them, in the order of `pool.MODELS`."""
+    """The target's names for `pool.MODELS`, in the same order."""
     first: int = 0
     """Number of the first fresh request: runs that do not overlap never repeat a text."""
 
 
 class Traffic(Protocol):
-    """Requests by number, and what their answers must hold."""
+    """Requests by number, and what their responses must hold."""
 
     def request(self, number: int) -> bytes: ...
     def expected(self, number: int) -> list[int]:
-        """Places in the pool, one per text."""
+        """Indexes in the pool, one per text."""
         ...
 
 
@@ -57,8 +57,8 @@ def _message(shape: Shape, body: bytes) -> bytes:
 
 
 def _body(shape: Shape, model: int, texts: list[str]) -> bytes:
-    asked = texts[0] if len(texts) == 1 else texts
-    return orjson.dumps({"input": asked, "model": shape.models[model], "encoding_format": shape.encoding})
+    inputs = texts[0] if len(texts) == 1 else texts
+    return orjson.dumps({"input": inputs, "model": shape.models[model], "encoding_format": shape.encoding})
 
 
 class Repeated:
@@ -77,9 +77,9 @@ class Repeated:
         return self._template.replace(_MARK.encode(), b"%012d" % (self._first + number))
 
     def expected(self, number: int) -> list[int]:
-        written = f"{self._first + number:012d}" if self._fresh else "0" * 12
+        tag = f"{self._first + number:012d}" if self._fresh else "0" * 12
         start = pool.seed(pool.MODELS[0])
-        return [pool.vector_index(text.replace(_MARK, written), start) for text in self._texts]
+        return [pool.vector_index(text.replace(_MARK, tag), start) for text in self._texts]
 
 
 class Trace:
@@ -89,27 +89,27 @@ class Trace:
     UNIVERSE = 10_000
 
     def __init__(self, shape: Shape) -> None:
-        chance = random.Random(shape.first)
+        rng = random.Random(shape.first)
         weights = list(accumulate(1 / rank for rank in range(1, self.UNIVERSE + 1)))
-        self._asked: list[tuple[int, list[str]]] = []
+        self._requests: list[tuple[int, list[str]]] = []
         for _ in range(self.LENGTH):
-            count = 1 if chance.random() < 0.7 else 64
-            picked = chance.choices(range(self.UNIVERSE), cum_weights=weights, k=count)
-            model = chance.randrange(len(pool.MODELS))
-            self._asked.append((model, [f"{shape.first:04d}-{each:06d} {_WORDS}" for each in picked]))
-        self._messages = [_message(shape, _body(shape, model, texts)) for model, texts in self._asked]
+            count = 1 if rng.random() < 0.7 else 64
+            chosen = rng.choices(range(self.UNIVERSE), cum_weights=weights, k=count)
+            model = rng.randrange(len(pool.MODELS))
+            self._requests.append((model, [f"{shape.first:04d}-{each:06d} {_WORDS}" for each in chosen]))
+        self._messages = [_message(shape, _body(shape, model, texts)) for model, texts in self._requests]
 
     def request(self, number: int) -> bytes:
         return self._messages[number]
 
     def expected(self, number: int) -> list[int]:
-        model, texts = self._asked[number]
+        model, texts = self._requests[number]
         start = pool.seed(pool.MODELS[model])
         return [pool.vector_index(text, start) for text in texts]
 
 
 def wrong_vectors(body: bytes, expected: list[int]) -> int:
-    """How many of a response's vectors are not, bit for bit, what they must be; all of them if it is no response."""
+    """The number of vectors in a response that are not bit-equal to the expected ones; all if it is not valid."""
     try:
         rows = sorted(orjson.loads(body)["data"], key=lambda row: row["index"])
         got = [_bits(row["embedding"]) for row in rows]
@@ -118,7 +118,7 @@ def wrong_vectors(body: bytes, expected: list[int]) -> int:
     if len(got) != len(expected):
         return len(expected)
     known = pool.vectors()
-    return sum(bits != known[vector_index].raw for bits, vector_index in zip(got, expected, strict=True))
+    return sum(bits != known[index].raw for bits, index in zip(got, expected, strict=True))
 
 
 def _bits(embedding: Any) -> bytes:

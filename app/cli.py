@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument(
                 "--probe", action="store_true", help="embed one text on every deployment (costs a few tokens)"
             )
-    # `serve` starts it for each of several workers. Nobody else has a listener to give it, so it is not shown.
+    # `serve` starts this for each of several workers. No one else has a listener to give it, so --help omits it.
     command = commands.add_parser("worker")
     command.add_argument("--listener", type=int, required=True)
     command.add_argument("--orders", type=int, required=True)
@@ -140,7 +140,7 @@ _FLAGS = ("host", "port", "workers")
 
 
 def _serve(options: argparse.Namespace) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # no failure before there is something to stop
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop, it is no failure
     logs.configure(options.log_format, options.log_level)
     source = ConfigSource(options.config, os.environ, UPSTREAMS)
     settings = _load(source, options)
@@ -163,7 +163,7 @@ def _serve(options: argparse.Namespace) -> None:
         temporary = tempfile.TemporaryDirectory(prefix="embedding-gateway-")
     except OSError as error:
         _fail([f"several workers need a temporary directory: {error.strerror}"])
-    app = create_app(settings, stores=[])  # before `multiprocess`, which must not include its own metrics
+    app = create_app(settings, stores=[])  # not under `multiprocess`: its own metrics are not shared
     with temporary as directory, _locked(directory), multiprocess(directory):
         sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
 

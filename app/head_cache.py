@@ -1,4 +1,4 @@
-"""A cache of parsed request heads: a client repeats its head with every request, with only another content-length."""
+"""A cache of parsed request heads: a client sends the same head with every request, except for its content-length."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 MAX_HEAD = 4 * 2**10
 """Bytes up to which a head is worth caching for the life of its connection."""
 MAX_STORES = 4
-"""Heads that a connection caches in its life, each replacing the last; if they all differ, it then stops trying."""
+"""Heads that a connection caches in its life, each replacing the last: if they keep differing, it stops trying."""
 
 _LENGTH = b"content-length"
 _UNCACHEABLE = {b"transfer-encoding", b"upgrade", b"expect"}
@@ -44,8 +44,8 @@ class CachedHead(Struct, frozen=True):
 
 
 def cache_entry(head: bytes, scope: Mapping[str, Any]) -> CachedHead | None:
-    """A cache entry for this head and the scope that the parser made of it. None if such a head must be parsed every
-    time, as whenever splitting it naively does not give the parser's headers."""
+    """The cache entry for a head and the scope that the parser made of it. None if heads like it must be parsed every
+    time: wherever naive splitting does not give the same headers."""
     lines = head.removesuffix(b"\r\n\r\n").split(b"\r\n")
     pairs = [line.partition(b":") for line in lines[1:]]
     headers = [(name.lower(), value.strip(b" \t")) for name, _, value in pairs]

@@ -52,7 +52,7 @@ class _Generation:
 
 
 class App:
-    """The ASGI application: answers embeddings directly, and everything else by the FastAPI application behind it.
+    """The ASGI application: answers embeddings itself, and passes everything else on to the FastAPI application.
 
     A new configuration is a new generation, built whole and then swapped in by one assignment; requests end on the
     generation they began on. `source` is where to reload the configuration from; without it, it never changes.
@@ -83,7 +83,7 @@ class App:
         self._closing = asyncio.Lock()
 
     def on_invalid_http(self) -> None:
-        """Counts data on a connection that was not a valid HTTP request."""
+        """Counts a request that was not valid HTTP."""
         self._metrics.rejected_requests.labels("invalid_http").inc()
 
     def request_timeout(self) -> float:
@@ -217,8 +217,8 @@ class App:
             await gateway.aclose(before)
 
     async def _retire(self, old: _Generation, successor: Gateway) -> None:
-        """Closes a gateway once its requests are answered. Gateways are closed one at a time, in order: what a gateway
-        shares with its successor is closed by the successor, which must not happen sooner."""
+        """Closes a gateway once its requests are answered. Gateways are closed one at a time, in order: a successor
+        closes what it shares with its predecessor, and must not do so while that still uses it."""
         async with self._closing:
             remaining = old.gateway.settings.server.request_timeout + GRACE
             while old.in_flight and remaining > 0:
@@ -228,7 +228,7 @@ class App:
 
 
 def _same_settings(one: Settings, other: Settings) -> bool:
-    """Whether the settings are equal, including the order of upstreams and models: the one named first counts."""
+    """Whether the settings are equal, including the order of upstreams and models, where the first one counts."""
     orders = [(*each.upstreams, *each.models) for each in (one, other)]
     return one == other and orders[0] == orders[1]
 

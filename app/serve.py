@@ -102,7 +102,7 @@ def _grace(settings: Settings) -> int:
 
 
 class Server(uvicorn.Server):
-    """The ASGI server, with a stop that suits load balancers, which learn of it later than the process does.
+    """The ASGI server, with a graceful stop for load balancers, which learn of it later than the process does.
 
     The first SIGTERM makes the application not ready at once; `drain` seconds later the listener closes and requests
     finish. A second SIGTERM skips that delay, and so does Ctrl-C; Ctrl-C after that drops the remaining requests.
@@ -202,7 +202,7 @@ class Server(uvicorn.Server):
 
 
 class _SideServer(uvicorn.Server):
-    """A server that leaves signals to the one it runs beside."""
+    """A server that handles no signals: the process does that elsewhere."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -238,7 +238,7 @@ def keep_freed_memory() -> None:
 
 
 def raise_descriptor_limit() -> None:
-    """Raises the limit on descriptors as far as allowed. The usual one, 1024, is for programs that must be able to
+    """Raises the limit on file descriptors as far as allowed. The usual 1024 is for programs that must be able to use
     `select`; beyond it connections are not accepted, and upstreams cannot be called."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:

@@ -182,7 +182,7 @@ class Workers:
             worker.stop()
 
     async def _supervise(self, name: str) -> None:
-        """Runs one worker, and after it its replacements, under the same name."""
+        """Runs one worker and, as it ends, its replacements under the same name."""
         pause = 0.5
         while not self._stopping.is_set():
             try:

@@ -57,8 +57,8 @@ INLINE_PARSE_LIMIT = 256 * 2**10
 """Bytes of the largest body parsed on the event loop, which takes 10 ms if it is token ids. A larger body is parsed in
 a thread, where only the JSON decoding itself blocks other requests."""
 SERIAL_PARSE_LIMIT = 2 * 2**20
-"""Bytes above which bodies are parsed one at a time: token ids take up to 15 times their text meanwhile, and a
-request's `Admission` accounts only for the text."""
+"""Bytes above which bodies are parsed one at a time: meanwhile token ids take up to 15 times the memory of their text,
+and a request's `Admission` accounts only for the text."""
 
 _OK = b"HTTP/1.1 200 OK\r\n"
 _HEADERS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"

@@ -147,7 +147,7 @@ def error_body(error: GatewayError) -> bytes:
 def error_headers(error: GatewayError) -> list[Header]:
     """When to retry, in every form the SDKs read, or not to, where a retry cannot help.
 
-    Waits are clamped to 1–60 s: for a longer one, one SDK does not retry at all and another sleeps it out.
+    Waits are clamped to 1–60 s: beyond that, one SDK does not retry at all and another sleeps the whole time.
     """
     headers: list[Header] = []
     if isinstance(error, Overloaded | RateLimited):

@@ -1,7 +1,7 @@
 """The FastAPI routes: models, health, metrics and docs, with all errors in OpenAI's shape.
 
-FastAPI keeps route functions alive, and all that they refer to. So they refer to no gateway: each request carries the
-one that answers it.
+FastAPI keeps route functions alive, and everything they reference. So they reference no gateway: each request carries
+the one that answers it.
 """
 
 from __future__ import annotations

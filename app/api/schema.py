@@ -20,7 +20,7 @@ from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDim
 from app.types import MAX_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
-"""Token ids per input, at most: twice what the longest model takes, and decoded fast enough to delay no one."""
+"""Token ids per input, at most: twice what the longest model takes, and decoded fast enough not to delay others."""
 
 MAX_OBJECTS, MAX_OBJECTS_PER_INPUT = 2**18, 32
 """Strings (keys included), lists and objects in a body, at most: far more than any valid request needs."""
@@ -248,8 +248,7 @@ def _mixed_types_error(value: list[Any]) -> InvalidRequest:
 
 
 def _kind(value: Any) -> str:
-    """A JSON value's type in plain words. Of values, which may be anything and of any size, only small numbers are
-    shown."""
+    """Names a JSON value's type in plain words. Of values, which may be of any size, only small numbers are shown."""
     match value:
         case None:
             return "null"

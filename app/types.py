@@ -30,6 +30,10 @@ Lane: TypeAlias = Literal["query", "bulk"]
 OnLongInput: TypeAlias = Literal["error", "truncate", "split"]
 
 
+BULK = 16
+"""A request with more inputs than this is bulk work unless its API key says otherwise."""
+
+
 class Media(Struct, frozen=True):
     """An image or a video, given as a URL or as a data URI. The gateway never fetches it."""
 
@@ -95,6 +99,11 @@ class EmbedRequest(Struct):
     collect_too_long: bool = False
     """Whether inputs that the upstream finds too long are returned in `EmbedResult.too_long`, instead of failing the
     whole request."""
+
+    @property
+    def lane(self) -> Lane:
+        """The caller's lane, or else the one for requests of this size."""
+        return self.caller.lane or ("bulk" if len(self.inputs) > BULK else "query")
 
     @property
     def shareable(self) -> bool:
@@ -329,8 +338,12 @@ class SharedStore(SlowStore, Protocol):
     """A tier shared by all replicas, in which each claims what it is embedding. Never raises either."""
 
     async def get_or_claim(self, keys: Sequence[bytes]) -> LookupResult:
-        """Like `get`; also claims the keys that are missing and unclaimed for this replica, for at most `CLAIM_TTL`
-        seconds. A tier that cannot do that claims nothing."""
+        """Like `get`; also claims the keys that are missing and unclaimed for this replica. Its claims last `CLAIM_TTL`
+        seconds from the latest call of this or of `renew_claims`. A tier that cannot do that claims nothing."""
+        ...
+
+    async def renew_claims(self) -> None:
+        """Renews all claims of this replica."""
         ...
 
     async def release_claims(self, keys: Sequence[bytes]) -> None:
@@ -339,5 +352,5 @@ class SharedStore(SlowStore, Protocol):
 
 
 CLAIM_TTL = 3.0
-"""Seconds a claim lasts: longer than most calls take, but less than httpx's default timeout of 5, because its owner may
-have died."""
+"""Seconds that claims last unless they are renewed, for their owner may have died; and that a query waits for another
+replica: longer than most calls take, but less than httpx's default timeout of 5."""

@@ -51,21 +51,27 @@ PREFIX = b"eg:1:"
 CLAIM_PREFIX = b"eg:claim:1:"
 """Precedes the same hash in the key that says which replica is embedding the text."""
 
+ALIVE_PREFIX = b"eg:alive:1:"
+"""Precedes a replica's name in a key that exists while the replica is alive. The claims of any other are void, so that
+renewing this one key renews all claims of the replica."""
+
 _CLAIM = Script(b"""
+local replica, lifetime, prefix, alive = ARGV[1], ARGV[2], ARGV[3], {}
+redis.call('SET', prefix .. replica, '', 'PX', ARGV[4])
 local held = {}
 for i = 1, #KEYS, 2 do
   local claim = KEYS[i + 1]
-  if redis.call('EXISTS', KEYS[i]) == 0
-    and not redis.call('SET', claim, ARGV[1], 'NX', 'PX', ARGV[2])
-    and redis.call('GET', claim) ~= ARGV[1]
-  then
-    held[#held + 1] = (i - 1) / 2
+  if redis.call('EXISTS', KEYS[i]) == 0 and not redis.call('SET', claim, replica, 'NX', 'PX', lifetime) then
+    local owner = redis.call('GET', claim)
+    if alive[owner] == nil then alive[owner] = owner ~= replica and redis.call('EXISTS', prefix .. owner) == 1 end
+    if alive[owner] then held[#held + 1] = (i - 1) / 2 else redis.call('SET', claim, replica, 'PX', lifetime) end
   end
 end
 return held
 """)
-"""KEYS: pairs of a value's key and its claim's key. ARGV: the claiming replica, the claim's lifetime in milliseconds.
-Returns the indexes (from 0) of values that are absent and claimed by another replica."""
+"""KEYS: pairs of a value's key and its claim's key. ARGV: the claiming replica, the milliseconds after which its claims
+vanish, `ALIVE_PREFIX`, and the milliseconds for which the replica counts as alive. Returns the indexes (from 0) of
+values that are absent and claimed by another replica that is alive."""
 
 RELEASE = Script(b"""
 for i = 1, #KEYS do
@@ -84,6 +90,8 @@ _LARGE_LOOKUP = 256
 8 MiB, which take 70 ms at 1 Gbit/s."""
 _CLAIM_BATCH = 128
 """Keys claimed by one run of the script, which blocks the server for about half a millisecond."""
+_CLAIM_LIFETIME = 60.0
+"""Seconds after which a claim vanishes even if its replica is alive: a request's time, unless configured otherwise."""
 _CLAIM_PAUSE = 5.0
 """Seconds without claims after one was refused."""
 _WRITE_BATCH = 64
@@ -219,7 +227,8 @@ class RedisStore:
     def _claim_calls(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[list[bytes]]:
         pairs = [item for key, name in zip(keys, names, strict=True) for item in (name, CLAIM_PREFIX + key)]
         batches = [pairs[i : i + 2 * _CLAIM_BATCH] for i in range(0, len(pairs), 2 * _CLAIM_BATCH)]
-        return [[b"%d" % len(batch), *batch, self._replica, b"%d" % round(CLAIM_TTL * 1000)] for batch in batches]
+        arguments = (self._replica, b"%d" % (_CLAIM_LIFETIME * 1000), ALIVE_PREFIX, b"%d" % (CLAIM_TTL * 1000))
+        return [[b"%d" % len(batch), *batch, *arguments] for batch in batches]
 
     def _claimed_elsewhere(
         self, keys: Sequence[bytes], raws: Sequence[object], replies: Sequence[object]
@@ -257,6 +266,11 @@ class RedisStore:
         # Claims end even if the server refuses or evicts a value, so that no replica waits for it.
         release = (b"DEL", *(CLAIM_PREFIX + key for key, _ in entries))
         return await self._connections.exchange([*commands, release])
+
+    async def renew_claims(self) -> None:
+        alive = (b"SET", ALIVE_PREFIX + self._replica, b"", b"PX", b"%d" % (CLAIM_TTL * 1000))
+        if self._now() >= self._no_claims_until:
+            await self._attempt("set", partial(self._connections.exchange, [alive]), 0)
 
     async def release_claims(self, keys: Sequence[bytes]) -> None:
         if self._now() >= self._no_claims_until:

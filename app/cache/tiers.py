@@ -19,9 +19,12 @@ from app.cache.reader import Found, Reader
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
-from app.types import Embedding, LookupResult, SharedStore, SlowStore, Store
+from app.types import CLAIM_TTL, Embedding, LookupResult, SharedStore, SlowStore, Store
 
 log = logging.getLogger(__name__)
+
+_RENEWAL_INTERVAL = CLAIM_TTL / 3
+"""Seconds between two renewals of this replica's claims: one may be lost."""
 
 
 class InFlight(Protocol):
@@ -73,6 +76,7 @@ class Tiers:
         have been written and have left memory and the write queues."""
         self._recent = (self._arrived, *(writer.waiting for writer in reversed(self._writers)))
         """By key, embeddings that memory may have no room for. One tier may have refused what waits for a slow one."""
+        self._renewing: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[None]] = set()
         self.embedders: WeakSet[InFlight] = WeakSet()
         """Everything that embeds over this cache, including for earlier configurations."""
@@ -99,7 +103,10 @@ class Tiers:
         return (await self._get(keys, numbers, self._readers))[0]
 
     async def get_or_claim(self, keys: Sequence[bytes], *, numbers: bool = False) -> LookupResult:
-        """As `get`. The caller must embed the missing keys that no other replica holds, or release them."""
+        """As `get`. The caller must embed the missing keys that no other replica holds, or release them. Until then the
+        claims on them are renewed."""
+        if self._shared is not None and self._renewing is None:
+            self._renewing = asyncio.get_running_loop().create_task(self._renew_claims(self._shared))
         return await self._get(keys, numbers, self._claimers)
 
     async def look_again(self, keys: Sequence[bytes]) -> Found:
@@ -110,6 +117,13 @@ class Tiers:
             embeddings = {**recent, **embeddings, **self._find_recent([key for key in keys if key not in embeddings])}
         self._expired.inc(sum(key not in embeddings and key not in held for key in keys))
         return Found(embeddings, held)
+
+    async def _renew_claims(self, store: SharedStore) -> None:
+        """Renews them while anything is being embedded here. They lapse when this process dies or is suspended."""
+        while True:
+            await asyncio.sleep(_RENEWAL_INTERVAL)
+            if any(each.busy for each in self.embedders):
+                await store.renew_claims()
 
     def release_claims(self, keys: Sequence[bytes]) -> None:
         """Ends the claims on keys for which no embedding will come, so that a waiting replica may embed them. Keeps the
@@ -180,6 +194,8 @@ class Tiers:
 
     async def close(self, timeout: float = 5.0) -> None:
         """Flushes the write queues for at most `timeout` seconds, then closes every tier."""
+        if self._renewing is not None:
+            self._renewing.cancel()
         await asyncio.gather(*(reader.close() for reader in {*self._readers, *self._claimers}), *self._releasing)
         await asyncio.gather(*(writer.close(timeout) for writer in self._writers))
         for store in self._stores:

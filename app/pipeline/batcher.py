@@ -26,9 +26,6 @@ from app.pipeline.queue import LANES, TARGET_BATCH, BatchKey, CallRecord, Job, Q
 from app.pipeline.route import Route, Slot
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
 
-BULK = 16
-"""A request with more inputs than this is bulk work unless its API key says otherwise."""
-
 
 class _Grouping(NamedTuple):
     gather_turns: int
@@ -134,7 +131,7 @@ class Batcher:
         waiter.missing += len(new)
         if new:
             self._arrived += 1
-            lane = request.caller.lane or ("bulk" if len(request.inputs) > BULK else "query")
+            lane = request.lane
             self._queues.put((request.model, request.params, request.write_cache), lane, new, deadline)
             self._schedule()
             if TARGET_BATCH <= len(new) <= self._route.deployments[0].limits.max_batch:

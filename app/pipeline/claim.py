@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
 
 from app.cache.tiers import Tiers
 from app.pipeline.parts import merge_result, sub_request
 from app.types import CLAIM_TTL, NO_EMBEDDING, Embedder, EmbedRequest, EmbedResult, Source
 
-_POLL_INTERVAL = 0.02
-"""Seconds between two look-ups of what another replica is embedding."""
+_POLL_INTERVAL, _LONG_POLL_INTERVAL = 0.02, 0.25
+"""Seconds between two look-ups of what another replica is embedding: at first, and after `CLAIM_TTL`."""
 
 
 class Claim:
     """Embeds what no other replica has claimed, and then what the others did not deliver: they failed, died, or took
-    longer than a claim lasts. It waits for them no longer than half of the request's time, so that the rest is left
-    for that."""
+    too long. A query waits for them for `CLAIM_TTL` seconds, because its text may be far back in another replica's
+    queue. Bulk work waits for as long as they are at it, since that is where paying twice is dear; but no longer than
+    half of the request's time, so that the rest is left to embed them here."""
 
     def __init__(self, inner: Embedder, cache: Tiers) -> None:
         self._inner, self._cache = inner, cache
@@ -24,7 +26,8 @@ class Claim:
         if not request.held:
             return await self._embed(request)
         keys, count, now = request.keys, len(request.keys), asyncio.get_running_loop().time()
-        until = now + min(CLAIM_TTL, (request.deadline - now) / 2)
+        patience = CLAIM_TTL if request.lane == "query" else math.inf
+        until = now + min(patience, (request.deadline - now) / 2)
         whole = EmbedResult([NO_EMBEDDING] * count, [Source.CACHE] * count)
         ours = [i for i in range(count) if keys[i] not in request.held]
         theirs = [i for i in range(count) if keys[i] in request.held]
@@ -35,7 +38,9 @@ class Claim:
                 return whole
             if not ours:
                 # All waiting requests look in the same turn of the event loop, and so share one look-up.
-                await asyncio.sleep(_POLL_INTERVAL - asyncio.get_running_loop().time() % _POLL_INTERVAL)
+                waited = asyncio.get_running_loop().time() - now
+                interval = _POLL_INTERVAL if waited < CLAIM_TTL else _LONG_POLL_INTERVAL
+                await asyncio.sleep(interval - asyncio.get_running_loop().time() % interval)
             late = asyncio.get_running_loop().time() >= until
             found, held = await self._cache.look_again(list(dict.fromkeys(keys[i] for i in theirs)))
             for i in theirs:

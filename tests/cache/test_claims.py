@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import redis.asyncio
 
-from app.cache.redis import CLAIM_PREFIX, PREFIX, RedisStore
+from app.cache.redis import ALIVE_PREFIX, CLAIM_PREFIX, PREFIX, RedisStore
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from app.types import CLAIM_TTL
@@ -105,6 +105,26 @@ async def test_a_claim_ends_by_itself(server: RedisServer, clock: Clock, monkeyp
     await close(one, other)
 
 
+async def test_claims_last_while_their_replica_says_that_it_lives(
+    server: RedisServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other, third = (store(server, clock) for _ in range(3))
+    monkeypatch.setattr("app.cache.redis.CLAIM_TTL", 0.3)
+    await one.get_or_claim(keys(1, 2))
+    end = asyncio.get_running_loop().time() + 1.0
+    while asyncio.get_running_loop().time() < end:
+        assert await other.get_or_claim(keys(1, 2)) == ([None, None], set(keys(1, 2)))
+        await one.renew_claims()
+        await asyncio.sleep(0.05)
+
+    async def free() -> bool:
+        return await other.get_or_claim(keys(1)) == ([None], set())
+
+    await until(free)  # now that it no longer says so
+    assert await third.get_or_claim(keys(1, 2)) == ([None, None], {key(1)}), "the next owner's"
+    await close(one, other, third)
+
+
 async def test_of_many_who_miss_at_once_each_key_is_one_replicas(server: RedisServer, clock: Clock) -> None:
     replicas = [store(server, clock) for _ in range(4)]
     wanted = keys(*range(50))
@@ -141,9 +161,11 @@ async def test_a_claim_names_no_text_and_is_of_no_size(server: RedisServer, cloc
     one = store(server, clock)
     await one.get_or_claim(keys(1))
     (names, value) = await one._connections.exchange([(b"KEYS", b"*"), (b"GET", CLAIM_PREFIX + key(1))])
-    assert names == [CLAIM_PREFIX + key(1)]
     assert isinstance(value, bytes)
     assert len(value) == 16
+    assert isinstance(names, list)
+    assert sorted(names) == sorted([CLAIM_PREFIX + key(1), ALIVE_PREFIX + value])
+    assert await one._connections.exchange([(b"GET", ALIVE_PREFIX + value)]) == [b""]
     await close(one)
 
 

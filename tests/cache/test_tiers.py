@@ -325,6 +325,8 @@ async def test_what_comes_while_a_tier_is_asked_is_found_though_it_is_written_an
 
         async def release_claims(self, keys: Sequence[bytes]) -> None: ...
 
+        async def renew_claims(self) -> None: ...
+
     slow = Gated()
     too_small = MemoryStore(1, 60, clock, metrics)
     tiers = Tiers([too_small, slow] if fast else [slow], metrics, clock)

@@ -28,6 +28,7 @@ from app.types import (
     NO_EMBEDDING,
     Batch,
     BatchResult,
+    Caller,
     Embedding,
     EmbedRequest,
     EmbedResult,
@@ -54,6 +55,14 @@ class Replica:
         self.go = asyncio.Event()
         self.go.set()
         self.errors: dict[str, GatewayError] = {}
+        self.cache.embedders.add(self)
+
+    @property
+    def busy(self) -> bool:
+        return not self.go.is_set()
+
+    def in_flight(self, key: bytes) -> bool:
+        return False
 
     async def _embed(self, request: EmbedRequest) -> EmbedResult:
         texts = list(map(str, request.inputs))
@@ -246,6 +255,37 @@ async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
     first = await one.begins("a")
     async with asyncio.timeout(CLAIM_TTL - 1):
         assert (await other.embed(request("a"))).sources == [Source.UPSTREAM]
+    one.go.set()
+    await first
+
+
+async def test_bulk_work_waits_for_as_long_as_the_other_is_at_it_and_a_query_for_three_seconds(
+    replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = replica(), replica()
+    for name, seconds in (("redis.CLAIM_TTL", 0.3), ("tiers._RENEWAL_INTERVAL", 0.1)):
+        monkeypatch.setattr(f"app.cache.{name}", seconds)
+    monkeypatch.setattr("app.pipeline.claim.CLAIM_TTL", 0.3)
+    first = await one.begins("a", "b")
+    bulk = asyncio.create_task(other.embed(replace(request("a"), caller=Caller(lane="bulk"))))
+    query = await other.embed(request("b"))
+    assert query.sources == [Source.UPSTREAM]
+    await asyncio.sleep(0.6)  # thrice as long as a claim lasts, with what came before
+    assert other.asked == [["b"]]
+    one.go.set()
+    assert (await bulk).sources == [Source.CACHE]
+    assert other.asked == [["b"]]
+    await first
+
+
+async def test_who_dies_holds_up_no_bulk_work(replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = replica(), replica()
+    monkeypatch.setattr("app.cache.redis.CLAIM_TTL", 0.3)
+    first = await one.begins("a")
+    one.cache.embedders.clear()  # nobody renews its claims
+    async with asyncio.timeout(LIMIT):
+        bulk = await other.embed(replace(request("a"), caller=Caller(lane="bulk")))
+    assert bulk.sources == [Source.UPSTREAM]
     one.go.set()
     await first
 

@@ -18,10 +18,10 @@ from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
 from app.clock import Clock
-from app.errors import GatewayError, Overloaded, RateLimited, UpstreamUnavailable
+from app.errors import GatewayError, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.deployment import requirements
-from app.pipeline.outcome import collect, is_fatal
+from app.pipeline.outcome import collect, deadline_error, is_fatal
 from app.pipeline.queue import LANES, TARGET_BATCH, BatchKey, CallRecord, Job, Queue, Queues, QueueSet, Waiter
 from app.pipeline.route import Route, Slot
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
@@ -80,10 +80,9 @@ class Batcher:
         try:
             await waiter.future
         except asyncio.CancelledError:
-            if any(job.sent for job in jobs) or asyncio.get_running_loop().time() < request.deadline:
+            if asyncio.get_running_loop().time() < request.deadline:
                 raise
-            # No upstream was slow: too much was ahead of it in the queue.
-            raise Overloaded("no upstream call was free before the request's deadline", retry_after=1) from None
+            raise deadline_error(jobs) from None
         finally:
             if waiter.missing:
                 self._abandon(waiter, jobs)
@@ -267,8 +266,9 @@ class Batcher:
             )
             if dropped:
                 self._forget(dropped)
+            call_record = CallRecord(1, ())
             for job in jobs:
-                job.sent = True
+                job.call_record = call_record
             batch = _make_batch(queue.batch_key, jobs)
             slot.charge(batch.inputs)
             self._queues.reschedule(queue, served=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest
-from app.pipeline.queue import Job
+from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, Overloaded, UpstreamTimeout
+from app.pipeline.queue import CallRecord, Job
 from app.types import NO_EMBEDDING, Embedding, EmbedRequest, EmbedResult, Source
 
 
@@ -23,7 +23,7 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
     Raises `GatewayError` if an input has none, unless it is too long and the request collects such inputs.
     """
     outcomes = [job.outcome for job in jobs]
-    call_records = [call_record for call_record in dict.fromkeys([job.call_record for job in jobs]) if call_record]
+    call_records = _call_records(jobs)
     too_long: dict[int, GatewayError] = {}
     if set(map(type, outcomes)) <= {Embedding}:  # nearly always
         embeddings: list[Embedding] = outcomes  # type: ignore[assignment]
@@ -47,6 +47,20 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
         deployments=tuple(dict.fromkeys([name for call_record in call_records for name in call_record.deployments])),
         too_long=too_long,
     )
+
+
+def deadline_error(jobs: Sequence[Job]) -> GatewayError:
+    """The error of a request whose deadline has passed before its jobs were done."""
+    calls = sum([record.calls for record in _call_records(jobs)])
+    if not calls:  # no upstream was slow: too much was ahead of it in the queue
+        return Overloaded("no upstream call was free before the request's deadline", retry_after=1)
+    error = UpstreamTimeout("no upstream call was answered before the request's deadline")
+    error.calls = calls
+    return error
+
+
+def _call_records(jobs: Sequence[Job]) -> list[CallRecord]:
+    return [record for record in dict.fromkeys([job.call_record for job in jobs]) if record]
 
 
 def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:

@@ -31,11 +31,12 @@ MAX_PASSED_OVER = 16
 
 
 class CallRecord(Struct, eq=False):
-    """What an upstream call came to: one record, shared by all inputs in it."""
+    """An upstream call: one record, shared by all inputs in it."""
 
     calls: int
+    """1 while it is in flight, then with its retries and parts."""
     deployments: tuple[str, ...]
-    """Names of those that embedded it."""
+    """Names of those that embedded it; empty while it is in flight."""
 
 
 class Waiter(Struct, eq=False):
@@ -60,9 +61,8 @@ class Job(Struct, eq=False):
     """A tuple, because nearly all inputs of a request share the same one."""
     store: bool
     """Whether its embedding may be cached."""
-    sent: bool = False
-    """Whether it has been in an upstream call."""
     call_record: CallRecord | None = None
+    """The last call it was in; None if it has only queued."""
     outcome: Embedding | GatewayError | None = None
 
 

@@ -310,6 +310,7 @@ def test_an_upstream_that_takes_too_long_is_a_504_when_the_requests_time_is_up(
         assert (error["type"], error["code"], error["param"]) == ("upstream_error", "upstream_timeout", None)
         assert 0.39 <= elapsed < 20, "the request's own time, not the upstream's 30 s"
         assert "connection" not in response.headers
+        assert response.headers["x-embedding-upstream-calls"] == "1", "what it waited for, as the log says too"
         fake.wait_until_idle()
         assert gateway.metric("inflight_requests") == 0
         assert gateway.metric("requests_total", status="504", model=MODEL) == 1

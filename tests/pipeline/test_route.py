@@ -695,7 +695,7 @@ async def test_a_stop_does_not_wait_long_for_what_hangs(monkeypatch: pytest.Monk
     up = deployment("up", hangs)
     up.health.record_duration(20)
     embed = batcher(up)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(UpstreamTimeout):
         await asyncio.wait_for(embed(request("x", seconds=0.1)), 0.15)
     await asyncio.wait_for(embed.aclose(), 5)
 

@@ -64,6 +64,7 @@ class CacheRead:
         if mixed_lengths(result.embeddings):
             error = UpstreamInvalidResponse("the upstream gives vectors of different lengths for one model")
             error.calls = result.calls
+            error.no_client_retry = True  # a client's retry would pay for everything again
             raise error
         return result
 

@@ -205,6 +205,7 @@ class Canary:
     def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
         if deployment.health.silent is not None:
             log.warning("deployment %s has shown its vectors now", deployment.name)
+        deployment.health.length = len(vector)
         deployment.health.mark_verified()
         self._judge(deployment, vectors.cosine(vector, expected))
         deployment.slots.notify()  # queued requests may go there now, or need not wait for it any more

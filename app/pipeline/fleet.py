@@ -88,6 +88,7 @@ class Fleet:
         # Until it has been compared, the others of its space serve in its place: in doubt the first is right.
         health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
         if before is not None:
+            health.length = before.length
             health.answered = before.answered  # or the first by name would be right, whatever callers previous given
             if before.out is not None:
                 health.stay_out(before)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from app.clock import Clock
 from app.errors import GatewayError, InvalidRequest, RateLimited, UpstreamUnreachable
+from app.types import Embedding
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,11 @@ class Health:
         """When the first rate limit came, of those since it last answered."""
         self._rest = ""
         """The same for its last rest, if that is long, or if there has been nothing but rests for long."""
+        self.length = 0
+        """Bytes of its vectors when it chose their length, as last seen; 0 if none has been seen."""
+        self._length_change = ""
+        self._length_change_until = -math.inf
+        """How that has changed, and until when this is shown to operators."""
         self._retired = False
 
     def show(self) -> None:
@@ -92,7 +98,11 @@ class Health:
     @property
     def problem(self) -> str | None:
         """What is wrong with it now."""
-        return self.trouble or self.silent or (self._rest if self._rest and self.cooldown_remaining() else None)
+        if self.trouble or self.silent:
+            return self.trouble or self.silent
+        if self._rest and self.cooldown_remaining():
+            return self._rest
+        return self._length_change if self._clock.monotonic() < self._length_change_until else None
 
     @property
     def suspect(self) -> bool:
@@ -143,6 +153,26 @@ class Health:
         """It was asked to show its vectors and did not: others serve in its place."""
         self.unverified, self.silent = True, reason
         self.show()
+
+    def check_length(self, outcome: Embedding | GatewayError) -> None:
+        """Compares the length of a vector, where that was left to the model, with the last one's. If they differ,
+        another model has taken its place, or answers beside it: until it has been compared, others serve."""
+        length = len(outcome.vector) if isinstance(outcome, Embedding) else 0
+        if not length or length == self.length:  # an empty vector is that of a sparse embedding
+            return
+        before, self.length = self.length, length
+        if before:
+            self._report_length_change(before)
+            self.unverified, self.shown, self.compared = True, False, False
+
+    def _report_length_change(self, before: int) -> None:
+        """Shows it to operators for a while, and logs it unless it is shown already: two models may take turns."""
+        now = self._clock.monotonic()
+        lengths = f"{self.length // 4} dimensions, not {before // 4} as before"
+        self._length_change = f"its vectors have {lengths}: another model may have taken its place"
+        if now >= self._length_change_until:
+            self._log("%s: %s", self._name, self._length_change)
+        self._length_change_until = now + LOG_INTERVAL
 
     def cooldown_remaining(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""

@@ -300,6 +300,8 @@ class Route:
             elif error is None:
                 health.record_duration(now() - started)
             slot.settle(result)
+            if batch.params.dimensions is None:
+                health.check_length(result.outcomes[0])
             return result
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")

@@ -256,6 +256,57 @@ def test_one_that_has_left_does_not_come_back_by_a_change_of_configuration() -> 
                 assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
 
 
+def test_one_whose_vectors_have_another_length_is_passed_over_at_once_and_soon_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    known, lengths = [f"known {i}" for i in range(20)], {"own": 16}
+    with (
+        FakeOpenAI(models={"own": 16}, flavour="vllm", api_key="sk-fake") as stays,
+        FakeOpenAI(models=lengths, flavour="vllm", api_key="sk-fake") as replaced,
+    ):
+        deployments = [{"upstream": f"up{i}", "model": "own", "space": "s"} for i in range(2)]
+        both, clock = config(stays, replaced, models={"m": {"deployments": deployments}}), RoundClock()
+        del both["cache"]
+        with running(both, clock=clock) as gateway:
+            stays.wait_for_calls(1)
+            replaced.wait_for_calls(1)
+            until_answered_by(gateway, "up1/own")
+            until_answered_by(gateway, "up0/own")
+            assert gateway.post({"model": "m", "input": known}).status_code == 200
+            lengths["own"] = 8
+            until_answered_by(gateway, "up1/own")
+            for i in range(20):
+                response = gateway.post({"model": "m", "input": [*known, f"new {i}"]})
+                assert response.headers["x-embedding-upstream"] == "up0/own"
+                assert {len(row["embedding"]) for row in response.json()["data"]} == {16}
+            assert "8 dimensions, not 16" in gateway.get("/readyz").json()["upstreams"]["up1"]["trouble"]["own"]
+            assert caplog.text.count("8 dimensions, not 16") == 1
+            clock.woken += 1
+            assert "cosine" in until_out(gateway, "up1")["own"]
+
+
+def test_the_length_that_is_compared_with_outlives_a_change_of_configuration(caplog: pytest.LogCaptureFixture) -> None:
+    lengths = {"own": 16}
+    with FakeOpenAI(models=lengths, flavour="vllm", api_key="sk-fake") as fake:
+        before = config(fake, models={"m": {"deployments": [{"upstream": "up0", "model": "own"}]}})
+        after = {**before, "upstreams": {"up0": {**before["upstreams"]["up0"], "timeout": "29s"}}}
+        with running(before, clock=RoundClock()) as gateway:
+            assert gateway.post({"model": "m", "input": "before"}).status_code == 200
+            gateway.call(gateway.app._change_to(settings_of(after)))
+            lengths["own"] = 8
+            assert gateway.post({"model": "m", "input": "after"}).status_code == 200
+            assert "8 dimensions, not 16" in caplog.text
+
+
+def until_answered_by(gateway: Running, name: str) -> None:
+    for i in range(200):
+        response = gateway.post({"model": "m", "input": f"by {name}: {time.monotonic()} {i}"})
+        assert response.status_code == 200, response.text
+        if response.headers["x-embedding-upstream"] == name:
+            return
+    pytest.fail("it was not asked")
+
+
 def until_looked(clock: RoundClock, done: Callable[[], bool]) -> None:
     for _ in range(2000):
         if done():
@@ -811,6 +862,41 @@ async def test_one_that_was_away_for_a_moment_is_compared_again(clock: HandClock
     assert not looks.due(clock.monotonic())
     first.health.end(UpstreamUnreachable("no connection"), first.health.begin())
     assert looks.due(clock.monotonic())
+
+
+async def test_and_so_is_one_whose_vectors_have_another_length_than_before(clock: HandClock) -> None:
+    length, sparse = 16, False
+
+    async def embed(batch: Batch) -> BatchResult:
+        vector = np.ones(batch.params.dimensions or length, "<f4").tobytes()
+        return BatchResult([Embedding(b"" if sparse else vector, 1)])
+
+    (alone,), looks = several(clock, embed)
+    route = Route([alone], Metrics(), SystemClock())
+
+    async def is_due_after_a_call(params: Params) -> bool:
+        slot = route.take("query", params)
+        assert slot is not None
+        until = asyncio.get_running_loop().time() + 10
+        await route.run(Batch("m", ["a"], [b"a"], params, store=True, deadline=until), slot, "query")
+        return looks.due(clock.monotonic())
+
+    await looks.check(clock.monotonic(), set())
+    clock.now += RECHECK_INTERVAL
+    assert not await is_due_after_a_call(Params())
+    assert not await is_due_after_a_call(Params(dimensions=4)), "its caller chose the length"
+    sparse = True
+    assert not await is_due_after_a_call(Params()), "there is no dense vector to compare"
+    length, sparse = 8, False
+    assert await is_due_after_a_call(Params())
+    await looks.check(clock.monotonic(), set())
+    length = 16  # as it should be
+    clock.now += RECHECK_INTERVAL
+    await looks.check(clock.monotonic(), set())
+    clock.now += CHECK_INTERVAL
+    await looks.check(clock.monotonic(), set())
+    clock.now += RECHECK_INTERVAL
+    assert not await is_due_after_a_call(Params()), "it was compared with this length"
 
 
 async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_others_had(

@@ -102,6 +102,7 @@ def test_vectors_of_two_lengths_are_never_one_answer_whichever_call_or_cache_the
         broken = gateway.post({"model": "mine", "input": ["e", "f", "g", "h"]})
         assert (broken.status_code, broken.json()["error"]["code"]) == (502, "upstream_invalid_response")
         assert broken.headers["x-embedding-upstream-calls"] == "4"
+        assert broken.headers["x-should-retry"] == "false", "each of an SDK's retries would pay for everything again"
         fake.heal()
         healed = ["e", "f", "g", "h"]
         right(fake, gateway.post({"model": "mine", "input": healed}), "m", healed)

@@ -10,11 +10,13 @@ upstream's message about it reaches the caller (or `LongInputs`, which cuts it).
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Sequence
 
 from app import tokens
+from app.clock import Clock
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -27,6 +29,8 @@ from app.pipeline.parts import sub_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input
 from app.upstreams.redact import quotes_input
 from app.upstreams.replies import upstream_message
+
+log = logging.getLogger(__name__)
 
 # "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
 # "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16.", "batchSize must
@@ -52,22 +56,33 @@ _TOKENS = re.compile(
     re.IGNORECASE,
 )
 
+LEARNED_FOR = 600.0
+"""Seconds that a learned limit is kept, because a moment's trouble may look like one. A real one is then learned again
+from the next call that exceeds it."""
 MAX_FRUITLESS_CALLS = 2
 """Consecutive calls with one input to which a server returned no vector, after which the batch's other inputs are not
 tried: they would hardly fare better."""
 
 
 class Adapt:
-    """Keeps a deployment's batches within the limits learned so far, and isolates inputs it refuses.
+    """Keeps a deployment's batches within the limits learned lately, and isolates inputs it refuses.
 
-    `max_input_tokens`: maximum tokens of one input, if known.
+    `name`: the deployment's, for the log. `max_input_tokens`: maximum tokens of one input, if known.
     """
 
-    def __init__(self, inner: BatchEmbedder, limits: CallLimits, max_input_tokens: int | None = None) -> None:
-        self._inner = inner
+    def __init__(
+        self, inner: BatchEmbedder, limits: CallLimits, name: str, clock: Clock, max_input_tokens: int | None = None
+    ) -> None:
+        self._inner, self._name, self._clock = inner, name, clock
         self._limits, self._max_input_tokens = limits, max_input_tokens
+        self._configured = limits.max_batch, limits.max_tokens_per_batch
+        self._learned_until: float | None = None
+        """When the configured limits are in force again; None while they are."""
 
     async def __call__(self, batch: Batch) -> BatchResult:
+        if self._learned_until is not None and self._clock.monotonic() >= self._learned_until:
+            self._learned_until = None
+            self._limits.max_batch, self._limits.max_tokens_per_batch = self._configured
         # Bisection finds a single bad input among n in 2·log2(n) calls. If it takes more, no single input is at fault,
         # and going on would cost a hopeless batch of n 2n calls.
         budget = _Budget(4 * len(batch.inputs).bit_length() + 4)
@@ -112,7 +127,8 @@ class Adapt:
             return BatchResult([error], calls=0)
         result = await self._embed_halves(batch, budget, by_length=False)
         if count > 3 and result.calls == 2 * count - 2 and budget.fruitless_calls == 0:
-            self._limits.max_batch = 1  # every call with several failed, and none with one
+            # Every call with several failed, and none with one.
+            self._narrow(1, self._limits.max_tokens_per_batch, error)
         return result
 
     async def _embed_halves(self, batch: Batch, budget: _Budget, *, by_length: bool) -> BatchResult:
@@ -162,12 +178,25 @@ class Adapt:
             and max_tokens < sum(map(tokens.upper_bound, inputs))
             and not self._may_be_per_input(max_tokens, inputs)
         ):
-            limits.max_tokens_per_batch = min(max_tokens, limits.max_tokens_per_batch or max_tokens)
+            self._narrow(limits.max_batch, min(max_tokens, limits.max_tokens_per_batch or max_tokens), error)
             return True
         if 0 < max_rows < len(inputs):
-            limits.max_batch = min(max_rows, limits.max_batch)
+            self._narrow(min(max_rows, limits.max_batch), limits.max_tokens_per_batch, error)
             return True
         return False
+
+    def _narrow(self, max_batch: int, max_tokens: int | None, error: GatewayError) -> None:
+        """Adopts these limits for a while. `error`: what they were learned from."""
+        limits = self._limits
+        if (max_batch, max_tokens) == (limits.max_batch, limits.max_tokens_per_batch):
+            return  # learned from another call meanwhile
+        limits.max_batch, limits.max_tokens_per_batch = max_batch, max_tokens
+        self._learned_until = self._clock.monotonic() + LEARNED_FOR
+        learned = f"max_batch {max_batch}" + (f", max_tokens_per_batch {max_tokens}" if max_tokens else "")
+        log.info(
+            "deployment %s: for the next %g minutes its limits are %s, because of its reply: %s",
+            *(self._name, LEARNED_FOR / 60, learned, error.message),
+        )
 
     def _may_be_per_input(self, max_tokens: int, inputs: Sequence[Input]) -> bool:
         """Whether a limit of `max_tokens` tokens may be that of a single input, whatever the message says: it is no

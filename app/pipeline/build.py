@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from app.cache.tiers import Tiers
 from app.catalog import Model
+from app.clock import Clock
 from app.config import ModelSettings
 from app.pipeline.adapt import Adapt
 from app.pipeline.cache_fill import CacheFill
@@ -34,10 +35,10 @@ def pipeline(
     return Prepare(embed, name, models, settings)
 
 
-def chain(call: Call, *, cache: Tiers, limits: CallLimits, model: Model) -> BatchEmbedder:
+def chain(call: Call, *, name: str, cache: Tiers, limits: CallLimits, model: Model, clock: Clock) -> BatchEmbedder:
     """A deployment's stages, from a slot to the wire: Adapt, CacheFill, Prefix, Call. CacheFill sees every call: if a
     batch takes several, the embeddings of the first ones are kept whatever becomes of the rest."""
     embed: BatchEmbedder = call
     embed = Prefix(embed, model)
     embed = CacheFill(embed, cache)
-    return Adapt(embed, limits, model.max_tokens_per_input)
+    return Adapt(embed, limits, name, clock, model.max_tokens_per_input)

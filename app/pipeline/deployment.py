@@ -15,7 +15,7 @@ from app.types import BatchEmbedder, Input, Lane, Media, OutputType, Params
 
 @dataclass(slots=True)
 class CallLimits:
-    """What one call to a deployment may carry. Narrowed when the upstream says so."""
+    """What one call to a deployment may carry. Narrowed for a while when the upstream says so."""
 
     max_batch: int
     max_tokens_per_batch: int | None = None

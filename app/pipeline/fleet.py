@@ -78,10 +78,11 @@ class Fleet:
         known = self._deployments.get((upstream.name, model, identity))
         if known is not None:
             return known
+        name = f"{upstream.name}/{model.name}"
         limits = CallLimits(model.max_batch, model.max_tokens_per_batch, model.images, model.videos)
-        chain = build.chain(Call(upstream, model, self._metrics), cache=self._cache, limits=limits, model=model)
-        show = partial(self._metrics.show_deployment, upstream.name, model.name)
-        health = Health(self._clock, show, f"{upstream.name}/{model.name}")
+        call, clock = Call(upstream, model, self._metrics), self._clock
+        chain = build.chain(call, name=name, cache=self._cache, limits=limits, model=model, clock=clock)
+        health = Health(clock, partial(self._metrics.show_deployment, upstream.name, model.name), name)
         if self._in_force == "no more":
             health.retire()
         before = self._before.get((upstream.name, model.name, identity))

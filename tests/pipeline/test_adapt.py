@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from app.clock import Clock
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -20,10 +21,11 @@ from app.errors import (
     UpstreamWrongCount,
 )
 from app.pipeline import verdict
-from app.pipeline.adapt import Adapt
+from app.pipeline.adapt import LEARNED_FOR, Adapt
 from app.pipeline.deployment import CallLimits
-from app.types import Batch, BatchResult, Embedding, Media, Params, WireReply
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Media, Params, WireReply
 from app.upstreams import replies
+from tests.clock import HandClock
 
 ROWS = [
     "batch size is invalid, it should not be larger than 10.: input.contents",
@@ -75,6 +77,12 @@ def batch(*texts: str) -> Batch:
     return Batch("m", list(texts), [text.encode() for text in texts], Params(), store=True, deadline=0)
 
 
+def adapting(
+    embed: BatchEmbedder, limits: CallLimits, max_input_tokens: int | None = None, clock: Clock | None = None
+) -> Adapt:
+    return Adapt(embed, limits, "up/m", clock or HandClock(), max_input_tokens)
+
+
 def answers(result: BatchResult) -> list[str]:
     return [each.vector.decode() if isinstance(each, Embedding) else str(each) for each in result.outcomes]
 
@@ -83,7 +91,7 @@ def answers(result: BatchResult) -> list[str]:
 async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> None:
     texts = [f"text {i}" for i in range(25)]
     upstream, limits = Upstream(words, rows=10, kind=InvalidRequest), CallLimits(100)
-    adapt = Adapt(upstream, limits)
+    adapt = adapting(upstream, limits)
     result = await adapt(batch(*texts))
     assert answers(result) == texts
     assert [len(call) for call in upstream.calls] == [25, 10, 10, 5]
@@ -96,7 +104,7 @@ async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> No
 async def test_tokens_of_a_call_are_learned_once(known: int | None, words: str, kind: type[InvalidRequest]) -> None:
     texts = [f"text {i:05}" for i in range(9)]  # 10 bytes each
     upstream, limits = Upstream(words, tokens=40, kind=kind), CallLimits(100, known)
-    adapt = Adapt(upstream, limits)
+    adapt = adapting(upstream, limits)
     assert answers(await adapt(batch(*texts))) == texts
     assert [len(call) for call in upstream.calls] == [9, 4, 4, 1]
     assert (limits.max_batch, limits.max_tokens_per_batch) == (100, 40)
@@ -108,7 +116,7 @@ async def test_tokens_of_a_call_are_learned_once(known: int | None, words: str, 
 @pytest.mark.parametrize("words", NEITHER)
 async def test_the_limit_of_one_input_is_no_limit_of_calls(words: str) -> None:
     upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), CallLimits(100, 500)
-    result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
+    result = await adapting(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
     assert answers(result)[::2] == ["a" * 30, "c" * 5]
     assert isinstance(result.outcomes[1], GatewayError)
     assert (limits.max_batch, limits.max_tokens_per_batch) == (100, 500)
@@ -116,7 +124,7 @@ async def test_the_limit_of_one_input_is_no_limit_of_calls(words: str) -> None:
 
 async def test_one_input_over_the_tokens_of_a_call_is_refused_alone() -> None:
     upstream, limits = Upstream(TOKENS[0], tokens=40, kind=InvalidRequest), CallLimits(100)
-    result = await Adapt(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
+    result = await adapting(upstream, limits)(batch("a" * 30, "b" * 41, "c" * 5))
     assert answers(result)[::2] == ["a" * 30, "c" * 5]
     assert isinstance(result.outcomes[1], InvalidRequest)
 
@@ -140,7 +148,7 @@ async def test_what_all_would_meet_ends_the_calls_of_a_batch(trouble: GatewayErr
             raise trouble
         return BatchResult([Embedding(text.encode(), 1) for text in calls[0]])
 
-    result = await Adapt(fails_from_the_second_on, CallLimits(2))(batch(*"abcdefgh"))
+    result = await adapting(fails_from_the_second_on, CallLimits(2))(batch(*"abcdefgh"))
     assert calls == [["a", "b"], ["c", "d"]]
     assert answers(result) == ["a", "b", *[str(trouble)] * 6]
     assert result.calls == 2
@@ -153,7 +161,7 @@ async def test_calls_of_a_batch_that_nobody_waits_for_any_more_are_not_made(word
     upstream = Upstream(words, rows=10, kind=InvalidRequest)
     abandoned = batch(*map(str, range(64)))
     abandoned.still_wanted = lambda: len(upstream.calls) < 3
-    result = await Adapt(upstream, CallLimits(1000))(abandoned)
+    result = await adapting(upstream, CallLimits(1000))(abandoned)
     assert list(map(len, upstream.calls)) == sent
     assert result.calls == 3
     assert verdict.deployment_error(result) is None, "it speaks against no deployment"
@@ -166,7 +174,7 @@ async def test_what_may_be_one_calls_own_does_not(kind: type[GatewayError]) -> N
             raise kind("bad")
         return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
 
-    result = await Adapt(embed, CallLimits(1))(batch(*"abcdef"))
+    result = await adapting(embed, CallLimits(1))(batch(*"abcdef"))
     assert answers(result) == ["a", "b", "bad", "d", "e", "f"]
 
 
@@ -180,13 +188,57 @@ async def test_a_server_that_gives_one_vector_however_many_it_is_asked_for_is_as
         return BatchResult([Embedding(str(batch.inputs[0]).encode(), 1)])
 
     limits = CallLimits(100)
-    adapt = Adapt(gives_one, limits)
+    adapt = adapting(gives_one, limits)
     assert answers(await adapt(batch(*"abcdefgh"))) == list("abcdefgh")
     assert calls == [8, 4, 2, 1, 1, 2, 1, 1, 1, 1, 1, 1]
     assert limits.max_batch == 1
     del calls[:]
     assert answers(await adapt(batch(*"ijk"))) == list("ijk")
     assert calls == [1, 1, 1]
+
+
+async def test_what_a_moments_trouble_taught_is_tried_again_after_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    calls: list[int] = []
+    ill = True
+
+    async def gives_one_while_ill(batch: Batch) -> BatchResult:
+        calls.append(len(batch.inputs))
+        if ill and len(batch.inputs) > 1:
+            raise UpstreamWrongCount("7 for 8")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    clock, limits = HandClock(), CallLimits(100, 500)
+    adapt = adapting(gives_one_while_ill, limits, clock=clock)
+    await adapt(batch(*"abcdefgh"))
+    assert limits == CallLimits(1, 500)
+    assert [each.getMessage() for each in caplog.records] == [
+        "deployment up/m: for the next 10 minutes its limits are max_batch 1, max_tokens_per_batch 500, because of its "
+        "reply: 7 for 8"
+    ]
+    ill = False
+    clock.now += LEARNED_FOR - 1
+    await adapt(batch("a"))
+    assert limits == CallLimits(1, 500)
+    clock.now += 1
+    await adapt(batch("a"))
+    assert limits == CallLimits(100, 500)
+    del calls[:]
+    await adapt(batch(*"abcdefgh"))
+    assert calls == [8]
+
+
+async def test_a_limit_that_is_real_costs_one_refused_call_now_and_then(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    upstream = Upstream(ROWS[0], rows=10, kind=InvalidRequest)
+    clock, limits = HandClock(), CallLimits(25)
+    adapt = adapting(upstream, limits, clock=clock)
+    for _ in range(3):
+        for _ in range(5):
+            await adapt(batch(*map(str, range(25))))
+            clock.now += LEARNED_FOR / 5
+    assert sum(len(call) > upstream.rows for call in upstream.calls) == 3
+    assert len(caplog.records) == 3
 
 
 async def test_one_that_once_gave_too_few_is_trusted_again() -> None:
@@ -199,7 +251,7 @@ async def test_one_that_once_gave_too_few_is_trusted_again() -> None:
         return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
 
     limits = CallLimits(100)
-    assert answers(await Adapt(gives_too_few_once, limits)(batch(*"abcdefgh"))) == list("abcdefgh")
+    assert answers(await adapting(gives_too_few_once, limits)(batch(*"abcdefgh"))) == list("abcdefgh")
     assert (calls, limits.max_batch) == ([8, 4, 4], 100)
 
 
@@ -210,7 +262,7 @@ async def test_and_one_that_gives_none_is_not_asked_for_each() -> None:
         calls.append(len(batch.inputs))
         raise UpstreamWrongCount("0")
 
-    result = await Adapt(gives_none, CallLimits(100))(batch(*"abcdefgh"))
+    result = await adapting(gives_none, CallLimits(100))(batch(*"abcdefgh"))
     assert (calls, result.calls, answers(result)) == ([8, 4, 2, 1, 1], 5, ["0"] * 8)
 
 
@@ -223,7 +275,7 @@ async def test_a_text_that_is_quoted_teaches_nothing(words: str) -> None:
 
     limits = CallLimits(1000, 1_000_000)
     texts = [*map(str, range(30)), words]
-    result = await Adapt(refuses_and_quotes, limits)(batch(*texts))
+    result = await adapting(refuses_and_quotes, limits)(batch(*texts))
     assert answers(result)[:30] == texts[:30]
     assert limits == CallLimits(1000, 1_000_000)
 
@@ -232,7 +284,7 @@ async def test_a_text_that_begins_as_our_own_words_do_is_not_quoted() -> None:
     texts = [f"the input is text {i}" for i in range(25)]
     words = replies.make_error(InvalidRequest, WireReply(400, {}, b""), ROWS[0]).message
     upstream = Upstream(words, rows=10, kind=InvalidRequest)
-    assert answers(await Adapt(upstream, CallLimits(100))(batch(*texts))) == texts
+    assert answers(await adapting(upstream, CallLimits(100))(batch(*texts))) == texts
     assert [len(call) for call in upstream.calls] == [25, 10, 10, 5]
 
 
@@ -240,7 +292,7 @@ async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:
     """Some count marks around each text as well: then halving finds what fits."""
     upstream, limits = Upstream("max 40 tokens per request", tokens=30, kind=InvalidRequest), CallLimits(100)
     texts = ["a" * 18, "b" * 18]
-    assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
+    assert answers(await adapting(upstream, limits)(batch(*texts))) == texts
     assert limits.max_tokens_per_batch is None
 
 
@@ -248,7 +300,7 @@ async def test_one_long_input_does_not_make_the_calls_of_the_others_small() -> N
     upstream, limits = Upstream("max 1,000 tokens per request", tokens=1000, kind=InvalidRequest), CallLimits(2048)
     texts = [f"text {i:05}" for i in range(200)]
     texts[50] = "x" * 900
-    assert answers(await Adapt(upstream, limits)(batch(*texts))) == texts
+    assert answers(await adapting(upstream, limits)(batch(*texts))) == texts
     assert [len(call) for call in upstream.calls] == [200, 50, 11, 100, 39]
     assert limits.max_tokens_per_batch == 1000
 
@@ -256,20 +308,20 @@ async def test_one_long_input_does_not_make_the_calls_of_the_others_small() -> N
 async def test_tokens_named_for_a_batch_are_not_taken_for_rows() -> None:
     words = "batch is invalid, it should not be larger than 40 tokens"
     upstream, limits = Upstream(words, tokens=40, kind=InvalidRequest), CallLimits(2048)
-    await Adapt(upstream, limits)(batch(*(str(i) for i in range(60))))
+    await adapting(upstream, limits)(batch(*(str(i) for i in range(60))))
     assert (limits.max_batch, limits.max_tokens_per_batch) == (2048, 40)
 
 
 async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_tokens() -> None:
     upstream = Upstream("", kind=InvalidRequest)
-    await Adapt(upstream, CallLimits(10, 50))(batch("é" * 10, "x" * 20, "y" * 200, "z"))
+    await adapting(upstream, CallLimits(10, 50))(batch("é" * 10, "x" * 20, "y" * 200, "z"))
     assert upstream.calls == [["é" * 10, "x" * 20], ["y" * 200], ["z"]]
 
 
 @pytest.mark.parametrize(("text", "calls"), [("é" * 20, [2]), ("急" * 14, [1, 1]), ("𠀀" * 11, [1, 1])])
 async def test_bytes_are_what_a_calls_tokens_are_counted_by_not_characters(text: str, calls: list[int]) -> None:
     upstream = Upstream("", kind=InvalidRequest)
-    await Adapt(upstream, CallLimits(10, 80))(batch(text, text))
+    await adapting(upstream, CallLimits(10, 80))(batch(text, text))
     assert [len(call) for call in upstream.calls] == calls
 
 
@@ -277,7 +329,7 @@ async def test_images_are_no_tokens_and_go_with_texts() -> None:
     upstream, image = Upstream("", kind=InvalidRequest), Media("image", "https://example.com/a.png")
     mixed = batch("x" * 30, "y" * 10)
     mixed.inputs = [image, *mixed.inputs, image]
-    await Adapt(upstream, CallLimits(10, 40, images=2))(mixed)
+    await adapting(upstream, CallLimits(10, 40, images=2))(mixed)
     assert [len(call) for call in upstream.calls] == [4]
 
 
@@ -286,7 +338,7 @@ async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_images() 
     image, video = Media("image", "https://example.com/a.png"), Media("video", "https://example.com/a.mp4")
     mixed = batch(*"abcdefg")
     mixed.inputs = ["a", image, "b", image, video, "c", video]
-    await Adapt(upstream, CallLimits(10, images=1, videos=1))(mixed)
+    await adapting(upstream, CallLimits(10, images=1, videos=1))(mixed)
     assert [len(call) for call in upstream.calls] == [3, 3, 1]
 
 
@@ -310,7 +362,7 @@ class Choosy:
 async def test_however_many_are_too_long_the_short_ones_beside_them_are_embedded() -> None:
     upstream = Choosy(ContextLengthExceeded, longer_than=100)
     texts = [f"{i} {'x' * 200}" if i % 2 else f"{i}" for i in range(64)]
-    result = await Adapt(upstream, CallLimits(64))(batch(*texts))
+    result = await adapting(upstream, CallLimits(64))(batch(*texts))
     for text, outcome in zip(texts, result.outcomes, strict=True):
         if upstream.bad(text):
             assert isinstance(outcome, ContextLengthExceeded)
@@ -323,7 +375,7 @@ async def test_however_many_are_too_long_the_short_ones_beside_them_are_embedded
 async def test_what_was_refused_among_others_and_not_alone_is_not_told_that_it_is_at_fault() -> None:
     upstream = Choosy(InvalidRequest)
     texts = [f"bad {i}" if i % 2 else f"good {i}" for i in range(64)]
-    result = await Adapt(upstream, CallLimits(64))(batch(*texts))
+    result = await adapting(upstream, CallLimits(64))(batch(*texts))
     refused = {i for i, each in enumerate(result.outcomes) if isinstance(each, InvalidRequest)}
     embedded = {i for i, each in enumerate(result.outcomes) if isinstance(each, Embedding)}
     left = set(range(64)) - refused - embedded
@@ -338,13 +390,13 @@ async def test_where_none_was_too_long_alone_nobody_is_told_so() -> None:
             raise ContextLengthExceeded("no")
         return BatchResult([Embedding(b"", 1)])
 
-    result = await Adapt(one_at_a_time, CallLimits(64))(batch(*map(str, range(64))))
+    result = await adapting(one_at_a_time, CallLimits(64))(batch(*map(str, range(64))))
     assert {type(each) for each in result.outcomes} == {Embedding, UpstreamUnavailable}
 
 
 async def test_a_batch_that_is_hopeless_is_refused_as_a_whole_after_a_few_calls() -> None:
     upstream = Choosy(InvalidRequest)
-    result = await Adapt(upstream, CallLimits(64))(batch(*(f"bad {i}" for i in range(64))))
+    result = await adapting(upstream, CallLimits(64))(batch(*(f"bad {i}" for i in range(64))))
     assert all(isinstance(each, InvalidRequest) for each in result.outcomes)
     assert result.calls == upstream.calls <= 33
 
@@ -353,5 +405,5 @@ async def test_a_batch_that_is_hopeless_is_refused_as_a_whole_after_a_few_calls(
 async def test_what_one_input_may_have_is_not_learned_as_what_a_call_may(longest: int | None) -> None:
     words = "embeddings max tokens per batch size is 40"
     upstream, limits = Upstream(words, tokens=100, kind=InvalidRequest), CallLimits(16)
-    await Adapt(upstream, limits, longest)(batch("x" * 101, "y", "z"))
+    await adapting(upstream, limits, longest)(batch("x" * 101, "y", "z"))
     assert limits.max_tokens_per_batch == (None if longest in (40, 41) else 40)

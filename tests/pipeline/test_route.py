@@ -58,7 +58,8 @@ def deployment(
 ) -> Deployment:
     health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
     model, limits = model or Model("m", roles=ROLES), limits or CallLimits(10)
-    return Deployment(name, model, "s", slots or Slots(4), limits, health, Adapt(embed, limits))
+    adapt = Adapt(embed, limits, name, SystemClock())
+    return Deployment(name, model, "s", slots or Slots(4), limits, health, adapt)
 
 
 def route(*deployments: Deployment) -> Route:
@@ -563,7 +564,8 @@ async def test_what_a_split_batch_has_paid_for_is_kept_when_time_is_up() -> None
 
     limits = CallLimits(2)
     tiers = Tiers([memory], Metrics(), SystemClock())
-    chain = build.chain(cast("Call", slower_and_slower), cache=tiers, limits=limits, model=Model("m"))
+    call, clock = cast("Call", slower_and_slower), SystemClock()
+    chain = build.chain(call, name="up/m", cache=tiers, limits=limits, model=Model("m"), clock=clock)
     result = await run(route(deployment("up", chain, limits=limits)), batch(*"abcdefgh", seconds=0.2))
     assert [type(each) for each in result.outcomes] == [Embedding] * 6 + [UpstreamTimeout] * 2
     assert len(memory) == 6

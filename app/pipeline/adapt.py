@@ -42,6 +42,14 @@ _ROWS = re.compile(
     r"|batchSize must be (\d+) but",
     re.IGNORECASE | re.DOTALL,
 )
+# What OpenAI and pydantic (FastAPI's 422) say of any list that is too long: "array too long. Expected an array with
+# maximum length 2048, but got an array with length 3000 instead", "List should have at most 32 items after validation,
+# not 33". It is the list of inputs if it has as many items as the call has inputs, and is no "input[0]".
+_ITEMS = re.compile(
+    r"(?<!\]': )\barray too long\. Expected an array with maximum length (\d+), but got an array with length (\d+)"
+    r"|\bList should have at most (\d+) items? after validation, not (\d+)",
+    re.IGNORECASE,
+)
 # "Requested 300001 tokens, max 300000 tokens per request", "at most 8192 tokens can be in one batch", "the limit is
 # 8192 tokens summed across all inputs", "the max allowed tokens per submitted batch is 120000", "batch … not be larger
 # than 8192 tokens", "tokens per min (TPM): Limit 40000, Requested 75000" (but not with "Used" in between: then that is
@@ -169,7 +177,8 @@ class Adapt:
         """Adopts the limit on a call's rows or tokens that the upstream's message names. Returns whether it is a new
         one. A message that quotes an input is ignored, or a caller's text could set a limit for everybody."""
         limits = self._limits
-        max_tokens, max_rows = _named_limit(_TOKENS, error.message), _named_limit(_ROWS, error.message)
+        max_tokens = _named_limit(_TOKENS, error.message)
+        max_rows = _named_limit(_ROWS, error.message) or _list_limit(error.message, len(inputs))
         if (max_tokens or max_rows) and quotes_input(upstream_message(error), inputs):
             return False
         if (
@@ -240,6 +249,12 @@ def _named_limit(pattern: re.Pattern[str], message: str) -> int:
     """The limit that a message names, or 0."""
     match = pattern.search(message)
     return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
+
+
+def _list_limit(message: str, length: int) -> int:
+    """The limit that a message names on a list of this length, or 0."""
+    pairs = (filter(None, match.groups()) for match in _ITEMS.finditer(message))
+    return next((int(limit) for limit, actual in pairs if int(actual) == length), 0)
 
 
 def _split(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int]]:

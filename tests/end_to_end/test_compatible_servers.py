@@ -14,6 +14,8 @@ from tests.fakes.wire import Reply
 from tests.harness import running
 
 HOSTED = "BAAI/bge-m3"
+OPENAI_S = "Expected an array with maximum length 10, but got an array with length 32 instead."
+FASTAPI_S = {"loc": ["body", "input", "list"], "msg": "List should have at most 10 items after validation, not 32"}
 
 
 def config(fake: FakeOpenAI, base: str = "/v1", **upstream: Any) -> dict[str, Any]:
@@ -162,6 +164,21 @@ def test_a_server_that_takes_text_only_and_answers_numbers_gets_text_and_is_unde
         assert fake.calls[-1].texts == ["hello world"]
         encoded = gateway.post({"model": HOSTED, "input": "hello world", "encoding_format": "base64"})
         assert isinstance(encoded.json()["data"][0]["embedding"], str)
+
+
+@pytest.mark.parametrize(
+    ("status", "body"),
+    [
+        (400, {"error": {"message": f"Invalid 'input': array too long. {OPENAI_S}", "code": "array_above_max_length"}}),
+        (422, {"detail": [{"loc": ["body", "input", "str"], "msg": "Input should be a valid string"}, FASTAPI_S]}),
+    ],
+)
+def test_a_limit_on_lists_is_learned_where_it_is_said_of_the_list_of_inputs(status: int, body: dict[str, Any]) -> None:
+    texts = [f"text {i}" for i in range(32)]
+    with FakeOpenAI(None, flavour="vllm") as fake, running(config(fake)) as gateway:
+        fake.fail(faults.http_error(status, body), None, when=lambda texts: len(texts) > 10)
+        right(fake, gateway.post({"model": HOSTED, "input": texts}), HOSTED, texts)
+        assert [call.rows for call in fake.calls] == [32, 10, 10, 10, 2]
 
 
 def test_a_server_that_refuses_encoding_format_is_not_sent_any() -> None:

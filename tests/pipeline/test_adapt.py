@@ -34,6 +34,8 @@ ROWS = [
     "* BatchEmbedContentsRequest.requests: at most 10 requests can be in one batch",
     "too many instances. Unable to submit request because batchSize must be 10 but the entered value was 56.",
     "Too many inputs. The max number of inputs is 10.  We hope to increase the number of inputs per request soon.",
+    "Invalid 'input': array too long. Expected an array with maximum length 10, but got an array with length 25",
+    "Input should be a valid string; List should have at most 10 items after validation, not 25",
 ]
 TOKENS = [
     "Requested 312 tokens, max 40 tokens per request",
@@ -54,6 +56,9 @@ NEITHER = [
     "`inputs` must have less than 40 tokens. Given: 41",
     "the input length exceeds the context length",
     "Prompt tokens too long: the max input tokens is 40",
+    "Invalid 'input[0]': array too long. Expected an array with maximum length 2, but got an array with length 3",
+    "Invalid 'input': array too long. Expected an array with maximum length 2, but got an array with length 41",
+    "List should have at most 2 items after validation, not 41",
     "InternalError",
 ]
 

@@ -1,4 +1,4 @@
-# Two stages: the first has tools and makes a virtualenv, the second is Python, that virtualenv and nothing else.
+# Two stages: the first has the tools and makes a virtualenv, the second has Python and that virtualenv only.
 
 FROM python:3.13-slim-trixie AS build
 
@@ -9,20 +9,20 @@ ENV PIP_NO_CACHE_DIR=1 \
 
 WORKDIR /build
 
-# The runtime's packages first: this layer is rebuilt only when the lock changes. Every file is checked against its hash.
-# pip stays outside the virtualenv, so the running image's virtualenv has no installer.
+# Runtime packages first: this layer is rebuilt only when the lock changes. Every file is checked against its hash.
+# pip stays outside the virtualenv, so the final image's virtualenv has no installer.
 COPY requirements.lock ./
 RUN python -m venv --without-pip /opt/venv \
  && pip --python /opt/venv/bin/python install --no-compile --no-deps --require-hashes --requirement requirements.lock
 
-# The build backend and what it needs, as the development lock pins them. Not with the lock as a constraint: a pip older than
-# 26.1, as many an image has, takes no hashes from one.
+# The build backend and its dependencies, as the development lock pins them. The lock is not passed as a constraint, because
+# a pip older than 26.1, as in many images, takes no hashes from one.
 COPY requirements-dev.lock ./
 RUN awk '/^[a-z]/ {wanted = /^(hatchling|packaging|pathspec|pluggy|tomlkit|trove-classifiers)==/} wanted' \
       requirements-dev.lock >build.lock \
  && pip install --no-deps --require-hashes --requirement build.lock
 
-# The project itself. --no-index and --no-deps: nothing may come from the network at this point.
+# The project itself. --no-index and --no-deps: nothing may come from the network from here on.
 # LICENSE and README are part of the wheel's metadata.
 COPY pyproject.toml README.md LICENSE NOTICE ./
 COPY app ./app
@@ -30,48 +30,48 @@ RUN pip wheel --no-index --no-deps --no-build-isolation --wheel-dir dist . \
  && pip --python /opt/venv/bin/python install --no-index --no-deps --no-compile dist/*.whl \
  # numpy ships 12 MB of its own tests
  && find /opt/venv/lib -type d -path '*/numpy/*' -name tests -prune -exec rm -rf {} + \
- # Compiled here because the root file system is read-only later. Unchecked: files of an image do not change.
+ # Compiled here because the root file system is read-only later. Unchecked, because an image's files do not change.
  && python -m compileall -q -j 0 --invalidation-mode unchecked-hash /opt/venv/lib
 
 
 FROM python:3.13-slim-trixie
 
 # A fixed, high uid: Kubernetes' runAsNonRoot needs a number, and no host account should share it.
-# /data is where a disk cache may live; a named volume mounted there inherits the owner. It is the root group's too, which
-# is what OpenShift gives the arbitrary uid that it runs a container with.
+# /data is for a disk cache; a named volume mounted there inherits the owner. It belongs to the root group too, because
+# OpenShift runs containers with an arbitrary uid in that group.
 RUN groupadd --gid 10001 gateway \
  && useradd --uid 10001 --gid 10001 --home-dir /tmp --no-create-home --shell /usr/sbin/nologin gateway \
  && install --directory --owner=10001 --group=0 --mode=0770 /data
 
 COPY --from=build /opt/venv /opt/venv
 
-# Safe path: Python code is never loaded from the working directory, which is the writable one.
+# PYTHONSAFEPATH: Python never loads code from the working directory, which is writable.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONSAFEPATH=1
 
-# Relative paths of a config (./config.yaml, ./embeddings.sqlite3) end here.
+# Relative paths (./config.yaml, ./embeddings.sqlite3) resolve here.
 WORKDIR /data
 USER 10001:10001
 EXPOSE 8080
 STOPSIGNAL SIGTERM
 
-# The program listens on loopback unless told otherwise, and nobody could reach it there from outside the container. By
-# variables, so that these, and not flags, are what decides here: `docker run -e` sets another port, and the health check
-# knows it. As everywhere they go before a file, which may be one for a machine of its own.
+# By default the program listens on loopback, where nothing outside the container could reach it. Variables rather than
+# flags, so that `docker run -e` can set another port and the health check follows. As everywhere, they override a config
+# file, which may have been written for a plain machine.
 ENV EMBEDDING_GATEWAY__SERVER__HOST=0.0.0.0 \
     EMBEDDING_GATEWAY__SERVER__PORT=8080
 
-# Python is the only HTTP client in the image. ProxyHandler({}): an HTTP_PROXY meant for the upstreams must not catch this.
+# Python is the image's only HTTP client. ProxyHandler({}): an HTTP_PROXY meant for the upstreams must not catch this.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
     CMD ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"EMBEDDING_GATEWAY__SERVER__PORT\"]}/healthz', timeout=2)"]
 
-# Exec form: the program is process 1 and gets SIGTERM itself, which starts its drain.
+# Exec form: the program is process 1 and receives SIGTERM itself, which starts its drain.
 ENTRYPOINT ["embedding-gateway"]
 CMD ["serve"]
 
-# Last, so that a new version or revision costs no layer.
+# Last, so that a new version or revision rebuilds no layer.
 ARG VERSION=unknown
 ARG REVISION=unknown
 LABEL org.opencontainers.image.title="embedding-gateway" \

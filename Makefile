@@ -1,4 +1,4 @@
-# Needs Python 3.11 or newer and nothing else; everything is installed into .venv, from locked versions.
+# Needs only Python 3.11 or newer; everything is installed into .venv, at locked versions.
 
 PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
@@ -11,7 +11,7 @@ ifneq ($(shell command -v npm),)
 EXTRA += $(patsubst %,$(CLIENTS)/%/node_modules/.package-lock.json,node node-extra)
 LANGUAGES += javascript
 endif
-# The lock is complete: with --no-deps nothing is left to resolve, and a release of tomorrow cannot stop it.
+# The lock is complete: with --no-deps there is nothing to resolve, and no later release can break the installation.
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-input --no-deps --require-hashes
 PIP := $(BIN)/python $(INSTALL)
 
@@ -23,34 +23,34 @@ help:  ## Show this help
 run: $(VENV)/.run  ## Serve on http://127.0.0.1:8080 (ARGS="--port 9000 --config my.yaml")
 	@exec $(BIN)/python -m app serve $(ARGS)
 
-test: $(VENV)/.dev  ## Install what the tests need and run them (ARGS="-k batcher")
+test: $(VENV)/.dev  ## Run the tests, installing what they need (ARGS="-k batcher")
 	@$(BIN)/python -m pytest $(ARGS)
 
-test-clients: $(VENV)/.dev $(EXTRA)  ## Run the real clients, also the heavy ones, which this installs; JavaScript's where there is npm (ARGS="-k litellm")
+test-clients: $(VENV)/.dev $(EXTRA)  ## Run all real clients, installing the heavy ones; JavaScript's if npm is there (ARGS="-k litellm")
 	@TEST_CLIENTS="$(LANGUAGES)" $(BIN)/python -m pytest $(CLIENTS) $(ARGS)
 
-lint: $(VENV)/.dev  ## Formatting, lint and strict types
+lint: $(VENV)/.dev  ## Check formatting, lint and strict types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 
-format: $(VENV)/.dev  ## Format and fix what can be fixed
+format: $(VENV)/.dev  ## Format, and fix lint where possible
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-soak: $(VENV)/.dev  ## Five minutes of traffic while everything around it fails (ARGS="--seconds 60 --seed 7")
+soak: $(VENV)/.dev  ## Run five minutes of traffic while everything around it fails (ARGS="--seconds 60 --seed 7")
 	@$(BIN)/python -m tests.soak $(ARGS)
 
-fuzz: $(VENV)/.dev  ## A hundred thousand requests nobody would send (ARGS="--cases 5000 --seed 7")
+fuzz: $(VENV)/.dev  ## Send a hundred thousand requests that no client would (ARGS="--cases 5000 --seed 7")
 	@$(BIN)/python -W ignore -m tests.fuzz $(ARGS)
 
-bench: $(VENV)/.dev  ## Measure against peers and limits; the first time installs the peers (ARGS="--scenarios S1,S4 --peers litellm")
+bench: $(VENV)/.dev  ## Measure against peers and limits; the first run installs the peers (ARGS="--scenarios S1,S4 --peers litellm")
 	@$(BIN)/python -m bench $(ARGS)
 
-bench-quick: $(VENV)/.dev  ## Measure against the limits only, in under two minutes
+bench-quick: $(VENV)/.dev  ## Measure against limits only, in under two minutes
 	@$(BIN)/python -m bench --quick $(ARGS)
 
-lock: $(VENV)/.dev  ## Renew both lock files from pyproject.toml
+lock: $(VENV)/.dev  ## Update both lock files from pyproject.toml
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
 		--no-annotate pyproject.toml --output-file requirements.lock
 	@$(BIN)/uv pip compile --quiet --upgrade --universal --python-version 3.11 --generate-hashes --no-header \
@@ -60,7 +60,7 @@ wheel: $(VENV)/.dev  ## Build dist/*.whl
 	@rm -rf dist
 	@$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
 
-clean:  ## Remove everything that was installed or built here
+clean:  ## Remove everything installed or built here
 	@rm -rf $(VENV) .venv-* dist bench/.peers bench/results .pytest_cache .mypy_cache .ruff_cache .hypothesis \
 		$(CLIENTS)/.venv-extra $(CLIENTS)/node/node_modules $(CLIENTS)/node-extra/node_modules
 

@@ -35,13 +35,13 @@ log = logging.getLogger("app")
 _HELP = """\
 One OpenAI-compatible /v1/embeddings in front of every embedding vendor.
 
-Configuration is the first of --config, $EMBEDDING_GATEWAY_CONFIG (a file that is named must be there) and
+Configuration is the first of --config, $EMBEDDING_GATEWAY_CONFIG (a file that is named must exist) and
 ./config.yaml. With no file, the environment decides. These variables switch their upstream on:
 
 {variables}
 
 and REDIS_URL the shared cache. With none of them a built-in model answers, so that there is always
-something to try. SIGHUP, or a change of the file, loads it anew.
+something to try. SIGHUP, or a change of the file, reloads it.
 """
 
 _EXAMPLES = """\

@@ -151,7 +151,7 @@ class Gateway:
             return type(why)(message, code=why.code, retry_after=why.retry_after)
         message = f"The model '{name[:200]}' does not exist"
         if down:
-            message += ", as far as those upstreams know that can be asked now"
+            message += ", as far as the upstreams that can be reached know"
         return ModelNotFound(self._replacement_for(name) or message, param="model")
 
     def _replacement_for(self, name: str) -> str | None:
@@ -180,13 +180,13 @@ class Gateway:
             try:
                 await self.refresh()
             except Exception:  # a bug of ours must not stop this for good
-                log.exception("upstreams could not be asked for their models")
+                log.exception("asking the upstreams for their models failed")
 
     def unserved(self) -> list[str]:
         """A line for each model that a key names and no upstream has now: probably misspelt, but it may come back."""
         keys = self.settings.auth.keys.items() if self.settings.auth else ()
         named = [(name, model) for name, key in keys for model in key.models or ()]
-        return [f"auth.keys.{name}.models: there is no model {m} now" for name, m in named if m not in self.names]
+        return [f"auth.keys.{name}.models: no model {m} is served now" for name, m in named if m not in self.names]
 
     def status(self) -> dict[str, Any]:
         """Ready or draining, and a line per upstream and cache tier. Makes no calls, because probes are frequent."""

@@ -188,7 +188,7 @@ class App:
     async def _change_to(self, wanted: Settings) -> None:
         settings = applicable(self.settings, wanted)
         if _same_settings(settings, self.settings):
-            log.info("configuration read again: nothing to change")
+            log.info("configuration reloaded: nothing has changed")
             return
         before = self._current
         gateway = self._build_gateway(settings, before.gateway)

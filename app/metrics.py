@@ -310,7 +310,10 @@ class Metrics(ConfigMetrics):
 
         self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
         self.request_duration = histogram(
-            "request_duration_seconds", "From first byte in until the answer is ready to be sent.", _LATENCY, "model"
+            "request_duration_seconds",
+            "From the first byte in until the answer is ready to be sent.",
+            _LATENCY,
+            "model",
         )
         self.inputs = counter("inputs_total", "Inputs answered, by where the vector came from.", "model", "source")
         self.tokens = counter(
@@ -325,25 +328,25 @@ class Metrics(ConfigMetrics):
         self.upstream_batch_inputs = histogram(
             "upstream_batch_inputs", "Inputs in one upstream call.", _BATCH, "upstream", "model"
         )
-        self.upstream_retries = counter("upstream_retries_total", "Calls made again.", "upstream", "reason")
+        self.upstream_retries = counter("upstream_retries_total", "Calls that were retried.", "upstream", "reason")
         self.upstream_available = gauge(
             "upstream_available", "1 while the deployment takes traffic.", "upstream", "model", merge="livemax"
         )
         self.cache_operations = counter(
-            "cache_operations_total", "Values asked of or given to a tier.", "tier", "operation", "result"
+            "cache_operations_total", "Values read from or written to a tier.", "tier", "operation", "result"
         )
         self.cache_bytes = gauge("cache_bytes", "Bytes a tier holds, in the largest process.", "tier", merge="livemax")
-        self.inflight_requests = gauge("inflight_requests", "Requests inside.")
+        self.inflight_requests = gauge("inflight_requests", "Requests in flight.")
         self.queued_inputs = gauge("queued_inputs", "Inputs waiting for an upstream slot.", "upstream", "lane")
         self.rejected_requests = counter(
-            "rejected_requests_total", "Requests refused, given up or not taken.", "reason"
+            "rejected_requests_total", "Requests refused, abandoned, or whose answer was not taken.", "reason"
         )
         self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
         self.loop_lag = histogram(
             "event_loop_lag_seconds", "How late the event loop came back to a timer: time nobody was served.", _LAG
         )
         self.log_dropped = counter(
-            "log_lines_dropped_total", "Request lines dropped because the log took no more, stuck or on a full disk."
+            "log_lines_dropped_total", "Request lines dropped because the log could not be written."
         )
 
         if _DIRECTORY not in os.environ:

@@ -59,7 +59,7 @@ def bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise CannotListen(host, port, error.strerror) from None
     except UnicodeError:
-        raise CannotListen(host, port, "not the name of a host") from None
+        raise CannotListen(host, port, "not a host name") from None
     return listener
 
 
@@ -187,7 +187,7 @@ class Server(uvicorn.Server):
         if not self.started or not seconds:
             self._stop()
             return
-        log.info("stopping: not ready any more, listening for another %g s", seconds)
+        log.info("stopping: no longer ready, listening for another %g s", seconds)
         asyncio.get_running_loop().call_later(seconds, self._stop)
 
     def _stop(self) -> None:

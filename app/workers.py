@@ -117,7 +117,7 @@ class _Worker:
                     silences = 0
                 except TimeoutError:
                     silences += 1
-            log.error("worker %d has hung for %g s and is ended", self.process.pid, 2 * HEARTBEAT_TIMEOUT)
+            log.error("worker %d has hung for %g s and is killed", self.process.pid, 2 * HEARTBEAT_TIMEOUT)
             self.process.kill()
 
     def send_settings(self, settings: Settings) -> None:
@@ -203,7 +203,7 @@ class Workers:
                 self._stop()
                 return
             self._any_started = True
-            log.warning("worker %d %s and is replaced", worker.process.pid, _describe_exit(code))
+            log.warning("worker %d %s; starting another", worker.process.pid, _describe_exit(code))
             pause = 0.5 if worker.was_up else min(MAX_RESTART_DELAY, pause * 2)
             if not worker.was_up:
                 await self._pause(pause)

@@ -208,7 +208,7 @@ class Embeddings:
     def _check_head(self, headers: Mapping[bytes, bytes], scope: Scope) -> None:
         self._check_size(head.content_length(headers))
         if head.is_compressed(headers, scope["headers"]):
-            raise UnsupportedEncoding("compressed request bodies are not accepted; send it as it is")
+            raise UnsupportedEncoding("compressed request bodies are not accepted; send the body uncompressed")
 
     def _check_size(self, size: int) -> None:
         if size > self._server.max_body:

@@ -59,7 +59,7 @@ REQUEST: dict[str, Any] = {
         "input_type": {
             "type": ["string", "null"],
             "enum": [*CHOICES["input_type"], None],
-            "description": "what the texts are for, where the model tells the two apart; text_type is a synonym",
+            "description": "what the texts are for, if the model distinguishes the two; text_type is a synonym",
         },
         "output_type": {
             "type": ["string", "null"],
@@ -131,14 +131,17 @@ MODEL: dict[str, Any] = {
         "object": {"const": "model"},
         "created": {"type": "integer", "description": "when the gateway started"},
         "owned_by": {"type": "string", "description": "its first upstream"},
-        "dimensions": {**_NUMBER, "description": "of a vector when none are asked for"},
+        "dimensions": {**_NUMBER, "description": "of a vector when the request does not ask for a length"},
         "modalities": _WORDS,
         "sparse": {"type": "boolean"},
         "dimension_choices": {
             **_LENGTHS,
-            "description": "lengths that the upstream gives when asked: null, no other; empty, any that it takes",
+            "description": "lengths the upstream can return: null, only the default one; empty, any that it accepts",
         },
-        "shortened_here": {**_LENGTHS, "description": "the same, where the gateway shortens: null, it does not"},
+        "shortened_here": {
+            **_LENGTHS,
+            "description": "lengths to which the gateway shortens vectors: null, it does not",
+        },
         "max_input_tokens": _NUMBER,
         "max_input_characters": _NUMBER,
         "max_batch_tokens": {**_NUMBER, "description": "in one upstream call, as max_batch"},
@@ -148,7 +151,7 @@ MODEL: dict[str, Any] = {
         "instruct": {"type": "boolean"},
         "upstreams": {**_WORDS, "description": "its deployments, as upstream/model"},
         "vector_space": {"type": "string"},
-        "source": {"type": ["string", "null"], "description": "where all this is from"},
+        "source": {"type": ["string", "null"], "description": "where these facts come from"},
     },
 }
 

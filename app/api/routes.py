@@ -207,10 +207,10 @@ def _add_health(api: FastAPI) -> None:
 
     @api.get(
         "/readyz", tags=["operation"], summary="Ready for traffic",
-        responses={503: {"description": "Draining: no traffic any more."}},
+        responses={503: {"description": "Draining: send no more traffic."}},
     )  # fmt: skip
     async def readyz(request: Request) -> Response:
-        """503 while draining. A line per upstream and cache tier: what is known, without asking them."""
+        """503 while draining. One line per upstream and cache tier: what is known without asking them."""
         state = _generation_of(request).gateway.status()
         return _json(state, 200 if state["status"] == "ready" else 503)
 

@@ -243,7 +243,7 @@ def _mixed_types_error(value: list[Any]) -> InvalidRequest:
     item = value[odd]
     where = f"input[{odd}]"
     if type(item) in (str, list, int, dict):
-        return InvalidRequest(f"{where} is {_kind(item)} among others of another kind; send one kind", param=where)
+        return InvalidRequest(f"{where} is {_kind(item)} among items of another kind; send one kind", param=where)
     return InvalidRequest(f"{where} must be a string or a list of token ids, not {_kind(item)}", param=where)
 
 

@@ -143,7 +143,7 @@ class DiskStore:
             async with asyncio.timeout(_CLOSE_TIMEOUT):
                 await asyncio.get_running_loop().run_in_executor(self._thread, self._close_table)
         except (TimeoutError, sqlite3.Error, OSError) as error:
-            log.warning("disk cache: not closed in order: %s", str(error) or f"no answer within {_CLOSE_TIMEOUT:g} s")
+            log.warning("disk cache: not closed cleanly: %s", str(error) or f"no answer within {_CLOSE_TIMEOUT:g} s")
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def _put(self, entries: list[tuple[bytes, Embedding]]) -> None:
@@ -227,7 +227,7 @@ class DiskStore:
 
     def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> int:
         if self._table is not None and self._table.gone:
-            log.warning("disk cache: %s is gone or another file; it is opened anew", self._path)
+            log.warning("disk cache: %s has been deleted or replaced; reopening it", self._path)
             self._close_table()
         opened = self._ensure_table()
         opened.write([(key, values.encode(key, embedding)) for key, embedding in entries])

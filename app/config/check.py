@@ -105,7 +105,7 @@ def _check_caller_keys(settings: Settings, tree: Tree) -> None:
     seen: dict[bytes, str] = {}
     for name, key in settings.auth.keys.items() if settings.auth else ():
         if name == "anonymous":
-            tree.reject(("auth", "keys", name), "is what callers without a key are counted as; choose another name")
+            tree.reject(("auth", "keys", name), "is the name of callers without a key; choose another one")
         first = seen.setdefault(key.digest(), name)
         if first != name:
             tree.reject(("auth", "keys", name), f"has the same key as {dotted(('auth', 'keys', first))}")
@@ -148,7 +148,7 @@ def _check_space_names(settings: Settings, tree: Tree) -> None:
             if owners != served:
                 path: Path = ("models", name, "deployments", index, "space")
                 shown = tree.shown(path, deployment.space)
-                tree.reject(path, f"{shown} is {dotted(('models', first))}'s, whose deployments are others")
+                tree.reject(path, f"{shown} is {dotted(('models', first))}'s, which has other deployments")
 
 
 def _check_deployments(path: Path, model: ModelSettings, tree: Tree) -> None:
@@ -210,4 +210,4 @@ def _check_capabilities(
             tree.reject((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
     for capability in CAPABILITIES:
         if getattr(model, capability) and capability not in expressible:
-            tree.reject((*path, capability), "no upstream of this model has a word for it; leave it out")
+            tree.reject((*path, capability), "no upstream of this model can express it; leave it out")

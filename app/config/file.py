@@ -12,8 +12,8 @@ from app.config.tree import Path, Tree, dotted
 
 _MAX_VALUES = 100_000
 _NAME_FREE = {
-    "undefined alias": "an alias (*name) that is defined nowhere; a value that begins with * must be in quotes",
-    "duplicate anchor": "an anchor (&name) that is there already; a value that begins with & must be in quotes",
+    "undefined alias": "an alias (*name) that is not defined; a value that begins with * must be in quotes",
+    "duplicate anchor": "an anchor (&name) that is already defined; a value that begins with & must be in quotes",
     "tag handle": "a tag (!name) that is not allowed here",
     "determine a constructor": "a tag (!name) that is not allowed here",
 }
@@ -46,7 +46,7 @@ def read_yaml(text: str, environ: Mapping[str, str], tree: Tree) -> None:
     if isinstance(values, dict):
         tree.values = _Substitution(environ, tree).substitute(values, ())
     elif values is not None:
-        tree.reject((), "must hold a mapping at its top: lines of `key: value`")
+        tree.reject((), "must be a mapping: lines of `key: value`")
 
 
 def _parse(text: str, tree: Tree) -> Any:
@@ -93,7 +93,7 @@ def _reject_duplicate_keys(node: yaml.Node, path: Path, tree: Tree, open_nodes: 
     itself."""
     if node in open_nodes:
         if open_nodes[node]:
-            raise yaml.constructor.ConstructorError(None, None, f"{dotted(path)} holds itself", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, f"{dotted(path)} contains itself", node.start_mark)
         return
     open_nodes[node] = True
     if isinstance(node, yaml.SequenceNode):
@@ -155,7 +155,7 @@ class _Substitution:
         replaced = _REFERENCE.sub(value_of, text)
         if malformed:
             self._tree.reject(
-                path, "a '${' that is no reference; write ${NAME}, ${NAME:-default}, or $${ for a plain ${"
+                path, "a '${' that is not a reference; write ${NAME}, ${NAME:-default}, or $${ for a plain ${"
             )
         elif missing:
             self._tree.reject(path, _unset(missing))

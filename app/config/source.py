@@ -74,6 +74,6 @@ def applicable(running: Settings, wanted: Settings) -> Settings:
     ignored = [f"server.{name}" for name, value in fixed.items() if getattr(wanted.server, name) != value]
     ignored += ["cache"] if wanted.cache != running.cache else []
     for name in ignored:
-        log.warning("%s has changed, which takes a restart; the old value stays in force", name)
+        log.warning("%s has changed but needs a restart; the old value stays in force", name)
     server = wanted.server.model_copy(update=fixed)
     return wanted.model_copy(update={"server": server, "cache": running.cache})

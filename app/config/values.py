@@ -115,7 +115,7 @@ def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
     if not sound:
         raise ValueError(f"must be a URL that begins with {written}{escapes}")
     if re.search(r"\s", text.strip()):
-        raise ValueError("must not hold spaces")
+        raise ValueError("must not contain spaces")
     try:
         sound = url.port != 0
     except ValueError:
@@ -123,7 +123,7 @@ def check_url(text: str, schemes: tuple[str, ...], *, credentials: bool) -> str:
     if not sound:
         raise ValueError(f"must be a URL whose port is a number from 1 to 65535{escapes}")
     if not credentials and "@" in url.netloc:
-        raise ValueError("must not hold a user or password; use the keys meant for credentials")
+        raise ValueError("must not contain a user or password; use the keys meant for credentials")
     return text.strip().rstrip("/")
 
 
@@ -147,7 +147,7 @@ def redis_url_text(value: str) -> str:
     checked = check_url(value, ("redis", "rediss", "unix"), credentials=True)
     url = urlsplit(checked)
     if url.fragment:
-        raise ValueError(f"must not hold a #; {_ESCAPES}")
+        raise ValueError(f"must not contain a #; {_ESCAPES}")
     if url.scheme == "unix" and not url.path:
         raise ValueError("must name a socket, such as unix:///run/redis.sock")
     if url.scheme != "unix" and not re.fullmatch(r"(/\d{0,9})?", url.path):
@@ -155,9 +155,9 @@ def redis_url_text(value: str) -> str:
     known = [name for name in _REDIS_OPTIONS if url.scheme == "rediss" or not name.startswith("ssl_")]
     for name, option in parse_qsl(url.query, keep_blank_values=True):
         if name not in known:
-            raise ValueError(f"behind the ? of a {url.scheme}:// URL may stand {', '.join(known)}")
+            raise ValueError(f"after the ? of a {url.scheme}:// URL only these are allowed: {', '.join(known)}")
         if not re.fullmatch(_REDIS_OPTIONS[name], option):
-            raise ValueError(f"{name}, behind the ?, has a value that it cannot have")
+            raise ValueError(f"{name}, after the ?, has an invalid value")
     return checked
 
 
@@ -165,7 +165,7 @@ def base_url_text(value: str) -> str:
     """A URL that paths are appended to: http(s), and nothing after the path."""
     checked = check_url(value, ("http", "https"), credentials=False)
     if "?" in checked or "#" in checked:
-        raise ValueError("must not hold a query (?) or fragment (#)")
+        raise ValueError("must not contain a query (?) or fragment (#)")
     return _check_host(checked)
 
 

@@ -230,7 +230,7 @@ def _settle(
     that was too long by itself, which surely is too long as well."""
     if not any(isinstance(each, Embedding) for each in outcomes):
         return
-    ask_again = UpstreamUnavailable("too many of the inputs in one upstream call were refused to tell which; ask again")
+    ask_again = UpstreamUnavailable("too many inputs of one upstream call were refused to tell which ones; try again")
     too_long = min(
         (
             tokens.estimate(each)

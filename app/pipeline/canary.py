@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _Answer: TypeAlias = bytes | GatewayError | None
 """A deployment's vector, or the error it failed with; None if it did not answer in time."""
 
-_UNVERIFIED = "it has not shown its vectors yet: others are asked until it does"
+_UNVERIFIED = "it has not shown its vectors yet: others serve until it does"
 TEXT = "The quick brown fox jumps over the lazy dog. 敏捷的棕色狐狸跳过了懒狗。"
 MIN_COSINE = 0.999
 """Cosine similarity from which two vectors count as the same text in the same space."""
@@ -204,7 +204,7 @@ class Canary:
 
     def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
         if deployment.health.silent is not None:
-            log.warning("deployment %s has shown its vectors now", deployment.name)
+            log.warning("deployment %s has now shown its vectors", deployment.name)
         deployment.health.length = len(vector)
         deployment.health.mark_verified()
         self._judge(deployment, vectors.cosine(vector, expected))

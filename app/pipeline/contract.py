@@ -80,7 +80,7 @@ def _faults(ordered: Sequence[bytes], dimensions: int | None, native: int | None
     if expected is not None and length and length != expected:
         if dimensions is not None and native in (None, length):
             raise UpstreamIgnoredDimensions(
-                f"the upstream gave its own {length} dimensions, not the {dimensions} asked for"
+                f"the upstream returned its own {length} dimensions, not the {dimensions} requested"
             )
         raise UpstreamInvalidResponse(f"the upstream returned vectors of {length} dimensions instead of {expected}")
     # Nearly always, and a tenth of the time of checking each.
@@ -94,4 +94,4 @@ def _sparse(given: object) -> bytes:
     try:
         return vectors.sparse(given)
     except (KeyError, TypeError, ValueError):
-        raise UpstreamInvalidResponse("the upstream returned a sparse vector that is none") from None
+        raise UpstreamInvalidResponse("the upstream returned an invalid sparse vector") from None

@@ -231,7 +231,7 @@ class _Plan:
                 pieces = self.limit.pieces(text) if self.all_pieces else [self.limit.first(text)]
             except ValueError:
                 raise InvalidRequest(
-                    f"not even the beginning of input[{i}] surely fits this model, with what goes before it",
+                    f"not even the beginning of input[{i}] certainly fits this model after its prefix",
                     param=f"input[{i}]",
                 ) from None
             # A piece of whitespace means nothing, and some upstreams refuse it.

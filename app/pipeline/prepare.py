@@ -81,8 +81,8 @@ class Prepare:
         )
         if not any(honours(each, canonical) for each in self._models):
             raise InvalidRequest(
-                f"no deployment of model {self._name!r} takes input_type, instruct and output_type as they are here "
-                "together",
+                f"no deployment of model {self._name!r} supports this combination of input_type, instruct and "
+                "output_type",
                 param="input_type" if role else "instruct",
             )
         return canonical
@@ -97,7 +97,8 @@ class Prepare:
             return None
         if requested not in self._facts.roles:
             raise InvalidRequest(
-                f"model {self._name!r} is reached in a way that cannot tell it a {requested}", param="input_type"
+                f"model {self._name!r} is reached through an API that cannot mark a text as a {requested}",
+                param="input_type",
             )
         # With an empty prefix, the role makes no difference to the text.
         return requested if not self._model.prefixes or self._prefix(requested) else None

@@ -259,7 +259,7 @@ class Route:
         known_bad = all(isinstance(result.outcomes[i], UpstreamInvalidVector) for i in pending)
         retried = await self._attempt(retry_batch, retry_slot, known_bad=known_bad)
         if retry_slot.deployment is not slot.deployment and verdict.found_missing_vectors(result, pending, retried):
-            slot.deployment.health.doubt("it has no vectors of inputs of which another deployment has some", slot.era)
+            slot.deployment.health.doubt("it returned no vectors for inputs for which another deployment did", slot.era)
         for i, outcome in zip(pending, retried.outcomes, strict=True):
             if retry_slot.deployment is slot.deployment or not verdict.is_own_error(outcome, result.outcomes[i]):
                 result.outcomes[i] = outcome

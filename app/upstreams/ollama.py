@@ -137,7 +137,7 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
         tags = await _request_json(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
     except UpstreamMisconfigured as error:
         # The upstream's message comes last: the redactor detects a key that was cut off only at the end.
-        raise UpstreamMisconfigured(f"(its base_url has no /api or /v1 at its end) {error.message}") from error
+        raise UpstreamMisconfigured(f"(its base_url does not end in /api or /v1) {error.message}") from error
     found: list[Model] = []
     unreadable: UpstreamError | None = None
     for tag in _dicts(tags.get("models")):
@@ -218,7 +218,7 @@ async def _request_json(send: Send, request: WireRequest) -> dict[str, Any]:
     try:
         return dict(orjson.loads(reply.body))
     except (TypeError, ValueError) as fault:
-        raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
+        raise UpstreamInvalidResponse("the upstream's list of models cannot be read") from fault
 
 
 def _dicts(value: object) -> list[dict[str, Any]]:

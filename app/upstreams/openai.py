@@ -192,7 +192,7 @@ async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | No
         rows = orjson.loads(reply.body)["data"]
         found = {row["id"]: _listed_model(row) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]}
     except (KeyError, TypeError, ValueError) as fault:
-        raise UpstreamInvalidResponse("the upstream's list of models is none") from fault
+        raise UpstreamInvalidResponse("the upstream's list of models cannot be read") from fault
     return list(found.values())
 
 

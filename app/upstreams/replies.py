@@ -49,7 +49,7 @@ _DESCRIPTIONS: Mapping[type[GatewayError], str] = {
     QuotaExhausted: "the quota with the upstream is used up",
     UpstreamError: "the upstream failed",
     UpstreamAuth: "the upstream refused the gateway's credentials",
-    UpstreamMisconfigured: "the upstream does not know the model, path or form it was asked for",
+    UpstreamMisconfigured: "the upstream does not know the requested model, path or format",
     UpstreamInvalidVector: "the upstream computed a vector that holds NaN or infinity",
     UpstreamTimeout: "the upstream took too long",
     Overloaded: "the upstream has no room",

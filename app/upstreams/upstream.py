@@ -135,7 +135,7 @@ class Upstream:
             self._cannot_list(UpstreamInvalidResponse(message), bug)
             return
         if found is None and self.models:
-            self._cannot_list(UpstreamMisconfigured("its list of models is gone"))  # most likely temporarily
+            self._cannot_list(UpstreamMisconfigured("its list of models has disappeared"))  # most likely temporarily
             return
         self.trouble = None
         if found is None and self.lists_models:

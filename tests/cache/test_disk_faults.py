@@ -131,7 +131,7 @@ async def test_a_file_that_was_deleted_is_made_anew(
         await store.put(entries([number]))
     assert await present(opened(), 0, 1, 2, 3) == [2, 3]
     assert await present(stores[0], 2, 3) == await present(stores[1], 2, 3) == [2, 3]
-    assert caplog.messages == [f"disk cache: {path} is gone or another file; it is opened anew"] * 2
+    assert caplog.messages == [f"disk cache: {path} has been deleted or replaced; reopening it"] * 2
 
 
 @pytest.mark.parametrize("link", [False, True])
@@ -298,4 +298,4 @@ async def test_a_disk_that_does_not_answer_does_not_hold_up_the_end_and_is_told_
         await store.close()
     finally:
         answers.set()
-    assert caplog.messages[-1:] == ["disk cache: not closed in order: no answer within 0.05 s"]
+    assert caplog.messages[-1:] == ["disk cache: not closed cleanly: no answer within 0.05 s"]

@@ -173,7 +173,7 @@ def test_a_port_that_is_taken_is_one_readable_line(tmp_path: Path) -> None:
 
 def test_a_host_that_can_be_no_name_is_one_readable_line(tmp_path: Path) -> None:
     done = run("serve", "--host", "a..b", "--port", "0", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "cannot listen on a..b:0: not the name of a host\n")
+    assert (done.returncode, done.stderr) == (2, "cannot listen on a..b:0: not a host name\n")
 
 
 def test_workers_without_a_temporary_directory_are_one_readable_line(tmp_path: Path) -> None:
@@ -331,7 +331,7 @@ auth: {keys: {team: {key: k, models: [lexicle, lexical]}}}
     assert away.returncode == 0, "it may be one of an upstream that is away"
     (tmp_path / "config.yaml").write_text(config.replace('up: {type: ollama, base_url: "http://127.0.0.1:9"}, ', ""))
     done = run("check", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "auth.keys.team.models: there is no model lexicle now\n")
+    assert (done.returncode, done.stderr) == (2, "auth.keys.team.models: no model lexicle is served now\n")
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("check", "--help")])

@@ -369,7 +369,7 @@ def test_a_key_for_a_model_that_nobody_serves_is_warned_of(tmp_path: Path, caplo
     }
     with watched(tmp_path, values):
         assert [record.getMessage() for record in caplog.records if "auth.keys" in record.getMessage()] == [
-            "auth.keys.team.models: there is no model lexica now"
+            "auth.keys.team.models: no model lexica is served now"
         ]
 
 
@@ -398,7 +398,7 @@ def test_sighup_loads_the_file_anew(tmp_path: Path) -> None:
 def test_sighup_without_a_file_ends_nobody(tmp_path: Path) -> None:
     with serving(tmp_path) as (url, process):
         process.send_signal(signal.SIGHUP)
-        until(lambda: "nothing to change" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text)
+        until(lambda: "nothing has changed" in (tmp_path / "log").read_text(), (tmp_path / "log").read_text)
         assert has(url, "lexical")
 
 

@@ -197,5 +197,5 @@ def test_an_instruction_that_leaves_no_room_for_the_text_is_refused() -> None:
             body = {"model": "text-embedding-v4", "input": "x" * 50, "instruct": "指" * 4000}
             error = gateway.post({**body, "on_long_input": "truncate"}).json()["error"]
             assert (error["param"], error["message"]) == (
-                "input[0]", "not even the beginning of input[0] surely fits this model, with what goes before it",
+                "input[0]", "not even the beginning of input[0] certainly fits this model after its prefix",
             )  # fmt: skip

@@ -233,7 +233,7 @@ def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path)
             assert inside() == 0
             text = httpx.get(f"http://127.0.0.1:{port}/metrics").text
             assert metric(text, "requests_total") == 1
-            said = re.findall(r"worker (\d+) was ended by SIGKILL and is replaced", (tmp_path / "log").read_text())
+            said = re.findall(r"worker (\d+) was ended by SIGKILL; starting another", (tmp_path / "log").read_text())
             assert set(map(int, said)) == set(before)
 
 
@@ -345,7 +345,7 @@ def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) 
         assert {embed(url, f"{i}").status_code for i in range(20)} == {200}
         assert httpx.get(f"{url}/metrics").status_code == 200
         log = (tmp_path / "log").read_text()
-        assert "is replaced" not in log
+        assert "starting another" not in log
         assert log.count("File too large") == 3, "once by each process"
 
 
@@ -410,7 +410,7 @@ async def test_a_worker_that_hangs_is_replaced(
         for _ in range(2):
             hanging.stop(signal.SIGTERM)
         await asyncio.wait_for(running, 30)
-    assert ("has hung for 1 s and is ended" in caplog.text) == ("is replaced" in caplog.text) == up
+    assert ("has hung for 1 s and is killed" in caplog.text) == ("starting another" in caplog.text) == up
 
 
 async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,8 +2,8 @@
 
 With Redis, all processes share one limit. Redis is asked again after a tenth of a second, or once this process has
 admitted its part of a hundredth of the limit: if the limit is small, or little of it is left, that is on every request.
-What is certainly over the limit is refused without asking. Without Redis, or while it is away, each process keeps to
-its own part of the limit.
+Redis is told at once of corrections that exceed this part. What is certainly over the limit is refused without asking.
+Without Redis, or while it is away, each process keeps to its own part of the limit.
 """
 
 from __future__ import annotations
@@ -88,10 +88,7 @@ class Quota:
             self.adjust(1, tokens)
         else:
             # Goes on if the caller hangs up: what Redis has counted must not be reported to it again.
-            asking = asyncio.get_running_loop().create_task(self._ask(self._shared, tokens))
-            self._asking.add(asking)
-            asking.add_done_callback(self._asking.discard)
-            if wait := await asyncio.shield(asking):
+            if wait := await asyncio.shield(self._ask(self._shared, 1, tokens)):
                 raise self._rate_limited(wait, self._clock.monotonic(), tokens)
 
     def adjust(self, requests: int, tokens: int) -> None:
@@ -100,6 +97,11 @@ class Quota:
         if self._shared is not None:
             self._owed[0] += requests
             self._owed[1] += tokens
+            bucket = self._limit.tokens
+            if bucket and abs(self._owed[1]) * self._shared.replicas > SLACK * bucket.burst:
+                # The next request may come much later: Redis would take this from what has been refilled since then,
+                # and other replicas would not know of it.
+                self._ask(self._shared, 0, 0)
 
     def limit_statuses(self) -> list[LimitStatus]:
         """The limits, by what is known here."""
@@ -124,10 +126,17 @@ class Quota:
                     return False
         return True
 
-    async def _ask(self, shared: SharedLimits, tokens: int) -> float:
-        requests_owed, tokens_owed = owed = (self._owed[0], self._owed[1])
+    def _ask(self, shared: SharedLimits, requests: int, tokens: int) -> asyncio.Task[float]:
+        """Reports what is owed, and asks for these amounts. The result is the wait until they fit, 0 if taken."""
+        owed = (self._owed[0], self._owed[1])
         self._owed = [0.0, 0.0]
-        verdict = await shared.ask(self._key, self._limit, Demand(owed, (1, tokens), (1, tokens)))
+        asking = asyncio.get_running_loop().create_task(self._take_shared(shared, owed, (requests, tokens)))
+        self._asking.add(asking)
+        asking.add_done_callback(self._asking.discard)
+        return asking
+
+    async def _take_shared(self, shared: SharedLimits, owed: tuple[float, float], amounts: tuple[int, int]) -> float:
+        verdict = await shared.ask(self._key, self._limit, Demand(owed, amounts, amounts))
         now = self._clock.monotonic()
         if verdict is not None:
             if self._limit.requests:
@@ -139,11 +148,11 @@ class Quota:
         # Fails open, within this process's own part. Redis hears of it once it is back, but never of more than that
         # part. It may have counted this question and only answered late, so nothing is given back a second time.
         self._limit.divide(shared.replicas, now)
-        wait = self._limit.wait(now, 1, tokens)
-        taken = (0, 0) if wait else (1, tokens)
+        wait = self._limit.wait(now, *amounts)
+        taken = (0, 0) if wait else amounts
         self._limit.take(now, *taken)
-        self._owed[0] = _capped(self._owed[0] + max(0.0, requests_owed) + taken[0], self._limit.requests)
-        self._owed[1] = _capped(self._owed[1] + max(0.0, tokens_owed) + taken[1], self._limit.tokens)
+        self._owed[0] = _capped(self._owed[0] + max(0.0, owed[0]) + taken[0], self._limit.requests)
+        self._owed[1] = _capped(self._owed[1] + max(0.0, owed[1]) + taken[1], self._limit.tokens)
         return wait
 
     def _rate_limited(self, wait: float, now: float, tokens: int) -> RateLimited:

@@ -211,6 +211,24 @@ async def test_what_one_process_puts_right_the_others_hear_of_with_its_next_requ
     await other.shared.close()
 
 
+async def test_a_large_correction_is_told_at_once(server: RedisServer, clock: HandClock) -> None:
+    one, other, third = (Process(server, clock, None, tokens=1_000) for _ in range(3))
+    await other.shared.open()
+    assert await one.admitted(100)
+    one.quota.adjust(0, 5)
+    assert not one.quota._asking, "no more than its part of a hundredth"
+    one.quota.adjust(0, 795)
+    await asyncio.gather(*one.quota._asking)
+    assert one.asked() == 2
+    assert not await other.admitted(200)
+    assert other.quota.limit_statuses()[0].remaining == pytest.approx(100, abs=50)
+    one.quota.adjust(0, -700)
+    await asyncio.gather(*one.quota._asking)
+    assert await third.admitted(600), "what is given back as well"
+    for each in (one, other, third):
+        await each.shared.close()
+
+
 async def test_without_redis_each_process_lets_in_its_part_of_what_is_left_and_says_so_later(
     server: RedisServer, clock: HandClock
 ) -> None:
@@ -261,7 +279,7 @@ async def test_of_who_hangs_up_while_redis_is_asked_it_hears_once(clock: HandClo
     assert left == [47, 90], "the answer is taken in all the same, less what it does not know of"
     await clock.advance(1)
     await limited.take(1)
-    assert slow.asked == [(0, 900), (2, 9)]
+    assert slow.asked == [(0, 900), (0, 0), (2, 9)]
     assert not limited._asking, "what is over is kept no longer"
 
 
@@ -272,6 +290,7 @@ async def test_what_redis_may_have_heard_is_not_given_back_again(clock: HandCloc
     for owed, heard in ((-500, -500), (100, 101)):  # the last question is counted here, for nobody has answered it
         limited.adjust(0, owed)
         await limited.take(1)
+        assert slow.asked.pop() == (0, 0)
         assert slow.asked.pop() == (0, heard)
     await limited.take(1)
     assert slow.asked.pop() == (0, 102), "and a debt is told again: rather too strict than too lax"

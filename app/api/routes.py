@@ -19,7 +19,7 @@ from starlette.responses import PlainTextResponse
 from app import __version__
 from app.api import openapi, render
 from app.api.auth import Keys, Tenant
-from app.errors import GatewayError, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
+from app.errors import GatewayError, InvalidApiKey, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
 from app.metrics import CONTENT_TYPE, Metrics
 from app.registry import PublicModel
@@ -62,6 +62,7 @@ def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
     """Builds the FastAPI application. `admin` includes /metrics and /docs, which may have a port of their own; `keys`
     documents that callers need one."""
     api = _application(
+        metrics,
         description="One OpenAI-compatible `/v1/embeddings` in front of every embedding vendor.",
         docs_url="/docs" if admin else None,
     )
@@ -78,13 +79,13 @@ def build(metrics: Metrics, *, admin: bool, keys: bool) -> FastAPI:
 def build_admin(metrics: Metrics, main_app: Callable[[], FastAPI]) -> FastAPI:
     """Builds /metrics and /docs for a port of their own; the docs are those of the current main application."""
     # No "Try it out": the routes are on another port, which is another origin to browsers.
-    api = _application(swagger_ui_parameters={"supportedSubmitMethods": []})
+    api = _application(metrics, swagger_ui_parameters={"supportedSubmitMethods": []})
     api.openapi = lambda: main_app().openapi()  # type: ignore[method-assign]  # FastAPI's documented way to replace it
     _add_metrics(api, metrics)
     return api
 
 
-def _application(**options: Any) -> FastAPI:
+def _application(metrics: Metrics, **options: Any) -> FastAPI:
     api = FastAPIOffline(
         title="embedding-gateway",
         version=__version__,
@@ -93,7 +94,7 @@ def _application(**options: Any) -> FastAPI:
         **options,
     )
     api.add_middleware(_HeadAsGet)
-    _add_errors(api)
+    _add_errors(api, metrics)
     return api
 
 
@@ -101,9 +102,16 @@ def _json(content: Any, status: int = 200) -> Response:
     return Response(orjson.dumps(content), status, _NO_STORE, media_type="application/json")
 
 
-def _add_errors(api: FastAPI) -> None:
+def _add_errors(api: FastAPI, metrics: Metrics) -> None:
+    rejected = {
+        error.code: metrics.rejected_requests.labels(error.code)
+        for error in (NotFound, MethodNotAllowed, InvalidApiKey)
+    }
+
     @api.exception_handler(GatewayError)
     async def gateway_error(_: Request, error: GatewayError) -> Response:
+        if error.code in rejected:
+            rejected[error.code].inc()
         headers = {name.decode(): value.decode() for name, value in render.error_headers(error)}
         return Response(render.error_body(error), error.status, headers | _NO_STORE, media_type="application/json")
 

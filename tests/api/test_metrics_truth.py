@@ -365,6 +365,22 @@ def test_refused_requests_are_counted_by_reason(exposed: Exposition) -> None:
     }  # fmt: skip
 
 
+def test_wrong_paths_methods_and_keys_are_counted_on_every_route() -> None:
+    with FakeOpenAI() as fake, running(config(fake, auth={"keys": KEYS})) as gateway:
+        embedded = {"model": MODEL, "input": "x"}
+        for path in ("/v1/v1/embeddings", "/api/embeddings", "/v1/embedding"):
+            assert httpx.post(gateway.url + path, json=embedded).status_code == 404
+        assert gateway.get("/v1/models").status_code == 401
+        assert gateway.get(f"/v1/models/{MODEL}").status_code == 401
+        assert httpx.post(gateway.url + "/healthz").status_code == 405
+        assert gateway.get("/v1/models/no-such", api_key=KEYS["team"]["key"]).status_code == 404
+        exposed = Exposition(gateway)
+        assert exposed.by("rejected_requests_total", "reason") == {
+            ("not_found",): 3, ("invalid_api_key",): 2, ("method_not_allowed",): 1,
+        }  # fmt: skip
+        assert exposed.total("requests_total") == 0, "it counts embedding requests"
+
+
 def test_deployments_are_shown_available(exposed: Exposition) -> None:
     available = exposed.by("upstream_available", "upstream", "model")
     assert {key for key in available if key[1] in (MODEL, OTHER_MODEL, HOSTED)} == {

@@ -23,6 +23,7 @@ from app.config import Settings
 from app.config.source import ConfigSource, ParentConfig, applicable
 from app.config.watch import ConfigWatcher
 from app.gateway import Gateway
+from app.invalid_http import InvalidHttpLog
 from app.metrics import Metrics
 from app.types import Store
 
@@ -69,6 +70,9 @@ class App:
         self._build_gateway, self._request_log, self._clock = build_gateway, request_log, clock
         gateway = build_gateway(settings, None)
         self._metrics = gateway.metrics
+        rejected = gateway.metrics.rejected_requests
+        self.on_invalid_http = InvalidHttpLog(lambda: rejected.labels("invalid_http").inc(), clock.monotonic)
+        """To be called for data that is not a valid HTTP request."""
         self._apis: dict[bool, Any] = {}
         """The FastAPI applications, by whether callers need a key: nothing else in them depends on a configuration."""
         self._documented: Any = None
@@ -81,10 +85,6 @@ class App:
         self._watching: asyncio.Task[None] | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Lock()
-
-    def on_invalid_http(self) -> None:
-        """Counts a request that was not valid HTTP."""
-        self._metrics.rejected_requests.labels("invalid_http").inc()
 
     def request_timeout(self) -> float:
         """Seconds that a request may take in total, by the configuration in force."""

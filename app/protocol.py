@@ -24,6 +24,7 @@ from app.api.head import request_id
 from app.api.render import error_body, head_end
 from app.errors import InvalidRequest
 from app.head_cache import HeadCachingProtocol
+from app.invalid_http import LONGEST_START
 from app.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0
@@ -87,6 +88,7 @@ class Protocol(HeadCachingProtocol):
     """
 
     _head = b""
+    _start = b""  # the first bytes of the last head that was not cached, for the log
     _head_timer: asyncio.TimerHandle | None = None
     _parsing: Literal["", "head", "body"] = ""
     """The part of a request that the parser is in."""
@@ -105,7 +107,7 @@ class Protocol(HeadCachingProtocol):
         self,
         *args: Any,
         outbox: Outbox,
-        on_invalid_http: Callable[[], None],
+        on_invalid_http: Callable[[tuple[str, int] | None, bytes, str], None],
         timeout: Callable[[], float],
         **kwargs: Any,
     ) -> None:
@@ -147,6 +149,7 @@ class Protocol(HeadCachingProtocol):
                 if rest:
                     self._parse(rest)
                 return
+            self._start = data[:LONGEST_START]
             if b"\r\nupgrade:" in data[:end].lower():
                 data = _UPGRADE_NAME.sub(rb"\1ignored", data[:end]) + data[end:]
         self._fed += len(data)
@@ -166,6 +169,7 @@ class Protocol(HeadCachingProtocol):
     def _buffer_head(self, head: bytes) -> None:
         """Buffers an incomplete head, unless it is invalid or too long. The parser gets heads whole, or an `Upgrade`
         could hide across two pieces."""
+        self._start = head[:LONGEST_START]
         if len(head) > MAX_REQUEST_HEAD:
             self.send_400_response("The request's headers are too large.")
         elif not head.strip(b"\r\n"):
@@ -375,14 +379,14 @@ class Protocol(HeadCachingProtocol):
 
     def send_400_response(self, msg: str) -> None:
         self._outbox.flush()
+        self.pipeline.clear()
+        self._unparsed.clear()
         running = self._running
         if running is not None and not (running.response_complete or running.more_body or running.disconnected):
             # The error lies behind a request that is still being answered, whose caller would take this for its answer.
             running.keep_alive = False
-            self.pipeline.clear()
-            self._unparsed.clear()
             return
-        self._on_invalid_http()
+        self._on_invalid_http(self.client, self._start, msg)
         body = error_body(InvalidRequest(msg, code="invalid_http"))
         # Between requests the scope is the previous request's; of an invalid head it holds what has been parsed.
         headers = dict(self.scope["headers"]) if self._parsing else {}
@@ -393,6 +397,4 @@ class Protocol(HeadCachingProtocol):
         if self.cycle is not None and not self.cycle.response_complete:
             self.cycle.disconnected = True  # or its response would be written to a closed connection
             self.cycle.message_event.set()
-        self.pipeline.clear()
-        self._unparsed.clear()
         self.transport.close()

@@ -75,7 +75,7 @@ def _start_listening(listener: socket.socket) -> None:
 def uvicorn_config(
     app: Any,
     settings: Settings,
-    on_invalid_http: Callable[[], None] = lambda: None,
+    on_invalid_http: Callable[[tuple[str, int] | None, bytes, str], None] = lambda *_: None,
     timeout: Callable[[], float] | None = None,
     **options: Any,
 ) -> uvicorn.Config:
@@ -217,7 +217,7 @@ async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None
         yield
         return
     _start_listening(listener)
-    server = _SideServer(uvicorn_config(app.admin, app.settings, lifespan="off"))
+    server = _SideServer(uvicorn_config(app.admin, app.settings, app.on_invalid_http, lifespan="off"))
     server.config.timeout_graceful_shutdown = 1  # a scrape is not worth waiting for
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

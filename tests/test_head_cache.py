@@ -60,7 +60,7 @@ class Server:
         config.load()
         self.wire = Wire()
         self.protocol = Protocol(
-            config, ServerState(), {}, outbox=Outbox(), on_invalid_http=lambda: None, timeout=lambda: 60.0
+            config, ServerState(), {}, outbox=Outbox(), on_invalid_http=lambda *_: None, timeout=lambda: 60.0
         )
         self.protocol.connection_made(self.wire)
 

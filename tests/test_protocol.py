@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from app import protocol, serve
+from tests.clock import HandClock
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
 
@@ -289,6 +290,46 @@ def test_a_head_that_is_too_long_is_refused_however_it_arrives(gateway: Running)
         with connected(gateway) as connection:
             assert answered(connection, head) == (size < 64)
         assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + (size > 64)
+
+
+NO_HOST = b"GET /healthz HTTP/1.1\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "TLS, but this port speaks plain HTTP"),
+        (b"PROXY TCP4 10.0.0.1 10.0.0.2 5 6\r\n" + LAST, "the PROXY protocol (v1), which is not supported"),
+        (
+            b"\r\n\r\n\0\r\nQUIT\n\x21\x11\0\x0c" + bytes(12) + LAST,
+            "the PROXY protocol (v2), which is not supported",
+        ),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2 without TLS, which is not supported"),
+        (b"GET / HTTP/1.1\r\nAuthorization: sk-canary" + b"a" * 2**16, "The request's headers are too large."),
+        (b"GET /sk-canary HTTP/1.1\r\n\r\n", "Invalid HTTP request received."),
+    ],
+    ids=["TLS", "PROXY v1", "PROXY v2", "HTTP/2", "a long head", "no host"],
+)
+def test_what_is_not_http_is_logged_once_a_minute_and_without_its_bytes(
+    caplog: pytest.LogCaptureFixture, wrong: bytes, problem: str
+) -> None:
+    clock = HandClock()
+    with running({"upstreams": {"lexical": {"type": "lexical"}}}, clock=clock) as gateway:
+
+        def lines() -> list[str]:
+            return [each.getMessage() for each in caplog.records if each.name == "app.invalid_http"]
+
+        assert [status for status, _ in talk(gateway, wrong, last=b"")] == [400]
+        first = f"invalid HTTP from 127.0.0.1: {problem} (1 since the last such line)"
+        assert lines() == [first]
+        for _ in range(3):
+            talk(gateway, NO_HOST, last=b"")
+        assert lines() == [first]
+        clock.now += 60
+        talk(gateway, wrong, last=b"")
+        assert lines() == [first, first.replace("(1 since", "(4 since")], "of the last"
+        assert gateway.metric("rejected_requests_total", reason="invalid_http") == 5
+    assert "canary" not in caplog.text
 
 
 def test_what_is_wrong_behind_a_request_is_not_taken_for_its_answer(gateway: Running) -> None:

@@ -133,6 +133,20 @@ def test_metrics_and_docs_move_to_a_port_of_their_own(tmp_path: Path) -> None:
         assert httpx.get(f"http://127.0.0.1:{port}/docs").status_code == 200
 
 
+def test_what_is_not_http_is_one_line_of_our_own_and_counted_on_each_port(tmp_path: Path) -> None:
+    port = free_port()
+    with serving(tmp_path, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as (url, _):
+        for each in (int(url.rpartition(":")[2]), port) * 3:
+            with socket.create_connection(("127.0.0.1", each), timeout=PATIENCE) as connection:
+                connection.sendall(b"PROXY TCP4 10.0.0.1 10.0.0.2 5 6\r\nGET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+                assert connection.recv(12) == b"HTTP/1.1 400"
+        exposed = httpx.get(f"http://127.0.0.1:{port}/metrics").text
+        assert metric(exposed, "rejected_requests_total", 'reason="invalid_http"') == 6
+    log = (tmp_path / "log").read_text()
+    assert log.lower().count("invalid http") == 1
+    assert "invalid HTTP from 127.0.0.1: the PROXY protocol (v1), which is not supported" in log
+
+
 def test_sigterm_fails_readiness_at_once_keeps_listening_and_finishes_what_is_in_flight(tmp_path: Path) -> None:
     with FakeOpenAI(api_key="sk-fake") as fake:
         env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}

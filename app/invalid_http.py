@@ -1,0 +1,41 @@
+"""Logs what is sent to the port but is not HTTP, at most once a minute, and never its bytes, which may hold a key."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+log = logging.getLogger(__name__)
+
+LOG_INTERVAL = 60.0
+"""Seconds between two lines."""
+_PROTOCOLS = {
+    b"\x16\x03": "TLS, but this port speaks plain HTTP",
+    b"PROXY ": "the PROXY protocol (v1), which is not supported",
+    b"\r\n\r\n\0\r\nQUIT\n": "the PROXY protocol (v2), which is not supported",
+    b"PRI * HTTP/2": "HTTP/2 without TLS, which is not supported",
+}
+"""How other protocols begin, which load balancers and clients speak if they are set up wrongly."""
+LONGEST_START = max(map(len, _PROTOCOLS))
+
+
+class InvalidHttpLog:
+    """`count` is called for each attempt. `now` returns the seconds of a monotonic clock."""
+
+    def __init__(self, count: Callable[[], None], now: Callable[[], float]) -> None:
+        self._count, self._now = count, now
+        self._attempts = 0
+        """Since the last line."""
+        self._next_line = now()
+
+    def __call__(self, client: tuple[str, int] | None, start: bytes, problem: str) -> None:
+        """`start`: the first bytes; `problem`: our words, for those that are not known."""
+        self._count()
+        self._attempts += 1
+        now = self._now()
+        if now < self._next_line:
+            return
+        problem = next((name for begin, name in _PROTOCOLS.items() if start.startswith(begin)), problem)
+        peer = client[0] if client else "an unknown address"
+        log.warning("invalid HTTP from %s: %s (%d since the last such line)", peer, problem, self._attempts)
+        self._attempts, self._next_line = 0, now + LOG_INTERVAL

@@ -277,7 +277,7 @@ def test_a_dialect_without_words_for_images_is_sent_none() -> None:
     upstream = {"type": "dashscope", "mode": "compatible", "api_key": "sk-canary-0123"}
     models: dict[str, Any] = {"m": {"deployments": [{"upstream": "up", "model": "multimodal-embedding-v1"}]}}
     models["m"]["images"] = 4
-    with pytest.raises(ConfigError, match=r"models\.m\.images: no upstream of this model has a word for it"):
+    with pytest.raises(ConfigError, match=r"models\.m\.images: no upstream of this model can express it"):
         settings_of({"upstreams": {"up": upstream}, "models": models})
     models["m"]["images"] = 0
     with running({"upstreams": {"up": upstream}, "models": models}) as gateway:

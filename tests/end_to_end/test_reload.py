@@ -356,7 +356,7 @@ def test_what_takes_a_restart_is_said_and_the_rest_is_in_force(
         write(tmp_path, values)
         until_reloads(gateway, "ok", 1)
         for name in ("server.port", "server.workers", "server.metrics_port", "cache"):
-            assert f"{name} has changed, which takes a restart" in caplog.text
+            assert f"{name} has changed but needs a restart" in caplog.text
         assert "server.host" not in caplog.text
         assert gateway.post({"model": "docs", "input": ["a", "b", "c"]}).status_code == 400
         assert gateway.get("/metrics").status_code == 200

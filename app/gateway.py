@@ -65,15 +65,15 @@ class Gateway:
         self._slots: dict[str, Slots] = {}
         for name, upstream_settings in settings.upstreams.items():
             previous = before.upstreams.get(name) if before else None
-            if before and previous and previous.settings == upstream_settings:  # with what it has learned
-                self.upstreams[name], self._slots[name] = previous, before._slots[name]
+            if previous and previous.settings == upstream_settings:  # with what it has learned
+                self.upstreams[name] = previous
             else:
                 self.upstreams[name] = Upstream(
                     name, upstream_settings, UPSTREAMS[upstream_settings.type], clock, transport, self._tokens
                 )
-                self._slots[name] = Slots(upstream_settings.max_concurrency, self._pace(name, upstream_settings))
                 if previous:
                     self.upstreams[name].inherit_models(previous)
+            self._slots[name] = self._slots_for(self.upstreams[name], before)
         self._tasks: list[asyncio.Task[None]] = []
         self._opens_cache = before is None
         self.started: int = before.started if before else int(clock.time())
@@ -217,6 +217,21 @@ class Gateway:
                 quotas[name] = Quota(name, rates, self._clock, self.metrics, self._shared, workers)
         return quotas
 
-    def _pace(self, name: str, settings: UpstreamSettings) -> Pace | None:
-        rates = Rates(settings.requests_per_minute, settings.tokens_per_minute)
-        return Pace(name, rates, self._clock, self._shared, self.settings.server.workers) if rates else None
+    def _slots_for(self, upstream: Upstream, before: Gateway | None) -> Slots:
+        """Shared with `before` if nothing that they limit has changed, for requests in flight there still make calls.
+        If it may be another server now, calls in flight to the previous one do not count, but its rates go on."""
+        name, settings = upstream.name, upstream.settings
+        rates, pace = _rates(settings), None
+        previous = before.upstreams.get(name) if before else None
+        if before and previous and _rates(previous.settings) == rates:
+            slots = before._slots[name]
+            if upstream.equivalent_to(previous) and settings.max_concurrency == previous.settings.max_concurrency:
+                return slots
+            pace = slots.pace
+        if rates:
+            pace = Pace(name, rates, self._clock, self._shared, self.settings.server.workers, pace)
+        return Slots(settings.max_concurrency, pace)
+
+
+def _rates(settings: UpstreamSettings) -> Rates:
+    return Rates(settings.requests_per_minute, settings.tokens_per_minute)

@@ -35,13 +35,23 @@ class Pace:
     """
 
     def __init__(
-        self, name: str, rates: Rates, clock: Clock, shared: SharedLimits | None = None, processes: int = 1
+        self,
+        name: str,
+        rates: Rates,
+        clock: Clock,
+        shared: SharedLimits | None = None,
+        processes: int = 1,
+        before: Pace | None = None,
     ) -> None:
+        """`before`: a pace of the same rates that is still in use; what is sent by either counts for both."""
         self._clock = clock
-        self._limit = limits.smooth_limit(rates, clock.monotonic())
-        self._limit.divide(processes, clock.monotonic())
+        if before is None:
+            self._limit = limits.smooth_limit(rates, clock.monotonic())
+            self._limit.divide(processes, clock.monotonic())
+            self._factor = 1.0
+        else:
+            self._limit, self._factor = before._limit, before._factor
         self._lease = _Lease(name, rates, self._limit, shared) if shared else None
-        self._factor = 1.0
         self._renewal: asyncio.Task[None] | None = None
         self._alone_until: float | None = None
         self._refused_until = 0.0

@@ -306,6 +306,39 @@ def test_an_upstreams_pace_is_kept_by_waiting_and_what_cannot_wait_is_told_for_h
         assert gateway.metric("rejected_requests_total") == 0, "it is no caller's limit"
 
 
+@pytest.mark.parametrize("changed", [{"timeout": 9}, {"max_concurrency": 3}, {"headers": {"x": "y"}}])
+def test_an_upstreams_pace_goes_on_whatever_else_of_it_changes(changed: dict[str, Any], fake: FakeOpenAI) -> None:
+    def paced(requests: int, **other: Any) -> dict[str, Any]:
+        return config(fake, {"requests_per_minute": requests, **other}, server={"request_timeout": "20s"})
+
+    with running(paced(2), clock=HandClock()) as gateway:
+        gateway.call(gateway.app._change_to(settings_of(paced(2, timeout=8))))
+        gateway.app.gateway._slots["up"].shrink()  # as by a rate limit
+        assert gateway.post({"model": MODEL, "input": "first"}).status_code == 200
+        gateway.call(gateway.app._change_to(settings_of(paced(2, **changed))))
+        refused = gateway.post({"model": MODEL, "input": "second"})
+        assert refused.status_code == 429
+        assert int(refused.headers["retry-after"]) > 40, "it is about one a minute, as the upstream has taught it"
+        gateway.call(gateway.app._change_to(settings_of(paced(3, **changed))))
+        assert gateway.post({"model": MODEL, "input": "third"}).status_code == 200, "another rate begins anew"
+
+
+def test_calls_in_flight_for_the_configuration_before_take_slots(fake: FakeOpenAI) -> None:
+    def one_slot(**other: Any) -> dict[str, Any]:
+        return config(fake, {"max_concurrency": 1, **other})
+
+    with running(one_slot()) as gateway, ThreadPoolExecutor() as pool:
+        fake.hold()
+        first = pool.submit(gateway.post, {"model": MODEL, "input": "first"})
+        fake.wait_for_calls(1)
+        gateway.call(gateway.app._change_to(settings_of(one_slot(timeout=9))))
+        second = pool.submit(gateway.post, {"model": MODEL, "input": "second"})
+        settled(gateway, lambda: gateway.metric("queued_inputs") == 1)
+        assert len(fake.calls) == 1
+        fake.release()
+        assert [each.result().status_code for each in (first, second)] == [200, 200]
+
+
 # --- lanes ------------------------------------------------------------------------------------------------
 
 

@@ -332,6 +332,10 @@ class SlowStore(Store, Protocol):
         """Stores the entries. May drop any of them."""
         ...
 
+    async def takes_writes(self) -> bool:
+        """Whether a write would be tried now. Asks a tier that was away, now and then, whether it is back."""
+        ...
+
 
 @runtime_checkable
 class SharedStore(SlowStore, Protocol):

@@ -24,6 +24,16 @@ class Breaker:
         self._open_until: float | None = None
         self._probing = False
 
+    @property
+    def is_open(self) -> bool:
+        """Whether the tier did not answer, and has not done so since."""
+        return self._open_until is not None
+
+    @property
+    def pausing(self) -> bool:
+        """Whether it is open and not even a probe may go."""
+        return self._open_until is not None and self._now() < self._open_until
+
     def allow(self) -> bool:
         """Whether the caller may try the tier."""
         if self._open_until is None:

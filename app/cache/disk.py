@@ -134,6 +134,11 @@ class DiskStore:
                 await self._put(batch)
                 batch, size = [], 0
 
+    async def takes_writes(self) -> bool:
+        if self._breaker.is_open:
+            await self.open()  # a probe without values to lose
+        return not (self._breaker.is_open or self._write_breaker.pausing)
+
     async def close(self) -> None:
         """Closes the file, which keeps its values."""
         if self._closed:

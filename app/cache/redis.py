@@ -259,6 +259,11 @@ class RedisStore:
             self._counts.set_error.inc(len(errors) - full)
             self._counts.ok.inc(len(batch) - len(errors))
 
+    async def takes_writes(self) -> bool:
+        if self._breaker.is_open:
+            await self.open()  # a probe without values to lose
+        return not self._breaker.is_open
+
     async def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[object]:
         commands: list[Command] = [
             (b"SET", PREFIX + key, values.encode(key, embedding), b"PX", self._px) for key, embedding in entries

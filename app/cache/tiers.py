@@ -68,7 +68,7 @@ class Tiers:
                 self._expired = metrics.cache_operations.labels(store.name, "claim", "expired")
             self._readers.append(reader)
             self._claimers.append(claimer)
-            self._writers.append(Writer(store, counts, write_buffer, peek))
+            self._writers.append(Writer(store, counts, write_buffer, peek, clock))
         self._lookups: dict[bytes, int] = {}
         """The keys being looked up in slow tiers, each with its number of look-ups."""
         self._arrived: dict[bytes, Embedding] = {}

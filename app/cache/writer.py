@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 
 from app.cache.counts import Counts
+from app.clock import Clock
 from app.types import Embedding, SlowStore
 
 log = logging.getLogger(__name__)
@@ -18,17 +19,24 @@ _BATCH = 256
 """Entries passed to the store at once."""
 _MAX_BARE_KEYS = 2**17
 """Keys that may be queued without their embeddings, at 130 bytes each."""
+_RETRY = 1.0
+"""Seconds after which a store that is away is asked again whether it takes writes. Its breaker decides about more."""
 
 
 class Writer:
     """Queues at most `max_size` bytes for `store`. If an entry does not fit but `peek` finds it in memory, its bare key
     is queued, and the embedding looked up when its turn comes. If memory no longer has it then, or it was never there,
-    the entry is dropped and counted."""
+    the entry is dropped and counted. While the store is away, all of it waits."""
 
     def __init__(
-        self, store: SlowStore, counts: Counts, max_size: int, peek: Callable[[bytes], Embedding | None]
+        self,
+        store: SlowStore,
+        counts: Counts,
+        max_size: int,
+        peek: Callable[[bytes], Embedding | None],
+        clock: Clock,
     ) -> None:
-        self._store = store
+        self._store, self._clock = store, clock
         self._counts = counts
         self._max_size, self._peek = max_size, peek
         self._queue: deque[tuple[bytes, Embedding | None]] = deque()
@@ -39,6 +47,8 @@ class Writer:
         self._size = 0
         self._task: asyncio.Task[None] | None = None
         self._failing = False
+        self._away = False
+        """Whether the task waits for the store to come back."""
         self._closed = False
 
     @property
@@ -72,11 +82,14 @@ class Writer:
     async def _drain(self) -> None:
         try:
             while self._queue:
+                await self._wait_for_store()
                 taken = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
                 batch = self._complete(taken)
                 try:
                     if batch:
                         await self._store.put(batch)
+                        if await self._wait_for_store():  # it went away meanwhile, and may lack any of them
+                            await self._store.put(batch)
                     self._failing = False
                 except Exception:
                     self._counts.set_error.inc(len(batch))
@@ -91,10 +104,19 @@ class Writer:
                     for key, embedding in batch:
                         if self.waiting.get(key) is embedding:
                             del self.waiting[key]
-                # A store that is down never waits, nor do bare keys that memory has evicted, perhaps 100,000 of them.
+                # Bare keys that memory has evicted, perhaps 100,000 of them, never wait.
                 await asyncio.sleep(0)
         finally:
             self._task = None
+
+    async def _wait_for_store(self) -> bool:
+        """Waits until the store takes writes; not once the writer is closed. Returns whether it was away."""
+        waited = False
+        while not self._closed and not await self._store.takes_writes():
+            self._away = waited = True
+            await self._clock.sleep(_RETRY)
+        self._away = False
+        return waited
 
     def _complete(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
         """Looks up the embeddings of bare keys, dropping the keys that memory no longer has. Skips an embedding that is
@@ -117,10 +139,12 @@ class Writer:
         return batch
 
     async def close(self, timeout: float) -> None:
-        """Drains the queue for at most `timeout` seconds and drops the rest."""
+        """Drains the queue for at most `timeout` seconds and drops the rest: at once if the store is away."""
         self._closed = True
         if self._task is not None:
             task = self._task
+            if self._away and not await self._store.takes_writes():
+                timeout = 0
             await asyncio.wait([task], timeout=timeout)
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)

@@ -14,7 +14,7 @@ from app.config import CacheSettings
 from app.metrics import Metrics
 from app.types import Embedding, LookupResult, Store
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
-from tests.clock import settle
+from tests.clock import HandClock, settle
 
 
 class Slow:
@@ -31,6 +31,7 @@ class Slow:
         self.open_for_writes = asyncio.Event()
         self.open_for_writes.set()
         self.fault: Exception | None = None
+        self.away = False
         self.closed = False
 
     def time_limit(self, _keys: int, /) -> float:
@@ -51,6 +52,9 @@ class Slow:
         if self.fault:
             raise self.fault
         self.values.update(entries)
+
+    async def takes_writes(self) -> bool:
+        return not self.away
 
     async def close(self) -> None:
         self.closed = True
@@ -424,10 +428,12 @@ async def test_what_is_written_from_memory_is_found_until_it_is(clock: Clock, me
     assert tiers._writers[0].waiting == {}
 
 
-async def test_an_older_embedding_is_not_written_over_one_that_was_written_from_memory(metrics: Metrics) -> None:
+async def test_an_older_embedding_is_not_written_over_one_that_was_written_from_memory(
+    clock: Clock, metrics: Metrics
+) -> None:
     slow, held = Slow(), dict(entries(range(300)))
     slow.open_for_writes.clear()
-    writer = Writer(slow, Counts(metrics, slow.name), embedding(0).size + 512, held.get)
+    writer = Writer(slow, Counts(metrics, slow.name), embedding(0).size + 512, held.get, clock)
     writer.offer(entries([0]))  # which takes all the room
     await settle()
     writer.offer(entries(range(1, 257)))  # whose keys wait
@@ -495,6 +501,63 @@ async def test_closing_gives_up_on_a_tier_that_does_not_take_what_waits(
     assert "44 values not written" in caplog.text
     tiers.put(entries([1]))
     assert count(metrics, "redis", "set", "dropped") == 301
+
+
+async def test_what_waits_for_a_tier_that_is_away_is_bounded_found_and_written_with_the_newest_last(
+    metrics: Metrics,
+) -> None:
+    clock, slow = HandClock(), Slow()
+    slow.away = True
+    tiers = Tiers([MemoryStore(50_000, 3600, clock, metrics), slow], metrics, clock, write_buffer=10_000)
+    writer = tiers._writers[0]
+    tiers.put(entries([0]))
+    tiers.put([(key(0), embedding(7))])
+    for number in range(1, 1000):
+        tiers.put(entries([number]))
+        await clock.advance(1)
+        assert writer.size <= 10_000
+    assert await tiers.get(keys(0)) == [embedding(7)]
+    assert slow.asked == []
+    assert slow.batches == []
+    waiting = len(writer._queue)
+    slow.away = False
+    await clock.advance(1)
+    while writer._task:
+        await asyncio.sleep(0)
+    dropped = count(metrics, "redis", "set", "dropped")
+    assert 0 < len(slow.values) == waiting - 1 - dropped < 200
+    assert slow.values[key(0)] == embedding(7)
+    await tiers.close()
+
+
+async def test_closing_does_not_wait_for_a_tier_that_is_away(
+    metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, slow = HandClock(), Slow()
+    slow.away = True
+    tiers = Tiers([slow], metrics, clock)
+    tiers.put(entries(range(300)))
+    await settle()
+    async with asyncio.timeout(LIMIT / 2):
+        await tiers.close(timeout=LIMIT)
+    assert slow.closed
+    assert slow.batches == []
+    assert count(metrics, "redis", "set", "dropped") == 300
+    assert "300 values not written" in caplog.text
+
+
+async def test_closing_writes_what_waits_for_a_tier_that_is_back(metrics: Metrics) -> None:
+    clock, slow = HandClock(), Slow()
+    slow.away = True
+    tiers = Tiers([slow], metrics, clock)
+    tiers.put(entries(range(300)))
+    await settle()
+    slow.away = False
+    closing = asyncio.create_task(tiers.close(timeout=LIMIT))
+    await settle()
+    await clock.advance(1)
+    await closing
+    assert len(slow.values) == 300
 
 
 async def test_a_tier_that_raises_is_a_miss_and_is_reported_now_and_then(

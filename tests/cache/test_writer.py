@@ -1,0 +1,108 @@
+"""What is embedded while a slow tier is away is written once it is back."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.cache.disk import DiskStore
+from app.cache.redis import RedisStore
+from app.cache.tiers import Tiers
+from app.metrics import Metrics
+from tests.cache.support import LIMIT, count, entries, present, until
+from tests.clock import HandClock
+from tests.redis_server import RedisServer
+
+
+@pytest.fixture
+def clock() -> HandClock:
+    return HandClock()
+
+
+@pytest.fixture
+def server() -> Iterator[RedisServer]:
+    built = RedisServer()
+    yield built
+    built.close()
+
+
+def disk(path: Path, clock: HandClock, metrics: Metrics) -> DiskStore:
+    return DiskStore(str(path), 8 * 2**20, 86400, clock, metrics, timeout=LIMIT)
+
+
+async def until_it_waits(tiers: Tiers) -> None:
+    async def waits() -> bool:
+        return tiers._writers[0]._away
+
+    await until(waits)
+
+
+async def until_written(tiers: Tiers, clock: HandClock) -> None:
+    async def written() -> bool:
+        await clock.advance(1)
+        return not tiers._writers[0].size
+
+    await until(written)
+
+
+async def test_what_comes_while_redis_is_away_is_written_once_it_is_back(
+    server: RedisServer, clock: HandClock, metrics: Metrics
+) -> None:
+    server.start()
+    store = RedisStore(server.url, LIMIT, 3600, clock, metrics)
+    tiers = Tiers([store], metrics, clock)
+    tiers.put(entries([0]))
+    await until_written(tiers, clock)
+    server.kill()
+    tiers.put(entries(range(1, 601)))
+    await until_it_waits(tiers)
+    before = [count(metrics, "redis", "set", result) for result in ("error", "skipped")]
+    assert before == [192, 64], "a batch noticed it"
+    for _ in range(300):
+        await clock.advance(1)
+    assert [count(metrics, "redis", "set", result) for result in ("error", "skipped")] == before, (
+        "no probe costs values"
+    )
+    server.start()
+    await until_written(tiers, clock)
+    assert await present(store, *range(1, 601)) == [*range(1, 601)]
+    assert count(metrics, "redis", "set", "ok") == 601
+    await tiers.close()
+
+
+async def test_what_comes_while_the_disk_cannot_be_opened_is_written_once_it_can(
+    tmp_path: Path, clock: HandClock, metrics: Metrics
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    store = disk(tmp_path / "file" / "embeddings.sqlite3", clock, metrics)
+    for _ in range(3):
+        await store.open()
+    tiers = Tiers([store], metrics, clock)
+    tiers.put(entries(range(300)))
+    await until_it_waits(tiers)
+    (tmp_path / "file").unlink()
+    await until_written(tiers, clock)
+    assert await present(store, *range(300)) == [*range(300)]
+    await tiers.close()
+
+
+async def test_what_comes_while_another_process_holds_the_file_is_written_once_it_does_not(
+    path: Path, clock: HandClock, metrics: Metrics
+) -> None:
+    store = disk(path, clock, metrics)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    for number in range(3):
+        await store.put(entries([number]))
+    tiers = Tiers([store], metrics, clock)
+    tiers.put(entries(range(10, 20)))
+    await until_it_waits(tiers)
+    other.execute("ROLLBACK")
+    other.close()
+    await until_written(tiers, clock)
+    assert await present(store, *range(10, 20)) == [*range(10, 20)]
+    await tiers.close()

@@ -27,8 +27,8 @@ class Deadlines:
         """Seconds of CPU time this thread had used when the timer was set. Reading it per block would cost 2 µs."""
 
     def timeout(self, seconds: float) -> Deadline:
-        """A limit on the seconds a block may take, from now."""
-        return Deadline(asyncio.get_running_loop().time() + seconds, self)
+        """A limit on the seconds a block may take, from now. An answer that has arrived by then is still read."""
+        return GraceDeadline(asyncio.get_running_loop().time() + seconds, self)
 
     def io_timeout(self, seconds: float) -> Deadline:
         """A limit on the seconds a block may wait for work done elsewhere, from now. CPU time of this thread, as it may
@@ -99,13 +99,23 @@ class Deadline(Struct, eq=False):
             raise self._exception
 
 
-class IoDeadline(Deadline):
+class GraceDeadline(Deadline):
+    """See `Deadlines.timeout`."""
+
+    _grace_periods: int = _GRACE_PERIODS
+
+    def extension(self) -> float:
+        # If this thread was not working but waiting for the CPU, the answer may be here, unread.
+        self._grace_periods -= 1
+        return _GRACE_PERIOD if self._grace_periods >= 0 else 0.0
+
+
+class IoDeadline(GraceDeadline):
     """A limit on waiting for work done elsewhere: see `Deadlines.io_timeout`."""
 
     _started: float = 0.0
     _seconds: float = 0.0
     _cpu_time: float = 0.0
-    _grace_periods: int = _GRACE_PERIODS
 
     def __enter__(self) -> None:
         Deadline.__enter__(self)
@@ -116,6 +126,4 @@ class IoDeadline(Deadline):
         waited = asyncio.get_running_loop().time() - self._started - (time.thread_time() - self._cpu_time)
         if waited < self._seconds:
             return max(self._seconds - max(waited, 0.0), _GRACE_PERIOD)
-        # If this thread was not working but waiting for the CPU, the answer may be here, unread.
-        self._grace_periods -= 1
-        return _GRACE_PERIOD if self._grace_periods >= 0 else 0.0
+        return GraceDeadline.extension(self)

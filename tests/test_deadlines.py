@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import pytest
 
-from app.deadlines import Deadlines
+from app.deadlines import Deadline, Deadlines
 
 LIMIT = 20.0
 
@@ -119,12 +120,30 @@ async def test_who_waits_for_another_does_not_wait_while_its_own_thread_is_at_wo
         await asyncio.sleep(0.3)
 
 
-async def test_what_came_while_the_event_loop_stood_still_is_read_before_a_wait_is_over() -> None:
-    with Deadlines().io_timeout(0.1):
+@pytest.mark.parametrize("limit", [Deadlines.timeout, Deadlines.io_timeout])
+async def test_what_came_while_the_event_loop_stood_still_is_read_before_a_wait_is_over(
+    limit: Callable[[Deadlines, float], Deadline],
+) -> None:
+    with limit(Deadlines(), 0.1):
         await asyncio.sleep(0)
         time.sleep(0.3)  # noqa: ASYNC251  # as a machine does that has no turn for this process
         for _ in range(5):
             await asyncio.sleep(0)
+
+
+async def test_a_thread_at_work_lengthens_no_call() -> None:
+    """Or a busy gateway would wait for many times a call's time."""
+
+    async def wait() -> None:
+        with Deadlines().timeout(0.1):
+            for _ in range(200):
+                work(0.005)
+                await asyncio.sleep(0)
+
+    began = time.thread_time()
+    with pytest.raises(TimeoutError):
+        await wait()
+    assert time.thread_time() - began < 0.2
 
 
 async def test_who_waits_for_what_does_not_come_is_late_after_its_time() -> None:

@@ -1,7 +1,12 @@
-"""Over an httpx transport that is handed in, as `create_app` takes one."""
+"""Over an httpx transport that is handed in, as `create_app` takes one, and over the network."""
 
 from __future__ import annotations
 
+import asyncio
+import socket
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
@@ -10,6 +15,7 @@ import pytest
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams.client import Client
+from app.upstreams.network import NetworkEngine
 
 ASKED = WireRequest("POST", "http://up.invalid/embeddings", body=b"{}", max_reply=8)
 
@@ -55,3 +61,30 @@ async def test_trouble_is_told_in_our_words_and_without_the_address(
     with pytest.raises(kind) as caught:
         await told(error("http://up.invalid/?key=canary"))
     assert "canary" not in caught.value.message
+
+
+async def test_an_answer_that_came_in_time_is_read_though_this_process_had_no_turn_until_it_was_due() -> None:
+    """As under a quota of CPU time, or a debugger: it is paid for."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        asked, go_on = threading.Event(), threading.Event()
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.recv(65536)
+                asked.set()
+                go_on.wait(20)
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\n{}")
+
+        client = Client(NetworkEngine(connect_timeout=20), timeout=1)
+        answered = pool.submit(serve)
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
+        sending = asyncio.create_task(client.send(WireRequest("POST", url, {}, b"{}", max_reply=8)))
+        began = time.monotonic()
+        while not asked.is_set():
+            await asyncio.sleep(0)
+        go_on.set()
+        answered.result(20)
+        time.sleep(max(0.0, began + 1.1 - time.monotonic()))  # noqa: ASYNC251  # no turn for this process
+        assert (await sending).body == b"{}"
+        await client.aclose()

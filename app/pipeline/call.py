@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from contextlib import suppress
 from functools import cached_property
 
 from app import tokens
@@ -38,8 +39,11 @@ MAX_ECHOES = 4
 """Times that a reply may also repeat what was sent: some servers refuse an input by quoting all of it, once for each
 type that it fails to match."""
 
-_NAN = re.compile(rb"[\[,]\s*-?(NaN|Infinity)\b")
+_NAN = re.compile(rb"([\[,]\s*)-?(?:NaN|Infinity)\b")
 """What some servers write into a list of numbers, which makes it invalid JSON. A single text may be the cause."""
+_INFINITE = rb"\g<1>1e39"
+"""The same as JSON: infinite as a float32. So the contract check finds the vector, and the others are kept."""
+_UNREADABLE = (KeyError, TypeError, ValueError, IndexError)
 
 
 class Call:
@@ -117,10 +121,14 @@ class Call:
             raise self._without_inputs(error, reply, batch)
         try:
             return self._adapter.parse_response(reply, batch)
-        except (KeyError, TypeError, ValueError, IndexError) as exc:
-            if _NAN.search(reply.body):
-                raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from exc
-            raise self._not_embeddings(reply, batch) from exc
+        except _UNREADABLE as exc:
+            readable = _NAN.sub(_INFINITE, reply.body)
+            if readable == reply.body:
+                raise self._not_embeddings(reply, batch) from exc
+            if len(batch.inputs) > 1:  # or it is known whose vector it is
+                with suppress(*_UNREADABLE):
+                    return self._adapter.parse_response(WireReply(reply.status, reply.headers, readable), batch)
+            raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from exc
 
     def _not_embeddings(self, reply: WireReply, batch: Batch) -> UpstreamInvalidResponse:
         """The error for a reply that is not an embeddings reply, quoting the page (a proxy's, a login's) that came in

@@ -213,6 +213,7 @@ def test_a_text_without_a_vector_costs_the_others_in_its_call_nothing(fault: fau
             response = gateway.post({**body, "input": ["a", "b", "bad", "c"]})
             assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_invalid_response")
             asked = len(fake.calls)
+            assert [sum(text in call.texts for call in fake.calls) for text in "abc"] == [1, 1, 1]
             again = gateway.post({**body, "input": ["a", "b", "c"]})
             assert again.headers["x-embedding-cache"] == "hit"
             assert len(fake.calls) == asked

@@ -109,7 +109,7 @@ class Batcher:
 
     def _join_or_enqueue(self, request: EmbedRequest, waiter: Waiter) -> tuple[list[Job], list[Source]]:
         """Returns each input's job, in flight already or newly queued, and its source. An input that may be cached
-        does not join one that may not. The waiter waits for all of them."""
+        does not join one that may not. A query promotes the bulk work it joins. The waiter waits for all of them."""
         jobs: list[Job] = []
         new: list[Job] = []
         sources: list[Source] = []
@@ -135,6 +135,8 @@ class Batcher:
             self._schedule()
             if TARGET_BATCH <= len(new) <= self._route.deployments[0].limits.max_batch:
                 self._turns_left = 0  # do not wait for others: the upstream works while they are read
+        if len(new) < len(jobs) and request.lane == "query" and self._queues.promote(jobs):
+            self._schedule()  # a slot that bulk work must leave to queries may be free
         return jobs, sources
 
     def _abandon(self, waiter: Waiter, jobs: Iterable[Job]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Mapping, Sequence
-from itertools import chain, count, islice
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, count, filterfalse, islice
 from typing import TypeAlias
 
 from msgspec import Struct
@@ -61,6 +61,8 @@ class Job(Struct, eq=False):
     """A tuple, because nearly all inputs of a request share the same one."""
     store: bool
     """Whether its embedding may be cached."""
+    bulk: bool = False
+    """Whether it is in a bulk lane, or was when it was sent."""
     call_record: CallRecord | None = None
     """The last call it was in; None if it has only queued."""
     outcome: Embedding | GatewayError | None = None
@@ -139,17 +141,18 @@ class Queue:
 
     def drop_all_abandoned(self) -> list[Job]:
         """Removes all inputs nobody waits for, and returns them."""
-        return [job for lane in LANES for job in self._remove(lane, lambda job: not job.waiters)]
+        return [job for lane in LANES for job in self.remove(lane, lambda job: not job.waiters)]
 
     def take_expiring(self, lane: Lane, cutoff: float) -> list[Job]:
         """Removes the inputs of this lane whose callers wait no longer than `cutoff`, and returns them."""
-        return self._remove(lane, lambda job: job.deadline <= cutoff)
+        return self.remove(lane, lambda job: job.deadline <= cutoff)
 
-    def _remove(self, lane: Lane, condition: Callable[[Job], bool]) -> list[Job]:
+    def remove(self, lane: Lane, condition: Callable[[Job], bool]) -> list[Job]:
+        """Removes the inputs of this lane that meet the condition, and returns them."""
         jobs = self.lanes[lane]
-        removed = [job for job in jobs if condition(job)]
+        removed = list(filter(condition, jobs))
         if removed:
-            kept = [job for job in jobs if not condition(job)]
+            kept = list(filterfalse(condition, jobs))
             self._waiting[lane].dec(len(removed))
             jobs.clear()
             jobs.extend(kept)
@@ -234,9 +237,26 @@ class Queues:
         if not waiting:
             queue_set.round_robin[lane][queue] = None
         waiting.extend(jobs)
+        if lane == "bulk":
+            for job in jobs:
+                job.bulk = True
         self._waiting[lane].inc(len(jobs))
         if earliest_deadline < queue_set.earliest_deadline[lane]:
             queue_set.earliest_deadline[lane] = earliest_deadline
+
+    def promote(self, jobs: Iterable[Job]) -> bool:
+        """Moves those of these inputs that are queued as bulk work to the query lane. Returns whether there are any.
+        They may be in several queues: public names that lead to the same deployments share inputs."""
+        wanted = {job for job in jobs if job.bulk}
+        for job in wanted:
+            job.bulk = False  # also if it is in flight: a backlog is not searched for it again
+        promoted = False
+        for queue in list(self.by_key.values()) if wanted else ():
+            if found := queue.remove("bulk", wanted.__contains__):
+                self.put(queue.batch_key, "query", found, min(job.deadline for job in found))
+                self.reschedule(queue)
+                promoted = True
+        return promoted
 
     def reschedule(self, queue: Queue, *, served: bool = False) -> None:
         """Removes the queue from lanes in which it has no inputs left; in others it goes last if it was `served`."""

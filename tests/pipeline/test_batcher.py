@@ -415,6 +415,38 @@ async def test_a_query_goes_before_bulk_work_that_came_earlier_and_bulk_fills_it
     assert len(calls.batches[1]) == 10
 
 
+@pytest.mark.parametrize("asked", [1, 40])
+async def test_what_a_query_joins_no_longer_waits_with_bulk_work(asked: int) -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=10, slots=1)
+    texts = [f"bulk {i}" for i in range(100)]
+    bulk = asyncio.create_task(embed(request(*texts, lane="bulk")))
+    await settle()
+    # A caller whose key says "query" may ask for many, under another name for the same deployments, or uncached.
+    joins = replace(request(*reversed(texts[100 - asked :]), lane="query"), model="alias", write_cache=False)
+    query = asyncio.create_task(embed(joins))
+    await settle()
+    calls.release()
+    await asyncio.gather(bulk, query)
+    assert sorted(chain(*calls.batches)) == sorted(texts)
+    assert set(texts[-asked:]) <= set(chain(*calls.batches[1 : 1 + max(1, asked // 10)]))
+    assert query.result().sources == [Source.INFLIGHT] * asked
+
+
+async def test_what_a_query_joins_is_sent_at_once_where_bulk_work_leaves_a_slot() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=1, slots=4)
+    bulk = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(10)), lane="bulk")))
+    await settle()
+    assert calls.now == 3
+    queries = [asyncio.create_task(embed(request(text))) for text in ("bulk 0", "bulk 9", "bulk 9")]
+    await settle()
+    assert calls.batches[3:] == [["bulk 9"]]
+    calls.release()
+    await asyncio.gather(bulk, *queries)
+    assert len(calls.batches) == 10
+
+
 async def test_a_query_has_its_call_to_itself_while_bulk_work_has_calls_of_its_own() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=10, slots=4)
@@ -558,8 +590,11 @@ async def test_the_queue_gauge_is_true_and_ends_at_zero() -> None:
     query = asyncio.create_task(embed(request("q1", "q2")))
     await settle()
     assert (queued("query"), queued("bulk")) == (2, 20)
+    joins = asyncio.create_task(embed(request("b7", "q1")))
+    await settle()
+    assert (queued("query"), queued("bulk")) == (3, 19)
     calls.release()
-    await asyncio.gather(first, bulk, query)
+    await asyncio.gather(first, bulk, query, joins)
     assert (queued("query"), queued("bulk")) == (0, 0)
 
 

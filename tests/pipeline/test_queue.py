@@ -183,16 +183,26 @@ class Several:
             case "join":
                 for job in self._jobs()[:size]:
                     job.deadline = max(job.deadline, Watched(deadline))
+            case "promote":
+                self.promote(self._jobs()[::size])
             case "leave":
-                left = self._jobs()[::size]
-                for job in left:
-                    job.waiters = ()
-                assert identities(self.queues.drop_all_abandoned()) == identities(left)
+                self.leave(self._jobs()[::size])
             case "due":
                 for queue_set in self.queues.queue_sets.values():
                     expected = [job for job in self._jobs(queue_set) if job.deadline <= deadline]
                     due = [job for _, jobs in self.queues.take_expiring(queue_set, deadline) for job in jobs]
                     assert identities(due) == identities(expected)
+
+    def leave(self, left: Sequence[Job]) -> None:
+        for job in left:
+            job.waiters = ()
+        assert identities(self.queues.drop_all_abandoned()) == identities(left)
+
+    def promote(self, wanted: Sequence[Job]) -> None:
+        bulk, everything = self._jobs(lanes=["bulk"]), self._jobs()
+        assert self.queues.promote(wanted) == any(job in bulk for job in wanted)
+        assert identities(self._jobs()) == identities(everything)
+        assert identities(self._jobs(lanes=["bulk"])) == identities([job for job in bulk if job not in wanted])
 
     def check(self) -> None:
         """Who waits has a turn, and nobody else is here."""
@@ -204,9 +214,9 @@ class Several:
                     queue for queue in queues if queue.queue_set is queue_set and queue.lanes[lane]
                 }
 
-    def _jobs(self, queue_set: QueueSet | None = None) -> list[Job]:
+    def _jobs(self, queue_set: QueueSet | None = None, lanes: Sequence[Lane] = LANES) -> list[Job]:
         queues = [each for each in self.queues.by_key.values() if queue_set in (None, each.queue_set)]
-        return [job for queue in queues for jobs in queue.lanes.values() for job in jobs]
+        return [job for queue in queues for lane in lanes for job in queue.lanes[lane]]
 
 
 def identities(jobs: Sequence[Job]) -> list[int]:
@@ -215,7 +225,7 @@ def identities(jobs: Sequence[Job]) -> list[int]:
 
 STEPS = st.lists(
     st.tuples(
-        st.sampled_from(["query", "bulk", "serve", "join", "leave", "due"]),
+        st.sampled_from(["query", "bulk", "serve", "join", "promote", "leave", "due"]),
         *(st.integers(0, len(GROUPS) - 1), st.integers(0, 9), st.integers(1, 4)),
     ),
     max_size=30,

@@ -134,7 +134,7 @@ class Call:
         """The error for a reply that is not an embeddings reply, quoting the page (a proxy's, a login's) that came in
         its place. Nothing else is quoted: it may be half a reply, full of vectors."""
         kind = reply.headers.get("content-type", "no content type")
-        page = replies.html_text(reply)
+        page = self._redact(replies.html_text(reply))
         excerpt = f": {page}" if page and not quotes_input(page, batch.inputs) else ""
         return UpstreamInvalidResponse(
             f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply{excerpt}"
@@ -143,7 +143,7 @@ class Call:
     def _without_inputs(self, error: GatewayError, reply: WireReply, batch: Batch) -> GatewayError:
         """The error as it may be shown to all callers that share the call, in the log and in `/readyz`: without any
         caller's text."""
-        message = replies.upstream_message(error)
+        message = self._redact(replies.upstream_message(error))
         if isinstance(error, UnsupportedDimensions):
             texts = [each for each in batch.inputs if type(each) is str]
             misleading = [each for each in texts if replies.by_message(each) is UnsupportedDimensions]

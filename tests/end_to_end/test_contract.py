@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import html
+from urllib.parse import quote
 
 import numpy as np
+import orjson
 import pytest
 
 from tests.end_to_end.cases import CASES, Case, gateway_for, vectors_of
@@ -135,6 +137,24 @@ def test_a_page_that_quotes_a_text_is_not_told_of_to_others(name: str, text: str
         message = gateway.post({"model": case.model, "input": [text]}).json()["error"]["message"]
         assert "text/html) is not an embeddings reply" in message
         assert "cannot embed" not in message
+
+
+@every_upstream
+def test_words_that_quote_a_text_in_any_form_are_told_to_nobody(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    case = CASES[name]()
+    text = "Patient Johanna Mustermann, born 1961, is ill"
+    with gateway_for(case) as gateway:
+        for quoted in (text, text.lower(), text[10:], quote(text)):
+            said = f"worker died on {quoted}"
+            fault = faults.http_error(
+                500, orjson.dumps({"error": {"message": said}, "error_msg": said, "message": said})
+            )
+            case.fake.fail(fault, times=None)
+            for _ in range(6):  # five failures in a row are shown in /readyz
+                response = gateway.post({"model": case.model, "input": [text]})
+                assert response.status_code >= 500
+                told = response.text + gateway.get("/readyz").text + gateway.log.getvalue() + caplog.text
+                assert "worker" not in told, quoted
 
 
 @every_upstream

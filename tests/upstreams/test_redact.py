@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from urllib.parse import quote, quote_plus
+
 import pytest
 from pydantic import SecretStr
 
@@ -92,3 +95,57 @@ def test_a_word_that_upstreams_use_as_well_is_no_quotation() -> None:
     assert not quotes_input(
         "batch size is invalid, it should not be larger than 1 0", ["1       Introduction", "a\n\n\n\n\n\n\nb"]
     )
+
+
+RECORD = "Patient Johanna Mustermann, born 1961, has been diagnosed with a rare condition of the liver"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (RECORD, "worker died on patient johanna mustermann, born 1961, has"),
+        (RECORD, "tokens: patient johanna mustermann , born 1961 , has"),
+        (RECORD, f"worker died on …{RECORD[20:60]}…"),
+        (RECORD, f"… {RECORD[-40:]}"),
+        (RECORD, f"no route for /embed?text={quote(RECORD)}"),
+        (RECORD, f"no route for /embed?text={quote_plus(RECORD)}"),
+        ("my diagnosis", "no route for /embed?text=my%20diagnosis"),
+        ("Johanna Mustermann", "cannot embed johanna mustermann"),
+        ("患者张伟，生于一九六一年，被诊断出患有一种罕见的肝脏疾病", "无法处理：一年，被诊断出患有一种罕见"),
+        ("Die STRASSE nach Süden ist seit gestern gesperrt", "unk: straße nach süden ist seit gestern"),
+    ],
+)
+def test_a_text_is_known_by_any_part_of_it_in_any_case_and_spacing(text: str, said: str) -> None:
+    assert quotes_input(said, ["another text", text])
+
+
+def test_every_quotation_of_31_bytes_is_found_wherever_it_stands() -> None:
+    text = "".join(random.Random(1).choices("abcdefghijklmnopqrstuvwxyz", k=200))
+    for start in range(len(text) - 31):
+        assert quotes_input(f"worker died on {text[start : start + 31]}!", [text])
+
+
+def test_upstreams_own_words_are_no_quotation_where_texts_speak_of_the_same() -> None:
+    texts = [
+        "What is the maximum context length of this model? It is 8192 tokens.",
+        "A model that is overloaded with work: please try again in a week.",
+        "We process a batch at a time, whose size should not be larger than what fits.",
+        "If a server is out of memory, it has an internal error.",
+        "Your request was too large: it has more tokens per minute than your plan allows.",
+    ]
+    for said in (
+        "This model's maximum context length is 8192 tokens, however you requested 9000 tokens",
+        "The model is overloaded. Please try again later.",
+        "batch size is invalid, it should not be larger than 10",
+        "An internal error has occurred. Please retry",
+        "Request too large for text-embedding-3-small on tokens per min (TPM): Limit 40000, Requested 75000.",
+    ):
+        assert not quotes_input(said, texts), said
+
+
+def test_so_much_of_all_texts_is_searched_and_no_more() -> None:
+    beginning, end = ("".join(random.Random(seed).choices("abcdefghij", k=2**18)) for seed in (1, 2))
+    assert quotes_input(beginning[-60:], [beginning + end])
+    assert not quotes_input(end[:60], [beginning + end])
+    assert quotes_input(beginning[2**17 - 60 : 2**17], ["another", beginning])
+    assert not quotes_input(beginning[2**17 : 2**17 + 60], ["another", beginning])

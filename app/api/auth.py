@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from app.config import AuthSettings
-from app.errors import InvalidApiKey, ModelNotAllowed
+from app.errors import InvalidApiKey, ModelNotAllowed, ModelNotFound
 from app.types import Caller
 
 _PREFIX_BYTES = 2
@@ -24,6 +24,12 @@ class Tenant:
 
     def may_use(self, *names: str) -> bool:
         return self.models is None or not self.models.isdisjoint(names)
+
+    def check_known(self, requested: str, served: Collection[str]) -> None:
+        """Raises `ModelNotFound` if the key does not list the name and nothing is served under it. Whether an upstream
+        has such a model, or is unreachable, is told only to those who may use it."""
+        if self.models is not None and requested not in self.models and requested not in served:
+            raise ModelNotFound(f"The model '{requested[:200]}' does not exist", param="model")
 
     def check(self, requested: str, own_name: str) -> None:
         """Raises `ModelNotAllowed` unless the key allows the model, by its requested name or its own."""

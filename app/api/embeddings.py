@@ -253,6 +253,7 @@ class Embeddings:
         self, exchange: _Exchange, body: EmbeddingsBody, deadline: float, scope: Scope
     ) -> tuple[EmbedResult, PublicModel]:
         exchange.inputs = len(body.inputs)
+        exchange.tenant.check_known(body.model, self._gateway.names)
         public = await self._gateway.find(body.model)
         exchange.public = public
         exchange.tenant.check(body.model, public.name)

@@ -156,6 +156,7 @@ def _add_models(api: FastAPI, key: list[Any]) -> None:
     async def get_model(request: Request, model: str) -> Response:
         gateway, tenant = _authenticate(request)
         name = model.removesuffix("/")
+        tenant.check_known(name, gateway.names)
         found = await gateway.find(name)
         if not tenant.may_use(name, found.name):
             raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from socket import socket
 
 import pytest
 
@@ -206,6 +207,25 @@ def test_a_model_that_a_key_does_not_open_is_not_shown_to_it(gateway: Running) -
         response = gateway.get(f"/v1/models/{name}", api_key=LIMITED)
         assert response.status_code == 404
         assert error_of(response)["code"] == "model_not_found"
+
+
+def test_of_an_upstream_that_is_away_only_those_hear_whose_key_lists_the_name(upstream: FakeOpenAI) -> None:
+    with socket() as closed:  # bound and not listening: nobody else gets the port
+        closed.bind(("127.0.0.1", 0))
+        away = {"type": "openai", "base_url": f"http://127.0.0.1:{closed.getsockname()[1]}/v1"}
+        keys = KEYS | {"lists": {"key": "canary-lists-0123456789", "models": ["hidden/m", "bge-m3"]}}
+        configuration = config(upstream, auth={"keys": keys})
+        configuration["upstreams"] |= {"hidden": away}
+        with running(configuration) as gateway:
+            for name in ("hidden/m", "bge-m3"):
+                for key, status in ((LIMITED, 404), ("canary-lists-0123456789", 502), (ALL, 502)):
+                    for response in (
+                        gateway.post({"model": name, "input": "hi"}, api_key=key),
+                        gateway.get(f"/v1/models/{name}", api_key=key),
+                    ):
+                        assert response.status_code == status
+                        if status == 404:
+                            assert error_of(response)["message"] == f"The model '{name}' does not exist"
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,8 @@ class Table:
         pages = needed // self._page_size + 1
         if self._used_pages() + pages <= self._max_pages:
             return
+        # Values used while the clock was ahead would outlive all others.
+        self._db.execute("UPDATE embeddings SET used = :now WHERE used > :now", {"now": int(self._now())})
         # A little more than needed, so that not every write evicts.
         target = max(self._max_pages - pages - self._max_pages // 32, 0)
         while self._used_pages() > target:

@@ -106,6 +106,22 @@ async def test_file_and_log_together_stay_within_the_bound(opened: OpenDisk, tmp
     assert len(kept) * 4096 > bound // 2
 
 
+async def test_what_was_written_while_the_clock_was_ahead_does_not_outlive_what_is_used(
+    opened: OpenDisk, clock: Clock
+) -> None:
+    used, ahead = range(50), range(100, 300)
+    store = opened(max_size=2**20, ttl=30 * 86400)
+    clock.advance(10 * 86400)
+    await store.put(entries(ahead, dimensions=256))
+    clock.advance(-10 * 86400)
+    await store.put(entries(used, dimensions=256))
+    for start in range(1000, 3000, 50):
+        clock.advance(3600)
+        assert await present(store, *used) == list(used)
+        await store.put(entries(range(start, start + 50), dimensions=256))
+    assert await present(store, *ahead) == []
+
+
 async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
     opened: OpenDisk, path: Path, tmp_path: Path
 ) -> None:

@@ -144,7 +144,7 @@ class Embeddings:
                 status = error.status
                 lines, body = self._error_response(exchange, error)
             if exchange.quota is not None:
-                if not exchange.counted:
+                if not exchange.counted and not isinstance(error, Overloaded):
                     exchange.quota.adjust(1, 0)  # a request rejected for its content counts too
                 lines += render.encode_headers(render.rate_limit_headers(exchange.quota.limit_statuses()))
             self._record(exchange, status, error)

@@ -175,6 +175,24 @@ async def test_who_floods_takes_neither_room_nor_time_from_others(fake: FakeOpen
         assert gateway.metric("inflight_requests") == 0
 
 
+def test_a_503_for_lack_of_room_costs_a_caller_nothing(fake: FakeOpenAI) -> None:
+    auth = keys(other={}, team={"requests_per_minute": 2})
+    with running(config(fake, auth=auth, server={"max_inflight": 1}), clock=HandClock()) as gateway:
+        fake.hold()
+        with ThreadPoolExecutor() as pool:
+            inside = pool.submit(ask, gateway, "other")
+            settled(gateway, lambda: gateway.metric("inflight_requests") == 1)
+            for _ in range(3):
+                refused = ask(gateway, "team", "hi")
+                assert (refused.status_code, error_of(refused)["code"]) == (503, "overloaded")
+                assert left(refused, "requests") == (2, 2, "0s")
+            fake.release()
+            assert inside.result().status_code == 200
+        assert ask(gateway, "team", "").status_code == 400
+        assert left(ask(gateway, "team", "hi"), "requests")[1] == 0
+        assert ask(gateway, "team", "hi").status_code == 429
+
+
 @pytest.mark.parametrize(
     ("seconds", "told"),
     [

@@ -43,9 +43,9 @@ class Bucket:
         """What the bucket holds; negative is debt."""
         return min(self.max_level, self._level + (now - self._at) * self.rate)
 
-    def wait(self, now: float, amount: float) -> float:
-        """Seconds until `amount` fits. More than the bucket can hold fits when it is full."""
-        missing = min(amount, self.max_level) - self.level(now)
+    def wait(self, now: float, amount: float, reserved: float = 0.0) -> float:
+        """Seconds until `amount` fits beside what is reserved. More than the bucket can hold fits when it is full."""
+        missing = min(amount, self.max_level) + reserved - self.level(now)
         return missing / self.rate if missing > _TOLERANCE else 0.0
 
     def take(self, now: float, amount: float) -> None:

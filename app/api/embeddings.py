@@ -162,7 +162,7 @@ class Embeddings:
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before admission, so that a caller that floods takes no room from others.
-            exchange.quota.check(head.content_length(exchange.headers))
+            exchange.quota.admit(head.content_length(exchange.headers))
             exchange.counted = False
         deadline, admission = exchange.started + self._server.request_timeout, exchange.admission
         try:
@@ -189,6 +189,9 @@ class Embeddings:
             if not exchange.inputs:  # not the upstream's fault: the body came late, or waited for other large ones
                 raise Overloaded("the request body could not be read in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
+        finally:
+            if exchange.quota is not None and not exchange.counted:
+                exchange.quota.release()
         return render.result_headers(result, usage, public.space), rendered
 
     def _error_response(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
@@ -352,6 +355,7 @@ async def _embed_limited(quota: Quota, exchange: _Exchange, public: PublicModel,
     """Embeds the request if the quota has room for its estimated tokens; the estimate is corrected afterwards."""
     estimated = sum(tokens.estimates(request.inputs))
     exchange.counted = True
+    quota.release()
     await quota.take(estimated)
     result = await public.embed(request)
     quota.adjust(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)

@@ -58,16 +58,26 @@ class Quota:
             self._limit.divide(processes, now)
         self._owed = [0.0, 0.0]
         """Requests and tokens counted here that are not reported to Redis yet."""
+        self._admitted = 0
+        """Requests that `admit` let in and that are not counted yet: their bodies are still to come."""
         self._asking: set[asyncio.Task[float]] = set()
         self._known_until = 0.0
         """Until when the last answer of Redis holds, within the slack."""
 
-    def check(self, size: int) -> None:
-        """Raises `RateLimited` if not even the smallest request fits. Its `retry_after` is the time until this one
-        fits, as far as its body's `size` tells: a token per three bytes, up to `_MAX_BODY_TOKENS`. Asks nobody."""
-        now = self._clock.monotonic()
-        if self._limit.wait(now, 1, 1):
-            raise self._rate_limited(self._limit.wait(now, 1, min(max(1, size // 3), _MAX_BODY_TOKENS)), now, 1)
+    def admit(self, size: int) -> None:
+        """Lets a request in until `release`. Raises `RateLimited` if not even the smallest fits beside those let in.
+        Its `retry_after` is the time until this one fits, as far as its body's `size` tells: a token per three bytes,
+        up to `_MAX_BODY_TOKENS`. Asks nobody."""
+        now, requests = self._clock.monotonic(), self._limit.requests
+        by_requests = requests.wait(now, 1, self._admitted) if requests else 0.0
+        if by_requests or self._limit.wait(now, 1, 1):
+            by_size = self._limit.wait(now, 1, min(max(1, size // 3), _MAX_BODY_TOKENS))
+            raise self._rate_limited(max(by_requests, by_size), 1, by_requests=by_requests > 0)
+        self._admitted += 1
+
+    def release(self) -> None:
+        """A request that `admit` let in is about to be counted, or never will be."""
+        self._admitted -= 1
 
     async def take(self, tokens: int) -> None:
         """Counts one request of about this many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit,
@@ -83,13 +93,13 @@ class Quota:
         now = self._clock.monotonic()
         wait = self._limit.wait(now, 1, tokens)
         if wait:
-            raise self._rate_limited(wait, now, tokens)
+            raise self._rate_limited(wait, tokens, by_requests=self._lacks_requests(now))
         if self._shared is None or self._covers(self._shared.replicas, tokens, now):
             self.adjust(1, tokens)
         else:
             # Goes on if the caller hangs up: what Redis has counted must not be reported to it again.
             if wait := await asyncio.shield(self._ask(self._shared, 1, tokens)):
-                raise self._rate_limited(wait, self._clock.monotonic(), tokens)
+                raise self._rate_limited(wait, tokens, by_requests=self._lacks_requests(self._clock.monotonic()))
 
     def adjust(self, requests: int, tokens: int) -> None:
         """Corrects what was unknown or wrong when the request was counted. Negative amounts are given back."""
@@ -155,10 +165,12 @@ class Quota:
         self._owed[1] = _capped(self._owed[1] + max(0.0, owed[1]) + taken[1], self._limit.tokens)
         return wait
 
-    def _rate_limited(self, wait: float, now: float, tokens: int) -> RateLimited:
-        self._refused.inc()
+    def _lacks_requests(self, now: float) -> bool:
         requests = self._limit.requests
-        by_requests = requests is not None and requests.wait(now, 1) > 0
+        return requests is not None and requests.wait(now, 1) > 0
+
+    def _rate_limited(self, wait: float, tokens: int, *, by_requests: bool) -> RateLimited:
+        self._refused.inc()
         limit = f"{self.rates.requests} requests" if by_requests else f"{self.rates.tokens} tokens"
         asked = "" if by_requests or tokens <= 1 else f" and this request is about {tokens}"
         return RateLimited(

@@ -175,6 +175,39 @@ async def test_who_floods_takes_neither_room_nor_time_from_others(fake: FakeOpen
         assert gateway.metric("inflight_requests") == 0
 
 
+def test_bodies_to_come_are_no_more_than_the_requests_that_a_caller_has_left(fake: FakeOpenAI) -> None:
+    auth = keys(flood={"requests_per_minute": 2}, calm={})
+    with running(config(fake, auth=auth, server={"max_inflight": 3}), clock=HandClock()) as gateway:
+        body = f'{{"model": "{MODEL}", "input": "hi"}}'.encode()
+        start = head(
+            "POST", "/v1/embeddings", f"Content-Length: {len(body)}", f"Authorization: Bearer {secret('flood')}"
+        )
+
+        def inside(requests: int) -> None:
+            settled(gateway, lambda: gateway.metric("inflight_requests") == requests)
+
+        for _ in range(2):  # those who hang up give back what they had
+            with wire(gateway.url) as one, wire(gateway.url) as two:
+                for n, each in enumerate((one, two), 1):
+                    each.send(start + body[:1])
+                    inside(n)
+                for _ in range(3):
+                    refused = ask(gateway, "flood")
+                    assert (refused.status_code, refused.headers["retry-after"]) == (429, "30")
+                    assert "2 requests per minute" in error_of(refused)["message"]
+                assert left(refused, "requests") == (2, 2, "0s")
+                assert ask(gateway, "calm").status_code == 200
+            inside(0)
+        with wire(gateway.url) as one:
+            one.send(start + body[:1])
+            inside(1)
+            assert ask(gateway, "flood").status_code == 200
+            assert ask(gateway, "flood").status_code == 429
+            one.send(body[1:])
+            assert one.must_reply().status_code == 200
+        assert left(ask(gateway, "flood"), "requests")[1] == 0
+
+
 def test_a_503_for_lack_of_room_costs_a_caller_nothing(fake: FakeOpenAI) -> None:
     auth = keys(other={}, team={"requests_per_minute": 2})
     with running(config(fake, auth=auth, server={"max_inflight": 1}), clock=HandClock()) as gateway:

@@ -193,7 +193,7 @@ async def test_what_is_surely_over_the_limit_is_refused_without_asking(server: R
     for _ in range(100):
         await one.admitted()
     with pytest.raises(RateLimited):
-        one.quota.check(0)
+        one.quota.admit(0)
     assert one.asked() == 2
     await one.shared.close()
 

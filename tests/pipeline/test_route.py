@@ -522,7 +522,7 @@ async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
     prepare = Prepare(_reached, "m", models, None)
     for params in (Params(input_type="query"), Params(output_type="sparse")):
         assert await prepare(request("x", params=params))
-    with pytest.raises(InvalidRequest, match="together"):
+    with pytest.raises(InvalidRequest, match="this combination of"):
         await prepare(request("x", params=Params(input_type="query", output_type="sparse")))
 
 

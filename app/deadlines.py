@@ -28,7 +28,7 @@ class Deadlines:
 
     def timeout(self, seconds: float) -> Deadline:
         """A limit on the seconds a block may take, from now. An answer that has arrived by then is still read."""
-        return GraceDeadline(asyncio.get_running_loop().time() + seconds, self)
+        return Deadline(asyncio.get_running_loop().time() + seconds, self)
 
     def io_timeout(self, seconds: float) -> Deadline:
         """A limit on the seconds a block may wait for work done elsewhere, from now. CPU time of this thread, as it may
@@ -73,6 +73,7 @@ class Deadline(Struct, eq=False):
     _task: Any = None
     """The task that entered it."""
     _exception: type[Exception] | None = None
+    _grace_periods: int = _GRACE_PERIODS
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
@@ -82,7 +83,9 @@ class Deadline(Struct, eq=False):
 
     def extension(self) -> float:
         """Seconds by which to put it off, now that it is due; 0 to end it."""
-        return 0.0
+        # If this thread was not working but waiting for the CPU, the answer may be here, unread.
+        self._grace_periods -= 1
+        return _GRACE_PERIOD if self._grace_periods >= 0 else 0.0
 
     def stop(self, exception: type[Exception]) -> None:
         """Cancels the block, which then raises `exception`. Only the first call counts."""
@@ -99,18 +102,7 @@ class Deadline(Struct, eq=False):
             raise self._exception
 
 
-class GraceDeadline(Deadline):
-    """See `Deadlines.timeout`."""
-
-    _grace_periods: int = _GRACE_PERIODS
-
-    def extension(self) -> float:
-        # If this thread was not working but waiting for the CPU, the answer may be here, unread.
-        self._grace_periods -= 1
-        return _GRACE_PERIOD if self._grace_periods >= 0 else 0.0
-
-
-class IoDeadline(GraceDeadline):
+class IoDeadline(Deadline):
     """A limit on waiting for work done elsewhere: see `Deadlines.io_timeout`."""
 
     _started: float = 0.0
@@ -126,4 +118,4 @@ class IoDeadline(GraceDeadline):
         waited = asyncio.get_running_loop().time() - self._started - (time.thread_time() - self._cpu_time)
         if waited < self._seconds:
             return max(self._seconds - max(waited, 0.0), _GRACE_PERIOD)
-        return GraceDeadline.extension(self)
+        return Deadline.extension(self)

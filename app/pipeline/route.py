@@ -104,7 +104,7 @@ class _CallDeadline(Deadline, kw_only=True):
     def extension(self) -> float:
         allotted = self.batch.deadline - self.started
         if self.extended or self.health.had_ample_time(2 * allotted):
-            return 0.0
+            return Deadline.extension(self)
         self.extended = True
         extra = self.batch.later_deadline() - self.batch.deadline
         return min(LONGER, self.health.ample_time - allotted, extra / 2)

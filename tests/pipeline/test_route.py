@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import math
 import random
+import threading
+import time
 from collections import Counter
 from itertools import product, starmap
 from typing import cast
@@ -42,7 +44,7 @@ from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
 from app.pipeline.queue import LANES
 from app.pipeline.route import SHARE, Route, Slot
-from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params
+from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params, Source
 from tests.clock import HandClock, settle
 
 QUEUED = "embedding_gateway_queued_inputs"
@@ -686,6 +688,22 @@ async def test_one_that_has_had_the_time_that_its_answers_take_is_waited_for_no_
         await asyncio.wait_for(embed(request("x", seconds=0.45)), 0.45)
     result = await asyncio.wait_for(embed(request("x", seconds=0.3)), 0.3)
     assert result.deployments == ("other/m",)
+
+
+async def test_an_answer_that_came_while_this_process_had_no_turn_is_not_cut_off_by_the_deadline() -> None:
+    loop, started = asyncio.get_running_loop(), asyncio.Event()
+
+    async def call(batch: Batch) -> BatchResult:
+        arrived = loop.create_future()
+        threading.Timer(0.05, lambda: loop.call_soon_threadsafe(arrived.set_result, None)).start()
+        started.set()
+        await arrived
+        return await answers(batch)
+
+    embedding = asyncio.create_task(batcher(deployment("up", call))(request("x", seconds=0.2)))
+    await started.wait()
+    time.sleep(0.4)  # noqa: ASYNC251  # suspended, or without CPU time
+    assert (await embedding).sources == [Source.UPSTREAM]
 
 
 async def test_a_stop_does_not_wait_long_for_what_hangs(monkeypatch: pytest.MonkeyPatch) -> None:

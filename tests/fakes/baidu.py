@@ -1,7 +1,7 @@
 """A fake of Baidu's embeddings: V1 (Wenxin Workshop), V2 (Qianfan) and their token services.
 
 Facts: Baidu's pages on Embedding-V1, the V2 vector API and both tables of error codes, and
-the qianfan SDK 0.4.12.3. Texts marked "own words" are printed in no source.
+the qianfan SDK 0.4.12.3. Texts marked "own words" appear in none of these sources.
 """
 
 import random
@@ -43,9 +43,9 @@ class _Token:
 class FakeBaidu(FakeUpstream):
     """V1 and V2 in one server. V1 answers HTTP 200 even to errors; V2 has real statuses.
 
-    V1 takes an access token of `api_key` and `secret_key`, or a signature of `access_key` and
-    `iam_secret_key`. V2 takes `v2_key`, or a short-lived bearer made with such a signature.
-    `expires_in`: life of a token in seconds, by `clock`.
+    V1 accepts an access token obtained with `api_key` and `secret_key`, or a signature made with
+    `access_key` and `iam_secret_key`. V2 accepts `v2_key`, or a short-lived bearer token obtained with
+    such a signature. `expires_in`: lifetime of an access token in seconds, measured on `clock`.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -96,26 +96,26 @@ class FakeBaidu(FakeUpstream):
 
     @property
     def token_requests(self) -> int:
-        """How often an access token or a bearer was asked for."""
+        """How many requests asked for an access token or a bearer token."""
         return sum(request.path in (TOKEN_PATH, BEARER_PATH) for request in self.requests)
 
     @property
     def tokens(self) -> list[str]:
-        """Those given out that were not forgotten."""
+        """Tokens issued and not invalidated since."""
         return list(self._tokens)
 
     def invalidate_tokens(self) -> None:
-        """Forget the tokens given out: they now meet error 110 (V2: invalid_iam_token)."""
+        """Forget all issued tokens: they now get error 110 (V2: invalid_iam_token)."""
         self._tokens.clear()
 
     def expire_tokens(self) -> None:
-        """End the life of the tokens given out: they now meet error 111."""
+        """Expire all issued tokens: they now get error 111."""
         for token in self._tokens.values():
             token.expires_at = self.clock()
 
-    def _issue(self, form: str, lifetime: int) -> str:
+    def _issue(self, template: str, lifetime: int) -> str:
         secret = random.randbytes(16).hex()
-        token = form.format(secret)
+        token = template.format(secret)
         self._tokens[token] = _Token(self.clock() + lifetime)
         return token
 
@@ -127,13 +127,13 @@ class FakeBaidu(FakeUpstream):
             return _oauth_error("invalid_client", "unknown client id", 401)
         if query.get("client_secret") != self.secret_key:
             return _oauth_error("invalid_client", "Client authentication failed", 401)
-        form = f"24.{{}}.{self.expires_in}.{int(time.time()) + self.expires_in}.282335-1234567"
+        template = f"24.{{}}.{self.expires_in}.{int(time.time()) + self.expires_in}.282335-1234567"
         return json_reply(
             {
                 "refresh_token": "25.fake",
                 "expires_in": self.expires_in,
                 "session_key": "9mz",
-                "access_token": self._issue(form, self.expires_in),
+                "access_token": self._issue(template, self.expires_in),
                 "scope": "public",
                 "session_secret": "fake",
             }
@@ -163,13 +163,13 @@ class FakeBaidu(FakeUpstream):
     # --- requests -------------------------------------------------------------------------
 
     def expected(self, model: str, text: str) -> Vector:
-        """Return the vector that this server gives; the name may be that of V1 or of V2."""
+        """Return the vector this server answers with; `model` is the V1 or the V2 name."""
         name = model.lower().replace("_", "-")
         return vector(name, text, self.models[name].dimensions)
 
     def is_embedding(self, request: Request) -> bool:
-        ours = request.path.startswith(V1_PREFIX) or request.path == V2_PATH
-        return request.method == "POST" and ours
+        known_path = request.path.startswith(V1_PREFIX) or request.path == V2_PATH
+        return request.method == "POST" and known_path
 
     def texts_of(self, request: Request) -> list[Text]:
         return texts_in(request.json.get("input")) if isinstance(request.json, dict) else []
@@ -191,11 +191,11 @@ class FakeBaidu(FakeUpstream):
         if refusal is not None:
             return refusal
         name = call.path.removeprefix(V1_PREFIX).replace("_", "-")
-        # A name with the wrong one of hyphen and underscore is another path.
+        # A hyphen in place of an underscore, or the reverse, makes it another path.
         if name not in self.models or call.path != V1_PREFIX + self.models[name].v1_name:
             return self.refuse(call, 3)
         body = call.json
-        # Texts outside a list were met with "Invalid JSON": Langchain-Chatchat pull request 2208.
+        # A bare string got "Invalid JSON": Langchain-Chatchat pull request 2208.
         if not isinstance(body, dict) or isinstance(body.get("input"), str):
             return self.refuse(call, 336002)
         problem = self._problem(self.models[name], body.get("input"))
@@ -205,8 +205,8 @@ class FakeBaidu(FakeUpstream):
         return self._answer(call, name, {})
 
     def _check_v1_key(self, call: Call) -> Reply | None:
-        given = call.query.get("access_token")
-        if given is None:
+        access_token = call.query.get("access_token")
+        if access_token is None:
             if not call.headers.get("authorization", "").startswith("bce-auth-v1"):
                 return self.refuse(call, 100)
             try:
@@ -214,7 +214,7 @@ class FakeBaidu(FakeUpstream):
             except BadSignature:
                 return self.refuse(call, 14)
             return None
-        token = self._tokens.get(given)
+        token = self._tokens.get(access_token)
         if token is None:
             return self.refuse(call, 110)
         return self.refuse(call, 111) if token.expires_at <= self.clock() else None
@@ -242,18 +242,18 @@ class FakeBaidu(FakeUpstream):
             return self.refuse(call, "invalid_argument", "encoding_format only supports float")
         return self._answer(call, name, {"model": name})
 
-    def _problem(self, model: BaiduModel, given: Any) -> tuple[str, str] | None:
-        """Return what is wrong with the input, as (what, the vendor's words), or None."""
-        if not isinstance(given, list) or not all(isinstance(text, str) for text in given):
+    def _problem(self, model: BaiduModel, raw_input: Any) -> tuple[str, str] | None:
+        """Return what is wrong with the input, as (kind, the vendor's message), or None."""
+        if not isinstance(raw_input, list) or not all(isinstance(text, str) for text in raw_input):
             return "form", "input should be a list of strings"  # own words
         limit = self.max_batch or model.rows
-        if not given or not all(given):
+        if not raw_input or not all(raw_input):
             return "empty", "message content can not be empty"
-        if len(given) > limit:
+        if len(raw_input) > limit:
             return "rows", f"the max input length is {limit}"  # own words
-        if any(len(text) > model.characters for text in given):
+        if any(len(text) > model.characters for text in raw_input):
             return "characters", f"the max input characters is {model.characters}"
-        if any(baidu_tokens(text) > model.tokens for text in given):
+        if any(baidu_tokens(text) > model.tokens for text in raw_input):
             return "tokens", f"Prompt tokens too long: the max input tokens is {model.tokens}"
         return None
 
@@ -261,12 +261,12 @@ class FakeBaidu(FakeUpstream):
 
     def _answer(self, call: Call, name: str, extra: dict[str, Any]) -> Embedded:
         texts = [str(text) for text in call.texts]
-        rows = [Row(place, text, self.expected(name, text)) for place, text in enumerate(texts)]
+        rows = [Row(index, text, self.expected(name, text)) for index, text in enumerate(texts)]
         tokens = sum(map(baidu_tokens, texts))
 
         def render(shuffled: list[Row]) -> Reply:
             data = [{"object": "embedding", "embedding": numbers(row), "index": row.index} for row in shuffled]
-            answer = {"id": _identity(), "object": "embedding_list", "created": int(time.time())}
+            answer = {"id": _new_id(), "object": "embedding_list", "created": int(time.time())}
             usage = {"prompt_tokens": tokens, "total_tokens": tokens}
             return json_reply({**answer, **extra, "data": data, "usage": usage}, headers=_HEADERS)
 
@@ -282,14 +282,14 @@ class FakeBaidu(FakeUpstream):
         content: dict[str, Any] = {"error_code": code}
         content["error_msg"] = error.message or V1_MESSAGES.get(code, "Unknown error")
         if code >= 336_000:
-            content["id"] = _identity()  # the gateway's own errors have none
+            content["id"] = _new_id()  # errors of Baidu's API gateway have none
         return json_reply(content, error.status or 200, {**_HEADERS, **error.headers})
 
 
 _HEADERS = {"Content-Type": "application/json;charset=utf-8", "Statement": "AI-generated"}
 
 
-def _identity() -> str:
+def _new_id() -> str:
     return "as-" + "".join(random.choices(string.ascii_lowercase + string.digits, k=10))
 
 
@@ -299,4 +299,4 @@ def _oauth_error(error: str, description: str, status: int) -> Reply:
 
 def _v2_error(status: int, code: str, kind: str, message: str, headers: Mapping[str, str] | None = None) -> Reply:
     error = {"code": code, "message": message, "type": kind}
-    return json_reply({"error": error, "id": _identity()}, status, headers)
+    return json_reply({"error": error, "id": _new_id()}, status, headers)

@@ -1,7 +1,7 @@
 """Verification of ``bce-auth-v1`` signatures, as the IAM service in front of V1 does it.
 
-Facts: the signature page cloud.baidu.com/doc/Reference/s/njwvz1yfu. The order of the signed
-names is free, and the body is not signed.
+Facts: the signature page cloud.baidu.com/doc/Reference/s/njwvz1yfu. The signed names may come
+in any order, and the body is not signed.
 """
 
 import hashlib
@@ -16,7 +16,7 @@ DEFAULT_HEADERS = ("host", "content-length", "content-type", "content-md5")
 
 
 class BadSignature(Exception):
-    """The request is not signed by the holder of the secret key; says why."""
+    """The request was not signed with the secret key; the message says why."""
 
 
 def verify(
@@ -41,8 +41,8 @@ def verify(
     signed = _signed_names(names, headers)
     prefix = "/".join(parts[:4])
     signing_key = _hmac_hex(secrets[access_key], prefix)
-    wanted = _hmac_hex(signing_key, canonical_request(method, path, query, headers, signed))
-    if not hmac.compare_digest(wanted.encode(), claimed.encode()):
+    expected = _hmac_hex(signing_key, canonical_request(method, path, query, headers, signed))
+    if not hmac.compare_digest(expected.encode(), claimed.encode()):
         raise BadSignature("signature does not match")
     return access_key
 
@@ -54,7 +54,7 @@ def canonical_request(
     headers: Mapping[str, str],
     signed: list[str],
 ) -> str:
-    """Return the text that is signed: method, path, query and headers, a line for each part."""
+    """Return the text that is signed: method, path, query and each header, one per line."""
     arguments = [
         f"{_encode(name)}={_encode(value)}" for name, value in query.items() if name.lower() != "authorization"
     ]

@@ -2,7 +2,7 @@
 
 Facts: docs of `text-embedding-synchronous-api`, `multimodal-embedding-api-reference` and
 `error-code` at help.aliyun.com, and live error texts from public issues. Texts marked "own
-words" are printed in no source; clients must not depend on them.
+words" appear in none of these sources; clients must not depend on them.
 """
 
 import re
@@ -34,7 +34,7 @@ COMPATIBLE = "/compatible-mode/v1/embeddings"
 class FakeDashScope(FakeUpstream):
     """Native and compatible mode in one server.
 
-    `usage_field`: where native answers count tokens (one old page says ``input_tokens``).
+    `usage_field`: the field of native answers with the token count (one old page says ``input_tokens``).
     `base64`: compatible mode honours ``encoding_format: base64`` instead of answering floats.
     """
 
@@ -74,7 +74,7 @@ class FakeDashScope(FakeUpstream):
         text_type: str | None = None,
         instruct: str | None = None,
     ) -> Vector:
-        """Return the vector that this server gives; ``document`` is the default role."""
+        """Return the vector this server answers with; ``document`` is the default role."""
         length = dimensions or (self.models.get(model) or MULTIMODAL_MODELS[model]).dimensions[0]
         role = None if text_type == "document" else text_type
         return vector(model, text, length, text_type=role, instruct=instruct)
@@ -85,11 +85,11 @@ class FakeDashScope(FakeUpstream):
         return request.method == "POST" and request.path in (NATIVE, COMPATIBLE, MULTIMODAL)
 
     def texts_of(self, request: Request) -> list[Text]:
-        given = _object(request.json).get("input")
+        raw_input = _object(request.json).get("input")
         if request.path == COMPATIBLE:
-            return texts_in(given)
+            return texts_in(raw_input)
         if request.path == NATIVE:
-            return texts_in(_object(given).get("texts"))
+            return texts_in(_object(raw_input).get("texts"))
         return [content for _, content in _contents(request.json)]
 
     def other(self, request: Request) -> Reply:
@@ -124,18 +124,18 @@ class FakeDashScope(FakeUpstream):
         if refusal is not None:
             return refusal
         model = self.models[name]
-        given = body.get("input") if compatible else _object(body.get("input")).get("texts")
+        raw_input = body.get("input") if compatible else _object(body.get("input")).get("texts")
         options = body if compatible else _object(body.get("parameters"))
         dimension = options.get("dimensions" if compatible else "dimension")
-        problem = self._problem(model, given, dimension, options)
+        problem = self._problem(model, raw_input, dimension, options)
         if problem is not None:
-            code = "BadRequest.EmptyInput" if given is None else "InvalidParameter"
+            code = "BadRequest.EmptyInput" if raw_input is None else "InvalidParameter"
             return self.refuse(call, code, problem)
         if model.fixed:
             dimension = None  # silently ignored: langchain4j-community pull request 783
         texts = [str(text) for text in call.texts]
         role = {} if compatible else {key: options.get(key) for key in ("text_type", "instruct")}
-        rows = [Row(place, text, self.expected(name, text, dimension, **role)) for place, text in enumerate(texts)]
+        rows = [Row(index, text, self.expected(name, text, dimension, **role)) for index, text in enumerate(texts)]
         tokens = sum(map(count_tokens, texts))
         if compatible:
             return self._compatible_answer(body, rows, tokens)
@@ -158,9 +158,9 @@ class FakeDashScope(FakeUpstream):
             return self.refuse(call, "ModelNotFound", message if compatible else None)
         return None
 
-    def _problem(self, model: TextModel, given: Any, dimension: Any, options: Mapping[str, Any]) -> str | None:
-        """Return what the vendor says about the parameters, or None if they are right."""
-        texts = [given] if isinstance(given, str) else given
+    def _problem(self, model: TextModel, raw_input: Any, dimension: Any, options: Mapping[str, Any]) -> str | None:
+        """Return the vendor's complaint about the parameters, or None if they are valid."""
+        texts = [raw_input] if isinstance(raw_input, str) else raw_input
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             return "contents is neither str nor list of str.: input.contents"
         limit = self.max_batch or model.rows
@@ -181,12 +181,12 @@ class FakeDashScope(FakeUpstream):
 
     def _native_answer(self, model: str, kind: str, rows: list[Row], tokens: int) -> Embedded:
         def show(row: Row) -> dict[str, Any]:
-            shown: dict[str, Any] = {"text_index": row.index}
+            item: dict[str, Any] = {"text_index": row.index}
             if kind != "sparse":
-                shown["embedding"] = numbers(row)
+                item["embedding"] = numbers(row)
             if "sparse" in kind:
-                shown["sparse_embedding"] = sparse_vector(model, str(row.text))
-            return shown
+                item["sparse_embedding"] = sparse_vector(model, str(row.text))
+            return item
 
         return self._native(rows, {self.usage_field: tokens}, tokens, show)
 
@@ -220,8 +220,8 @@ class FakeDashScope(FakeUpstream):
         if not 0 < len(contents) <= limit:
             message = f"batch size is invalid, it should not be larger than {limit}."
             return self.refuse(call, "InvalidParameter", f"{message}: input.contents")
-        asked = _object(body.get("parameters")).get("dimension")
-        length = asked if asked in model.dimensions else None  # else silently ignored
+        requested = _object(body.get("parameters")).get("dimension")
+        length = requested if requested in model.dimensions else None  # otherwise silently ignored
         kinds = [kind for kind, _ in contents]
         if max(kinds.count("image"), kinds.count("video")) > model.images:
             message = f"the number of images or videos exceeds {model.images}"  # own words
@@ -253,7 +253,7 @@ class FakeDashScope(FakeUpstream):
             return json_reply(content, status, error.headers)
         message = error.message or compatible or native
         if name == "InvalidParameter":
-            # Errors of the algorithm carry this prefix; "Value error" marks those of a validator.
+            # Errors of the algorithm have this prefix; those of its validator also say "Value error".
             validator = re.match("batch size|contents is|.* is invalid", message)
             prefix = "<400> InternalError.Algo.InvalidParameter: "
             message = prefix + ("Value error, " if validator else "") + message

@@ -1,7 +1,7 @@
 """DashScope's models, limits and error texts.
 
 Facts: the Beijing table of `text-embedding-synchronous-api` and the page `error-code` at
-help.aliyun.com; where sources differ, the newest.
+help.aliyun.com; where sources differ, the newest counts.
 """
 
 from collections.abc import Mapping
@@ -17,13 +17,13 @@ class TextModel:
     tokens: int
     sparse: bool = False
     images: int = 0
-    """In a request, at the most; and as many videos."""
+    """Maximum images per request, and as many videos."""
     fuses: bool = False
     """All contents of a request become one vector."""
 
     @property
     def fixed(self) -> bool:
-        """The length cannot be chosen."""
+        """Whether the model gives one length only."""
         return len(self.dimensions) == 1
 
 

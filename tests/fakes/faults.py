@@ -44,7 +44,7 @@ Play = Callable[[Connection, Reply], Awaitable[bool]]
 After = Callable[[Connection], Awaitable[None]]
 
 
-async def _nothing(connection: Connection) -> None:
+async def _no_op(connection: Connection) -> None:
     pass
 
 
@@ -52,14 +52,14 @@ async def _nothing(connection: Connection) -> None:
 class Wire(Fault):
     """Play on the socket; `play` returns whether the connection may be used again.
 
-    `bills`: the vendor has computed the vectors, and charges for what never arrives.
-    `after` is played when the call counts as ended.
+    `bills`: the vendor has computed the vectors and charges for them, though they never arrive.
+    `after` is played once the call counts as ended.
     """
 
     name: str
     play: Play
     bills: bool = True
-    after: After = _nothing
+    after: After = _no_op
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Payload(Fault):
     text: str | None = None
 
     def on(self, text: str) -> "Payload":
-        """Return the same fault hitting the rows of this text instead of the first row."""
+        """Return the same fault applied to the rows of this text instead of the first row."""
         return replace(self, text=text)
 
 
@@ -135,7 +135,7 @@ async def _truncated_body(connection: Connection, reply: Reply) -> bool:
 
 async def _truncated_chunks(connection: Connection, reply: Reply) -> bool:
     half = reply.body[: len(reply.body) // 2]
-    chunk = f"{len(half):x}\r\n".encode() + half + b"\r\n"  # and never the chunk of length 0
+    chunk = f"{len(half):x}\r\n".encode() + half + b"\r\n"  # without the final chunk of length 0
     await connection.write(reply.head("Transfer-Encoding: chunked") + chunk)
     return False
 
@@ -191,15 +191,15 @@ hang = Wire("hang", _hang, bills=False)
 endless_body = Wire("endless_body", _endless_body)
 close_after_answer = Wire("close_after_answer", _close_after_answer)
 stale_keep_alive = Wire("stale_keep_alive", _close_after_answer, after=_reset_on_next_byte)
-"""Answer well, then reset as soon as the next request begins on that connection."""
+"""Answer in full, then reset as soon as the next request begins on that connection."""
 wrong_content_type = Wire("wrong_content_type", _wrong_content_type)
 
 
 # --- the vectors ---------------------------------------------------------------------------
 
 
-def _each(name: str, change: Callable[[Row], None]) -> Payload:
-    """Make a fault that changes one row: the first, or those of the text given to `on`."""
+def _per_row(name: str, change: Callable[[Row], None]) -> Payload:
+    """Make a fault that changes the first row, or the rows of the text given to `on`."""
 
     def change_rows(rows: list[Row], text: str | None) -> list[Row]:
         for row in rows:
@@ -217,7 +217,7 @@ def _set_value(value: Any) -> Callable[[Row], None]:
     return change
 
 
-def _put(number: float, nonfinite: str = "literal") -> Callable[[Row], None]:
+def _set_number(number: float, nonfinite: str = "literal") -> Callable[[Row], None]:
     def change(row: Row) -> None:
         row.value = row.value.astype(np.float64)  # float32 could not hold 1e39
         row.value[len(row.value) // 2] = number
@@ -262,7 +262,7 @@ def _index_out_of_range(rows: list[Row], text: str | None) -> list[Row]:
     return rows
 
 
-def _index(value: int) -> Callable[[Row], None]:
+def _set_index(value: int) -> Callable[[Row], None]:
     def change(row: Row) -> None:
         row.index = value
 
@@ -273,17 +273,17 @@ one_vector_fewer = Payload("one_vector_fewer", _drop_last)
 one_vector_more = Payload("one_vector_more", _add_one)
 duplicate_index = Payload("duplicate_index", _repeat_index)
 index_out_of_range = Payload("index_out_of_range", _index_out_of_range)
-negative_index = _each("negative_index", _index(-1))
-null_vector = _each("null_vector", _set_value(None))
-empty_vector = _each("empty_vector", _set_value(np.zeros(0, dtype=np.float32)))
-nan_literal = _each("nan_literal", _put(float("nan")))
-nan_as_null = _each("nan_as_null", _put(float("nan"), "null"))
-infinity_literal = _each("infinity_literal", _put(float("inf")))
-overflows_float32 = _each("overflows_float32", _put(1e39))
-zero_vector = _each("zero_vector", _zero)
+negative_index = _per_row("negative_index", _set_index(-1))
+null_vector = _per_row("null_vector", _set_value(None))
+empty_vector = _per_row("empty_vector", _set_value(np.zeros(0, dtype=np.float32)))
+nan_literal = _per_row("nan_literal", _set_number(float("nan")))
+nan_as_null = _per_row("nan_as_null", _set_number(float("nan"), "null"))
+infinity_literal = _per_row("infinity_literal", _set_number(float("inf")))
+overflows_float32 = _per_row("overflows_float32", _set_number(1e39))
+zero_vector = _per_row("zero_vector", _zero)
 wrong_dimension = Payload("wrong_dimension", _shorten_all)
-mixed_dimensions = _each("mixed_dimensions", _shorten)
-vector_of_strings = _each("vector_of_strings", _to_strings)
+mixed_dimensions = _per_row("mixed_dimensions", _shorten)
+vector_of_strings = _per_row("vector_of_strings", _to_strings)
 
 PAYLOAD_FAULTS: tuple[Payload, ...] = (
     one_vector_fewer,
@@ -319,4 +319,4 @@ BROKEN_BODIES: tuple[Fault, ...] = (
     empty_body,
     json_null,
 )
-"""Every whole body that is not an answer."""
+"""Complete bodies that are not an answer."""

@@ -1,4 +1,4 @@
-"""A gate for tests of concurrency: calls wait at it, and pass when the test says so."""
+"""A gate for tests of concurrency: calls wait at it until the test lets them pass."""
 
 import asyncio
 from collections import deque
@@ -8,7 +8,7 @@ from .wire import Connection
 
 
 class Gate:
-    """Where held calls wait, first come first served. Lives in the server's loop only."""
+    """Holds calls, first come first served. Used only in the server's event loop."""
 
     def __init__(self) -> None:
         self._held = False
@@ -23,7 +23,7 @@ class Gate:
             self._held, self._permits, count = False, 0, len(self._waiting)
         while count and self._waiting:
             ticket = self._waiting.popleft()
-            if not ticket.done():  # done: its peer has left
+            if not ticket.done():  # done if its peer has left
                 ticket.set_result(None)
                 count -= 1
         self._permits += count if self._held else 0
@@ -36,10 +36,10 @@ class Gate:
             return
         ticket: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append(ticket)
-        gone = asyncio.ensure_future(connection.gone.wait())
-        either: set[asyncio.Future[Any]] = {ticket, gone}
+        peer_left = asyncio.ensure_future(connection.gone.wait())
+        either: set[asyncio.Future[Any]] = {ticket, peer_left}
         try:
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            gone.cancel()
+            peer_left.cancel()
             ticket.cancel()

@@ -1,7 +1,8 @@
 """A fake of Gemini's Developer API: `batchEmbedContents`, `embedContent`, and the list of models.
 
 Facts: ai.google.dev/api/embeddings, google-genai 3.4.0, and live error texts from public issues. Texts
-marked "own words" are printed in no source. How long inputs are treated is not known, so there is no limit.
+marked "own words" appear in none of these sources. The fake has no limit on an input's tokens: how Gemini treats
+long inputs is unknown.
 """
 
 import re
@@ -20,7 +21,7 @@ MODELS: Mapping[str, int] = {
     "gemini-embedding-2": 8192,
     "gemini-embedding-2-preview": 8192,
 }
-"""Names, and the tokens of an input."""
+"""Model name -> maximum tokens of an input, as the model list states it."""
 LENGTH = 3072
 SHORTEST = 128
 MAX_BATCH = 100
@@ -64,10 +65,10 @@ ERRORS: Mapping[str, tuple[int, str, str, list[dict[str, Any]]]] = {
 
 
 class FakeGemini(FakeUpstream):
-    """`/v1beta/models`, and `/v1/models` alike, with one key for all.
+    """`/v1beta/models` and `/v1/models`, with one key for all.
 
-    `usage`: whether answers count tokens; older ones do not. `errors_in_list`: errors come in a list of one.
-    Answers have no index, so they are always in order.
+    `usage`: whether answers have a token count; older ones do not. `errors_in_list`: an error is a list of one.
+    Rows have no index, so they are always in order.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -97,11 +98,11 @@ class FakeGemini(FakeUpstream):
         self.models = models
 
     def printed(self, model: str, text: str, dimensions: int | None = None, *, task_type: str | None = None) -> Vector:
-        """Return what this server prints: shorter vectors are cut from the full one, and not of unit length."""
+        """Return the vector as this server prints it: a shorter one is cut off the full one and not of unit length."""
         return vector(model, text, LENGTH, task_type=task_type)[: dimensions or LENGTH]
 
     def expected(self, model: str, text: str, dimensions: int | None = None, *, task_type: str | None = None) -> Vector:
-        """Return the same at unit length: divided, in float64, by its norm."""
+        """Return the printed vector at unit length: divided by its norm in float64."""
         wide = self.printed(model, text, dimensions, task_type=task_type).astype(np.float64)
         scaled: Vector = (wide / float(np.linalg.norm(wide))).astype(np.float32)
         return scaled
@@ -112,15 +113,15 @@ class FakeGemini(FakeUpstream):
         return request.method == "POST" and request.path.endswith((":batchEmbedContents", ":embedContent"))
 
     def texts_of(self, request: Request) -> list[Text]:
-        return [_text(each) for each in _requests(request)]
+        return [_text(item) for item in _requests(request)]
 
     def other(self, request: Request) -> Reply:
         if (refusal := self._check_key(request)) is not None:
             return refusal
         name = _resource(request)
         if request.path.endswith("/models"):
-            return json_reply({"models": [self._shown(name) for name in self.models]})
-        return json_reply(self._shown(name)) if name in self.models else self._unknown(request, name)
+            return json_reply({"models": [self._model_entry(name) for name in self.models]})
+        return json_reply(self._model_entry(name)) if name in self.models else self._unknown(request, name)
 
     def embed(self, call: Call) -> Embedded | Reply:
         name, _, method = _resource(call).partition(":")
@@ -134,8 +135,8 @@ class FakeGemini(FakeUpstream):
         if problem is not None:
             return self.refuse(call, "invalid", problem)
         rows = [
-            Row(i, text, self.printed(name, text, each.get("outputDimensionality"), task_type=each.get("taskType")))
-            for i, (each, text) in enumerate(zip(requests, map(_text, requests), strict=True))
+            Row(i, text, self.printed(name, text, item.get("outputDimensionality"), task_type=item.get("taskType")))
+            for i, (item, text) in enumerate(zip(requests, map(_text, requests), strict=True))
         ]
         return self._answer(rows, sum(map(count_tokens, call.texts)), batch=method == "batchEmbedContents")
 
@@ -150,17 +151,17 @@ class FakeGemini(FakeUpstream):
         return self.refuse(request, "not_found", words)
 
     def _problem(self, name: str, requests: list[dict[str, Any]], *, repeated: bool) -> str | None:
-        """Return what the vendor says about the first request that is wrong, or None."""
+        """Return the vendor's complaint about the first invalid request, or None."""
         limit = self.max_batch
         if not requests:
             return "* BatchEmbedContentsRequest.requests: requests must not be empty\n"  # own words
         if limit is not None and len(requests) > limit:
             return f"* BatchEmbedContentsRequest.requests: at most {limit} requests can be in one batch\n"
-        for i, each in enumerate(requests):
+        for i, item in enumerate(requests):
             where = f"BatchEmbedContentsRequest.requests[{i}]" if repeated else "EmbedContentRequest"
-            if each.get("model", None if repeated else f"models/{name}") != f"models/{name}":
+            if item.get("model", None if repeated else f"models/{name}") != f"models/{name}":
                 return f"* {where}.model: unexpected model name format\n"
-            if (problem := _problem(name, each, where)) is not None:
+            if (problem := _problem(name, item, where)) is not None:
                 return problem
         return None
 
@@ -171,13 +172,13 @@ class FakeGemini(FakeUpstream):
             vectors = [{"values": numbers(row)} for row in shown]
             answer: dict[str, Any] = {"embeddings": vectors} if batch else {"embedding": vectors[0]}
             if self.usage:
-                told = [{"modality": "TEXT", "tokenCount": tokens}]
-                answer["usageMetadata"] = {"promptTokenCount": tokens, "promptTokenDetails": told}
+                details = [{"modality": "TEXT", "tokenCount": tokens}]
+                answer["usageMetadata"] = {"promptTokenCount": tokens, "promptTokenDetails": details}
             return json_reply(answer, headers={"Content-Type": "application/json; charset=UTF-8"})
 
         return Embedded(rows, tokens, render)
 
-    def _shown(self, name: str) -> dict[str, Any]:
+    def _model_entry(self, name: str) -> dict[str, Any]:
         methods = ["embedContent", "countTextTokens", "countTokens", "asyncBatchEmbedContent"]
         return {
             "name": f"models/{name}",
@@ -216,17 +217,17 @@ def _problem(name: str, request: dict[str, Any], where: str) -> str | None:
 
 
 def _resource(request: Request) -> str:
-    """Return what follows `models/`; both versions of the API have it, and the SDK has moved to the first."""
+    """Return what follows `models/` in the path. Both API versions are served: the SDK has moved to v1."""
     return re.sub("^/v1(beta)?/models/", "", request.path)
 
 
 def _requests(request: Request) -> list[dict[str, Any]]:
-    """Return the requests of a batch, or the one that is the whole body."""
+    """Return the requests of a batch, or the whole body as the only one."""
     body = request.json
     if not request.path.endswith(":batchEmbedContents"):
         return [body] if isinstance(body, dict) else []
     given = body.get("requests") if isinstance(body, dict) else None
-    return [each for each in given if isinstance(each, dict)] if isinstance(given, list) else []
+    return [item for item in given if isinstance(item, dict)] if isinstance(given, list) else []
 
 
 def _parts(request: dict[str, Any]) -> list[dict[str, Any]]:
@@ -236,5 +237,5 @@ def _parts(request: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _text(request: dict[str, Any]) -> str:
-    """Return the text of a content; several parts of one content make one vector."""
+    """Return the text of a request: the parts of its content make one vector."""
     return "\n".join(str(part.get("text", "")) for part in _parts(request))

@@ -1,6 +1,6 @@
 """A fake of an Ollama server: embedding, discovery, and their errors.
 
-Facts: ollama/ollama v0.33.0-rc2, server/routes.go, api/types.go and docs/. Answers have no
+Facts: ollama/ollama v0.33.0-rc2, server/routes.go, api/types.go and docs/. Vectors have no
 index, so they are always in order, and numbers are printed as Go prints a float32.
 """
 
@@ -18,7 +18,7 @@ from .wire import Reply, Request, json_reply
 
 @dataclass(frozen=True)
 class OllamaModel:
-    """What a pulled model is, as /api/show tells it."""
+    """A pulled model, as /api/show describes it."""
 
     dimensions: int
     context: int
@@ -55,9 +55,9 @@ ERRORS: Mapping[str, tuple[int, str]] = {
 class FakeOllama(FakeUpstream):
     """A local server with `models` pulled.
 
-    `old`: /api/tags tells neither capabilities nor lengths, so clients ask /api/show.
-    `show_capabilities`: False for a server older still, whose /api/show does not tell either.
-    `max_batch` is of no meaning here: Ollama has no limit.
+    `old`: /api/tags has neither capabilities nor lengths, so clients ask /api/show.
+    `show_capabilities`: False for an even older server, whose /api/show has no capabilities either.
+    `max_batch` has no effect: Ollama has no limit.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class FakeOllama(FakeUpstream):
         self.version = version
 
     def expected(self, model: str, text: str, dimensions: int | None = None) -> Vector:
-        """Return the vector that this server gives, including truncation of a long text."""
+        """Return the vector this server answers with; a long text is truncated first."""
         name = _full_name(model)
         known = self.models[name]
         native = vector(name, _truncate(text, known.context), known.dimensions)
@@ -155,7 +155,7 @@ class FakeOllama(FakeUpstream):
         tag: dict[str, Any] = {"name": name, "model": name, "details": details}
         tag["modified_at"] = "2026-08-21T10:00:00.000000000Z"
         tag["size"] = known.dimensions * 1_000_000
-        tag["digest"] = f"{known.dimensions:x}".ljust(64, "0")  # of which the beginning is looked at
+        tag["digest"] = f"{known.dimensions:x}".ljust(64, "0")  # clients read only its beginning
         if not self.old:
             details["context_length"] = known.context
             details["embedding_length"] = known.dimensions
@@ -221,7 +221,7 @@ def _full_name(name: str) -> str:
 
 
 def _truncate(text: str, tokens: int) -> str:
-    """Cut to a number of tokens as `count_tokens` counts them, never inside a character."""
+    """Cut to this many tokens, as `count_tokens` counts them, never inside a character."""
     return text.encode()[: 4 * tokens].decode(errors="ignore")
 
 

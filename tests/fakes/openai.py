@@ -2,7 +2,7 @@
 
 Facts: the OpenAPI file of openai/openai-openapi, the error texts collected from public issues,
 azure.py of the openai SDK, and the sources of vLLM and of text-embeddings-inference (TEI).
-Texts marked "own words" are printed in no source.
+Texts marked "own words" appear in none of these sources.
 """
 
 import uuid
@@ -37,11 +37,10 @@ Flavour = Literal["openai", "vllm", "vllm_old", "tei"]
 class FakeOpenAI(FakeUpstream):
     """`/v1/embeddings`, `/v1/models` and Azure's deployments, with one key for all.
 
-    `api_key` None accepts everybody. `models` maps names to lengths. `base64`: honour
-    ``encoding_format: base64``, or answer floats to it as Mistral does. `listed` are the models that it
-    tells of, all of them unless it is set. `deployments` maps
-    Azure's names to models (by default, each model is deployed under its name).
-    The limits on tokens are checked in the flavour "openai" only.
+    `api_key`: None accepts every key, or none. `models` maps names to lengths. `base64`: honour
+    ``encoding_format: base64``, or answer floats to it as Mistral does. `listed`: the models that
+    `/v1/models` lists; None lists all. `deployments` maps Azure's deployment names to models (by default,
+    each model is deployed under its own name). Only the flavour "openai" checks the token limits.
     """
 
     aliases: ClassVar[Mapping[str, str]] = {
@@ -85,9 +84,9 @@ class FakeOpenAI(FakeUpstream):
         self.matryoshka = matryoshka
 
     def expected(self, model: str, text: Text, dimensions: int | None = None) -> Vector:
-        """Return the vector that this server gives; token ids make another than their text.
+        """Return the vector this server answers with; token ids give a different one than their text.
 
-        A shorter one is the beginning of the full one, at unit length: OpenAI's guide to embeddings.
+        A shorter one is the beginning of the full one, scaled to unit length: OpenAI's guide to embeddings.
         """
         native = vector(model, text, self.models[model])
         return native if dimensions in (None, self.models[model]) else cut(native, dimensions)
@@ -133,33 +132,33 @@ class FakeOpenAI(FakeUpstream):
             deployment = call.path.removeprefix("/openai/deployments/").removesuffix("/embeddings")
             return self.deployments.get(deployment)
         if self.flavour == "tei":
-            return next(iter(self.models))  # it serves one, and ignores the name
+            return next(iter(self.models))  # TEI serves one model and ignores the name
         return body.get("model")
 
     def _check_key(self, call: Call, azure: bool) -> Reply | None:
-        given = call.headers.get("api-key", call.bearer) if azure else call.bearer
-        if self.api_key in (None, given):
+        key = call.headers.get("api-key", call.bearer) if azure else call.bearer
+        if self.api_key in (None, key):
             return None
         if azure:
-            words = "Access denied due to invalid subscription key or wrong API endpoint."
-            return _nested(401, {"code": "401", "message": words})
-        if given is None:
+            message = "Access denied due to invalid subscription key or wrong API endpoint."
+            return _nested(401, {"code": "401", "message": message})
+        if key is None:
             return self.refuse(call, "invalid_api_key", "You didn't provide an API key.")
-        words = f"Incorrect API key provided: {given}. You can find your API key at "
+        message = f"Incorrect API key provided: {key}. You can find your API key at "
         link = "https://platform.openai.com/account/api-keys."
-        return self.refuse(call, "invalid_api_key", words + link)
+        return self.refuse(call, "invalid_api_key", message + link)
 
     def _unknown_model(self, request: Request, name: str, *, azure: bool = False) -> Reply:
         if azure:
-            words = "The API deployment for this resource does not exist."
-            return _nested(404, {"code": "DeploymentNotFound", "message": words})
-        reply = VendorError("model_not_found", f"The model '{name}' does not exist")
-        return self.error_reply(request, reply)
+            message = "The API deployment for this resource does not exist."
+            return _nested(404, {"code": "DeploymentNotFound", "message": message})
+        error = VendorError("model_not_found", f"The model '{name}' does not exist")
+        return self.error_reply(request, error)
 
     def _check_input(self, call: Call, body: dict[str, Any], name: str) -> Reply | None:
-        given = body.get("input")
-        ids_of_one = isinstance(given, list) and call.texts == [given]
-        wellformed = isinstance(given, str) or ids_of_one or given == call.texts
+        raw_input = body.get("input")
+        ids_of_one = isinstance(raw_input, list) and call.texts == [raw_input]
+        wellformed = isinstance(raw_input, str) or ids_of_one or raw_input == call.texts
         one_kind = len({type(text) for text in call.texts}) == 1
         if not wellformed or not one_kind or not all(call.texts):
             return self.refuse(call, "invalid_input")
@@ -167,43 +166,43 @@ class FakeOpenAI(FakeUpstream):
             return self._too_many(call)
         encoding = body.get("encoding_format") or "float"
         if encoding not in ("float", "base64"):
-            words = f"Invalid value for 'encoding_format' = {encoding}."
-            return self._invalid(call, f"{words} Supported values: ['float', 'base64'].")
+            message = f"Invalid value for 'encoding_format' = {encoding}."
+            return self._invalid(call, f"{message} Supported values: ['float', 'base64'].")
         if self.flavour == "openai" and (long := self._too_long(call)) is not None:
             return long
         return self._check_dimensions(call, body.get("dimensions"), name)
 
     def _too_many(self, call: Call) -> Reply:
         if self.flavour == "tei":
-            words = f"batch size {call.rows} > maximum allowed batch size {self.max_batch}"
-            return self.error_reply(call, VendorError("batch_size", words, status=413))
+            message = f"batch size {call.rows} > maximum allowed batch size {self.max_batch}"
+            return self.error_reply(call, VendorError("batch_size", message, status=413))
         return self.refuse(call, "invalid_input")
 
     def _too_long(self, call: Call) -> Reply | None:
         counts = [count_tokens(text) for text in call.texts]
         if max(counts) > MAX_TOKENS_PER_INPUT:
-            words = (
+            message = (
                 f"This model's maximum context length is {MAX_TOKENS_PER_INPUT} tokens, however "
                 f"you requested {max(counts)} tokens ({max(counts)} in your prompt; 0 for the "
                 "completion). Please reduce your prompt; or completion length."
             )
-            return self._invalid(call, words)
+            return self._invalid(call, message)
         if sum(counts) > self.max_tokens_per_request:
-            words = f"Requested {sum(counts)} tokens, max {self.max_tokens_per_request} tokens"
+            message = f"Requested {sum(counts)} tokens, max {self.max_tokens_per_request} tokens"
             code = "max_tokens_per_request"
-            return _nested(400, _error(f"{words} per request", code, code))
+            return _nested(400, _error(f"{message} per request", code, code))
         return None
 
-    def _check_dimensions(self, call: Call, asked: Any, name: str) -> Reply | None:
-        if asked is None or self.flavour == "tei":
+    def _check_dimensions(self, call: Call, requested: Any, name: str) -> Reply | None:
+        if requested is None or self.flavour == "tei":
             return None
         if not name.startswith(self.matryoshka):
             vllm = f'Model "{name}" does not support matryoshka representation, changing output '
             vllm += "dimensions will lead to poor results."
             openai = "This model does not support specifying dimensions."
             return self._invalid(call, openai if self.flavour == "openai" else vllm)
-        if type(asked) is not int or not 0 < asked <= self.models[name]:
-            return self._invalid(call, f"Invalid value for 'dimensions' = {asked}.")  # own words
+        if type(requested) is not int or not 0 < requested <= self.models[name]:
+            return self._invalid(call, f"Invalid value for 'dimensions' = {requested}.")  # own words
         return None
 
     # --- answers --------------------------------------------------------------------------

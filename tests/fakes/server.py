@@ -1,6 +1,6 @@
 """A socket server in a thread of its own, so that both sync and async tests can use it.
 
-Knows connections only; what is asked and answered on them is a subclass's business.
+Handles connections only; subclasses answer the requests.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class ThreadedServer(ABC):
         """Answer one request; return whether the connection may serve another."""
 
     def start(self) -> Self:
-        """Listen; after `stop`, again on the same port."""
+        """Listen; after `stop`, on the same port again."""
         sock = listen(self._port)
         self._port = sock.getsockname()[1]
         self._loop = asyncio.new_event_loop()
@@ -57,7 +57,7 @@ class ThreadedServer(ABC):
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.stop()
         if self.crashes and kind is None:
-            raise self.crashes[0]  # a bug of the fake must not pass for an upstream fault
+            raise self.crashes[0]  # a bug in the fake must not pass for an upstream fault
 
     @property
     def url(self) -> str:
@@ -95,7 +95,7 @@ class ThreadedServer(ABC):
                 if not await self.exchange(connection, request):
                     break
         except (ConnectionError, asyncio.IncompleteReadError):
-            pass  # the peer went in the middle of something
+            pass  # the peer left in the middle of a request or a reply
         except Exception as error:
             self.crashes.append(error)
             connection.reset()

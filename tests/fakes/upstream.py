@@ -1,6 +1,6 @@
 """The base of all fake upstreams: records calls, plays faults, holds calls at a gate.
 
-Vendors subclass it, and say which requests embed and what they answer.
+Vendors subclass it to say which requests are embedding calls and how to answer them.
 """
 
 import asyncio
@@ -29,7 +29,7 @@ class Call(Request):
     """Status answered; None while in progress, and when the fault sent none."""
     fault: str | None = None
     abandoned: bool = False
-    """The peer went away before it was answered."""
+    """Whether the peer left before it was answered."""
 
     @property
     def rows(self) -> int:
@@ -39,7 +39,7 @@ class Call(Request):
 
 @dataclass
 class Embedded:
-    """What a vendor would answer to a valid call, before faults and shuffling."""
+    """The vendor's answer to a valid call, before faults and shuffling."""
 
     rows: list[Row]
     tokens: int
@@ -52,11 +52,11 @@ When = Callable[[list[Text]], bool]
 @dataclass
 class _Planned:
     fault: Fault
-    left: int | None
+    remaining: int | None
     when: When | None
     path: str | None
 
-    def hits(self, request: Request) -> bool:
+    def matches(self, request: Request) -> bool:
         if self.path is not None:
             return self.path in request.path
         if not isinstance(request, Call):
@@ -73,8 +73,8 @@ class FakeUpstream(ThreadedServer):
     """
 
     aliases: ClassVar[Mapping[str, str]] = {}
-    """Names for errors that every fake understands: rate_limit, quota, auth, unavailable,
-    internal, bad_input."""
+    """Error names that every fake understands -> the vendor's own: rate_limit, quota, auth,
+    unavailable, internal, bad_input."""
 
     def __init__(
         self,
@@ -94,15 +94,15 @@ class FakeUpstream(ThreadedServer):
         self._gate = Gate()
         self._forget()
 
-    # --- what a vendor says ---------------------------------------------------------------
+    # --- for vendors to implement ---------------------------------------------------------
 
     @abstractmethod
     def is_embedding(self, request: Request) -> bool:
-        """Say whether this request is counted, held and failed as an embedding call."""
+        """Return whether this request is counted, held and failed as an embedding call."""
 
     @abstractmethod
     def texts_of(self, request: Request) -> list[Text]:
-        """Return the inputs, in order, or [] where the body is not understood."""
+        """Return the inputs, in order, or [] if the body cannot be read."""
 
     @abstractmethod
     def embed(self, call: Call) -> Embedded | Reply:
@@ -114,7 +114,7 @@ class FakeUpstream(ThreadedServer):
 
     @abstractmethod
     def error_reply(self, request: Request, error: VendorError) -> Reply:
-        """Print an error of the vendor's table in the shape that this route uses."""
+        """Print an error of the vendor's table in the shape of this route."""
 
     def refuse(self, request: Request, name: str | int, message: str | None = None) -> Reply:
         """Return the vendor's error of this name (or common alias)."""
@@ -124,16 +124,16 @@ class FakeUpstream(ThreadedServer):
         self._gate = Gate()
         return super().start()
 
-    # --- what tests see -------------------------------------------------------------------
+    # --- for tests to read ----------------------------------------------------------------
 
     @property
     def billed_tokens(self) -> int:
-        """Tokens charged over all calls."""
+        """Tokens charged for all calls."""
         return sum(call.billed for call in self.calls)
 
     @property
     def rows(self) -> int:
-        """Inputs of all charged calls."""
+        """How many inputs all charged calls carried."""
         return sum(call.rows for call in self.calls if call.billed)
 
     def reset(self) -> None:
@@ -148,10 +148,10 @@ class FakeUpstream(ThreadedServer):
         self.max_in_flight = self.in_flight
         self._planned: list[_Planned] = []
 
-    # --- what tests command ---------------------------------------------------------------
+    # --- for tests to control -------------------------------------------------------------
 
     def hold(self) -> None:
-        """Let embedding calls wait, after they are read, until they are released."""
+        """Make embedding calls wait, once they are read, until they are released."""
         self._loop.call_soon_threadsafe(self._gate.hold)
 
     def release(self, count: int | None = None) -> None:
@@ -176,12 +176,12 @@ class FakeUpstream(ThreadedServer):
             self._planned.append(_Planned(fault, times, when, path))
 
     def heal(self) -> None:
-        """Forget the faults still planned."""
+        """Drop the faults still planned."""
         with self._changed:
             self._planned.clear()
 
     def wait_until(self, condition: Callable[[], bool], timeout: float = 5.0) -> None:
-        """Block until `condition` holds; it is tried whenever a call arrives or ends."""
+        """Block until `condition` holds; it is checked whenever a call arrives or ends."""
         with self._changed:
             if not self._changed.wait_for(condition, timeout):
                 seen = f"{len(self.calls)} calls, {self.in_flight} in flight"
@@ -196,34 +196,34 @@ class FakeUpstream(ThreadedServer):
         self.wait_until(lambda: self.in_flight == 0, timeout)
 
     async def calls_arrived(self, count: int, timeout: float = 5.0) -> None:
-        """Do as `wait_for_calls` without blocking the event loop of the test."""
+        """Do what `wait_for_calls` does without blocking the test's event loop."""
         await asyncio.to_thread(self.wait_for_calls, count, timeout)
 
     async def idle(self, timeout: float = 5.0) -> None:
-        """Do as `wait_until_idle` without blocking the event loop of the test."""
+        """Do what `wait_until_idle` does without blocking the test's event loop."""
         await asyncio.to_thread(self.wait_until_idle, timeout)
 
-    # --- serving, all of it in the server's own loop -----------------------------------------
+    # --- serving, in the server's own event loop -------------------------------------------
 
     async def exchange(self, connection: Connection, request: Request) -> bool:
         if self.is_embedding(request):
             request = call = Call(**vars(request))
             call.texts = self.texts_of(call)
         fault = self._arrive(request)
-        crowded = self.concurrency_limit is not None and self.in_flight > self.concurrency_limit
+        over_limit = self.concurrency_limit is not None and self.in_flight > self.concurrency_limit
         try:
             if isinstance(request, Call):
                 await self._wait(connection)
                 request.abandoned = connection.gone.is_set()
                 if request.abandoned:
                     return False
-            reply = self._reply(request, fault, crowded)
+            reply = self._reply(request, fault, over_limit)
             if isinstance(request, Call):
                 request.status = reply.status
             if isinstance(fault, Wire):
                 reusable = await self._play(fault, connection, request, reply)
         finally:
-            self._leave(request)  # before a good reply is sent, so that no successor overlaps
+            self._leave(request)  # before a good reply is sent, so that the next call does not overlap
         if isinstance(fault, Wire):
             await fault.after(connection)
             return reusable
@@ -251,11 +251,11 @@ class FakeUpstream(ThreadedServer):
 
     def _take_fault(self, request: Request) -> Fault | None:
         for plan in self._planned:
-            if not plan.hits(request):
+            if not plan.matches(request):
                 continue
-            if plan.left is not None:
-                plan.left -= 1
-                if plan.left == 0:
+            if plan.remaining is not None:
+                plan.remaining -= 1
+                if plan.remaining == 0:
                     self._planned.remove(plan)
             return plan.fault
         return None
@@ -276,14 +276,14 @@ class FakeUpstream(ThreadedServer):
             request.abandoned = connection.gone.is_set() and unanswered
         return reusable
 
-    def _reply(self, request: Request, fault: Fault | None, crowded: bool) -> Reply:
+    def _reply(self, request: Request, fault: Fault | None, over_limit: bool) -> Reply:
         if isinstance(fault, Answer):
             return fault.reply
         if isinstance(fault, VendorError):
             return self.error_reply(request, fault)
         if not isinstance(request, Call):
             return self.other(request)
-        if crowded:
+        if over_limit:
             return self.refuse(request, "rate_limit")
         outcome = self.embed(request)
         if isinstance(outcome, Reply):

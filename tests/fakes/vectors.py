@@ -19,26 +19,26 @@ from numpy.typing import NDArray
 
 Vector = NDArray[np.float32]
 Text = str | list[int]
-"""One input: a text, or the ids of its tokens (which make another vector than the text)."""
+"""One input: a text, or the ids of its tokens (which give a different vector)."""
 
 T = TypeVar("T")
 
 
-def vector(model: str, text: str | Sequence[int], dimensions: int, **alters: object) -> Vector:
+def vector(model: str, text: str | Sequence[int], dimensions: int, **options: object) -> Vector:
     """Return the float32 vector of unit length, shape ``(dimensions,)``.
 
-    `alters` is whatever else the upstream lets the caller change (``text_type="query"``,
+    `options` are the other parameters that alter the vector (``text_type="query"``,
     ``task_type=...``). A value of None, like an absent one, stands for the upstream's default.
     """
     content = text if isinstance(text, str) else list(text)
-    told = sorted((name, str(value)) for name, value in alters.items() if value is not None)
-    seed = hashlib.sha256(json.dumps([model, content, dimensions, told]).encode()).digest()
+    chosen = sorted((name, str(value)) for name, value in options.items() if value is not None)
+    seed = hashlib.sha256(json.dumps([model, content, dimensions, chosen]).encode()).digest()
     drawn = np.random.default_rng(int.from_bytes(seed)).standard_normal(dimensions)
     return unit(drawn)
 
 
 def unit(values: NDArray[Any]) -> Vector:
-    """Scale to unit length, with a norm that does not depend on the machine's way to sum."""
+    """Scale to unit length, by a norm that does not depend on how the machine sums."""
     wide: NDArray[np.float64] = values.astype(np.float64)
     scaled: Vector = (wide / math.sqrt(math.fsum((wide * wide).tolist()))).astype(np.float32)
     return scaled
@@ -59,7 +59,7 @@ def sparse_vector(model: str, text: str) -> list[dict[str, Any]]:
 
 
 def count_tokens(text: str | Sequence[int]) -> int:
-    """Return the fakes' own rule: the ids given, or a quarter of the UTF-8 bytes, at least 1."""
+    """Count tokens by the fakes' own rule: the ids, or a quarter of the UTF-8 bytes, at least 1."""
     if not isinstance(text, str):
         return max(1, len(text))
     return max(1, math.ceil(len(text.encode()) / 4))
@@ -107,7 +107,7 @@ def base64_floats(row: Row) -> Any:
 
 
 def shuffled(items: Sequence[T], seed: object) -> list[T]:
-    """Return the items in another order than given (if there are two), the same every run."""
+    """Return the items in another order (if there are at least two), the same in every run."""
     mixed = list(items)
     random.Random(str(seed)).shuffle(mixed)
     return mixed[::-1] if mixed == list(items) else mixed

@@ -1,4 +1,4 @@
-"""HTTP/1.1 on a socket, by hand: it must be able to do what a correct server would not.
+"""HTTP/1.1 on a socket, by hand, to be able to do what a correct server would not.
 
 Knows nothing of embeddings or vendors. Framing follows RFC 9112.
 """
@@ -20,7 +20,7 @@ import orjson
 
 @dataclass(eq=False)
 class Request:
-    """A request as it was read; header names are in lower case, the path is decoded."""
+    """A request as read; header names are in lower case, the path is decoded."""
 
     method: str
     path: str
@@ -32,7 +32,7 @@ class Request:
 
     @cached_property
     def json(self) -> Any:
-        """The body read strictly (UTF-8, no NaN), or None if it is not JSON."""
+        """The body parsed strictly (UTF-8, no NaN), or None if it is not JSON."""
         try:
             return orjson.loads(self.body)
         except orjson.JSONDecodeError:
@@ -68,7 +68,7 @@ class Reply:
 
 
 def json_reply(content: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Reply:
-    """Return a reply whose body is `content` as JSON; arrays of numpy are printed as numbers."""
+    """Return a reply whose body is `content` as JSON; numpy arrays become arrays of numbers."""
     body = orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
     return Reply(status, body, dict(headers or {}))
 
@@ -88,7 +88,7 @@ def _reason(status: int) -> str:
 
 
 class Reader(asyncio.StreamReader):
-    """A stream reader that tells when the peer has gone, without reading from it."""
+    """A stream reader that knows when the peer has gone, even if nobody reads."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(limit=1 << 20, loop=loop)
@@ -112,7 +112,7 @@ class Connection:
         self.number = number
         self.gone = reader.gone
         self.answered = 0
-        """Whole replies sent so far; not 0 means that a keep-alive connection is being reused."""
+        """Whole replies sent so far; more than 0 once a keep-alive connection is reused."""
 
     async def next_request(self) -> Request | None:
         """Return the next request, or None when the peer closes instead of sending one."""
@@ -136,14 +136,14 @@ class Connection:
     async def _body(self, headers: Mapping[str, str]) -> bytes:
         if "chunked" not in headers.get("transfer-encoding", "").lower():
             return await self._reader.readexactly(int(headers.get("content-length", "0")))
-        found = b""
+        body = b""
         while size := int((await self._reader.readuntil(b"\r\n")).split(b";")[0], 16):
-            found += (await self._reader.readexactly(size + 2))[:-2]
-        await self._reader.readuntil(b"\r\n")  # trailers are not sent by any client we use
-        return found
+            body += (await self._reader.readexactly(size + 2))[:-2]
+        await self._reader.readuntil(b"\r\n")  # no client we use sends trailers
+        return body
 
     async def wait_for_byte(self) -> None:
-        """Wait until the peer sends anything more on this connection, or goes."""
+        """Wait until the peer sends anything more on this connection, or leaves."""
         await self._reader.read(1)
 
     async def send(self, reply: Reply, *, close: bool = False, head_only: bool = False) -> None:
@@ -153,7 +153,7 @@ class Connection:
         await self._writer.drain()
 
     async def write(self, data: bytes) -> None:
-        """Put bytes on the wire, in whatever state the conversation is."""
+        """Send these bytes, whatever the state of the exchange."""
         self._writer.write(data)
         await self._writer.drain()
 
@@ -164,13 +164,13 @@ class Connection:
         self._writer.transport.abort()
 
     def abort(self) -> None:
-        """Drop the connection without waiting for what is still to be sent."""
+        """Drop the connection without sending what is still buffered."""
         self._writer.transport.abort()
 
     async def close(self) -> None:
-        """End in order (FIN), after everything written has been sent."""
+        """Close in order (FIN), after everything written has been sent."""
         self._writer.close()
-        with contextlib.suppress(ConnectionError):  # the peer may be faster
+        with contextlib.suppress(ConnectionError):  # the peer may close first
             await self._writer.wait_closed()
 
 
@@ -184,7 +184,7 @@ def listen(port: int) -> socket.socket:
 
 
 def unused_url() -> str:
-    """Return the URL of a loopback port where nobody listens: connecting is refused."""
+    """Return the URL of a loopback port where nothing listens: connecting is refused."""
     with listen(0) as sock:
         port: int = sock.getsockname()[1]
     return f"http://127.0.0.1:{port}"

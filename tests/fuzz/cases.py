@@ -1,4 +1,4 @@
-"""Requests nobody would send: bodies, headers and framing as Hypothesis strategies."""
+"""Hypothesis strategies for requests that no client would send: bodies, headers and framing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FIELDS = (
 class Case:
     """The bytes of one request.
 
-    `whole`: its end can be told by its own framing, so that it must be answered and another may follow.
+    `whole`: its framing is valid, so it must be answered and another may follow on the connection.
     """
 
     data: bytes
@@ -49,11 +49,11 @@ _optional: dict[str, st.SearchStrategy[object]] = {
     "output_type": st.just("dense"),
     "on_long_input": st.sampled_from(["error", "truncate", "split"]),
 }
-_asked = st.fixed_dictionaries({"model": st.just(MODEL), "input": _inputs}, optional=_optional)
+_good_bodies = st.fixed_dictionaries({"model": st.just(MODEL), "input": _inputs}, optional=_optional)
 _CHOICES = ("query", "document", "sparse", "dense&sparse", "truncate", "split", 1, 0, 65536, 10**30, "FLOAT", True)
-_oddly_asked = st.builds(
+_odd_bodies = st.builds(
     lambda good, odd: {**good, **odd},
-    _asked,
+    _good_bodies,
     st.dictionaries(st.sampled_from(FIELDS), _values | _odd_inputs | st.sampled_from(_CHOICES), min_size=1, max_size=3),
 )
 
@@ -62,8 +62,8 @@ def _bytes_of(value: object, escaped: bool) -> bytes:
     return json.dumps(value, ensure_ascii=escaped).encode("utf-8", "surrogatepass")
 
 
-_good_json = st.builds(_bytes_of, _asked, st.booleans())
-_json = st.builds(_bytes_of, _oddly_asked, st.booleans())
+_good_json = st.builds(_bytes_of, _good_bodies, st.booleans())
+_json = st.builds(_bytes_of, _odd_bodies, st.booleans())
 _any_json = st.builds(_bytes_of, _values, st.booleans())
 _numbers = st.sampled_from([b"1e999", b"-0", b"9" * 400, b"1" * 5000, b"0x1", b"NaN", b"-Infinity", b"1e-999", b"01"])
 _strange = st.one_of(
@@ -84,7 +84,7 @@ _TOKEN = "abcdefghijklmnopqrstuvwxyzABCXYZ0123456789!#$%&'*+-.^_`|~"
 _names = st.text(_TOKEN, min_size=1, max_size=10).map(str.encode).filter(
     lambda name: name.lower() not in (b"host", b"content-length", b"transfer-encoding", b"connection", b"expect")
 )  # fmt: skip
-_line = st.binary(max_size=24).map(lambda value: bytes(each for each in value if each not in b"\r\n"))
+_line = st.binary(max_size=24).map(lambda value: bytes(byte for byte in value if byte not in b"\r\n"))
 _KNOWN = (
     b"Content-Type: text/plain", b"Content-Type: application/json; charset=utf-16", b"Content-Type:",
     b"Content-Encoding: gzip", b"Content-Encoding: identity", b"Accept: text/html", b"Accept-Encoding: br;q=2",
@@ -113,7 +113,7 @@ _OTHER_PATHS = (
     b"/healthz", b"/v1/models/%ff", b"/v1/models/..%2f", b"/openai/deployments/lexical/embeddings?x",
     b"/v1/completions", b"/", b"*", b"http://gateway/v1/embeddings", b"/%", b"/v1/engines/%0d%0aa/embeddings",
 )  # fmt: skip
-_safe = st.binary(max_size=12).map(lambda value: bytes(each for each in value if 0x21 <= each <= 0x7E))
+_safe = st.binary(max_size=12).map(lambda value: bytes(byte for byte in value if 0x21 <= byte <= 0x7E))
 _targets = st.one_of(
     *[st.sampled_from(_PATHS)] * 8, st.sampled_from(_OTHER_PATHS),
     _safe.map(lambda rest: b"/" + rest), _safe.map(lambda rest: b"/v1/engines/" + rest + b"/embeddings"),
@@ -126,7 +126,7 @@ _methods = st.sampled_from(_METHODS)
 
 @dataclass(frozen=True)
 class Parts:
-    """A request before it is framed; `lines` are its headers but for Host and the body's length."""
+    """A request before it is framed; `lines` are its headers except Host and those of the body's length."""
 
     method: bytes
     target: bytes
@@ -140,21 +140,21 @@ parts = st.builds(
 )  # fmt: skip
 
 
-def variants(given: Parts, seed: int, count: int) -> Iterator[Case]:
-    """`count` cases near to each other: the request as it is, then with its body, its head or its framing altered.
+def variants(request: Parts, seed: int, count: int) -> Iterator[Case]:
+    """Yields `count` similar cases: the request as it is, then with its body, its head or its framing altered.
 
-    Hypothesis thinks up where to begin; going on from there is for plain dice, which are a hundred times as fast.
+    Hypothesis makes the first; plain random numbers make the rest, because they are a hundred times as fast.
     """
     rng = random.Random(seed)
-    yield _whole(given, rng)
+    yield _whole(request, rng)
     for _ in range(count - 1):
         kind = rng.randrange(8)
         if kind < 5:
-            yield _whole(replace(given, body=_mutated(given.body, rng)), rng)
+            yield _whole(replace(request, body=_mutated(request.body, rng)), rng)
         elif kind < 7:
-            yield _whole(_with_another_head(given, rng), rng)
+            yield _whole(_altered_head(request, rng), rng)
         else:
-            yield Case(_broken(_whole(given, rng).data, rng), whole=False)
+            yield Case(_broken(_whole(request, rng).data, rng), whole=False)
 
 
 _PIECES = (
@@ -166,7 +166,7 @@ _TOKEN_OF_JSON = re.compile(rb'"(?:[^"\\]|\\.)*"|-?[0-9.eE+]+|true|false|null|[\
 
 
 def _mutated(data: bytes, rng: random.Random) -> bytes:
-    """Bytes that a bad network, or a bad program, has had its hands on."""
+    """The bytes as a bad network or a bad program may alter them."""
     for _ in range(rng.randint(1, 3)):
         at = rng.randint(0, len(data))
         size = rng.randint(0, 8)
@@ -185,34 +185,34 @@ def _mutated(data: bytes, rng: random.Random) -> bytes:
     return data
 
 
-def _with_another_head(given: Parts, rng: random.Random) -> Parts:
-    lines = list(given.lines)
+def _altered_head(request: Parts, rng: random.Random) -> Parts:
+    lines = list(request.lines)
     match rng.randrange(4):
         case 0:
             lines.append(rng.choice(_KNOWN))
         case 1:
-            value = bytes(each for each in rng.randbytes(rng.randint(0, 40)) if each not in b"\r\n")
+            value = bytes(byte for byte in rng.randbytes(rng.randint(0, 40)) if byte not in b"\r\n")
             lines.append(b"X-" + bytes(rng.choices(_TOKEN.encode(), k=rng.randint(1, 8))) + b": " + value)
         case 2:
             lines[0] = rng.choice(_AUTHORIZATIONS)
         case _:
-            target = given.target.replace(
+            target = request.target.replace(
                 b"embeddings", rng.choice((b"embedding%73", b"embeddings/", b"EMBEDDINGS", b"x"))
             )
-            return replace(given, target=target, method=rng.choice(_METHODS))
-    return replace(given, lines=tuple(lines))
+            return replace(request, target=target, method=rng.choice(_METHODS))
+    return replace(request, lines=tuple(lines))
 
 
-def _whole(given: Parts, rng: random.Random) -> Case:
-    """Framed by its length or in chunks, so that it must be answered."""
-    body, lines = given.body, list(given.lines)
+def _whole(request: Parts, rng: random.Random) -> Case:
+    """Frames it by its length or in chunks, so that it must be answered."""
+    body, lines = request.body, list(request.lines)
     if rng.randrange(4):
         lines.append(b"Content-Length: %d" % len(body))
     else:
         lines.append(b"Transfer-Encoding: chunked")
         body = _chunked(body, rng)
-    head = b"\r\n".join([given.method + b" " + given.target + b" HTTP/1.1", b"Host: gateway", *lines])
-    return Case(head + b"\r\n\r\n" + body, whole=True, head_only=given.method == b"HEAD")
+    head = b"\r\n".join([request.method + b" " + request.target + b" HTTP/1.1", b"Host: gateway", *lines])
+    return Case(head + b"\r\n\r\n" + body, whole=True, head_only=request.method == b"HEAD")
 
 
 def _chunked(body: bytes, rng: random.Random) -> bytes:
@@ -225,7 +225,7 @@ def _chunked(body: bytes, rng: random.Random) -> bytes:
 
 
 def _broken(data: bytes, rng: random.Random) -> bytes:
-    """Bytes that may be a request, a part of one or several."""
+    """Damages the framing: the bytes may be one request, part of one, or several."""
     data = _torn(data, rng) if rng.randrange(2) else _misframed(data, rng)
     for _ in range(rng.randint(0, 2)):
         at = rng.randint(0, len(data))

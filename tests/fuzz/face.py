@@ -1,4 +1,4 @@
-"""Throws cases at a served gateway, and says what an answer may be."""
+"""Sends cases to a served gateway, and checks its answers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ _TROUBLE = re.compile(r"Traceback|Exception in|never retrieved|level=(error|crit
 
 @dataclass
 class Served:
-    """A gateway of its own process."""
+    """A gateway in a process of its own."""
 
     url: str
     log: Path
 
     def troubles(self) -> list[str]:
-        """Lines of its log that tell of a bug."""
+        """Lines of its log that show a bug."""
         return [line for line in self.log.read_text(errors="replace").splitlines() if _TROUBLE.search(line)]
 
 
 @contextmanager
 def served(directory: Path) -> Iterator[Served]:
-    """A gateway with the lexical upstream, which must live to the end."""
+    """Serves the lexical upstream; the gateway must still be running at the end."""
     (directory / "gateway.yaml").write_text(yaml.safe_dump(dict(CONFIG)))
     with serving(directory, "--config", "gateway.yaml") as (url, process):
         yield Served(url, directory / "log")
@@ -48,7 +48,7 @@ def served(directory: Path) -> Iterator[Served]:
 
 @dataclass
 class Face:
-    """Sends cases, over one connection as long as it lives."""
+    """Sends cases, over one connection for as long as it stays open."""
 
     url: str
     statuses: Counter[str] = field(default_factory=Counter)
@@ -61,23 +61,23 @@ class Face:
             wire.socket.close()
 
     def throw(self, case: Case) -> None:
-        """Sends a case and checks all that comes back."""
+        """Sends a case and checks everything that comes back."""
         try:
             if case.whole:
                 self._throw_whole(case)
             else:
                 self._throw_broken(case)
-        except AssertionError as wrong:
+        except AssertionError as error:
             self.close()
-            raise AssertionError(f"{case.data[:2000]!r} was answered with {wrong}") from wrong
+            raise AssertionError(f"{case.data[:2000]!r} was answered with {error}") from error
         except BaseException:
-            self.close()  # what has come so far belongs to no other case
+            self.close()  # the next case must not read what is left of this one's answer
             raise
 
     def _throw_whole(self, case: Case) -> None:
         if self._wire is None:
             self._wire = Wire(self.url)
-        with suppress(BrokenPipeError, ConnectionResetError):  # it may be refused before it has all gone out
+        with suppress(BrokenPipeError, ConnectionResetError):  # it may be refused before all of it is sent
             self._wire.send(case.data)
         reply = self._wire.reply(head_only=case.head_only)
         while reply is not None and reply.status_code == 100:
@@ -89,20 +89,20 @@ class Face:
             self.close()
 
     def _throw_broken(self, case: Case) -> None:
-        """On a connection of its own, which is then closed on our side."""
+        """Sends it on a connection of its own, then shuts down our side."""
         wire = Wire(self.url)
-        said = b""
+        received = b""
         try:
             with suppress(OSError):
                 wire.send(case.data)
             wire.done()
-            with suppress(ConnectionResetError):  # it may not have read all we sent
+            with suppress(ConnectionResetError):  # the server may not have read all we sent
                 while piece := wire.socket.recv(65536):
-                    said += piece
+                    received += piece
         finally:
             wire._file.close()
             wire.socket.close()
-        replies = list(_replies(said))
+        replies = list(_replies(received))
         self.statuses.update(f"broken {reply.status_code}" for reply in replies)
         if not replies:
             self.statuses["broken, unanswered"] += 1
@@ -110,22 +110,22 @@ class Face:
             check(reply, head_only=not reply.content)
 
 
-def _replies(said: bytes) -> Iterator[RawReply]:
-    """The whole ones in what a server has said, which may be cut off anywhere."""
-    while b"\r\n\r\n" in said:
-        head, said = said.split(b"\r\n\r\n", 1)
+def _replies(received: bytes) -> Iterator[RawReply]:
+    """The whole replies in what a server sent, which may be cut off anywhere."""
+    while b"\r\n\r\n" in received:
+        head, received = received.split(b"\r\n\r\n", 1)
         first, *lines = head.decode("latin-1").split("\r\n")
         assert first.startswith("HTTP/1.1 "), first
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-        size = 0 if said.startswith(b"HTTP/1.1 ") else int(headers.get("content-length", 0))  # to HEAD none comes
-        if headers.get("transfer-encoding") == "chunked" or len(said) < size:
+        size = 0 if received.startswith(b"HTTP/1.1 ") else int(headers.get("content-length", 0))  # HEAD gets no body
+        if headers.get("transfer-encoding") == "chunked" or len(received) < size:
             return
-        yield RawReply(int(first.split(" ")[1]), headers, said[:size])
-        said = said[size:]
+        yield RawReply(int(first.split(" ")[1]), headers, received[:size])
+        received = received[size:]
 
 
 def check(reply: RawReply, *, head_only: bool) -> None:
-    """An answer, or an error of the caller's in OpenAI's shape; raises `AssertionError` on anything else."""
+    """Raises `AssertionError` unless it is an answer, or a caller's error in OpenAI's shape."""
     shown = f"{reply.status_code} {reply.content[:500]!r}"
     assert reply.status_code < 500, shown
     if head_only:

@@ -1,4 +1,4 @@
-"""The fuzzing itself: what Schemathesis makes of our description, and what Hypothesis makes of HTTP."""
+"""The fuzzer: requests that Schemathesis makes from our OpenAPI description, and raw HTTP that Hypothesis makes."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from tests.fuzz.cases import KEY, MODEL, Parts, parts, variants
 from tests.fuzz.face import Face, Served, check_error
 
 NEAR = 40
-"""Cases made of each example of Hypothesis's."""
+"""Cases made of each Hypothesis example."""
 ROUND = 250
-"""Examples after which Hypothesis begins anew: it remembers all it has tried."""
+"""Examples per Hypothesis run, to bound its memory: it remembers all it has tried."""
 
 
 @dataclass
 class Report:
-    """What was tried, and what must not have been."""
+    """How much was tried, and what went wrong."""
 
     described: int = 0
-    """Requests made of our OpenAPI description."""
+    """Requests made from our OpenAPI description."""
     raw: int = 0
     statuses: Counter[str] = field(default_factory=Counter)
     problems: list[str] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Report:
 
 
 def _settings(examples: int) -> settings:
-    """Without shrinking: what fails is shown as it is, and the time stays bounded."""
+    """No shrinking: a failure is shown as it is, and the time stays bounded."""
     return settings(
         max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
@@ -57,7 +57,7 @@ def _settings(examples: int) -> settings:
 
 
 def fuzz(served: Served, report: Report, *, described: int, raw: int, seed: int, until: float = float("inf")) -> None:
-    """About `described` and `raw` cases, fewer if `until` (monotonic) comes first. What is wrong is in the report."""
+    """Sends about `described` and `raw` cases, fewer if `until` (monotonic) comes first; adds problems to `report`."""
     began = time.monotonic()
     if described:
         _fuzz_description(served.url, report, described, seed)
@@ -66,8 +66,8 @@ def fuzz(served: Served, report: Report, *, described: int, raw: int, seed: int,
     report.seconds += time.monotonic() - began
 
 
-def _tried(report: Report, test: Callable[[], None]) -> None:
-    """Runs what Hypothesis has made of a test; the smallest case that fails is a problem."""
+def _run(report: Report, test: Callable[[], None]) -> None:
+    """Runs a Hypothesis test; if it fails, the error and its notes are added to the problems."""
     try:
         test()
     except (Exception, BaseExceptionGroup) as error:
@@ -94,7 +94,7 @@ def _fuzz_raw(url: str, report: Report, cases: int, seed: int, until: float) -> 
                 done += 1
                 face.throw(case)
 
-        _tried(report, throw)
+        _run(report, throw)
     face.close()
     report.raw += done
 
@@ -103,7 +103,7 @@ def _fuzz_raw(url: str, report: Report, cases: int, seed: int, until: float) -> 
 
 
 def _fuzz_description(url: str, report: Report, cases: int, seed: int) -> None:
-    """Nine in ten go to the embeddings, of these half as described and half not so."""
+    """Nine in ten go to the embeddings route: half of them valid by the description, half not."""
     schema = schemathesis.openapi.from_url(f"{url}/openapi.json")
     with requests.Session() as session:
         session.headers["Authorization"] = f"Bearer {KEY}"
@@ -113,7 +113,7 @@ def _fuzz_description(url: str, report: Report, cases: int, seed: int) -> None:
             modes = list(GenerationMode) if main else [GenerationMode.POSITIVE]
             for mode in modes:
                 examples = max(1, int(cases * (0.45 if main else 0.02)))
-                _tried(report, _described(operation, mode, session, report, examples, seed))
+                _run(report, _described(operation, mode, session, report, examples, seed))
 
 
 def _described(
@@ -130,9 +130,9 @@ def _described(
         response = case.call(session=session)
         report.described += 1
         report.statuses[str(response.status_code)] += 1
-        # What a model takes (token ids, lengths) is more than a schema can say: valid there is not valid for all.
+        # A schema cannot say what a model takes (token ids, lengths): a valid body may still be refused.
         excluded = [positive_data_acceptance]
-        if response.status_code == 413:  # a refusal, of which Schemathesis does not think
+        if response.status_code == 413:  # a refusal that Schemathesis does not expect
             excluded.append(negative_data_rejection)
         case.validate_response(response, excluded_checks=excluded)
         if response.status_code >= 400:

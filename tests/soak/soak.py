@@ -1,7 +1,6 @@
-"""A soak: two replicas over one Redis under mixed traffic while everything around them fails, and what must hold in
-the end.
+"""A soak test: two replicas over one Redis under mixed traffic, while everything around them fails.
 
-No vector is wrong, no error is without a trouble that explains it, memory and descriptors are flat.
+It passes if no vector is wrong, an injected fault explains every error, and memory and descriptors stay flat.
 """
 
 from __future__ import annotations
@@ -30,17 +29,17 @@ from tests.soak.weather import GRACE, Weather
 REPLICAS = 2
 CALLERS = 24
 WARM_UP = 0.25
-"""Share of the time after which memory and descriptors must grow no more."""
+"""Share of the time after which memory and descriptors must stop growing."""
 MEMORY = 32 * 2**20
-"""Bytes by which a replica may grow all the same: what allocators keep, and the cache filling up."""
+"""Bytes by which a replica may still grow: what allocators keep, and the cache filling up."""
 DESCRIPTORS = 32
-"""Connections that it may keep open besides: the pools to upstreams and Redis are not always equally full."""
+"""Descriptors by which it may still grow: the pools to upstreams and Redis are not always equally full."""
 _TROUBLE = re.compile(r"Traceback|Exception in|never retrieved|level=(error|critical)")
 
 
 @dataclass
 class Footprint:
-    """What a process holds. Zeros where the machine does not tell."""
+    """Resident memory of a process in bytes, and its open descriptors; both 0 without /proc."""
 
     memory: int = 0
     descriptors: int = 0
@@ -56,7 +55,7 @@ class Footprint:
 
 @dataclass
 class Report:
-    """What a soak found."""
+    """The outcome of a soak."""
 
     seed: int
     seconds: float
@@ -64,12 +63,12 @@ class Report:
     faults: Counter[str]
     before: list[Footprint]
     after: list[Footprint]
-    """Of each replica."""
+    """Per replica, like `before`, which was taken after the warm-up."""
     exit_codes: list[int]
     logged: list[str] = field(default_factory=list)
 
     def problems(self) -> list[str]:
-        """All that must not be; empty after a good soak."""
+        """Everything that went wrong; empty after a good soak."""
         tally = self.tally
         found = [*tally.wrong, *tally.unexplained, *self.logged]
         for before, after in zip(self.before, self.after, strict=True):
@@ -100,7 +99,7 @@ class Report:
 
 
 async def _soak(directory: Path, seconds: float, seed: int, redis: RedisServer, port: int) -> Report:
-    """Runs for about so long. `redis` is running, on `port`; files go to `directory`."""
+    """Runs for about `seconds`. `redis` is running on `port`; files go to `directory`."""
     began = time.monotonic()
     async with AsyncExitStack() as stack:
         served = await stack.enter_async_context(vendors(seed))
@@ -142,16 +141,16 @@ class _Run:
     seed: int
 
     async def storm(self, seconds: float, name: str, *, then_all_is_well: bool = False) -> None:
-        """Traffic and troubles; then, if that is asked for, quiet, in which every model must answer."""
+        """Traffic under faults; then, with `then_all_is_well`, a quiet time in which every model must answer."""
         async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
             callers = [self._caller(f"{self.seed}/{name}/{number}") for number in range(CALLERS)]
             end = time.monotonic() + seconds
-            await asyncio.gather(self.weather.blow(seconds), *(each.call_until(end, session) for each in callers))
+            await asyncio.gather(self.weather.blow(seconds), *(caller.call_until(end, session) for caller in callers))
             if then_all_is_well:
                 await asyncio.sleep(GRACE)
             for target in self.targets if then_all_is_well else ():
                 await self._caller(f"{self.seed}/{name}/after", [target]).see_it_through(session)
-        await asyncio.sleep(0.2)  # for the connections to be closed on the other side as well
+        await asyncio.sleep(0.2)  # until the other side has closed the connections, too
 
     def _caller(self, seed: str, targets: list[Target] | None = None) -> Caller:
         return Caller(self.urls, targets or self.targets, self.weather, self.tally, seed)
@@ -164,7 +163,7 @@ async def _end(process: subprocess.Popen[str]) -> None:
 
 
 def run(directory: Path, seconds: float, seed: int) -> Report:
-    """A whole soak."""
+    """Runs a whole soak."""
     port = free_port()
     with RedisServer(port=port) as redis:
         return asyncio.run(_soak(directory, seconds, seed, redis, port))

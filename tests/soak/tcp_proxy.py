@@ -14,10 +14,10 @@ from typing import Self
 
 @dataclass(frozen=True, slots=True)
 class Trouble:
-    """What befalls the pieces (at most 64 KiB each) that pass.
+    """What the proxy does to the pieces (at most 64 KiB each) that it passes on.
 
-    `delay`: each waits up to so many seconds. `cut`: the share at which the connection is reset, after a part of
-    the piece. `refuse`: connections are reset as soon as they are made.
+    `delay`: each waits up to this many seconds. `cut`: the share of pieces that are cut short, and the connection
+    reset. `refuse`: connections are reset as soon as they are made.
     """
 
     delay: float = 0.0
@@ -29,7 +29,7 @@ CALM = Trouble()
 
 
 class TcpProxy:
-    """Stands before 127.0.0.1:`target` in the running event loop; an async context manager."""
+    """Listens in front of 127.0.0.1:`target`, in the running event loop; an async context manager."""
 
     def __init__(self, target: int, rng: random.Random) -> None:
         self.port = 0
@@ -53,7 +53,7 @@ class TcpProxy:
         await self._server.wait_closed()
 
     def sever(self) -> None:
-        """Resets all that is open, as a firewall does that forgets its table."""
+        """Resets all open connections, as a firewall does that loses its table."""
         for writer in list(self._open):
             self._reset(writer)
 
@@ -70,7 +70,7 @@ class TcpProxy:
                 return
             try:
                 far_reader, far_writer = await asyncio.open_connection("127.0.0.1", self._target)
-            except OSError:  # nobody there: neither are we
+            except OSError:  # nothing listens there, so refuse as well
                 self._reset(writer)
                 return
             self._open.add(far_writer)
@@ -90,7 +90,7 @@ class TcpProxy:
         far_reader: asyncio.StreamReader,
         far_writer: asyncio.StreamWriter,
     ) -> None:
-        """Passes pieces both ways. The end of either side is the end of both: HTTP and Redis half-close nothing."""
+        """Passes pieces both ways. If either side ends, both do: HTTP and Redis never half-close."""
         ways = [
             asyncio.create_task(self._pass(reader, far_writer)),
             asyncio.create_task(self._pass(far_reader, writer)),
@@ -101,17 +101,17 @@ class TcpProxy:
                 self._reset(writer)
                 self._reset(far_writer)
             else:
-                for each in (writer, far_writer):
+                for end in (writer, far_writer):
                     with contextlib.suppress(OSError):
-                        each.write_eof()
-                        await each.drain()
+                        end.write_eof()
+                        await end.drain()
         finally:
             for way in ways:
                 way.cancel()
             await asyncio.gather(*ways, return_exceptions=True)
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Returns whether the connection is to be reset."""
+        """Returns whether to reset the connection."""
         try:
             while piece := await reader.read(65536):
                 trouble = self.trouble

@@ -1,4 +1,4 @@
-"""Callers of every habit at once: they embed, hang up, and hold each vector against its text, bit for bit."""
+"""Concurrent callers of every kind: they embed texts, hang up, and compare each vector with its text's, bit for bit."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from tests.soak.vendors import Target
 from tests.soak.weather import Weather
 
 POOL = 400
-"""Texts that come again, and so are found in the cache."""
+"""Number of texts that are sent again and again, and so are found in the cache."""
 KEPT = 20
-"""Samples of what went wrong that are kept to be shown."""
+"""Samples kept of each kind of failure."""
 PATIENCE = 20.0
-"""Seconds after which an answer is lost: the gateway's own deadline is far below."""
+"""Seconds after which an answer counts as lost; the gateway's own deadline is far shorter."""
 _KNOWN: dict[tuple[str, str, int | None], Vector] = {}
 _WORDS = ("风急天高猿啸哀", "渚清沙白鸟飞回", "quick", "brown", "fox", "embedding", "ünïcödé", "🙂", "\0", "a\u2028b")
 
 
 @dataclass
 class Tally:
-    """What came of the traffic."""
+    """The outcome of the traffic."""
 
     requests: int = 0
     vectors: int = 0
     hung_up: int = 0
     errors: Counter[str] = field(default_factory=Counter)
-    """Errors that an injected trouble explains, by status and code."""
+    """Errors that an injected fault explains, by status and code."""
     wrong: list[str] = field(default_factory=list)
     unexplained: list[str] = field(default_factory=list)
     bad: Counter[str] = field(default_factory=Counter)
-    """How many there were of the two before, of which only samples are kept."""
+    """How many there were of each kind; `wrong` and `unexplained` keep only samples."""
 
     def note(self, samples: list[str], what: str, sample: str) -> None:
         self.bad[what] += 1
@@ -50,7 +50,7 @@ class Tally:
 
 
 @dataclass(frozen=True)
-class Ask:
+class Request:
     """One request, and the texts whose vectors it must get."""
 
     target: Target
@@ -59,7 +59,7 @@ class Ask:
 
 
 class Caller:
-    """One caller among many, seeded. Asks one replica or another."""
+    """One caller among many, seeded; each request goes to a random replica."""
 
     def __init__(self, urls: list[str], targets: list[Target], weather: Weather, tally: Tally, seed: str) -> None:
         self._urls, self._targets, self._weather, self._tally = urls, targets, weather, tally
@@ -68,16 +68,16 @@ class Caller:
 
     async def call_until(self, end: float, session: aiohttp.ClientSession) -> None:
         while time.monotonic() < end:
-            await self.call(session, self.ask())
+            await self.call(session, self.make_request())
             if self._rng.random() < 0.3:
                 await asyncio.sleep(self._rng.uniform(0, 0.05))
 
     async def see_it_through(self, session: aiohttp.ClientSession) -> None:
-        """One request that must go well as far as this caller is concerned."""
-        await self.call(session, self.ask(), may_hang_up=False)
+        """One request that this caller does not abandon."""
+        await self.call(session, self.make_request(), may_hang_up=False)
 
-    async def call(self, session: aiohttp.ClientSession, ask: Ask, *, may_hang_up: bool = True) -> None:
-        """One request, seen through or, now and then, broken off."""
+    async def call(self, session: aiohttp.ClientSession, request: Request, *, may_hang_up: bool = True) -> None:
+        """One request, abandoned now and then unless `may_hang_up` is false."""
         self._tally.requests += 1
         patience = PATIENCE
         hangs_up = may_hang_up and self._rng.random() < 0.05
@@ -86,44 +86,46 @@ class Caller:
         start = time.monotonic()
         try:
             async with asyncio.timeout(patience):
-                async with session.post(self._rng.choice(self._urls), data=orjson.dumps(ask.body)) as response:
+                async with session.post(self._rng.choice(self._urls), data=orjson.dumps(request.body)) as response:
                     status, content = response.status, await response.read()
         except TimeoutError:
             if hangs_up:
                 self._tally.hung_up += 1
             else:
-                self._tally.note(self._tally.unexplained, "lost", f"{ask.target.model}: no answer in {PATIENCE:g} s")
+                self._tally.note(
+                    self._tally.unexplained, "lost", f"{request.target.model}: no answer in {PATIENCE:g} s"
+                )
             return
         except aiohttp.ClientError as error:
-            self._tally.note(self._tally.unexplained, "lost", f"{ask.target.model}: {error!r}")
+            self._tally.note(self._tally.unexplained, "lost", f"{request.target.model}: {error!r}")
             return
         if status == 200:
-            self._verify(ask, content)
+            self._verify(request, content)
         else:
-            self._explain(ask, status, content, start)
+            self._explain(request, status, content, start)
 
-    def _explain(self, ask: Ask, status: int, content: bytes, start: float) -> None:
+    def _explain(self, request: Request, status: int, content: bytes, start: float) -> None:
         error = orjson.loads(content)["error"]
-        if self._weather.explains(status, ask.target.vendors, start, time.monotonic()):
+        if self._weather.explains(status, request.target.vendors, start, time.monotonic()):
             self._tally.errors[f"{status} {error['code']}"] += 1
         else:
-            sample = f"{ask.target.model}: {status} {error['code']}: {error['message']}"
+            sample = f"{request.target.model}: {status} {error['code']}: {error['message']}"
             self._tally.note(self._tally.unexplained, "unexplained", sample)
 
-    def _verify(self, ask: Ask, content: bytes) -> None:
+    def _verify(self, request: Request, content: bytes) -> None:
         data = orjson.loads(content)["data"]
-        if [row["index"] for row in data] != list(range(len(ask.texts))):
-            self._tally.note(self._tally.wrong, "wrong", f"{ask.target.model}: indices of {len(data)} rows")
+        if [row["index"] for row in data] != list(range(len(request.texts))):
+            self._tally.note(self._tally.wrong, "wrong", f"{request.target.model}: indices of {len(data)} rows")
             return
-        for text, row in zip(ask.texts, data, strict=True):
+        for text, row in zip(request.texts, data, strict=True):
             self._tally.vectors += 1
-            expected = self._expected(ask.target, text, ask.body.get("dimensions"))
+            expected = self._expected(request.target, text, request.body.get("dimensions"))
             if not np.array_equal(_vector(row["embedding"]), expected):
-                shown = {name: value for name, value in ask.body.items() if name != "input"}
+                shown = {name: value for name, value in request.body.items() if name != "input"}
                 self._tally.note(self._tally.wrong, "wrong", f"{shown}: another vector than that of {text!r}")
 
     def _expected(self, target: Target, text: str, dimensions: int | None) -> Vector:
-        """Remembered for the texts that come again."""
+        """Remembers the vectors of texts that are sent again."""
         key = (target.model, text, dimensions)
         vector = _KNOWN.get(key)
         if vector is None:
@@ -132,18 +134,18 @@ class Caller:
                 _KNOWN[key] = vector
         return vector
 
-    # --- what is asked for ----------------------------------------------------------------
+    # --- requests -------------------------------------------------------------------------
 
-    def ask(self) -> Ask:
+    def make_request(self) -> Request:
         rng = self._rng
         target = rng.choice(self._targets)
-        given, texts = self._input()
-        body = {"model": target.model, "input": given}
+        value, texts = self._input()
+        body = {"model": target.model, "input": value}
         if (encoding := rng.choice((None, "float", "base64"))) is not None:
             body["encoding_format"] = encoding
         if (dimensions := rng.choice(target.dimensions)) is not None:
             body["dimensions"] = dimensions
-        return Ask(target, body, texts)
+        return Request(target, body, texts)
 
     def _input(self) -> tuple[Any, list[str]]:
         rng = self._rng
@@ -163,7 +165,7 @@ class Caller:
         return texts, texts
 
     def _text(self) -> str:
-        """One that may come again from anybody, or one that never comes again."""
+        """Either one of `POOL` texts that all callers share, or one that is never sent again."""
         if self._rng.random() < 0.6:
             return _common(self._rng.randrange(POOL))
         self._count += 1

@@ -1,4 +1,4 @@
-"""The upstreams of a soak: fakes of five vendors, each behind a proxy, and the vector every text must get."""
+"""The upstreams of a soak: fakes of five vendors, each behind a proxy, and the expected vector of every text."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from tests.fakes import FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOp
 from tests.soak.tcp_proxy import TcpProxy
 
 DELAY = 0.004
-"""Seconds every upstream call takes at the least."""
+"""Minimum seconds of an upstream call."""
 
 
 @dataclass
 class Vendor:
-    """One upstream: its fake, the proxy before it, and its configuration."""
+    """One upstream: its fake, the proxy in front of it, and its configuration."""
 
     name: str
     fake: FakeUpstream
@@ -28,7 +28,7 @@ class Vendor:
 
 @dataclass
 class Target:
-    """A model that can be asked for. `dimensions`: the lengths to ask for; None is the model's own."""
+    """A public model. `dimensions`: the lengths to request; None is the model's own."""
 
     model: str
     vendors: list[Vendor]
@@ -38,7 +38,7 @@ class Target:
 
 @asynccontextmanager
 async def vendors(seed: int) -> AsyncIterator[dict[str, Vendor]]:
-    """All upstreams, running."""
+    """Runs all upstreams."""
     fakes: dict[str, tuple[FakeUpstream, str, dict[str, Any]]] = {
         "openai-a": (FakeOpenAI("sk-soak", delay=DELAY), "/v1", {"type": "openai", "api_key": "sk-soak"}),
         "openai-b": (FakeOpenAI("sk-soak", base64=False, delay=DELAY), "/v1", {"type": "openai", "api_key": "sk-soak"}),
@@ -50,7 +50,7 @@ async def vendors(seed: int) -> AsyncIterator[dict[str, Vendor]]:
         "ollama": (FakeOllama(delay=DELAY), "", {"type": "ollama"}),
         "gemini": (FakeGemini("AIza-soak", delay=DELAY), "/v1beta", {"type": "gemini", "api_key": "AIza-soak"}),
     }  # fmt: skip
-    found = {}
+    running = {}
     async with AsyncExitStack() as stack:
         for name, (fake, path, config) in fakes.items():
             stack.enter_context(fake)
@@ -58,19 +58,21 @@ async def vendors(seed: int) -> AsyncIterator[dict[str, Vendor]]:
             assert port is not None
             proxy = await stack.enter_async_context(TcpProxy(port, random.Random(f"{seed}/proxy/{name}")))
             whole = {**config, "base_url": f"http://127.0.0.1:{proxy.port}{path}", "timeout": "1500ms"}
-            found[name] = Vendor(name, fake, proxy, whole)
-        yield found
+            running[name] = Vendor(name, fake, proxy, whole)
+        yield running
 
 
 def targets(served: dict[str, Vendor]) -> list[Target]:
-    """What traffic asks for. The two OpenAI-like upstreams are deployments of one model."""
+    """The models that traffic requests. The two OpenAI-like upstreams are deployments of one model."""
 
-    def one(model: str, vendor: str, asked: str = "", dimensions: tuple[int | None, ...] = (None,)) -> Target:
+    def one(model: str, vendor: str, actual_model: str = "", dimensions: tuple[int | None, ...] = (None,)) -> Target:
         fake: Any = served[vendor].fake
 
         def expected(text: str, length: int | None) -> Vector:
             vector: Vector = (
-                fake.expected(asked or model, text, length) if length else fake.expected(asked or model, text)
+                fake.expected(actual_model or model, text, length)
+                if length
+                else fake.expected(actual_model or model, text)
             )
             return vector
 
@@ -88,7 +90,7 @@ def targets(served: dict[str, Vendor]) -> list[Target]:
 
 
 def configuration(served: dict[str, Vendor], redis_port: int) -> dict[str, Any]:
-    """The gateway's configuration, with limits small enough to be met."""
+    """The gateway's configuration, with limits small enough to be reached."""
     deployments = [{"upstream": name, "model": "text-embedding-3-small"} for name in ("openai-a", "openai-b")]
     return {
         "server": {"request_timeout": "4s", "drain": "0s"},

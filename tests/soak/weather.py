@@ -1,4 +1,4 @@
-"""What goes wrong during a soak, when it did, and which errors that explains."""
+"""The faults injected during a soak: which, when, and what errors they explain."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.soak.tcp_proxy import CALM, TcpProxy, Trouble
 from tests.soak.vendors import Vendor
 
 GRACE = 3.0
-"""Seconds after a trouble for which its errors may still come: a rate limit rests for two."""
+"""Seconds after a trouble in which its errors may still appear: a rate-limited deployment rests for two."""
 STORM, LULL = 14.0, 6.0
-"""Seconds of troubles, and of none, in turn."""
+"""Seconds with troubles and seconds without, in turn."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One sort of trouble with an upstream, and the statuses that a caller may see for it."""
+    """One kind of trouble with an upstream, and the statuses that callers may see because of it."""
 
     name: str
     statuses: frozenset[int]
@@ -37,13 +37,13 @@ def _vendor(name: str, *statuses: int) -> Kind:
 
 
 def _kinds() -> Iterable[Kind]:
-    broken, slow = frozenset({502, 503}), frozenset({502, 503, 504})  # 503 where it has gone on for a while
-    yield _vendor("rate_limit", 429, 503, 504)  # Ollama has a full queue instead
+    broken, slow = frozenset({502, 503}), frozenset({502, 503, 504})  # 503 once it has lasted a while
+    yield _vendor("rate_limit", 429, 503, 504)  # Ollama's is a full queue
     yield _vendor("quota", 429)
     yield _vendor("auth", 502)
     yield _vendor("unavailable", 503)
     yield _vendor("internal", 502, 503)
-    yield _vendor("bad_input", 400, 502)  # Ollama's words for it are about the form, which is ours
+    yield _vendor("bad_input", 400, 502)  # Ollama's message is about the request's form, which is our fault
     for fault in (*faults.PAYLOAD_FAULTS, *faults.BROKEN_TRANSFERS, *faults.BROKEN_BODIES):
         yield Kind(fault.name, broken, fault)
     yield Kind("redirect", broken, faults.redirect("http://127.0.0.1:9/"))
@@ -64,7 +64,7 @@ KINDS = tuple(_kinds())
 
 @dataclass
 class Spell:
-    """A time in which an upstream was in trouble; `end` is infinite until it is over."""
+    """A period in which an upstream was in trouble; `end` is infinite until it is over."""
 
     kind: Kind
     start: float
@@ -72,7 +72,7 @@ class Spell:
 
 
 class Weather:
-    """Troubles at random, seeded: one at a time per upstream, and Redis by itself."""
+    """Random troubles, seeded: one at a time per upstream, and Redis independently of them."""
 
     def __init__(self, vendors: Iterable[Vendor], redis: RedisServer, redis_proxy: TcpProxy, seed: int) -> None:
         self.vendors = list(vendors)
@@ -82,7 +82,7 @@ class Weather:
         self._began = time.monotonic()
 
     def explains(self, status: int, vendors: Iterable[Vendor], start: float, end: float) -> bool:
-        """Whether an error of a request under way from `start` to `end` is one that some trouble causes."""
+        """Whether some trouble explains an error of a request that ran from `start` to `end`."""
         return any(
             status in spell.kind.statuses and spell.start <= end and start <= spell.end + GRACE
             for vendor in vendors
@@ -90,17 +90,17 @@ class Weather:
         )
 
     async def blow(self, seconds: float) -> None:
-        """Troubles for so long, and none left behind."""
+        """Injects troubles for this long, and leaves none behind."""
         self._began = time.monotonic()
         until = self._began + seconds
         await asyncio.gather(*(self._trouble(vendor, until) for vendor in self.vendors), self._trouble_redis(until))
 
     async def _pause(self, rng: random.Random, until: float) -> bool:
-        """Waits for the next trouble, beyond a lull; returns whether there is one."""
+        """Waits until the next trouble is due, after the lull if there is one; returns whether time is left for it."""
         await asyncio.sleep(rng.uniform(0.1, 2.5))
-        into = (time.monotonic() - self._began) % (STORM + LULL)
-        if into > STORM:
-            await asyncio.sleep(max(0.0, min(STORM + LULL - into, until - time.monotonic())))
+        phase = (time.monotonic() - self._began) % (STORM + LULL)
+        if phase > STORM:
+            await asyncio.sleep(max(0.0, min(STORM + LULL - phase, until - time.monotonic())))
         return time.monotonic() < until
 
     async def _trouble(self, vendor: Vendor, until: float) -> None:
@@ -131,7 +131,7 @@ class Weather:
         played = sum(call.fault == kind.fault.name for call in calls) if kind.fault else 1
         if played:
             self.faults[kind.name] += played
-        del vendor.fake.calls[:], vendor.fake.requests[:]  # hours of them would fill the memory
+        del vendor.fake.calls[:], vendor.fake.requests[:]  # hours of them would fill memory
 
     async def _trouble_redis(self, until: float) -> None:
         rng = random.Random(f"{self._seed}/weather/redis")

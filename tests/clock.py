@@ -1,4 +1,4 @@
-"""A clock that a test moves by hand: who sleeps on it wakes when it has been moved far enough."""
+"""A clock that a test moves by hand: a task that sleeps on it wakes once it has been moved far enough."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 
 
 class HandClock:
-    """Stands still until it is moved. `advance` belongs in the event loop of those who sleep."""
+    """Stands still until it is moved. Call `advance` in the event loop of the sleeping tasks."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -24,7 +24,7 @@ class HandClock:
         await wakes
 
     async def advance(self, seconds: float) -> None:
-        """Moves on and lets everything happen that then can."""
+        """Moves the clock, then lets every task run as far as it can."""
         self.now += seconds
         due = [wakes for at, wakes in self._sleeping if at <= self.now]
         self._sleeping = [(at, wakes) for at, wakes in self._sleeping if at > self.now]
@@ -35,6 +35,6 @@ class HandClock:
 
 
 async def settle() -> None:
-    """Lets everything that can go on without the outside go on."""
+    """Lets every task run until it waits for something outside the event loop."""
     for _ in range(20):
         await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Work counted in functions called, which depends on no machine."""
+"""Work counted in function calls, which does not depend on the machine's speed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Counted:
 
 @contextmanager
 def counting_calls() -> Iterator[Counted]:
-    """Counts, while the block runs, the functions that this thread calls, Python's and C's."""
+    """Counts the Python and C functions that this thread calls while the block runs."""
     counted = Counted()
     sys.setprofile(counted)
     try:

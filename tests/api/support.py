@@ -1,4 +1,4 @@
-"""What the tests of the HTTP face share: one upstream's configuration, the error shape, and HTTP by hand."""
+"""Shared by the HTTP API's tests: one upstream's configuration, the error shape, and HTTP by hand."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from tests.harness import Running
 MODEL = "text-embedding-3-small"
 OTHER_MODEL = "text-embedding-3-large"
 FIXED_LENGTH = "text-embedding-ada-002"
-"""A model that gives one number of dimensions only."""
+"""A model with a single length."""
 
 PATIENCE = 10.0
-"""Seconds after which an answer that has not come will not come."""
+"""Seconds after which a missing answer will not come."""
 
 
 def config(fake: FakeUpstream, /, upstream: Mapping[str, Any] | None = None, **sections: Any) -> dict[str, Any]:
-    """A gateway before one OpenAI-like upstream, named `up`, without a cache unless `sections` say otherwise."""
+    """A gateway with one OpenAI-like upstream, named `up`, and no cache unless `sections` say otherwise."""
     up = {"type": "openai", "api_key": "sk-fake", "base_url": f"{fake.url}/v1", **(upstream or {})}
     return {"upstreams": {"up": up}, "cache": {"memory": None}, **sections}
 
@@ -53,7 +53,7 @@ def error_of(response: httpx.Response | RawReply) -> dict[str, Any]:
 
 @dataclass
 class RawReply:
-    """One response as it stood on the wire. Of a header sent twice, the last value counts."""
+    """One response as it was on the wire. Of a header sent twice, the last value counts."""
 
     status_code: int
     headers: dict[str, str]
@@ -73,7 +73,7 @@ class Wire:
         self.socket.sendall(data)
 
     def reply(self, *, head_only: bool = False) -> RawReply | None:
-        """The next response, or None where the server has closed the connection."""
+        """The next response, or None if the server has closed the connection."""
         try:
             line = self._file.readline()
         except ConnectionResetError:
@@ -108,13 +108,13 @@ class Wire:
         return reply
 
     def done(self) -> None:
-        """Sends no more, which ends the server's patience with a body it does not want."""
-        with suppress(OSError):  # it may be gone
+        """Shuts down the sending side, so that the server stops waiting for a body it does not want."""
+        with suppress(OSError):  # the connection may be gone
             self.socket.shutdown(socket.SHUT_WR)
 
     @property
     def closed(self) -> bool:
-        """Whether the server closes the connection and says no more."""
+        """Whether the server closes the connection without another response."""
         self.done()
         return self.reply() is None
 
@@ -130,40 +130,40 @@ def wire(url: str) -> Iterator[Wire]:
 
 
 def head(method: str, target: str, *headers: str) -> bytes:
-    """A request's head, as written."""
+    """The bytes of a request's head."""
     lines = [f"{method} {target} HTTP/1.1", "Host: gateway", *headers]
     return ("\r\n".join(lines) + "\r\n\r\n").encode("latin-1")
 
 
 def post(body: object, *headers: str, target: str = "/v1/embeddings") -> bytes:
-    """A whole POST with a JSON body (bytes go as they are)."""
+    """The bytes of a whole POST with a JSON body (bytes are sent as they are)."""
     content = body if isinstance(body, bytes) else orjson.dumps(body)
     return head("POST", target, "Content-Type: application/json", f"Content-Length: {len(content)}", *headers) + content
 
 
 def raw(url: str, data: bytes) -> RawReply | None:
-    """What the server answers to these bytes on a connection of their own."""
+    """The server's first answer to these bytes, on a connection of their own."""
     with wire(url) as connection:
         connection.send(data)
         return connection.reply()
 
 
-# --- what the gateway knows -------------------------------------------------------------------------------
+# --- the gateway's state ----------------------------------------------------------------------------------
 
 
 def settled(gateway: Running, condition: Callable[[], bool]) -> None:
-    """Waits until `condition` holds, looking on every turn of the gateway's event loop."""
+    """Waits until `condition` holds, checking on every turn of the gateway's event loop."""
 
     async def watch() -> None:
         async with asyncio.timeout(PATIENCE):
-            while not condition():  # what tests ask of the gateway sets no event
+            while not condition():  # no event tells of what tests wait for
                 await asyncio.sleep(0)
 
     gateway.call(watch())
 
 
 def log_lines(gateway: Running) -> list[dict[str, str]]:
-    """The request log so far, a mapping per line; nothing stands in it but `key=value`."""
+    """The request log so far, one mapping per line; every line must be `key=value` pairs only."""
     lines = []
     for line in gateway.log.getvalue().splitlines():
         parts = shlex.split(line)

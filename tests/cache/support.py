@@ -1,4 +1,4 @@
-"""What the tests of the cache share: a clock moved by hand, embeddings that depend on a number, counters read back."""
+"""Shared by the cache's tests: a clock moved by hand, embeddings made from a number, and metrics read back."""
 
 import asyncio
 import hashlib
@@ -14,7 +14,7 @@ from app.metrics import Metrics
 from app.types import Embedding, SlowStore
 
 LIMIT = 20.0
-"""Seconds after which something that must happen counts as never happening."""
+"""Seconds after which what must happen counts as not happening."""
 
 OpenDisk = Callable[..., DiskStore]
 """The `opened` fixture: path, max_size, ttl, each with a default."""
@@ -62,20 +62,20 @@ def held(metrics: Metrics, tier: str) -> float:
     return metrics.registry.get_sample_value("embedding_gateway_cache_bytes", {"tier": tier}) or 0.0
 
 
-async def until(true: Callable[[], Awaitable[bool]]) -> None:
-    """Asks until it is so, turning the event loop; fails after `LIMIT`."""
+async def until(condition: Callable[[], Awaitable[bool]]) -> None:
+    """Checks the condition on every turn of the event loop until it holds; fails after `LIMIT`."""
     async with asyncio.timeout(LIMIT):
-        so = await true()
-        while not so:
+        holds = await condition()
+        while not holds:
             await asyncio.sleep(0)
-            so = await true()
+            holds = await condition()
 
 
 @asynccontextmanager
 async def listening(
     talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]],
 ) -> AsyncIterator[int]:
-    """A server on a loopback port, given, which talks so; ends when all conversations have."""
+    """Serves each connection with `talk`; yields the loopback port, and waits for all connections at the end."""
     talking: set[asyncio.Task[None]] = set()
 
     async def conversation(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,7 +96,7 @@ async def listening(
 
 
 async def run(program: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """The program in a process of its own, with the path as its argument."""
+    """Runs Python source in a process of its own, with the path as its argument."""
     return await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-c", program, str(path)],

@@ -1,4 +1,4 @@
-"""A gateway on a real port before a fake upstream; nothing here reaches beyond this machine."""
+"""A gateway on a real port in front of a fake upstream; nothing here connects beyond this machine."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     import tiktoken
 
 CACHED_TABLE = "9b5ad71b2ce5302211f9c61530b329a4922fc6a4"
-"""Under which name tiktoken looks for cl100k_base: the SHA-1 of the table's address."""
+"""The file name under which tiktoken caches cl100k_base: the SHA-1 of the table's URL."""
 
 HERE = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::"}
 
 
 class _Watch:
-    """Every host that anything in this process looks up or connects to, other than this machine."""
+    """Records and refuses every look-up of, and connection to, a host other than this machine, in this process."""
 
     def __init__(self) -> None:
         self.active = False
@@ -36,7 +36,7 @@ class _Watch:
         if not self.active:
             return
         if event == "socket.connect":
-            host = args[1][0] if isinstance(args[1], tuple) else None  # a path is a local socket's
+            host = args[1][0] if isinstance(args[1], tuple) else None  # a unix socket's is a path
         elif event == "socket.getaddrinfo":
             host = args[0].decode() if isinstance(args[0], bytes) else args[0]
         else:
@@ -48,12 +48,12 @@ class _Watch:
 
 @pytest.fixture(scope="session")
 def _watch() -> _Watch:
-    return _Watch()  # an audit hook cannot be taken away again, so there is one, and it can sleep
+    return _Watch()  # an audit hook cannot be removed, so there is one, which can be inactive
 
 
 @pytest.fixture(autouse=True)
 def _nothing_leaves_this_machine(_watch: _Watch) -> Iterator[None]:
-    """Refuses connections to elsewhere, and fails the test that tried: telemetry, downloads, proxies."""
+    """Refuses connections to other hosts, and fails the test that tried one: telemetry, downloads, proxies."""
     _watch.abroad.clear()
     _watch.active = True
     yield
@@ -63,7 +63,7 @@ def _nothing_leaves_this_machine(_watch: _Watch) -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _plain_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The clients in their defaults: no key, address, proxy or tracing from whoever runs the tests."""
+    """Leaves the clients at their defaults: no key, address, proxy or tracing from the environment of the tests."""
     for name in list(os.environ):
         if name.upper().startswith(("OPENAI_", "AZURE_", "LANGSMITH_", "LANGCHAIN_")) or "PROXY" in name.upper():
             monkeypatch.delenv(name)
@@ -79,7 +79,7 @@ def _upstream() -> Iterator[FakeOpenAI]:
 
 @pytest.fixture
 def fake(_upstream: FakeOpenAI) -> FakeOpenAI:
-    """The upstream, with nothing counted and nothing planned."""
+    """The upstream, with no calls recorded and no faults planned."""
     _upstream.reset()
     return _upstream
 
@@ -92,13 +92,13 @@ def _gateway(_upstream: FakeOpenAI) -> Iterator[Running]:
 
 @pytest.fixture
 def gateway(_gateway: Running, fake: FakeOpenAI) -> Running:
-    """A gateway that asks for a key and keeps nothing, so that every answer was computed for this test."""
+    """A gateway that requires a key and has no cache, so that every answer was computed for this test."""
     return _gateway
 
 
 @pytest.fixture(scope="session")
 def cl100k(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tiktoken.Encoding]:
-    """tiktoken's cl100k_base, read offline from the very table that the gateway decodes with."""
+    """tiktoken's cl100k_base, loaded offline from the same table that the gateway decodes with."""
     import tiktoken
 
     folder = tmp_path_factory.mktemp("tiktoken")

@@ -1,4 +1,4 @@
-"""The clients that only `make test-clients` installs: where they are, and how a test runs one."""
+"""The clients that only `make test-clients` installs: where they are, and how tests run them."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ NODE = FOLDER / "node-extra"
 PYTHON = FOLDER / ".venv-extra" / "bin" / "python"
 CLIENT = FOLDER / "extra_client.py"
 READY = [FOLDER / ".venv-extra" / ".installed", NODE / "node_modules" / ".package-lock.json"]
-"""What is there when the installation has come to its end."""
+"""Files that exist once the installation has finished."""
 
 SLASHED = f"up/{BGE}"
 ALIAS = "our-model"
-"""A name that no client knows, of `SMALL`."""
+"""A public name of `SMALL` that no client knows."""
 
 MANY = [f"文档 {i}" for i in range(2100)]
-"""More than any client sends in one request."""
+"""More texts than any client sends in one request."""
 
 PLAIN = {
     "HAYSTACK_TELEMETRY_ENABLED": "false",
@@ -38,11 +38,11 @@ PLAIN = {
     "LANGSMITH_TRACING": "false",
     "LANGCHAIN_TRACING_V2": "false",
 }
-"""All that is not a client's default: nothing leaves this machine."""
+"""The only settings that differ from the clients' defaults: they keep everything on this machine."""
 
 
 def missing(what: str, language: Literal["python", "javascript"]) -> NoReturn:
-    """Skips; under `make test-clients`, which names the languages whose clients it has installed, fails."""
+    """Skips the test, or fails it under `make test-clients`, which names the languages it installed clients for."""
     words = f"{what}: run `make test-clients`"
     if language in os.environ.get("TEST_CLIENTS", "").split():
         pytest.fail(words)
@@ -63,7 +63,7 @@ def node() -> list[str]:
 
 
 def run(command: Sequence[str], home: Path, **more: str) -> str:
-    """What it prints, in an environment with nobody's keys, proxies and settings."""
+    """The command's output, run without the keys, proxies and settings of this environment."""
     environment = {"PATH": os.environ["PATH"], "HOME": str(home), **PLAIN, **more}
     ran = subprocess.run(command, cwd=NODE, env=environment, capture_output=True, text=True, check=False, timeout=100)
     assert ran.returncode == 0, ran.stderr
@@ -71,7 +71,7 @@ def run(command: Sequence[str], home: Path, **more: str) -> str:
 
 
 class Results(dict[str, Any]):
-    """What a script noted, by its names."""
+    """What a script recorded, by the name of each step."""
 
     def value(self, name: str) -> Any:
         assert "value" in self[name], self[name]
@@ -85,10 +85,10 @@ class Results(dict[str, Any]):
 
 
 def asked(command: Sequence[str], base_url: str, home: Path) -> Results:
-    """One run of a script, which asks everything: starting one costs more than all the rest."""
+    """Runs a script once for all its requests: starting it costs more than everything else."""
     address = {"base_url": base_url, "baseURL": base_url, "key": KEY, "apiKey": KEY}
-    told = address | {"model": SMALL, "slashed": SLASHED, "alias": ALIAS, "texts": TEXTS, "many": MANY}
-    printed = run([*command, json.dumps(told)], home)
+    options = address | {"model": SMALL, "slashed": SLASHED, "alias": ALIAS, "texts": TEXTS, "many": MANY}
+    printed = run([*command, json.dumps(options)], home)
     return Results(json.loads(printed.splitlines()[-1]))
 
 

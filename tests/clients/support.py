@@ -1,4 +1,4 @@
-"""What the tests of the real clients share: names, keys, texts, and the comparison bit for bit."""
+"""Shared by the tests of real clients: names, keys, texts, and the bit-for-bit comparison."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.harness import Running
 
 KEY = "sk-canary-team"
 NARROW_KEY = "sk-canary-narrow"
-"""Opens `BGE` only."""
+"""Allows `BGE` only."""
 UPSTREAM_KEY = "sk-canary-upstream"
 
 SMALL = "text-embedding-3-small"
 BGE = "BAAI/bge-m3"
-"""A name with a slash in it, as on Hugging Face."""
+"""A name with a slash, as on Hugging Face."""
 MODELS: Mapping[str, int] = {SMALL: 1536, "text-embedding-3-large": 3072, "text-embedding-ada-002": 1536, BGE: 1024}
 
 TEXTS = [
@@ -43,15 +43,15 @@ def fake_upstream() -> FakeOpenAI:
 
 
 def config(fake: FakeOpenAI, *, keys: bool = True, cache: bool = False) -> dict[str, Any]:
-    """A gateway before `fake`, which is the upstream named `up`."""
-    told: dict[str, Any] = {
+    """A gateway in front of `fake`, which is the upstream named `up`."""
+    document: dict[str, Any] = {
         "upstreams": {"up": {"type": "openai", "api_key": UPSTREAM_KEY, "base_url": f"{fake.url}/v1"}}
     }
     if keys:
-        told["auth"] = {"keys": {"team": {"key": KEY}, "narrow": {"key": NARROW_KEY, "models": [BGE]}}}
+        document["auth"] = {"keys": {"team": {"key": KEY}, "narrow": {"key": NARROW_KEY, "models": [BGE]}}}
     if not cache:
-        told["cache"] = {"memory": None}
-    return told
+        document["cache"] = {"memory": None}
+    return document
 
 
 def same(got: Sequence[float] | NDArray[Any], wanted: Vector) -> bool:
@@ -60,7 +60,7 @@ def same(got: Sequence[float] | NDArray[Any], wanted: Vector) -> bool:
 
 
 def exactly_float32(got: Sequence[float], wanted: Vector) -> bool:
-    """Compare as float64: what came out of base64 holds float32 values and nothing else."""
+    """Compare as float64: numbers decoded from base64 are exact float32 values."""
     return bool(np.asarray(got, dtype=np.float64).tolist() == wanted.astype(np.float64).tolist())
 
 
@@ -72,11 +72,11 @@ class Answer:
 
 
 Headers = Mapping[str, str] | Sequence[tuple[str, str]]
-"""Pairs where one field is to be sent twice."""
+"""Pairs to send a field twice."""
 
 
 def send(gateway: Running, body: Any, headers: Headers, *, path: str = "/v1/embeddings") -> Answer:
-    """One POST with exactly these headers (and Host and Content-Length): nothing is added or tidied."""
+    """Sends a POST with exactly these headers, plus Host and Content-Length: nothing else added or normalized."""
     raw = body if isinstance(body, bytes) else json.dumps(body, ensure_ascii=False).encode()
     connection = http.client.HTTPConnection(urlsplit(gateway.url).netloc, timeout=20)
     try:
@@ -87,14 +87,14 @@ def send(gateway: Running, body: Any, headers: Headers, *, path: str = "/v1/embe
         connection.endheaders(raw)
         response = connection.getresponse()
         content = response.read()
-        answered = {name.lower(): value for name, value in response.getheaders()}
-        return Answer(response.status, answered, json.loads(content))
+        received = {name.lower(): value for name, value in response.getheaders()}
+        return Answer(response.status, received, json.loads(content))
     finally:
         connection.close()
 
 
 def numbers_of(answer: Any) -> list[list[float]]:
-    """The vectors of an OpenAI-shaped answer, after looking at everything around them."""
+    """The vectors of an OpenAI-shaped answer, whose other fields are checked."""
     assert answer["object"] == "list"
     assert [row["object"] for row in answer["data"]] == ["embedding"] * len(answer["data"])
     assert [row["index"] for row in answer["data"]] == list(range(len(answer["data"])))
@@ -106,7 +106,7 @@ def numbers_of(answer: Any) -> list[list[float]]:
 
 
 def assert_error(answer: Answer, status: int, code: str, param: str | None) -> str:
-    """An error in OpenAI's shape; returns its message."""
+    """Checks an error in OpenAI's shape, and returns its message."""
     assert answer.status == status, answer
     assert list(answer.json) == ["error"]
     error = answer.json["error"]

@@ -1,4 +1,4 @@
-"""Upstream types made up for these tests: one with keys and modes, one with nothing by default, one built in."""
+"""Upstream types made up for these tests: with keys and modes, without any default, with an address, and built in."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def nobody_listens(_host: str, _port: int) -> bool:
 
 
 def environ(**variables: str) -> dict[str, str]:
-    """`environ(SERVER__PORT="1")`: overrides by the part of their name that differs."""
+    """`environ(SERVER__PORT="1")`: overrides, by the part of their names after the prefix."""
     return {f"EMBEDDING_GATEWAY__{name}": value for name, value in variables.items()}
 
 
 def settings_from(text: str, tmp_path: Any, variables: Mapping[str, str] | None = None) -> Settings:
-    """The settings of a `config.yaml` that holds `text`."""
+    """The settings loaded from a `config.yaml` that contains `text`."""
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     return load(None, variables or {}, KINDS, cwd=tmp_path, listening=nobody_listens)

@@ -1,4 +1,4 @@
-"""Every upstream with its fake, its configuration and the vector each text must get."""
+"""Every upstream with its fake, its configuration and the expected vector of each text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness import Running, running
 
 @dataclass
 class Case:
-    """An upstream: its fake, its configuration, a model of it, and the vector that a text must get."""
+    """An upstream: its fake, its configuration, one of its models, and the expected vector of a text."""
 
     fake: FakeUpstream
     config: dict[str, Any]
@@ -26,7 +26,7 @@ class Case:
     rows: int
     longest: int = 400
     models: dict[str, Any] = field(default_factory=dict)
-    """Public names with defaults of their own, where `model` is one."""
+    """Public models with defaults of their own, if `model` is one."""
 
 
 def _cases() -> dict[str, Callable[[], Case]]:
@@ -109,7 +109,7 @@ def gateway_for(case: Case, **config: Any) -> Iterator[Running]:
 
 
 def mixed_texts(count: int, longest: int) -> list[str]:
-    """Different texts of very different lengths, Chinese and English, reproducible."""
+    """Distinct texts of very different lengths, Chinese and English, the same in every run."""
     rng = random.Random(count)
     words = ["风急天高猿啸哀", "渚清沙白鸟飞回", "quick", "brown", "fox", "embedding", "ünïcödé", "🙂"]
     texts = []
@@ -123,11 +123,11 @@ def mixed_texts(count: int, longest: int) -> list[str]:
 
 
 def vectors_of(answer: dict[str, Any]) -> list[Vector]:
-    assert [each["index"] for each in answer["data"]] == list(range(len(answer["data"])))
-    return [np.array(each["embedding"], "<f4") for each in answer["data"]]
+    assert [row["index"] for row in answer["data"]] == list(range(len(answer["data"])))
+    return [np.array(row["embedding"], "<f4") for row in answer["data"]]
 
 
 def dashscope_alone(fake: FakeDashScope, **more: Any) -> dict[str, Any]:
-    """A configuration with one upstream, DashScope's own API, and all its models under their own names."""
+    """A configuration with one upstream, DashScope's native API, and all its models under their own names."""
     upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
     return {"upstreams": {"up": upstream}, **more}

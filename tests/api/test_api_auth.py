@@ -1,4 +1,4 @@
-"""Who is let in, by which header, to which models; and what stays open to all."""
+"""Authentication: which callers, by which header, may use which models; and what stays open to everybody."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def fake(upstream: FakeOpenAI) -> FakeOpenAI:
 
 
 def lines(headers: dict[str, str]) -> list[str]:
-    """Headers as they go over the wire, blanks at their ends and all."""
+    """Header lines as sent on the wire, with any blanks at their ends."""
     return [f"{name}: {value}" for name, value in headers.items()]
 
 
@@ -232,7 +232,7 @@ def test_of_an_upstream_that_is_away_only_those_hear_whose_key_lists_the_name(up
     "path", ["/v1/models", f"/v1/models/{MODEL}", "/v1/models/no-such-model", "/healthz", "/readyz", "/metrics"]
 )
 def test_a_cache_on_the_way_is_told_to_keep_nothing(path: str, gateway: Running) -> None:
-    """It knows no key but `Authorization`: Varnish gives what came for `api-key` to whoever asks next."""
+    """Caches know only `Authorization`: Varnish would serve the answer to an `api-key` to the next caller."""
     for headers in ((), (f"api-key: {ALL}",)):
         assert said(gateway, head("GET", path, *headers)).headers["cache-control"] == "no-store"
 

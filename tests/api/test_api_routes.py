@@ -1,4 +1,4 @@
-"""Every route and every response header of the contract, as a client meets them."""
+"""Every route and every response header of the contract, as clients see them."""
 
 from __future__ import annotations
 
@@ -431,7 +431,7 @@ def test_processing_time_is_told_in_whole_milliseconds(gateway: Running) -> None
 
 
 def told(response: httpx.Response) -> dict[str, Any]:
-    """What the headers and the usage say of how an answer came about."""
+    """How an answer was made, according to its headers and its usage."""
     assert response.status_code == 200, response.text
     headers = response.headers
     usage = response.json()["usage"]

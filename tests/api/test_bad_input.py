@@ -59,7 +59,7 @@ def refused(response: httpx.Response, status: int, code: str, param: str | None,
     assert len(error["message"]) < 1000
 
 
-# --- much that is nothing -----------------------------------------------------------------------------------
+# --- large bodies with nothing in them ----------------------------------------------------------------------
 
 
 def test_a_large_body_of_little_things_is_refused(fake: FakeOpenAI, gateway: Running) -> None:
@@ -91,7 +91,7 @@ def test_nor_is_what_large_requests_are_made_of() -> None:
         check_object_count(json.dumps({"model": "m", "input": inputs}).encode(), max_inputs=2048)
 
 
-# --- bytes that are no request ------------------------------------------------------------------------------
+# --- bodies that are not a request --------------------------------------------------------------------------
 
 SURROGATE = rb"\ud800"
 DEEP = 100_000
@@ -146,7 +146,7 @@ def test_a_body_that_is_no_request_is_a_400(name: str, fake: FakeOpenAI, client:
     assert len(fake.requests) == before, "the upstream is not even asked for its models"
 
 
-# --- fields that are not what they should be -----------------------------------------------------------------
+# --- invalid fields ------------------------------------------------------------------------------------------
 
 V, NO_MODEL = "invalid_value", "you must provide a model parameter"
 NOT_AN_ITEM = "must be a string or a list of token ids, not"
@@ -160,7 +160,7 @@ NO_CHOICES: tuple[object, ...] = ("", "no such", 1, 0, True, False, 1.5, [], ["f
 
 
 def wrong(field: str, values: Iterable[object], words: str) -> list[Case]:
-    """A case per value that this field must not have."""
+    """One case for each value that this field must not have."""
     return [({field: value}, V, field, words) for value in values]
 
 
@@ -295,7 +295,7 @@ def test_a_compressed_body_is_a_415_and_is_not_unpacked(encoding: str, fake: Fak
     assert not fake.calls
 
 
-# --- what is unusual and right ---------------------------------------------------------------------------------
+# --- unusual but valid -----------------------------------------------------------------------------------------
 
 
 def test_of_a_key_sent_twice_the_last_counts(fake: FakeOpenAI, client: httpx.Client) -> None:
@@ -348,7 +348,7 @@ def test_a_list_of_token_ids_is_one_input_however_many_they_are(fake: FakeOpenAI
 
 
 BLANKS = 58040
-"""The token id of 128 spaces, the longest there is."""
+"""The token id of 128 spaces, the longest text of any id."""
 
 
 @pytest.mark.parametrize(
@@ -375,7 +375,7 @@ def test_and_as_much_as_a_body_may_have_is_read() -> None:
         assert sum(len(str(text).encode()) for text in body.inputs) == body.decoded == 2**20
 
 
-# --- how the body comes ----------------------------------------------------------------------------------------
+# --- how the body arrives --------------------------------------------------------------------------------------
 
 
 def test_a_body_said_to_be_too_large_is_refused_before_it_comes(fake: FakeOpenAI, gateway: Running) -> None:
@@ -402,7 +402,7 @@ def test_a_growing_body_is_refused_when_it_passes_the_limit_and_no_more_is_read(
     fake: FakeOpenAI, gateway: Running
 ) -> None:
     chunk = b"10000\r\n" + b" " * 0x10000 + b"\r\n"
-    much = 256 * 2**20  # far beyond all that sockets buffer
+    much = 256 * 2**20  # far more than sockets buffer
     with wire(gateway.url) as connection:
         connection.send(head("POST", "/v1/embeddings", "Transfer-Encoding: chunked"))
         sent = 0
@@ -414,7 +414,7 @@ def test_a_growing_body_is_refused_when_it_passes_the_limit_and_no_more_is_read(
             pass
         assert sent < much, "the server went on reading"
         reply = connection.reply()
-        if reply is not None:  # a reset may overtake the answer where the caller does not listen while it sends
+        if reply is not None:  # a reset may overtake the answer if the caller does not read while it sends
             assert reply.status_code == 413
             assert error_of(reply)["code"] == "body_too_large"
     assert not fake.calls
@@ -426,7 +426,7 @@ def test_a_growing_body_is_answered_as_soon_as_it_passes_the_limit(fake: FakeOpe
     with wire(gateway.url) as connection:
         connection.send(head("POST", "/v1/embeddings", "Transfer-Encoding: chunked"))
         connection.send(chunk * 16)
-        connection.send(b"1\r\n \r\n")  # and no end
+        connection.send(b"1\r\n \r\n")  # without the final chunk
         reply = connection.must_reply()
         assert reply.status_code == 413
         assert error_of(reply)["code"] == "body_too_large"
@@ -437,7 +437,7 @@ def test_a_growing_body_is_answered_as_soon_as_it_passes_the_limit(fake: FakeOpe
 
 
 def gateway_is_empty(gateway: Running) -> None:
-    """A round trip later, nothing is inside."""
+    """After a round trip, no request is in flight."""
     assert gateway.get("/healthz").status_code == 200
     assert gateway.metric("inflight_requests") == 0
 
@@ -484,7 +484,7 @@ fields = st.dictionaries(st.sampled_from(FIELD_NAMES), json_values | embedding_l
 
 
 def check_answer(client: httpx.Client, body: bytes) -> None:
-    """An answer, or the caller's error; nothing else, whatever was sent."""
+    """Whatever was sent, the response is an answer or an error of the caller's."""
     response = client.post("/v1/embeddings", content=body)
     if response.status_code == 200:
         answer = response.json()

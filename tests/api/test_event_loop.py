@@ -1,4 +1,4 @@
-"""Nobody waits for somebody else's work: what takes long gives the event loop turns, and what does not is measured."""
+"""No request waits for another's work: long work yields to the event loop, and short work is shown to be short."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ from tests.harness import running, settings_of
 
 
 class Turns:
-    """Counts the event loop's, as somebody else has them."""
+    """Counts the turns that another task gets on the event loop."""
 
     count = 0
 
@@ -69,7 +69,7 @@ async def turns() -> AsyncIterator[Turns]:
 
 
 class NextTurn(ThreadPoolExecutor):
-    """Begins with the event loop's next turn: else a thread might be done before whoever has started it goes on."""
+    """Starts work on the event loop's next turn: a thread might otherwise finish before its starter continues."""
 
     def submit(self, work: Any, /, *args: Any, **named: Any) -> Any:
         begins = threading.Event()
@@ -83,7 +83,7 @@ class NextTurn(ThreadPoolExecutor):
 
 
 async def asked(body: dict[str, Any], **sections: Any) -> tuple[int, int]:
-    """Status of a request whose body is there at once, and the turns others had until it was answered."""
+    """The status of a request whose body is complete at once, and the turns other tasks had until it was answered."""
     app = create_app(
         settings_of({"upstreams": {"built-in": {"type": "lexical"}}, **sections}), request_log=RequestLog("text", len),
         clock=SystemClock(),
@@ -106,7 +106,7 @@ async def asked(body: dict[str, Any], **sections: Any) -> tuple[int, int]:
 
 
 async def test_a_big_body_is_not_parsed_while_others_wait() -> None:
-    """One whose last token id is none: nothing but its parsing takes any time."""
+    """Its last token id is invalid, so that only parsing takes time."""
     ids = [[100] * 8000 for _ in range(50)] + [[10**9]]
     small, big = ({"model": "lexical", "input": some} for some in (ids[-1:], ids))
     assert len(json.dumps(big)) > embeddings.INLINE_PARSE_LIMIT > len(json.dumps(small))
@@ -117,7 +117,7 @@ async def test_a_big_body_is_not_parsed_while_others_wait() -> None:
 
 
 async def test_many_texts_are_not_looked_at_while_others_wait() -> None:
-    """The last is longer than the model takes by any count: nothing but looking takes any time."""
+    """The last is too long for the model by any count, so that only looking at them takes time."""
     models = {"m": {"deployments": [{"upstream": "built-in", "model": "lexical"}], "max_tokens_per_input": 8192}}
     texts = ["x" * 500] * 250 + ["word " * 9000]
     few, many = ({"model": "m", "input": some} for some in (texts[-1:], texts))
@@ -143,7 +143,7 @@ ASKED = Batch(MODEL, ["a"], [b""], Params(), True, 0.0)
 
 
 def call_that_gets(body: bytes, metrics: Metrics, adapter: Adapter = DIALECT) -> Call:
-    """A call whose upstream answers with this at once."""
+    """A call whose upstream answers with `body` at once."""
 
     async def send(_request: WireRequest) -> WireReply:
         return WireReply(200, {}, body)
@@ -154,7 +154,7 @@ def call_that_gets(body: bytes, metrics: Metrics, adapter: Adapter = DIALECT) ->
 
 
 def reply_of(numbers: str, size: int = 0) -> bytes:
-    """A reply with one vector, of so many bytes."""
+    """A reply with one vector, padded to `size` bytes."""
     return f'{{"data":[{{"index":0,"embedding":[{numbers}]}}]}}'.encode().ljust(size)
 
 
@@ -240,7 +240,7 @@ async def test_a_call_whose_time_is_up_does_not_wait_for_its_reply_to_be_parsed(
 
 @pytest.fixture
 def come(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """Requests whose bodies are here; one that is parsed in a thread is heavy."""
+    """Requests whose bodies have arrived; one that is parsed in a thread is heavy."""
     watch, come = Guard.watch, []
 
     def watched(guard: Guard, scope: Any) -> None:
@@ -260,7 +260,7 @@ def test_of_heavy_bodies_one_is_parsed_at_a_time(come: list[Any], monkeypatch: p
 
     def counted(self: Embeddings, *args: Any) -> Any:
         inside[0] += 1
-        while len(come) < 3:  # the others' may be parsed as well now, if they may at all
+        while len(come) < 3:  # by now the others' may be parsed, if that is allowed
             time.sleep(0.001)
         time.sleep(0.05)
         most[0] = max(most[0], inside[0])
@@ -285,7 +285,7 @@ def test_one_that_is_not_parsed_in_its_time_finds_the_gateway_overloaded(
             late.set()
             told = answer.json()["error"]
             assert (answer.status_code, told["code"]) == (503, "overloaded")
-            assert told["message"] == "the request body could not be read in time"  # there were no others
+            assert told["message"] == "the request body could not be read in time"  # and no other request was in flight
             assert answer.headers["retry-after"] == "1"
             assert gateway.metric("rejected_requests_total", reason="overloaded") == 1
     finally:
@@ -305,7 +305,7 @@ def test_a_heavy_body_whose_caller_has_gone_is_still_parsed_and_the_next_one_wai
     monkeypatch.setattr(Embeddings, "_parse_large", held)
     with FakeOpenAI() as fake, running(config(fake)) as gateway, ThreadPoolExecutor() as callers:
         with wire(gateway.url) as leaver:
-            leaver.send(post({**HEAVY, "input": [*HEAVY["input"], ""]}))  # which is refused, but nobody is told
+            leaver.send(post({**HEAVY, "input": [*HEAVY["input"], ""]}))  # refused, but the caller has gone
             settled(gateway, lambda: len(begun) == 1)
         settled(gateway, lambda: any(line["status"] == "499" for line in log_lines(gateway)))
         answer = callers.submit(gateway.post, HEAVY)

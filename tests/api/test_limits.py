@@ -1,4 +1,4 @@
-"""Where the gateway says stop: no room, no time, nobody there any more; and what it writes down about it."""
+"""When the gateway gives up: no room, no time, no caller any more; and what it logs about it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_one_request_too_many_is_told_at_once_to_come_back(fake: FakeOpenAI) -> 
         inside = [pool.submit(gateway.post, body(f"inside {i}")) for i in range(3)]
         settled(gateway, lambda: gateway.metric("inflight_requests") == 3)
         for _ in range(2):
-            response = gateway.post(body("one too many"))  # the fake still holds: nothing else could answer
+            response = gateway.post(body("one too many"))  # the fake still holds its calls: only the gateway can answer
             assert response.status_code == 503
             error = error_of(response)
             assert (error["type"], error["code"], error["param"]) == ("overloaded_error", "overloaded", None)
@@ -98,7 +98,7 @@ def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_b
         assert (response.status_code, error_of(response)["code"]) == (503, "overloaded")
         assert "bytes" in error_of(response)["message"]
         assert response.headers["retry-after"] == "1"
-        small = pool.submit(ask, "small")  # there is room for this one
+        small = pool.submit(ask, "small")  # there is room for a small one
         settled(gateway, lambda: gateway.metric("inflight_requests") == 4)
         fake.release()
         assert [each.result().status_code for each in (*inside, small)] == [200] * 4
@@ -108,7 +108,7 @@ def test_bytes_that_queue_are_bounded_and_what_is_over_is_told_at_once_to_come_b
 
 def test_token_ids_count_by_the_text_that_they_stand_for(fake: FakeOpenAI) -> None:
     def ask(i: int) -> httpx.Response:
-        ids = [[i, *[58040] * 15]]  # a body of 120 bytes, with 15 times 128 spaces
+        ids = [[i, *[58040] * 15]]  # a body of 120 bytes for 15 times 128 spaces
         return gateway.post({"model": MODEL, "input": ids})
 
     server = {"max_body": 2000, "max_inputs": 4, "max_inflight_size": 9000}
@@ -190,10 +190,10 @@ def test_no_refusal_keeps_the_room_it_took(data: bytes, status: int, fake: FakeO
         assert gateway.post(body("room")).status_code == 200
 
 
-# --- nobody reads -------------------------------------------------------------------------------------------------
+# --- callers that do not read -------------------------------------------------------------------------------------
 
 BIG = {"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}
-"""Its answer is far more than the system's buffers hold."""
+"""Its answer is far larger than the system's buffers."""
 SMALL = {"model": "lexical", "input": "x", "dimensions": 64}
 
 
@@ -205,7 +205,7 @@ def lexical(**server: Any) -> Iterator[Running]:
 
 @contextmanager
 def unread(gateway: Running, *behind: bytes, last: str = "Connection: keep-alive") -> Iterator[Wire]:
-    """A connection over which a big answer comes of which nothing is read."""
+    """A connection that never reads the big answer sent to it."""
     answers = len(log_lines(gateway))
     with wire(gateway.url) as connection:
         connection.send(b"".join((post(BIG, last), *behind)))
@@ -417,7 +417,7 @@ def test_nor_is_that_in_which_the_request_before_it_is_answered(whole: bool, fak
         assert connection.must_reply().status_code == 200
 
 
-# --- nobody there -------------------------------------------------------------------------------------------------
+# --- callers that have gone ---------------------------------------------------------------------------------------
 
 
 def test_when_a_caller_hangs_up_its_unsent_inputs_are_not_sent_and_shared_ones_are(fake: FakeOpenAI) -> None:
@@ -484,7 +484,7 @@ def test_a_caller_that_hangs_up_with_requests_behind_the_first_is_no_error_of_ou
             fake.wait_for_calls(1)
             for each in behind if apart else ():
                 connection.send(each)
-                gateway.call(asyncio.sleep(0.1))  # so that it is read by itself
+                gateway.call(asyncio.sleep(0.1))  # so that it is read separately
         settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
         fake.release()
         assert gateway.post(body("another")).status_code == 200
@@ -506,7 +506,7 @@ def test_a_whole_crowd_that_hangs_up_leaves_the_gateway_as_it_was(fake: FakeOpen
         assert len(fake.calls) == 2, "the one under way, and the one afterwards"
 
 
-# --- our own faults -----------------------------------------------------------------------------------------------
+# --- internal errors ----------------------------------------------------------------------------------------------
 
 
 def test_a_bug_of_ours_is_a_500_in_the_same_shape_that_tells_nothing(
@@ -588,7 +588,7 @@ def test_no_text_key_user_or_name_that_a_caller_sends_is_ever_logged_or_told(
     with running(gateway_config) as gateway:
         answers = [
             gateway.post(full, api_key=key),
-            gateway.post(full, api_key=key),  # from the cache
+            gateway.post(full, api_key=key),  # a cache hit
             gateway.post(full, api_key="canary-wrong-key"),
             gateway.post(full, authorization="Bearer canary-wrong-key"),
             gateway.post({**full, "input": [text, 1]}, api_key=key),
@@ -609,12 +609,12 @@ def test_no_text_key_user_or_name_that_a_caller_sends_is_ever_logged_or_told(
             answers.append(gateway.post({**full, "input": [f"{text} {fault.name}"]}, api_key=key))
             fake.heal()
         statuses_seen = [answer.status_code for answer in answers]
-        down = [502, 502, 503, 503, 502, 502]  # 503: five failures in a row, two a request, were all its deployments'
+        down = [502, 502, 503, 503, 502, 502]  # 503 once all deployments have five failures in a row, at two a request
         assert statuses_seen == [200, 200, 401, 401, 400, 400, 400, 413, 415, *down]
         for answer in answers:
             assert CANARY not in answer.text
             assert CANARY not in str(answer.headers)
-        # A name no model has is the caller's own word: it is told back, cut, and not written down.
+        # An unknown model name is the caller's own text: it is sent back, cut, and never logged.
         gateway.post({**full, "model": "canary-model"}, api_key=key)
         gateway.post(full, path="/v1/engines/canary-model/embeddings", api_key=key)
         gateway.get("/v1/canary", api_key=key)
@@ -629,7 +629,7 @@ def test_no_text_key_user_or_name_that_a_caller_sends_is_ever_logged_or_told(
     ours = "\n".join(
         f"{record.name} {record.getMessage()} {record.exc_text or ''}"
         for record in caplog.records
-        if record.name.split(".")[0] not in ("httpx", "httpcore")  # the test's own client
+        if record.name.split(".")[0] not in ("httpx", "httpcore")  # the test's client
     )
     for place in (written, exposed, ours, out, err):
         assert CANARY not in place.lower()

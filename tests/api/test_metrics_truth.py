@@ -1,4 +1,4 @@
-"""Mixed traffic over two upstreams; then every metric is held against what the upstreams saw."""
+"""Mixed traffic over two upstreams; then every metric is compared with what the upstreams saw."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ HOSTED = "BAAI/bge-m3"
 PRICES = {MODEL: 0.02, OTHER_MODEL: 0.13, "priced": 7.0}
 """Per million tokens: two from the catalogue, one from the configuration."""
 SENT_AS = {MODEL: MODEL, OTHER_MODEL: OTHER_MODEL, "priced": HOSTED}
-"""Public models, and what their upstream calls them."""
+"""Public model -> its upstream's name for it."""
 KEYS = {name: {"key": f"key-of-{name}-0123456789"} for name in ("team", "ingest")}
 
 
 class Exposition:
-    """/metrics as Prometheus reads it."""
+    """/metrics as parsed by Prometheus."""
 
     def __init__(self, gateway: Running) -> None:
         text = gateway.get("/metrics").text
@@ -54,7 +54,7 @@ class Exposition:
         return sum(value for own, have, value in self.samples if own == name and labels.items() <= have.items())
 
     def by(self, name: str, *labels: str) -> Counter[tuple[str, ...]]:
-        """The metric summed over all labels but these; what is 0 is left out."""
+        """The metric summed over all labels but these; zeros are left out."""
         counted: Counter[tuple[str, ...]] = Counter()
         for own, have, value in self.samples:
             if own == name:
@@ -67,7 +67,7 @@ class Exposition:
 
 @dataclass
 class Traffic:
-    """Sends requests, and notes what each must leave in the metrics."""
+    """Sends requests, and records what each must add to the metrics."""
 
     gateway: Running
     requests: Counter[tuple[str, ...]] = field(default_factory=Counter)
@@ -84,7 +84,7 @@ class Traffic:
         label: str | None = None,
         **headers: str,
     ) -> httpx.Response:
-        """`label`: what the request counts as, if not as the model asked for."""
+        """`label`: the model that the request counts for, if it is not `model`."""
         headers = {"api_key": f"key-of-{client}-0123456789", **headers}
         response = self.gateway.post({"model": model, "input": texts}, **headers)
         assert response.status_code == status, response.text
@@ -145,7 +145,7 @@ def scene() -> Iterator[Scene]:
 
 
 def drive(scene: Scene) -> None:
-    """All kinds of traffic, one after the other."""
+    """Sends every kind of traffic, one after the other."""
     traffic, openai, hosted = scene.traffic, scene.openai, scene.hosted
     words = ["one text", "another text of some more words", "文本向量"]
 
@@ -166,8 +166,8 @@ def drive(scene: Scene) -> None:
     hosted.fail(faults.vendor_error("rate_limit", headers={"retry-after-ms": "1"}), times=2)
     traffic.ask("priced", ["is asked twice in vain"], 429)
     for deployment in scene.gateway.app.gateway.names[OTHER_MODEL].deployments:
-        deployment.health.unverified = False  # as once they have been compared, which would be further calls
-    for fake in (openai, hosted):  # whichever comes first, the other is asked next
+        deployment.health.unverified = False  # as if they had been compared, which would take more calls
+    for fake in (openai, hosted):  # whichever is called first, the other is next
         fake.fail(faults.vendor_error("internal"), when=lambda texts: texts == ["moves over"])
     traffic.ask(OTHER_MODEL, ["moves over"], 502)
     openai.fail(faults.null_vector)
@@ -180,14 +180,14 @@ def drive(scene: Scene) -> None:
 
 
 def share(scene: Scene) -> None:
-    """Two callers want one text at once; one call brings it to both."""
+    """Two callers want the same text at once, and one call serves both."""
     openai, traffic = scene.openai, scene.traffic
     before = len(openai.calls)
     openai.hold()
     with ThreadPoolExecutor() as pool:
         first = pool.submit(traffic.ask, MODEL, ["shared by two callers"])
         openai.wait_for_calls(before + 1)
-        # The second one's other text is on its way, hence the shared one is waited for.
+        # The second caller's own text has been sent, so it is already waiting for the shared one.
         second = pool.submit(traffic.ask, MODEL, ["shared by two callers", "its own"], client="ingest")
         openai.wait_for_calls(before + 2)
         openai.release()
@@ -249,7 +249,7 @@ def test_inputs_are_counted_by_where_their_vectors_came_from(exposed: Exposition
     assert exposed.by("inputs_total", "model", "source") == {
         (MODEL, "upstream"): 3 + 1 + 1 + 3 + 1 + 1 + 2,  # first, new, twin, no-cache, retried, mended, shared and own
         (MODEL, "cache"): 3 + 3,
-        (MODEL, "inflight"): 2 + 1,  # the twin's others, the shared one
+        (MODEL, "inflight"): 2 + 1,  # the other two twins, and the shared text
         ("priced", "upstream"): 5,
         ("priced", "cache"): 1,
     }
@@ -266,7 +266,7 @@ def test_billed_tokens_are_the_upstreams_own_bill(done: Scene, exposed: Expositi
     billed: Counter[tuple[str, ...]] = Counter()
     for upstream, fake in done.fakes.items():
         for model, sent_as in SENT_AS.items():
-            # An answer that cannot be used is billed all the same: see the last test.
+            # An unusable answer is billed as well: see the last test.
             answered = (call for call in of(fake, sent_as) if call.fault in (None, faults.null_vector.name))
             billed[model, upstream] += sum(call.billed for call in answered)
     counted = Counter(
@@ -353,7 +353,7 @@ def test_cache_operations_are_counted_by_value(done: Scene, exposed: Exposition)
     looked_up = 3 + 3 + 4 + 3 + 5 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 1 + 2 + 1  # in the order of `drive`
     assert operations["memory", "get", "hit"] == done.traffic.cached
     assert operations["memory", "get", "miss"] == looked_up - done.traffic.cached
-    stored = 3 + 1 + 1 + 5 + 1 + 1 + 2 + 1  # everything once, what was to be kept out excepted
+    stored = 3 + 1 + 1 + 5 + 1 + 1 + 2 + 1  # each vector once, except under no-store
     assert operations["memory", "set", "ok"] == stored
     assert set(operations) == {("memory", "get", "hit"), ("memory", "get", "miss"), ("memory", "set", "ok")}
     assert exposed.total("cache_bytes", tier="memory") > stored * 16 * 4
@@ -414,7 +414,7 @@ def test_a_hundred_unknown_names_add_no_series() -> None:
         after = Exposition(gateway)
         assert after.series() == before.series()
         counted = after.total("requests_total", model="other", status="404", client="anonymous")
-        # A line end is matched by no route with a model in its path.
+        # No route with a model in its path matches a line end.
         assert counted == after.total("requests_total") == 2 * (len(names) + 1) - 1
         assert after.total("rejected_requests_total", reason="model_not_found") == counted
 
@@ -432,7 +432,7 @@ def _cache_labels() -> dict[str, set[str]]:
     metrics = Metrics()
     for tier in ("memory", "disk", "redis"):
         Counts(metrics, tier)
-    RedisStore("redis://127.0.0.1:9", 1.0, 1.0, SystemClock(), metrics)  # has some more
+    RedisStore("redis://127.0.0.1:9", 1.0, 1.0, SystemClock(), metrics)  # has more of them
     labels = [sample.labels for family in metrics.cache_operations.collect() for sample in family.samples]
     return {name: {each[name] for each in labels} for name in ("tier", "operation", "result")}
 
@@ -467,7 +467,7 @@ def _expressions() -> list[str]:
 
 
 def _selectors() -> list[tuple[str, str, str]]:
-    """(metric, label, value) of every matcher on a metric of ours; alternatives of a pattern apart."""
+    """(metric, label, value) of every matcher on a metric of ours; a pattern's alternatives are separate."""
     found: list[tuple[str, str, str]] = []
     for expression in _expressions():
         for metric, matchers in re.findall(rf"{PREFIX}(\w+)(?:\{{([^}}]*)\}})?", expression):

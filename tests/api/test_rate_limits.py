@@ -1,4 +1,4 @@
-"""Callers' limits as callers meet them: refusals, headers, and who else notices."""
+"""Callers' limits as callers see them: refusals, headers, and effects on others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def redis() -> Iterator[RedisServer]:
 
 
 def keys(**callers: dict[str, Any]) -> dict[str, Any]:
-    """Callers whose keys are their names, made long enough."""
+    """Callers whose keys are their names, padded to the required length."""
     return {"keys": {name: {"key": secret(name), **limits} for name, limits in callers.items()}}
 
 
@@ -47,7 +47,7 @@ def ask(gateway: Running, name: str, *texts: str, model: str = MODEL) -> httpx.R
 
 
 def left(response: httpx.Response, kind: str) -> tuple[int, int, str]:
-    """Limit, remaining and reset of a response."""
+    """The limit, remaining and reset headers of a response."""
     limit, remaining, reset = (
         response.headers[f"x-ratelimit-{what}-{kind}"] for what in ("limit", "remaining", "reset")
     )
@@ -96,7 +96,7 @@ def test_who_is_out_of_tokens_is_told_when_a_request_of_this_size_fits(fake: Fak
     clock = HandClock()
     with running(config(fake, auth=keys(team={"tokens_per_minute": 120})), clock=clock) as gateway:
         _, remaining, _ = left(ask(gateway, "team"), "tokens")
-        gateway.app.gateway.quotas["team"].adjust(0, remaining + 1)  # the bill was as high as that
+        gateway.app.gateway.quotas["team"].adjust(0, remaining + 1)  # as if the bill had been this high
         before = ask(gateway, "team", "今天" * 30)
         assert before.status_code == 429
         gateway.call(clock.advance(int(before.headers["retry-after"])))
@@ -152,7 +152,7 @@ async def test_who_floods_takes_neither_room_nor_time_from_others(fake: FakeOpen
     auth = keys(flood={"requests_per_minute": 1}, calm={})
     with running(config(fake, auth=auth, server={"max_inflight": 2}), clock=clock) as gateway:
         assert (await asyncio.to_thread(ask, gateway, "flood")).status_code == 200
-        # Bodies that never come would take all the room, if those who send them were let in.
+        # Bodies that never arrive would take all the room if their callers were admitted.
         with wire(gateway.url) as one, wire(gateway.url) as two, wire(gateway.url) as three:
             for each in (one, two, three):
                 each.send(
@@ -409,7 +409,7 @@ def test_behind_2000_bulk_inputs_a_query_waits_for_two_upstream_calls_at_most(sl
             fake.release(1)
         fake.wait_for_calls(busy + 1)
         assert fake.calls[busy].texts[0] == "query", "it is in the next call, or has a slot at once"
-        fake.release(busy)  # in order of arrival: those before it, and its own if that is the only slot
+        fake.release(busy)  # in order of arrival: the calls before it, and its own if there is one slot
         if slots > 1:
             fake.release(1)
         assert query.result().status_code == 200

@@ -43,7 +43,7 @@ def fake(upstream: FakeOpenAI) -> FakeOpenAI:
 
 
 def answers(url: str, data: bytes) -> list[RawReply]:
-    """All that the server says to these bytes until it closes the connection, which it must."""
+    """All responses to these bytes until the server closes the connection, which it must."""
     replies = []
     with wire(url) as connection:
         connection.send(data)
@@ -63,7 +63,7 @@ def must_raw(url: str, data: bytes) -> RawReply:
 # --- where one request ends and the next begins --------------------------------------------------------------
 
 SMUGGLED = post({"model": MODEL, "input": "smuggled"}, AUTH)
-"""A good request where a body should be: a server that loses count answers it."""
+"""A valid request in place of a body: a server that loses count of the bytes answers it."""
 
 TRANSFER_ENCODINGS = [
     "Transfer-Encoding: chunked",
@@ -87,7 +87,7 @@ def test_a_request_with_two_lengths_smuggles_nothing(
 ) -> None:
     body = b"0\r\n\r\n" + SMUGGLED
     lengths = [f"Content-Length: {len(body)}", encoding]
-    last = "Connection: close"  # so that a server which takes it for one request closes as well
+    last = "Connection: close"  # so that a server that takes it for one request closes as well
     said = answers(
         gateway.url, head("POST", "/v1/embeddings", AUTH, *(lengths if length_first else lengths[::-1]), last) + body
     )
@@ -123,7 +123,7 @@ SIZE = b"%x" % len(BODY)
 
 @pytest.mark.parametrize(("size", "status"), [(len(BODY), 200), (0, 400), (2**16 + 1, 413)])
 def test_zeros_before_a_length_do_not_alter_it(size: int, status: int, fake: FakeOpenAI, gateway: Running) -> None:
-    """However many: Python's `int` gives up at 4,300 digits."""
+    """However many there are: Python's `int` refuses more than 4,300 digits."""
     length = f"Content-Length: {size:05000}"
     with wire(gateway.url) as connection:
         connection.send(head("POST", "/v1/embeddings", AUTH, length) + BODY[:size])
@@ -278,7 +278,7 @@ def test_what_can_never_become_a_head_is_refused_at_once(data: bytes, gateway: R
         assert connection.must_reply().status_code == 400
 
 
-# --- who is let in, whatever else the head says ----------------------------------------------------------------
+# --- authentication, whatever else the head contains -----------------------------------------------------------
 
 OPEN_PATHS = ["/healthz", "/readyz", "/metrics", "/docs"]
 
@@ -587,7 +587,7 @@ def test_with_http_1_0_nobody_asks(fake: FakeOpenAI, gateway: Running) -> None:
     asks = post(GOOD, AUTH, "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")
     with wire(gateway.url) as connection:
         connection.send(asks[: -len(BODY)])
-        gateway.call(asyncio.sleep(0.1))  # so that the head is read by itself
+        gateway.call(asyncio.sleep(0.1))  # so that the head is read separately
         connection.send(BODY)
         assert connection.must_reply().status_code == 200
     assert len(fake.calls) == 1
@@ -628,7 +628,7 @@ def test_an_offer_to_upgrade_to_http_2_is_ignored(fake: FakeOpenAI, gateway: Run
     ],
 )
 def test_every_response_has_its_date(asked: bytes, status: int, gateway: Running) -> None:
-    """RFC 9110 6.6.1: whoever has a clock MUST say it."""
+    """RFC 9110 6.6.1: a server with a clock MUST send it."""
     reply = must_raw(gateway.url, asked)
     assert reply.status_code == status
     assert abs(parsedate_to_datetime(reply.headers["date"]).timestamp() - time.time()) < 5

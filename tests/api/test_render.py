@@ -1,4 +1,4 @@
-"""A response's bytes, read back."""
+"""The bytes of responses, parsed again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.api.usage import Usage
 from app.types import Embedding, EmbedResult, Source
 
 COUNT = 2_050
-"""More than OpenAI takes; how many there may be is the operator's to say."""
+"""More inputs than OpenAI takes; the operator sets how many the gateway takes."""
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
@@ -33,7 +33,7 @@ async def test_every_row_has_its_own_index_and_vector(encoding: str, sparse: byt
 
 @pytest.mark.parametrize("sparse", [False, True])
 def test_the_headers_of_a_result_read_one_by_one(sparse: bool) -> None:
-    """As a server wants them that is not handed whole responses; names come from upstreams, and hold what they like."""
+    """For servers that need single headers. Names come from upstreams, and may hold any character."""
     result = EmbedResult([Embedding(b"" if sparse else bytes(8), 1, b"[]" if sparse else None)], [Source.UPSTREAM])
     result.calls, result.deployments, result.truncated, result.split = 3, ("a/b\r\nx: y", "c/d"), 1, 2
     lines = render.result_headers(result, Usage.of(result), "vendor/m: 1")

@@ -1,4 +1,4 @@
-"""What replicas tell each other over a real Redis of what they are embedding."""
+"""Claims: how replicas tell each other, over a real Redis, what they are embedding."""
 
 import asyncio
 import logging
@@ -27,7 +27,7 @@ def keys(*numbers: int) -> list[bytes]:
 
 
 def store(server: RedisServer, clock: Clock, metrics: Metrics | None = None) -> RedisStore:
-    """A replica's."""
+    """The Redis tier of one replica."""
     return RedisStore(server.url, LIMIT, 60, clock, metrics or Metrics())
 
 
@@ -52,7 +52,7 @@ async def test_nobody_waits_for_what_the_server_has_thrown_out_again(server: Red
     await one.get_or_claim(keys(1, 2))
     await one.put(entries([1]))
     async with redis.asyncio.Redis.from_url(server.url) as admin:
-        assert await admin.delete(PREFIX + key(1)) == 1  # as a server does that is full
+        assert await admin.delete(PREFIX + key(1)) == 1  # as a full server evicts it
     assert await other.get_or_claim(keys(1, 2)) == ([None, None], {key(2)})
     await close(one, other)
 
@@ -87,7 +87,7 @@ async def test_what_is_let_go_is_the_next_ones(server: RedisServer, clock: Clock
     await one.get_or_claim(keys(1, 2))
     await one.release_claims(keys(1))
     assert await other.get_or_claim(keys(1, 2)) == ([None, None], {key(2)})
-    await one.release_claims(keys(1))  # which is not its own any more
+    await one.release_claims(keys(1))  # no longer its own
     assert await third.get_or_claim(keys(1)) == ([None], {key(1)})
     await close(one, other, third)
 
@@ -120,7 +120,7 @@ async def test_claims_last_while_their_replica_says_that_it_lives(
     async def free() -> bool:
         return await other.get_or_claim(keys(1)) == ([None], set())
 
-    await until(free)  # now that it no longer says so
+    await until(free)  # once it has stopped renewing them
     assert await third.get_or_claim(keys(1, 2)) == ([None, None], {key(1)}), "the next owner's"
     await close(one, other, third)
 
@@ -263,7 +263,7 @@ async def test_who_hangs_up_during_the_look_up_holds_nothing(server: RedisServer
         asking.cancel()
         await asyncio.wait([asking])
         if not asking.cancelled():
-            continue  # it had its answer, and goes on with it
+            continue  # it had its answer already
 
         async def free(number: int = number) -> bool:
             return await other.get_or_claim(keys(number)) == ([None], set())
@@ -279,7 +279,7 @@ async def test_what_others_asked_for_in_the_same_look_up_stays_theirs(server: Re
     await tiers.open()
     gone, there = (asyncio.create_task(tiers.get_or_claim(keys(*asked))) for asked in ((1, 2), (2, 3)))
     await asyncio.sleep(0)
-    await asyncio.sleep(0)  # both are asked now
+    await asyncio.sleep(0)  # both have asked now
     gone.cancel()
     assert await there == ([None, None], set())
 

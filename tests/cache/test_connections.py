@@ -1,4 +1,4 @@
-"""No connection is lost, and no right to open one, whenever its caller goes."""
+"""Whenever its caller leaves, neither a connection nor the slot to open one is lost."""
 
 import asyncio
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from app.cache.connections import Command, Connections
 
 
 class Hand:
-    """A connection that waits wherever one may, until it is let go."""
+    """A connection that waits at every step that may wait, until `go` is set."""
 
     def __init__(self) -> None:
         self.is_connected = False
@@ -31,7 +31,7 @@ class Hand:
         return [b"".join(command) for command in commands]
 
     async def send_packed_command(self, command: Iterable[bytes], check_health: bool = True) -> None:
-        """Goes nowhere."""
+        """Sends nothing."""
 
     async def read_response(self) -> object:
         return b"OK"
@@ -42,7 +42,7 @@ class Refusal(Exception):
 
 
 class Made:
-    """One slot, and all that were made for it."""
+    """A pool with one slot, and all connections made for it."""
 
     def __init__(self) -> None:
         self.all: list[Hand] = []
@@ -57,7 +57,7 @@ class Made:
 
 
 async def gone(asking: asyncio.Task[object]) -> None:
-    """Its caller goes when it is where it waits."""
+    """Cancels the caller once it is waiting."""
     await asyncio.sleep(0.01)
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -68,7 +68,7 @@ async def test_one_that_was_opened_for_a_caller_who_has_gone_is_closed_with_the_
     made = Made()
     await gone(asyncio.create_task(made.ask()))
     made.all[0].go.set()
-    await asyncio.sleep(0)  # it is connected, and has told nobody yet
+    await asyncio.sleep(0)  # it is connected, and its caller does not know yet
     assert made.all[0].is_connected
     await made.connections.close()
     await asyncio.sleep(0.01)

@@ -1,5 +1,5 @@
 # ruff: noqa: ASYNC240  # a test may block its own event loop
-"""What the disk tier does with a file that is well. What it does with one that is not: test_disk_faults.py."""
+"""The disk tier with a healthy file; test_disk_faults.py has the others."""
 
 import asyncio
 import sqlite3
@@ -15,7 +15,7 @@ from tests.cache.support import LIMIT, Clock, OpenDisk, count, embedding, entrie
 
 
 def on_disk(directory: Path) -> int:
-    """Bytes in files, except the shared memory SQLite maps into one."""
+    """Bytes in files, except the one that SQLite uses as shared memory."""
     return sum(each.stat().st_size for each in directory.iterdir() if not each.name.endswith("-shm"))
 
 
@@ -101,7 +101,7 @@ async def test_file_and_log_together_stay_within_the_bound(opened: OpenDisk, tmp
         assert on_disk(tmp_path) <= bound
     assert store.status == "up"
     kept = await present(store, *range(1500))
-    # The youngest, and as many as the bound is meant for.
+    # The youngest, and about as many as the bound allows.
     assert kept == list(range(1500 - len(kept), 1500))
     assert len(kept) * 4096 > bound // 2
 
@@ -125,7 +125,7 @@ async def test_what_was_written_while_the_clock_was_ahead_does_not_outlive_what_
 async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
     opened: OpenDisk, path: Path, tmp_path: Path
 ) -> None:
-    """SQLite by itself begins it anew only when nobody happens to read in it."""
+    """SQLite alone restarts the write-ahead log only if no reader happens to be using it."""
     bound = 2**20
     store = opened(max_size=bound)
     await store.put(entries([0]))
@@ -155,7 +155,7 @@ async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
 
 
 def test_a_reader_that_stays_is_waited_for_now_and_then(path: Path) -> None:
-    """As one that is suspended, or a backup: to wait for it with each write would hold up all look-ups."""
+    """For example a suspended process or a backup: waiting for it at each write would hold up all look-ups."""
     bound, waits = 2**20, 0
 
     def count_waits(statement: str) -> None:
@@ -231,7 +231,7 @@ async def test_two_processes_share_one_file(opened: OpenDisk, path: Path, metric
         sys.executable, "-c", SECOND, str(path), cwd=Path(__file__).parents[2], stdout=asyncio.subprocess.PIPE
     )
     async with asyncio.timeout(LIMIT * 3):
-        # Both write at once, until both are done.
+        # Both write at the same time until both are done.
         for number in range(0, 400, 10):
             await store.put(entries(range(number, number + 10)))
             await store.get([key(1000 + number)])

@@ -1,5 +1,5 @@
 # ruff: noqa: ASYNC240  # a test may block its own event loop
-"""What the disk tier does with a file that is not well: costs hits, never a request."""
+"""The disk tier with a faulty file: it costs hits, never a request."""
 
 import asyncio
 import logging
@@ -63,7 +63,7 @@ async def test_a_file_that_could_not_be_read_for_once_stays_where_it_is(
 
     def sometimes(table: Table, keys: Sequence[bytes]) -> list[bytes | None]:
         if next(failed, None):
-            error = sqlite3.DatabaseError("database disk image is malformed")  # SQLite's word for EIO
+            error = sqlite3.DatabaseError("database disk image is malformed")  # what SQLite raises on EIO
             error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
             raise error
         return read(table, keys)
@@ -108,7 +108,7 @@ async def test_a_file_that_breaks_while_it_is_used_is_replaced(opened: OpenDisk,
     first = opened()
     await first.put(entries(range(200), dimensions=1024))
     await first.close()
-    # The first page, which says what is where, stays; all the rest is noise.
+    # The first page, with the schema, stays intact; the rest is noise.
     raw = path.read_bytes()
     path.write_bytes(raw[:4096] + os.urandom(len(raw) - 4096))
     store = opened()
@@ -121,7 +121,7 @@ async def test_a_file_that_breaks_while_it_is_used_is_replaced(opened: OpenDisk,
 async def test_a_file_that_was_deleted_is_made_anew(
     opened: OpenDisk, path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """By all who have it open, one after the other; none takes anything from another's new one."""
+    """Each store that has it open does so in turn, and none deletes another's new file."""
     stores = opened(), opened()
     for number, store in enumerate(stores):
         await store.put(entries([number]))
@@ -138,7 +138,7 @@ async def test_a_file_that_was_deleted_is_made_anew(
 async def test_the_log_of_a_file_that_was_deleted_or_replaced_is_not_taken_for_its_successors(
     link: bool, opened: OpenDisk, path: Path
 ) -> None:
-    """Also while another process, which has nothing to write, goes on with the old file."""
+    """Even while another process, which has nothing to write, keeps using the old file."""
     if link:
         path.symlink_to(path.with_suffix(".elsewhere"))
     file = path.resolve()
@@ -213,7 +213,7 @@ async def test_opening_ahead_tells_what_is_wrong_before_the_first_request(opened
 
 
 async def test_a_full_disk_drops_writes_and_goes_on_reading(path: Path) -> None:
-    # A process whose files may not grow past a size, which is as much of a full disk as any machine can offer.
+    # A limit on the size of a process's files is the nearest thing to a full disk that every machine has.
     ended = await run(FULL, path)
     assert ended.stdout.split() == ["[0]", "error", "writes", "fail"], ended.stderr
     assert ended.stderr.count("set fails") == 1

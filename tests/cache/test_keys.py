@@ -8,7 +8,7 @@ from msgspec.structs import replace
 from app.cache.keys import KEY_SIZE, NOT_IN_KEY, derive
 from app.types import EmbedRequest, Params
 
-# Few letters, so that fields often share ends and beginnings, and length prefixes often look like text.
+# Few letters, so that the end of a field often equals the beginning of another, and length prefixes look like text.
 words = st.text("a\x00\x01s\x07", max_size=4) | st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 params = st.builds(
     Params,
@@ -89,7 +89,7 @@ def test_a_key_is_a_whole_sha_256() -> None:
 
 
 def test_a_key_stays_what_it_is_from_release_to_release() -> None:
-    # A change here empties every cache there is: change the format's number with it.
+    # A change here invalidates every existing cache: change the format's number with it.
     chosen = Params(dimensions=1024, input_type="query")
     assert derive("dashscope/text-embedding-v3", chosen, ["风急天高"], "team-a")[0].hex() == KNOWN
 

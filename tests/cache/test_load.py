@@ -1,4 +1,4 @@
-"""A tier that is well stays in use however much is asked of it at once: what waits for our own turn proves nothing."""
+"""A healthy tier stays in use under any load: time that a request spends in our own queue says nothing about it."""
 
 import asyncio
 import threading
@@ -40,7 +40,7 @@ async def test_what_redis_has_answered_while_this_process_was_at_other_work_is_f
 
 
 def writing_when(written: asyncio.Event) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """A Redis that takes 0.6 s for a look-up, in which it finds nothing, and for a write as long as it likes."""
+    """A Redis that takes 0.6 s for a look-up, which is a miss, and holds each write until `written` is set."""
 
     async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
@@ -103,7 +103,7 @@ async def test_who_waits_for_a_connection_to_a_frozen_redis_waits_no_longer_than
         await store.get(keys(0))
         server.pause()
         assert await asyncio.gather(*(store.get(keys(number)) for number in range(50))) == [[None]] * 50
-        # Three close it to all others; who of them is told first may have let one more in, and the second another.
+        # Three timeouts stop all further look-ups; after the first and the second, one more each may have started.
         late, skipped = (count(metrics, "redis", "get", result) for result in ("timeout", "skipped"))
         assert 3 <= late <= 5
         assert late + skipped == 50
@@ -134,7 +134,7 @@ async def test_who_stands_in_line_behind_a_large_look_up_in_a_frozen_redis_does_
 
 
 class Asked:
-    """What was asked, and is not answered until it is let go."""
+    """Records what is asked, and answers it only once its event in `go` is set."""
 
     def __init__(self, limit: float = LIMIT) -> None:
         self.under_way: list[int] = []
@@ -222,7 +222,7 @@ async def test_a_large_look_up_stands_in_line_for_a_few_time_limits_only() -> No
 
 
 class Disk(DiskStore):
-    """Its reads can be held up, and are written down when they are made."""
+    """A disk tier whose reads are recorded and can be delayed."""
 
     def __init__(self, path: Path, timeout: float, clock: Clock, metrics: Metrics) -> None:
         super().__init__(str(path), 2**24, 60, clock, metrics, timeout=timeout)

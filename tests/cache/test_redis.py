@@ -1,4 +1,4 @@
-"""What the Redis tier does with a server that is well. What it does with one that is not: test_redis_faults.py."""
+"""The Redis tier with a healthy server; test_redis_faults.py has the others."""
 
 import asyncio
 import logging
@@ -199,7 +199,7 @@ async def test_a_tls_url_is_spoken_to_in_tls(clock: Clock, metrics: Metrics) -> 
 
 @pytest.fixture
 def contexts(monkeypatch: pytest.MonkeyPatch) -> list[ssl.SSLContext]:
-    """What is made of the system's certificates."""
+    """The SSL contexts made from the system's certificates."""
     made: list[ssl.SSLContext] = []
     create = ssl.create_default_context
 
@@ -238,7 +238,7 @@ async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_rea
         shared = connections(f"rediss://127.0.0.1:{port}/0", 8, clock.monotonic)
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
             await shared.exchange([(b"PING",)])
-        assert not contexts  # it would have been one that trusts nobody
+        assert not contexts  # one made now would trust no certificate
         with pytest.raises(redis.exceptions.ConnectionError):
             await shared.exchange([(b"PING",)])
         assert len(contexts) == 1
@@ -265,7 +265,7 @@ async def test_the_rights_that_readme_names_are_enough_and_none_is_too_many(
 
 
 async def use_all(url: str, clock: Clock, metrics: Metrics) -> None:
-    """All that a gateway asks of Redis."""
+    """Uses everything that a gateway needs of Redis."""
     store, limits = RedisStore(url, LIMIT, 60, clock, metrics), SharedLimits(url, LIMIT, clock, metrics)
     tokens = SharedTokens(url, LIMIT, metrics)
     await store.open()

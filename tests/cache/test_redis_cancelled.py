@@ -1,4 +1,4 @@
-"""A command that is given up half way must not leave its reply to the next one (CVE-2023-28858)."""
+"""A command that is cancelled half-way must not leave its reply to the next command (CVE-2023-28858)."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -33,7 +33,7 @@ async def test_killed_in_the_middle_of_a_look_up_it_is_a_miss(
 
 
 async def in_the_middle(server: RedisServer, work: Callable[[], Awaitable[object]]) -> None:
-    """Cancels `work` when its command has been sent and before its reply has come."""
+    """Cancels `work` after its command is sent and before its reply arrives."""
     server.pause()
     task = asyncio.ensure_future(work())
     for _ in range(5):
@@ -47,7 +47,7 @@ async def in_the_middle(server: RedisServer, work: Callable[[], Awaitable[object
 async def test_after_a_look_up_that_was_cancelled_in_the_middle_the_next_gets_its_own_values(
     server: RedisServer, clock: Clock, metrics: Metrics
 ) -> None:
-    # One connection, so that whatever is left on it would be read by the next.
+    # One connection, so that the next command would read any reply left on it.
     store = RedisStore(server.start().url, LIMIT, 60, clock, metrics, max_connections=1)
     await store.put(entries(range(20)))
     for number in range(10):

@@ -1,4 +1,4 @@
-"""What the Redis tier does with a server that is not well: costs hits, never a request."""
+"""The Redis tier with a faulty server: it costs hits, never a request."""
 
 import asyncio
 import logging
@@ -78,7 +78,7 @@ async def test_restarted_between_two_look_ups_it_costs_no_error(
     await asyncio.gather(*(store.get([key(1)]) for _ in range(8)))
     server.kill()
     server.start()
-    await asyncio.sleep(0)  # the event loop hears of the ends
+    await asyncio.sleep(0)  # the event loop sees that the connections have ended
     await asyncio.sleep(0)
     await store.put(entries([1]))
     assert await store.get([key(1)]) == [embedding(1)]
@@ -93,7 +93,7 @@ async def test_frozen_it_costs_three_time_limits_and_is_then_skipped(
     begun = time.monotonic()
     for _ in range(50):
         assert await store.get([key(1), key(2)]) == [None, None]
-    # Fifty of them one after the other; the limit is generous for slow machines, not for fifty waits of a second.
+    # Fifty in sequence: the limit allows for a slow machine, not for fifty waits of a second.
     assert time.monotonic() - begun < 10
     assert count(metrics, "redis", "get", "timeout") == 6
     assert count(metrics, "redis", "get", "skipped") == 94
@@ -215,7 +215,7 @@ async def test_a_right_that_our_user_lacks_is_named(
             store = build(server, clock, metrics, url=f"redis://gw:s3cret@127.0.0.1:{unused_tcp_port}/0")
             await store.put(entries([1]))
             assert store.status.startswith("up; writes fail: NoPermissionError: ")
-            assert "'del'" in store.status  # the value is there, and a claim would outlive it
+            assert "'del'" in store.status  # the value is stored, but claims cannot be deleted
             assert count(metrics, "redis", "set", "ok") == 1
             await admin.acl_setuser("gw", True, commands=["+del"], reset_passwords=False)
             await store.put(entries([1]))

@@ -1,4 +1,4 @@
-"""Limits kept in a real Redis by several replicas. Rates are so low that no machine is slow enough to matter."""
+"""Limits that several replicas share in a real Redis. The rates are too low for a slow machine to matter."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def server() -> Iterator[RedisServer]:
 
 @pytest_asyncio.fixture
 async def replica(server: RedisServer, clock: Clock, metrics: Metrics) -> AsyncIterator[Replica]:
-    """Builds replicas of the gateway, as far as limits go, and closes them at the end."""
+    """Builds the limits of gateway replicas, and closes them at the end."""
     built = []
 
     def build(timeout: float = LIMIT, workers: int = 1) -> SharedLimits:
@@ -51,7 +51,7 @@ async def client(server: RedisServer) -> AsyncIterator[redis.asyncio.Redis]:
 
 
 def limit(requests: float | None = 5, tokens: float | None = None) -> Limit:
-    """A burst of so many, of which one a minute comes back."""
+    """Bursts of this size that refill at one a minute."""
     return Limit(Bucket(1, requests, 0) if requests else None, Bucket(1, tokens, 0) if tokens else None)
 
 
@@ -114,7 +114,7 @@ async def test_who_hangs_up_at_once_has_taken_nothing_and_nobody_elses_answer(re
             verdicts = await asyncio.gather(*asking[3:])
             assert all(verdict is not None and verdict.wait == 0 for verdict in verdicts)
             last = await must(shared, b"%d" % turns, limit(requests=10))
-        # Where the question was on its way it counts: what the server has heard cannot be taken back.
+        # A request that had been sent counts: the server's count cannot be taken back.
         assert last.requests == pytest.approx(left, abs=0.1)
 
 
@@ -146,7 +146,7 @@ async def test_what_is_owed_is_charged_whatever_the_verdict(replica: Replica) ->
 
 
 async def test_it_fills_by_the_servers_clock(replica: Replica, client: redis.asyncio.Redis) -> None:
-    shared = replica()  # whose own clock stands still, years away
+    shared = replica()  # its own clock stands still, years off
     before = await client.time()
     for _ in range(5):
         await must(shared, b"a", limit())

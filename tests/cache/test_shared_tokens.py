@@ -1,4 +1,4 @@
-"""Access tokens over a real Redis: whose it is to fetch a new one."""
+"""Access tokens shared in a real Redis: which replica fetches a new one."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ async def test_one_replica_claims_and_lets_go_of_no_other_ones_claim() -> None:
         assert not await other.claim(b"name", 60)
         await one.release(b"name")
         assert await one.claim(b"name", 60)
-        await other._ask((b"DEL", PREFIX + b"name:claim"))  # its time is over
+        await other._ask((b"DEL", PREFIX + b"name:claim"))  # as if it had expired
         assert await other.claim(b"name", 60)
-        await one.release(b"name")  # too late: it is the other one's by now
+        await one.release(b"name")  # too late: the other one owns it now
         assert not await one.claim(b"name", 60)
         await one.close()
         await other.close()

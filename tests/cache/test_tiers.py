@@ -18,7 +18,7 @@ from tests.clock import HandClock, settle
 
 
 class Slow:
-    """A slow tier in a dict that says what it was asked, and can be told to stall or to raise."""
+    """A slow tier over a dict that records what it is asked, and can be made to stall or to raise."""
 
     at_once = 8
     status = "up"
@@ -84,7 +84,7 @@ async def test_when_memory_has_all_nothing_is_awaited_and_nobody_else_is_asked(c
 async def test_what_comes_into_memory_while_a_slower_tier_is_asked_is_found(clock: Clock, metrics: Metrics) -> None:
     class Gated(Slow):
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
-            tiers.put(entries([1]))  # a call has ended, and the tier has not been told yet
+            tiers.put(entries([1]))  # a call has ended, and the tier does not have its vector yet
             return await super().get(keys)
 
     slow = Gated()
@@ -126,7 +126,7 @@ async def test_what_is_renewed_while_an_older_one_is_on_its_way_up_stays(clock: 
     class Gated(Slow):
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
             found = await super().get(keys)
-            tiers.put([(key(1), embedding(7))])  # a caller who wanted a new one has got it
+            tiers.put([(key(1), embedding(7))])  # a caller asked for a new one, and got it
             return found
 
     disk, redis = Slow("disk"), Gated("redis")
@@ -258,8 +258,8 @@ async def test_without_memory_what_waits_to_be_written_is_found(clock: Clock, me
     redis.open_for_writes.clear()
     tiers = Tiers([disk, redis], metrics, clock)
     tiers.put(entries(range(300)))
-    await asyncio.sleep(0)  # the first of them are being written
-    tiers.put([(key(1), embedding(7))])  # a caller who wanted a new one has got it
+    await asyncio.sleep(0)  # the first are being written
+    tiers.put([(key(1), embedding(7))])  # a caller asked for a new one, and got it
     assert await tiers.get(keys(299, 0, 1)) == [embedding(299), embedding(0), embedding(7)]
     assert (await tiers.get_or_claim(keys(2, 300)))[0] == [embedding(2), None]
     assert redis.asked == [keys(300)]
@@ -273,7 +273,7 @@ async def test_what_memory_has_no_room_for_is_found_until_it_is_written(clock: C
     slow = Slow()
     slow.open_for_writes.clear()
     tiers = Tiers([MemoryStore(2000, 60, clock, metrics), slow], metrics, clock)
-    tiers.put(entries(range(9)))  # one call's, of which memory keeps the last two
+    tiers.put(entries(range(9)))  # from one call; memory keeps the last two
     assert await tiers.get(keys(8, 0, 300)) == [embedding(8), embedding(0), None]
     assert slow.asked == [keys(300)], "what waits to be written is not asked for"
     slow.open_for_writes.set()
@@ -285,7 +285,7 @@ async def test_what_waits_for_one_tier_is_found_though_the_next_has_refused_it(c
     disk.open_for_writes.clear()
     redis.fault = ConnectionError("down")
     tiers = Tiers([MemoryStore(2000, 60, clock, metrics), disk, redis], metrics, clock)
-    tiers.put(entries(range(9)))  # one call's, of which memory keeps the last two
+    tiers.put(entries(range(9)))  # from one call; memory keeps the last two
     await settle()
     assert tiers._writers[1].waiting == {}
     assert await tiers.get(keys(8, 0)) == [embedding(8), embedding(0)]
@@ -299,7 +299,7 @@ async def test_without_memory_what_comes_while_a_tier_is_asked_is_found(clock: C
     class Gated(Slow):
         async def get(self, keys: Sequence[bytes]) -> list[Embedding | None]:
             found = await super().get(keys)
-            tiers.put(entries([1]))  # a call has ended, and the tier has not been told yet
+            tiers.put(entries([1]))  # a call has ended, and the tier does not have its vector yet
             return found
 
     slow = Gated()
@@ -320,7 +320,7 @@ async def test_what_comes_while_a_tier_is_asked_is_found_though_it_is_written_an
             found = await super().get(keys)
             if not self.batches:
                 tiers.put(entries([1]))  # a call has ended
-                while tiers._writers[0].waiting:  # a turn or two
+                while tiers._writers[0].waiting:  # takes a turn or two
                     await asyncio.sleep(0)
             return found
 
@@ -393,7 +393,7 @@ async def test_what_waits_to_be_written_is_bounded_in_bytes(clock: Clock, metric
     await tiers.close()
     assert 0 < len(slow.values) == 1000 - dropped < 200
     assert tiers._writers[0].size == 0
-    # The oldest is what is kept: it is already on its way.
+    # The oldest is kept: its write has already begun.
     assert key(0) in slow.values
 
 
@@ -401,7 +401,7 @@ async def test_what_has_no_room_in_the_queue_is_written_from_memory(clock: Clock
     slow = Slow()
     slow.open_for_writes.clear()
     tiers = Tiers([MemoryStore(200_000, 60, clock, metrics), slow], metrics, clock, write_buffer=10_000)
-    tiers.put(entries(range(1000)))  # of which memory keeps the last ones
+    tiers.put(entries(range(1000)))  # memory keeps the last ones
     assert tiers._writers[0].size <= 10_000
     kept = sum(tiers._memory.peek(key(number)) is not None for number in range(1000)) if tiers._memory else 0
     assert 200 < kept < 500
@@ -417,10 +417,10 @@ async def test_what_is_written_from_memory_is_found_until_it_is(clock: Clock, me
     slow = Slow()
     slow.open_for_writes.clear()
     tiers = Tiers([MemoryStore(20_000, 60, clock, metrics), slow], metrics, clock, write_buffer=0)
-    tiers.put(entries(range(5)))  # whose turn comes at once
+    tiers.put(entries(range(5)))  # written at once
     await settle()
     assert slow.batches == [5]
-    tiers.put(entries(range(100, 200)))  # for which memory lets go of them
+    tiers.put(entries(range(100, 200)))  # memory evicts the first five for them
     assert await tiers.get(keys(*range(5))) == list(map(embedding, range(5)))
     assert slow.asked == []
     slow.open_for_writes.set()
@@ -434,9 +434,9 @@ async def test_an_older_embedding_is_not_written_over_one_that_was_written_from_
     slow, held = Slow(), dict(entries(range(300)))
     slow.open_for_writes.clear()
     writer = Writer(slow, Counts(metrics, slow.name), embedding(0).size + 512, held.get, clock)
-    writer.offer(entries([0]))  # which takes all the room
+    writer.offer(entries([0]))  # fills the buffer
     await settle()
-    writer.offer(entries(range(1, 257)))  # whose keys wait
+    writer.offer(entries(range(1, 257)))  # only their keys wait
     slow.open_for_writes.set()
     while writer.size:
         await asyncio.sleep(0)
@@ -596,7 +596,7 @@ async def test_a_tier_that_answers_too_few_is_a_miss(clock: Clock, metrics: Metr
 
 async def test_a_tier_that_would_never_be_asked_is_refused(clock: Clock, metrics: Metrics) -> None:
     class Plain:
-        """Keeps `Store` and no more."""
+        """Implements `Store` only."""
 
         name, status = "plain", "up"
 

@@ -1,4 +1,4 @@
-"""Vercel's AI SDK through both of its providers; it asks for numbers, and checks the answer's form."""
+"""Vercel's AI SDK through both of its providers; it asks for numbers, and validates the answer's form."""
 
 from __future__ import annotations
 

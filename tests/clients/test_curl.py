@@ -37,7 +37,7 @@ class Got:
 
 
 def curl(*arguments: str, stdin: str = "") -> Got:
-    """Runs curl, without anybody's .curlrc; the last response's head, and its decoded body."""
+    """Runs curl without a .curlrc; returns the head of the last response, and its decoded body."""
     shown = ("--include", "--silent", "--show-error", "--max-time", "20", "--noproxy", "*")
     ran = subprocess.run([CURL, "-q", *shown, *arguments], input=stdin.encode(), capture_output=True, check=False)
     assert ran.returncode == 0, ran.stderr.decode()
@@ -76,7 +76,7 @@ def test_base64_is_given_to_who_asks_for_it(gateway: Running, fake: FakeOpenAI) 
 
 
 def test_a_body_without_its_content_type_is_understood(gateway: Running, fake: FakeOpenAI) -> None:
-    """`curl -d` says that it sends a form."""
+    """`curl -d` declares its body to be a form."""
     got = curl(f"{gateway.base_url}/embeddings", *BEARER, "-d", body())
     assert got.status == 200, got.body
     assert same(numbers_of(got.json)[0], fake.expected(SMALL, "hi"))
@@ -124,7 +124,7 @@ def test_without_a_key_it_is_told_how_to_send_one(gateway: Running, fake: FakeOp
 
 
 def test_a_body_that_is_announced_first_is_asked_for(gateway: Running, fake: FakeOpenAI, tmp_path: Path) -> None:
-    """Over 1 MB curl waits for "100 Continue" before it sends the body, and so it does when it is told to."""
+    """curl waits for "100 Continue" before it sends a body over 1 MB, and whenever it is told to."""
     texts = [f"{i} " + "a long text " * 2000 for i in range(50)]
     large = tmp_path / "large.json"
     large.write_text(body(input=texts))
@@ -171,7 +171,7 @@ def test_a_compressed_body_is_refused_in_words(gateway: Running) -> None:
 
 @pytest.mark.parametrize("version", ["--http1.0", "--http1.1", "--http2"])
 def test_older_and_newer_http_is_answered(gateway: Running, fake: FakeOpenAI, version: str) -> None:
-    """With `--http2` curl offers an upgrade over plain HTTP, which is passed over."""
+    """With `--http2` curl offers an upgrade over plain HTTP, which the gateway ignores."""
     if version == "--http2" and b"HTTP2" not in subprocess.run([CURL, "-qV"], capture_output=True, check=True).stdout:
         pytest.skip("this curl was built without HTTP/2")
     got = curl(f"{gateway.base_url}/embeddings", *BEARER, *JSON, version, "-d", body(input=["hi", "there"]))

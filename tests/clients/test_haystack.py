@@ -59,7 +59,7 @@ def test_its_class_for_azure_works(asked: Asked) -> None:
 
 
 def test_an_empty_document_costs_the_whole_batch_its_vectors_unless_it_is_told_to_fail(asked: Asked) -> None:
-    """Haystack logs the gateway's 400 and goes on, which the README warns of."""
+    """Haystack logs the gateway's 400 and continues, which the README warns of."""
     results = asked[1]
     assert results.value("empty")["embeddings"] == [None, None, None]
     results.error("empty, strict", "BadRequestError", 400, r"input\[1\] must not be an empty string")

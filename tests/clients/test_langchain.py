@@ -1,4 +1,4 @@
-"""LangChain in its defaults, which sends token ids made by tiktoken; and our table held against tiktoken's own."""
+"""LangChain with its defaults, which sends token ids made by tiktoken; and our table compared with tiktoken's."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 IDS = 100_256
 CONTEXT = 8191
-"""Tokens at which LangChain cuts."""
+"""Tokens after which LangChain cuts a text."""
 
 Embeddings = Callable[..., OpenAIEmbeddings]
 
 
 @pytest.fixture
 def embeddings(gateway: Running, cl100k: Encoding) -> Iterator[Embeddings]:
-    """LangChain's class for this gateway; only what a user must say is said."""
+    """LangChain's class for this gateway, with only the options that a user must set."""
     made: list[OpenAIEmbeddings] = []
 
     def make(model: str = SMALL, **options: Any) -> OpenAIEmbeddings:
@@ -89,7 +89,7 @@ def test_more_documents_than_it_sends_at_once_come_back_in_order(embeddings: Emb
 
 
 def cut_inside_a_character(cl100k: Encoding) -> str:
-    """A text of more than two contexts, whose first cut falls between the bytes of one emoji."""
+    """A text longer than two contexts, whose first cut falls between the bytes of an emoji."""
     for lead in ("", " fox", " fox fox", " fox fox fox"):
         text = lead + "🦜🙂" * 4000
         ids = cl100k.encode_ordinary(text)
@@ -100,7 +100,7 @@ def cut_inside_a_character(cl100k: Encoding) -> str:
 
 
 def average(vectors: list[Vector], weights: list[int]) -> Any:
-    """What LangChain makes of the pieces of one text: their mean by tokens, at unit length."""
+    """LangChain's vector of a text in pieces: their mean weighted by tokens, at unit length."""
     mean = np.average(np.array(vectors, np.float64), axis=0, weights=weights)
     return mean / np.linalg.norm(mean)
 

@@ -1,4 +1,4 @@
-"""LangChain JS, which sends text, and takes line breaks out of it."""
+"""LangChain JS, which sends text, with line breaks removed."""
 
 from __future__ import annotations
 

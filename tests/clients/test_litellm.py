@@ -1,4 +1,4 @@
-"""LiteLLM's library before the gateway: `openai/` and the model's name, `api_base` and the key."""
+"""LiteLLM's library as a client: `openai/` and the model's name, `api_base` and the key."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_dimensions_are_taken(asked: Asked, name: str) -> None:
 
 
 def test_it_refuses_dimensions_of_a_model_it_does_not_know_by_itself(asked: Asked) -> None:
-    """`allowed_openai_params` is its way out, which the README names."""
+    """Its workaround is `allowed_openai_params`, as the README says."""
     asked[1].error("dimensions, unknown model", "UnsupportedParamsError", 400, "dimensions is not supported")
 
 

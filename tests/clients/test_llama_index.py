@@ -1,4 +1,4 @@
-"""LlamaIndex's `OpenAIEmbedding`, batch and single, synchronous and not."""
+"""LlamaIndex's `OpenAIEmbedding`, batch and single, sync and async."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def embedding(gateway: Running) -> Iterator[Embedding]:
 
 
 def sent(text: str) -> str:
-    """What LlamaIndex makes of a text before it sends it."""
+    """The text as LlamaIndex sends it."""
     return text.replace("\n", " ")
 
 

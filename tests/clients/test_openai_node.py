@@ -1,5 +1,5 @@
-"""OpenAI's SDK for Node, unmodified and in its defaults. It trusts the answer's form blindly: given numbers
-where it asked for base64, it makes a quarter as many near-zero ones of them, without an error."""
+"""OpenAI's SDK for Node, unmodified and with its defaults. It trusts the answer's form blindly: given numbers
+where it asked for base64, it turns them into a quarter as many near-zero numbers, without an error."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def node() -> str:
 
 @pytest.fixture(scope="module")
 def answered(node: str) -> Iterator[tuple[FakeOpenAI, dict[str, Any]]]:
-    """One run of the script, which asks everything: starting Node costs more than all the rest."""
+    """Runs the script once for all its requests: starting Node costs more than everything else."""
     with fake_upstream() as fake, running(config(fake)) as gateway:
         limit = faults.vendor_error("rate_limit", headers={"retry-after-ms": "20"})
         fake.fail(limit, times=None, when=lambda texts: texts == [SLOW])

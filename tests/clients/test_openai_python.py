@@ -1,4 +1,4 @@
-"""The official Python SDK, unmodified and in its defaults: what it asks is answered, what fails is readable."""
+"""The official Python SDK, unmodified and with its defaults: its requests are answered, its errors readable."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Ask = Callable[..., Awaitable[Any]]
 
 @pytest.fixture(params=["sync", "async"])
 async def ask(request: pytest.FixtureRequest, gateway: Running) -> AsyncIterator[Ask]:
-    """Does something with the SDK's client, the synchronous and the asynchronous one in turn."""
+    """Runs a function of the SDK's client, once with the sync client and once with the async one."""
     async with AsyncExitStack() as clients:
 
         async def does(what: Asked, kind: str = "OpenAI", **options: Any) -> Any:
@@ -199,7 +199,7 @@ async def test_the_azure_client_with_a_wrong_key_is_told_so(ask: Ask, gateway: R
 def test_the_engines_route_of_the_sdk_before_1_0_works(
     gateway: Running, fake: FakeOpenAI, model: str, slash: str
 ) -> None:
-    """Version 0.28 takes `engine` out of the body and puts it into the path; the body names no model."""
+    """Version 0.28 moves `engine` from the body into the path; the body names no model."""
     response = httpx.post(
         f"{gateway.base_url}/engines/{model}/embeddings{slash}",
         json={"input": ["hi", "there"], "encoding_format": "base64"},
@@ -348,7 +348,7 @@ async def test_a_length_that_the_model_has_not_is_a_bad_request(ask: Ask) -> Non
 
 async def test_a_rate_limit_of_the_upstream_is_waited_out_by_the_sdk(ask: Ask, fake: FakeOpenAI) -> None:
     limit = faults.vendor_error("rate_limit", headers={"retry-after-ms": "20"})
-    fake.fail(limit, times=2)  # the gateway asks again by itself once
+    fake.fail(limit, times=2)  # the gateway retries once by itself
     started = time.monotonic()
     raw = await ask(lambda sdk: sdk.embeddings.with_raw_response.create(model=SMALL, input="slow down"))
     waited = time.monotonic() - started

@@ -1,4 +1,4 @@
-"""Requests as other programs send them, header for header; most of these bring no SDK of their own."""
+"""Requests as other programs send them, header for header; most of these programs have no SDK of their own."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def open_fake(_open: tuple[FakeOpenAI, Running]) -> FakeOpenAI:
 
 @pytest.fixture
 def open_gateway(_open: tuple[FakeOpenAI, Running], open_fake: FakeOpenAI) -> Running:
-    """A gateway as most people first run it: no keys, the default cache. Texts must be each test's own."""
+    """A gateway as most people first run it: no keys, the default cache. Each test must use its own texts."""
     return _open[1]
 
 
@@ -52,7 +52,7 @@ def assert_vectors(
 
 
 def test_dify_checks_its_credentials_without_a_key(open_gateway: Running, open_fake: FakeOpenAI) -> None:
-    """The check wants exactly 200 and a `model`; without a key the header is there and empty."""
+    """The check requires exactly 200 and a `model`; without a key, the header is sent empty."""
     headers = {**JSON, "Authorization": "", "User-Agent": "python-requests/2.32.3", "Accept": "*/*"}
     answer = post(open_gateway, {"input": "ping", "model": BGE}, headers)
     assert answer.status == 200
@@ -158,7 +158,7 @@ def test_spring_ai_names_the_whole_path_and_may_ask_for_dimensions(gateway: Runn
 
 
 def test_javas_http_client_which_offers_to_speak_http_2_is_answered(gateway: Running, fake: FakeOpenAI) -> None:
-    """`java.net.http` in its defaults, and so Spring AI and LangChain4j, on plain HTTP."""
+    """`java.net.http` with its defaults, and so Spring AI and LangChain4j, on plain HTTP."""
     offer = {
         "Connection": "Upgrade, HTTP2-Settings",
         "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
@@ -170,7 +170,7 @@ def test_javas_http_client_which_offers_to_speak_http_2_is_answered(gateway: Run
 
 
 def test_what_follows_such_an_offer_is_the_body_and_never_another_request(gateway: Running) -> None:
-    """Else whoever writes the body writes requests in the name of whoever shares the connection."""
+    """Otherwise the author of a body could send requests in the name of others who share the connection."""
     body = b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n"
     fields = [
         "POST /v1/embeddings HTTP/1.1", "Host: x", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c",
@@ -201,7 +201,7 @@ def test_a_body_with_everything_escaped_is_the_same_text(gateway: Running, fake:
     assert_vectors(post(gateway, escaped, BEARER), fake, SMALL, ["风急 🦜"])
 
 
-# --- fields and headers that mean nothing here -------------------------------------------------------
+# --- fields and headers that have no meaning here ----------------------------------------------------
 
 
 def test_unknown_fields_are_ignored_whatever_they_hold(gateway: Running, fake: FakeOpenAI) -> None:
@@ -236,7 +236,7 @@ def test_the_key_is_found_in_its_other_headers(gateway: Running, fake: FakeOpenA
 
 
 def ask(gateway: Running, text: str, control: str | None = None) -> str:
-    """Embeds one text; what the answer says of the cache."""
+    """Embeds one text; returns the answer's cache header."""
     headers = JSON if control is None else {**JSON, "Cache-Control": control}
     answer = post(gateway, {"input": text, "model": BGE}, headers)
     assert answer.status == 200
@@ -268,7 +268,7 @@ def test_both_together_neither_read_nor_write(open_gateway: Running, open_fake: 
 
 
 def test_directives_in_two_header_lines_count_as_in_one(open_gateway: Running, open_fake: FakeOpenAI) -> None:
-    """RFC 9110 5.3: the same, and proxies add lines of their own."""
+    """RFC 9110 5.3 makes them equal, and proxies add lines of their own."""
     headers = [*JSON.items(), ("Cache-Control", "no-cache"), ("Cache-Control", "no-store")]
     for _ in range(2):
         answer = post(open_gateway, {"input": "two lines", "model": BGE}, headers)

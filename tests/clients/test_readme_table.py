@@ -1,4 +1,4 @@
-"""README.md's table of clients: every line of code in it runs, and gives the vector that a plain request gets."""
+"""README.md's table of clients: every line of code in it runs, and gets the same vector as a plain request."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.harness import Running, running
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 SHOWN = "http://127.0.0.1:8080"
 SETTINGS = {"Spring AI", "Dify", "RAGFlow", "Open WebUI", "AnythingLLM"}
-"""Clients that are told what to use and run no code of the user's; test_raw_shapes.py sends what they send."""
+"""Clients that are configured and run no code of the user's; test_raw_shapes.py sends their requests."""
 
 
 @dataclass

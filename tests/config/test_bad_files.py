@@ -1,4 +1,4 @@
-"""Every file in `bad/` is refused with exactly the lines in its header: `#>` a mistake, `# with` the environment."""
+"""Every file in `bad/` is refused with exactly the mistakes in its header (`#>`), with its environment (`# with`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The example file loads as it is, and leaves nothing out."""
+"""The example file loads as it is, and shows every setting."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read(path: Path, variables: dict[str, str]) -> Settings:
 
 
 def sections(annotation: Any) -> Iterator[type[BaseModel]]:
-    """Every settings model below an annotation."""
+    """Every settings model within an annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
         for field in annotation.model_fields.values():
@@ -50,7 +50,7 @@ def test_the_example_loads_with_the_variables_it_names() -> None:
 
 
 def test_settings_are_the_same_after_they_were_text(tmp_path: Path) -> None:
-    """As a worker gets them from its parent."""
+    """Workers get them from their parent as text."""
     settings = read(FILE, VARIABLES)
     assert from_text(as_text(settings), UPSTREAMS) == settings
     (tmp_path / "config.yaml").write_text("")

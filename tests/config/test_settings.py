@@ -1,4 +1,4 @@
-"""The settings themselves: values, defaults, frozen, and silent about secrets."""
+"""The settings: values, defaults, immutability, and no secret shown."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_trailing_slash_is_not_part_of_a_base_url(tmp_path: Path) -> None:
 )
 def test_redis_urls(url: str) -> None:
     assert RedisSettings(url=SecretStr(url)).url.get_secret_value() == url
-    connections(url, 1)  # the library agrees
+    connections(url, 1)  # the library accepts it, too
 
 
 @pytest.mark.parametrize(

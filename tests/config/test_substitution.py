@@ -1,4 +1,4 @@
-"""`${VAR}` in a file's texts."""
+"""`${VAR}` in the strings of a file."""
 
 from __future__ import annotations
 

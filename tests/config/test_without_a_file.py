@@ -1,4 +1,4 @@
-"""Which file counts, and what serves when there is none."""
+"""Which file is used, and what is served without one."""
 
 from __future__ import annotations
 

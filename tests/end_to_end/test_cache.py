@@ -1,4 +1,4 @@
-"""The cache behind the whole program: what it spares, and that losing it costs speed and never an answer."""
+"""The cache in the whole program: what it saves, and that losing it costs speed but never an answer."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def config(fake: FakeOpenAI, cache: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(gateway: Running, fake: FakeOpenAI, texts: list[str] = TEXTS) -> str:
-    """Asks, holds every vector against its text, and returns what the cache did."""
+    """Embeds the texts, compares every vector, and returns the answer's cache header."""
     response = gateway.post({"model": MODEL, "input": texts})
     assert response.status_code == 200, response.text
     for text, row in zip(texts, response.json()["data"], strict=True):
@@ -65,7 +65,7 @@ def test_a_vector_of_another_length_that_somebody_left_in_redis_is_never_answere
                     answer = gateway.post(body)
                     assert answer.json()["data"] == right
                     assert answer.headers["x-embedding-cache"] == state
-                    time.sleep(0.1)  # until it is written
+                    time.sleep(0.1)  # until it has been written
                 client.flushall()
 
 
@@ -99,7 +99,7 @@ def test_what_two_gateways_over_one_redis_are_asked_at_once_is_paid_for_once() -
 
 
 def test_what_is_dropped_from_a_queue_is_still_claimed_where_another_queues_call_is_under_way() -> None:
-    """Even one of a configuration that is no longer in force."""
+    """Even a call of a configuration that has been replaced."""
     with RedisServer() as redis, FakeOpenAI(api_key="sk-fake") as fake, ThreadPoolExecutor() as callers:
 
         def weighing(weight: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A deployment whose model is not what it was, or not what its sibling has, never answers."""
+"""A deployment whose model has changed, or differs from its siblings' model, never answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MODEL = "text-embedding-3-small"
 
 
 class OtherModel(FakeOpenAI):
-    """A server that has another model under the same name; `changed` says since when."""
+    """A server with another model under the same name, while `changed` is set."""
 
     changed = True
 
@@ -44,7 +44,7 @@ class OtherModel(FakeOpenAI):
 
 
 class RoundClock(SystemClock):
-    """Hours pass when told; who sleeps between two looks is woken by hand."""
+    """Hours pass by adding to `passed`; a task that sleeps between two rounds is woken by adding to `woken`."""
 
     def __init__(self) -> None:
         self.passed = 0.0
@@ -139,7 +139,7 @@ def test_a_model_that_changes_between_two_runs_is_found_by_what_was_stored(tmp_p
             with running(config(fake, **cache), clock=clock) as gateway:
                 response = gateway.post({"model": "m", "input": f"in use {changed}"})
                 assert response.status_code == 200
-                clock.woken += 1  # a round: it is used now, so it is looked at
+                clock.woken += 1  # the next round checks it, since it has been used
                 fake.wait_until(lambda: len(fake.calls) >= 2, 10)
                 if changed:
                     assert "cosine" in until_out(gateway, "up0")[MODEL]
@@ -194,7 +194,7 @@ def test_one_that_was_away_when_it_was_looked_at_answers_nobody_before_it_is_jud
 
 @pytest.mark.parametrize("name", ["m", MODEL])
 def test_before_the_first_look_all_is_asked_of_the_first_one_only(name: str) -> None:
-    """`m` is looked at at once, which takes until both have answered; a plain name once it is asked for."""
+    """`m` is checked at once, which takes until both have answered; the upstream's own name once it is requested."""
     with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
         wrong.fail(faults.hang, times=1)
         with running(config(right, wrong), clock=RoundClock()) as gateway:
@@ -211,7 +211,7 @@ def test_a_model_has_one_right_vector_under_whatever_names_its_deployments_stand
             assert "cosine" in until_out(gateway, "up0")[MODEL]
             assert gateway.post({"model": MODEL, "input": "in use"}).status_code == 200
             asked = len(first.calls)
-            clock.woken += 1  # the plain name is used now; by its own order the other one would be right
+            clock.woken += 1  # the upstream's own name is in use now; in its order, the other deployment would be right
             first.wait_for_calls(asked + 1)
             second.wait_until(lambda: [call.texts for call in second.calls].count([canary.TEXT]) == 2, 10)
             for name in ("m", MODEL):
@@ -248,7 +248,7 @@ def test_one_that_has_left_does_not_come_back_by_a_change_of_configuration() -> 
             assert "cosine" in until_out(gateway, "up0")[MODEL]
             heavier = config(drifts, stays)
             heavier["models"]["m"]["deployments"][1]["weight"] = 2
-            gateway.call(gateway.app._change_to(settings_of(heavier)))  # other weights, another canary
+            gateway.call(gateway.app._change_to(settings_of(heavier)))  # other weights make another canary
             drifts.wait_for_calls(3)
             stays.wait_for_calls(3)
             for i in range(5):
@@ -489,7 +489,7 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
 async def test_one_that_let_another_look_wait_is_not_waited_for_as_long_though_it_is_named_first(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch, answered: bool
 ) -> None:
-    """But where callers have had its vectors, if only while it is asked: then these count."""
+    """Unless callers have had its vectors, even if only during the check: then these are the reference."""
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
 
     async def others(batch: Batch) -> BatchResult:
@@ -508,7 +508,7 @@ async def test_one_that_let_another_look_wait_is_not_waited_for_as_long_though_i
 async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_another(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """They would be the last again, after those for whom it hangs."""
+    """Otherwise they would be last again, behind the checks in which it hangs."""
     monkeypatch.setattr(canary, "PATIENCE", 0.01)
     expected = ReferenceVectors(None)
     await expected.of("space", np.ones(4, "<f4").tobytes())
@@ -529,7 +529,7 @@ async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_a
 async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_round(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Meanwhile it keeps the traffic that it has where it has been compared."""
+    """Meanwhile it keeps its traffic for the models that have been compared."""
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
 
     async def hangs_for_one(batch: Batch) -> BatchResult:
@@ -560,7 +560,7 @@ async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_
 
 
 async def test_an_upstreams_models_are_looked_at_one_after_another(clock: HandClock) -> None:
-    """Each may have to be loaded first."""
+    """Each model may have to be loaded first."""
     at_once = most = 0
 
     async def loads(batch: Batch) -> BatchResult:
@@ -597,7 +597,7 @@ async def test_what_a_space_gives_is_kept_for_as_long_as_the_cache_has_vectors_o
         assert await expected.of("space", before) == before
         clock.now += ttl / 2
     await cache.close()
-    cache = tiers()  # a start, and the model is another
+    cache = tiers()  # after a restart the model is another
     assert await ReferenceVectors(cache).of("space", after) == before
     await cache.close()
 
@@ -618,14 +618,14 @@ async def test_a_cache_that_does_not_answer_is_asked_again_before_anything_is_ta
                 assert not expected.knows("space")
                 assert not expected.readable
                 server.resume()
-                while await expected.of("space", now) != before:  # until Redis is asked again
+                while await expected.of("space", now) != before:  # until Redis is tried again
                     await asyncio.sleep(0.05)
             assert expected.knows("space")
             await cache.close()
 
 
 class Away(ReferenceVectors):
-    """Of a cache that does not answer until it is `up`."""
+    """Reference vectors in a cache that does not answer until `up` is set."""
 
     up = False
 
@@ -657,7 +657,7 @@ def several(
 
 
 async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_be_read(clock: HandClock) -> None:
-    """By the name under which it is alone."""
+    """As it might be under the name for which it is the only deployment."""
     expected = Away(None)
     found, looks = several(clock, answers, answers_otherwise, expected=expected)
     await looks.check(clock.monotonic(), set())
@@ -726,7 +726,7 @@ async def test_whoever_has_answered_callers_counts_though_it_stands_behind_anoth
 async def test_nobody_who_loads_its_model_is_hung_up_on_for_one_that_was_ejected(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch, known: bool
 ) -> None:
-    """It may answer this text and no caller's, while the other one begins anew each time."""
+    """It may answer this text but no caller's, while the other would start loading again each time."""
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     expected = ReferenceVectors(None)
     if known:
@@ -817,7 +817,7 @@ async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clo
 
 
 async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None:
-    """Its model may have been put right, and no request goes there that could tell."""
+    """Its model may have been corrected, and no request goes there to find out."""
     (_, second), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
     second.health.take_out("its vectors were not those of the space")
@@ -828,7 +828,7 @@ async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None
 
 
 async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock) -> None:
-    """Two models may take turns behind its address: for each right vector it would serve for hours."""
+    """Two models may alternate behind its address: after each right vector it would serve for hours."""
     (_, turns), looks = several(clock, answers, answers)
 
     async def passes(seconds: float, embed: BatchEmbedder) -> str | None:
@@ -890,7 +890,7 @@ async def test_and_so_is_one_whose_vectors_have_another_length_than_before(clock
     length, sparse = 8, False
     assert await is_due_after_a_call(Params())
     await looks.check(clock.monotonic(), set())
-    length = 16  # as it should be
+    length = 16  # the right length
     clock.now += RECHECK_INTERVAL
     await looks.check(clock.monotonic(), set())
     clock.now += CHECK_INTERVAL
@@ -914,7 +914,7 @@ async def test_and_so_is_one_that_was_away_after_it_had_answered_and_before_the_
 
 
 async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_compared(clock: HandClock) -> None:
-    """By a change of configuration, while the look waits for the others."""
+    """A change of configuration cancels the check while it waits for the others."""
     (first, second), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
     second.embed = hangs
@@ -929,7 +929,7 @@ async def test_one_that_has_answered_in_a_look_that_is_cut_short_has_not_been_co
 
 
 async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_brings_nothing(clock: HandClock) -> None:
-    """By another canary, after a change of configuration."""
+    """The check is another canary's, after a change of configuration."""
     (first, second), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
 
@@ -958,7 +958,7 @@ async def test_a_look_that_is_not_due_any_more_once_its_turn_comes_asks_nobody(c
         restarts.health.end(UpstreamTimeout("no answer"), restarts.health.begin())
     assert looks.due(clock.monotonic())
     clock.now += EJECTION
-    restarts.health.end(None, restarts.health.begin())  # it answers a caller before
+    restarts.health.end(None, restarts.health.begin())  # it answers a caller first
     await looks.check(clock.monotonic(), set())
     assert not looks.due(clock.monotonic())
 

@@ -1,4 +1,4 @@
-"""The program as it is started: processes, flags, signals, exit codes."""
+"""The program as users start it: processes, flags, signals, exit codes."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_it_serves_where_python_leaves_assertions_out(tmp_path: Path) -> None:
 
 @pytest.fixture
 def interrupts() -> Iterator[None]:
-    """As in a terminal. What a script has started beside itself ignores Ctrl-C, and so does all that this starts."""
+    """Handles Ctrl-C as in a terminal. A script's background process ignores it, and so do all its children."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -69,8 +69,8 @@ def interrupts() -> Iterator[None]:
 @pytest.mark.usefixtures("interrupts")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_signals_are_heard_while_the_program_is_still_being_read(tmp_path: Path, number: signal.Signals) -> None:
-    """Process 1 of a container is given none that has no handler, and a reload must not be its end."""
-    # Some libraries keep what is raised while they are read, and orjson crashes.
+    """Process 1 of a container gets no signal without a handler, and a reload must not end it."""
+    # Some libraries swallow an exception raised during their import, and orjson crashes.
     keeps = "try: time.sleep(60)\nexcept BaseException: print('lost', flush=True)\n"
     (tmp_path / "uvicorn.py").write_text(f"import time\nprint('reading', flush=True)\n{keeps}")
     command = [sys.executable, "-m", "app", "serve", "--port", "0"]
@@ -106,7 +106,7 @@ def test_streams_that_are_closed_are_not_missed(tmp_path: Path, closed: str, wor
 def test_where_there_is_nothing_to_put_in_place_of_a_closed_stream_the_program_starts_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in a jail without a /dev."""
+    """For example in a jail without /dev."""
     monkeypatch.setattr(os, "devnull", str(tmp_path / "none"))
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
@@ -115,7 +115,7 @@ def test_where_there_is_nothing_to_put_in_place_of_a_closed_stream_the_program_s
 
 def test_several_workers_answer_and_one_scrape_tells_of_all(tmp_path: Path) -> None:
     with serving(tmp_path, "--workers", "2") as (url, process):
-        for i in range(40):  # a new connection each, so that both workers get some
+        for i in range(40):  # a new connection each, so that both workers get some requests
             assert httpx.post(f"{url}/v1/embeddings", json={"model": "lexical", "input": f"{i}"}).status_code == 200
         text = httpx.get(f"{url}/metrics").text
         assert metric(text, "requests_total") == 40
@@ -239,7 +239,7 @@ def test_check_shows_what_would_be_served(tmp_path: Path) -> None:
 
 
 def test_check_shows_what_all_deployments_of_a_model_take(tmp_path: Path) -> None:
-    """As `/v1/models` does: what is too long for one of them is refused."""
+    """As in `/v1/models`: an input that is too long for one of them is refused."""
     config = """
 upstreams: {oai: {type: openai, api_key: k}, zh: {type: baidu, api_key: k, secret_key: k}}
 models:
@@ -274,7 +274,7 @@ def test_check_probe_fails_where_an_upstream_cannot_be_reached(tmp_path: Path) -
 
 
 def test_check_probe_fails_where_a_server_has_neither_a_list_nor_a_configured_model(tmp_path: Path) -> None:
-    """Most likely its base_url is another one."""
+    """Its base_url is probably wrong."""
     with FakeOpenAI(api_key=None) as fake:
         env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/elsewhere"}
         done = run("check", "--probe", env=env, cwd=tmp_path)
@@ -321,7 +321,7 @@ models:
 def test_check_finds_deployments_of_a_model_that_turn_out_to_be_of_different_spaces(
     another: str, tmp_path: Path
 ) -> None:
-    """Also while an upstream that has no part in it is away."""
+    """Even while an upstream that has nothing to do with it is down."""
     one, other = (FakeOllama({"m:latest": OllamaModel(size, 64, "bert")}) for size in (4, 8))
     with one:
         with other:
@@ -403,7 +403,7 @@ def test_help_names_every_variable_that_switches_an_upstream_on(tmp_path: Path) 
 
 
 def test_a_proxy_of_the_environment_is_given_no_key_and_no_text(tmp_path: Path) -> None:
-    """Only one that the configuration names is used: the variables may be meant for anything else."""
+    """Only a proxy in the configuration is used: the variables may be meant for something else."""
     with FakeOpenAI(api_key="sk-fake") as fake, FakeOpenAI() as proxy:
         names = ("HTTP_PROXY", "http_proxy", "HTTPS_PROXY", "ALL_PROXY", "all_proxy")
         env = dict.fromkeys(names, proxy.url) | {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
@@ -416,7 +416,7 @@ def test_a_proxy_of_the_environment_is_given_no_key_and_no_text(tmp_path: Path) 
 
 @contextmanager
 def _taking_nothing(kind: str) -> Iterator[int]:
-    """Where a log may go and not arrive."""
+    """A file descriptor whose log lines reach nobody."""
     if kind == "full disk":
         with Path("/dev/full").open("w") as full:
             yield full.fileno()
@@ -437,7 +437,7 @@ def test_a_log_that_takes_nothing_holds_up_neither_requests_nor_the_end(kind: st
     url = f"http://127.0.0.1:{port}"
     with _taking_nothing(kind) as log, start_into(log, tmp_path, "--port", str(port)) as process:
         until(lambda: answers(f"{url}/healthz") or None, process.poll)
-        # Far more messages than a pipe takes: each mistake of a configuration is one.
+        # Each mistake in a configuration is a message: these are far more than a pipe holds.
         file.write_text("\n".join(f"no_such_setting_{i}: {{}}" for i in range(3000)))
         process.send_signal(signal.SIGHUP)
         with httpx.Client(timeout=10) as client:

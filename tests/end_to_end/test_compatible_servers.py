@@ -1,4 +1,4 @@
-"""Servers that speak OpenAI's API in their own way, each by configuration alone and through the whole program."""
+"""Servers with their own variant of OpenAI's API, by configuration alone and through the whole program."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_azure_is_asked_at_the_deployment_with_its_own_header_and_version() -> N
 
 
 def test_what_a_server_without_a_list_of_models_has_is_what_is_configured_for_it() -> None:
-    """A deployment on Azure, whose other routes are a 404, as TEI's list of models is."""
+    """A deployment on Azure: its other routes answer 404, as TEI's list of models does."""
     deployed = {"D": "text-embedding-3-small"}
     azure: dict[str, Any] = {"auth": "api-key", "api_key": "sk-fake", "query": {"api-version": "2024-10-21"}}
     models = {"mine": {"deployments": [{"upstream": "up", "model": "text-embedding-3-small"}]}}
@@ -65,7 +65,7 @@ def test_what_a_server_without_a_list_of_models_has_is_what_is_configured_for_it
 
 
 def test_a_model_that_only_the_configuration_knows_is_there_under_its_upstreams_name_too() -> None:
-    """As the operator has described it, but for his own prefixes, which belong to the public name."""
+    """With the operator's description of it, except for prefixes, which belong to the public name."""
     has = {"upstream": "up", "model": "hidden"}
     models = {
         "mine": {"max_batch": 3, "deployments": [has]},
@@ -84,7 +84,7 @@ def test_a_model_that_only_the_configuration_knows_is_there_under_its_upstreams_
 
 
 def test_vectors_of_two_lengths_are_never_one_answer_whichever_call_or_cache_they_are_from() -> None:
-    """Nobody knows this model's length, so that each call could only be looked at by itself."""
+    """This model's length is unknown, so no call can be checked on its own."""
     texts = ["a", "b", "c", "d"]
     models = {"mine": {"max_batch": 2, "deployments": [{"upstream": "up", "model": "m"}]}}
     with (
@@ -94,9 +94,9 @@ def test_vectors_of_two_lengths_are_never_one_answer_whichever_call_or_cache_the
         fake.fail(faults.wrong_dimension, times=1)
         short = gateway.post({"model": "mine", "input": ["a"]})
         assert [len(row["embedding"]) for row in short.json()["data"]] == [15]
-        again = gateway.post({"model": "mine", "input": texts})  # of which one is cached
+        again = gateway.post({"model": "mine", "input": texts})  # one of them is cached
         right(fake, again, "m", texts)
-        assert again.headers["x-embedding-upstream-calls"] == "4"  # 2 for what was missing, 2 for all
+        assert again.headers["x-embedding-upstream-calls"] == "4"  # 2 for the three that were missing, 2 for all four
         right(fake, gateway.post({"model": "mine", "input": texts}), "m", texts)
         assert len(fake.calls) == 5, "what was cached before has been replaced"
 
@@ -188,8 +188,8 @@ def test_a_server_that_refuses_encoding_format_is_not_sent_any() -> None:
 
 
 def test_a_refusal_that_quotes_all_it_was_sent_is_heard_however_long_that_was() -> None:
-    """infinity, and what else is made with FastAPI: for each form that `input` may have, all of it. What texts speak of
-    is not what the server says."""
+    """infinity and other FastAPI servers quote all of `input` for each form that it may have. What the texts say is not
+    the server's message."""
     long = "dimensions " * 350_000
     quoting: list[dict[str, Any]] = [
         {"type": "string_too_long", "loc": ["body", "input", "list", 1], "input": long},

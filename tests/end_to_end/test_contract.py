@@ -1,4 +1,4 @@
-"""Replies that are not the vectors asked for: whatever an upstream does, no caller ever sees a wrong vector."""
+"""Replies that are not the requested vectors: whatever an upstream does, no caller ever gets a wrong one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ UPSTREAMS = [
 ]
 TEXTS = ["one", "two", "three"]
 REFUSALS = {"ollama": faults.http_error(400, b'{"error":"the input length exceeds the context length"}')}
-"""Where the fake's own refusal of an input is no caller's fault, one that is."""
+"""A refusal that is the caller's fault, for a fake whose own refusal of an input is not."""
 
 every_upstream = pytest.mark.parametrize("name", UPSTREAMS)
 every_payload_fault = pytest.mark.parametrize("fault", faults.PAYLOAD_FAULTS, ids=lambda fault: fault.name)
@@ -46,7 +46,7 @@ def test_a_reply_that_breaks_the_contract_is_a_502_and_is_never_cached(name: str
         case.fake.fail(fault, times=None)
         response = gateway.post({"model": case.model, "input": TEXTS})
         if response.status_code == 200:
-            # A dialect without indexes has none to get wrong; then the vectors must be right.
+            # A dialect without indexes cannot get one wrong, so its vectors must be right.
             assert "index" in fault.name
             assert name in ("ollama", "gemini")
         else:
@@ -67,7 +67,7 @@ def test_a_broken_reply_is_asked_again_once_and_the_answer_is_right(name: str, f
 
 @every_upstream
 def test_who_gives_fewer_vectors_than_it_got_texts_is_asked_for_fewer(name: str) -> None:
-    """Some servers have answered lists with one vector, or none (garrytan/gbrain#328)."""
+    """Some servers have answered a list with one vector, or none (garrytan/gbrain#328)."""
     case = CASES[name]()
     with gateway_for(case) as gateway:
         case.fake.fail(faults.one_vector_fewer, times=None, when=lambda texts: len(texts) > 1)
@@ -166,7 +166,7 @@ def test_an_upstream_that_refuses_our_key_is_a_502_and_never_the_callers_401(
         case.fake.fail(faults.vendor_error("auth"), times=None)
         response = gateway.post({"model": case.model, "input": TEXTS})
         code = response.json()["error"]["code"]
-        if name == "ollama":  # it has no keys; its own word for trouble is passed on as trouble
+        if name == "ollama":  # it has no keys; its error is reported as the upstream's failure
             assert response.status_code >= 500
         else:
             assert (response.status_code, code) == (502, "upstream_auth")
@@ -190,10 +190,10 @@ def test_a_rate_limit_is_a_429_that_says_when_to_come_back(name: str) -> None:
         assert float(response.headers["retry-after-ms"]) >= 1000
 
 
-@pytest.mark.parametrize("name", [name for name in UPSTREAMS if name != "ollama"])  # which sells nothing
+@pytest.mark.parametrize("name", [name for name in UPSTREAMS if name != "ollama"])  # Ollama has no quota
 def test_a_quota_that_is_used_up_is_not_asked_again(name: str) -> None:
     case = CASES[name]()
-    # DashScope's word for a quota is as a rule a rate that passes.
+    # DashScope's usual error for a quota is a rate limit that passes.
     word = "AllocationQuota.FreeTierOnly" if name.startswith("dashscope") else "quota"
     with gateway_for(case) as gateway:
         case.fake.fail(faults.vendor_error(word), times=None)

@@ -1,4 +1,4 @@
-"""Several deployments of one model: what one cannot do another does, and nobody hammers a dead one."""
+"""Several deployments of one model: if one fails, another takes over, and a dead one is not hammered."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ MODEL = "text-embedding-3-small"
 
 
 class FastClock(SystemClock):
-    """Pauses between retries take no time; health and caches see the clock move by them all the same.
-    What sleeps longer is housekeeping and never wakes."""
+    """Pauses between retries take no time, but health and caches see the clock advance by them.
+    Longer sleeps are housekeeping and never end."""
 
     def __init__(self) -> None:
         self.slept = 0.0
         self.jumped = 0.0
-        """Seconds by which somebody has set the machine's clock."""
+        """Seconds by which the machine's clock has been set, in either direction."""
 
     def monotonic(self) -> float:
         return super().monotonic() + self.slept
@@ -49,7 +49,7 @@ def two(one: str, other: str, **more: Any) -> dict[str, Any]:
 
 
 async def ask(gateway: Running, fake: FakeOpenAI, count: int, *, tag: str = "text", at_once: int = 16) -> list[int]:
-    """Statuses of `count` one-text requests; every vector is held against its text."""
+    """The statuses of `count` one-text requests; every vector is compared."""
     room = asyncio.Semaphore(at_once)
 
     async def one(client: httpx.AsyncClient, text: str) -> int:
@@ -107,12 +107,12 @@ async def test_a_rate_limited_deployment_rests_as_long_as_it_says_and_the_other_
 
 
 async def test_out_of_descriptors_we_have_no_room_and_the_upstream_keeps_its_traffic() -> None:
-    with FakeDashScope(api_key="sk-fake") as fake:  # of which no list is asked: there is no connection yet
+    with FakeDashScope(api_key="sk-fake") as fake:  # its models are not fetched: no connection yet
         upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}
         with running({"upstreams": {"up": upstream}}) as gateway:
-            texts = [{"model": "text-embedding-v4", "input": f"too many {i}"} for i in range(6)]  # 5 take it out
+            texts = [{"model": "text-embedding-v4", "input": f"too many {i}"} for i in range(6)]  # 5 would eject it
             async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
-                assert (await client.get("/healthz")).status_code == 200  # over the connection that is used below
+                assert (await client.get("/healthz")).status_code == 200  # opens the connection that is used below
                 with no_descriptors():
                     refused = [await client.post("/v1/embeddings", json=each) for each in texts]
                 available = gateway.metric("upstream_available", upstream="up", model="text-embedding-v4")
@@ -130,8 +130,8 @@ async def test_out_of_descriptors_the_deployment_that_has_a_connection_is_asked(
             await asyncio.gather(one.calls_arrived(1), other.calls_arrived(1))  # the canary's
             await asyncio.gather(one.idle(), other.idle())
             async with httpx.AsyncClient(base_url=gateway.url, trust_env=False) as client:
-                assert (await client.get("/healthz")).status_code == 200  # over the connection that is used below
-                one.stop()  # which closes its connections
+                assert (await client.get("/healthz")).status_code == 200  # opens the connection that is used below
+                one.stop()  # closes its connections
                 with no_descriptors():
                     texts = [{"model": "m", "input": f"text {i}"} for i in range(30)]
                     statuses = [(await client.post("/v1/embeddings", json=each)).status_code for each in texts]
@@ -146,7 +146,7 @@ async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
             await asyncio.gather(one.calls_arrived(1), other.calls_arrived(1))  # the canary's
             await asyncio.gather(one.idle(), other.idle())
             one.fail(faults.vendor_error("internal"), times=None)
-            for second in range(7):  # after a failure others are asked first, for a second
+            for second in range(7):  # for a second after a failure, others come first
                 assert set(await ask(gateway, other, 10, tag=f"a{second}", at_once=1)) == {200}
                 clock.slept += 1.1
             assert len(one.calls) == 6, "the canary's, and five in a row"
@@ -163,7 +163,7 @@ async def test_a_deployment_that_failed_comes_back_by_one_call() -> None:
 
 @pytest.mark.parametrize("fault", [faults.null_vector, faults.empty_vector, faults.zero_vector, faults.nan_literal])
 async def test_one_that_has_no_vector_of_some_inputs_is_asked_after_the_one_that_has(fault: faults.Fault) -> None:
-    """Retries are few: it is asked seldom."""
+    """Retries are limited, so it must rarely be tried first."""
     clock = FastClock()
     with FakeOpenAI(api_key="sk-fake") as one, FakeOpenAI(api_key="sk-fake") as other:
         with running(two(one.url, other.url), clock=clock) as gateway:
@@ -191,7 +191,7 @@ async def test_inputs_that_nobody_has_a_vector_of_speak_against_nobody() -> None
                     fake.fail(faults.nan_as_null.on("poison"), times=None)
                 asked = gateway.post({"model": "m", "input": [f"good {i}", "poison"]})
                 assert asked.status_code in (200, 502)
-                clock.slept += 2  # past what follows any failure
+                clock.slept += 2  # longer than the pause after any failure
                 served = gateway.post({"model": "m", "input": f"text {i}"})
                 assert served.headers["x-embedding-upstream"] == f"one/{MODEL}"
 
@@ -214,7 +214,7 @@ async def test_a_clock_that_is_set_brings_nobody_back_and_forgets_nothing() -> N
 
 
 async def test_the_last_deployment_is_asked_however_often_it_fails() -> None:
-    with FakeOpenAI(api_key="sk-fake") as fake:  # the other is nobody
+    with FakeOpenAI(api_key="sk-fake") as fake:  # nothing listens at the other's address
         with running(two(fake.url, unused_url()), clock=FastClock()) as gateway:
             fake.fail(faults.vendor_error("internal"), times=30)
             await ask(gateway, fake, 40, tag="bad", at_once=1)
@@ -225,7 +225,7 @@ async def test_the_last_deployment_is_asked_however_often_it_fails() -> None:
 
 
 async def test_when_all_are_down_callers_are_told_how_long_to_wait_and_hits_are_answered() -> None:
-    with FakeOpenAI(api_key="sk-fake") as fake:  # the other is nobody
+    with FakeOpenAI(api_key="sk-fake") as fake:  # nothing listens at the other's address
         with running(two(fake.url, unused_url(), cache={}), clock=FastClock()) as gateway:
             assert await ask(gateway, fake, 1, tag="paid") == [200]
             fake.fail(faults.vendor_error("internal"), times=None)

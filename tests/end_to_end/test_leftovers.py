@@ -1,5 +1,5 @@
-"""A request that fails is gone once it is answered. The collector of cycles goes by the number of objects: a few errors
-that keep their frames would keep their requests' bodies for as long, however large these are."""
+"""A failed request is freed once it is answered. The garbage collector runs by the number of objects: a few errors that
+keep their frames alive would keep their requests' bodies until then, however large."""
 
 from __future__ import annotations
 

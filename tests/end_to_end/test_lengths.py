@@ -1,4 +1,4 @@
-"""Shorter vectors and unit length: who makes them, what the cache keeps, and that no two settings mix."""
+"""Shorter vectors and unit length: who makes them, what the cache stores, and that no two settings mix."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def test_dashscopes_lengths_are_kept_apart_for_nobody_documents_them_to_be_prefi
 
 
 class LongVectors(FakeDashScope):
-    """Vectors that are not of unit length, as v1 and v2 have them."""
+    """Vectors that are not of unit length, like those of v1 and v2."""
 
     def expected(self, *args: Any, **kwargs: Any) -> Vector:
         wide: Vector = super().expected(*args, **kwargs) * np.float32(37.5)

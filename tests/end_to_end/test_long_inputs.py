@@ -1,4 +1,4 @@
-"""Inputs longer than the model takes, through the whole program: refused, cut or embedded in pieces."""
+"""Inputs too long for the model, through the whole program: refused, cut or embedded in pieces."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from tests.fakes import FakeBaidu, FakeDashScope, FakeGemini, FakeOllama, FakeOp
 from tests.harness import running
 
 MODEL = "house-model"
-"""Nobody knows its tokenizer; how long its inputs may be, the operator says."""
+"""Its tokenizer is unknown; the operator sets the limit on its inputs."""
 COUNTED = "text-embedding-3-small"
-"""Its tokens are counted exactly."""
+"""A model whose tokens are counted exactly."""
 BAIDU = {"type": "baidu", "mode": "v2", "api_key": "bce-v3/ALTAK-canary/canary"}
 FITS = "words of four letters " * 900
-"""More bytes than the limit has tokens, and by the fakes' count far fewer tokens."""
+"""It has more bytes than the limit has tokens, but far fewer tokens by the fakes' count."""
 LONG = " ".join(f"far{i}" for i in range(12_000))
 """Too long by any count: 12,000 words for a model of 8,192 tokens."""
 DENSE = "".join(chr(0x4E00 + i % 5000) for i in range(12_000))
-"""No spaces, so that only the upstream can tell."""
+"""It has no spaces, so that only the upstream can tell whether it is too long."""
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_what_is_too_long_by_any_count_is_refused_by_its_own_index_before_anythi
 
 
 def test_what_may_be_too_long_is_the_upstreams_to_judge(fake: FakeOpenAI) -> None:
-    # 36,000 bytes are 9,000 tokens to this upstream; a better tokenizer might find fewer than 8,192.
+    # This upstream counts 36,000 bytes as 9,000 tokens; a better tokenizer might find fewer than 8,192.
     with running(config(fake)) as gateway:
         assert counted(gateway.post({"model": "public", "input": ["short", FITS]})) == (0, 0)
         response = gateway.post({"model": "public", "input": ["short", DENSE]})
@@ -102,7 +102,7 @@ def test_baidus_limits_are_kept_by_baidus_own_rule(text: str, says: str) -> None
 
 @pytest.mark.parametrize("policy", ["truncate", "split"])
 def test_what_fits_is_never_cut(fake: FakeOpenAI, policy: str) -> None:
-    text = DENSE[: 4 * 8190 // 3]  # of three bytes each, of which the fake takes four for a token
+    text = DENSE[: 4 * 8190 // 3]  # three bytes per character; the fake counts four bytes as a token
     with running(config(fake)) as gateway:
         response = gateway.post({"model": "public", "input": [text, "short"], "on_long_input": policy})
         assert counted(response) == (0, 0)
@@ -146,7 +146,7 @@ def test_what_fits_by_the_upstreams_count_is_not_cut(fake: FakeOpenAI, policy: s
 def test_what_looked_as_if_it_would_fit_is_cut_when_the_upstream_refuses_it_and_the_rest_is_kept(
     fake: FakeOpenAI,
 ) -> None:
-    needs_comparison = "abcdefg " * 4400  # 8,800 tokens by the upstream's count, 4,400 at least
+    needs_comparison = "abcdefg " * 4400  # 8,800 tokens by the upstream's count, at least 4,400 by ours
     with running(config(fake, on_long_input="truncate") | {"cache": {}}) as gateway:
         texts = ["one", needs_comparison, "two", FITS]
         response = gateway.post({"model": "public", "input": texts})
@@ -393,7 +393,7 @@ def test_a_cut_keeps_nearly_all_that_fits_and_pieces_are_the_whole(fake: FakeOpe
         assert set(pieces) == set(whole)
 
 
-# --- a limit that nobody has said -----------------------------------------------------------------------
+# --- an unknown limit -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split"])
@@ -429,7 +429,7 @@ def test_whatever_it_is_stated_in(fake: FakeOpenAI, says: str, room: InputLimit)
 
 
 def test_such_a_limit_is_the_requests_own(fake: FakeOpenAI) -> None:
-    """Who asked for no cut is refused by the upstream, or not: another deployment may take more."""
+    """Without a cut, the upstream decides whether to refuse: another deployment may take more."""
     with running(config(fake, max_tokens_per_input=None)) as gateway:
         cut = gateway.post({"model": "public", "input": LONG, "on_long_input": "truncate"})
         assert counted(cut) == (1, 0)

@@ -1,4 +1,4 @@
-"""Images and videos beside texts, through the whole program to DashScope's multimodal models."""
+"""Images, videos and texts, through the whole program to DashScope's multimodal models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A new configuration while the program runs: whole or not at all, and what was learned and cached stays."""
+"""A new configuration while the program runs: applied whole or not at all, keeping what was learned and cached."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ MODEL = "text-embedding-3-small"
 
 
 def config(fake: FakeOpenAI, **models: Any) -> dict[str, Any]:
-    """One upstream, and models on it by name."""
+    """A configuration with one upstream, and its models by public name."""
     return {
         "upstreams": {"up": {"type": "openai", "api_key": "sk-fake", "base_url": fake.url + "/v1"}},
         "models": {
@@ -53,14 +53,14 @@ def config(fake: FakeOpenAI, **models: Any) -> dict[str, Any]:
 
 
 def write(directory: Path, values: Mapping[str, Any] | str) -> None:
-    """Puts the file in place as editors and Kubernetes do: whole."""
+    """Replaces the file in one step, as editors and Kubernetes do."""
     new = directory / "config.yaml.new"
     new.write_text(values if isinstance(values, str) else yaml.safe_dump(dict(values)))
     new.rename(directory / "config.yaml")
 
 
 class Hasty(SystemClock):
-    """Does not let anybody sleep for long."""
+    """Sleeps no longer than 20 ms."""
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(min(seconds, 0.02))
@@ -68,10 +68,10 @@ class Hasty(SystemClock):
 
 @contextmanager
 def watched(directory: Path, values: Mapping[str, Any]) -> Iterator[Running]:
-    """A gateway that follows `config.yaml` of the directory, and looks at it all the time."""
+    """A gateway that follows the directory's `config.yaml` and checks it all the time."""
     write(directory, values)
     source = ConfigSource("config.yaml", {}, UPSTREAMS, directory)
-    source.load()  # as the program does before it serves
+    source.load()  # the program does so before it serves
     with running(values, source=source, clock=Hasty()) as gateway:
         yield gateway
 
@@ -288,7 +288,7 @@ def test_a_gateway_that_cannot_start_leaves_alone_what_queues_under_a_name_it_wo
     with FakeOpenAI(api_key="sk-fake") as fake:
         values = config(fake, docs={}) | {"server": {"request_timeout": 10}}
         values["upstreams"]["up"]["requests_per_minute"] = 20
-        values["models"]["docs"]["deployments"][0]["weight"] = 2  # so that it shares its queue with no other name
+        values["models"]["docs"]["deployments"][0]["weight"] = 2  # so that no other name shares its queue
         with watched(tmp_path, values) as gateway, ThreadPoolExecutor() as threads:
             assert gateway.post({"model": "docs", "input": "goes at once"}).status_code == 200
             waits = threads.submit(gateway.post, {"model": "docs", "input": "goes in three seconds"})
@@ -337,7 +337,7 @@ def test_a_file_that_may_be_read_again_or_was_copied_with_its_time_is_another(tm
 
     until(
         lambda: differs(lambda: file.chmod(0o644)), source.signature
-    )  # the system's clock for this goes by some milliseconds
+    )  # file times advance in steps of some milliseconds
     before = source.signature()
     until(lambda: differs(copied), source.signature)
 
@@ -377,7 +377,7 @@ def test_a_key_for_a_model_that_nobody_serves_is_warned_of(tmp_path: Path, caplo
 
 
 def has(url: str, name: str, times: int = 1) -> bool:
-    """Whether the model is served, asked over that many new connections."""
+    """Whether the model is served on each of `times` new connections."""
     with httpx.Client(headers={"connection": "close"}) as client:
         return all(client.get(f"{url}/v1/models/{name}").status_code == 200 for _ in range(times))
 
@@ -438,7 +438,7 @@ main(["serve", "--port", "0", "--workers", "2"])
 
 
 def test_what_cannot_be_built_is_given_to_no_worker(tmp_path: Path) -> None:
-    """The parent finds out. In this test its workers would build it, which shows who was given it."""
+    """The parent tries it first. In this test its workers could build it, which would show if they were given it."""
     port, log = free_port(), (tmp_path / "log").read_text
     values: dict[str, Any] = {"upstreams": {"built-in": {"type": "lexical"}}, "server": {"metrics_port": port}}
     write(tmp_path, values)
@@ -451,7 +451,7 @@ def test_what_cannot_be_built_is_given_to_no_worker(tmp_path: Path) -> None:
         process.send_signal(signal.SIGHUP)
         until(lambda: metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "config_valid") == 0, log)
         assert "configuration not changed" in log()
-        for _ in range(10):  # a new connection each, so that both workers get some
+        for _ in range(10):  # a new connection each, so that both workers get some requests
             asked = {"model": "lexical", "input": ["x"] * 8}
             assert httpx.post(f"{url}/v1/embeddings", json=asked, timeout=30).status_code == 200
 
@@ -470,7 +470,7 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     app = create_app(settings(8, "one", "two"))
     await app.gateway.start()
     first = app._current
-    first.in_flight += 1  # a request that takes its time
+    first.in_flight += 1  # a request in progress
     old = (await app.gateway.find("m")).deployments[0].health
     for _ in range(FAILURES):
         old.end(UpstreamError("down"), 0)
@@ -495,7 +495,7 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
     app = create_app(settings("one", "two"), stores=[])
     await app.gateway.start()
     old, first = app.gateway, app._current
-    first.in_flight += 1  # a request that takes its time
+    first.in_flight += 1  # a request in progress
     await app._change_to(settings("one"))
     for name in ("one", "two"):
         old.upstreams[name].models = {"new": Model("new")}
@@ -512,7 +512,7 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
 
 
 async def test_who_only_tries_a_configuration_out_for_its_workers_shows_no_deployment_of_it(tmp_path: Path) -> None:
-    """It would be there whatever becomes of it in those that serve."""
+    """Its metric would stay, whatever its state in the workers."""
     parent = create_app(settings_of({"upstreams": {"one": {"type": "lexical"}}}), stores=[])
     with multiprocess(str(tmp_path)):
         await parent.dry_run(settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}}))
@@ -539,7 +539,7 @@ async def test_of_deployments_that_are_put_together_otherwise_no_earlier_set_is_
 
 
 async def test_upstreams_and_models_in_another_order_are_another_configuration() -> None:
-    """What is named first counts, and lists are in the file's order."""
+    """The first name has priority, and lists are in the file's order."""
     models = {f"m-{name}": {"deployments": [{"upstream": name, "model": "lexical"}]} for name in ("one", "two")}
     before = settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}, "models": models})
     turned = {part: dict(reversed(getattr(before, part).items())) for part in ("upstreams", "models")}
@@ -567,7 +567,7 @@ async def test_upstreams_and_models_in_another_order_are_another_configuration()
 async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_compared_anew(
     changed: dict[str, Any], proved: bool
 ) -> None:
-    """The others of its space may be down at that moment."""
+    """The others of its space may be down at the time."""
     server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
 
     def settings(max_batch: int | None = None, **more: Any) -> Settings:
@@ -598,7 +598,7 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
 async def test_one_that_was_taken_out_and_is_only_asked_otherwise_stays_out(
     changed: dict[str, Any], stays: bool, tmp_path: Path
 ) -> None:
-    """Also where it is alone, and would be looked at only once it has answered somebody."""
+    """Even if it is alone, and would otherwise be checked only once it has answered a caller."""
 
     def settings(max_batch: int | None = None, **more: Any) -> Settings:
         upstreams = {"a": {"type": "openai", "base_url": "http://127.0.0.1:9", **more}}
@@ -621,7 +621,7 @@ async def test_one_that_was_taken_out_and_is_only_asked_otherwise_stays_out(
 @pytest.mark.parametrize("lasts", [True, False])
 @pytest.mark.parametrize("timeout", [10, 20])
 async def test_one_that_was_taken_out_and_is_alone_now_is_looked_at(timeout: int, lasts: bool, tmp_path: Path) -> None:
-    """Or it would be out for ever: nobody can use it before, and it may have served nobody yet."""
+    """Otherwise it would stay out for ever: it cannot be used before, and may never have served a caller."""
 
     def settings(timeout: int, *names: str) -> Settings:
         server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
@@ -641,7 +641,7 @@ async def test_one_that_was_taken_out_and_is_alone_now_is_looked_at(timeout: int
 
 
 async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_though_it_is_named_first() -> None:
-    """Or both would serve, of which one may be another model by now."""
+    """Otherwise both would serve, and one may be another model by now."""
 
     def settings(key: str, timeout: int) -> Settings:
         server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
@@ -659,7 +659,7 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
 
 
 def of_new_and_b(timeout: int, *names: str, **facts: int) -> Settings:
-    """A model at these of two upstreams; `timeout` is b's, and `facts` are the model's."""
+    """A model on the named ones of two upstreams; `timeout` is b's, and `facts` are the model's."""
     server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
     upstreams = {"new": server, "b": {**server, "timeout": timeout}}
     models = {"m": {**facts, "deployments": [{"upstream": name, "model": MODEL} for name in names]}}
@@ -668,7 +668,7 @@ def of_new_and_b(timeout: int, *names: str, **facts: int) -> Settings:
 
 @pytest.mark.parametrize("unverified", [False, True])
 async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_otherwise_now(unverified: bool) -> None:
-    """Beside one that is named first. They are compared before it has answered anybody anew."""
+    """A new deployment is named first. The two are compared before the old one answers a caller again."""
     app = create_app(of_new_and_b(10, "b"), stores=[])
     health = app.gateway.names["m"].deployments[0].health
     health.answered, health.unverified = True, unverified
@@ -683,7 +683,7 @@ async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_o
 
 
 async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_list_says_something_else_of_it() -> None:
-    """The upstream's own name for it leads to a deployment of other facts, which nobody has used or compared."""
+    """The upstream's own name leads to a deployment with other facts, which was neither used nor compared."""
     app = create_app(of_new_and_b(10, "b", max_batch=16), stores=[])
     app.gateway.upstreams["b"].models = {MODEL: unlisted_model(MODEL)}
     app.gateway.registry.publish()
@@ -698,7 +698,7 @@ async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_lis
 
 
 async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() -> None:
-    """Or neither would be known to be in its space, and both would serve."""
+    """Otherwise neither would be known to be in the space, and both would serve."""
 
     def settings(key: str) -> Settings:
         server = {"type": "openai", "base_url": "http://127.0.0.1:9"}
@@ -715,7 +715,7 @@ async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() 
 
 
 async def test_beside_one_that_has_answered_callers_alone_a_new_one_waits_though_it_is_named_first() -> None:
-    """It came when another served its space, has nothing to be compared with since, and is right all the same."""
+    """It was added while another served its space, has had nothing to be compared with since, and is right."""
 
     def settings(*names: str) -> Settings:
         upstreams = {name: {"type": "openai", "base_url": "http://127.0.0.1:9"} for name in {"a", "b", *names}}
@@ -759,7 +759,7 @@ async def test_who_is_inside_counts_on() -> None:
 
 
 async def test_the_description_on_a_port_of_its_own_follows_the_configuration() -> None:
-    """Also where it is told for workers, which serve the configuration that is only tried out here."""
+    """Also in the parent of workers, which only tries out the configuration that they serve."""
     upstreams = {"upstreams": {"up": {"type": "lexical"}}, "server": {"metrics_port": 1234}}
     opened, closed = settings_of(upstreams), settings_of({**upstreams, "auth": {"keys": {"a": {"key": "k"}}}})
     app, parent = create_app(opened), create_app(opened, stores=[])

@@ -1,4 +1,4 @@
-"""Queries and documents, told to every model in its own way; two names of one model that carry roles."""
+"""Queries and documents, marked for each model in its own way; two public names of one model with a role each."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LENGTHS = {
 
 @contextmanager
 def serving(**config: Any) -> Iterator[tuple[FakeOpenAI, Running]]:
-    """A vLLM with every open model."""
+    """A gateway in front of a vLLM with every open model."""
     with FakeOpenAI(None, LENGTHS, flavour="vllm") as fake:
         upstream = {"type": "openai", "base_url": fake.url + "/v1"}
         with running({"upstreams": {"up": upstream}, **config}) as gateway:

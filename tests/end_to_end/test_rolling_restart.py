@@ -1,4 +1,4 @@
-"""Two gateways behind a plain TCP balancer are restarted in turn under load, and no request is lost.
+"""Two gateways behind a TCP load balancer are restarted in turn under load, and no request is lost.
 
 `LONG_TESTS=1` runs the long edition: ten restarts, ten thousand requests.
 """
@@ -27,16 +27,16 @@ CLIENTS = 8
 
 
 class Load:
-    """Clients that ask one thing after the other, each over a connection of its own, and check every vector."""
+    """Clients that send one request after another, each over its own connection, and check every vector."""
 
     def __init__(self, url: str, fake: FakeOpenAI) -> None:
         self._url, self._fake = url, fake
         self._numbers = itertools.count()
         self.seen: Counter[str] = Counter()
-        """What became of the requests: "right", or what was wrong."""
+        """Outcomes of the requests: "right", or what was wrong."""
 
     async def run(self, done: asyncio.Event) -> None:
-        """Until it is done and there have been enough."""
+        """Sends requests until `done` is set and there have been at least `REQUESTS`."""
         async with httpx.AsyncClient(trust_env=False, timeout=PATIENCE) as client:
             while not done.is_set() or self.seen.total() < REQUESTS:
                 texts = [f"text {next(self._numbers)}" for _ in range(2)]

@@ -1,4 +1,4 @@
-"""Upstream calls are shared and fully used: seen from both ends of the program."""
+"""Upstream calls are shared and filled, as seen from both ends of the program."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ async def post_all(gateway: Running, inputs: list[Any], **body: Any) -> list[htt
 
 
 async def share_a_call(gateway: Running, fake: FakeDashScope, inputs: list[Any], **body: Any) -> list[httpx.Response]:
-    """Answers to requests that wait for a slot together, because both are taken."""
+    """The answers to requests that wait for a slot together, because both slots are taken."""
     fake.hold()
     busy = asyncio.create_task(post_all(gateway, ["busy 1", "busy 2"]))
     await fake.calls_arrived(1)
@@ -140,7 +140,7 @@ async def test_what_an_upstream_quotes_of_a_callers_text_is_told_to_nobody_else(
             assert one.status_code == another.status_code == status
             for _ in range(FAILURES):
                 alone = gateway.post({"input": text, **body})
-            # Who has sent it alone may be told why it is refused.
+            # Its only sender may be told why it is refused.
             assert ("canary" in alone.text) == (refusal == "bad_input")
             written = (gateway.get("/readyz").text, gateway.log.getvalue(), caplog.text)
             for told in (one.text, another.text, *written):

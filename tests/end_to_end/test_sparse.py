@@ -1,4 +1,4 @@
-"""Sparse vectors, alone and beside the dense ones, from DashScope's own API to the caller and through every cache."""
+"""Sparse vectors, alone and with dense ones, from DashScope's native API to the caller and through every cache."""
 
 from __future__ import annotations
 

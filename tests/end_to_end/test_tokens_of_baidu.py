@@ -1,4 +1,4 @@
-"""Baidu's access token: fetched once, renewed unseen, and a refused key is not asked in a loop."""
+"""Baidu's access token: fetched once, renewed unnoticed, and not requested in a loop for a refused key."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_refused_key_is_not_asked_in_a_loop_and_never_shown() -> None:
 
 @contextmanager
 def replicas(redis: RedisServer) -> Iterator[tuple[FakeBaidu, list[Running]]]:
-    """Two gateways with one key over one Redis, which holds nothing but what they share besides the cache."""
+    """Two gateways with the same key over one Redis, which holds their cache and whatever else they share."""
     with FakeBaidu(
         api_key="canary-ak", secret_key="canary-sk", access_key="a", iam_secret_key="b", v2_key="bce-v3/ALTAK-x/y"
     ) as fake:
@@ -139,7 +139,7 @@ def test_a_token_left_by_another_replica_that_is_stale_too_is_replaced_in_the_sa
         embeds(one, "a")
         embeds(other, "b")
         fake.invalidate_tokens()
-        embeds(one, "c")  # leaves a new one, while `other` still holds the first
+        embeds(one, "c")  # stores a new one, while `other` still has the first
         fake.invalidate_tokens()
         embeds(other, "d")
         embeds(one, "e")

@@ -1,4 +1,4 @@
-"""Every upstream through the whole program: real sockets on both sides, each vector held against its text."""
+"""Every upstream through the whole program: real sockets on both sides, every vector compared."""
 
 from __future__ import annotations
 

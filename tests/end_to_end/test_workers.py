@@ -1,4 +1,4 @@
-"""Signals, worker processes and the port for metrics, tried on the program as it is started."""
+"""Signals, worker processes and the metrics port, on the program as users start it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ TWO = ("--workers", "2")
 
 
 def workers(process_id: int) -> list[int]:
-    """Processes that a process has started."""
+    """The child processes of a process."""
     return [int(each) for each in Path(f"/proc/{process_id}/task/{process_id}/children").read_text().split()]
 
 
@@ -136,7 +136,7 @@ def test_ctrl_c_again_drops_an_answer_that_is_not_taken_without_ado(tmp_path: Pa
 def test_the_port_for_metrics_tells_of_all_workers(tmp_path: Path) -> None:
     port = free_port()
     with serving(tmp_path, *TWO, EMBEDDING_GATEWAY__SERVER__METRICS_PORT=str(port)) as (url, _):
-        for i in range(20):  # a new connection each, so that both workers get some
+        for i in range(20):  # a new connection each, so that both workers get some requests
             assert embed(url, f"{i}").status_code == 200
         admin = f"http://127.0.0.1:{port}"
         assert metric(httpx.get(f"{admin}/metrics").text, "requests_total") == 20
@@ -176,14 +176,14 @@ def test_a_port_for_metrics_that_is_taken_is_one_readable_line(tmp_path: Path) -
 
 @pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
 def test_a_port_that_is_lost_while_starting_is_one_readable_line(tmp_path: Path, arguments: tuple[str, ...]) -> None:
-    """Who binds a port with SO_REUSEADDR has it only once it listens."""
+    """A port bound with SO_REUSEADDR is taken only once its owner listens."""
     with socket.socket() as rival, socket.create_server(("127.0.0.1", 0)) as upstream:
         rival.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         rival.bind(("127.0.0.1", 0))
         port = rival.getsockname()[1]
         env = {"OLLAMA_HOST": f"127.0.0.1:{upstream.getsockname()[1]}"}
         with start(tmp_path, "--port", str(port), *arguments, **env) as process:
-            # Whoever starts asks it for its models, and waits for them.
+            # A starting gateway asks the upstream for its models and waits for the answer.
             asked = [upstream.accept()[0] for _ in range(2 if arguments else 1)]
             rival.listen()
             upstream.close()
@@ -238,13 +238,13 @@ def test_a_worker_that_dies_is_replaced_said_and_counted_no_more(tmp_path: Path)
 
 
 def test_workers_that_are_replaced_go_on_counting_where_the_last_ones_ended(tmp_path: Path) -> None:
-    """Files of each that has died would fill /tmp one day, and every scrape reads all of them."""
+    """Files of dead workers would fill /tmp in time, and every scrape reads all of them."""
     port, temporary, log = free_port(), tmp_path / "tmp", (tmp_path / "log").read_text
     temporary.mkdir()
     env = {"EMBEDDING_GATEWAY__SERVER__METRICS_PORT": str(port), "TMPDIR": str(temporary)}
     with serving(tmp_path, *TWO, **env) as (url, process):
         for round_ in range(1, 4):
-            for i in range(10):  # a new connection each, so that both workers get some
+            for i in range(10):  # a new connection each, so that both workers get some requests
                 assert embed(url, f"{i}").status_code == 200
             assert metric(httpx.get(f"http://127.0.0.1:{port}/metrics").text, "requests_total") == 10 * round_
             _replace(process.pid, url, log)
@@ -252,7 +252,7 @@ def test_workers_that_are_replaced_go_on_counting_where_the_last_ones_ended(tmp_
 
 
 def _replace(process_id: int, url: str, log: Callable[[], str]) -> None:
-    """Its two workers by others."""
+    """Kills both workers, and waits for their successors."""
     before = set(workers(process_id))
     for each in before:
         os.kill(each, signal.SIGKILL)
@@ -265,7 +265,7 @@ def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_l
     port, file, log = free_port(), tmp_path / "config.yaml", (tmp_path / "log").read_text
     upstreams = {"built-in": {"type": "lexical"}}
     file.write_text(yaml.safe_dump({"upstreams": upstreams, "server": {"metrics_port": port}}))
-    # A new connection for each request, so that both workers get some.
+    # A new connection for each request, so that both workers get some requests.
     with serving(tmp_path, *TWO) as (url, process), httpx.Client(headers={"connection": "close"}) as client:
 
         def valid() -> float | None:
@@ -299,7 +299,7 @@ def test_whatever_the_file_holds_by_then_a_worker_that_dies_is_replaced_by_one_l
 
 @pytest.mark.parametrize("cut", [0, 1, 7, None])
 async def test_a_worker_that_starts_while_settings_change_has_the_last_ones(cut: int | None) -> None:
-    """The parent speaks first of all and whenever there is news, and a worker takes a second to listen."""
+    """The parent sends settings at the start and on each change, and a worker takes a second to listen."""
     ours, theirs = socket.socketpair()
     with ours:
         told = [_message(as_text(settings_of({"server": {"max_inputs": number}}))) for number in (1, 2, 3)]
@@ -332,7 +332,7 @@ def test_who_tidies_temporary_directories_is_told_that_theirs_is_in_use(tmp_path
         address(tmp_path / "log", process)
         [directory] = tmp_path.glob("embedding-gateway-*")
         descriptor = os.open(directory, os.O_RDONLY)
-        with pytest.raises(BlockingIOError):  # as systemd-tmpfiles asks
+        with pytest.raises(BlockingIOError):  # systemd-tmpfiles takes the same lock
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(descriptor)
 
@@ -353,7 +353,7 @@ def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) 
     ("script", "code", "why"),
     [
         ("raise SystemExit(3)", 3, "ended with code 3"),
-        ("import os; os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL"),  # as where memory is short
+        ("import os; os.kill(os.getpid(), 9)", 137, "was ended by SIGKILL"),  # as the kernel does when memory is short
     ],
 )
 async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(
@@ -369,7 +369,7 @@ async def test_workers_that_cannot_start_stop_the_program_with_their_exit_code(
 async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Until one is up again, whose end is none of its fault. The system may have no room for one, too."""
+    """Until one is up again: its later end is not a failed start. The system may also have no room for a process."""
     kinds = iter(["up", "no room", *["broken"] * 7, "up", *["broken"] * 2])
 
     def command(orders: int) -> list[str]:
@@ -422,7 +422,7 @@ async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest
         orders = ParentChannel(theirs.detach(), UPSTREAMS)
         orders.start_heartbeat()
         assert b"".join([await asyncio.to_thread(ours.recv, 1) for _ in range(3)]) == b"uuu"
-    await asyncio.sleep(0.05)  # nobody listens any more
+    await asyncio.sleep(0.05)  # the other end is closed
     orders._socket.close()
 
 

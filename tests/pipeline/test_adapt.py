@@ -1,4 +1,4 @@
-"""What an upstream's refusals teach, and what they do not."""
+"""What the gateway learns from an upstream's refusals, and what it does not."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ NEITHER = [
 
 
 class Upstream:
-    """Refuses what is over its limits, in these words."""
+    """Refuses calls over its limits, with this message."""
 
     def __init__(self, words: str, *, rows: int = 1000, tokens: int = 1_000_000, kind: type[InvalidRequest]) -> None:
         self.words, self.rows, self.tokens, self.kind = words, rows, tokens, kind
@@ -107,7 +107,7 @@ async def test_rows_are_learned_once_from_every_vendor_s_words(words: str) -> No
 @pytest.mark.parametrize("words", TOKENS)
 @pytest.mark.parametrize("known", [None, 100])
 async def test_tokens_of_a_call_are_learned_once(known: int | None, words: str, kind: type[InvalidRequest]) -> None:
-    texts = [f"text {i:05}" for i in range(9)]  # 10 bytes each
+    texts = [f"text {i:05}" for i in range(9)]  # of 10 bytes each
     upstream, limits = Upstream(words, tokens=40, kind=kind), CallLimits(100, known)
     adapt = adapting(upstream, limits)
     assert answers(await adapt(batch(*texts))) == texts
@@ -294,7 +294,7 @@ async def test_a_text_that_begins_as_our_own_words_do_is_not_quoted() -> None:
 
 
 async def test_a_limit_that_was_not_exceeded_teaches_nothing() -> None:
-    """Some count marks around each text as well: then halving finds what fits."""
+    """Some upstreams count marks around each text as well: then halving finds what fits."""
     upstream, limits = Upstream("max 40 tokens per request", tokens=30, kind=InvalidRequest), CallLimits(100)
     texts = ["a" * 18, "b" * 18]
     assert answers(await adapting(upstream, limits)(batch(*texts))) == texts
@@ -348,7 +348,7 @@ async def test_a_batch_made_for_another_deployment_is_cut_to_this_ones_images() 
 
 
 class Choosy:
-    """Refuses calls that hold any text of those named `bad`."""
+    """Refuses calls with any of the texts named `bad`."""
 
     def __init__(self, kind: type[InvalidRequest], *, longer_than: int | None = None) -> None:
         self.kind, self.longer_than = kind, longer_than

@@ -1,4 +1,4 @@
-"""The batcher over a real route, with deployments whose calls the test ends when it likes."""
+"""The batcher over a real route, with deployments whose calls end when the test says so."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def request(*texts: str, lane: Lane | None = None, params: Params | None = None)
 
 
 async def settle() -> None:
-    """Lets everything that can go on without the outside go on."""
+    """Lets every task run until it waits for something outside the event loop."""
     for _ in range(20):
         await asyncio.sleep(0)
 
@@ -122,7 +122,7 @@ async def test_what_comes_turn_after_turn_without_end_does_not_keep_a_call_from_
     asked = [asyncio.create_task(embed(request(f"{number}"))) for number in range(2)]
     await settle()
     calls.release()
-    await asyncio.gather(*asked)  # from now on others are expected
+    await asyncio.gather(*asked)  # from now on the batcher expects others
     for number in range(2, 10):
         asked.append(asyncio.create_task(embed(request(f"{number}"))))
         await asyncio.sleep(0)
@@ -138,7 +138,7 @@ async def test_a_large_request_that_one_call_takes_whole_waits_for_no_others(
 ) -> None:
     calls = Calls()
     embed = batcher(calls, rows=rows, slots=8)
-    await asyncio.gather(embed(request("one")), embed(request("two")))  # from now on others are expected
+    await asyncio.gather(embed(request("one")), embed(request("two")))  # from now on the batcher expects others
     asked = []
     for number in range(2):
         asked.append(asyncio.create_task(embed(request(*(f"{number} {i}" for i in range(count))))))
@@ -152,7 +152,7 @@ async def test_a_large_request_that_one_call_takes_whole_waits_for_no_others(
     [
         ([128, 128, 128], [128, 128, 128]),
         ([16] * 16, [128, 128]),
-        ([100, 28, 1, 128], [101, 28, 128]),  # the one is a query, and goes first
+        ([100, 28, 1, 128], [101, 28, 128]),  # the single one is a query, and goes first
         ([100, 29, 29], [100, 58]),
         ([300, 5], [5, 300]),
         ([129], [129]),
@@ -270,7 +270,7 @@ async def test_what_waits_for_a_deployment_that_is_busy_holds_up_nothing_that_an
 
 @pytest.mark.parametrize("lane", LANES)
 async def test_twice_as_many_requests_with_parameters_of_their_own_are_twice_the_work(lane: Lane) -> None:
-    """Counted in functions called, from the first request to the last answer."""
+    """Counted in function calls, from the first request to the last answer."""
 
     async def work(count: int) -> int:
         embed = batcher(Calls())
@@ -284,7 +284,7 @@ async def test_twice_as_many_requests_with_parameters_of_their_own_are_twice_the
 
 
 async def test_callers_of_the_same_inputs_who_all_hang_up_are_no_more_work_each_than_a_few() -> None:
-    """Counted as above."""
+    """Counted in function calls."""
 
     async def work(count: int) -> int:
         embed = batcher(Calls(held=asyncio.Event()))

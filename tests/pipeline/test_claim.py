@@ -1,4 +1,4 @@
-"""Replicas over a real Redis, whose upstream calls the test ends when it likes."""
+"""Replicas over a real Redis, whose upstream calls end when the test says so."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Replica:
         return EmbedResult(embeddings, [Source.UPSTREAM] * len(texts), 1, ("up/m",), errors)
 
     async def begins(self, *texts: str) -> asyncio.Task[EmbedResult]:
-        """A request whose call has begun, and is held until `go` is set."""
+        """Starts a request; returns once its call has begun, which is held until `go` is set."""
         self.go.clear()
         asked = len(self.asked)
         task = asyncio.create_task(self.embed(request(*texts)))
@@ -88,7 +88,7 @@ class Replica:
         return task
 
     async def waits(self) -> None:
-        """Returns once a request of this one has been told that another replica is at it."""
+        """Returns once a request of this replica has found another replica's claim."""
         while not self.count("get", "held"):
             await asyncio.sleep(0.001)
 
@@ -148,7 +148,7 @@ async def test_requests_of_one_replica_do_not_wait_for_each_other_here(replica: 
     one.go.clear()
     both = [asyncio.create_task(one.embed(request("a"))) for _ in range(2)]
     async with asyncio.timeout(LIMIT):
-        while len(one.asked) < 2:  # the stage below joins them
+        while len(one.asked) < 2:  # merging them is the next stage's job
             await asyncio.sleep(0.001)
     one.go.set()
     await asyncio.gather(*both)
@@ -200,7 +200,7 @@ async def test_a_claim_holds_for_who_hung_up(replica: Callable[[], Replica]) -> 
     first.cancel()
     second = asyncio.create_task(other.embed(request("a")))
     await other.waits()
-    one.cache.put([(keys.derive("space", Params(), ["a"])[0], vector("a"))])  # the call has come to its end
+    one.cache.put([(keys.derive("space", Params(), ["a"])[0], vector("a"))])  # as the call does when it ends
     assert (await second).embeddings == [vector("a")]
     assert other.asked == []
 
@@ -224,7 +224,7 @@ async def test_what_has_come_while_the_rest_took_its_time_is_not_asked_again(rep
     await other.waits()
     one.go.set()
     await first
-    await asyncio.sleep(0.15)  # more than half of its time
+    await asyncio.sleep(0.15)  # more than half of the claim's time
     other.go.set()
     assert (await second).sources == [Source.CACHE, Source.UPSTREAM]
     assert other.asked == [["b"]]
@@ -251,7 +251,7 @@ async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
     replica: Callable[[], Replica], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     one, other = replica(), replica()
-    monkeypatch.setattr("app.pipeline.claim.CLAIM_TTL", 0.2)  # one that its owner renews for ever could be no worse
+    monkeypatch.setattr("app.pipeline.claim.CLAIM_TTL", 0.2)  # in place of a claim that its owner renews for ever
     first = await one.begins("a")
     async with asyncio.timeout(CLAIM_TTL - 1):
         assert (await other.embed(request("a"))).sources == [Source.UPSTREAM]
@@ -270,7 +270,7 @@ async def test_bulk_work_waits_for_as_long_as_the_other_is_at_it_and_a_query_for
     bulk = asyncio.create_task(other.embed(replace(request("a"), caller=Caller(lane="bulk"))))
     query = await other.embed(request("b"))
     assert query.sources == [Source.UPSTREAM]
-    await asyncio.sleep(0.6)  # thrice as long as a claim lasts, with what came before
+    await asyncio.sleep(0.6)  # with the time before, three times as long as a claim lasts
     assert other.asked == [["b"]]
     one.go.set()
     assert (await bulk).sources == [Source.CACHE]
@@ -282,7 +282,7 @@ async def test_who_dies_holds_up_no_bulk_work(replica: Callable[[], Replica], mo
     one, other = replica(), replica()
     monkeypatch.setattr("app.cache.redis.CLAIM_TTL", 0.3)
     first = await one.begins("a")
-    one.cache.embedders.clear()  # nobody renews its claims
+    one.cache.embedders.clear()  # so that nothing renews its claims
     async with asyncio.timeout(LIMIT):
         bulk = await other.embed(replace(request("a"), caller=Caller(lane="bulk")))
     assert bulk.sources == [Source.UPSTREAM]
@@ -310,11 +310,11 @@ async def test_who_reads_or_writes_no_cache_neither_waits_nor_holds_up(
 async def test_who_claims_nothing_lets_go_of_nothing(replica: Callable[[], Replica]) -> None:
     one, other = replica(), replica()
     (key,) = keys.derive("space", Params(), ["a"])
-    await one.cache.get_or_claim([key])  # for a request that is under way
+    await one.cache.get_or_claim([key])  # for a request in progress
     one.errors["a"] = UpstreamError("no")
     with pytest.raises(UpstreamError):
         await one.embed(replace(request("a"), read_cache=False))
-    await one.cache.close()  # then what is let go has gone
+    await one.cache.close()  # then released claims have been deleted
     assert await other.cache.get_or_claim([key]) == ([None], {key})
 
 
@@ -332,7 +332,7 @@ async def test_a_part_of_a_part_knows_where_the_caller_has_its_inputs(replica: C
 
 
 class Calls:
-    """An upstream that takes one text a call, holds each until it is let go, and refuses `bad` for good."""
+    """An upstream that takes one text per call, holds each call until its event is set, and always refuses `bad`."""
 
     def __init__(self) -> None:
         self.begun: list[str] = []
@@ -352,7 +352,7 @@ class Calls:
 
 
 def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
-    """A name of the replica's that leads there, as the registry would make it."""
+    """A public model of the replica over this upstream, built as the registry builds it."""
     health = Health(SystemClock(), replica.metrics.upstream_available.labels("up", "m").set, "up/m")
     deployment = Deployment("up", Model("m"), "up/m", Slots(3), CallLimits(1, None), health, calls)
     route = Route([deployment], replica.metrics, SystemClock())
@@ -362,7 +362,7 @@ def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
 
 
 async def claimed(cache: Tiers, text: str) -> bool:
-    """Whether another replica, whose cache this is, would wait for it. It claims what it need not wait for."""
+    """Whether the replica with this cache claims the text; otherwise it would wait for another's claim."""
     return bool((await cache.get_or_claim(keys.derive("space", Params(), [text])))[1])
 
 
@@ -405,8 +405,8 @@ async def test_who_hangs_up_while_redis_is_asked_ends_no_claim_of_what_is_under_
     async with asyncio.timeout(LIMIT):
         while one.count("get", "miss") < 2:
             await asyncio.sleep(0.001)
-    await settle()  # its look-up is over
-    await one.cache.close()  # then what is let go has gone
+    await settle()  # its look-up has ended
+    await one.cache.close()  # then released claims have been deleted
     assert await claimed(other.cache, "a")
     calls.go["a"].set()
     await first
@@ -417,7 +417,7 @@ async def test_of_two_who_hang_up_while_redis_is_asked_neither_leaves_the_claim_
     server: RedisServer, replica: Callable[[], Replica]
 ) -> None:
     one, other = replica(), replica()
-    await one.embed(request("x"))  # it is connected
+    await one.embed(request("x"))  # so that it is connected
     server.pause()
     both = [asyncio.create_task(one.embed(request("a"))) for _ in range(2)]
     await settle()

@@ -1,4 +1,4 @@
-"""The contract check by itself: whatever order a reply has, each input gets its own vector, or there is no answer."""
+"""The contract check alone: whatever a reply's order, each input gets its own vector, or there is no answer."""
 
 from __future__ import annotations
 
@@ -52,9 +52,9 @@ def test_indexes_that_are_no_permutation_are_no_answer(indexes: list[Any]) -> No
         (None, 2, 2, None),
         (2, 4, 2, None),
         (None, 4, 2, UpstreamInvalidResponse),
-        (1, 2, 2, UpstreamIgnoredDimensions),  # it gives its own whatever is asked
+        (1, 2, 2, UpstreamIgnoredDimensions),  # it gives its own length, whatever is requested
         (1, None, 2, UpstreamIgnoredDimensions),
-        (1, 4, 2, UpstreamInvalidResponse),  # neither
+        (1, 4, 2, UpstreamInvalidResponse),  # neither its own length nor the requested one
     ],
 )
 @pytest.mark.parametrize("beside", ["one like it", "an empty one"])

@@ -1,4 +1,4 @@
-"""How long a deployment that fails stays out of the rotation."""
+"""How long a failing deployment stays out of the rotation."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fails(health: Health) -> None:
 
 
 async def out_for(health: Health, clock: HandClock) -> float:
-    """Whole seconds until it may have a call."""
+    """Whole seconds until it may be called."""
     seconds = 0
     while not health.available():
         await clock.advance(1)
@@ -85,14 +85,14 @@ async def test_an_answer_makes_all_forgotten(answer: InvalidRequest | None, heal
     assert await out_for(health, clock) == EJECTION
 
 
-# --- what is told -------------------------------------------------------------------------------------------
+# --- what is logged -----------------------------------------------------------------------------------------
 
 
 async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
-    for seconds in (0, 1, 1, 60):  # it comes and goes
+    for seconds in (0, 1, 1, 60):  # it recovers in between
         await clock.advance(seconds)
         up.end(UpstreamAuth("wrong key"), up.begin())
         assert up.trouble == "upstream_auth: wrong key"
@@ -138,7 +138,7 @@ async def test_why_a_call_failed_is_told_though_it_passes_once_a_minute_for_each
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
-    for _ in range(5):  # it comes and goes, and never leaves the rotation
+    for _ in range(5):  # its errors alternate, and it never leaves the rotation
         up.end(UpstreamError("boom"), up.begin())
         up.end(UpstreamAuth("wrong key"), up.begin())
         up.end(None, up.begin())

@@ -1,4 +1,4 @@
-"""Bounds on lengths, and where texts are cut: never longer than the limit, never within a character."""
+"""Bounds on lengths, and where texts are cut: never beyond the limit, never within a character."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_what_surely_fits_is_one_piece(text: str, room: InputLimit) -> None:
         assert room.pieces(text) == [text]
 
 
-# Each of these costs less than half of any room below.
+# Each of these takes less than half of any limit below.
 WHOLE = ["a", "é", "e\u0301", "风", FAMILY, "👍🏽", "🇩🇪", "\r\n", "\u1100\u1161\u11a8", "é́", "1️⃣"]
 
 
 @given(st.lists(st.sampled_from(WHOLE), max_size=80), st.integers(60, 120))
 def test_a_cut_never_falls_within_a_character_as_a_reader_sees_it(characters: list[str], limit: int) -> None:
-    # Flags side by side are taken for one character; enough that each is followed by something else.
+    # Adjacent flags may count as one character, so something else follows each character.
     characters = [each for pair in zip(characters, ["x"] * len(characters), strict=True) for each in pair]
     borders, place = {0}, 0
     for character in characters:
@@ -90,8 +90,8 @@ def test_a_cut_is_made_after_a_space_where_there_is_one_nearby() -> None:
 def test_a_cut_by_counted_tokens_is_a_good_one_also_where_characters_are_what_ends_it() -> None:
     room = InputLimit(8192, 20, "cl100k_base")
     assert room.pieces("one two three four five six") == ["one two three four ", "five six"]
-    assert room.pieces(f"{FAMILY}x" * 3) == [f"{FAMILY}x", f"{FAMILY}x", f"{FAMILY}x"]  # twelve UTF-16 units each
-    row = "|cell".ljust(80) + "|"  # 16 characters a token and more
+    assert room.pieces(f"{FAMILY}x" * 3) == [f"{FAMILY}x", f"{FAMILY}x", f"{FAMILY}x"]  # each has twelve UTF-16 units
+    row = "|cell".ljust(80) + "|"  # 16 or more characters per token
     first, second = InputLimit(8192, None, "cl100k_base").pieces("a table ..." + row * 3_000)
     assert first.endswith(" ")
     assert second.startswith("||cell")
@@ -126,7 +126,7 @@ def test_a_text_without_any_good_border_is_cut_all_the_same() -> None:
     marks = "e" + "\u0301" * 300
     pieces = InputLimit(104, None).pieces(marks)
     assert "".join(pieces) == marks
-    assert len(pieces) == 7  # 104 bytes hold 50 of them and what stands around
+    assert len(pieces) == 7  # 104 bytes hold 50 of them and their surroundings
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_no_count_that_a_tokenizer_may_come_to_is_taken_for_a_mistake(texts: lis
 @example("hello, world 你好")
 def test_baidus_own_rule_lies_within_our_bounds_for_it(text: str) -> None:
     counted = baidu_tokens(text)
-    # The vendor's rule counts a text of nothing as one.
+    # The vendor's rule counts an empty text as one token.
     assert min(lengths.at_least(text, "han+words"), counted) <= counted
     assert counted <= max(1, lengths.at_most(text, "han+words"))
 

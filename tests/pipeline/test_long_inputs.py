@@ -1,4 +1,4 @@
-"""What cutting long texts takes from others."""
+"""What cutting long texts costs other requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ async def test_what_is_split_has_unit_length_also_where_but_one_piece_is_more_th
 
 
 class Texts(list[str]):
-    """Of which it can be told whether they are gone."""
+    """A list that takes weak references, to tell whether it has been freed."""
 
 
 @pytest.mark.parametrize("policy", ["error", "truncate"])

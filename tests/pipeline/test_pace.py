@@ -1,4 +1,4 @@
-"""Calls to an upstream at its pace: by a clock moved by hand, over the real batcher and route."""
+"""Calls to an upstream at its pace, by a clock moved by hand, over the real batcher and route."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.redis_server import RedisServer
 
 @dataclass
 class Upstream:
-    """An upstream that answers at once, and remembers when it was called with what."""
+    """An upstream that answers at once, and records the time and texts of each call."""
 
     clock: HandClock
     calls: list[tuple[float, list[str]]] = field(default_factory=list)
@@ -48,7 +48,7 @@ class Upstream:
         return [round(at - 1000, 6) for at, _ in self.calls]
 
     def within(self, seconds: float) -> int:
-        """The most calls in any such span."""
+        """The highest number of calls in any span of `seconds`."""
         return max(sum(start <= at < start + seconds - 1e-6 for at in self.times) for start in self.times)
 
 
@@ -63,7 +63,7 @@ def upstream(clock: HandClock) -> Upstream:
 
 
 def batcher(upstream: Upstream, *slots: Slots, rows: int = 1) -> Batcher:
-    """One over deployments on these slots, all of them at one upstream."""
+    """A batcher over one deployment for each of these slots, all at one upstream."""
     clock, metrics = upstream.clock, Metrics()
     deployments = [
         Deployment(
@@ -148,7 +148,7 @@ async def test_tokens_are_kept_too_by_what_a_call_carried(clock: HandClock, upst
 
 
 TEN = "x" * 40
-"""A text of ten tokens by estimate, but for what is added to it."""
+"""A text of ten tokens by estimate, before anything is added to it."""
 
 
 @pytest.mark.parametrize(("requests", "carried"), [(None, 20), (600, 20), (6, 100)])
@@ -193,7 +193,7 @@ async def test_a_query_waits_two_seconds_at_the_most_for_the_tokens_of_bulk_work
 
 
 async def test_a_slower_pace_has_smaller_calls(clock: HandClock) -> None:
-    """By what a replica alone, or after a rate limit, may still send in two seconds."""
+    """A call carries what one of several processes, or a pace cut by a rate limit, may send in two seconds."""
     pace = Pace("up", Rates(tokens=6000), clock, processes=2)
     assert pace.tokens_per_call() == 100
     Slots(8, pace).shrink()
@@ -295,7 +295,7 @@ async def test_a_paced_deployment_is_waited_for_though_another_one_is_ejected(
 async def test_one_that_is_ejected_is_waited_for_where_it_is_back_before_the_paced_one(
     clock: HandClock, upstream: Upstream
 ) -> None:
-    """Half a minute against one."""
+    """A pause of half a minute, against one of a minute."""
     embed = batcher(upstream, paced(clock, requests=1), Slots(8))
     eject(embed._route.deployments[1])
     await embed(request("first"))
@@ -395,7 +395,7 @@ Replica = Callable[..., tuple[Batcher, Slots, SharedLimits]]
 
 @pytest_asyncio.fixture
 async def replica(server: RedisServer, clock: HandClock, upstream: Upstream) -> AsyncIterator[Replica]:
-    """Builds a gateway's pace for the same upstream, and all that is above it."""
+    """Builds another gateway's pace for the same upstream, and everything above it."""
     built: list[tuple[Batcher, Slots, SharedLimits]] = []
 
     def build(**rates: int) -> tuple[Batcher, Slots, SharedLimits]:
@@ -413,7 +413,7 @@ async def replica(server: RedisServer, clock: HandClock, upstream: Upstream) -> 
 
 
 async def test_replicas_keep_one_pace_together(clock: HandClock, upstream: Upstream, replica: Replica) -> None:
-    """One call a minute: whoever asks Redis first has it, the other one waits for a minute by the server's clock."""
+    """One call a minute: the first to ask Redis gets it, and the other waits for a minute by the server's clock."""
     (one, *_), (other, _, _) = replica(requests=1), replica(requests=1)
     await one(request("a"))
     with pytest.raises(RateLimited) as refused:
@@ -452,7 +452,7 @@ async def _is(so: bool) -> bool:
 
 
 async def test_a_lease_saves_round_trips(clock: HandClock, replica: Replica) -> None:
-    """6,000 a minute are 100 a second: ten at a time."""
+    """6,000 a minute are 100 a second, leased ten at a time."""
     embed, slots, shared = replica(requests=6000)
     await shared.open()
     await embed(request("first"))

@@ -1,4 +1,4 @@
-"""What a batch takes off the queue."""
+"""Which inputs a batch takes off the queue."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LIMITS = st.builds(CallLimits, st.integers(1, 8), st.none() | st.integers(1, 200
 
 
 class Case:
-    """A queue of such inputs; of those with a 0, nobody waits any more."""
+    """A queue of (input, number of waiting callers) per lane; nobody waits any more for an input with 0."""
 
     def __init__(self, lanes: Sequence[Sequence[tuple[Input, int]]]) -> None:
         metrics = Metrics()
@@ -44,7 +44,7 @@ class Case:
         return Job(b"%d" % number, given, inf, (self._waiter,) if waited else (), True)
 
     def state(self) -> dict[Lane, tuple[list[bytes], float]]:
-        """What is left in each lane, and how many the metrics have it."""
+        """What is left in each lane, and the metric's count of it."""
         return {lane: ([job.key for job in self.queue.lanes[lane]], amount(self._waiting[lane])) for lane in LANES}
 
 
@@ -98,7 +98,7 @@ def test_what_is_taken_for_one_call_is_not_split_for_the_same_limits(
 
 
 def test_what_has_no_room_is_passed_over_and_goes_with_the_next_call() -> None:
-    """Large and small by turns: one after the other they would be a call each."""
+    """Large and small alternate: strictly in order, each would be a call of its own."""
     several = Case([[], [("a" * size, 1) for size in (3, 10) * 8]])
     calls = [keys(several.queue.take(CallLimits(100, 10), scarce=True)[0]) for _ in range(11)]
     assert calls[:4] == [[b"0", b"2", b"4"], [b"1"], [b"3"], [b"5"]]
@@ -125,7 +125,7 @@ def test_where_calls_are_not_scarce_whole_requests_share_one_up_to_what_is_enoug
 
 
 def requests(*lanes: Sequence[int]) -> Queue:
-    """Requests of so many inputs each, all waited for. There is one at least."""
+    """A queue of at least one request; each size is a request's number of inputs, and all have a waiting caller."""
     several = Several()
     for lane, sizes in zip(LANES, lanes, strict=True):
         for size in sizes:
@@ -141,7 +141,7 @@ GROUPS: list[BatchKey] = [PLAIN, *(("m", Params(instruct=each), True) for each i
 
 
 class Watched(float):
-    """A deadline that counts how often one is looked at."""
+    """A deadline; the class counts how often any is read."""
 
     looks = 0
 
@@ -155,7 +155,7 @@ class Watched(float):
 
 
 class Several:
-    """Queues, in which all inputs are waited for until they are left."""
+    """Queues whose inputs all have a waiting caller until it leaves."""
 
     def __init__(self) -> None:
         metrics = Metrics()
@@ -205,7 +205,7 @@ class Several:
         assert identities(self._jobs(lanes=["bulk"])) == identities([job for job in bulk if job not in wanted])
 
     def check(self) -> None:
-        """Who waits has a turn, and nobody else is here."""
+        """Every queue with waiting inputs has its turn, and there is no other queue."""
         queues = self.queues.by_key.values()
         assert all(any(queue.lanes.values()) for queue in queues)
         for queue_set in self.queues.queue_sets.values():

@@ -1,4 +1,4 @@
-"""A caller's limits, by a clock moved by hand; with a real Redis where there are several processes."""
+"""A caller's limits, by a clock moved by hand; with a real Redis for several processes."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ async def test_a_process_of_several_keeps_its_part(clock: HandClock) -> None:
         await limited.take(1)
     assert (await refusal(limited)).retry_after == pytest.approx(6)
     await clock.advance(60)
-    await limited.take(100)  # more than its part holds: let in when that is full, and paid off
+    await limited.take(100)  # more than its share's burst: admitted when that is full, and paid off afterwards
     assert (await refusal(limited)).retry_after == pytest.approx(76 / 25 * 60)
 
 
@@ -111,7 +111,7 @@ def server() -> Iterator[RedisServer]:
 
 
 class Process:
-    """What a gateway has of a caller's limit."""
+    """One gateway process's part in a caller's limit."""
 
     def __init__(self, server: RedisServer, clock: HandClock, requests: int | None, tokens: int | None = None) -> None:
         self.metrics = Metrics()
@@ -160,7 +160,7 @@ async def test_of_a_large_limit_redis_hears_now_and_then(server: RedisServer, cl
 
 async def test_of_the_end_of_a_large_limit_redis_hears_each_time(server: RedisServer, clock: HandClock) -> None:
     one = Process(server, clock, requests=1_000)
-    while one.quota.limit_statuses()[0].remaining > 8:  # less than a hundredth
+    while one.quota.limit_statuses()[0].remaining > 8:  # under a hundredth of the limit
         assert await one.admitted()
     asked = one.asked()
     assert asked < 200
@@ -248,7 +248,7 @@ async def test_without_redis_each_process_lets_in_its_part_of_what_is_left_and_s
 
 
 class Slow:
-    """In place of `SharedLimits`: answers when it is let, and what it is told to."""
+    """In place of `SharedLimits`: answers what it is told to, once `go` is set."""
 
     replicas = 1
 
@@ -287,7 +287,7 @@ async def test_what_redis_may_have_heard_is_not_given_back_again(clock: HandCloc
     slow = Slow()
     slow.go.set()
     limited = Quota("team", Rates(None, 1000), clock, Metrics(), cast("SharedLimits", slow))
-    for owed, heard in ((-500, -500), (100, 101)):  # the last question is counted here, for nobody has answered it
+    for owed, heard in ((-500, -500), (100, 101)):  # the last request counts as well: Redis has not answered it
         limited.adjust(0, owed)
         await limited.take(1)
         assert slow.asked.pop() == (0, 0)

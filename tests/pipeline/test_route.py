@@ -1,4 +1,4 @@
-"""The route and what stands above and below it when things go wrong: deadlines, retries elsewhere, verdicts."""
+"""The route, and the stages above and below it, when calls fail: deadlines, retries elsewhere, verdicts."""
 
 from __future__ import annotations
 
@@ -180,7 +180,7 @@ async def test_where_the_others_come_to_rest_meanwhile_for_longer_than_there_is_
     one, other = (deployment(name, failing(limit)) for name in ("one", "other"))
     both = Route([one, other], Metrics(), SystemClock(), jitter=lambda: 1.0)
     running = asyncio.create_task(run(both, batch("x", seconds=20)))
-    await asyncio.sleep(0.05)  # it pauses before it asks the other
+    await asyncio.sleep(0.05)  # it pauses before it calls the other
     other.health.end(limit, other.health.begin())
     result = await asyncio.wait_for(running, 5)
     assert (result.outcomes, result.calls) == ([limit], 1)
@@ -252,8 +252,8 @@ async def test_trouble_of_one_alone_is_asked_of_another_however_much_has_failed_
 
 
 async def test_trouble_of_one_alone_is_soon_earned_however_many_calls_meet_it() -> None:
-    """Many may be under way there when its key is refused; then others' trouble that may pass is asked again all the
-    same."""
+    """Many calls may be in flight there when its key is refused; a passing error elsewhere must still be
+    retried."""
     troubles = iter([*[None] * 65, UpstreamError("for once")])
 
     async def good(batch: Batch) -> BatchResult:
@@ -338,7 +338,7 @@ async def test_of_those_that_are_all_ejected_whichever_is_back_is_found_soon() -
 
 
 async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> None:
-    """Though the other one goes away meanwhile: what may pass here is asked here, too."""
+    """Even if the other goes down meanwhile: an error that may pass here is retried here as well."""
     other = deployment("other", answers)
     calls = 0
 
@@ -412,7 +412,7 @@ async def test_one_that_has_shown_nothing_is_asked_only_where_no_other_may_be(er
 
 
 async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
-    """They may be of different spaces. Those that were looked at and have shown nothing may all be: they are away."""
+    """They may be in different spaces. If all were checked and none gave a vector, all may be called: they are down."""
     first, served, silent = (deployment(name, answers) for name in ("first", "served", "silent"))
     for each in (first, served, silent):
         each.health.unverified = True
@@ -434,7 +434,7 @@ async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
 
 
 async def test_and_another_one_once_that_one_has_been_ejected() -> None:
-    """Where the first one hangs, its look may wait for those of other models. Who has answered callers is asked on."""
+    """If the first hangs, its check may wait for other models'. One that has answered callers is still called."""
     first, second = deployment("first", answers), deployment("second", answers)
     for each in (first, second):
         each.health.unverified = True
@@ -482,7 +482,7 @@ async def test_it_is_told_who_embedded_it() -> None:
     assert result.deployments == ("half/m", "whole/m")
 
 
-# --- what nobody here can do ------------------------------------------------------------------------------
+# --- what no deployment can do ----------------------------------------------------------------------------
 
 
 async def test_what_only_a_deployment_that_is_out_could_do_is_refused_at_once() -> None:
@@ -593,7 +593,7 @@ async def test_who_joins_a_call_has_time_of_his_own() -> None:
 
 
 def slow_after_calls_of(usual: float) -> tuple[Batcher, list[Batch]]:
-    """Over one deployment whose calls have taken so many seconds and take 0.3 now, and the calls that it gets."""
+    """A batcher over one deployment whose calls used to take `usual` seconds and now take 0.3; and its calls."""
     got: list[Batch] = []
 
     async def slow(batch: Batch) -> BatchResult:
@@ -742,7 +742,7 @@ async def test_and_pays_only_for_what_the_first_ones_call_did_not_bring() -> Non
 
 @pytest.mark.parametrize("short", ["of time for a pause", "of slots"])
 async def test_and_a_second_attempt_of_his_own(short: str) -> None:
-    """For the first caller there is no time for one."""
+    """The first caller has no time for one."""
     calls: list[list[str]] = []
 
     async def first_fails(batch: Batch) -> BatchResult:
@@ -754,7 +754,7 @@ async def test_and_a_second_attempt_of_his_own(short: str) -> None:
         return await answers(batch)
 
     up = deployment("up", first_fails, slots=Slots(1))
-    pause = 1.0 if short == "of time for a pause" else 0.0  # of 0.2 s
+    pause = 1.0 if short == "of time for a pause" else 0.0  # out of 0.2 s
     embed = Batcher(Route([up], Metrics(), SystemClock(), jitter=lambda: pause), Metrics(), SystemClock())
     asking = [asyncio.create_task(embed(request("x", "y", seconds=0.2)))]
     await settle()
@@ -867,7 +867,7 @@ async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
 
 
 def giving_none_for(*none: str) -> BatchEmbedder:
-    """An upstream that computes no vector for these."""
+    """An upstream that gives no vector for these texts."""
 
     async def embed(batch: Batch) -> BatchResult:
         result = await answers(batch)
@@ -942,14 +942,14 @@ async def test_one_that_came_back_and_fails_again_leaves_at_once() -> None:
         for _ in range(FAILURES):
             one.end(UpstreamError("down"), one.begin())
         assert not one.available()
-        one.end(None, one.begin())  # asked all the same, for all were out
+        one.end(None, one.begin())  # it is called all the same, since all were out
         assert one.available()
 
 
 async def test_a_rest_that_an_upstream_asks_for_has_an_end() -> None:
     clock = HandClock()
     one = health(clock)
-    one.end(RateLimited("slow", retry_after=1_764_243_333), one.begin())  # a date, taken for seconds
+    one.end(RateLimited("slow", retry_after=1_764_243_333), one.begin())  # a date that is taken for seconds
     assert one.cooldown_remaining() == LONGEST_REST
 
 
@@ -976,7 +976,7 @@ async def test_who_waits_for_a_short_rest_is_not_held_up_by_who_waits_for_a_long
 
 
 def rests_shortly(one: Deployment, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For a twentieth of a second."""
+    """Takes it out for a twentieth of a second."""
     if why == "rate limit":
         one.health.end(RateLimited("slowly", retry_after=0.05), 0)
     if why == "ejection":
@@ -1019,7 +1019,7 @@ async def test_a_retry_does_not_wait_for_the_busy_one_either(why: str, monkeypat
 
 
 class WokenEarly(HandClock):
-    """Wakes who sleeps a moment too early, as uvloop does. The moment has passed after so many readings."""
+    """Wakes sleepers a moment too early, as uvloop does. The moment has passed after `readings` of the clock."""
 
     def __init__(self, readings: int) -> None:
         super().__init__()
@@ -1054,7 +1054,7 @@ async def test_a_retry_that_waited_leaves_nothing_behind() -> None:
     under_way = asyncio.create_task(both.run(batch("x"), second, "query"))
     await begun.wait()
     retried = asyncio.create_task(both.run(batch("y"), first, "query"))
-    while not out.slots._waiting:  # told by nobody
+    while not out.slots._waiting:  # no event tells of it
         await asyncio.sleep(0.01)
     end.set()
     assert (await retried).deployments == ("busy/m",)
@@ -1092,7 +1092,7 @@ async def test_and_where_it_ends_the_call_that_was_to_tell_whether_one_is_back_t
 
 
 async def test_two_models_of_one_upstream_take_turns() -> None:
-    """Each call of the first empties its queue, which fills again meanwhile."""
+    """Each call of the first model empties its queue, which fills again meanwhile."""
     slots = Slots(1)
     calls: list[str] = []
 
@@ -1107,7 +1107,7 @@ async def test_two_models_of_one_upstream_take_turns() -> None:
     busy, patient = (batcher(deployment("up", counted(name), slots=slots)) for name in ("busy", "patient"))
 
     async def traffic(coming: asyncio.TaskGroup) -> None:
-        for number in range(400):  # of which there are always some when a slot comes free, and never too many for it
+        for number in range(400):  # some are always waiting when a slot comes free, and never more than a call takes
             coming.create_task(busy(request(f"{number}")))
             await asyncio.sleep(0.002)
 

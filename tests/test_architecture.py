@@ -27,7 +27,7 @@ RANKS = [
     {"cli"},
     {"__main__"},
 ]
-"""Rooms from the lowest to the highest; a room may import from itself and from below, not from beside."""
+"""Rooms from the lowest rank to the highest; a room may import from itself and from lower ranks, not from its own."""
 
 DOORS = {
     "fastapi": {"api"},
@@ -47,7 +47,7 @@ DOORS = {
 
 
 def room(module: str) -> str:
-    """`app.cache.redis` is in `cache`."""
+    """The room of a module: `cache` for `app.cache.redis`."""
     return [*module.split("."), ""][1]
 
 
@@ -88,7 +88,7 @@ def test_imports_run_one_way(name: str, tree: ast.Module) -> None:
 
 
 def test_the_readmes_table_of_rooms_has_all_of_them_and_imports_run_up_it() -> None:
-    """Rows are lines: what stands in one row is of one rank."""
+    """Rooms in one row have the same rank."""
     text = (APP.parent / "README.md").read_text(encoding="utf-8")
     first_cells = re.findall(r"(?m)^\| (`app/.*?) \|", text)
     table = [re.findall(r"`app/(\w+)(?:\.py|/)`", cell) for cell in first_cells]

@@ -1,4 +1,4 @@
-"""What the README says to call, the programs that measure take."""
+"""The benchmark programs accept the commands that the README shows."""
 
 from __future__ import annotations
 

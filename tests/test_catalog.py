@@ -1,4 +1,4 @@
-"""The catalogue's look-up by name, and what its rows must have."""
+"""The catalogue: look-up by name, and what every row must have."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_no_name_that_a_caller_or_an_upstream_may_think_up_takes_long(name: str)
 
 
 def test_a_name_that_tells_the_size_tells_the_length() -> None:
-    """It may be asked for, and without it is refused like any length of a model that gives one alone."""
+    """That length may be requested; without the size, any length is refused, as for other models with only one."""
     lengths = {"xs": 384, "s": 384, "m": 768, "m-long": 768, "l": 1024}
     for size, length in lengths.items():
         found = family(f"Snowflake/snowflake-arctic-embed-{size}")

@@ -1,4 +1,4 @@
-"""One timer ends everything that takes longer than its time, and nothing else."""
+"""One timer ends whatever exceeds its time, and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ async def ended(deadlines: Deadlines, after: float, *, takes: float) -> str:
         with deadlines.timeout(after):
             await asyncio.sleep(takes)
     except TimeoutError:
-        assert after - 0.002 <= loop.time() - began < after + 5  # a timer may be early by its resolution
+        assert after - 0.002 <= loop.time() - began < after + 5  # a timer may fire early by its resolution
         return "late"
     return "done"
 
@@ -34,7 +34,7 @@ async def test_each_has_its_time_and_what_is_done_in_time_is_left_alone() -> Non
 
     asked = [soon(0, 0.01), soon(0, 30), soon(0.02, 0.01), soon(0.03, 30), soon(0.05, 30), soon(0.05, 0)]
     assert await asyncio.gather(*asked) == ["done", "late", "done", "late", "late", "done"]
-    # The timer that is left over finds nobody, and the next one starts anew.
+    # The timer left over finds nothing to end, and the next one starts afresh.
     assert await soon(0.15, 30) == "late"
 
 
@@ -65,7 +65,7 @@ async def test_of_two_within_each_other_the_one_that_is_due_ends() -> None:
                 await asyncio.sleep(30)
         except TimeoutError:
             told.append("outer late")
-        await asyncio.sleep(0)  # nothing is left of it
+        await asyncio.sleep(0)  # no cancellation is left over
         return told
 
     assert await nested(0.1, 0.05) == ["late", "outer late"]
@@ -104,7 +104,7 @@ async def test_an_error_of_the_block_stays_what_it_is() -> None:
 
 
 def work(seconds: float) -> None:
-    """Keeps this thread, and so its event loop, at work."""
+    """Keeps this thread, and so its event loop, busy."""
     end = time.thread_time() + seconds
     while time.thread_time() < end:
         pass

@@ -31,17 +31,17 @@ DEPLOY = ROOT / "deploy"
 PROMETHEUS = DEPLOY / "prometheus"
 KUBERNETES = DEPLOY / "kubernetes"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "embedding-gateway.json"
-# Kustomize's own file and the gateway's config are no Kubernetes resources.
+# Kustomize's own file and the gateway's configuration are not Kubernetes resources.
 MANIFESTS = sorted(p for p in KUBERNETES.glob("*.yaml") if p.name not in {"kustomization.yaml", "config.yaml"})
 
-# The oldest release with native sidecars on by default, and the newest whose schema is at hand.
+# The oldest release with native sidecars on by default, and the newest whose schema is installed.
 KUBERNETES_VERSIONS = ("1.29", kubernetes_validate.latest_version())
 
 PREFIX = "embedding_gateway_"
 
 
 def known_metrics() -> dict[str, set[str]]:
-    """Every series name the gateway exposes -> its labels. Histograms by their three series."""
+    """Every series name that the gateway exposes -> its labels; a histogram has three series."""
     series: dict[str, set[str]] = {}
     for metric in vars(Metrics()).values():
         if isinstance(metric, MetricWrapperBase):
@@ -68,7 +68,7 @@ def load(path: Path) -> list[Any]:
 
 
 def run(*command: str | Path, **environment: str) -> str:
-    """Output of a command that must succeed."""
+    """The output of a command, which must succeed."""
     done = subprocess.run(
         [str(part) for part in command],
         cwd=ROOT,
@@ -84,7 +84,7 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 def tool(name: str, how: str) -> str:
-    """Path of a program beside this Python or on PATH, or a skip that says how to get it."""
+    """The path of a program beside this Python or on PATH; else skips the test and says how to install it."""
     path = shutil.which(
         name,
         path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -124,7 +124,7 @@ def panel_expressions(dashboard: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def all_expressions() -> list[tuple[str, str]]:
-    """Where -> PromQL, of every alert, panel, annotation and variable."""
+    """(place, PromQL) of every alert, panel, annotation and variable."""
     dashboard = json.loads(DASHBOARD.read_text(encoding="utf-8"))
     found = [(rule["alert"], rule["expr"]) for rule in alert_rules()]
     found += [(f"panel {title}", expr) for title, expr in panel_expressions(dashboard)]
@@ -134,7 +134,7 @@ def all_expressions() -> list[tuple[str, str]]:
 
 
 def unknown_names(expr: str) -> set[str]:
-    """Metrics, and labels of metrics, that `expr` asks for and the gateway does not have."""
+    """Metrics and labels that `expr` uses and the gateway does not have."""
     known = known_metrics()
     unknown: set[str] = set()
     used: set[str] = set()
@@ -211,7 +211,7 @@ def test_in_the_image_variables_decide_host_and_port_and_the_health_check_follow
     (check,) = re.findall(r"^ +CMD (.+)$", final, re.MULTILINE)
     (exposed,) = re.findall(r"^EXPOSE (\d+)$", final, re.MULTILINE)
     assert image == {"EMBEDDING_GATEWAY__SERVER__HOST": "0.0.0.0", "EMBEDDING_GATEWAY__SERVER__PORT": exposed}
-    # Made for a machine of its own, where nobody could reach it from outside a container.
+    # A configuration for a bare machine, with an address that cannot be reached from outside a container.
     (tmp_path / "config.yaml").write_text("server: {host: 127.0.0.1, port: 1}\nupstreams: {l: {type: lexical}}\n")
     given = image | {"EMBEDDING_GATEWAY__SERVER__PORT": str(processes.free_port())}
     verb, *arguments = json.loads(command)
@@ -253,7 +253,7 @@ def test_the_build_backend_is_taken_out_of_the_development_lock_with_all_it_need
     taken = subprocess.run(["awk", program, lock], check=True, capture_output=True, text=True).stdout
     pinned = re.findall(r"^([\w.-]+)==\S+ \\\n {4}--hash=sha256:", taken, re.MULTILINE)
     assert pinned == re.findall(r"^\w[\w.-]*", taken, re.MULTILINE), "each with its hashes, and nothing else"
-    # By name and hash, with no constraint: pip reads hashes from those since 26.1 only, and the image has its own pip.
+    # By name and hash, not by constraints: pip reads hashes from those only since 26.1, and the image has its own pip.
     assert "--constraint" not in dockerfile
     needed, seen = ["hatchling"], set[str]()
     while needed:
@@ -275,7 +275,7 @@ def test_every_service_has_a_pinned_image(compose: dict[str, Any]) -> None:
 
 def test_every_service_has_a_healthcheck(compose: dict[str, Any]) -> None:
     for name, service in compose["services"].items():
-        # The gateway's is in its image.
+        # The gateway's health check is in its image.
         assert "healthcheck" in service or "build" in service, name
 
 
@@ -495,7 +495,7 @@ def test_every_metric_is_on_the_dashboard(dashboard: dict[str, Any]) -> None:
 
 
 def test_no_panel_looks_for_a_public_model_among_the_upstreams_own(dashboard: dict[str, Any]) -> None:
-    """`model` of an upstream_* metric is the upstream's name for it: an outage of `docs` would be shown as none."""
+    """`model` of an upstream_* metric is the upstream's name: with `docs` there, an outage would not be shown."""
     for title, expr in panel_expressions(dashboard):
         for selector in re.findall(r"embedding_gateway_upstream_\w+\{[^}]*\}", expr):
             assert "$model" not in selector, title

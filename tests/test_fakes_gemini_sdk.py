@@ -1,4 +1,4 @@
-"""Google's own SDK gets its answers from the fake of Gemini: that is how we know it faithful."""
+"""Google's own SDK works with the fake of Gemini, which shows that the fake is faithful."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""The vendors' own SDKs get their answers from the fakes: that is how we know them faithful."""
+"""The vendors' own SDKs work with the fakes, which shows that the fakes are faithful."""
 
 import os
 import subprocess
@@ -107,7 +107,7 @@ def test_openai_sdk_speaks_to_dashscope_compatible_mode(dashscope_fake: FakeDash
 
     base = f"{dashscope_fake.url}/compatible-mode/v1"
     with openai.OpenAI(api_key="sk-right", base_url=base, max_retries=0) as client:
-        # base64 is asked for by default, and floats are answered
+        # the SDK asks for base64 by default, and gets floats
         answer = client.embeddings.create(model="text-embedding-v4", input=TEXTS, dimensions=64)
         for row in answer.data:
             wanted = dashscope_fake.expected("text-embedding-v4", TEXTS[row.index], 64)
@@ -134,7 +134,7 @@ def baidu_fake() -> Iterator[FakeBaidu]:
 
 @pytest.fixture
 def qianfan(baidu_fake: FakeBaidu, monkeypatch: pytest.MonkeyPatch) -> Any:
-    # The SDK also asks the console for models; that must not leave the machine either.
+    # The SDK would also ask the console for its models; that must not leave the machine either.
     monkeypatch.setenv("QIANFAN_DISABLE_CACHE", "true")
     import qianfan
 
@@ -207,7 +207,7 @@ def test_qianfan_sdk_renews_a_token_that_has_ended(
     monkeypatch: pytest.MonkeyPatch,
     end: str,
 ) -> None:
-    # By default the SDK does not renew within an hour, not even a token that is refused.
+    # By default the SDK renews no token within an hour, not even a refused one.
     monkeypatch.setattr(qianfan.get_config(), "ACCESS_TOKEN_REFRESH_MIN_INTERVAL", 0)
     embedding = qianfan.Embedding(**by_token)
     embedding.do(texts=["a"])
@@ -221,7 +221,7 @@ def test_qianfan_sdk_renews_a_token_that_has_ended(
 def test_qianfan_sdk_speaks_v2_with_a_key_or_a_short_lived_bearer(
     qianfan: Any, baidu_fake: FakeBaidu, by_signature: dict[str, str], short_lived: bool
 ) -> None:
-    # The SDK has no Embedding of V2; its transport of V2 is the one of chat.
+    # The SDK has no Embedding class for V2; its transport for V2 is the one for chat.
     from qianfan.resources.requestor.openapi_requestor import QfAPIV2Requestor
 
     credentials = by_signature if short_lived else {"bearer_token": baidu_fake.v2_key}
@@ -268,7 +268,7 @@ def ollama_client(ollama_fake: FakeOllama) -> Iterator[Any]:
 
     client = ollama.Client(ollama_fake.url)
     yield client
-    client._client.close()  # version 0.6 has no way to close one
+    client._client.close()  # version 0.6 has no public way to close it
 
 
 @pytest.mark.parametrize("dimensions", [None, 100, 768, 5000])

@@ -1,4 +1,4 @@
-"""The fakes do on the wire what they say: faults, gate, order, limits, and signatures."""
+"""The fakes behave on the wire as documented: faults, gate, order, limits and signatures."""
 
 import asyncio
 import http.client
@@ -49,7 +49,7 @@ def post(
     body: Any = None,
     connection: http.client.HTTPConnection | None = None,
 ) -> tuple[int, bytes, http.client.HTTPMessage]:
-    """Send one call and read the whole answer; a connection that is given stays open."""
+    """Send one call and read the whole answer; a connection passed in stays open."""
     used = connection or http.client.HTTPConnection(urlsplit(server.url).netloc, timeout=5)
     content = json.dumps(body or {"model": MODEL, "input": texts or TEXTS, "dimensions": 8})
     try:
@@ -62,13 +62,13 @@ def post(
 
 
 def rows(server: FakeUpstream, texts: Any = None) -> list[Any]:
-    """Return the `data` of one good call."""
+    """Return the `data` of one successful call."""
     data: list[Any] = json.loads(post(server, texts)[1])["data"]
     return data
 
 
 def raw(server: FakeUpstream) -> socket.socket:
-    """Send one call on a bare socket, to see what exactly comes back."""
+    """Send one call on a bare socket, to see exactly what comes back."""
     body = json.dumps({"model": MODEL, "input": TEXTS}).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     host, port = urlsplit(server.url).netloc.split(":")
@@ -78,7 +78,7 @@ def raw(server: FakeUpstream) -> socket.socket:
 
 
 def read_all(sock: socket.socket) -> tuple[bytes, bool]:
-    """Return what comes until the end, and whether the end was a reset."""
+    """Return what is received until the end, and whether the end was a reset."""
     seen = b""
     with sock:
         while True:
@@ -504,7 +504,7 @@ def test_the_published_example_of_a_signature_is_accepted() -> None:
 def test_signatures_of_the_vendors_package_are_accepted() -> None:
     assert verify("POST", V1, {}, SIGNED, {AK: SK}, DATE) == AK
     prefix = f"bce-auth-v1/{AK}/{STAMP}/300"
-    names = "x-bce-date;request_id;host;content-type"  # in no order
+    names = "x-bce-date;request_id;host;content-type"  # unsorted
     more = {
         **SIGNED,
         "content-type": "application/json",

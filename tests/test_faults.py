@@ -1,4 +1,4 @@
-"""tests/FAULTS.md says which test shows what: each stands where it says, and no fault is left out."""
+"""tests/FAULTS.md says which test covers which fault: each test is where it says, and no fault is left out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heads that come again: what comes over a connection is the same requests, whether a head is parsed or known."""
+"""The cache of request heads: a connection yields the same requests whether a head is parsed or cached."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ class Server:
         self.requests.append((told, body))
         for _ in range(
             5 * (len(self.requests) % 2)
-        ):  # every other one takes longer, and is before the next all the same
+        ):  # every other answer takes longer, and still comes before the next
             await asyncio.sleep(0)
         answer = b"%d" % len(self.requests)
         head = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n" % len(answer)
@@ -85,7 +85,7 @@ class Server:
         for piece in pieces:
             if not self.wire.closed:
                 self.protocol.data_received(piece)
-            for _ in range(100):  # turns in which all that came is answered
+            for _ in range(100):  # turns enough to answer everything received
                 await asyncio.sleep(0)
         self.wire.closed = True
         self.protocol.connection_lost(None)
@@ -113,7 +113,7 @@ HEADS = [
 
 
 def request(chance: random.Random, own: bytes) -> bytes:
-    """`own` is the head that this client writes as a rule."""
+    """A random request; `own` is the head that this client mostly sends."""
     head = chance.choice(HEADS) if chance.random() < 0.2 else own
     body = chance.choice([b"", b"x", b'{"a":1}', PLAIN % 3 + b"abc", b"\r\n\r\n", b"y" * 100, b"z" * 70_000])
     if b"chunked" in head:
@@ -122,7 +122,7 @@ def request(chance: random.Random, own: bytes) -> bytes:
 
 
 def pieces(chance: random.Random, requests: list[bytes]) -> list[bytes]:
-    """As the network may bring them: each in pieces, several at once, or all cut anywhere."""
+    """The requests as the network may deliver them: each in pieces, several at once, or all cut anywhere."""
     kind = chance.choice(["each", "several", "all"])
     data, found = list(requests) if kind == "each" else [b"".join(requests)], []
     if kind == "several":
@@ -165,7 +165,7 @@ async def _says_the_same(data: list[bytes], monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(Protocol, "_stores_left", 0)
     expected, answers, _ = await told(data)
     assert requests == expected
-    # A request id of what was refused is new each time, and a second may have passed.
+    # The request id of a refusal is new each time, and a second may have passed.
     varies = (b"x-request-id", b"date")
     assert [line for line in written.split(b"\r\n") if not line.startswith(varies)] == [
         line for line in answers.split(b"\r\n") if not line.startswith(varies)

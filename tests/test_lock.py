@@ -1,4 +1,4 @@
-"""What is installed is what the lock files say: pinned by version and hash, and above what is known to be unsafe."""
+"""The lock files determine what is installed: pinned by version and hash, and free of known vulnerabilities."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ SAFE = {
     "h11": ("0.16", "CVE-2025-43859"),
     "redis": ("4.5.5", "CVE-2023-28859"),
 }
-"""From which version on a package is free of what was found in it. `.ci/audit` asks for the rest, where it can."""
+"""Package -> the first version without what was found in it, and that. `.ci/audit` asks for others, where it can."""
 
 
 def pinned(lock: str) -> dict[str, str]:
-    """name -> version; every line of the file is one of a requirement and its hashes."""
+    """Name -> version; every line of the file must be a requirement with its hashes."""
     found: dict[str, str] = {}
     for requirement in (ROOT / lock).read_text().replace("\\\n", " ").splitlines():
         match = re.fullmatch(r"([a-z0-9._-]+)==(\S+)(?: ; [^-]+?)?(?:\s+--hash=sha256:[0-9a-f]{64})+\s*", requirement)

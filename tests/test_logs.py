@@ -15,7 +15,7 @@ from app.logs import Messages, Output, RequestLine, RequestLog
 
 
 class Taker:
-    """A log that takes as many bytes of each write as it is told."""
+    """A log that accepts `room` bytes of each write."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
@@ -134,7 +134,7 @@ def _message(text: str, *values: object) -> logging.LogRecord:
 
 
 def test_no_message_has_a_terminal_do_anything() -> None:
-    """Messages hold what upstreams say."""
+    """Messages contain text from upstreams."""
     said = "up: \x1b[31mred\r\nlevel=info \x9b2J \x7f \u2028next \u00fcber \u4e2d\u6587"
     line = logs.formatter("text").format(_message("%s", said))
     assert r"up: \x1b[31mred\r\nlevel=info \x9b2J \x7f \u2028next über 中文" in line

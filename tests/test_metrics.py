@@ -1,4 +1,4 @@
-"""What is counted in plain numbers reaches Prometheus whole, and as if it had been told each time."""
+"""What is counted in plain numbers reaches Prometheus in full, as if each step had been reported."""
 
 from __future__ import annotations
 
@@ -85,13 +85,13 @@ def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> 
 
 
 def _many(told: Metrics, count: int) -> None:
-    """More series than a file has room for at first."""
+    """Creates more series than a new file has room for."""
     for i in range(count):
         told.requests.labels(f"a model with quite a long name, number {i}", "200", "c").inc()
 
 
 def test_files_have_their_blocks_before_they_are_written_to(tmp_path: Path) -> None:
-    """A map of a file with holes is a process's end on a full disk."""
+    """Writing to a memory-mapped hole in a file kills the process if the disk is full."""
     with metrics.multiprocess(str(tmp_path)):
         _many(Metrics(), 1000)
         files = [file.stat() for file in tmp_path.iterdir()]

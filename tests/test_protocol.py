@@ -1,4 +1,4 @@
-"""Below HTTP: offers of other protocols, heads in pieces, and bodies that look like heads."""
+"""Below HTTP: upgrade offers, heads in pieces, and bodies that look like heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def gateway() -> Iterator[Running]:
 
 @pytest.fixture
 def slow() -> Iterator[tuple[FakeOpenAI, Running]]:
-    """A gateway over an upstream that takes its time."""
+    """A gateway over an upstream whose calls the test can hold."""
     with FakeOpenAI(api_key=None, models={"m": 8}) as fake:
         upstream = {"type": "openai", "base_url": f"{fake.url}/v1", "api_key": "x"}
         with running({"upstreams": {"slow": upstream}}) as gateway:
@@ -39,12 +39,12 @@ LAST = b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 def talk(gateway: Running, *pieces: bytes, last: bytes = LAST) -> list[tuple[int, bytes]]:
-    """Sends the pieces over one connection and returns the answers. One request more, which closes the
-    connection, is sent behind them and its answer left out, so that no unasked answer goes unseen."""
+    """Sends the pieces over one connection and returns the answers. One more request, which closes the
+    connection, follows them; its answer is left out, so that a surplus answer shows."""
     host, port = gateway.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        with contextlib.suppress(ConnectionError):  # it may have been closed by now
+        with contextlib.suppress(ConnectionError):  # the gateway may have closed it by now
             for piece in (*pieces, last):
                 connection.sendall(piece)
         raw = b"".join(iter(lambda: connection.recv(65536), b""))
@@ -117,7 +117,7 @@ def test_requests_leave_no_cycles_behind_for_the_garbage_collector_to_find(gatew
     gc.disable()
     try:
         assert len(talk(gateway, requests)) == len(texts)
-        assert gc.collect() < len(texts)  # a connection may leave some
+        assert gc.collect() < len(texts)  # a connection may leave some cycles
     finally:
         gc.enable()
 
@@ -147,7 +147,7 @@ def test_a_request_without_exactly_one_sane_host_is_refused(gateway: Running, li
     bad = b"GET /v1/models HTTP/1.1\r\n" + lines + b"\r\n"
     ((status, _),) = talk(gateway, bad, last=b"")
     assert status == 400
-    with connected(gateway) as connection:  # nor is one behind others that have one
+    with connected(gateway) as connection:  # nor after a valid request on the connection
         assert answered(connection, embed("x"))
         connection.sendall(bad)
         assert connection.recv(12) == b"HTTP/1.1 400"
@@ -199,7 +199,7 @@ def test_who_hangs_up_in_a_head_is_not_refused_as_well(gateway: Running, monkeyp
     before = gateway.metric("rejected_requests_total", reason="invalid_http")
     with connected(gateway) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\n")
-    talk(gateway, b"GET / HTTP/1.1\r\n", last=b"")  # whose time ends behind that one's
+    talk(gateway, b"GET / HTTP/1.1\r\n", last=b"")  # its time ends after that one's
     assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
 
 
@@ -265,7 +265,7 @@ def chunked(*trailers: bytes) -> bytes:
 def test_what_stands_behind_a_body_is_no_header() -> None:
     config = {"upstreams": {"lexical": {"type": "lexical"}}, "auth": {"keys": {"a": {"key": "right-key-012345"}}}}
     with running(config) as gateway:
-        # It closes the connection: its key stands before its body.
+        # The connection is closed: the key is checked before the body is read.
         ((status, _),) = talk(gateway, chunked(b"Authorization: Bearer right-key-012345"), last=b"")
     assert status == 401
 
@@ -276,8 +276,8 @@ def test_trailers_and_heads_behind_a_request_have_an_end(gateway: Running) -> No
         with connected(gateway) as connection:
             connection.sendall(begin)
             if begin.startswith(b"GET"):
-                assert connection.recv(65536)  # while it is being answered it would be closed after, without a word
-            with contextlib.suppress(ConnectionError):  # or refused once it is all sent
+                assert connection.recv(65536)  # if sent during the answer, it would just be cut off after it
+            with contextlib.suppress(ConnectionError):  # it may be refused before or after all is sent
                 for _ in range(64):
                     connection.sendall(b"a" * 2**18)
         assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + 1
@@ -357,7 +357,7 @@ def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes
     with connected(gateway) as connection:
         connection.setblocking(False)
         began = time.monotonic()
-        while time.monotonic() - began < (1.5 if queued else 15):  # on a busy machine it takes longer to see any
+        while time.monotonic() - began < (1.5 if queued else 15):  # on a busy machine the first bytes take longer
             with contextlib.suppress(BlockingIOError):
                 sent += connection.send((one * 2000)[sent % len(one) :])
             with contextlib.suppress(BlockingIOError):
@@ -409,7 +409,7 @@ def test_nor_do_large_ones_behind_one_that_is_answered(slow: tuple[FakeOpenAI, R
 
 @pytest.fixture(scope="module")
 def impatient() -> Iterator[Running]:
-    """Closes connections that have been idle for a second."""
+    """A gateway that closes connections after a second of idleness."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(serve, "KEEP_ALIVE", 1)
         with running({"upstreams": {"lexical": {"type": "lexical"}}}) as gateway:
@@ -424,7 +424,7 @@ def connected(gateway: Running) -> Iterator[socket.socket]:
 
 
 def answered(connection: socket.socket, *pieces: bytes, pause: float = 0.0) -> bool:
-    """Whether there is an answer to what is sent in these pieces; there is none over a connection that was closed."""
+    """Whether what is sent in these pieces is answered; on a closed connection it is not."""
     try:
         for i, piece in enumerate(pieces):
             time.sleep(pause if i else 0)
@@ -448,7 +448,7 @@ def test_a_connection_in_use_stays(impatient: Running) -> None:
             assert answered(connection, embed(f"x {i}")), i
             time.sleep(0.4)
         began = time.monotonic()
-        assert connection.recv(1) == b""  # 0.4 s of its second are over
+        assert connection.recv(1) == b""  # 0.4 s of its second have passed
         assert 0.4 < time.monotonic() - began < 10
 
 
@@ -473,7 +473,7 @@ def test_a_connection_over_which_nothing_ever_comes_is_closed(impatient: Running
 @pytest.mark.parametrize("behind", [b"", LAST.replace(b"close", b"keep-alive")], ids=["alone", "with one behind it"])
 @pytest.mark.parametrize("last", [b"Connection: keep-alive", b"Connection: close"])
 def test_an_answer_nobody_takes_is_dropped_in_the_end(impatient: Running, behind: bytes, last: bytes) -> None:
-    """Some of it is in the system's buffers; that the connection was reset tells that the rest never comes."""
+    """Part of it is in the system's buffers; the reset of the connection shows that the rest never comes."""
     body = json.dumps({"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}).encode()
     head = [b"POST /v1/embeddings HTTP/1.1", b"Host: x", b"Content-Length: %d" % len(body), last]
     host, port = impatient.url.removeprefix("http://").split(":")
@@ -487,7 +487,7 @@ def test_an_answer_nobody_takes_is_dropped_in_the_end(impatient: Running, behind
 
 
 def test_one_that_is_taken_slowly_is_not(impatient: Running) -> None:
-    """Seen from the connection's own buffer nothing moves: it is refilled once a good part of the system's is free."""
+    """The connection's own buffer seems stuck: it drains only once much of the system's is free."""
     body = json.dumps({"model": "lexical", "input": ["x"] * 2000, "dimensions": 1024}).encode()
     host, port = impatient.url.removeprefix("http://").split(":")
     with socket.socket() as connection:

@@ -1,4 +1,4 @@
-"""Token buckets: pure arithmetic, so any moment can be looked at."""
+"""Token buckets: pure arithmetic, so any moment can be tested."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""README.md is true: its tables are the program's, its examples print what it says, its links lead somewhere.
+"""README.md is true: its tables match the program, its examples print what they say, and its links lead somewhere.
 
-A table that no longer fits fails with the rows that are missing or too many; the model table with its new text.
+A table that no longer matches fails with its missing and surplus rows; the model table with its new text.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.harness import Running, running
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 SHOWN = "http://127.0.0.1:8080"
-"""The address in the examples."""
+"""The gateway's address in the examples."""
 
 
 def section(title: str) -> str:
@@ -45,7 +45,7 @@ def section(title: str) -> str:
 
 
 def rows(text: str) -> list[list[str]]:
-    """Cells of every table row in the text, heads and rules included, backquotes removed."""
+    """The cells of every table row in the text, including heads and rules, without backquotes."""
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     return [[cell.strip().replace("`", "") for cell in line.strip().strip("|").split("|")] for line in lines]
 
@@ -58,7 +58,7 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
 
 
 def model_table() -> str:
-    """What stands between the markers: the catalogue as Markdown."""
+    """The text between the markers: the catalogue as Markdown."""
     sources: list[str] = []
     lines = [
         "| type/model, which is its vector space | dimensions | inputs | tokens per input | roles | more | source |",
@@ -151,7 +151,7 @@ def test_the_model_table_is_the_catalogue() -> None:
 
 
 def leaves(annotation: Any, field: FieldInfo | None, path: str) -> Iterator[tuple[str, FieldInfo]]:
-    """Every setting below an annotation that is a value and no section, as `section.<name>.setting`."""
+    """Every setting within an annotation that is a value rather than a section, as `section.<name>.setting`."""
     inner = [part for part in _parts(annotation) if _is_section(part)]
     if not inner:
         assert field is not None
@@ -176,7 +176,7 @@ def _is_section(annotation: Any) -> bool:
 
 
 def settings() -> dict[str, FieldInfo]:
-    """Every setting by the name the README gives it; those of one upstream type as `type: setting`."""
+    """Every setting by its name in the README; those of one upstream type as `type: setting`."""
     found = dict(leaves(Settings, None, ""))
     common = UpstreamSettings.model_fields
     for kind in UPSTREAMS.values():
@@ -226,7 +226,7 @@ def test_the_error_table_has_every_class_of_the_tree() -> None:
     expected = {(str(each.status), each.type, each.code) for each in classes}
     shown = {(row[0], row[1], row[2]) for row in rows(section("Errors")) if row[0].isdigit()}
     assert expected <= shown, f"missing: {sorted(expected - shown)}"
-    # What is left is a code that an instance has instead of its class's.
+    # The others are codes that an instance has instead of its class's.
     source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "app").rglob("*.py"))
     for status, kind, code in shown - expected:
         assert f'"{code}"' in source, f"no error has the code {code}"
@@ -253,7 +253,7 @@ def test_the_metrics_table_has_every_result_of_a_cache_tier() -> None:
 def _described(metric: MetricWrapperBase) -> tuple[str, str, frozenset[str]]:
     family = next(iter(metric.describe()))
     name = family.name.removeprefix("embedding_gateway_")
-    labels = frozenset(metric._labelnames)  # nothing public tells
+    labels = frozenset(metric._labelnames)  # there is no public attribute
     return name + ("_total" if family.type == "counter" else ""), family.type, labels
 
 
@@ -271,7 +271,7 @@ def python_example(library: str) -> str:
 
 
 def printed(code: str) -> list[str]:
-    """What an example says that it prints, in comments at the ends of its lines."""
+    """What an example claims to print, in comments at the ends of its lines."""
     return re.findall(r"(?m)  (?:#|//) (.*)$", code)
 
 
@@ -297,7 +297,7 @@ def test_the_openai_example_prints_what_it_says(gateway: Running) -> None:
 
 
 def test_the_langchain_example_prints_what_it_says(gateway: Running) -> None:
-    """As it stands, and so without a download: LangChain's tokeniser has one, which tests/clients has at hand."""
+    """It runs unchanged, and so without a download: LangChain's tokeniser needs one, which tests/clients provides."""
     code = python_example("langchain")
     assert output(code, gateway) == printed(code)
 

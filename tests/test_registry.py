@@ -1,4 +1,4 @@
-"""The names there are, and what it takes to make them."""
+"""The registry of public names, and the work of building it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.harness import settings_of
 
 
 def test_twice_as_many_models_are_twice_the_work() -> None:
-    """Counted in functions called."""
+    """Counted in function calls."""
 
     def work(count: int) -> int:
         names = [f"model-{number}" for number in range(count)]
@@ -38,7 +38,7 @@ def test_twice_as_many_models_are_twice_the_work() -> None:
 
 
 def test_a_list_that_has_one_model_more_costs_that_one() -> None:
-    """And what an upstream has had all along is the same model as before."""
+    """And the upstream's other models remain the same objects."""
     settings = settings_of({"upstreams": {name: {"type": "openai", "base_url": "http://no/v1"} for name in ("a", "b")}})
     metrics, clock = Metrics(), SystemClock()
     gateway = Gateway(settings, Tiers([], metrics, clock), metrics, clock)
@@ -60,7 +60,7 @@ def test_a_list_that_has_one_model_more_costs_that_one() -> None:
 
 
 async def test_one_that_is_out_stays_out_when_a_list_says_something_else_of_it() -> None:
-    """As vLLM's does once it was started with another `--max-model-len`: callers would get vectors of another model."""
+    """As vLLM's list does after a restart with another `--max-model-len`: callers would get another model's vectors."""
     settings = settings_of({"upstreams": {name: {"type": "openai", "base_url": "http://no/v1"} for name in ("a", "b")}})
     metrics, clock = Metrics(), SystemClock()
     gateway = Gateway(settings, Tiers([], metrics, clock), metrics, clock)

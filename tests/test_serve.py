@@ -1,4 +1,4 @@
-"""The moment in which the listener closes: whoever came before it is answered."""
+"""When the listener closes, whoever connected before is answered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ASKED = post({"model": "lexical", "input": "x", "dimensions": 64})
 
 @contextlib.asynccontextmanager
 async def stopping() -> AsyncIterator[tuple[tuple[str, int], Callable[[], Coroutine[Any, Any, None]]]]:
-    """A server's address, and what stops it."""
+    """Runs a server; yields its address, and a function that stops it."""
     settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
     app = create_app(settings)
     config = uvicorn_config(app, settings)
@@ -38,11 +38,11 @@ async def stopping() -> AsyncIterator[tuple[tuple[str, int], Callable[[], Corout
         yield listener.getsockname(), stop
     finally:
         if not server.should_exit:
-            await stop()  # or its loop would never close
+            await stop()  # otherwise its event loop would never close
 
 
 def run(test: Coroutine[Any, Any, None]) -> None:
-    """On the event loop that the program has."""
+    """Runs a test on the program's kind of event loop."""
     settings = settings_of({"upstreams": {"lexical": {"type": "lexical"}}})
     with asyncio.Runner(loop_factory=uvicorn_config(None, settings).get_loop_factory()) as runner:
         runner.run(test)
@@ -56,7 +56,7 @@ def test_who_waits_to_be_accepted_is_let_in() -> None:
     async def test() -> None:
         async with stopping() as (address, stop):
             with contextlib.ExitStack() as callers:
-                # In one turn of the event loop, which accepts in another.
+                # In one turn of the event loop, which accepts them in a later one.
                 waiting = [callers.enter_context(socket.create_connection(address, timeout=10)) for _ in range(5)]
                 for connection in waiting:
                     connection.sendall(ASKED)
@@ -95,7 +95,7 @@ def test_a_request_that_comes_over_an_idle_connection_as_the_listener_closes_is_
 
 
 def test_a_port_for_metrics_that_is_lost_while_starting_is_told() -> None:
-    """Who binds a port with SO_REUSEADDR has it only once it listens; and the event loop would close it in silence."""
+    """A port bound with SO_REUSEADDR is taken only once its owner listens; the event loop would close it silently."""
 
     async def test() -> None:
         with bind("127.0.0.1", 0) as ours, socket.socket() as rival:

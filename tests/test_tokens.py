@@ -1,4 +1,4 @@
-"""Bills that an upstream states, and which of them can be."""
+"""The token counts that upstreams report, and which of them are possible."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is done to vectors: shortened, averaged, brought to unit length."""
+"""Operations on vectors: shortening, averaging, scaling to unit length."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_mean_is_the_weighted_sum_at_unit_length(rows: np.ndarray, data: st.Da
     found = np.frombuffer(vectors.mean([row.tobytes() for row in rows], weights), "<f4")
     assert np.linalg.norm(found.astype(np.float64)) == pytest.approx(1, abs=1e-6)
     scale = np.abs(np.array(weights, np.float64)[:, None] * rows).sum()
-    if np.linalg.norm(total) > 1e-6 * scale:  # else the two sums differ by what rounding leaves
+    if np.linalg.norm(total) > 1e-6 * scale:  # otherwise rounding makes the two sums differ
         assert found @ (total / np.linalg.norm(total)) == pytest.approx(1, abs=1e-6)
 
 

@@ -1,5 +1,5 @@
-"""Secrets that look like nothing else are planted in everything that holds one; then nothing that comes out,
-in success or in any failure, may show them."""
+"""Recognizable secrets are planted wherever there is one; then nothing that the gateway shows,
+in success or in any failure, may contain them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.processes import free_port, run, serving
 from tests.redis_server import RedisServer
 
 MARK = "c4n4ry"
-"""In every secret, so that a part of one is found as well."""
+"""Part of every secret, so that a fragment of one is found as well."""
 CALLER, OTHER_CALLER = f"caller-{MARK}-key-0123456789", f"other-{MARK}-key-0123456789"
 
 
@@ -51,12 +51,12 @@ KEYS = {
 
 @dataclass
 class Place:
-    """Fakes and the configuration that holds all the secrets."""
+    """The fakes, and the configuration with all the secrets."""
 
     fakes: dict[str, FakeUpstream]
     config: dict[str, Any]
     models: dict[str, str] = field(default_factory=dict)
-    """A model to ask for, by upstream."""
+    """Upstream -> a model to request."""
 
 
 @contextmanager
@@ -133,7 +133,7 @@ HELD = {
     "v2": ("baidu", ("v2",)),
     "ollama": ("ollama", ("header",)),
 }
-"""By upstream: its fake, and what that fake could repeat."""
+"""Upstream -> its fake, and what that fake could repeat."""
 
 
 def echoes(names: tuple[str, ...]) -> Iterator[faults.Fault]:
@@ -152,11 +152,13 @@ def echoes(names: tuple[str, ...]) -> Iterator[faults.Fault]:
         yield faults.http_error(200, f'{{"data": "{key}"}}')
         if name in ("second", "v2"):
             for before in (260, 275, 285, 290, 295):
-                yield faults.vendor_error("bad_input", "x" * before + " " + key)  # messages are cut: not within a key
+                yield faults.vendor_error(
+                    "bad_input", "x" * before + " " + key
+                )  # messages are cut, but not within a key
 
 
 def shows(text: str) -> list[str]:
-    """Where a secret, or a part of one, stands in what came out: plain, quoted or in base64."""
+    """Where a secret, or part of one, appears in the text: plain, quoted or in base64."""
     found = [text[max(0, match.start() - 80) : match.end() + 40] for match in re.finditer(MARK, text, re.IGNORECASE)]
     hidden = (f"user:{KEYS['proxy']}", *KEYS.values())
     encoded = {plain: base64.b64encode(plain.encode()).decode().rstrip("=")[:-2] for plain in hidden}
@@ -168,7 +170,7 @@ def everything(response: httpx.Response) -> str:
 
 
 def drive(url: str, where: Place) -> Iterator[str]:
-    """What callers are told, in success and in every failure."""
+    """Yields what callers get, in success and in every failure."""
     headers = {"authorization": f"Bearer {CALLER}"}
     fresh = itertools.count()
     with httpx.Client(base_url=url, headers=headers, timeout=30) as client:
@@ -189,7 +191,7 @@ def drive(url: str, where: Place) -> Iterator[str]:
                     fake.heal()
             return answers
 
-        with ThreadPoolExecutor() as pool:  # each fake is one vendor's, so they do not meet
+        with ThreadPoolExecutor() as pool:  # each fake is one vendor's, so they do not interfere
             yield from itertools.chain.from_iterable(pool.map(echoed, where.fakes))
         for wire in (*faults.BROKEN_TRANSFERS, faults.hang, *faults.BROKEN_BODIES):
             where.fakes["openai"].fail(wire, None)
@@ -274,7 +276,7 @@ def test_no_key_is_shown_by_what_is_said_of_a_bad_configuration(tmp_path: Path) 
 
 
 def _mistaken(text: str) -> Iterator[tuple[str, str]]:
-    """Configurations with one mistake each, most of them on the very line that holds a secret."""
+    """Configurations with one mistake each, most of them on the line of a secret."""
     good = yaml.safe_load(text)
 
     def with_upstream(**more: Any) -> str:

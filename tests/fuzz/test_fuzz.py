@@ -1,4 +1,4 @@
-"""A few of the requests nobody would send; `make fuzz` sends a hundred thousand."""
+"""A few of the requests that no client would send; `make fuzz` sends a hundred thousand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every dialect in UPSTREAMS, unasked: its folder of sample replies, and the contract all adapters keep."""
+"""Every dialect in UPSTREAMS automatically: its folder of sample replies, and the contract of all adapters."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SECRETS = ("SECRET", "bce-v3/")
 
 
 class Subject:
-    """An upstream as one table of sample replies configures it."""
+    """An upstream as configured by one table of sample replies."""
 
     def __init__(self, table: dict[str, Any]) -> None:
         self.kind: UpstreamKind = UPSTREAMS[table["settings"]["type"]]
@@ -133,7 +133,7 @@ def test_building_a_request_is_pure(subject: Subject, params: Params) -> None:
     one, two = subject.build(batch), subject.build(batch)
     assert one == two
     assert batch == before
-    # Whoever sends it adds headers to it: nothing of it may be shared with the next.
+    # The sender adds headers to it, so it must share nothing with the next request.
     one.headers["x"] = one.query["x"] = "y"
     assert subject.build(batch) == two
 
@@ -143,7 +143,7 @@ def test_building_a_request_is_pure(subject: Subject, params: Params) -> None:
 @settings(max_examples=25, deadline=None)
 def test_a_request_carries_every_text_in_order(subject: Subject, texts: list[str]) -> None:
     sent = list(every_text(orjson.loads(subject.build(batch_of(*texts)).body)))
-    # Side by side, or each among as many words of the dialect as the others.
+    # The texts are adjacent, or separated by equally many strings of the dialect.
     places = itertools.product(range(len(sent)), range(1, 5))
     assert any(sent[start::step][: len(texts)] == texts for start, step in places)
 
@@ -170,7 +170,7 @@ KEYS = (
     *("data", "index", "text_index", "embedding", "embeddings", "output", "usage", "total_tokens"),
     *("values", "usageMetadata", "promptTokenCount", "details", "reason", "violations", "quotaId", "retryDelay"),
 )
-# Replies that look like one: the known keys, with anything below them.
+# Plausible replies: the known keys, with any values.
 ALIKE = st.recursive(
     st.none() | st.booleans() | st.integers(-5, 600) | st.floats() | st.sampled_from(["", "zczMPQ==", "1", "é"]),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(KEYS), inner, max_size=5),

@@ -1,4 +1,4 @@
-"""Keys in turn, access tokens under concurrency, and Baidu's signature against published vectors."""
+"""Rotation of keys, access tokens under concurrency, and Baidu's signature against published vectors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests import clock as clocks
 
 
 class HandClock:
-    """Moved by hand."""
+    """A clock moved by hand."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -35,7 +35,7 @@ class HandClock:
 
 
 class Server:
-    """Plays the token server and the service behind it, as `Send`."""
+    """Acts as the token server and the service behind it; its `send` is a `Send`."""
 
     def __init__(self, lifetime: float = 2_592_000) -> None:
         self.lifetime = lifetime
@@ -189,7 +189,7 @@ async def test_a_token_is_renewed_before_it_expires_while_the_old_one_serves(
     assert server.issued == 1
     clock.now += 2
     server.gate.clear()
-    await token(embedding(), server.send)  # answers although the renewal hangs
+    await token(embedding(), server.send)  # it answers although the renewal hangs
     assert server.served[-1] == "24.token-1"
     server.gate.set()
     await settle()
@@ -274,7 +274,7 @@ async def test_a_token_server_in_trouble_is_named_and_asked_again_by_the_next_ca
 
 
 class Shelf:
-    """Holds one token for two replicas; before a claim is given `meanwhile` happens, once."""
+    """Stores one token for two replicas; each of `meanwhile` runs once, before a claim is granted."""
 
     def __init__(self) -> None:
         self.held: bytes | None = None
@@ -318,7 +318,7 @@ async def test_a_token_of_another_replica_is_renewed_in_time_and_not_taken_again
     await one(embedding(), server.send)
     await other(embedding(), server.send)
     assert server.issued == 1
-    clock.now += 91  # it is good for another nine seconds
+    clock.now += 91  # the token is valid for another nine seconds
     await other(embedding(), server.send)
     await settle()
     assert server.issued == 2
@@ -394,7 +394,7 @@ async def test_several_keys_take_turns() -> None:
 
 
 class Keyed:
-    """Plays a service that has something against some keys, as `Send`."""
+    """Acts as a service that refuses some keys; its `send` is a `Send`."""
 
     def __init__(self, **against: WireReply) -> None:
         self.against = against
@@ -417,7 +417,7 @@ async def test_where_no_key_is_taken_what_will_pass_is_told() -> None:
     assert await flow(embedding(), service.send) is limited
     assert service.asked == ["one", "two", "three"]
     first, later = (refusal(429, "rate_limit_exceeded", **{"retry-after": wait}) for wait in ("1", "50"))
-    for soon, late in ((first, later), (limited, first)):  # a limit that does not say how long has passed soonest
+    for soon, late in ((first, later), (limited, first)):  # a limit without Retry-After passes first
         for one, two in ((soon, late), (late, soon)):
             flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
             assert await flow(embedding(), Keyed(one=one, two=two).send) is soon
@@ -462,7 +462,7 @@ async def test_where_all_are_left_out_the_one_that_is_back_first_is_asked_alone(
 
 
 async def test_what_every_key_is_refused_for_leaves_none_of_them_out() -> None:
-    """A model that the account may not use, among those that it may."""
+    """The account may not use this model, though it may use others."""
     service = Keyed(one=refusal(403, "no_such_right"), two=refusal(403, "no_such_right"))
     flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
     assert (await flow(embedding(), service.send)).status == 403

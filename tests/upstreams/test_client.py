@@ -1,4 +1,4 @@
-"""Over an httpx transport that is handed in, as `create_app` takes one, and over the network."""
+"""The client over an injected httpx transport, as `create_app` accepts one, and over the network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which models an upstream says it has."""
+"""Discovery: which models an upstream reports."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from tests.harness import running, settings_of
 
 
 def answering(routes: dict[str, Any], seen: list[WireRequest] | None = None) -> Send:
-    """Plays a server: path -> body, or (status, body), or a function of the request's body."""
+    """Acts as a server: path -> body, or (status, body), or a function of the request's body."""
 
     async def send(request: WireRequest) -> WireReply:
         if seen is not None:
@@ -209,7 +209,7 @@ async def test_a_model_that_ollama_cannot_read_costs_none_of_the_others() -> Non
         "/api/show": lambda body: shown.get(body["model"], torn),
     }
     assert [model.name for model in await pulled(routes)] == ["nomic-embed-text:latest", "nomic-embed-text"]
-    with pytest.raises(UpstreamError, match="unable to decode GGUF"):  # and not: it has no models
+    with pytest.raises(UpstreamError, match="unable to decode GGUF"):  # rather than "it has no models"
         await pulled(routes | {"/api/show": torn})
 
 
@@ -238,11 +238,11 @@ async def test_a_server_that_is_no_ollama_is_an_error() -> None:
         await pulled({"/api/tags": b"Ollama is running"})
 
 
-# --- who asks, and who else is told -----------------------------------------------------------------------
+# --- who fetches lists, and who else benefits --------------------------------------------------------------
 
 
 class Listing:
-    """Stands in for an upstream's list of models, which comes when it is let."""
+    """In place of an upstream's list of models; it answers once `ready` is set."""
 
     def __init__(self) -> None:
         self.models: list[Model] = []
@@ -325,7 +325,7 @@ async def test_a_new_model_is_there_although_who_asked_first_hung_up(
     with pytest.raises(ModelNotFound):
         await gateway.find("newer")
     one.models = [Model("new"), Model("newer")]
-    with pytest.raises(ModelNotFound):  # it has only just been asked
+    with pytest.raises(ModelNotFound):  # the list is too recent to be fetched again
         await gateway.find("newer")
     await clock.advance(20)
     assert (await gateway.find("newer")).name == "newer"
@@ -391,7 +391,7 @@ def test_what_it_refuses_when_asked_for_its_list_is_no_callers_input() -> None:
 
 
 def test_a_list_that_is_gone_for_a_moment_takes_no_model_away() -> None:
-    """A proxy whose server starts anew may answer 404 to anything."""
+    """A proxy may answer 404 to everything while its server restarts."""
     with FakeOpenAI() as fake:
         up = {"type": "openai", "base_url": fake.url + "/v1", "api_key": "sk-fake"}
         with running({"upstreams": {"up": up}}) as gateway:
@@ -442,7 +442,7 @@ async def test_an_upstream_that_hangs_keeps_nobody_waiting_for_the_others(
     assert gateway.status()["upstreams"]["two"]["reason"]
     monkeypatch.setattr(upstream_module, "LIST_TIMEOUT", 30)
     await clock.advance(31)
-    await asyncio.wait_for(gateway.refresh(), 5)  # who comes later does not wait at all
+    await asyncio.wait_for(gateway.refresh(), 5)  # later callers do not wait at all
     assert other.asked == 1
     await clock.advance(20)
     other.ready.set()
@@ -511,7 +511,7 @@ async def test_and_who_asks_for_a_model_that_it_has_listed_does_not_ask_it(
 
 
 async def test_a_server_without_a_list_makes_nobody_wait_for_one(two: tuple[Gateway, Listing, Listing]) -> None:
-    """Its models are those that are configured: another name is no model of anybody's."""
+    """It has the models that are configured for it: any other name is unknown."""
     gateway, _, _ = two
 
     async def has_none(settings: Any, send: Send) -> list[Model]:

@@ -18,7 +18,7 @@ NUMBERS = FLOATS | st.integers(-(2**70), 2**70)
 
 
 def reply(*rows: str) -> bytes:
-    """With so many numbers before that it counts as a reply of numbers."""
+    """A reply with enough numbers first to count as a reply of numbers."""
     listed = ",".join(f'{{"index":{i},"embedding":{row}}}' for i, row in enumerate(rows))
     return f'{{"first":[{",".join(["0.5"] * 64)}],"data":[{listed}],"usage":{{"total_tokens":7}}}}'.encode()
 
@@ -101,7 +101,7 @@ VALUES = st.recursive(
 
 
 def packed(value: Any) -> Any:
-    """With every list of nothing but numbers as a vector."""
+    """The value with every list of only numbers replaced by a vector."""
     if isinstance(value, dict):
         return {name: packed(inner) for name, inner in value.items()}
     if isinstance(value, list):
@@ -150,7 +150,7 @@ ROWS = st.one_of(
 
 
 def whole(body: Any) -> Any:
-    """The document with each row's vector as a vector, or what reading it raises."""
+    """The document with each row's base64 decoded to a vector, or to the error that decoding raises."""
     if not isinstance(body, dict) or not isinstance(body.get("data"), list):
         return body
     rows = [row for row in body["data"] if isinstance(row, dict) and "embedding" in row]
@@ -182,7 +182,7 @@ def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
     rb'{"data":[{"embedding":"AAAAAg=="},{"embedding":"\u0000"}]}',
     rb'{"data":[{"embedding":"AAAAAQ==","a":{"embedding":"AAAAAg=="}},{"embedding" :"\u0000"}]}',
     rb'{"data":[{"a\"embedding":"AAAAAQ==","embedding" :"\u0000"},{"embedding":"AAAAAg=="}]}',
-    # Vectors of different lengths: where the one before would end, there is a quote, or none.
+    # Vectors of different lengths: there may or may not be a quote where the length of the one before would end it.
     rb'{"data":[{"embedding":"AAAAAQAAAAIAAAADAAAABAAAAAU="},{"embedding":"AAAABA==","x":"vvvvvvvvv...."}]}',
     rb'{"data":[{"embedding":"AAAAAQ=="},{"embedding":""},{"embedding":"AAAABQAAAAYAAAAH"}]}',
 ])  # fmt: skip

@@ -1,4 +1,4 @@
-"""The built-in upstream: the same bytes everywhere, and spelling that is alike lies near."""
+"""The built-in upstream: the same bytes everywhere, and similar vectors for similar spelling."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_another_process_with_another_hash_seed_gives_the_same_bytes() -> None:
 
 
 def test_the_bytes_are_those_of_revision_one() -> None:
-    """A change here needs a new revision in the catalogue: vectors already stored would not compare."""
+    """A change here needs a new revision in the catalogue: stored vectors would no longer be comparable."""
     found = lexical.embed(["Hello 世界", "The quick brown fox", "🎉!"], 512)
     assert hashlib.sha256(b"".join(found)).hexdigest() == (
         "c59b67a3c7598121d80c90a65af1cc04e480974165c298004a37ff128fcd3216"

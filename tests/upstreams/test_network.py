@@ -1,4 +1,4 @@
-"""The engine over real sockets: servers that answer byte by byte, too much, too little, too late, or something else."""
+"""The HTTP engine over real sockets: servers that answer byte by byte, too much, too little, too late or wrongly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter, bytes], Awaitable
 
 @dataclass
 class Server:
-    """What was asked of it, and over how many connections."""
+    """The requests that a server received, and its connections."""
 
     port: int = 0
     connections: int = 0
@@ -52,7 +52,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIterator[Server]:
-    """A server that reads whole requests and has `answer` say something to each."""
+    """Runs a server that reads whole requests and answers each with `answer`."""
     server = Server()
     tasks: set[asyncio.Task[None]] = set()
 
@@ -67,7 +67,7 @@ async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIte
                 await answer(reader, writer, head)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError, ssl.SSLError, asyncio.CancelledError):
-            pass  # the last when the server ends: asyncio's streams cannot bear a task that says so
+            pass  # cancelled when the server ends: asyncio's streams cannot handle a cancelled task
         finally:
             server.closed += 1
             writer.close()
@@ -91,7 +91,7 @@ async def serving(answer: Answer, tls: ssl.SSLContext | None = None) -> AsyncIte
 
 
 def says(*pieces: bytes, close: bool = False) -> Answer:
-    """Answers in these pieces, each sent by itself."""
+    """Answers with these pieces, each sent separately."""
 
     async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, _head: bytes) -> None:
         for piece in pieces:
@@ -193,7 +193,7 @@ async def test_what_comes_behind_a_reply_s_head_is_none_of_its_headers(message: 
 
 async def test_a_connection_that_went_stale_is_replaced_without_a_word() -> None:
     async with serving(says(OK, close=True)) as server, connected() as network:
-        for _ in range(3):  # the server closes each time, and says so to nobody
+        for _ in range(3):  # the server closes each time, unannounced
             assert (await network.exchange(post(server.url()))).status == 200
         assert server.connections == 3
         assert len(server.heads) == 3
@@ -227,7 +227,7 @@ async def test_a_reset_is_the_end_of_a_reply_that_has_no_other() -> None:
             reply = await network.exchange(post(server.url()))
         except UpstreamUnreachable:
             return
-        assert reply.body == b"[1,"  # where the reset looks like an end, the body shows it
+        assert reply.body == b"[1,"  # a reset that looks like an end shows in the body
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ async def test_what_is_not_an_http_reply_is_refused(message: bytes) -> None:
 
 
 async def test_a_reply_too_many_is_nobody_s() -> None:
-    """One that comes behind another, or before it was asked for, would be taken for the next request's."""
+    """One that follows another, or precedes any request, would be taken for the answer to the next request."""
     wrong = OK.replace(b"[1,2]", b"[6,6]")
     for pieces in ((OK + wrong,), (OK, wrong)):
         async with serving(says(*pieces)) as server, connected() as network:
@@ -329,7 +329,7 @@ async def test_a_reply_nobody_waits_for_any_more_is_nobody_s() -> None:
 
 
 async def test_after_a_call_without_an_answer_nothing_is_sent_on_what_lay_idle_meanwhile() -> None:
-    """A firewall that forgets connections drops what comes over them without a word."""
+    """A firewall that has forgotten a connection silently drops what is sent over it."""
     forgotten: set[asyncio.StreamWriter] = set()
 
     async def behind_a_firewall(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
@@ -445,7 +445,7 @@ async def test_no_connection_is_told_with_its_reason() -> None:
             await network.exchange(post(f"http://127.0.0.1:{port}/"))
         with pytest.raises(
             UpstreamUnreachable, match=r"^no connection to the upstream: \w[\w ]+$"
-        ):  # as the system says
+        ):  # the system's message
             await network.exchange(post("http://no-such-host.invalid/"))
 
 
@@ -453,7 +453,7 @@ async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream(monkeypatch:
     look_up = socket.getaddrinfo
 
     def first_of_a_process(*args: Any, **more: Any) -> Any:
-        """Without a descriptor it cannot read how names are to be looked up, and finds none."""
+        """Without a descriptor it cannot read the resolver's configuration, and finds no name."""
         try:
             return look_up(*args, **more)
         except OSError as error:
@@ -461,7 +461,7 @@ async def test_to_be_out_of_descriptors_is_no_fault_of_the_upstream(monkeypatch:
 
     monkeypatch.setattr(socket, "getaddrinfo", first_of_a_process)
     async with serving(says(OK)) as server, connected() as network:
-        for host in ("127.0.0.1", "localhost"):  # whose name cannot be looked up without one
+        for host in ("127.0.0.1", "localhost"):  # a name cannot be looked up without a descriptor
             with no_descriptors(), pytest.raises(Overloaded, match="Too many open files") as caught:
                 await network.exchange(post(server.url(host=host)))
             assert type(caught.value) is Overloaded, "and not the upstream's"
@@ -496,7 +496,7 @@ async def test_an_address_without_a_port_leads_to_its_scheme_s(
 
 
 def certificate(directory: Path, *, name: str = "localhost", days: int = 2) -> tuple[ssl.SSLContext, Path]:
-    """A server's context with a self-made certificate for `name`, and the file that says to trust it."""
+    """A server's context with a self-signed certificate for `name`, and the file with which to trust it."""
     key = ec.generate_private_key(ec.SECP256R1())
     subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
     now = datetime.now(UTC)
@@ -573,7 +573,7 @@ async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_rea
     monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
     async with serving(says(OK), context) as server, connected() as network:
         with no_descriptors(), pytest.raises(OSError, match="Too many open files"):
-            network._context()  # as where the connection that it is for has the last one
+            network._context()  # as if its connection had taken the last descriptor
         assert (await network.exchange(post(server.url(scheme="https", host="localhost")))).status == 200
 
 
@@ -631,7 +631,7 @@ async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_ti
 
 
 async def tunnel(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
-    """What a proxy does on CONNECT: says so, and passes bytes on."""
+    """Acts as a proxy on CONNECT: confirms, then passes bytes on."""
     port = int(head.split(b" ")[1].rpartition(b":")[2])
     onward_reader, onward = await asyncio.open_connection("127.0.0.1", port)
     writer.write(b"HTTP/1.1 200 Connection established\r\n\r\n")
@@ -686,7 +686,7 @@ async def test_by_a_proxy_tls_is_with_the_upstream_itself(
 
 @pytest.mark.parametrize(("status", "passes"), [(407, False), (403, False), (502, True)])
 async def test_a_proxy_that_refuses_is_told_from_the_upstream(status: int, passes: bool) -> None:
-    """One that wants another password, or does not let anybody through to there, says so the next time as well."""
+    """A proxy that wants another password, or forbids the target, will refuse the next time as well."""
     refusal = b"HTTP/1.1 %d No\r\ncontent-length: 0\r\n\r\n" % status
     async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
         with pytest.raises(UpstreamUnreachable, match=rf"proxy.*{status}") as raised:
@@ -706,7 +706,7 @@ async def test_a_proxy_that_is_away_is_not_taken_for_the_upstream(url: str) -> N
 
 
 async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name server that does not answer keeps a look-up waiting far longer than a connection may take."""
+    """A name server that does not answer holds up a look-up far longer than a connection may take."""
     looked: list[str] = []
     answer, real = threading.Event(), socket.getaddrinfo
 
@@ -734,7 +734,7 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
 
 
 class NoNames(uvloop.Loop):
-    """An event loop whose threads for names all wait: for a name of Redis, whose name server does not answer."""
+    """An event loop whose resolver threads are all waiting for Redis's name, whose name server does not answer."""
 
     async def getaddrinfo(self, *_args: Any, **_kwargs: Any) -> Any:
         await asyncio.Event().wait()

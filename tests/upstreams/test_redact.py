@@ -1,4 +1,4 @@
-"""What upstreams say is freed of secrets before anybody reads it, and only then cut."""
+"""Secrets are removed from upstreams' messages before anybody reads them, and before they are cut."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_text_is_known_by_its_beginning_in_whatever_form_it_is_quoted(text: st
 def test_a_word_that_upstreams_use_as_well_is_no_quotation() -> None:
     assert not quotes_input("the model is overloaded", ["model", "the", "", " ", "overtime is", "I ask: the model?"])
     assert not quotes_input("", ["", "a text of some length"])
-    # White space makes no word longer.
+    # White space does not make a word longer.
     assert not quotes_input(
         "batch size is invalid, it should not be larger than 1 0", ["1       Introduction", "a\n\n\n\n\n\n\nb"]
     )

@@ -1,4 +1,4 @@
-"""What an operator writes about an upstream: defaults, mistakes, and the environment."""
+"""The settings of an upstream: defaults, mistakes, and the environment."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_mistake_is_told_readably(given: dict[str, Any], says: str) -> None:
     ],
 )
 def test_how_long_a_model_stays_is_written_as_ollama_reads_it(written: str | int, sent: str | int) -> None:
-    """Its durations are Go's: no days, and no text without a unit, which is how the environment gives a number."""
+    """Ollama takes Go's durations: no days, and no string without a unit, as a number from the environment is."""
     assert settings_of(type="ollama", keep_alive=written).keep_alive == sent
 
 

@@ -297,23 +297,19 @@ class Metrics(ConfigMetrics):
         self._registry = registry = CollectorRegistry()
         self._flush_queue = FlushQueue(multiprocess=_DIRECTORY in os.environ)
         super().__init__(registry)
-        prefix = _PREFIX
 
         def counter(name: str, help_text: str, *labels: str) -> Counter:
-            return Counter(prefix + name, help_text, labels, registry=registry)
+            return Counter(_PREFIX + name, help_text, labels, registry=registry)
 
         def gauge(name: str, help_text: str, *labels: str, merge: _Merge = "livesum") -> Gauge:
-            return Gauge(prefix + name, help_text, labels, registry=registry, multiprocess_mode=merge)
+            return Gauge(_PREFIX + name, help_text, labels, registry=registry, multiprocess_mode=merge)
 
         def histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(prefix + name, help_text, labels, registry=registry, buckets=buckets)
+            return Histogram(_PREFIX + name, help_text, labels, registry=registry, buckets=buckets)
 
         self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
         self.request_duration = histogram(
-            "request_duration_seconds",
-            "From the first byte in until the answer is ready to be sent.",
-            _LATENCY,
-            "model",
+            "request_duration_seconds", "From the first byte in until the answer is ready.", _LATENCY, "model"
         )
         self.inputs = counter("inputs_total", "Inputs answered, by where the vector came from.", "model", "source")
         self.tokens = counter(

@@ -57,12 +57,12 @@ __all__ = [
 _PREFIX = "embedding_gateway_"
 _DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 PROCESS_NAME = "EMBEDDING_GATEWAY_METRICS"
-"""The variable that names a process's files there, so that a restarted process continues its predecessor's files:
+"""The variable that names a process's files in that directory, so that a restarted process continues its predecessor's:
 otherwise each process would leave some behind for good."""
 _INITIAL_SIZE = 2**16
 """Bytes of a new metrics file; the size doubles when the file is full."""
 _ENTRY_OVERHEAD = 40
-"""Bytes a series takes there besides its name, at most."""
+"""Bytes a series takes in such a file besides its name, at most."""
 _Merge = Literal["livesum", "livemin", "livemax"]
 
 _cached = functools.lru_cache(maxsize=4096)
@@ -88,9 +88,8 @@ def forget_process(name: str) -> None:
 
 
 class _File(MmapedDict):
-    """A process's metrics of one type, in a memory-mapped file that the others read. Writing to a mapped page without
-    disk space would kill the process (SIGBUS), so blocks are allocated before they are written, and series without
-    space are not counted."""
+    """A process's metrics of one type, in a memory-mapped file that the others read. Writing where the disk has no
+    room would kill the process (SIGBUS): blocks are allocated first, and series without room are not counted."""
 
     def __init__(self, path: str) -> None:
         self._path = Path(path)

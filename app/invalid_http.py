@@ -15,7 +15,7 @@ _PROTOCOLS = {
     b"\r\n\r\n\0\r\nQUIT\n": "the PROXY protocol (v2), which is not supported",
     b"PRI * HTTP/2": "HTTP/2 without TLS, which is not supported",
 }
-"""How other protocols begin, which load balancers and clients speak if they are set up wrongly."""
+"""Other protocols that misconfigured load balancers and clients speak, by how they begin."""
 LONGEST_START = max(map(len, _PROTOCOLS))
 
 
@@ -29,7 +29,7 @@ class InvalidHttpLog:
         self._next_line = now()
 
     def __call__(self, client: tuple[str, int] | None, start: bytes, problem: str) -> None:
-        """`start`: the first bytes; `problem`: our words, for those that are not known."""
+        """`start`: the first bytes; `problem`: what to log unless they are those of a known protocol."""
         self._count()
         self._attempts += 1
         now = self._now()

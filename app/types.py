@@ -356,5 +356,5 @@ class SharedStore(SlowStore, Protocol):
 
 
 CLAIM_TTL = 3.0
-"""Seconds that claims last unless they are renewed, for their owner may have died; and that a query waits for another
-replica: longer than most calls take, but less than httpx's default timeout of 5."""
+"""Seconds after which claims lapse unless they are renewed, as their owner may have died; and for which a query waits
+for another replica. Longer than most calls take, but less than httpx's default timeout of 5."""

@@ -20,7 +20,7 @@ _BATCH = 256
 _MAX_BARE_KEYS = 2**17
 """Keys that may be queued without their embeddings, at 130 bytes each."""
 _RETRY = 1.0
-"""Seconds after which a store that is away is asked again whether it takes writes. Its breaker decides about more."""
+"""Seconds between checks whether a store that is away takes writes again; its breaker may allow a try less often."""
 
 
 class Writer:

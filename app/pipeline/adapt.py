@@ -44,7 +44,7 @@ _ROWS = re.compile(
 )
 # What OpenAI and pydantic (FastAPI's 422) say of any list that is too long: "array too long. Expected an array with
 # maximum length 2048, but got an array with length 3000 instead", "List should have at most 32 items after validation,
-# not 33". It is the list of inputs if it has as many items as the call has inputs, and is no "input[0]".
+# not 33". It is the list of inputs if it has as many items as the call has inputs, unless it is "input[0]".
 _ITEMS = re.compile(
     r"(?<!\]': )\barray too long\. Expected an array with maximum length (\d+), but got an array with length (\d+)"
     r"|\bList should have at most (\d+) items? after validation, not (\d+)",
@@ -274,7 +274,7 @@ def _split(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int
 
 
 class _Budget:
-    """The extra calls that one batch may still cause; the refusals that were left undecided for want of them; and the
+    """The extra calls that one batch may still cause; the refusals left undecided when there were none left; and the
     number of consecutive calls with a single input that returned no vector."""
 
     def __init__(self, calls: int) -> None:

@@ -16,8 +16,8 @@ _POLL_INTERVAL, _LONG_POLL_INTERVAL = 0.02, 0.25
 class Claim:
     """Embeds what no other replica has claimed, and then what the others did not deliver: they failed, died, or took
     too long. A query waits for them for `CLAIM_TTL` seconds, because its text may be far back in another replica's
-    queue. Bulk work waits for as long as they are at it, since that is where paying twice is dear; but no longer than
-    half of the request's time, so that the rest is left to embed them here."""
+    queue. Bulk work, which is expensive to pay for twice, waits for as long as they hold their claims. Neither waits
+    for more than half of the request's time, so that the rest is left to embed the inputs here."""
 
     def __init__(self, inner: Embedder, cache: Tiers) -> None:
         self._inner, self._cache = inner, cache

@@ -90,7 +90,7 @@ class Fleet:
         health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
         if before is not None:
             health.length = before.length
-            health.answered = before.answered  # or the first by name would be right, whatever callers previous given
+            health.answered = before.answered  # or the first by name would be right, whatever callers got
             if before.out is not None:
                 health.stay_out(before)
         self._spaces.add(identity)

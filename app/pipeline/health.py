@@ -34,7 +34,7 @@ TIMEOUT_DECAY = 0.8
 MAX_AMPLE_TIME = 30.0
 """Seconds in which a call should be answered, however long calls have taken."""
 LONG_REST = 30.0
-"""Seconds of rest, or of rests without another answer, from which an operator is told."""
+"""Seconds after which operators are told of a rest, or of rests in a row with no other answer between them."""
 LOG_INTERVAL = 60.0
 """Seconds between two log lines about one kind of trouble."""
 
@@ -76,9 +76,9 @@ class Health:
         self.trouble: str | None = None
         """What needs an operator, or why it was ejected, since it last answered: code and message."""
         self._limited_since: float | None = None
-        """When the first rate limit came, of those since it last answered."""
+        """When it was first rate-limited since its last answer."""
         self._rest = ""
-        """The same for its last rest, if that is long, or if there has been nothing but rests for long."""
+        """Like `trouble`, for its last rest: if that is long, or if there has long been nothing but rests."""
         self.length = 0
         """Bytes of its vectors when it chose their length, as last seen; 0 if none has been seen."""
         self._length_change = ""

@@ -285,8 +285,8 @@ async def _run(work: _Work[T], texts: Iterable[Input]) -> T:
 
 def _run_for(work: _Work[T], seconds: float) -> tuple[T] | None:
     """Runs the work for so many seconds; returns its result, as a tuple, if that completes it. The exception that
-    carries the result is not returned: its traceback would refer to whoever keeps it, and hold the request until the
-    cyclic garbage collector runs."""
+    carries the result is not returned: its traceback would refer to the frame that keeps it, and so hold the request
+    until the cyclic garbage collector runs."""
     until = time.perf_counter() + seconds
     try:
         while time.perf_counter() < until:

@@ -156,7 +156,7 @@ class AccessToken:
             if reply.status >= 300:
                 raise replies.make_error(replies.by_status(reply.status, ""), reply) from error
             raise UpstreamInvalidResponse("the upstream's token server answered with something else") from error
-        # Renewed an hour early as Baidu's clients do, or by a tenth of a shorter lifetime.
+        # Renewed an hour early as Baidu's clients do, or a tenth of a shorter lifetime early.
         self._token = _Token(text, now + lifetime - min(3600.0, lifetime / 10), now + lifetime)
         self._retry_at = -1.0
         return self._token

@@ -26,7 +26,7 @@ class Breaker:
 
     @property
     def is_open(self) -> bool:
-        """Whether the tier did not answer, and has not done so since."""
+        """Whether the tier stopped answering, and has not answered since."""
         return self._open_until is not None
 
     @property

@@ -109,7 +109,7 @@ class DiskStore:
                 self._stuck_at = done_before
                 self._counts.get_timeout.inc(left)
                 self._failed("get", f"no answer within {self._timeout:g} s")
-        except Exception as error:  # this tier's outermost door
+        except Exception as error:  # a tier never raises
             self._counts.get_error.inc(len(keys) - len(found))
             self._failed("get", describe_error(error))
         else:
@@ -166,7 +166,7 @@ class DiskStore:
             self._breaker.abandoned()
             self._write_breaker.abandoned()
             raise
-        except Exception as error:  # this tier's outermost door
+        except Exception as error:  # a tier never raises
             (self._write_breaker.failed if table.is_held(error) else self._write_breaker.abandoned)()
             self._counts.set_error.inc(len(entries))
             self._failed("set", describe_error(error))

@@ -313,7 +313,7 @@ class RedisStore:
                 if large:
                     self._no_large_until = self._now() + limit
                 return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
-            except Exception as error:  # this tier's outermost door
+            except Exception as error:  # a tier never raises
                 return self._failed(operation, count, error)
         finally:
             self._slots.release()

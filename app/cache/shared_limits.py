@@ -162,7 +162,7 @@ class SharedLimits:
             raise
         except TimeoutError:
             self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms", len(questions))
-        except Exception as error:  # outermost door: each replica enforces its own share then
+        except Exception as error:  # never raises: each replica then enforces its own share
             self._failed("error", _reason(error), len(questions))
         else:
             refused = verdicts.count(None)

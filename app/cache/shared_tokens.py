@@ -65,7 +65,7 @@ class SharedTokens:
                 (reply,) = await exchange()
             if isinstance(reply, Exception):
                 raise reply
-        except Exception as error:  # outermost door: a token that cannot be shared is fetched
+        except Exception as error:  # never raises: a token that cannot be shared is fetched
             self._count("timeout" if isinstance(error, TimeoutError) else "error")
             log.warning("redis tokens: not shared this time: %s", type(error).__name__)
             return default

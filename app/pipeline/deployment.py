@@ -82,8 +82,8 @@ class Slots:
             pace.on_ready = self.notify
 
     def take(self, lane: Lane, *, ahead: bool = False) -> bool:
-        """Takes a slot if one is free for this lane and the pace allows a call. `ahead`: whatever the pace allows;
-        later calls wait for the difference."""
+        """Takes a slot if one is free for this lane and the pace allows a call. `ahead`: does not wait for the
+        pace; later calls pay that back."""
         if not self._free(lane):
             return False
         if self.pace:

@@ -51,9 +51,8 @@ class Budget:
             self._left = min(CEILING, self._left + SHARE)
 
     def spend(self, *, on_credit: bool) -> bool:
-        """Spends a retry and returns True, or returns False if none is left. `on_credit`
-        allows it even then, to be earned afterwards. What is owed is capped: until it is earned there are no retries
-        but those on credit."""
+        """Spends a retry and returns True, or returns False if none is left. `on_credit` allows it even then, to be
+        earned afterwards. What is owed is capped: until it is earned there are no retries but those on credit."""
         if self._left < 1 and not on_credit:
             return False
         self._left = max(-FLOOR, self._left - 1)
@@ -269,9 +268,9 @@ class Route:
         result.deployments = (*names, retry_slot.deployment.name)
 
     def _report_outage(self, batch: Batch, result: BatchResult) -> None:
-        """If every deployment is ejected or at its rate limit, turns errors that may pass into an outage of the model,
-        with a time to wait. Errors that last (a key, a certificate, a name, replies that are none) stay as they are,
-        and so does a passed deadline."""
+        """If every deployment is ejected or at its rate limit, and one of them ejected, turns errors that may pass into
+        an outage of the model, with a time to wait. Errors that last (a key, a certificate, a name, replies that are
+        not vectors) stay as they are, and so does a passed deadline."""
         states = [each.health for each in self._eligible(batch.params)]
         down = all(each.ejected or each.cooldown_remaining() for each in states) and any(
             each.ejected for each in states

@@ -146,7 +146,7 @@ class Call:
         message = self._redact(replies.upstream_message(error))
         if isinstance(error, UnsupportedDimensions):
             texts = [each for each in batch.inputs if type(each) is str]
-            misleading = [each for each in texts if replies.by_message(each) is UnsupportedDimensions]
+            misleading = [each for each in texts if replies.may_mention_dimensions(each)]
             if batch.params.dimensions is None or quotes_input(message, misleading):
                 # None were requested, so it may be about the dimensions of one input, an image. Or the word is a quoted
                 # text's.

@@ -182,6 +182,13 @@ def by_message(message: str) -> type[InvalidRequest]:
     return ContextLengthExceeded if _TOO_LONG.search(message) else InvalidRequest
 
 
+def may_mention_dimensions(text: str) -> bool:
+    """Whether `by_message` may find a word about dimensions in it. For texts of any size, in which it would search for
+    half a second per MiB."""
+    folded = text.casefold()
+    return "dimension" in folded or "matryoshka" in folded
+
+
 def html_text(reply: WireReply) -> str:
     """The text of an HTML page that came in place of a reply; empty if it is not HTML."""
     return " ".join(_strip_markup(reply.body).split()) if _start(reply.body).lstrip().startswith("<") else ""

@@ -22,7 +22,7 @@ from app.api.guard import Guard
 from app.api.usage import Usage
 from app.catalog import Model
 from app.clock import SystemClock
-from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamInvalidVector
+from app.errors import GatewayError, UnsupportedDimensions, UpstreamInvalidResponse, UpstreamInvalidVector
 from app.logs import RequestLog
 from app.main import create_app
 from app.metrics import Metrics
@@ -168,6 +168,18 @@ async def test_a_large_reply_is_not_parsed_while_others_wait() -> None:
         assert others.count == 0
         assert await call_that_gets(reply_of(NUMBERS, LARGE), Metrics())(ASKED) == small
         assert others.count > 0
+
+
+async def test_a_refusal_that_speaks_of_dimensions_is_not_looked_for_in_large_texts() -> None:
+    async def send(_request: WireRequest) -> WireReply:
+        return WireReply(400, {}, b'{"error": {"message": "This model gives at most 1024 dimensions."}}')
+
+    call = call_that_gets(b"", Metrics())
+    call._send = send
+    started = time.thread_time()
+    with pytest.raises(UnsupportedDimensions):
+        await call(replace(ASKED, inputs=["of two dimensional " * 2**19], params=Params(dimensions=4096)))
+    assert time.thread_time() - started < 1  # searching 10 MB for the words as they are sought in a message takes 3 s
 
 
 async def test_a_deployment_that_is_never_called_takes_no_room_in_a_scrape() -> None:

@@ -307,10 +307,10 @@ class Batcher:
             if lane == "bulk":
                 self._queues.queue_sets[requirements(batch.params)].end_bulk()
             if result is not None and result.late:
-                jobs, result = self._requeue(batch, jobs, result, lane)
+                jobs, result = self._requeue(batch, jobs, result)
             self._deliver(jobs, result)
 
-    def _requeue(self, batch: Batch, jobs: list[Job], result: BatchResult, lane: Lane) -> tuple[list[Job], BatchResult]:
+    def _requeue(self, batch: Batch, jobs: list[Job], result: BatchResult) -> tuple[list[Job], BatchResult]:
         """Requeues inputs whose call was cut off by its first callers' deadline, or could not be retried before it, if
         callers with more time have joined since. Returns the other jobs and their result."""
         requeued: list[Job] = []
@@ -323,9 +323,10 @@ class Batcher:
             else:
                 done.append(job)
                 outcomes.append(outcome)
-        if requeued:
-            self._queues.put((batch.model, batch.params, batch.store), lane, requeued, batch.deadline)
-            self._schedule()
+        for lane in LANES:
+            if jobs := [job for job in requeued if job.bulk is (lane == "bulk")]:
+                self._queues.put((batch.model, batch.params, batch.store), lane, jobs, batch.deadline)
+                self._schedule()
         return done, BatchResult(outcomes, result.calls, deployments=result.deployments)
 
     def _deliver(self, jobs: list[Job], result: BatchResult | None) -> None:

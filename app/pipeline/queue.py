@@ -62,7 +62,7 @@ class Job(Struct, eq=False):
     store: bool
     """Whether its embedding may be cached."""
     bulk: bool = False
-    """Whether it is in a bulk lane, or was when it was sent."""
+    """Whether it is in a bulk lane, or was when it was sent and no query has joined it since."""
     call_record: CallRecord | None = None
     """The last call it was in; None if it has only queued."""
     outcome: Embedding | GatewayError | None = None

@@ -433,6 +433,22 @@ async def test_what_a_query_joins_no_longer_waits_with_bulk_work(asked: int) -> 
     assert query.result().sources == [Source.INFLIGHT] * asked
 
 
+async def test_a_query_that_joins_bulk_work_in_flight_does_not_wait_with_bulk_work_once_that_is_cut_off() -> None:
+    calls = Calls(held=asyncio.Event())
+    embed = batcher(calls, rows=1, slots=1)
+    soon = asyncio.get_running_loop().time() + 0.05
+    first = asyncio.create_task(embed(replace(request("x", lane="bulk"), deadline=soon)))
+    await settle()
+    backlog = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(10)), lane="bulk")))
+    query = asyncio.create_task(embed(request("x")))
+    async with asyncio.timeout(10):
+        while len(calls.batches) < 2:
+            await asyncio.sleep(0)
+    calls.release()
+    await asyncio.gather(first, backlog, query, return_exceptions=True)
+    assert calls.batches[:2] == [["x"], ["x"]]
+
+
 async def test_what_a_query_joins_is_sent_at_once_where_bulk_work_leaves_a_slot() -> None:
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=1, slots=4)

@@ -177,8 +177,9 @@ class Adapt:
         """Adopts the limit on a call's rows or tokens that the upstream's message names. Returns whether it is a new
         one. A message that quotes an input is ignored, or a caller's text could set a limit for everybody."""
         limits = self._limits
-        max_tokens = _named_limit(_TOKENS, error.message)
-        max_rows = _named_limit(_ROWS, error.message) or _list_limit(error.message, len(inputs))
+        message = error.message.partition("input_value=")[0]  # where pydantic quotes both ends of what it refuses
+        max_tokens = _named_limit(_TOKENS, message)
+        max_rows = _named_limit(_ROWS, message) or _list_limit(message, len(inputs))
         if (max_tokens or max_rows) and quotes_input(upstream_message(error), inputs):
             return False
         if (

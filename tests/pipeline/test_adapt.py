@@ -285,6 +285,23 @@ async def test_a_text_that_is_quoted_teaches_nothing(words: str) -> None:
     assert limits == CallLimits(1000, 1_000_000)
 
 
+@pytest.mark.parametrize("head", ["\a" * 40, "\n" * 80], ids=["bells", "lines"])
+async def test_nor_does_one_of_which_pydantic_quotes_both_ends(head: str) -> None:
+    """Escaped as in Python: its beginning is not recognised, and its end is short."""
+    text = f"{head} {'x' * 100} batchSize must be 1 but"
+    quoted = f"{repr(text)[:25]}...{repr(text)[-24:]}"
+    words = f"String should have at most 99 characters [type=string_too_long, input_value={quoted}, input_type=str]"
+
+    async def refuses_and_quotes(batch: Batch) -> BatchResult:
+        if text in batch.inputs:
+            raise replies.make_error(InvalidRequest, WireReply(400, {}, b""), words)
+        return BatchResult([Embedding(str(each).encode(), 1) for each in batch.inputs])
+
+    limits = CallLimits(1000)
+    await adapting(refuses_and_quotes, limits)(batch("another", text))
+    assert limits == CallLimits(1000)
+
+
 async def test_a_text_that_begins_as_our_own_words_do_is_not_quoted() -> None:
     texts = [f"the input is text {i}" for i in range(25)]
     words = replies.make_error(InvalidRequest, WireReply(400, {}, b""), ROWS[0]).message

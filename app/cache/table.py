@@ -200,11 +200,15 @@ class Table:
         pages = needed // self._page_size + 1
         if self._used_pages() + pages <= self._max_pages:
             return
-        # Values used while the clock was ahead would outlive all others.
-        self._db.execute("UPDATE embeddings SET used = :now WHERE used > :now", {"now": int(self._now())})
         # A little more than needed, so that not every write evicts.
         target = max(self._max_pages - pages - self._max_pages // 32, 0)
         while self._used_pages() > target:
+            # Values used while the clock was ahead would outlive all others. As many are corrected as are evicted: all
+            # at once, they could put the whole file into the log.
+            self._db.execute(
+                "UPDATE embeddings SET used = ?1 WHERE id IN (SELECT id FROM embeddings WHERE used > ?1 LIMIT ?2)",
+                (int(self._now()), _EVICT_BATCH),
+            )
             evicted = self._db.execute(
                 "DELETE FROM embeddings WHERE id IN (SELECT id FROM embeddings ORDER BY used, id LIMIT ?)",
                 (_EVICT_BATCH,),

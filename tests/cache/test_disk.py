@@ -122,6 +122,26 @@ async def test_what_was_written_while_the_clock_was_ahead_does_not_outlive_what_
     assert await present(store, *ahead) == []
 
 
+async def test_correcting_what_was_written_while_the_clock_was_ahead_does_not_put_the_file_into_the_log(
+    opened: OpenDisk, path: Path, clock: Clock
+) -> None:
+    bound = 2**22
+    store = opened(max_size=bound, ttl=30 * 86400)
+    clock.advance(10 * 86400)
+    await store.put(entries(range(4000), dimensions=256))  # more than it holds
+    clock.advance(-10 * 86400)
+    with closing(sqlite3.connect(path, isolation_level=None)) as reader:
+        reader.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        reader.execute("BEGIN")  # so that what is written stays in the log
+        (before,) = reader.execute("SELECT count(*) FROM embeddings").fetchone()
+        await store.put(entries(range(4000, 4150), dimensions=256))
+        log = path.with_name(path.name + "-wal").stat().st_size
+        reader.execute("COMMIT")
+        (after,) = reader.execute("SELECT count(*) FROM embeddings").fetchone()
+    assert after < before + 150, "room was made"
+    assert log < bound // 4
+
+
 async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
     opened: OpenDisk, path: Path, tmp_path: Path
 ) -> None:

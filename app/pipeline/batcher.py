@@ -91,9 +91,9 @@ class Batcher:
         return collect(jobs, sources, request)
 
     def in_flight(self, key: bytes) -> bool:
-        """Whether an input is queued or being embedded, and its embedding may be cached."""
+        """Whether an input is being embedded, or somebody waits for it, and its embedding may be cached."""
         job = self._jobs.get(key)
-        return job is not None and job.store
+        return job is not None and job.store and bool(job.waiters or job.call_record)
 
     @property
     def busy(self) -> bool:
@@ -142,11 +142,15 @@ class Batcher:
     def _abandon(self, waiter: Waiter, jobs: Iterable[Job]) -> None:
         """The request no longer waits. Inputs that nobody else waits for are dropped when they reach the front of
         their queue, or all at once when they are more than half of all inputs here."""
+        unwanted: list[bytes] = []
         for job in dict.fromkeys(jobs):
             if job.outcome is None:
                 index = job.waiters.index(waiter)  # in C: a thousand waiters may leave at once
                 job.waiters = job.waiters[:index] + job.waiters[index + 1 :]
                 self._abandoned += not job.waiters
+                if not (job.waiters or job.call_record):
+                    unwanted.append(job.key)
+        self._on_drop(unwanted)
         if 2 * self._abandoned > len(self._jobs):
             self._abandoned = 0
             self._forget(self._queues.drop_all_abandoned())
@@ -290,11 +294,11 @@ class Batcher:
         return queue
 
     def _forget(self, dropped: Iterable[Job]) -> None:
-        keys = [job.key for job in dropped if self._jobs.get(job.key) is job]
-        for key in keys:
-            del self._jobs[key]
-        if keys:
-            self._on_drop(keys)
+        gone = [job for job in dropped if self._jobs.get(job.key) is job]
+        for job in gone:
+            del self._jobs[job.key]
+        if requeued := [job.key for job in gone if job.call_record]:  # of the others `_abandon` has told
+            self._on_drop(requeued)
 
     async def _run_call(self, batch: Batch, jobs: list[Job], slot: Slot, lane: Lane) -> None:
         result: BatchResult | None = None

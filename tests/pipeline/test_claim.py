@@ -390,6 +390,32 @@ async def test_claims_last_as_long_as_somebody_here_embeds_the_text_and_no_longe
     await batcher.aclose()
 
 
+async def test_who_hangs_up_holds_no_claim_of_what_is_still_queued(
+    server: RedisServer, replica: Callable[[], Replica]
+) -> None:
+    one, other, calls = replica(), replica(), Calls()
+    batcher, embed = over(calls, one)
+    first = asyncio.create_task(embed(request("bad", "a", "b", *"defg")))  # three calls begin, four texts queue
+    await calls.begin(3)
+    second = asyncio.create_task(embed(request("b", "g", "h")))
+    while not batcher.in_flight(keys.derive("space", Params(), ["h"])[0]):
+        await asyncio.sleep(0.001)
+    second.cancel()
+    async with asyncio.timeout(CLAIM_TTL - 1):
+        while await claimed(other.cache, "h"):
+            await asyncio.sleep(0.001)
+    assert await claimed(other.cache, "b")
+    assert await claimed(other.cache, "g"), "the first request waits for it"
+    first.cancel()
+    async with asyncio.timeout(CLAIM_TTL - 1):
+        while await claimed(other.cache, "g"):
+            await asyncio.sleep(0.001)
+    assert await claimed(other.cache, "b"), "its call goes on"
+    for event in calls.go.values():
+        event.set()
+    await batcher.aclose()
+
+
 async def test_who_hangs_up_while_redis_is_asked_ends_no_claim_of_what_is_under_way(
     server: RedisServer, replica: Callable[[], Replica]
 ) -> None:

@@ -35,7 +35,7 @@ from redis.exceptions import (
 )
 
 from app.cache import values
-from app.cache.breaker import Breaker
+from app.cache.breaker import FAILURES, Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connection, Connections
 from app.cache.counts import Counts
 from app.cache.health import TierHealth, describe_error
@@ -247,17 +247,29 @@ class RedisStore:
         return held
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Pipelines SETs with a time to live. Values the server refuses are dropped and counted."""
+        """Writes the entries. What is not answered is tried again, until so much has failed that the breaker opens: the
+        writer then waits for the server, and passes all of them once more."""
+        for _ in range(FAILURES):
+            entries = await self._put(entries)
+            if not entries or self._breaker.is_open:
+                return
+
+    async def _put(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[tuple[bytes, Embedding]]:
+        """Pipelines SETs with a time to live. Values the server refuses are dropped and counted. Returns the entries
+        for which there was no answer."""
+        unanswered: list[tuple[bytes, Embedding]] = []
         for start in range(0, len(entries), _WRITE_BATCH):
             batch = entries[start : start + _WRITE_BATCH]
             replies = await self._attempt("set", partial(self._write, batch), len(batch))
             if replies is None:
+                unanswered += batch
                 continue
             errors = [reply for reply in replies[: len(batch)] if isinstance(reply, Exception)]
             full = sum(isinstance(error, OutOfMemoryError) for error in errors)
             self._counts.set_dropped.inc(full)
             self._counts.set_error.inc(len(errors) - full)
             self._counts.ok.inc(len(batch) - len(errors))
+        return unanswered
 
     async def takes_writes(self) -> bool:
         if self._breaker.is_open:

@@ -73,6 +73,24 @@ async def test_what_comes_while_redis_is_away_is_written_once_it_is_back(
     await tiers.close()
 
 
+@pytest.mark.parametrize("number", [1, 100, 256])
+async def test_what_is_too_little_to_find_out_that_redis_is_away_is_written_too(
+    number: int, server: RedisServer, clock: HandClock, metrics: Metrics
+) -> None:
+    server.start()
+    store = RedisStore(server.url, LIMIT, 3600, clock, metrics)
+    tiers = Tiers([store], metrics, clock)
+    tiers.put(entries([0]))
+    await until_written(tiers, clock)
+    server.kill()
+    tiers.put(entries(range(1, number + 1)))
+    await until_it_waits(tiers)
+    server.start()
+    await until_written(tiers, clock)
+    assert await present(store, *range(1, number + 1)) == [*range(1, number + 1)]
+    await tiers.close()
+
+
 async def test_what_comes_while_the_disk_cannot_be_opened_is_written_once_it_can(
     tmp_path: Path, clock: HandClock, metrics: Metrics
 ) -> None:

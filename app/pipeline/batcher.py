@@ -22,7 +22,7 @@ from app.errors import GatewayError, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.deployment import requirements
 from app.pipeline.outcome import collect, deadline_error, is_fatal
-from app.pipeline.queue import LANES, TARGET_BATCH, BatchKey, CallRecord, Job, Queue, Queues, QueueSet, Waiter
+from app.pipeline.queue import LANES, TARGET_BATCH, CallRecord, Job, Queue, Queues, QueueSet, Waiter, make_batch
 from app.pipeline.route import Route, Slot
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
 
@@ -275,7 +275,7 @@ class Batcher:
             call_record = CallRecord(1, ())
             for job in jobs:
                 job.call_record = call_record
-            batch = _make_batch(queue.batch_key, jobs)
+            batch = make_batch(queue.batch_key, jobs)
             slot.charge(batch.inputs)
             self._queues.reschedule(queue, served=True)
             if lane == "bulk":
@@ -380,22 +380,3 @@ def _attribute_cost(jobs: Sequence[Job], sources: list[Source], waiter: Waiter) 
 def _closed_error(reason: str) -> UpstreamUnavailable:
     """The error while nothing is embedded until further notice."""
     return UpstreamUnavailable(f"no deployment of this model takes traffic: {reason}", retry_after=60)
-
-
-def _make_batch(batch_key: BatchKey, jobs: list[Job]) -> Batch:
-    model, params, store = batch_key
-    deadline = max([job.deadline for job in jobs])
-
-    def later_deadline() -> float:
-        return min([job.deadline for job in jobs if job.waiters and job.deadline > deadline], default=math.inf)
-
-    return Batch(
-        model=model,
-        inputs=[job.input for job in jobs],
-        keys=[job.key for job in jobs],
-        params=params,
-        store=store,
-        deadline=deadline,
-        still_wanted=lambda: any(job.waiters for job in jobs),
-        later_deadline=later_deadline,
-    )

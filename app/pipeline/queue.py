@@ -15,7 +15,7 @@ from app import tokens
 from app.errors import GatewayError
 from app.metrics import BufferedCounter
 from app.pipeline.deployment import BatchSpace, CallLimits, Requirements, requirements
-from app.types import Embedding, Input, Lane, Params
+from app.types import Batch, Embedding, Input, Lane, Params
 
 LANES: tuple[Lane, Lane] = ("query", "bulk")
 """In the order they are served."""
@@ -306,3 +306,23 @@ def _shared_size(waiters: Sequence[tuple[Waiter, ...]]) -> int:
 
     boundary = next(filter(starts_request, range(TARGET_BATCH, 0, -1)), None)
     return boundary or next(filter(starts_request, range(TARGET_BATCH + 1, len(waiters))), len(waiters))
+
+
+def make_batch(batch_key: BatchKey, jobs: list[Job]) -> Batch:
+    """The batch of one upstream call for these jobs."""
+    model, params, store = batch_key
+    deadline = max([job.deadline for job in jobs])
+
+    def later_deadline() -> float:
+        return min([job.deadline for job in jobs if job.waiters and job.deadline > deadline], default=math.inf)
+
+    return Batch(
+        model=model,
+        inputs=[job.input for job in jobs],
+        keys=[job.key for job in jobs],
+        params=params,
+        store=store,
+        deadline=deadline,
+        still_wanted=lambda: any(job.waiters for job in jobs),
+        later_deadline=later_deadline,
+    )

@@ -48,15 +48,21 @@ async def until_written(tiers: Tiers, clock: HandClock) -> None:
     await until(written)
 
 
-async def test_what_comes_while_redis_is_away_is_written_once_it_is_back(
-    server: RedisServer, clock: HandClock, metrics: Metrics
-) -> None:
+async def over_a_redis_that_dies(server: RedisServer, clock: HandClock, metrics: Metrics) -> tuple[RedisStore, Tiers]:
+    """Kills the server once the first value has been written."""
     server.start()
     store = RedisStore(server.url, LIMIT, 3600, clock, metrics)
     tiers = Tiers([store], metrics, clock)
     tiers.put(entries([0]))
     await until_written(tiers, clock)
     server.kill()
+    return store, tiers
+
+
+async def test_what_comes_while_redis_is_away_is_written_once_it_is_back(
+    server: RedisServer, clock: HandClock, metrics: Metrics
+) -> None:
+    store, tiers = await over_a_redis_that_dies(server, clock, metrics)
     tiers.put(entries(range(1, 601)))
     await until_it_waits(tiers)
     before = [count(metrics, "redis", "set", result) for result in ("error", "skipped")]
@@ -77,12 +83,7 @@ async def test_what_comes_while_redis_is_away_is_written_once_it_is_back(
 async def test_what_is_too_little_to_find_out_that_redis_is_away_is_written_too(
     number: int, server: RedisServer, clock: HandClock, metrics: Metrics
 ) -> None:
-    server.start()
-    store = RedisStore(server.url, LIMIT, 3600, clock, metrics)
-    tiers = Tiers([store], metrics, clock)
-    tiers.put(entries([0]))
-    await until_written(tiers, clock)
-    server.kill()
+    store, tiers = await over_a_redis_that_dies(server, clock, metrics)
     tiers.put(entries(range(1, number + 1)))
     await until_it_waits(tiers)
     server.start()

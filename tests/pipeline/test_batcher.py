@@ -26,7 +26,7 @@ from app.pipeline.health import Health
 from app.pipeline.queue import BULK_STALL, LANES
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
-from tests.clock import HandClock
+from tests.clock import HandClock, settle
 from tests.counting import counting_calls
 
 
@@ -75,12 +75,6 @@ def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None 
 def request(*texts: str, lane: Lane | None = None, params: Params | None = None) -> EmbedRequest:
     deadline = asyncio.get_running_loop().time() + 30
     return EmbedRequest("m", texts, params or Params(), deadline, Caller(lane=lane), keys=[t.encode() for t in texts])
-
-
-async def settle() -> None:
-    """Lets every task run until it waits for something outside the event loop."""
-    for _ in range(20):
-        await asyncio.sleep(0)
 
 
 def texts_of(result: EmbedResult) -> list[str]:
@@ -449,12 +443,18 @@ async def test_a_query_that_joins_bulk_work_in_flight_does_not_wait_with_bulk_wo
     assert calls.batches[:2] == [["x"], ["x"]]
 
 
-async def test_what_a_query_joins_is_sent_at_once_where_bulk_work_leaves_a_slot() -> None:
+async def bulk_work_over_four_slots() -> tuple[Calls, Batcher, asyncio.Task[EmbedResult]]:
+    """Ten inputs, `bulk 0` to `bulk 9`, one a call, of which three are held: the fourth slot is for queries."""
     calls = Calls(held=asyncio.Event())
     embed = batcher(calls, rows=1, slots=4)
     bulk = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(10)), lane="bulk")))
     await settle()
     assert calls.now == 3
+    return calls, embed, bulk
+
+
+async def test_what_a_query_joins_is_sent_at_once_where_bulk_work_leaves_a_slot() -> None:
+    calls, embed, bulk = await bulk_work_over_four_slots()
     queries = [asyncio.create_task(embed(request(text))) for text in ("bulk 0", "bulk 9", "bulk 9")]
     await settle()
     assert calls.batches[3:] == [["bulk 9"]]
@@ -518,11 +518,7 @@ async def test_bulk_work_that_only_a_busy_deployment_can_do_fills_up_its_calls_w
 
 
 async def test_bulk_work_leaves_slots_to_queries() -> None:
-    calls = Calls(held=asyncio.Event())
-    embed = batcher(calls, rows=1, slots=4)
-    bulk = asyncio.create_task(embed(request(*(f"bulk {i}" for i in range(10)), lane="bulk")))
-    await settle()
-    assert calls.now == 3
+    calls, embed, bulk = await bulk_work_over_four_slots()
     query = asyncio.create_task(embed(request("query", lane="query")))
     await settle()
     assert calls.batches[-1] == ["query"]

@@ -216,11 +216,10 @@ _ByPattern: TypeAlias = Iterable[tuple[str, Model]]
 def _nomic() -> _ByPattern:
     page = _CARD + "nomic-ai/nomic-embed-text-"
     model = partial(Model, dimensions=768, roles=ROLES, prefixes=("search_query: ", "search_document: "))
-    matryoshka_dimensions = (768, 512, 256, 128, 64)
     # Ollama's unversioned name is 1.5.
     yield (
         r"nomic-embed-text(-v1\.5)?",
-        model("nomic-embed-text-v1.5", matryoshka_dimensions=matryoshka_dimensions, source=page + "v1.5"),
+        model("nomic-embed-text-v1.5", matryoshka_dimensions=(768, 512, 256, 128, 64), source=page + "v1.5"),
     )
     yield r"nomic-embed-text-v1", model("nomic-embed-text-v1", source=page + "v1")
     v2 = model(

@@ -53,9 +53,7 @@ class Gateway:
         connections, tokens, health and learned limits survive; `cache` and `metrics` must be the same objects."""
         self.settings, self.cache, self.metrics, self._clock = settings, cache, metrics, clock
         server = settings.server
-        largest = (
-            server.max_body + INPUT_OVERHEAD * server.max_inputs
-        )  # there must be room for one request of maximum size
+        largest = server.max_body + INPUT_OVERHEAD * server.max_inputs  # of one request, for which there must be room
         self.capacity = Capacity(server.max_inflight, max(server.max_inflight_size, largest), metrics)
         self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)

@@ -81,7 +81,6 @@ class Run:
     answered: int = 0
     counted: int = 0
     last: float = 0.0
-    stopped: bool = False
     latencies: array[float] = field(default_factory=lambda: array("d"))
     samples: list[tuple[int, list[bytes], bool]] = field(default_factory=list)
     sample_budget: int = _SAMPLE_BUDGET

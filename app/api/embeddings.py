@@ -110,10 +110,8 @@ class Embeddings:
         self._deadlines = Deadlines()
         self._serial_executor = ThreadPoolExecutor(1, thread_name_prefix="parse")
         """Parses the largest bodies one at a time, each to its end even if its caller has disconnected."""
-        self._requests, self._inputs = (
-            metrics.buffered_counters(metrics.requests),
-            metrics.buffered_counters(metrics.inputs),
-        )
+        self._requests = metrics.buffered_counters(metrics.requests)
+        self._inputs = metrics.buffered_counters(metrics.inputs)
         self._tokens = metrics.buffered_counters(metrics.tokens)
         self._durations = metrics.buffered_histograms(metrics.request_duration)
 

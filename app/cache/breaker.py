@@ -36,9 +36,9 @@ class Breaker:
 
     def allow(self) -> bool:
         """Whether the caller may try the tier."""
-        if self._open_until is None:
+        if not self.is_open:
             return True
-        if self._probing or self._now() < self._open_until:
+        if self._probing or self.pausing:
             return False
         self._probing = True
         return True
@@ -46,7 +46,7 @@ class Breaker:
     def succeeded(self) -> None:
         """The tier answered: closes the breaker and resets its counts."""
         self._failures = 0
-        if self._open_until is not None:
+        if self.is_open:
             self._open_until = None
             self._probing = False
             self._pause = _FIRST_PAUSE
@@ -54,7 +54,7 @@ class Breaker:
     def failed(self) -> None:
         """The tier did not answer. Calls that began before the breaker opened do not lengthen the pause."""
         self._failures += 1
-        if self._open_until is not None and not self._probing:
+        if self.is_open and not self._probing:
             return
         if self._probing:
             self._pause = min(self._pause * 2, _MAX_PAUSE)

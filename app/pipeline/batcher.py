@@ -47,7 +47,8 @@ _Call: TypeAlias = tuple[Batch, list[Job], Slot, Lane]
 class Batcher:
     """Embeds requests over a model's route. Admission (`app.pipeline.admit`) bounds what may queue.
 
-    `on_drop` is called with the keys of inputs that nobody waits for any more and that will not be embedded."""
+    `on_drop` is called with the keys of inputs that nobody waits for any more: unless a caller joins one before its
+    turn, it will not be embedded."""
 
     def __init__(
         self, route: Route, metrics: Metrics, clock: Clock, on_drop: Callable[[Sequence[bytes]], None] = lambda _: None
@@ -130,8 +131,7 @@ class Batcher:
         waiter.missing += len(new)
         if new:
             self._arrived += 1
-            lane = request.lane
-            self._queues.put((request.model, request.params, request.write_cache), lane, new, deadline)
+            self._queues.put((request.model, request.params, request.write_cache), request.lane, new, deadline)
             self._schedule()
             if TARGET_BATCH <= len(new) <= self._route.deployments[0].limits.max_batch:
                 self._turns_left = 0  # do not wait for others: the upstream works while they are read

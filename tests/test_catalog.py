@@ -1,4 +1,4 @@
-"""The catalogue: look-up by name, and what every row must have."""
+"""The catalogue: lookup by name, and what every row must have."""
 
 from __future__ import annotations
 

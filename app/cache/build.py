@@ -1,4 +1,4 @@
-"""Builds the cache tiers a configuration asks for, in look-up order, and the other users of its Redis."""
+"""Builds the cache tiers a configuration asks for, in lookup order, and the other users of its Redis."""
 
 from __future__ import annotations
 

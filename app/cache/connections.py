@@ -11,7 +11,7 @@ from contextlib import suppress
 from typing import Protocol, TypeAlias
 
 CONNECT_TIMEOUT = 2.0
-"""Seconds a handshake may take. Longer than a look-up waits: a caller that gives up leaves it to the next one."""
+"""Seconds a handshake may take. Longer than a lookup waits: a caller that gives up leaves it to the next one."""
 
 Command: TypeAlias = tuple[bytes, ...]
 

@@ -39,13 +39,13 @@ _CLOSE_TIMEOUT = 5.0
 class DiskStore:
     """Values in the file `path`, at most `max_size` bytes with its log, each kept for `ttl` seconds of wall-clock time.
 
-    `timeout`: seconds a look-up may take, including the wait for the thread. The disk counts as not answering only if
-    the thread finishes no job at all in that time, for this look-up or another. Never raises.
+    `timeout`: seconds a lookup may take, including the wait for the thread. The disk counts as not answering only if
+    the thread finishes no job at all in that time, for this lookup or another. Never raises.
     """
 
     name = "disk"
     at_once = 1
-    """There is one thread: look-ups that arrive while it is busy are merged."""
+    """There is one thread: lookups that arrive while it is busy are merged."""
 
     def __init__(
         self, path: str, max_size: int, ttl: float, clock: Clock, metrics: Metrics, *, timeout: float = 1.0
@@ -58,14 +58,14 @@ class DiskStore:
         self._bytes = metrics.cache_bytes.labels(self.name)
         self._breaker = Breaker(clock.monotonic)
         self._write_breaker = Breaker(clock.monotonic)
-        """For writes alone: one that waits for another process's lock blocks the thread, and with it look-ups."""
+        """For writes alone: one that waits for another process's lock blocks the thread, and with it lookups."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache-disk")
         self._table: Table | None = None
         """Used by the thread alone."""
         self._jobs_done = 0
         """Jobs the thread has finished."""
         self._stuck_at = -1
-        """`_jobs_done` when a look-up timed out: until it grows, no other look-up waits for the thread."""
+        """`_jobs_done` when a lookup timed out: until it grows, no other lookup waits for the thread."""
         self._write_size = 2**16
         self._closed = False
         self._health = TierHealth(self.name)
@@ -91,7 +91,7 @@ class DiskStore:
         return found + [None] * (len(keys) - len(found))
 
     async def _look_up(self, keys: Sequence[bytes], found: list[Embedding | None]) -> None:
-        """Appends the answers to `found`. The breaker has allowed this look-up and is told its outcome."""
+        """Appends the answers to `found`. The breaker has allowed this lookup and is told its outcome."""
         done_before = self._jobs_done
         try:
             with self._deadlines.io_timeout(self._timeout):
@@ -102,7 +102,7 @@ class DiskStore:
             raise
         except TimeoutError:
             left = len(keys) - len(found)
-            if self._jobs_done > done_before:  # the disk works: this look-up is large, or there are many others
+            if self._jobs_done > done_before:  # the disk works: this lookup is large, or there are many others
                 self._counts.get_skipped.inc(left)
                 self._breaker.abandoned()
             else:
@@ -124,7 +124,7 @@ class DiskStore:
         return found
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Writes in batches, so that look-ups get the thread between them."""
+        """Writes in batches, so that lookups get the thread between them."""
         batch: list[tuple[bytes, Embedding]] = []
         size = 0
         for i, entry in enumerate(entries):
@@ -185,7 +185,7 @@ class DiskStore:
         self._health.recovered(operation)
 
     def _failed(self, operation: str, why: str) -> None:
-        # A full disk refuses writes and can still be read: only failed look-ups switch the tier off.
+        # A full disk refuses writes and can still be read: only failed lookups switch the tier off.
         if operation == "get" or self._table is None:
             self._breaker.failed()
         else:

@@ -7,7 +7,7 @@ import logging
 log = logging.getLogger(__name__)
 
 _SHOWN_AS = {"set": "writes", "claim": "claims"}
-"""Operations whose failure leaves the tier up for look-ups, by the name shown in `status`."""
+"""Operations whose failure leaves the tier up for lookups, by the name shown in `status`."""
 
 
 _MAX_MESSAGE = 200
@@ -30,7 +30,7 @@ class TierHealth:
 
     @property
     def status(self) -> str:
-        """ "up", "down: REASON" if look-ups fail, or "up; writes fail: REASON" (or claims)."""
+        """ "up", "down: REASON" if lookups fail, or "up; writes fail: REASON" (or claims)."""
         if "get" in self._reasons:
             return f"down: {self._reasons['get']}"
         for operation, shown in _SHOWN_AS.items():

@@ -21,7 +21,7 @@ OVERHEAD = 448
 """Bytes an entry takes besides its vector: key, `Embedding`, expiry, node and slot of the ordered dict. On average
 363 are requested from the allocator (CPython 3.11); the rest covers its rounding and the growth of the dict."""
 TEXTS_AT_ONCE = 64
-"""Texts formatted in one look-up, at most, so that it does not hold up the event loop."""
+"""Texts formatted in one lookup, at most, so that it does not hold up the event loop."""
 
 
 class _Entry(Struct, gc=False):

@@ -1,4 +1,4 @@
-"""Look-ups in a slow tier. Concurrent ones, and those that arrive while it is busy, become one that asks for each key
+"""Lookups in a slow tier. Concurrent ones, and those that arrive while it is busy, become one that asks for each key
 once."""
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from app.types import Embedding, SharedStore, SlowStore
 log = logging.getLogger(__name__)
 
 _MAX_KEYS = 64
-"""Keys in a shared look-up, at most: every request in it waits for all their vectors, 256 KiB at 1,024 dimensions."""
+"""Keys in a shared lookup, at most: every request in it waits for all their vectors, 256 KiB at 1,024 dimensions."""
 _LOG_INTERVAL = 60.0
 """Seconds between two log messages about a tier that raises although it must not."""
 
 
 class Found(NamedTuple):
-    """The result of a look-up. `held`: keys that another replica is embedding. A key in neither is missing."""
+    """The result of a lookup. `held`: keys that another replica is embedding. A key in neither is missing."""
 
     embeddings: Mapping[bytes, Embedding]
     held: Collection[bytes] = ()
@@ -31,7 +31,7 @@ _NOTHING_FOUND = Found({})
 
 
 class Reader:
-    """`on_found` gets the hits of each look-up, once. `now` returns the seconds of a monotonic clock. With
+    """`on_found` gets the hits of each lookup, once. `now` returns the seconds of a monotonic clock. With
     `release_claims` the reader claims the keys missing from a shared tier; `release_claims` gets those claimed for a
     caller who has since hung up."""
 
@@ -57,7 +57,7 @@ class Reader:
         return await self._coalescer.ask(keys)
 
     async def close(self) -> None:
-        """Cancels the look-ups in flight; their keys count as missing."""
+        """Cancels the lookups in flight; their keys count as missing."""
         await self._coalescer.close()
 
     async def _answer(self, lookups: list[Sequence[bytes]]) -> list[Found]:

@@ -1,7 +1,7 @@
 """The tier that all replicas share. `shared_limits` and `shared_tokens` open their connections through this module.
 
-A look-up is one MGET, preceded by a script that claims the missing keys; a write is one pipeline of SETs. Each is one
-round trip with a time limit, whatever the server does. A server that does not answer costs a few look-ups and is then
+A lookup is one MGET, preceded by a script that claims the missing keys; a write is one pipeline of SETs. Each is one
+round trip with a time limit, whatever the server does. A server that does not answer costs a few lookups and is then
 left alone for a while. Values read are verified, never trusted.
 
 Only redis-py's connections are used (URL, TLS, AUTH, RESP), not its client or pool: those retry, take several locks per
@@ -86,7 +86,7 @@ _BAD_CREDENTIALS = (AuthenticationError, AuthorizationError)
 _CLUSTER = (MovedError, ClusterCrossSlotError)
 
 _LARGE_LOOKUP = 256
-"""Keys above which the configured time limit of a look-up grows in proportion. 2,048 vectors of 1,024 dimensions are
+"""Keys above which the configured time limit of a lookup grows in proportion. 2,048 vectors of 1,024 dimensions are
 8 MiB, which take 70 ms at 1 Gbit/s."""
 _CLAIM_BATCH = 128
 """Keys claimed by one run of the script, which blocks the server for about half a millisecond."""
@@ -136,7 +136,7 @@ def connections(url: str, limit: int, now: Callable[[], float] = time.monotonic)
 
 
 class RedisStore:
-    """Values at `url` (redis://, rediss://, unix://), each kept for `ttl` seconds. `timeout`: seconds a look-up of at
+    """Values at `url` (redis://, rediss://, unix://), each kept for `ttl` seconds. `timeout`: seconds a lookup of at
     most `_LARGE_LOOKUP` keys may wait for the server, opening a connection included. It may wait as long again for a
     free connection, which says nothing about the server.
 
@@ -145,7 +145,7 @@ class RedisStore:
 
     name = "redis"
     at_once = 8
-    """Half of the connections; the others are for large look-ups and writes."""
+    """Half of the connections; the others are for large lookups and writes."""
 
     def __init__(
         self,
@@ -169,7 +169,7 @@ class RedisStore:
         self._no_claims_until = 0.0
         """A server that refuses claims, for example a read-only one, can still be read."""
         self._no_large_until = 0.0
-        """Set when a large look-up has timed out, so that those queued behind it do not wait out its longer limit as
+        """Set when a large lookup has timed out, so that those queued behind it do not wait out its longer limit as
         well."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
         self._claim_errors = metrics.cache_operations.labels(self.name, "claim", "error")
@@ -213,7 +213,7 @@ class RedisStore:
         return await _CLAIM.run(self._connections, calls, [(b"MGET", *names)])
 
     def _count(self, found: Sequence[Embedding | None], absent: int, held: int) -> None:
-        """Counts a look-up. `absent`: values the server does not have; `held`: those another replica is embedding."""
+        """Counts a lookup. `absent`: values the server does not have; `held`: those another replica is embedding."""
         counts, unusable = self._counts, found.count(None)
         for counter, number in (
             (counts.hit, len(found) - unusable),
@@ -329,7 +329,7 @@ class RedisStore:
                 return self._failed(operation, count, error)
         finally:
             self._slots.release()
-        # The last command of a look-up is the MGET; the claims before it may fail.
+        # The last command of a lookup is the MGET; the claims before it may fail.
         refusals = [reply for reply in replies[-1 if operation == "get" else 0 :] if isinstance(reply, ResponseError)]
         if refusals and operation == "get":
             return self._failed(operation, count, refusals[0])

@@ -16,7 +16,7 @@ _APPLICATION_ID = 0x65_67_77_31
 _BUSY_TIMEOUT = 0.5
 """Seconds to wait for another process's write."""
 _TOUCH_INTERVAL = 3600.0
-"""Seconds after which a read marks a value as used again, so that not every look-up costs a write."""
+"""Seconds after which a read marks a value as used again, so that not every lookup costs a write."""
 _MAX_TOUCHED = 10_000
 """Values remembered as used until the next write, at most."""
 _ROW_OVERHEAD = 640
@@ -102,7 +102,7 @@ class Table:
         self._max_log = max_size // 4
         self._blocked_log = 0
         """Bytes left in the log after the last truncating checkpoint; not 0 if readers blocked it. A suspended reader
-        blocks it for good, and our own look-ups wait during the attempt, so it is not repeated with each write."""
+        blocks it for good, and our own lookups wait during the attempt, so it is not repeated with each write."""
         log_pages = max(min(max_size // 8 // self._page_size, 1000), 4)
         self._db.execute(f"PRAGMA wal_autocheckpoint = {log_pages}")
         self._db.execute(f"PRAGMA journal_size_limit = {log_pages * self._page_size}")

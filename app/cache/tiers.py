@@ -37,7 +37,7 @@ class InFlight(Protocol):
 
 
 class Tiers:
-    """`stores` in look-up order. `write_buffer`: bytes that may wait to be written to each slow tier.
+    """`stores` in lookup order. `write_buffer`: bytes that may wait to be written to each slow tier.
 
     A memory tier, if any, comes first and is used without waiting. Every other tier is read for several requests at
     once and written by a task of its own, so that a stalled tier does not hold up the next.
@@ -70,9 +70,9 @@ class Tiers:
             self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer, peek, clock))
         self._lookups: dict[bytes, int] = {}
-        """The keys being looked up in slow tiers, each with its number of look-ups."""
+        """The keys being looked up in slow tiers, each with its number of lookups."""
         self._arrived: dict[bytes, Embedding] = {}
-        """Embeddings of these keys that were put meanwhile. By the time a look-up ends without finding them they may
+        """Embeddings of these keys that were put meanwhile. By the time a lookup ends without finding them they may
         have been written and have left memory and the write queues."""
         self._recent = (self._arrived, *(writer.waiting for writer in reversed(self._writers)))
         """By key, embeddings that memory may have no room for. One tier may have refused what waits for a slow one."""
@@ -158,7 +158,7 @@ class Tiers:
         missing = [key for key in missing if key not in fetched]
         if fetched:
             found = [fetched.get(key) if value is None else value for key, value in zip(keys, found, strict=True)]
-        return found, held and {key for key in missing if key in held}  # the look-up may have included others' keys
+        return found, held and {key for key in missing if key in held}  # the lookup may have included others' keys
 
     def _find_recent(self, keys: Sequence[bytes]) -> dict[bytes, Embedding]:
         """Embeddings from calls of this replica, which slow tiers may not have yet."""

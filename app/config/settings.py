@@ -124,7 +124,7 @@ class RedisSettings(Section):
 
 
 class CacheSettings(Section):
-    """The tiers, in look-up order. None switches a tier off; all may be off."""
+    """The tiers, in lookup order. None switches a tier off; all may be off."""
 
     ttl: Duration = 30 * 86400.0
     memory: MemorySettings | None = MemorySettings()

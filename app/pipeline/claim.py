@@ -10,7 +10,7 @@ from app.pipeline.parts import merge_result, sub_request
 from app.types import CLAIM_TTL, NO_EMBEDDING, Embedder, EmbedRequest, EmbedResult, Source
 
 _POLL_INTERVAL, _LONG_POLL_INTERVAL = 0.02, 0.25
-"""Seconds between two look-ups of what another replica is embedding: at first, and after `CLAIM_TTL`."""
+"""Seconds between two lookups of what another replica is embedding: at first, and after `CLAIM_TTL`."""
 
 
 class Claim:
@@ -37,7 +37,7 @@ class Claim:
             if not theirs:
                 return whole
             if not ours:
-                # All waiting requests look in the same turn of the event loop, and so share one look-up.
+                # All waiting requests look in the same turn of the event loop, and so share one lookup.
                 waited = asyncio.get_running_loop().time() - now
                 interval = _POLL_INTERVAL if waited < CLAIM_TTL else _LONG_POLL_INTERVAL
                 await asyncio.sleep(interval - asyncio.get_running_loop().time() % interval)

@@ -200,7 +200,7 @@ class NetworkEngine:
         return connection
 
     async def _addresses(self, origin: _Origin) -> _Addresses:
-        """Resolves the origin's host. One look-up runs at a time and outlives callers that give up, so that a name
+        """Resolves the origin's host. One lookup runs at a time and outlives callers that give up, so that a name
         server that does not answer is not asked once per caller."""
         lookup = self._lookups.get(origin)
         if lookup is None:
@@ -262,7 +262,7 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
         addresses: _Addresses = []
         failed: Exception | None = None
         try:
-            _require_descriptor()  # without one, a process's first look-up reports an unknown host
+            _require_descriptor()  # without one, a process's first lookup reports an unknown host
             addresses = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
         except Exception as error:
             failed = error
@@ -270,7 +270,7 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
             loop.call_soon_threadsafe(settle, addresses, failed)
 
     try:
-        threading.Thread(target=resolve, name="look-up", daemon=True).start()
+        threading.Thread(target=resolve, name="lookup", daemon=True).start()
     except RuntimeError as error:  # no more threads, which Python reports without an errno
         raise OSError(errno.EAGAIN, str(error)) from error
     return future

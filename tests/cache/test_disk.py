@@ -175,7 +175,7 @@ async def test_the_log_has_an_end_where_there_is_always_somebody_who_reads(
 
 
 def test_a_reader_that_stays_is_waited_for_now_and_then(path: Path) -> None:
-    """For example a suspended process or a backup: waiting for it at each write would hold up all look-ups."""
+    """For example a suspended process or a backup: waiting for it at each write would hold up all lookups."""
     bound, waits = 2**20, 0
 
     def count_waits(statement: str) -> None:

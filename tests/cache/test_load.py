@@ -40,7 +40,7 @@ async def test_what_redis_has_answered_while_this_process_was_at_other_work_is_f
 
 
 def writing_when(written: asyncio.Event) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
-    """A Redis that takes 0.6 s for a look-up, which is a miss, and holds each write until `written` is set."""
+    """A Redis that takes 0.6 s for a lookup, which is a miss, and holds each write until `written` is set."""
 
     async def answers(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
@@ -103,7 +103,7 @@ async def test_who_waits_for_a_connection_to_a_frozen_redis_waits_no_longer_than
         await store.get(keys(0))
         server.pause()
         assert await asyncio.gather(*(store.get(keys(number)) for number in range(50))) == [[None]] * 50
-        # Three timeouts stop all further look-ups; after the first and the second, one more each may have started.
+        # Three timeouts stop all further lookups; after the first and the second, one more each may have started.
         late, skipped = (count(metrics, "redis", "get", result) for result in ("timeout", "skipped"))
         assert 3 <= late <= 5
         assert late + skipped == 50

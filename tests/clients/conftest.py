@@ -25,7 +25,7 @@ HERE = {None, "", "localhost", "127.0.0.1", "::1", "0.0.0.0", "::"}
 
 
 class _Watch:
-    """Records and refuses every look-up of, and connection to, a host other than this machine, in this process."""
+    """Records and refuses every lookup of, and connection to, a host other than this machine, in this process."""
 
     def __init__(self) -> None:
         self.active = False

@@ -431,7 +431,7 @@ async def test_who_hangs_up_while_redis_is_asked_ends_no_claim_of_what_is_under_
     async with asyncio.timeout(LIMIT):
         while one.count("get", "miss") < 2:
             await asyncio.sleep(0.001)
-    await settle()  # its look-up has ended
+    await settle()  # its lookup has ended
     await one.cache.close()  # then released claims have been deleted
     assert await claimed(other.cache, "a")
     calls.go["a"].set()

@@ -706,7 +706,7 @@ async def test_a_proxy_that_is_away_is_not_taken_for_the_upstream(url: str) -> N
 
 
 async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A name server that does not answer holds up a look-up far longer than a connection may take."""
+    """A name server that does not answer holds up a lookup far longer than a connection may take."""
     looked: list[str] = []
     answer, real = threading.Event(), socket.getaddrinfo
 

@@ -40,12 +40,14 @@ class ConfigWatcher:
         await asyncio.gather(self._reload_on_request(), self._poll_file())
 
     async def _poll_file(self) -> None:
-        """Requests a reload when the file has changed and is no longer being written."""
-        seen = self._source.loaded
+        """Requests a reload when the file has changed and is no longer being written. Requests it once: until the file
+        has been read, it still differs from what was loaded."""
+        seen = requested = self._source.loaded
         while True:
             await self._clock.sleep(POLL_INTERVAL)
             before, seen = seen, self._source.signature()
-            if seen is not None and seen == before and seen != self._source.loaded:
+            if seen is not None and seen == before and seen not in (self._source.loaded, requested):
+                requested = seen
                 self.ask()
 
     async def _reload_on_request(self) -> None:

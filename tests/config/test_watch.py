@@ -1,0 +1,53 @@
+"""When the file is read again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from app.config import Settings
+from app.config.source import ConfigSource
+from app.config.watch import POLL_INTERVAL, ConfigWatcher
+from tests.clock import HandClock, settle
+from tests.harness import settings_of
+
+
+class SlowSource(ConfigSource):
+    """A file that takes as long to read as the test wants."""
+
+    def __init__(self) -> None:
+        self.loaded = (1, 1, 1, 1)
+        self.now = (1, 1, 1, 1)
+        self.reading = threading.Semaphore(0)
+        self.times_read = 0
+
+    def signature(self) -> tuple[int, int, int, int]:
+        return self.now
+
+    def load(self) -> Settings:
+        self.reading.acquire()
+        self.loaded = self.now
+        self.times_read += 1
+        return settings_of({"upstreams": {"built-in": {"type": "lexical"}}})
+
+
+async def test_a_file_that_is_slow_to_read_is_read_once() -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))  # what is read is read in order
+    source, clock, read = SlowSource(), HandClock(), asyncio.Event()
+
+    async def change(_settings: Settings) -> None:
+        """Takes anything."""
+
+    watching = asyncio.create_task(ConfigWatcher(source, clock, change, lambda _ok: read.set()).run())
+    await settle()
+    source.now = (2, 2, 2, 2)
+    for _ in range(4):
+        await clock.advance(POLL_INTERVAL)
+    source.reading.release(2)
+    await read.wait()
+    await settle()
+    await asyncio.to_thread(lambda: None)
+    assert source.times_read == 1
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 
 from app.clock import Clock
 from app.errors import GatewayError, InvalidRequest, RateLimited, UpstreamUnreachable
+from app.pipeline.trouble import Trouble
 from app.types import Embedding
-
-log = logging.getLogger(__name__)
 
 FAILURES = 5
 """Consecutive failures after which a deployment leaves the rotation."""
@@ -33,10 +31,6 @@ TIMEOUT_DECAY = 0.8
 """What a call that timed out leaves of it."""
 MAX_AMPLE_TIME = 30.0
 """Seconds in which a call should be answered, however long calls have taken."""
-LONG_REST = 30.0
-"""Seconds after which operators are told of a rest, or of rests in a row with no other answer between them."""
-LOG_INTERVAL = 60.0
-"""Seconds between two log lines about one kind of trouble."""
 
 
 class Health:
@@ -47,7 +41,8 @@ class Health:
 
     def __init__(self, clock: Clock, report: Callable[[bool], None], name: str) -> None:
         """`report` is called with whether it takes traffic; `name` is the deployment's, for the log."""
-        self._clock, self._report, self._name = clock, report, name
+        self._clock, self._report = clock, report
+        self.trouble = Trouble(clock, name)
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
@@ -57,8 +52,6 @@ class Health:
         self._era = 0
         """Counts ejections: a call that began before one says nothing about the time after it."""
         self._longest_call = 0.0
-        self._next_log: dict[str, float] = {}
-        """By error code, when a line about it may be logged again."""
         self.out: str | None = None
         """Why it takes no traffic until further notice, if it takes none."""
         self.readmitted_at = -math.inf
@@ -73,17 +66,8 @@ class Health:
         """When it was last called; 0 if it never was."""
         self.answered = False
         """Whether it has ever answered."""
-        self.trouble: str | None = None
-        """What needs an operator, or why it was ejected, since it last answered: code and message."""
-        self._limited_since: float | None = None
-        """When it was first rate-limited since its last answer."""
-        self._rest = ""
-        """Like `trouble`, for its last rest: if that is long, or if there has long been nothing but rests."""
         self.length = 0
         """Bytes of its vectors when it chose their length, as last seen; 0 if none has been seen."""
-        self._length_change = ""
-        self._length_change_until = -math.inf
-        """How that has changed, and until when this is shown to operators."""
         self._retired = False
 
     def show(self) -> None:
@@ -94,15 +78,13 @@ class Health:
     def retire(self) -> None:
         """It gets no more calls. Those in flight are no longer reported: its name may be another's by now."""
         self._retired = True
+        self.trouble.retire()
 
     @property
     def problem(self) -> str | None:
-        """What is wrong with it now."""
-        if self.trouble or self.silent:
-            return self.trouble or self.silent
-        if self._rest and self.cooldown_remaining():
-            return self._rest
-        return self._length_change if self._clock.monotonic() < self._length_change_until else None
+        """What is wrong with it now, for operators."""
+        resting = self.trouble.rest if self.cooldown_remaining() else ""
+        return self.trouble.lasting or self.silent or resting or self.trouble.length_change
 
     @property
     def suspect(self) -> bool:
@@ -162,17 +144,8 @@ class Health:
             return
         before, self.length = self.length, length
         if before:
-            self._report_length_change(before)
+            self.trouble.note_length_change(before // 4, length // 4)
             self.unverified, self.shown, self.compared = True, False, False
-
-    def _report_length_change(self, before: int) -> None:
-        """Shows it to operators for a while, and logs it unless it is shown already: two models may take turns."""
-        now = self._clock.monotonic()
-        lengths = f"{self.length // 4} dimensions, not {before // 4} as before"
-        self._length_change = f"its vectors have {lengths}: another model may have taken its place"
-        if now >= self._length_change_until:
-            self._log("%s: %s", self._name, self._length_change)
-        self._length_change_until = now + LOG_INTERVAL
 
     def cooldown_remaining(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""
@@ -214,7 +187,7 @@ class Health:
         """A call that began in this era returned results good only in part: others go first for a while."""
         if era == self._era:
             self._prefer_others(DOUBTFUL)
-            self._note_trouble(why)
+            self.trouble.note(why)
 
     def abandon(self, era: int, *, others_first: bool = False) -> None:
         """A call that began in this era says nothing about the deployment. If it was the one call after an ejection,
@@ -230,12 +203,10 @@ class Health:
             return
         self._probing = False
         if error is None or isinstance(error, InvalidRequest):
-            if self._ejections:
-                self._log("%s answers again", self._name)
+            self.trouble.answered(after_ejection=self.ejected)
+            if self.ejected:
                 self._ejections = 0
                 self.show()
-            self.trouble = self._limited_since = None
-            self._rest = ""
             self._failures = 0
             self._suspect_until = self._ejected_until = 0.0
             self.answered = True
@@ -244,9 +215,9 @@ class Health:
         else:
             problem = f"{error.code}: {error.message}"
             if error.needs_operator:
-                self._note_trouble(problem)
+                self.trouble.note(problem)
             else:
-                self._warn(problem)
+                self.trouble.warn(problem)
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False
             self._failures += 1
@@ -259,44 +230,14 @@ class Health:
         now = self._clock.monotonic()
         wait = DEFAULT_COOLDOWN if error.retry_after is None else min(error.retry_after, LONGEST_REST)
         self._cooling_until = max(self._cooling_until, now + wait)
-        if self._limited_since is None:
-            self._limited_since = now
-        limited = now - self._limited_since
-        if wait >= LONG_REST:
-            self._rest = f"{error.code}: {error.message}; it has no call for {wait:g} s"
-        elif limited >= LONG_REST:
-            self._rest = f"{error.code}: {error.message}; no other answer for {limited:.0f} s"
-        else:
-            return
-        self._warn(self._rest)
+        self.trouble.note_rest(error, wait)
 
     def _prefer_others(self, seconds: float) -> None:
         self._suspect_until = max(self._suspect_until, self._clock.monotonic() + seconds)
-
-    def _note_trouble(self, trouble: str) -> None:
-        """Kept until it answers, and logged now and then."""
-        if self.trouble is None:
-            self._warn(trouble)
-        self.trouble = trouble
-
-    def _warn(self, what: str) -> None:
-        """Logs "code: message", each code at most once a minute."""
-        code, now = what.partition(":")[0], self._clock.monotonic()
-        if now >= self._next_log.get(code, 0.0):
-            self._log("%s: %s", self._name, what)
-            self._next_log[code] = now + LOG_INTERVAL
 
     def _eject(self, problem: str) -> None:
         self._era += 1
         self._ejections = min(self._ejections + 1, MOST_EJECTIONS)
         self._ejected_until = self._clock.monotonic() + EJECTION * self._ejections
         self.show()
-        self.trouble = problem
-        self._log(
-            "%s is left out for %g s, after %d failures in a row; the last: %s",
-            *(self._name, EJECTION * self._ejections, self._failures, problem),
-        )
-
-    def _log(self, message: str, *values: object) -> None:
-        if not self._retired:
-            log.warning(message, *values)
+        self.trouble.note_ejection(problem, EJECTION * self._ejections, self._failures)

@@ -6,7 +6,8 @@ import pytest
 
 from app.errors import InvalidRequest, RateLimited, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
-from app.pipeline.health import DOUBTFUL, EJECTION, FAILURES, LONG_REST, MOST_EJECTIONS, Health
+from app.pipeline.health import DOUBTFUL, EJECTION, FAILURES, MOST_EJECTIONS, Health
+from app.pipeline.trouble import LONG_REST
 from tests.clock import HandClock
 
 
@@ -95,12 +96,12 @@ async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
     for seconds in (0, 1, 1, 60):  # it recovers in between
         await clock.advance(seconds)
         up.end(UpstreamAuth("wrong key"), up.begin())
-        assert up.trouble == "upstream_auth: wrong key"
+        assert up.trouble.lasting == "upstream_auth: wrong key"
         up.end(None, up.begin())
-        assert up.trouble is None
+        assert up.trouble.lasting is None
     assert [record.getMessage() for record in caplog.records] == ["up/m: upstream_auth: wrong key"] * 2
     up.end(UpstreamError("passes"), up.begin())
-    assert up.trouble is None
+    assert up.trouble.lasting is None
 
 
 async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, caplog: pytest.LogCaptureFixture) -> None:
@@ -153,10 +154,10 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
     up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
     for _ in range(FAILURES):
         fails(up)
-    assert up.trouble == "upstream_error: failed"
+    assert up.trouble.lasting == "upstream_error: failed"
     await clock.advance(EJECTION)
     up.end(None, up.begin())
-    assert not up.trouble
+    assert not up.trouble.lasting
     problem = [record.getMessage() for record in caplog.records]
     assert problem == [
         "up/m: upstream_error: failed",

@@ -1071,7 +1071,7 @@ async def test_a_bug_of_ours_says_nothing_of_a_deployment() -> None:
         only.health.end(UpstreamError("down"), 0)
     with pytest.raises(AttributeError):
         await run(route(only), batch("x"))
-    assert only.health.trouble == "upstream_error: down"
+    assert only.health.trouble.lasting == "upstream_error: down"
     assert not only.health.available()
 
 

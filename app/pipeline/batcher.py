@@ -23,7 +23,8 @@ from app.metrics import Metrics
 from app.pipeline.deployment import requirements
 from app.pipeline.outcome import collect, deadline_error, is_fatal
 from app.pipeline.queue import LANES, TARGET_BATCH, CallRecord, Job, Queue, Queues, QueueSet, Waiter, make_batch
-from app.pipeline.route import Route, Slot
+from app.pipeline.rotation import Slot
+from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
 
 
@@ -53,7 +54,8 @@ class Batcher:
     def __init__(
         self, route: Route, metrics: Metrics, clock: Clock, on_drop: Callable[[Sequence[bytes]], None] = lambda _: None
     ) -> None:
-        self._route, self._clock, self._on_drop = route, clock, on_drop
+        self._route, self._rotation = route, route.rotation
+        self._clock, self._on_drop = clock, on_drop
         self._jobs: dict[bytes, Job] = {}
         self._scheduled = False
         self._arrived = self._gathered = self._turns_left = 0
@@ -68,12 +70,12 @@ class Batcher:
         """Inputs abandoned by their callers since the queues were last swept."""
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first, and is counted under the preferred one.
-        upstream = route.deployments[0].upstream
+        upstream = route.rotation.deployments[0].upstream
         waiting = {lane: metrics.buffered_counter(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
         self._queues = Queues(waiting)
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
-        reason = self._route.closed_reason(request.params)
+        reason = self._rotation.closed_reason(request.params)
         if reason is not None:
             raise _closed_error(reason)
         waiter = Waiter(asyncio.get_running_loop().create_future())
@@ -133,7 +135,7 @@ class Batcher:
             self._arrived += 1
             self._queues.put((request.model, request.params, request.write_cache), request.lane, new, deadline)
             self._schedule()
-            if TARGET_BATCH <= len(new) <= self._route.deployments[0].limits.max_batch:
+            if TARGET_BATCH <= len(new) <= self._rotation.deployments[0].limits.max_batch:
                 self._turns_left = 0  # do not wait for others: the upstream works while they are read
         if len(new) < len(jobs) and request.lane == "query" and self._queues.promote(jobs):
             self._schedule()  # a slot that bulk work must leave to queries may be free
@@ -195,7 +197,7 @@ class Batcher:
         self._scheduled = False
         # Read before slots are taken: a rest that ended in between would be neither used nor waited for.
         rest_times = [
-            (queue_set, self._route.rest_times(queue_set.params))
+            (queue_set, self._rotation.rest_times(queue_set.params))
             for queue_set in self._queues.queue_sets.values()
             if queue_set.has_inputs
         ]
@@ -209,7 +211,7 @@ class Batcher:
             # Again: these calls have been charged since the rest times were read.
             self._schedule()
         elif waiting:
-            self._route.when_free(self._schedule, self._last_served)
+            self._rotation.when_free(self._schedule, self._last_served)
             for queue_set, times in rest_times:
                 if queue_set.has_inputs:
                     self._wait_out(queue_set, times)
@@ -218,7 +220,7 @@ class Batcher:
     def _wait_out(self, queue_set: QueueSet, rest_times: Sequence[float]) -> None:
         """Wakes up when the first resting deployment is back from a rate limit, an ejection or its pace; a slot may
         come free earlier. If all of them rest, callers that cannot wait that long fail now."""
-        if reason := self._route.closed_reason(queue_set.params):
+        if reason := self._rotation.closed_reason(queue_set.params):
             # The deployments were taken out while these callers queued: they fail now, as new callers do.
             for _, jobs in self._queues.take_expiring(queue_set, math.inf):
                 self._deliver(jobs, BatchResult([_closed_error(reason)] * len(jobs), calls=0))
@@ -226,7 +228,7 @@ class Batcher:
             for queue, jobs in self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest):
                 # The inputs that stay queued go first; a byte is about a quarter of a token.
                 inputs, size = queue.size()
-                wait = max(rest, self._route.time_for(queue_set.params, inputs + 1, size / 4))
+                wait = max(rest, self._rotation.time_for(queue_set.params, inputs + 1, size / 4))
                 error = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
                 self._deliver(jobs, BatchResult([error] * len(jobs), calls=0))
         if ends := [rest for rest in rest_times if rest]:
@@ -244,7 +246,7 @@ class Batcher:
     async def _wake(self, seconds: float) -> None:
         await self._clock.sleep(seconds)
         self._wake_task = None
-        self._route.wake()
+        self._rotation.wake()
         self._schedule()
 
     def _next_call(self, lane: Lane) -> _Call | None:
@@ -257,7 +259,7 @@ class Batcher:
         if len(queues) > 1:
             queues.sort(key=attrgetter("sequence"))
         for queue in queues:
-            slot = self._route.take(lane, queue.batch_key[1])
+            slot = self._rotation.take(lane, queue.batch_key[1])
             if slot is None:  # nor would the other queues of its set get one
                 continue
             slots, limits = slot.deployment.slots, slot.deployment.limits

@@ -102,7 +102,7 @@ class Fleet:
         """`configured`: whether the operator has them stand in for each other."""
         if deployments not in self._batchers:
             route = Route(deployments, self._metrics, self._clock)
-            canary = Canary(route.deployments, self._expected, from_start=configured and len(deployments) > 1)
+            canary = Canary(route.rotation.deployments, self._expected, from_start=configured and len(deployments) > 1)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.release_claims)
             self._cache.embedders.add(batcher)
             self._batchers[deployments] = batcher, canary

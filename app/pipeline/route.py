@@ -1,4 +1,4 @@
-"""Hands out slots on a model's deployments and sees each batch through. Retries live here and nowhere else."""
+"""Sees a batch through on a model's deployments. Retries live here and nowhere else."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import random
 from collections.abc import Callable, Sequence
 
-from app import tokens
 from app.clock import Clock
 from app.deadlines import Deadline, Deadlines
 from app.errors import (
@@ -21,7 +20,8 @@ from app.pipeline import verdict
 from app.pipeline.deployment import Deployment
 from app.pipeline.health import Health
 from app.pipeline.parts import sub_batch
-from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
+from app.pipeline.rotation import DOWN, Rotation, Slot
+from app.types import Batch, BatchResult, Lane
 
 BACKOFF = 0.2
 """Seconds: the upper bound of the jitter before the second attempt, which is the last."""
@@ -33,9 +33,6 @@ up."""
 
 LONGER = 8.0
 """Seconds that a call may run past its callers' deadline, at most: shutdown waits for it."""
-DOWN = 5.0
-"""Seconds after which a caller may retry when all deployments of a model are down: each call still tries one of them,
-so the model is back as soon as one of them is."""
 
 
 class Budget:
@@ -59,36 +56,6 @@ class Budget:
         return True
 
 
-class Slot:
-    """The right to make one call to `deployment`. To be given back once."""
-
-    __slots__ = ("_charged", "deployment", "era")
-
-    def __init__(self, deployment: Deployment, era: int) -> None:
-        """`era`: what the deployment's `Health.begin` returned for this call."""
-        self.deployment, self.era = deployment, era
-        self._charged = 0
-
-    def charge(self, inputs: Sequence[Input]) -> None:
-        """Charges the pace, if there is one, with the estimated tokens of what the call carries. To be called in the
-        turn of the event loop in which the slot was taken: until then the next call may start as if this one weighed
-        nothing."""
-        pace = self.deployment.slots.pace
-        if pace:
-            self._charged = sum(tokens.estimates(inputs))
-            pace.charge(0, self._charged)
-
-    def settle(self, result: BatchResult) -> None:
-        """Charges the rest of what the call came to: the further calls it was split into, and the difference to the
-        tokens the upstream billed, if all inputs have a bill."""
-        pace = self.deployment.slots.pace
-        if pace:
-            outcomes = result.outcomes
-            embeddings = [each for each in outcomes if isinstance(each, Embedding)]
-            billed = sum(each.tokens for each in embeddings) if len(embeddings) == len(outcomes) else self._charged
-            pace.charge(result.calls - 1, billed - self._charged)
-
-
 class _CallDeadline(Deadline, kw_only=True):
     """A batch's deadline. Callers that have waited long may leave a call less time than answers take. Such a call is
     not cut off when the deadline passes, but goes on for as long as answers take, as a call does whose callers have
@@ -110,11 +77,7 @@ class _CallDeadline(Deadline, kw_only=True):
 
 
 class Route:
-    """A model's deployments, all in one vector space. Preferred are those that have not just failed, then those with
-    the lowest priority number, then the least busy.
-
-    `jitter` returns random numbers from 0 to 1.
-    """
+    """Embeds batches on a model's deployments, all in one vector space."""
 
     def __init__(
         self,
@@ -123,110 +86,11 @@ class Route:
         clock: Clock,
         jitter: Callable[[], float] = random.random,
     ) -> None:
-        self.deployments = sorted(deployments, key=lambda deployment: deployment.priority)
+        """`jitter` returns random numbers from 0 to 1."""
+        self.rotation = Rotation(deployments, clock, jitter)
         self._metrics, self._clock, self._jitter = metrics, clock, jitter
         self._budget = Budget()
         self._deadlines = Deadlines()
-
-    def take(
-        self, lane: Lane, params: Params, avoid: Deployment | None = None, *, others_only: bool = False
-    ) -> Slot | None:
-        """A slot on the best deployment that honours `params` and has one free for this lane, or None.
-
-        `avoid`: the deployment whose call is retried, which is taken last. A retry does not wait for the pace: retries
-        are few, and queued batches would always be ahead of them. `others_only`: never on `avoid`, even if there is no
-        other.
-        """
-        candidates = self._usable(params)
-        if others_only:
-            candidates = [each for each in candidates if each is not avoid]
-        if len(candidates) > 1:
-            again = avoid is not None
-            candidates.sort(key=lambda each: (each is avoid, again and each.health.ejected, *self._rank(each)))
-        for deployment in candidates:
-            if deployment.slots.take(lane, ahead=avoid is not None):
-                return Slot(deployment, deployment.health.begin())
-        return None
-
-    def _rank(self, deployment: Deployment) -> tuple[float, ...]:
-        """A sort key: the lowest goes first. Deployments in rotation that are equally busy for their weights, as idle
-        ones are, take turns at random in proportion to their weights (Efraimidis, Spirakis 2006). If none is in
-        rotation, the least recently asked goes first: any of them may be back."""
-        health, weight = deployment.health, deployment.weight
-        if not health.available():
-            return (health.asked,)
-        load, draw = deployment.slots.busy / weight, self._jitter() ** (1 / weight)
-        return health.suspect, deployment.priority, load, -draw
-
-    def _usable(self, params: Params) -> list[Deployment]:
-        """Those in rotation. If there are none, the ejected ones, for a call that may fail is better than none; but not
-        while one merely rests after a rate limit and will soon be back."""
-        eligible = self._eligible(params)
-        available = [each for each in eligible if each.health.available()]
-        if available or any(
-            0 < each.health.cooldown_remaining() <= DOWN and not each.health.ejected for each in eligible
-        ):
-            return available
-        return [each for each in eligible if not each.health.cooldown_remaining()]
-
-    def _eligible(self, params: Params) -> list[Deployment]:
-        """Those that honour the parameters and are known to be in their vector space, including ejected and resting
-        ones. If none is known to be, only one, for they may be in different spaces: of those not yet asked for their
-        vectors in vain, the first that has answered callers, or else the first that is not ejected. If there is no such
-        one, all of them: they are compared as soon as they can be asked."""
-        eligible = [each for each in self.deployments if each.supports(params) and each.health.out is None]
-        verified = [each for each in eligible if not each.health.unverified]
-        if verified:
-            return verified
-        not_silent = [each for each in eligible if each.health.silent is None]
-        return sorted(not_silent, key=lambda each: (not each.health.answered, each.health.ejected))[:1] or eligible
-
-    def _other_in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
-        """Whether a deployment other than `avoid` may take a call before the deadline: now, or once its rate limit has
-        passed."""
-        left = batch.deadline - asyncio.get_running_loop().time()
-        # Read before `_usable`: a deployment whose rest ended in between would count as out of reach.
-        others = [
-            (each, each.health.cooldown_remaining()) for each in self._eligible(batch.params) if each is not avoid
-        ]
-        usable = self._usable(batch.params)
-        return any(each in usable or 0 < rest < left for each, rest in others)
-
-    def closed_reason(self, params: Params) -> str | None:
-        """Why nothing can be embedded here with these parameters until further notice; None if it can."""
-        out = [each.health.out for each in self.deployments]
-        if not any(out):  # nearly always, and checked for every request
-            return None
-        reasons = [each.health.out for each in self.deployments if each.supports(params)]
-        return reasons[0] if reasons and all(reasons) else None
-
-    def rest_times(self, params: Params) -> list[float]:
-        """Seconds that each deployment still rests, after a rate limit or an ejection or for its pace; empty if none
-        does. 0 if nothing is in the way, or only the one call after an ejection, which may end at any moment."""
-        if not any(each.slots.pace or each.health.rest_remaining() for each in self.deployments):
-            return []
-        eligible, usable = self._eligible(params), self._usable(params)
-        return [max(0.0 if each in usable else each.health.rest_remaining(), each.slots.wait()) for each in eligible]
-
-    def time_for(self, params: Params, inputs: int, tokens: float) -> float:
-        """Seconds until the first deployment would have embedded this much, as far as its pace decides."""
-        usable = self._usable(params)
-        return min((each.slots.time_for(inputs / each.limits.max_batch, tokens) for each in usable), default=0.0)
-
-    def wake(self) -> None:
-        """Calls back everyone who waits for a slot on one of these deployments, in their order."""
-        for deployment in self.deployments:
-            deployment.slots.notify()
-
-    def when_free(self, callback: Callable[[], None], since: float) -> None:
-        """Calls back when any deployment may have a free slot, perhaps more than once."""
-        for deployment in self.deployments:
-            deployment.slots.when_free(callback, since)
-
-    def forget(self, callback: Callable[[], None]) -> None:
-        """Cancels `when_free`."""
-        for deployment in self.deployments:
-            deployment.slots.forget(callback)
 
     async def run(self, batch: Batch, slot: Slot, lane: Lane) -> BatchResult:
         """Embeds the batch, beginning on `slot`, which is given back. Never raises `GatewayError`: a failure is the
@@ -246,7 +110,7 @@ class Route:
 
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
         """Makes a second call, and merges its outcomes into `result`, that of the call on `slot`."""
-        elsewhere = self._other_in_reach(batch, slot.deployment)
+        elsewhere = self.rotation.other_in_reach(batch, slot.deployment)
         pending = [i for i, outcome in enumerate(result.outcomes) if verdict.worth_retrying(outcome, elsewhere)]
         if not pending or not batch.still_wanted():
             return
@@ -271,7 +135,7 @@ class Route:
         """If every deployment is ejected or at its rate limit, and one of them ejected, turns errors that may pass into
         an outage of the model, with a time to wait. Errors that last (a key, a certificate, a name, replies that are
         not vectors) stay as they are, and so does a passed deadline."""
-        states = [each.health for each in self._eligible(batch.params)]
+        states = [each.health for each in self.rotation.eligible(batch.params)]
         down = all(each.ejected or each.cooldown_remaining() for each in states) and any(
             each.ejected for each in states
         )
@@ -341,7 +205,7 @@ class Route:
             return None
         others_only = not any(each.retryable for each in errors)
         # Trouble of its own soon takes a deployment out of rotation; one still in rotation is worth trying.
-        others = [each for each in self._eligible(batch.params) if each is not failed.deployment]
+        others = [each for each in self.rotation.eligible(batch.params) if each is not failed.deployment]
         if not self._budget.spend(on_credit=others_only and any(each.health.available() for each in others)):
             if not elsewhere:
                 _give_up(result, pending)
@@ -349,38 +213,12 @@ class Route:
         await self._clock.sleep(pause)
         if not batch.still_wanted():
             return None
-        slot = await self._wait_for_slot(batch, lane, failed.deployment, others_only=others_only)
+        slot = await self.rotation.wait_for_slot(batch, lane, failed.deployment, others_only=others_only)
         if slot is not None:
             self._metrics.upstream_retries.labels(slot.deployment.upstream, errors[0].code).inc()
         elif asyncio.get_running_loop().time() >= batch.deadline:
             result.late = True
         return slot
-
-    async def _wait_for_slot(self, batch: Batch, lane: Lane, avoid: Deployment, *, others_only: bool) -> Slot | None:
-        since = self._clock.monotonic()
-        try:
-            async with asyncio.timeout_at(batch.deadline):
-                while True:
-                    # Read before a slot is taken: a rest that ended in between would be waited for without end.
-                    rest_times = [each.health.rest_remaining() for each in self._eligible(batch.params)]
-                    slot = self.take(lane, batch.params, avoid, others_only=others_only)
-                    if slot is not None or not self._other_in_reach(batch, avoid if others_only else None):
-                        return slot
-                    await self._wait_until_free(since, min(filter(None, rest_times), default=None))
-        except TimeoutError:
-            return None
-
-    async def _wait_until_free(self, since: float, rest: float | None) -> None:
-        """Waits until a slot may have come free, or for `rest` seconds, when the first resting deployment is back."""
-        freed = asyncio.Event()
-        timer = asyncio.get_running_loop().call_later(rest, freed.set) if rest else None
-        self.when_free(freed.set, since)
-        try:
-            await freed.wait()
-        finally:
-            self.forget(freed.set)
-            if timer is not None:
-                timer.cancel()
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:

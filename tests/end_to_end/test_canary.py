@@ -875,7 +875,7 @@ async def test_and_so_is_one_whose_vectors_have_another_length_than_before(clock
     route = Route([alone], Metrics(), SystemClock())
 
     async def is_due_after_a_call(params: Params) -> bool:
-        slot = route.take("query", params)
+        slot = route.rotation.take("query", params)
         assert slot is not None
         until = asyncio.get_running_loop().time() + 10
         await route.run(Batch("m", ["a"], [b"a"], params, store=True, deadline=until), slot, "query")

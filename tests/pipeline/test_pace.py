@@ -285,7 +285,7 @@ async def test_a_paced_deployment_is_waited_for_though_another_one_is_ejected(
     clock: HandClock, upstream: Upstream
 ) -> None:
     embed = batcher(upstream, paced(clock, requests=60), Slots(8))
-    eject(embed._route.deployments[1])
+    eject(embed._rotation.deployments[1])
     asked = asyncio.create_task(embed(request("a", "b")))
     await run(clock, 1)
     assert (await asked).deployments == ("up0/m",)
@@ -297,7 +297,7 @@ async def test_one_that_is_ejected_is_waited_for_where_it_is_back_before_the_pac
 ) -> None:
     """A pause of half a minute, against one of a minute."""
     embed = batcher(upstream, paced(clock, requests=1), Slots(8))
-    eject(embed._route.deployments[1])
+    eject(embed._rotation.deployments[1])
     await embed(request("first"))
     asked = asyncio.create_task(embed(request("patient", patience=40)))
     with pytest.raises(RateLimited):
@@ -311,7 +311,7 @@ async def test_the_last_one_left_though_ejected_is_waited_for_as_long_as_its_rat
     clock: HandClock, upstream: Upstream
 ) -> None:
     embed = batcher(upstream, Slots(8))
-    (only,) = embed._route.deployments
+    (only,) = embed._rotation.deployments
     eject(only)
     only.health.end(RateLimited("slowly", retry_after=5), only.health.begin())
     asked = asyncio.create_task(embed(request("a", patience=10)))

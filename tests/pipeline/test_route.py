@@ -43,7 +43,8 @@ from app.pipeline.health import EJECTION, FAILURES, LONGEST_REST, Health
 from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
 from app.pipeline.queue import LANES
-from app.pipeline.route import SHARE, Route, Slot
+from app.pipeline.rotation import Slot
+from app.pipeline.route import SHARE, Route
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params, Source
 from tests.clock import HandClock, settle
 
@@ -83,7 +84,7 @@ def batch(*texts: str, seconds: float = 30.0) -> Batch:
 
 
 async def run(route: Route, batch: Batch) -> BatchResult:
-    slot = route.take("query", batch.params)
+    slot = route.rotation.take("query", batch.params)
     assert slot is not None
     return await route.run(batch, slot, "query")
 
@@ -246,8 +247,8 @@ async def test_trouble_of_one_alone_is_asked_of_another_however_much_has_failed_
     both = route(deployment("bad", failing(error)), deployment("good", answers))
     while both._budget.spend(on_credit=False):
         pass
-    slot = Slot(both.deployments[0], both.deployments[0].health.begin())
-    both.deployments[0].slots.busy += 1
+    slot = Slot(both.rotation.deployments[0], both.rotation.deployments[0].health.begin())
+    both.rotation.deployments[0].slots.busy += 1
     assert (await both.run(batch("x"), slot, "query")).outcomes == [Embedding(b"x", 1)]
 
 
@@ -262,7 +263,7 @@ async def test_trouble_of_one_alone_is_soon_earned_however_many_calls_meet_it() 
         return await answers(batch)
 
     both = route(deployment("bad", failing(UpstreamAuth("no"))), deployment("good", good))
-    bad = both.deployments[0]
+    bad = both.rotation.deployments[0]
     for _ in range(40):
         slot = Slot(bad, bad.health.begin())
         bad.slots.busy += 1
@@ -429,7 +430,7 @@ async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
     assert await asked(first, served, silent) == {"served/m"}
     first.health.silent = served.health.silent = "it neither"
     both = route(first, served)
-    slots = [both.take("query", Params()) for _ in range(2)]
+    slots = [both.rotation.take("query", Params()) for _ in range(2)]
     assert {slot.deployment for slot in slots if slot} == {first, served}
 
 
@@ -448,13 +449,13 @@ async def test_and_not_where_they_are_busy() -> None:
     one, other, unverified = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
     unverified.health.unverified = True
     all_three = route(one, other, unverified)
-    first, second = (all_three.take("query", Params()) for _ in range(2))
+    first, second = (all_three.rotation.take("query", Params()) for _ in range(2))
     assert first
     assert second
     assert {first.deployment, second.deployment} == {one, other}
-    assert all_three.take("query", Params()) is None
-    assert all_three.take("query", Params(), avoid=one) is None, "nor for a retry"
-    assert all_three.rest_times(Params()) == []
+    assert all_three.rotation.take("query", Params()) is None
+    assert all_three.rotation.take("query", Params(), avoid=one) is None, "nor for a retry"
+    assert all_three.rotation.rest_times(Params()) == []
 
 
 def test_an_error_told_of_an_input_keeps_what_it_says_of_retries() -> None:
@@ -1006,10 +1007,10 @@ async def test_a_retry_does_not_wait_for_the_busy_one_either(why: str, monkeypat
     begun, end = asyncio.Event(), asyncio.Event()
     busy, rest_times = deployment("busy", held(begun, end), slots=Slots(1)), deployment("rests", answers)
     both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, rest_times)
-    slot = both.take("query", Params())
+    slot = both.rotation.take("query", Params())
     assert slot is not None
     assert slot.deployment.name == "bad/m"
-    under_way = asyncio.create_task(both.run(batch("x"), both.take("query", Params()) or slot, "query"))
+    under_way = asyncio.create_task(both.run(batch("x"), both.rotation.take("query", Params()) or slot, "query"))
     await begun.wait()
     rests_shortly(rest_times, why, monkeypatch)
     result = await asyncio.wait_for(both.run(batch("y"), slot, "query"), 5)
@@ -1048,7 +1049,7 @@ async def test_a_retry_that_waited_leaves_nothing_behind() -> None:
     busy, out = deployment("busy", held(begun, end), slots=Slots(1)), deployment("out", answers)
     out.health.take_out("another model")
     both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, out)
-    first, second = both.take("query", Params()), both.take("query", Params())
+    first, second = both.rotation.take("query", Params()), both.rotation.take("query", Params())
     assert first is not None
     assert second is not None
     under_way = asyncio.create_task(both.run(batch("x"), second, "query"))

@@ -239,7 +239,7 @@ class Workers:
 
 def _python_path() -> str:
     """A PYTHONPATH by which a worker finds this very package, not another `app` in its working directory."""
-    own = str(Path(metrics.__file__).parent.parent)
+    own = str(Path(__file__).parent.parent)
     return os.pathsep.join(filter(None, (own, os.environ.get("PYTHONPATH"))))
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from app import metrics
 from app.metrics import Metrics
+from app.metrics.buffered import FlushQueue
 from tests.processes import limited
 
 P = "embedding_gateway_"
@@ -60,7 +61,7 @@ def test_whoever_asks_is_told_everything_once() -> None:
 async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(multiprocess: bool) -> None:
     plain = Metrics()
     counter = plain.requests.labels("m", "200", "c")
-    due = metrics.FlushQueue(multiprocess=multiprocess)
+    due = FlushQueue(multiprocess=multiprocess)
     buffered_counter = metrics.BufferedCounter(counter, due)
     buffered_counter.inc()
     assert sample(plain, "requests_total", model="m", status="200", client="c") == 0
@@ -72,7 +73,7 @@ async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(multiproces
 
 def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> None:
     plain = Metrics()
-    due = metrics.FlushQueue(multiprocess=True)
+    due = FlushQueue(multiprocess=True)
     early, late = (metrics.BufferedCounter(plain.requests.labels("m", status, "c"), due) for status in ("200", "400"))
     early.inc()
 

@@ -238,7 +238,7 @@ def configure(form: Format, level: str) -> None:
     handler.setFormatter(formatter(form))
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
     # uvicorn reports its start and stop at INFO; the gateway's own lines before and after say it better. It also logs
-    # every invalid request, of which a wrongly set up health check sends one a second: `app.invalid_http` says more.
+    # every invalid request, of which a wrongly set up health check sends one a second: `app.http.invalid` says more.
     uvicorn_log = logging.getLogger("uvicorn.error")
     uvicorn_log.setLevel(logging.WARNING)
     uvicorn_log.addFilter(lambda record: record.msg != "Invalid HTTP request received.")

@@ -23,7 +23,7 @@ from app.config import Settings
 from app.config.source import ConfigSource, ParentConfig, applicable
 from app.config.watch import ConfigWatcher
 from app.gateway import Gateway
-from app.invalid_http import InvalidHttpLog
+from app.http.invalid import InvalidHttpLog
 from app.metrics import Metrics
 from app.types import Store
 

@@ -19,10 +19,10 @@ from app.clock import SystemClock
 from app.config import Settings
 from app.config.source import ConfigSource
 from app.config.watch import ConfigWatcher
+from app.http.outbox import Outbox
+from app.http.protocol import Protocol
 from app.main import GRACE, App
 from app.metrics import ConfigMetrics
-from app.outbox import Outbox
-from app.protocol import Protocol
 from app.workers import ParentChannel, Workers
 
 log = logging.getLogger(__name__)

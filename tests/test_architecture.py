@@ -14,7 +14,7 @@ from app.upstreams import UPSTREAMS
 APP = Path(__file__).parent.parent / "app"
 
 RANKS = [
-    {"errors", "catalog", "clock", "deadlines", "head_cache", "invalid_http", "outbox", "data", ""},
+    {"errors", "catalog", "clock", "deadlines", "data", ""},
     {"types"},
     {"vectors", "tokens", "limits", "config", "metrics", "logs"},
     {"upstreams", "cache"},
@@ -22,7 +22,8 @@ RANKS = [
     {"registry"},
     {"gateway"},
     {"api"},
-    {"main", "protocol", "workers"},
+    {"http", "workers"},
+    {"main"},
     {"serve"},
     {"cli"},
     {"__main__"},
@@ -38,7 +39,7 @@ DOORS = {
     "aiohappyeyeballs": {"upstreams"},
     "httptools": {"upstreams"},
     "simdjson": {"upstreams"},
-    "uvicorn": {"head_cache", "protocol", "serve"},
+    "uvicorn": {"http", "serve"},
     "yaml": {"config"},
     "sqlite3": {"cache"},
     "cryptography": {"upstreams"},

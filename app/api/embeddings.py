@@ -221,7 +221,7 @@ class Embeddings:
         admission.hold(size)
 
     def _buffered_body(self, scope: Scope, admission: Admission) -> bytes | None:
-        """The whole body, if the server has received all of it (`app.protocol`)."""
+        """The whole body, if the server has received all of it (`app.http.protocol`)."""
         body = scope.get("extensions", {}).get("body")
         raw: bytes | None = body() if body else None
         if raw:

@@ -19,7 +19,7 @@ class Guard(Deadline):
     _listeners: set[Callable[[], None]] | None = None
 
     def watch(self, scope: MutableMapping[str, Any]) -> None:
-        """To be called when the request has been read. The connection calls back when it is lost (`app.protocol`);
+        """To be called when the request has been read. The connection calls back when it is lost (`app.http.protocol`);
         under a server without that extension, disconnects go unnoticed."""
         self._listeners = scope.get("extensions", {}).get("hang_up")
         if self._listeners is not None:

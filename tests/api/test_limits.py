@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from app import protocol
+from app.http import protocol
 from app.pipeline.prepare import Prepare
 from app.types import EmbedRequest, EmbedResult
 from tests.api.support import MODEL, Wire, config, error_of, head, log_lines, post, settled, wire

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from app import protocol, serve
+from app import serve
+from app.http import protocol
 from tests.clock import HandClock
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
@@ -317,7 +318,7 @@ def test_what_is_not_http_is_logged_once_a_minute_and_without_its_bytes(
     with running({"upstreams": {"lexical": {"type": "lexical"}}}, clock=clock) as gateway:
 
         def lines() -> list[str]:
-            return [each.getMessage() for each in caplog.records if each.name == "app.invalid_http"]
+            return [each.getMessage() for each in caplog.records if each.name == "app.http.invalid"]
 
         assert [status for status, _ in talk(gateway, wrong, last=b"")] == [400]
         first = f"invalid HTTP from 127.0.0.1: {problem} (1 since the last such line)"

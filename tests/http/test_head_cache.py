@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from uvicorn.server import ServerState
 
-from app import head_cache
-from app.outbox import Outbox
-from app.protocol import Protocol
+from app.http import head_cache
+from app.http.outbox import Outbox
+from app.http.protocol import Protocol
 from app.serve import uvicorn_config
 from tests.harness import settings_of
 

@@ -23,9 +23,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from app.api.head import request_id
 from app.api.render import error_body, head_end
 from app.errors import InvalidRequest
-from app.head_cache import HeadCachingProtocol
-from app.invalid_http import LONGEST_START
-from app.outbox import Outbox
+from app.http.head_cache import HeadCachingProtocol
+from app.http.invalid import LONGEST_START
+from app.http.outbox import Outbox
 
 HEAD_TIMEOUT = 30.0
 """Seconds for a request's headers to arrive, from its first byte or the end of the previous response, whichever is

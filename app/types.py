@@ -328,8 +328,8 @@ class SlowStore(Store, Protocol):
         """Looks up all keys at once; the answer is as long as `keys`."""
         ...
 
-    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Stores the entries. May drop any of them."""
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> Sequence[tuple[bytes, Embedding]]:
+        """Stores the entries, or drops those it refuses. Returns those that another try may store."""
         ...
 
     async def takes_writes(self) -> bool:

@@ -123,16 +123,20 @@ class DiskStore:
         self._counts.get_corrupt.inc(corrupt)
         return found
 
-    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Writes in batches, so that lookups get the thread between them."""
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> Sequence[tuple[bytes, Embedding]]:
+        """Writes in batches, so that lookups get the thread between them. Returns what may be written later: what was
+        not tried, or met a file that is locked or cannot be opened."""
         batch: list[tuple[bytes, Embedding]] = []
+        left: list[tuple[bytes, Embedding]] = []
         size = 0
         for i, entry in enumerate(entries):
             batch.append(entry)
             size += entry[1].size
             if size >= self._write_size or i == len(entries) - 1:
-                await self._put(batch)
+                if not await self._put(batch):
+                    left += batch
                 batch, size = [], 0
+        return left
 
     async def takes_writes(self) -> bool:
         if self._breaker.is_open:
@@ -151,15 +155,15 @@ class DiskStore:
             log.warning("disk cache: not closed cleanly: %s", str(error) or f"no answer within {_CLOSE_TIMEOUT:g} s")
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def _put(self, entries: list[tuple[bytes, Embedding]]) -> None:
-        """Has no time limit: nobody waits for it."""
+    async def _put(self, entries: list[tuple[bytes, Embedding]]) -> bool:
+        """Returns whether that was the last try. Has no time limit: nobody waits for it."""
         if not self._write_breaker.allow():
             self._counts.set_skipped.inc(len(entries))
-            return
+            return False
         if not self._breaker.allow():
             self._write_breaker.abandoned()
             self._counts.set_skipped.inc(len(entries))
-            return
+            return False
         try:
             size = await self._in_thread(lambda: self._write(entries))
         except asyncio.CancelledError:
@@ -167,14 +171,17 @@ class DiskStore:
             self._write_breaker.abandoned()
             raise
         except Exception as error:  # a tier never raises
-            (self._write_breaker.failed if table.is_held(error) else self._write_breaker.abandoned)()
+            held = table.is_held(error)
+            (self._write_breaker.failed if held else self._write_breaker.abandoned)()
             self._counts.set_error.inc(len(entries))
             self._failed("set", describe_error(error))
+            return not held and self._table is not None  # what a full disk refuses is not tried again
         else:
             self._write_breaker.succeeded()
             self._succeeded("set")
             self._counts.ok.inc(len(entries))
             self._bytes.set(size)
+        return True
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
         """Runs a job in the thread, in order of arrival. A job cancelled before its turn does not run."""

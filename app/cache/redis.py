@@ -35,7 +35,7 @@ from redis.exceptions import (
 )
 
 from app.cache import values
-from app.cache.breaker import FAILURES, Breaker
+from app.cache.breaker import Breaker
 from app.cache.connections import CONNECT_TIMEOUT, Command, Connection, Connections
 from app.cache.counts import Counts
 from app.cache.health import TierHealth, describe_error
@@ -246,15 +246,7 @@ class RedisStore:
             self._report("claim", None)
         return held
 
-    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
-        """Writes the entries. What is not answered is tried again, until so much has failed that the breaker opens: the
-        writer then waits for the server, and passes all of them once more."""
-        for _ in range(FAILURES):
-            entries = await self._put(entries)
-            if not entries or self._breaker.is_open:
-                return
-
-    async def _put(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[tuple[bytes, Embedding]]:
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[tuple[bytes, Embedding]]:
         """Pipelines SETs with a time to live. Values the server refuses are dropped and counted. Returns the entries
         for which there was no answer."""
         unanswered: list[tuple[bytes, Embedding]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from app.cache.counts import Counts
 from app.clock import Clock
@@ -19,6 +19,8 @@ _BATCH = 256
 """Entries passed to the store at once."""
 _MAX_BARE_KEYS = 2**17
 """Keys that may be queued without their embeddings, at 130 bytes each."""
+_TRIES = 6
+"""Attempts at what the store does not answer: some until its breaker opens, and as many once it is back."""
 _RETRY = 1.0
 """Seconds between checks whether a store that is away takes writes again; its breaker may allow a try less often."""
 
@@ -82,22 +84,24 @@ class Writer:
     async def _drain(self) -> None:
         try:
             while self._queue:
-                await self._wait_for_store()
+                await self._wait_for_store()  # before anything is taken from the queue
                 taken = [self._queue.popleft() for _ in range(min(_BATCH, len(self._queue)))]
                 batch = self._complete(taken)
+                left: Sequence[tuple[bytes, Embedding]] = batch
                 try:
-                    if batch:
-                        await self._store.put(batch)
-                        if await self._wait_for_store():  # it went away meanwhile, and may lack any of them
-                            await self._store.put(batch)
+                    for _ in range(_TRIES):
+                        if not left:
+                            break
+                        await self._wait_for_store()
+                        left = await self._store.put(left)
                     self._failing = False
                 except Exception:
-                    self._counts.set_error.inc(len(batch))
+                    self._counts.set_error.inc(len(left))
                     if not self._failing:
                         log.exception("cache tier %s raised while writing", self._store.name)
                     self._failing = True
                 except asyncio.CancelledError:
-                    self._counts.set_dropped.inc(len(batch))
+                    self._counts.set_dropped.inc(len(left))
                     raise
                 finally:
                     self._size -= sum(embedding.size + _OVERHEAD for _, embedding in taken if embedding is not None)
@@ -109,14 +113,12 @@ class Writer:
         finally:
             self._task = None
 
-    async def _wait_for_store(self) -> bool:
-        """Waits until the store takes writes; not once the writer is closed. Returns whether it was away."""
-        waited = False
+    async def _wait_for_store(self) -> None:
+        """Waits until the store takes writes; not once the writer is closed."""
         while not self._closed and not await self._store.takes_writes():
-            self._away = waited = True
+            self._away = True
             await self._clock.sleep(_RETRY)
         self._away = False
-        return waited
 
     def _complete(self, taken: Iterable[tuple[bytes, Embedding | None]]) -> list[tuple[bytes, Embedding]]:
         """Looks up the embeddings of bare keys, dropping the keys that memory no longer has. Skips an embedding that is

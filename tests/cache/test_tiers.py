@@ -46,12 +46,13 @@ class Slow:
             raise self.fault
         return [self.values.get(each) for each in keys]
 
-    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
+    async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> Sequence[tuple[bytes, Embedding]]:
         self.batches.append(len(entries))
         await self.open_for_writes.wait()
         if self.fault:
             raise self.fault
         self.values.update(entries)
+        return ()
 
     async def takes_writes(self) -> bool:
         return not self.away

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from app.cache.disk import DiskStore
 from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
+from app.types import Embedding
 from tests.cache.support import LIMIT, count, entries, present, until
 from tests.clock import HandClock
 from tests.redis_server import RedisServer
@@ -89,6 +91,36 @@ async def test_what_is_too_little_to_find_out_that_redis_is_away_is_written_too(
     server.start()
     await until_written(tiers, clock)
     assert await present(store, *range(1, number + 1)) == [*range(1, number + 1)]
+    await tiers.close()
+
+
+class Interrupted(RedisStore):
+    """Its server is killed when half of a batch of 256 has been written."""
+
+    server: RedisServer
+    pipelines = 0
+
+    async def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[object]:
+        self.pipelines += 1
+        if self.pipelines == 3:
+            await asyncio.to_thread(self.server.kill)
+        return await super()._write(entries)
+
+
+async def test_of_a_batch_that_an_outage_cuts_in_two_each_value_is_written_and_counted_once(
+    server: RedisServer, clock: HandClock, metrics: Metrics
+) -> None:
+    server.start()
+    store = Interrupted(server.url, LIMIT, 3600, clock, metrics)
+    store.server = server
+    tiers = Tiers([store], metrics, clock)
+    tiers.put(entries(range(256)))
+    await until_it_waits(tiers)
+    assert count(metrics, "redis", "set", "ok") == 128
+    server.start()  # empty: what it had been given before is lost
+    await until_written(tiers, clock)
+    assert await present(store, *range(256)) == [*range(128, 256)]
+    assert count(metrics, "redis", "set", "ok") == 256
     await tiers.close()
 
 

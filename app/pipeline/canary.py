@@ -104,11 +104,11 @@ def _key(space: str) -> bytes:
 class Canary:
     """Compares the deployments of one vector space with each other and with its reference."""
 
-    def __init__(self, deployments: Sequence[Deployment], expected: ReferenceVectors, *, from_start: bool) -> None:
+    def __init__(self, deployments: Sequence[Deployment], references: ReferenceVectors, *, from_start: bool) -> None:
         # In the order in which callers' requests go to them: in doubt the first is right (`_choose_reference`).
         self._deployments = deployments
         self.upstream, self._space = deployments[0].upstream, deployments[0].space
-        self._references = expected
+        self._references = references
         self._from_start = from_start
         self._last_asked: dict[Deployment, tuple[float, bool]] = {}
         """When each was last asked, and whether it answered then."""

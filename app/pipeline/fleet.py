@@ -39,8 +39,8 @@ class Fleet:
         """`slots`: each upstream's own. For upstreams that `before` has as well, what it uses is shared with it."""
         self._upstreams, self._slots = upstreams, slots
         self._cache, self._metrics, self._clock = cache, metrics, clock
-        self._expected: ReferenceVectors = (
-            before._expected if before else ReferenceVectors(cache if cache.persistent else None)
+        self._references: ReferenceVectors = (
+            before._references if before else ReferenceVectors(cache if cache.persistent else None)
         )
         """The canaries': what a space is expected to return outlives a change of configuration."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
@@ -89,10 +89,7 @@ class Fleet:
         # Until it has been compared, the others of its space serve in its place: in doubt the first is right.
         health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
         if before is not None:
-            health.length = before.length
-            health.answered = before.answered  # or the first by name would be right, whatever callers got
-            if before.out is not None:
-                health.stay_out(before)
+            health.inherit(before)
         self._spaces.add(identity)
         deployment = Deployment(upstream.name, model, identity, self._slots[upstream.name], limits, health, chain)
         self._deployments[(upstream.name, model, identity)] = deployment
@@ -102,7 +99,9 @@ class Fleet:
         """`configured`: whether the operator has them stand in for each other."""
         if deployments not in self._batchers:
             route = Route(deployments, self._metrics, self._clock)
-            canary = Canary(route.rotation.deployments, self._expected, from_start=configured and len(deployments) > 1)
+            canary = Canary(
+                route.rotation.deployments, self._references, from_start=configured and len(deployments) > 1
+            )
             batcher = Batcher(route, self._metrics, self._clock, self._cache.release_claims)
             self._cache.embedders.add(batcher)
             self._batchers[deployments] = batcher, canary

@@ -113,9 +113,12 @@ class Health:
         self.out = reason
         self.show()
 
-    def stay_out(self, before: Health) -> None:
-        """Stays out for the reason its predecessor was out, and is checked when that one would have been."""
-        self.out, self.asked = before.out, before.asked
+    def inherit(self, before: Health) -> None:
+        """Takes over what its predecessor knew: whether callers know its vectors, which are then right in doubt; and
+        why it was out, if it was, so that it stays out and is checked when that one would have been."""
+        self.length, self.answered = before.length, before.answered
+        if before.out is not None:
+            self.out, self.asked = before.out, before.asked
 
     def let_in(self) -> None:
         """Its vectors are right. After its first ejection it may take a call at once, for the others may be at their
@@ -187,7 +190,7 @@ class Health:
         """A call that began in this era returned results good only in part: others go first for a while."""
         if era == self._era:
             self._prefer_others(DOUBTFUL)
-            self.trouble.note(why)
+            self.trouble.note("incomplete", why)
 
     def abandon(self, era: int, *, others_first: bool = False) -> None:
         """A call that began in this era says nothing about the deployment. If it was the one call after an ejection,
@@ -215,9 +218,9 @@ class Health:
         else:
             problem = f"{error.code}: {error.message}"
             if error.needs_operator:
-                self.trouble.note(problem)
+                self.trouble.note(error.code, problem)
             else:
-                self.trouble.warn(problem)
+                self.trouble.warn(error.code, problem)
             if isinstance(error, UpstreamUnreachable):
                 self.shown = self.compared = False
             self._failures += 1

@@ -13,10 +13,12 @@ LONG_REST = 30.0
 """Seconds after which operators are told of a rest, or of rests in a row with no other answer between them."""
 LOG_INTERVAL = 60.0
 """Seconds between two log lines about one kind of trouble."""
+LENGTH_CHANGE_SHOWN = 60.0
+"""Seconds for which `/readyz` shows that vectors have changed their length."""
 
 
 class Trouble:
-    """One deployment's trouble. Problems are "code: message"; each code is logged at most once in `LOG_INTERVAL`."""
+    """One deployment's trouble. Each kind of it, mostly an error's code, is logged at most once in `LOG_INTERVAL`."""
 
     def __init__(self, clock: Clock, name: str) -> None:
         self._clock, self._name = clock, name
@@ -29,7 +31,7 @@ class Trouble:
         self._length_change = ""
         self._length_change_until = 0.0
         self._next_log: dict[str, float] = {}
-        """By error code, when a line about it may be logged again."""
+        """By kind, when a line about it may be logged again."""
         self._retired = False
 
     @property
@@ -37,18 +39,18 @@ class Trouble:
         """How the length of its vectors has changed, if that was a moment ago."""
         return self._length_change if self._clock.monotonic() < self._length_change_until else None
 
-    def note(self, problem: str) -> None:
+    def note(self, kind: str, problem: str) -> None:
         """Kept until it answers, and logged now and then."""
         if self.lasting is None:
-            self.warn(problem)
+            self.warn(kind, problem)
         self.lasting = problem
 
-    def warn(self, problem: str) -> None:
+    def warn(self, kind: str, problem: str) -> None:
         """Logs the problem and does not keep it."""
-        code, now = problem.partition(":")[0], self._clock.monotonic()
-        if now >= self._next_log.get(code, 0.0):
-            self.log("%s: %s", self._name, problem)
-            self._next_log[code] = now + LOG_INTERVAL
+        now = self._clock.monotonic()
+        if now >= self._next_log.get(kind, 0.0):
+            self._next_log[kind] = now + LOG_INTERVAL
+            self._log("%s: %s", self._name, problem)
 
     def note_rest(self, error: RateLimited, seconds: float) -> None:
         """It rests for this long after a rate limit. A short rest among answers is no trouble."""
@@ -62,29 +64,26 @@ class Trouble:
             self.rest = f"{error.code}: {error.message}; no other answer for {limited:.0f} s"
         else:
             return
-        self.warn(self.rest)
+        self.warn(error.code, self.rest)
 
     def note_length_change(self, before: int, after: int) -> None:
-        """Its vectors have `after` dimensions instead of `before`. Shown for a while, and logged unless it is shown
-        already: two models may take turns."""
-        now = self._clock.monotonic()
+        """Its vectors have `after` dimensions instead of `before`. Shown for a while: two models may take turns."""
         lengths = f"{after} dimensions, not {before} as before"
         self._length_change = f"its vectors have {lengths}: another model may have taken its place"
-        if now >= self._length_change_until:
-            self.log("%s: %s", self._name, self._length_change)
-        self._length_change_until = now + LOG_INTERVAL
+        self._length_change_until = self._clock.monotonic() + LENGTH_CHANGE_SHOWN
+        self.warn("length", self._length_change)
 
     def note_ejection(self, problem: str, seconds: float, failures: int) -> None:
         """It is out of the rotation for this long, after so many failures, the last of which is `problem`."""
         self.lasting = problem
-        self.log(
+        self._log(
             "%s is left out for %g s, after %d failures in a row; the last: %s", self._name, seconds, failures, problem
         )
 
     def answered(self, *, after_ejection: bool) -> None:
         """It has answered a call: all but a changed length is over."""
         if after_ejection:
-            self.log("%s answers again", self._name)
+            self._log("%s answers again", self._name)
         self.lasting = self._limited_since = None
         self.rest = ""
 
@@ -92,6 +91,6 @@ class Trouble:
         """Its name may be another's by now: nothing more is logged."""
         self._retired = True
 
-    def log(self, message: str, *values: object) -> None:
+    def _log(self, message: str, *values: object) -> None:
         if not self._retired:
             log.warning(message, *values)

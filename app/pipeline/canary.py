@@ -239,9 +239,10 @@ class Canary:
 
 
 def _choose_reference(returned: Mapping[Deployment, bytes]) -> bytes:
-    """The vector that becomes the reference: that of the first deployment to have answered callers, or else of the
+    """The vector that becomes the reference: that of a deployment taken to be right so far, such as one that the
+    configuration names beside one that is merely listed; of several, the first to have answered callers, or else the
     first of all."""
-    return returned[min(returned, key=lambda deployment: not deployment.health.answered)]
+    return returned[min(returned, key=lambda each: (each.health.unverified, not each.health.answered))]
 
 
 async def _ask_all(

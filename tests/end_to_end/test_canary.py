@@ -128,6 +128,23 @@ def test_the_sibling_with_another_model_leaves_and_is_never_asked_again(caplog: 
     assert "leaves the rotation" in caplog.text
 
 
+@pytest.mark.parametrize("first", ["right", "wrong"])
+def test_an_upstream_that_merely_lists_a_configured_models_name_does_not_take_its_place(first: str) -> None:
+    """Whoever comes first in the file, and although only the other one has been asked."""
+    with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
+        fakes = (right, wrong) if first == "right" else (wrong, right)
+        values = config(*fakes)
+        ours, other = (f"up{fakes.index(fake)}" for fake in (right, wrong))
+        values["models"] = {"m": {"deployments": [{"upstream": ours, "model": MODEL}]}}
+        clock = RoundClock()
+        with running(values, clock=clock) as gateway:
+            assert gateway.post({"model": f"{other}/{MODEL}", "input": "x"}).status_code == 200
+            clock.woken += 1
+            assert "cosine" in until_out(gateway, other)[MODEL]
+            vector = np.array(gateway.post({"model": "m", "input": "y"}).json()["data"][0]["embedding"], "<f4")
+            assert np.array_equal(vector, right.expected(MODEL, "y"))
+
+
 def test_a_model_that_changes_between_two_runs_is_found_by_what_was_stored(tmp_path: Path) -> None:
     cache = {"cache": {"memory": None, "disk": {"path": str(tmp_path / "cache.sqlite3")}}}
     with OtherModel(api_key="sk-fake") as fake:

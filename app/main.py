@@ -288,7 +288,7 @@ def create_app(
     clock = clock or SystemClock()
     metrics = Metrics()
     if stores is None:
-        stores = build.stores(settings.cache, metrics, clock)
+        stores = build.stores(settings.cache, settings.server.request_timeout, metrics, clock)
     cache = Tiers(stores, metrics, clock)
 
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:

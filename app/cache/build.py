@@ -13,7 +13,7 @@ from app.metrics import Metrics
 from app.types import Store
 
 
-def stores(settings: CacheSettings, metrics: Metrics, clock: Clock) -> list[Store]:
+def stores(settings: CacheSettings, request_timeout: float, metrics: Metrics, clock: Clock) -> list[Store]:
     """The configured tiers, not yet open. Raises `ValueError` for an invalid Redis URL."""
     built: list[Store] = []
     if memory := settings.memory:
@@ -21,7 +21,8 @@ def stores(settings: CacheSettings, metrics: Metrics, clock: Clock) -> list[Stor
     if disk := settings.disk:
         built.append(DiskStore(disk.path, disk.max_size, settings.ttl, clock, metrics))
     if redis := settings.redis:
-        built.append(RedisStore(redis.url.get_secret_value(), redis.timeout, settings.ttl, clock, metrics))
+        url = redis.url.get_secret_value()
+        built.append(RedisStore(url, redis.timeout, settings.ttl, clock, metrics, claim_lifetime=request_timeout))
     return built
 
 

@@ -90,8 +90,6 @@ _LARGE_LOOKUP = 256
 8 MiB, which take 70 ms at 1 Gbit/s."""
 _CLAIM_BATCH = 128
 """Keys claimed by one run of the script, which blocks the server for about half a millisecond."""
-_CLAIM_LIFETIME = 60.0
-"""Seconds after which a claim vanishes even if its replica is alive: a request's time, unless configured otherwise."""
 _CLAIM_PAUSE = 5.0
 """Seconds without claims after one was refused."""
 _WRITE_BATCH = 64
@@ -155,11 +153,14 @@ class RedisStore:
         clock: Clock,
         metrics: Metrics,
         *,
+        claim_lifetime: float = 60.0,
         max_connections: int = 16,
     ) -> None:
+        """`claim_lifetime`: seconds after which a claim vanishes even if its replica is alive: a request's time."""
         self._deadlines = Deadlines()
         self._timeout = timeout
         self._px = b"%d" % max(1, round(ttl * 1000))
+        self._claim_px = b"%d" % round(claim_lifetime * 1000)
         self._counts = Counts(metrics, self.name)
         self._now = clock.monotonic
         self._breaker = Breaker(clock.monotonic)
@@ -227,7 +228,7 @@ class RedisStore:
     def _claim_calls(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[list[bytes]]:
         pairs = [item for key, name in zip(keys, names, strict=True) for item in (name, CLAIM_PREFIX + key)]
         batches = [pairs[i : i + 2 * _CLAIM_BATCH] for i in range(0, len(pairs), 2 * _CLAIM_BATCH)]
-        arguments = (self._replica, b"%d" % (_CLAIM_LIFETIME * 1000), ALIVE_PREFIX, b"%d" % (CLAIM_TTL * 1000))
+        arguments = (self._replica, self._claim_px, ALIVE_PREFIX, b"%d" % (CLAIM_TTL * 1000))
         return [[b"%d" % len(batch), *batch, *arguments] for batch in batches]
 
     def _claimed_elsewhere(

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 import redis.asyncio
 
+from app.cache.build import stores
 from app.cache.redis import ALIVE_PREFIX, CLAIM_PREFIX, PREFIX, RedisStore
 from app.cache.tiers import Tiers
+from app.config import CacheSettings
 from app.metrics import Metrics
 from app.types import CLAIM_TTL
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
@@ -103,6 +105,16 @@ async def test_a_claim_ends_by_itself(server: RedisServer, clock: Clock, monkeyp
 
     await until(free)
     await close(one, other)
+
+
+async def test_a_claim_lasts_as_long_as_a_request_may(server: RedisServer, clock: Clock, metrics: Metrics) -> None:
+    settings = CacheSettings.model_validate({"memory": None, "redis": {"url": server.url, "timeout": LIMIT}})
+    (one,) = stores(settings, 600, metrics, clock)
+    assert isinstance(one, RedisStore)
+    await one.get_or_claim(keys(1))
+    async with redis.asyncio.Redis.from_url(server.url) as admin:
+        assert 590_000 < await admin.pttl(CLAIM_PREFIX + key(1)) <= 600_000
+    await close(one)
 
 
 async def test_claims_last_while_their_replica_says_that_it_lives(

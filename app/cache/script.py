@@ -20,12 +20,14 @@ class Script:
     async def run(
         self, connections: Connections, calls: Sequence[Sequence[bytes]], then: Sequence[Command] = ()
     ) -> list[object]:
-        """One reply per call and per command in `then`, in one round trip; scripts the server does not know take a
-        second one. A call is the number of its keys, the keys, and the arguments."""
+        """One reply per call and per command in `then`, in one round trip. If the server does not know the script, it
+        takes a second one, in which `then` follows again. A call is the number of its keys, the keys, and the
+        arguments."""
         replies = await connections.exchange([*[(b"EVALSHA", self._sha, *call) for call in calls], *then])
         unknown = [i for i, reply in enumerate(replies) if isinstance(reply, NoScriptError)]
         if unknown:
             in_full: list[Command] = [(b"EVAL", self._source, *calls[i]) for i in unknown]
-            for i, reply in zip(unknown, await connections.exchange(in_full), strict=True):
+            again = unknown + list(range(len(calls), len(replies)))
+            for i, reply in zip(again, await connections.exchange([*in_full, *then]), strict=True):
                 replies[i] = reply
         return replies

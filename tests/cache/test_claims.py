@@ -2,13 +2,15 @@
 
 import asyncio
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import redis.asyncio
+from redis.exceptions import NoScriptError
 
 from app.cache.build import stores
+from app.cache.connections import Command
 from app.cache.redis import ALIVE_PREFIX, CLAIM_PREFIX, PREFIX, RedisStore
 from app.cache.tiers import Tiers
 from app.config import CacheSettings
@@ -158,6 +160,25 @@ async def test_a_server_that_has_forgotten_the_script_is_told_again(server: Redi
     await one._connections.exchange([(b"SCRIPT", b"FLUSH")])
     await one.put(entries([3]))
     assert await other.get_or_claim(keys(1, 3)) == ([None, embedding(3)], {key(1)})
+    await close(one, other)
+
+
+async def test_what_is_written_while_the_server_is_sent_its_script_again_is_found(
+    server: RedisServer, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = store(server, clock), store(server, clock)
+    await one.get_or_claim(keys(1))
+    await one._connections.exchange([(b"SCRIPT", b"FLUSH")])
+    exchange = other._connections.exchange
+
+    async def then_it_is_written(commands: Sequence[Command]) -> list[object]:
+        replies = await exchange(commands)
+        if any(isinstance(reply, NoScriptError) for reply in replies):
+            await one.put(entries([1]))
+        return replies
+
+    monkeypatch.setattr(other._connections, "exchange", then_it_is_written)
+    assert await other.get_or_claim(keys(1)) == ([embedding(1)], set())
     await close(one, other)
 
 

@@ -29,16 +29,11 @@ class Breaker:
         """Whether the tier stopped answering, and has not answered since."""
         return self._open_until is not None
 
-    @property
-    def pausing(self) -> bool:
-        """Whether it is open and not even a probe may go."""
-        return self._open_until is not None and self._now() < self._open_until
-
     def allow(self) -> bool:
         """Whether the caller may try the tier."""
-        if not self.is_open:
+        if self._open_until is None:
             return True
-        if self._probing or self.pausing:
+        if self._probing or self._now() < self._open_until:
             return False
         self._probing = True
         return True

@@ -140,8 +140,10 @@ class DiskStore:
 
     async def takes_writes(self) -> bool:
         if self._breaker.is_open:
-            await self.open()  # a probe without values to lose
-        return not (self._breaker.is_open or self._write_breaker.pausing)
+            await self.open()  # a probe without values to lose, as is the next
+        if self._write_breaker.is_open and not self._breaker.is_open:
+            await self._put([])
+        return not (self._breaker.is_open or self._write_breaker.is_open)
 
     async def close(self) -> None:
         """Closes the file, which keeps its values."""

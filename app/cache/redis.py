@@ -82,6 +82,8 @@ end
 
 _MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
 """This is the wrong server, or no longer the right one: the host name may resolve to another by now."""
+_NOT_NOW = ("BUSY ", "MISCONF ", "NOREPLICAS ")
+"""How refusals begin that pass once a script has ended, the disk has room or a replica is back."""
 _BAD_CREDENTIALS = (AuthenticationError, AuthorizationError)
 _CLUSTER = (MovedError, ClusterCrossSlotError)
 
@@ -167,6 +169,8 @@ class RedisStore:
         self._connections = connections(url, max_connections)
         self._slots = asyncio.Semaphore(max_connections)
         self._replica = os.urandom(8).hex().encode()
+        self._refuses_writes = False
+        """Whether the server refused the last write, and may take it later, as in a failover."""
         self._no_claims_until = 0.0
         """A server that refuses claims, for example a read-only one, can still be read."""
         self._no_large_until = 0.0
@@ -248,26 +252,31 @@ class RedisStore:
         return held
 
     async def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[tuple[bytes, Embedding]]:
-        """Pipelines SETs with a time to live. Values the server refuses are dropped and counted. Returns the entries
-        for which there was no answer."""
-        unanswered: list[tuple[bytes, Embedding]] = []
+        """Pipelines SETs with a time to live. Values the server refuses for good are dropped and counted. Returns the
+        entries for which there was no answer, or a refusal that may pass."""
+        left: list[tuple[bytes, Embedding]] = []
         for start in range(0, len(entries), _WRITE_BATCH):
             batch = entries[start : start + _WRITE_BATCH]
             replies = await self._attempt("set", partial(self._write, batch), len(batch))
             if replies is None:
-                unanswered += batch
+                left += batch
                 continue
             errors = [reply for reply in replies[: len(batch)] if isinstance(reply, Exception)]
+            left += [entry for entry, reply in zip(batch, replies, strict=False) if _may_pass(reply)]
+            self._refuses_writes = any(map(_may_pass, errors))
             full = sum(isinstance(error, OutOfMemoryError) for error in errors)
             self._counts.set_dropped.inc(full)
             self._counts.set_error.inc(len(errors) - full)
             self._counts.ok.inc(len(batch) - len(errors))
-        return unanswered
+        return left
 
     async def takes_writes(self) -> bool:
         if self._breaker.is_open:
             await self.open()  # a probe without values to lose
-        return not self._breaker.is_open
+        if self._refuses_writes and not self._breaker.is_open:
+            replies = await self._attempt("set", partial(self._connections.exchange, [self._alive()]), 0)
+            self._refuses_writes = replies is None or _may_pass(replies[0])
+        return not (self._breaker.is_open or self._refuses_writes)
 
     async def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[object]:
         commands: list[Command] = [
@@ -278,9 +287,11 @@ class RedisStore:
         return await self._connections.exchange([*commands, release])
 
     async def renew_claims(self) -> None:
-        alive = (b"SET", ALIVE_PREFIX + self._replica, b"", b"PX", b"%d" % (CLAIM_TTL * 1000))
         if self._now() >= self._no_claims_until:
-            await self._attempt("set", partial(self._connections.exchange, [alive]), 0)
+            await self._attempt("set", partial(self._connections.exchange, [self._alive()]), 0)
+
+    def _alive(self) -> Command:
+        return (b"SET", ALIVE_PREFIX + self._replica, b"", b"PX", b"%d" % (CLAIM_TTL * 1000))
 
     async def release_claims(self, keys: Sequence[bytes]) -> None:
         if self._now() >= self._no_claims_until:
@@ -362,3 +373,8 @@ class RedisStore:
             self._health.failing(operation, why)
         else:
             self._health.failing(operation, describe_error(error))
+
+
+def _may_pass(reply: object) -> bool:
+    """Whether this is a refusal to write that the same server, or another one behind its name, will soon take back."""
+    return isinstance(reply, _MOVED) or (isinstance(reply, ResponseError) and str(reply).startswith(_NOT_NOW))

@@ -101,7 +101,7 @@ class Writer:
                         log.exception("cache tier %s raised while writing", self._store.name)
                     self._failing = True
                 except asyncio.CancelledError:
-                    self._counts.set_dropped.inc(len(left))
+                    self._queue.extendleft(left)
                     raise
                 finally:
                     self._size -= sum(embedding.size + _OVERHEAD for _, embedding in taken if embedding is not None)
@@ -114,8 +114,8 @@ class Writer:
             self._task = None
 
     async def _wait_for_store(self) -> None:
-        """Waits until the store takes writes; not once the writer is closed."""
-        while not self._closed and not await self._store.takes_writes():
+        """Waits until the store takes writes."""
+        while not await self._store.takes_writes():
             self._away = True
             await self._clock.sleep(_RETRY)
         self._away = False

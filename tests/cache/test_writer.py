@@ -124,6 +124,33 @@ async def test_of_a_batch_that_an_outage_cuts_in_two_each_value_is_written_and_c
     await tiers.close()
 
 
+@pytest.mark.parametrize(
+    ("refuse", "accept"),
+    [
+        ("REPLICAOF 127.0.0.1 1", "REPLICAOF NO ONE"),
+        ("CONFIG SET min-replicas-to-write 1", "CONFIG SET min-replicas-to-write 0"),
+    ],
+)
+async def test_what_comes_while_redis_takes_no_writes_as_in_a_failover_is_written_once_it_does(
+    refuse: str, accept: str, server: RedisServer, clock: HandClock, metrics: Metrics
+) -> None:
+    server.start()
+    store = RedisStore(server.url, LIMIT, 3600, clock, metrics)
+    tiers = Tiers([store], metrics, clock)
+    await store._connections.exchange([tuple(refuse.encode().split())])
+    tiers.put(entries(range(300)))
+    await until_it_waits(tiers)
+    refused = count(metrics, "redis", "set", "error")
+    for _ in range(30):
+        await clock.advance(1)
+    assert count(metrics, "redis", "set", "error") == refused, "no probe costs values"
+    await store._connections.exchange([tuple(accept.encode().split())])
+    await until_written(tiers, clock)
+    assert await present(store, *range(300)) == [*range(300)]
+    assert count(metrics, "redis", "set", "ok") == 300
+    await tiers.close()
+
+
 async def test_what_comes_while_the_disk_cannot_be_opened_is_written_once_it_can(
     tmp_path: Path, clock: HandClock, metrics: Metrics
 ) -> None:
@@ -156,4 +183,25 @@ async def test_what_comes_while_another_process_holds_the_file_is_written_once_i
     other.close()
     await until_written(tiers, clock)
     assert await present(store, *range(10, 20)) == [*range(10, 20)]
+    await tiers.close()
+
+
+async def test_what_meets_a_file_that_is_held_for_a_moment_is_written_too(
+    path: Path, clock: HandClock, metrics: Metrics
+) -> None:
+    store = disk(path, clock, metrics)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    tiers = Tiers([store], metrics, clock)
+    tiers.put(entries(range(20)))
+
+    async def refused() -> bool:
+        return count(metrics, "disk", "set", "error") > 0
+
+    await until(refused)
+    other.execute("ROLLBACK")
+    other.close()
+    await until_written(tiers, clock)
+    assert await present(store, *range(20)) == [*range(20)]
     await tiers.close()

@@ -205,9 +205,10 @@ class Table:
         while self._used_pages() > target:
             # Values used while the clock was ahead would outlive all others. As many are corrected as are evicted: all
             # at once, they could put the whole file into the log.
+            now = int(self._now())
             self._db.execute(
-                "UPDATE embeddings SET used = ?1 WHERE id IN (SELECT id FROM embeddings WHERE used > ?1 LIMIT ?2)",
-                (int(self._now()), _EVICT_BATCH),
+                "UPDATE embeddings SET used = ? WHERE id IN (SELECT id FROM embeddings WHERE used > ? LIMIT ?)",
+                (now, now, _EVICT_BATCH),
             )
             evicted = self._db.execute(
                 "DELETE FROM embeddings WHERE id IN (SELECT id FROM embeddings ORDER BY used, id LIMIT ?)",

@@ -259,7 +259,7 @@ class Batcher:
         if len(queues) > 1:
             queues.sort(key=attrgetter("sequence"))
         for queue in queues:
-            slot = self._rotation.take(lane, queue.batch_key[1])
+            slot = self._rotation.take(lane, queue.params)
             if slot is None:  # nor would the other queues of its set get one
                 continue
             slots, limits = slot.deployment.slots, slot.deployment.limits

@@ -109,13 +109,14 @@ class QueueSet:
 class Queue:
     """Inputs with one batch key that wait for a slot, query lane first. `waiting` counts them for the metrics."""
 
-    __slots__ = ("_waiting", "batch_key", "lanes", "queue_set", "sequence")
+    __slots__ = ("_waiting", "batch_key", "lanes", "params", "queue_set", "sequence")
 
     def __init__(
         self, batch_key: BatchKey, queue_set: QueueSet, sequence: int, waiting: Mapping[Lane, BufferedCounter]
     ) -> None:
         """`sequence`: lower than that of a queue served later."""
         self.batch_key, self.queue_set, self.sequence = batch_key, queue_set, sequence
+        _, self.params, _ = batch_key
         self.lanes: dict[Lane, deque[Job]] = {"query": deque(), "bulk": deque()}
         self._waiting = waiting
 
@@ -228,10 +229,11 @@ class Queues:
         """`earliest_deadline`: none of them has a deadline before this, now or later."""
         queue = self.by_key.get(batch_key)
         if queue is None:
-            required = requirements(batch_key[1])
+            _, params, _ = batch_key
+            required = requirements(params)
             queue_set = self.queue_sets.get(required)
             if queue_set is None:
-                queue_set = self.queue_sets[required] = QueueSet(batch_key[1])
+                queue_set = self.queue_sets[required] = QueueSet(params)
             queue = self.by_key[batch_key] = Queue(batch_key, queue_set, next(self._numbers), self._waiting)
         queue_set, waiting = queue.queue_set, queue.lanes[lane]
         if not waiting:

@@ -25,6 +25,9 @@ class Slot:
         self.deployment, self.era = deployment, era
         self._charged = 0
 
+    def give_back(self) -> None:
+        self.deployment.slots.give_back()
+
     def charge(self, inputs: Sequence[Input]) -> None:
         """Charges the pace, if there is one, with the estimated tokens of what the call carries. To be called in the
         turn of the event loop in which the slot was taken: until then the next call may start as if this one weighed

@@ -185,7 +185,7 @@ class Route:
                 deployment.slots.shrink()
             elif judged and error is None:
                 deployment.slots.grow()
-            deployment.slots.give_back()
+            slot.give_back()
 
     async def _retry_slot(
         self, batch: Batch, result: BatchResult, pending: list[int], failed: Slot, lane: Lane, *, elsewhere: bool

@@ -137,6 +137,7 @@ class UpstreamSettings(Section):
 
     type: str
     base_url: str = Field(description="the address requests go to, such as https://host/v1")
+    """Has no trailing slash once it is validated."""
     api_key: SecretStr | None = None
     api_keys: tuple[SecretStr, ...] = ()
     timeout: Duration = 30.0

@@ -50,7 +50,7 @@ class Call:
     """Embeds a batch on one deployment. Raises `GatewayError`, its message free of secrets."""
 
     def __init__(self, upstream: Upstream, model: Model, metrics: Metrics) -> None:
-        self._target = Target(upstream.settings.base_url.rstrip("/"), model)
+        self._target = Target(upstream.settings.base_url, model)
         self._adapter, self._auth, self._send = upstream.adapter, upstream.auth, upstream.send
         self._redact, self._upstream, self._metrics = upstream.redact, upstream.name, metrics
         self._labels = upstream.name, model.name

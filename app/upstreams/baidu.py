@@ -195,7 +195,7 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
     secret = settings.secret_key.get_secret_value() if settings.secret_key else ""
     if settings.auth == "iam":
         return BceSignature(settings.access_key.get_secret_value() if settings.access_key else "", secret, clock)
-    key, server = auth.keys(settings)[0], settings.base_url.rstrip("/") + _TOKEN_PATH
+    key, server = auth.keys(settings)[0], settings.base_url + _TOKEN_PATH
     # The parameters go in the query although it is a POST; `query` keeps them out of any URL that we store.
     token_request = WireRequest(
         "POST",

@@ -132,9 +132,10 @@ def unlisted_model(name: str) -> Model:
 
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
     """The pulled models that can embed; those tagged `latest` also under their name without the tag."""
-    base_url = settings.base_url.rstrip("/")
     try:
-        tags = await _request_json(send, WireRequest("GET", base_url + "/api/tags", {"accept": "application/json"}))
+        tags = await _request_json(
+            send, WireRequest("GET", settings.base_url + "/api/tags", {"accept": "application/json"})
+        )
     except UpstreamMisconfigured as error:
         # The upstream's message comes last: the redactor detects a key that was cut off only at the end.
         raise UpstreamMisconfigured(f"(its base_url does not end in /api or /v1) {error.message}") from error
@@ -143,7 +144,7 @@ async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
     for tag in _dicts(tags.get("models")):
         name = str(tag.get("name") or tag.get("model") or "")
         try:
-            metadata = await _metadata(send, base_url, name, tag)
+            metadata = await _metadata(send, settings.base_url, name, tag)
         except UpstreamMisconfigured:  # removed meanwhile, or the server has no such route
             continue
         except UpstreamError as error:

@@ -51,7 +51,7 @@ class OpenAISettings(UpstreamSettings):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if self.auth != "none" and self.base_url.rstrip("/") == BASE_URL:
+        if self.auth != "none" and self.base_url == BASE_URL:
             auth.need_key(self, "OPENAI_API_KEY")
         return self
 
@@ -154,7 +154,7 @@ def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | No
 
 def models(settings: OpenAISettings) -> Mapping[str, Model]:
     """OpenAI's models; any other server is asked for its own."""
-    return CATALOG["openai"] if settings.base_url.rstrip("/") == BASE_URL else {}
+    return CATALOG["openai"] if settings.base_url == BASE_URL else {}
 
 
 def unlisted_model(name: str) -> Model:
@@ -181,7 +181,7 @@ _NO_SUCH_ROUTE = (404, 405, 501)
 async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | None:
     """`GET /models`; None from a server without that route (TEI, a deployment on Azure). In old versions of infinity
     `data` is one object and not a list."""
-    url = settings.base_url.rstrip("/") + "/models"
+    url = settings.base_url + "/models"
     reply = await send(WireRequest("GET", url, {"accept": "application/json"}, query=dict(settings.query)))
     if reply.status in _NO_SUCH_ROUTE:
         return None

@@ -37,7 +37,7 @@ class Subject:
         self.adapter: Adapter = self.kind.adapter(self.settings)
         name = table["model"]
         model: Model = self.kind.models(self.settings).get(name) or self.kind.unlisted_model(name)
-        self.target = Target(self.settings.base_url.rstrip("/"), model)
+        self.target = Target(self.settings.base_url, model)
 
     def build(self, batch: Batch) -> Any:
         return self.adapter.build_request(batch, self.target)

@@ -29,7 +29,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.types import Adapter, Auth, Batch, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, openai, replies
+from app.upstreams import auth, openai, replies, wire
 from app.upstreams.access_token import AccessToken
 from app.upstreams.sealed import SealedTokens
 from app.upstreams.signature import BceSignature
@@ -90,7 +90,7 @@ def _require(value: SecretStr | None, name: str, how: str) -> None:
 def build_request(batch: Batch, target: Target) -> WireRequest:
     name = target.model.name
     endpoint = _ENDPOINTS.get(name) or quote(name, safe="")
-    return openai.post(target.base_url + _PATH + endpoint, {"input": batch.inputs})
+    return wire.post(target.base_url + _PATH + endpoint, {"input": batch.inputs})
 
 
 _STALE = frozenset({100, 110, 111})  # invalid or missing, no longer valid, expired

@@ -30,7 +30,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.types import Adapter, Auth, Batch, Input, Parsed, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, json_vectors, openai, replies
+from app.upstreams import auth, json_vectors, openai, replies, wire
 
 _BASE_URLS = {
     "native": "https://dashscope.aliyuncs.com/api/v1",
@@ -73,9 +73,9 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
     body: dict[str, object] = {"model": target.model.name, "parameters": parameters}
     if _takes_contents(target.model):
         body["input"] = {"contents": [_content(each) for each in batch.inputs]}
-        return openai.post(target.base_url + _MULTIMODAL_PATH, body)
+        return wire.post(target.base_url + _MULTIMODAL_PATH, body)
     body["input"] = {"texts": batch.inputs}
-    return openai.post(target.base_url + _PATH, body)
+    return wire.post(target.base_url + _PATH, body)
 
 
 def _takes_contents(model: Model) -> bool:

@@ -19,7 +19,7 @@ from app.clock import Clock
 from app.config import UpstreamKind, UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
 from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, json_vectors, openai, replies
+from app.upstreams import auth, json_vectors, replies, wire
 
 
 class GeminiSettings(UpstreamSettings):
@@ -42,7 +42,7 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
         options["outputDimensionality"] = params.dimensions
     requests = [{**options, "content": {"parts": [{"text": text}]}} for text in batch.inputs]
     url = f"{target.base_url}/models/{quote(model.name, safe='')}:batchEmbedContents"
-    return openai.post(url, {"requests": requests})
+    return wire.post(url, {"requests": requests})
 
 
 # The body, an object or a list of one, says what the status leaves open; the first match counts. Quotes within a

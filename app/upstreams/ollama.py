@@ -30,7 +30,7 @@ from app.errors import (
     UpstreamMisconfigured,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, json_vectors, openai, replies
+from app.upstreams import auth, json_vectors, replies, wire
 
 PORT = 11434
 MAX_BATCH = 16
@@ -71,7 +71,7 @@ def build_request(settings: OllamaSettings, batch: Batch, target: Target) -> Wir
         body["dimensions"] = batch.params.dimensions
     if settings.keep_alive is not None:
         body["keep_alive"] = settings.keep_alive
-    return openai.post(target.base_url + "/api/embed", body)
+    return wire.post(target.base_url + "/api/embed", body)
 
 
 # Any failure after scheduling is a 400, so the message decides; the first match counts.
@@ -133,9 +133,7 @@ def unlisted_model(name: str) -> Model:
 async def discover(settings: OllamaSettings, send: Send) -> Sequence[Model]:
     """The pulled models that can embed; those tagged `latest` also under their name without the tag."""
     try:
-        tags = await _request_json(
-            send, WireRequest("GET", settings.base_url + "/api/tags", {"accept": "application/json"})
-        )
+        tags = await _request_json(send, wire.get(settings.base_url + "/api/tags"))
     except UpstreamMisconfigured as error:
         # The upstream's message comes last: the redactor detects a key that was cut off only at the end.
         raise UpstreamMisconfigured(f"(its base_url does not end in /api or /v1) {error.message}") from error
@@ -167,7 +165,7 @@ async def _metadata(send: Send, base_url: str, name: str, tag: Mapping[str, Any]
     if _embeds(tag) is False or (_embeds(tag) and None not in (dimensions, longest)):
         return tag
     try:
-        return await _request_json(send, openai.post(base_url + "/api/show", {"model": name}))
+        return await _request_json(send, wire.post(base_url + "/api/show", {"model": name}))
     except GatewayError:
         if dimensions is None:
             raise

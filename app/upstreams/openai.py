@@ -28,7 +28,7 @@ from app.errors import (
     UpstreamMisconfigured,
 )
 from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
-from app.upstreams import auth, json_vectors, replies
+from app.upstreams import auth, json_vectors, replies, wire
 
 BASE_URL = "https://api.openai.com/v1"
 
@@ -67,15 +67,9 @@ def request_builder(
             body["dimensions"] = batch.params.dimensions
         if encoding_format is not None:
             body["encoding_format"] = encoding_format
-        return post(target.base_url + path, body, query)
+        return wire.post(target.base_url + path, body, query)
 
     return build_request
-
-
-def post(url: str, body: object, query: Mapping[str, str] | None = None) -> WireRequest:
-    """A JSON request, for every dialect."""
-    headers = {"content-type": "application/json", "accept": "application/json"}
-    return WireRequest("POST", url, headers, orjson.dumps(body), dict(query) if query else {})
 
 
 _CODES: Mapping[str, type[GatewayError]] = {
@@ -181,8 +175,7 @@ _NO_SUCH_ROUTE = (404, 405, 501)
 async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | None:
     """`GET /models`; None from a server without that route (TEI, a deployment on Azure). In old versions of infinity
     `data` is one object and not a list."""
-    url = settings.base_url + "/models"
-    reply = await send(WireRequest("GET", url, {"accept": "application/json"}, query=dict(settings.query)))
+    reply = await send(wire.get(settings.base_url + "/models", settings.query))
     if reply.status in _NO_SUCH_ROUTE:
         return None
     error = parse_error(reply)

@@ -16,11 +16,13 @@ from msgspec.structs import replace
 from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamAuth
-from app.types import Auth, Send, WireReply, WireRequest
+from app.types import Auth, Send, TokenStore, WireReply, WireRequest
 
 log = logging.getLogger(__name__)
 
 ParseError: TypeAlias = Callable[[WireReply], GatewayError | None]
+MakeAuth: TypeAlias = Callable[[UpstreamSettings, Clock, TokenStore | None], Auth]
+"""`UpstreamKind.auth`."""
 
 KEY_COOLDOWN = 600.0
 """Seconds for which a refused or exhausted key is not tried while there are others."""
@@ -41,6 +43,18 @@ def need_key(settings: UpstreamSettings, variable: str) -> None:
 def bearer(keys: Sequence[str], parse_error: ParseError, clock: Clock) -> Auth:
     """`Authorization: Bearer …`, or no header without a key."""
     return HeaderKey("authorization", [f"Bearer {key}" for key in keys], parse_error, clock) if keys else NoAuth()
+
+
+def by_bearer(parse_error: ParseError) -> MakeAuth:
+    """The `auth` of a kind whose keys are bearer tokens."""
+    return lambda settings, clock, _tokens: bearer(keys(settings), parse_error, clock)
+
+
+def by_header(header: str, parse_error: ParseError) -> MakeAuth:
+    """The `auth` of a kind whose keys go in a header of its own."""
+    return lambda settings, clock, _tokens: (
+        HeaderKey(header, found, parse_error, clock) if (found := keys(settings)) else NoAuth()
+    )
 
 
 class NoAuth:

@@ -189,7 +189,7 @@ def adapter(settings: BaiduSettings) -> Adapter:
     return _ADAPTERS[settings.mode]
 
 
-def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None = None) -> Auth:
+def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None) -> Auth:
     if settings.mode == "v2":
         return auth.bearer(auth.keys(settings), parse_error_v2, clock)
     secret = settings.secret_key.get_secret_value() if settings.secret_key else ""

@@ -15,7 +15,6 @@ from pydantic import model_validator
 
 from app import vectors
 from app.catalog import CATALOG, Model
-from app.clock import Clock
 from app.config import CAPABILITIES, UpstreamKind, UpstreamSettings
 from app.errors import (
     GatewayError,
@@ -29,7 +28,7 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnavailable,
 )
-from app.types import Adapter, Auth, Batch, Input, Parsed, Target, TokenStore, WireReply, WireRequest
+from app.types import Adapter, Batch, Input, Parsed, Target, WireReply, WireRequest
 from app.upstreams import auth, json_vectors, openai, replies, wire
 
 _BASE_URLS = {
@@ -199,10 +198,6 @@ def adapter(settings: DashScopeSettings) -> Adapter:
     return _ADAPTERS[settings.mode]
 
 
-def credentials(settings: DashScopeSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
-    return auth.bearer(auth.keys(settings), parse_error, clock)
-
-
 # OpenAI's dialect cannot express roles, instructions or sparse vectors: every text is a document there. It does not
 # serve image models at all.
 _COMPATIBLE = {
@@ -225,7 +220,7 @@ KIND = UpstreamKind(
     name="dashscope",
     settings=DashScopeSettings,
     adapter=adapter,
-    auth=credentials,
+    auth=auth.by_bearer(parse_error),
     models=models,
     environment=environment,
     switched_on_by="DASHSCOPE_API_KEY",

@@ -15,10 +15,9 @@ from pydantic import model_validator
 
 from app import vectors
 from app.catalog import ANY, CATALOG, Model
-from app.clock import Clock
 from app.config import UpstreamKind, UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
-from app.types import Adapter, Auth, Batch, Parsed, Target, TokenStore, WireReply, WireRequest
+from app.types import Adapter, Batch, Parsed, Target, WireReply, WireRequest
 from app.upstreams import auth, json_vectors, replies, wire
 
 
@@ -84,11 +83,6 @@ def adapter(_settings: GeminiSettings) -> Adapter:
     return Adapter(build_request, parse_error, parse_response)
 
 
-def credentials(settings: GeminiSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
-    """The key goes in a header: `?key=` ends up in logs."""
-    return auth.HeaderKey("x-goog-api-key", auth.keys(settings), parse_error, clock)
-
-
 def models(_settings: GeminiSettings) -> Mapping[str, Model]:
     return CATALOG["gemini"]
 
@@ -107,7 +101,7 @@ KIND = UpstreamKind(
     name="gemini",
     settings=GeminiSettings,
     adapter=adapter,
-    auth=credentials,
+    auth=auth.by_header("x-goog-api-key", parse_error),  # not `?key=`, which ends up in logs
     models=models,
     unlisted_model=unlisted_model,
     environment=environment,

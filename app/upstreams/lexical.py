@@ -20,9 +20,8 @@ from numpy.typing import NDArray
 
 from app import vectors
 from app.catalog import CATALOG, Model
-from app.clock import Clock
 from app.config import UpstreamKind, UpstreamSettings
-from app.types import Adapter, Auth, TokenStore
+from app.types import Adapter
 from app.upstreams import openai
 from app.upstreams.auth import NoAuth
 
@@ -180,10 +179,6 @@ def adapter(_settings: LexicalSettings) -> Adapter:
     return Adapter(build_request, openai.parse_error, openai.parse_response)
 
 
-def credentials(_settings: LexicalSettings, _clock: Clock, _tokens: TokenStore | None = None) -> Auth:
-    return NoAuth()
-
-
 def models(_settings: LexicalSettings) -> Mapping[str, Model]:
     return CATALOG["lexical"]
 
@@ -196,7 +191,7 @@ KIND = UpstreamKind(
     name="lexical",
     settings=LexicalSettings,
     adapter=adapter,
-    auth=credentials,
+    auth=lambda _settings, _clock, _tokens: NoAuth(),
     models=models,
     transport=transport,
     built_in=True,

@@ -18,7 +18,6 @@ from pydantic import AfterValidator
 
 from app import vectors
 from app.catalog import ANY, Model, family
-from app.clock import Clock
 from app.config import UpstreamKind, UpstreamSettings
 from app.config.values import DURATIONS, Count, parse_duration
 from app.errors import (
@@ -29,7 +28,7 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamMisconfigured,
 )
-from app.types import Adapter, Auth, Batch, Parsed, Send, Target, TokenStore, WireReply, WireRequest
+from app.types import Adapter, Batch, Parsed, Send, Target, WireReply, WireRequest
 from app.upstreams import auth, json_vectors, replies, wire
 
 PORT = 11434
@@ -104,11 +103,6 @@ def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
 
 def adapter(settings: OllamaSettings) -> Adapter:
     return Adapter(partial(build_request, settings), parse_error, parse_response)
-
-
-def credentials(settings: OllamaSettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
-    """The server needs no key, but a proxy in front of it may."""
-    return auth.bearer(auth.keys(settings), parse_error, clock)
 
 
 def models(_settings: OllamaSettings) -> Mapping[str, Model]:
@@ -254,7 +248,7 @@ KIND = UpstreamKind(
     name="ollama",
     settings=OllamaSettings,
     adapter=adapter,
-    auth=credentials,
+    auth=auth.by_bearer(parse_error),  # the server needs no key, but a proxy in front of it may
     models=models,
     unlisted_model=unlisted_model,
     discover=discover,

@@ -137,7 +137,7 @@ def adapter(settings: OpenAISettings) -> Adapter:
     return Adapter(request_builder(settings.path, settings.query, encoding_format), parse_error, parse_response)
 
 
-def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | None = None) -> Auth:
+def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | None) -> Auth:
     keys = auth.keys(settings)
     if not keys or settings.auth == "none":
         return auth.NoAuth()

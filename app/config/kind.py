@@ -10,7 +10,7 @@ from typing import Any
 
 import httpx
 
-from app.catalog import ANY, Model
+from app.catalog import ANY, CATALOG, Model
 from app.clock import Clock
 from app.config.settings import UpstreamSettings
 from app.types import Adapter, Auth, Send, TokenStore
@@ -31,8 +31,8 @@ class UpstreamKind:
     """The adapter for these settings (a type may have modes)."""
     auth: Callable[[Any, Clock, TokenStore | None], Auth]
     """Also takes the store in which replicas share access tokens, for types that use them."""
-    models: Callable[[Any], Mapping[str, Model]]
-    """The models known beforehand, from the catalogue."""
+    models: Callable[[Any], Mapping[str, Model]] = lambda settings: CATALOG.get(settings.type, {})
+    """The models known beforehand: by default, all that the catalogue has under the type's name."""
     discover: Callable[[Any, Send], Awaitable[Sequence[Model] | None]] | None = None
     """Asks the upstream for its models; None if it has no list. Raises `GatewayError`. `Send` adds the credentials."""
     environment: Callable[[Mapping[str, str]], dict[str, Any] | None] = lambda _: None

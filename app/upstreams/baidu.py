@@ -211,10 +211,6 @@ def credentials(settings: BaiduSettings, clock: Clock, tokens: TokenStore | None
     return AccessToken(token_request, is_stale, clock, shared)
 
 
-def models(_settings: BaiduSettings) -> Mapping[str, Model]:
-    return CATALOG["baidu"]
-
-
 def unlisted_model(name: str) -> Model:
     """Neither API takes a number of dimensions."""
     if name == _DOCUMENTED_NAME:
@@ -234,7 +230,6 @@ KIND = UpstreamKind(
     settings=BaiduSettings,
     adapter=adapter,
     auth=credentials,
-    models=models,
     unlisted_model=unlisted_model,
     environment=environment,
     switched_on_by="BAIDU_API_KEY with BAIDU_SECRET_KEY",

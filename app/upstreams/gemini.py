@@ -14,7 +14,7 @@ from urllib.parse import quote
 from pydantic import model_validator
 
 from app import vectors
-from app.catalog import ANY, CATALOG, Model
+from app.catalog import ANY, Model
 from app.config import UpstreamKind, UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
 from app.types import Adapter, Batch, Parsed, Target, WireReply, WireRequest
@@ -83,10 +83,6 @@ def adapter(_settings: GeminiSettings) -> Adapter:
     return Adapter(build_request, parse_error, parse_response)
 
 
-def models(_settings: GeminiSettings) -> Mapping[str, Model]:
-    return CATALOG["gemini"]
-
-
 def unlisted_model(name: str) -> Model:
     """The route takes 100 inputs, whatever the model."""
     return Model(name, dimension_choices=ANY, max_batch=100)
@@ -102,7 +98,6 @@ KIND = UpstreamKind(
     settings=GeminiSettings,
     adapter=adapter,
     auth=auth.by_header("x-goog-api-key", parse_error),  # not `?key=`, which ends up in logs
-    models=models,
     unlisted_model=unlisted_model,
     environment=environment,
     switched_on_by="GEMINI_API_KEY or GOOGLE_API_KEY",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import httpx
@@ -19,7 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from app import vectors
-from app.catalog import CATALOG, Model
+from app.catalog import CATALOG
 from app.config import UpstreamKind, UpstreamSettings
 from app.types import Adapter
 from app.upstreams import openai
@@ -179,20 +179,11 @@ def adapter(_settings: LexicalSettings) -> Adapter:
     return Adapter(build_request, openai.parse_error, openai.parse_response)
 
 
-def models(_settings: LexicalSettings) -> Mapping[str, Model]:
-    return CATALOG["lexical"]
-
-
-def transport(_settings: LexicalSettings) -> httpx.AsyncBaseTransport:
-    return LexicalTransport()
-
-
 KIND = UpstreamKind(
     name="lexical",
     settings=LexicalSettings,
     adapter=adapter,
     auth=lambda _settings, _clock, _tokens: NoAuth(),
-    models=models,
-    transport=transport,
+    transport=lambda _settings: LexicalTransport(),
     built_in=True,
 )

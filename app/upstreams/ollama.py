@@ -105,11 +105,6 @@ def adapter(settings: OllamaSettings) -> Adapter:
     return Adapter(partial(build_request, settings), parse_error, parse_response)
 
 
-def models(_settings: OllamaSettings) -> Mapping[str, Model]:
-    """Empty: the models are those that have been pulled."""
-    return {}
-
-
 def unlisted_model(name: str) -> Model:
     known = family(name) or Model(name)
     return replace(
@@ -249,7 +244,6 @@ KIND = UpstreamKind(
     settings=OllamaSettings,
     adapter=adapter,
     auth=auth.by_bearer(parse_error),  # the server needs no key, but a proxy in front of it may
-    models=models,
     unlisted_model=unlisted_model,
     discover=discover,
     environment=environment,

@@ -131,7 +131,7 @@ def test_tokens_are_words_and_chinese_characters() -> None:
 # --- as an upstream ---------------------------------------------------------------------------------
 
 SETTINGS = lexical.LexicalSettings()
-MODEL = lexical.models(SETTINGS)["lexical"]
+MODEL = lexical.KIND.models(SETTINGS)["lexical"]
 TARGET = Target(SETTINGS.base_url, MODEL)
 
 

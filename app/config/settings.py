@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from typing import Annotated, Any, Literal, Self, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticKnownError
@@ -147,6 +148,17 @@ class UpstreamSettings(Section):
     tokens_per_minute: Count | None = None
     headers: dict[str, str] = Field(default={}, repr=False)
     proxy: SecretStr | None = None
+
+    base_urls: ClassVar[Mapping[str, str]] = {}
+    """The default `base_url` by `mode`, for types with modes; the first is the default mode's."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_base_url(cls, data: Any) -> Any:
+        if cls.base_urls and isinstance(data, Mapping) and "base_url" not in data:
+            first = next(iter(cls.base_urls.values()))
+            return {**data, "base_url": cls.base_urls.get(str(data.get("mode")), first)}
+        return data
 
     # Validators are bound to fields, not types, so that a subclass that overrides a field's default keeps the check.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import quote
 
 import orjson
@@ -34,7 +34,6 @@ from app.upstreams.access_token import AccessToken
 from app.upstreams.sealed import SealedTokens
 from app.upstreams.signature import BceSignature
 
-_BASE_URLS = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
 _PATH = "/rpc/2.0/ai_custom/v1/wenxinworkshop/embeddings/"
 _TOKEN_PATH = "/oauth/2.0/token"  # noqa: S105  # a path
 _DOCUMENTED_NAME = "Embedding-V1"
@@ -49,19 +48,13 @@ _ENDPOINTS = {
 
 
 class BaiduSettings(UpstreamSettings):
+    base_urls: ClassVar = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
     type: Literal["baidu"] = "baidu"
     mode: Literal["v1", "v2"] = "v1"
     auth: Literal["access_token", "iam"] = "access_token"
     """How V1 authenticates. V2 always sends its key as a bearer token."""
     secret_key: SecretStr | None = None
     access_key: SecretStr | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_base_url(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "base_url" not in data:
-            return {**data, "base_url": _BASE_URLS.get(str(data.get("mode")), _BASE_URLS["v1"])}
-        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:

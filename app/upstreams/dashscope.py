@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import model_validator
 
@@ -31,24 +31,17 @@ from app.errors import (
 from app.types import Adapter, Batch, Input, Parsed, Target, WireReply, WireRequest
 from app.upstreams import auth, json_vectors, openai, replies, wire
 
-_BASE_URLS = {
-    "native": "https://dashscope.aliyuncs.com/api/v1",
-    "compatible": "https://dashscope.aliyuncs.com/compatible-mode/v1",
-}
 _PATH = "/services/embeddings/text-embedding/text-embedding"
 _MULTIMODAL_PATH = "/services/embeddings/multimodal-embedding/multimodal-embedding"
 
 
 class DashScopeSettings(UpstreamSettings):
+    base_urls: ClassVar = {
+        "native": "https://dashscope.aliyuncs.com/api/v1",
+        "compatible": "https://dashscope.aliyuncs.com/compatible-mode/v1",
+    }
     type: Literal["dashscope"] = "dashscope"
     mode: Literal["native", "compatible"] = "native"
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_base_url(cls, data: Any) -> Any:
-        if isinstance(data, Mapping) and "base_url" not in data:
-            return {**data, "base_url": _BASE_URLS.get(str(data.get("mode")), _BASE_URLS["native"])}
-        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:

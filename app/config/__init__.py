@@ -1,6 +1,6 @@
 """The configuration: its schema (`settings`), and how it is read and validated (`load`)."""
 
-from app.config.kind import UpstreamKind
+from app.config.kind import UpstreamKind, VendorVariable
 from app.config.settings import (
     CAPABILITIES,
     AuthSettings,
@@ -28,4 +28,5 @@ __all__ = [
     "Settings",
     "UpstreamKind",
     "UpstreamSettings",
+    "VendorVariable",
 ]

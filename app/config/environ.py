@@ -38,9 +38,9 @@ def environment_upstreams(
     for name, kind in kinds.items():
         settings = kind.environment(environ)
         if settings is None and kind.default_address and listening(*kind.default_address):
-            settings = {}
+            settings = {"type": name}
         if settings is not None:
-            found[name] = {"type": name, **settings}
+            found[name] = settings
     return found
 
 

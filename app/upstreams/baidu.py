@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 from urllib.parse import quote
 
 import orjson
@@ -16,7 +16,7 @@ from pydantic import SecretStr, model_validator
 
 from app.catalog import CATALOG, Model
 from app.clock import Clock
-from app.config import UpstreamKind, UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings, VendorVariable
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -211,19 +211,14 @@ def unlisted_model(name: str) -> Model:
     return Model(name, max_batch=16)
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    api_key, secret_key = environ.get("BAIDU_API_KEY"), environ.get("BAIDU_SECRET_KEY")
-    if not api_key or not secret_key:
-        return None
-    return {"type": "baidu", "api_key": api_key, "secret_key": secret_key}
-
-
 KIND = UpstreamKind(
     name="baidu",
     settings=BaiduSettings,
     adapter=adapter,
     auth=credentials,
     unlisted_model=unlisted_model,
-    environment=environment,
-    switched_on_by="BAIDU_API_KEY with BAIDU_SECRET_KEY",
+    vendor_variables=(
+        VendorVariable("api_key", "BAIDU_API_KEY"),
+        VendorVariable("secret_key", "BAIDU_SECRET_KEY"),
+    ),
 )

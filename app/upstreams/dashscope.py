@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal, Self
+from typing import ClassVar, Literal, Self
 
 from pydantic import model_validator
 
 from app import vectors
 from app.catalog import CATALOG, Model
-from app.config import CAPABILITIES, UpstreamKind, UpstreamSettings
+from app.config import CAPABILITIES, UpstreamKind, UpstreamSettings, VendorVariable
 from app.errors import (
     GatewayError,
     InvalidRequest,
@@ -204,17 +204,11 @@ def models(settings: DashScopeSettings) -> Mapping[str, Model]:
     return CATALOG["dashscope"] if settings.mode == "native" else _COMPATIBLE
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    key = environ.get("DASHSCOPE_API_KEY")
-    return {"type": "dashscope", "api_key": key} if key else None
-
-
 KIND = UpstreamKind(
     name="dashscope",
     settings=DashScopeSettings,
     adapter=adapter,
     auth=auth.by_bearer(parse_error),
     models=models,
-    environment=environment,
-    switched_on_by="DASHSCOPE_API_KEY",
+    vendor_variables=(VendorVariable("api_key", "DASHSCOPE_API_KEY"),),
 )

@@ -7,15 +7,15 @@ google-genai 3.4.0 (PyPI).
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, Self
+from collections.abc import Sequence
+from typing import Literal, Self
 from urllib.parse import quote
 
 from pydantic import model_validator
 
 from app import vectors
 from app.catalog import ANY, Model
-from app.config import UpstreamKind, UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings, VendorVariable
 from app.errors import GatewayError, QuotaExhausted, UnsupportedDimensions, UpstreamAuth
 from app.types import Adapter, Batch, Parsed, Target, WireReply, WireRequest
 from app.upstreams import auth, json_vectors, replies, wire
@@ -88,17 +88,11 @@ def unlisted_model(name: str) -> Model:
     return Model(name, dimension_choices=ANY, max_batch=100)
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    key = environ.get("GEMINI_API_KEY") or environ.get("GOOGLE_API_KEY")
-    return {"type": "gemini", "api_key": key} if key else None
-
-
 KIND = UpstreamKind(
     name="gemini",
     settings=GeminiSettings,
     adapter=adapter,
     auth=auth.by_header("x-goog-api-key", parse_error),  # not `?key=`, which ends up in logs
     unlisted_model=unlisted_model,
-    environment=environment,
-    switched_on_by="GEMINI_API_KEY or GOOGLE_API_KEY",
+    vendor_variables=(VendorVariable("api_key", "GEMINI_API_KEY", alternative="GOOGLE_API_KEY"),),
 )

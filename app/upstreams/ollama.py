@@ -18,7 +18,7 @@ from pydantic import AfterValidator
 
 from app import vectors
 from app.catalog import ANY, Model, family
-from app.config import UpstreamKind, UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings, VendorVariable
 from app.config.values import DURATIONS, Count, parse_duration
 from app.errors import (
     ContextLengthExceeded,
@@ -213,16 +213,14 @@ def _dicts(value: object) -> list[dict[str, Any]]:
     return [each for each in value if isinstance(each, dict)] if isinstance(value, list) else []
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    host = environ.get("OLLAMA_HOST", "").strip().strip("\"'")
-    return {"type": "ollama", "base_url": _base_url(host)} if host else None
-
-
-def _base_url(host: str) -> str:
-    """`OLLAMA_HOST` as Ollama reads it: scheme, host, port and path may each be missing.
+def _base_url(text: str) -> str:
+    """`OLLAMA_HOST` as Ollama reads it: scheme, host, port and path may each be missing. Empty if it is.
 
     A server's "listen everywhere" is no address to connect to and becomes loopback.
     """
+    host = text.strip().strip("\"'")
+    if not host:
+        return ""
     scheme, separator, rest = host.rpartition("://")
     default = {"http": 80, "https": 443}.get(scheme, PORT) if separator else PORT
     if re.fullmatch(r"[0-9a-fA-F]*:[0-9a-fA-F]*:[0-9a-fA-F:]*", rest):  # IPv6 without brackets
@@ -246,7 +244,6 @@ KIND = UpstreamKind(
     auth=auth.by_bearer(parse_error),  # the server needs no key, but a proxy in front of it may
     unlisted_model=unlisted_model,
     discover=discover,
-    environment=environment,
-    switched_on_by="OLLAMA_HOST",
+    vendor_variables=(VendorVariable("base_url", "OLLAMA_HOST", read=_base_url),),
     default_address=("127.0.0.1", PORT),
 )

@@ -16,7 +16,7 @@ from pydantic import Field, field_validator, model_validator
 from app import vectors
 from app.catalog import ANY, CATALOG, Model, family
 from app.clock import Clock
-from app.config import UpstreamKind, UpstreamSettings
+from app.config import UpstreamKind, UpstreamSettings, VendorVariable
 from app.errors import (
     ContextLengthExceeded,
     GatewayError,
@@ -195,15 +195,6 @@ def _listed_model(row: Mapping[str, Any]) -> Model:
     return replace(model, max_tokens_per_input=limit) if type(limit) is int and limit > 0 else model
 
 
-def environment(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    if not environ.get("OPENAI_API_KEY"):
-        return None
-    settings = {"type": "openai", "api_key": environ["OPENAI_API_KEY"]}
-    if environ.get("OPENAI_BASE_URL"):
-        settings["base_url"] = environ["OPENAI_BASE_URL"]
-    return settings
-
-
 KIND = UpstreamKind(
     name="openai",
     settings=OpenAISettings,
@@ -212,6 +203,8 @@ KIND = UpstreamKind(
     models=models,
     unlisted_model=unlisted_model,
     discover=discover,
-    environment=environment,
-    switched_on_by="OPENAI_API_KEY (OPENAI_BASE_URL)",
+    vendor_variables=(
+        VendorVariable("api_key", "OPENAI_API_KEY"),
+        VendorVariable("base_url", "OPENAI_BASE_URL", optional=True),
+    ),
 )

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import SecretStr, model_validator
 
 from app.catalog import Model
-from app.config import Settings, UpstreamKind, UpstreamSettings
+from app.config import Settings, UpstreamKind, UpstreamSettings, VendorVariable
 from app.config.load import load
 from app.upstreams import lexical
 
@@ -42,15 +42,8 @@ class PlainSettings(UpstreamSettings):
     base_url: str = "http://plain.invalid"
 
 
-def _alpha(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    if "ALPHA_API_KEY" not in environ:
-        return None
-    address = {"base_url": environ["ALPHA_BASE_URL"]} if "ALPHA_BASE_URL" in environ else {}
-    return {"api_key": environ["ALPHA_API_KEY"], **address}
-
-
-def _gamma(environ: Mapping[str, str]) -> dict[str, Any] | None:
-    return {"base_url": environ["GAMMA_HOST"]} if "GAMMA_HOST" in environ else None
+_ALPHA = (VendorVariable("api_key", "ALPHA_API_KEY"), VendorVariable("base_url", "ALPHA_BASE_URL", optional=True))
+_GAMMA = (VendorVariable("base_url", "GAMMA_HOST"),)
 
 
 def _kind(name: str, settings: type[UpstreamSettings], *models: Model, **more: Any) -> UpstreamKind:
@@ -61,9 +54,9 @@ def _kind(name: str, settings: type[UpstreamSettings], *models: Model, **more: A
 KINDS: Mapping[str, UpstreamKind] = {
     kind.name: kind
     for kind in (
-        _kind("alpha", AlphaSettings, Model("a-1"), Model("a-2"), environment=_alpha),
+        _kind("alpha", AlphaSettings, Model("a-1"), Model("a-2"), vendor_variables=_ALPHA),
         _kind("beta", BetaSettings),
-        _kind("gamma", GammaSettings, environment=_gamma, default_address=("127.0.0.1", 1234)),
+        _kind("gamma", GammaSettings, vendor_variables=_GAMMA, default_address=("127.0.0.1", 1234)),
         _kind("plain", PlainSettings, Model("words", revision="1"), built_in=True),
     )
 }

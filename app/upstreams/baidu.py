@@ -168,7 +168,7 @@ def parse_error_v2(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return None
     fields = replies.error_fields(reply)
-    kind = _V2_CODES.get(fields.code) or _V2_CODES.get(fields.type) or replies.by_status(reply.status, fields.message)
+    kind = replies.by_code(_V2_CODES, fields) or replies.by_status(reply.status, fields.message)
     return replies.make_error(kind, reply, fields.message)
 
 

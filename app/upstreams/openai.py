@@ -93,15 +93,10 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     if 200 <= reply.status < 300:
         return _error_in_success(reply)
     fields = replies.error_fields(reply)
-    kind = _by_code(fields) or replies.by_status(reply.status, fields.message)
+    kind = replies.by_code(_CODES, fields) or replies.by_status(reply.status, fields.message)
     if kind is InvalidRequest and fields.param == "model":  # set by the configuration, not the caller
         kind = UpstreamMisconfigured
     return replies.make_error(kind, reply, fields.message)
-
-
-def _by_code(fields: replies.ErrorFields) -> type[GatewayError] | None:
-    """The error class of the code, or else of the type."""
-    return _CODES.get(fields.code.lower()) or _CODES.get(fields.type.lower())
 
 
 def _error_in_success(reply: WireReply) -> GatewayError | None:
@@ -115,7 +110,7 @@ def _error_in_success(reply: WireReply) -> GatewayError | None:
     if not isinstance(body, dict) or not body.get("error") or body.get("data"):
         return None
     fields = replies.error_fields(reply)
-    kind = _by_code(fields)
+    kind = replies.by_code(_CODES, fields)
     if kind is None and fields.code.isdecimal() and 400 <= int(fields.code) < 600:
         kind = replies.by_status(int(fields.code), fields.message)
     return replies.make_error(kind or UpstreamError, reply, fields.message)

@@ -161,6 +161,11 @@ def upstream_message(error: GatewayError) -> str:
     return error.message.partition(": ")[2]
 
 
+def by_code(codes: Mapping[str, type[GatewayError]], fields: ErrorFields) -> type[GatewayError] | None:
+    """The class that a vendor's table, in lower case, has for the code or else for the type."""
+    return codes.get(fields.code.lower()) or codes.get(fields.type.lower())
+
+
 def by_status(status: int, message: str) -> type[GatewayError]:
     """The class of an error with a status of 300 or more whose vendor's code says nothing more specific."""
     if status == 500 and _BATCH_TOO_LARGE in message:

@@ -158,10 +158,8 @@ def test_the_environment_switches_an_upstream_on(
 
 @pytest.mark.parametrize("name", list(UPSTREAMS))
 def test_variables_that_are_empty_count_as_unset(name: str) -> None:
-    variables = (
-        *("DASHSCOPE_API_KEY", "BAIDU_API_KEY", "BAIDU_SECRET_KEY"),
-        *("OPENAI_API_KEY", "OPENAI_BASE_URL", "OLLAMA_HOST", "GEMINI_API_KEY", "GOOGLE_API_KEY"),
-    )
+    variables = {variable for kind in UPSTREAMS.values() for variable in kind.variables}
+    assert {"BAIDU_SECRET_KEY", "OPENAI_BASE_URL", "OLLAMA_HOST", "GOOGLE_API_KEY"} < variables
     assert UPSTREAMS[name].environment({}) is None
     assert UPSTREAMS[name].environment(dict.fromkeys(variables, "")) is None
 

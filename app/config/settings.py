@@ -149,6 +149,8 @@ class UpstreamSettings(Section):
     headers: dict[str, str] = Field(default={}, repr=False)
     proxy: SecretStr | None = None
 
+    key_variable: ClassVar[str] = ""
+    """For a type that always needs a key: the variable to suggest to whoever has set none."""
     base_urls: ClassVar[Mapping[str, str]] = {}
     """The default `base_url` by `mode`, for types with modes; the first is the default mode's."""
 
@@ -185,10 +187,17 @@ class UpstreamSettings(Section):
         return value and SecretStr(proxy_text(value.get_secret_value()))
 
     @model_validator(mode="after")
-    def _api_key_or_api_keys(self) -> Self:
+    def _check_keys(self) -> Self:
         if self.api_key is not None and self.api_keys:
             raise ValueError("set api_key or api_keys, not both")
+        if self.key_variable:
+            self.need_key(self.key_variable)
         return self
+
+    def need_key(self, variable: str) -> None:
+        """Raises a `ValueError` that says what to set if there is no key."""
+        if self.api_key is None and not self.api_keys:
+            raise ValueError(f'api_key: needed; set it here, for instance to "${{{variable}}}"')
 
 
 class DeploymentSettings(Section):

@@ -34,12 +34,6 @@ def keys(settings: UpstreamSettings) -> list[str]:
     return [secret.get_secret_value() for secret in secrets]
 
 
-def need_key(settings: UpstreamSettings, variable: str) -> None:
-    """Raises a `ValueError` that says what to set if the settings have no key."""
-    if not keys(settings):
-        raise ValueError(f'api_key: needed; set it here, for instance to "${{{variable}}}"')
-
-
 def bearer(keys: Sequence[str], parse_error: ParseError, clock: Clock) -> Auth:
     """`Authorization: Bearer …`, or no header without a key."""
     return HeaderKey("authorization", [f"Bearer {key}" for key in keys], parse_error, clock) if keys else NoAuth()

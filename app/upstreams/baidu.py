@@ -48,9 +48,9 @@ _ENDPOINTS = {
 
 
 class BaiduSettings(UpstreamSettings):
-    base_urls: ClassVar = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
     type: Literal["baidu"] = "baidu"
     mode: Literal["v1", "v2"] = "v1"
+    base_urls: ClassVar = {"v1": "https://aip.baidubce.com", "v2": "https://qianfan.baidubce.com/v2"}
     auth: Literal["access_token", "iam"] = "access_token"
     """How V1 authenticates. V2 always sends its key as a bearer token."""
     secret_key: SecretStr | None = None
@@ -59,7 +59,7 @@ class BaiduSettings(UpstreamSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.mode == "v2":
-            auth.need_key(self, "QIANFAN_API_KEY")
+            self.need_key("QIANFAN_API_KEY")
         elif self.auth == "iam":
             _require(self.access_key, "access_key", "auth: iam signs with access_key and secret_key")
             _require(self.secret_key, "secret_key", "auth: iam signs with access_key and secret_key")

@@ -9,9 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import ClassVar, Literal, Self
-
-from pydantic import model_validator
+from typing import ClassVar, Literal
 
 from app import vectors
 from app.catalog import CATALOG, Model
@@ -36,17 +34,13 @@ _MULTIMODAL_PATH = "/services/embeddings/multimodal-embedding/multimodal-embeddi
 
 
 class DashScopeSettings(UpstreamSettings):
+    type: Literal["dashscope"] = "dashscope"
+    mode: Literal["native", "compatible"] = "native"
     base_urls: ClassVar = {
         "native": "https://dashscope.aliyuncs.com/api/v1",
         "compatible": "https://dashscope.aliyuncs.com/compatible-mode/v1",
     }
-    type: Literal["dashscope"] = "dashscope"
-    mode: Literal["native", "compatible"] = "native"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        auth.need_key(self, "DASHSCOPE_API_KEY")
-        return self
+    key_variable: ClassVar = "DASHSCOPE_API_KEY"
 
 
 def build_request(batch: Batch, target: Target) -> WireRequest:

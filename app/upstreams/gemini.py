@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import ClassVar, Literal
 from urllib.parse import quote
-
-from pydantic import model_validator
 
 from app import vectors
 from app.catalog import ANY, Model
@@ -24,11 +22,7 @@ from app.upstreams import auth, json_vectors, replies, wire
 class GeminiSettings(UpstreamSettings):
     type: Literal["gemini"] = "gemini"
     base_url: str = "https://generativelanguage.googleapis.com/v1beta"
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        auth.need_key(self, "GEMINI_API_KEY")
-        return self
+    key_variable: ClassVar = "GEMINI_API_KEY"
 
 
 def build_request(batch: Batch, target: Target) -> WireRequest:

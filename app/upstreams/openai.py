@@ -52,7 +52,7 @@ class OpenAISettings(UpstreamSettings):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.auth != "none" and self.base_url == BASE_URL:
-            auth.need_key(self, "OPENAI_API_KEY")
+            self.need_key("OPENAI_API_KEY")
         return self
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from app import __version__, logs
-from app.config import Settings
+from app.config import CacheSettings, Settings
 from app.config.load import ConfigError, load
 from app.config.source import ConfigSource, ParentConfig
 from app.gateway import Gateway
@@ -163,7 +163,7 @@ def _serve(options: argparse.Namespace) -> None:
         temporary = tempfile.TemporaryDirectory(prefix="embedding-gateway-")
     except OSError as error:
         _fail([f"several workers need a temporary directory: {error.strerror}"])
-    app = create_app(settings, stores=[])  # not under `multiprocess`: its own metrics are not shared
+    app = create_app(settings)  # not under `multiprocess`: its own metrics are not shared
     with temporary as directory, _locked(directory), multiprocess(directory):
         sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
 
@@ -254,8 +254,9 @@ def _is_unspecified(host: str) -> bool:
 def _check(options: argparse.Namespace) -> None:
     settings = load(options.config, os.environ, UPSTREAMS)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Nothing is cached and nothing shared is touched: a check leaves no trace.
-    failed = asyncio.run(_report(create_app(settings, stores=[]).gateway, probe=options.probe))
+    # Without its cache: a check leaves no embedding behind, and in Redis no access token either.
+    uncached = settings.model_copy(update={"cache": CacheSettings(memory=None)})
+    failed = asyncio.run(_report(create_app(uncached).gateway, probe=options.probe))
     if failed:
         _fail(failed)
 

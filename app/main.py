@@ -6,7 +6,7 @@ import asyncio
 import gc
 import ipaddress
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +25,6 @@ from app.config.watch import ConfigWatcher
 from app.gateway import Gateway
 from app.http.invalid import InvalidHttpLog
 from app.metrics import Metrics
-from app.types import Store
 
 log = logging.getLogger(__name__)
 
@@ -278,17 +277,15 @@ def create_app(
     settings: Settings,
     *,
     transport: httpx.AsyncBaseTransport | None = None,
-    stores: Sequence[Store] | None = None,
     clock: Clock | None = None,
     request_log: logs.RequestLog | None = None,
     source: ConfigSource | ParentConfig | None = None,
 ) -> App:
-    """Builds the application. `transport`, `stores` and `clock` replace the real ones; the configuration is reloaded
-    from `source` when its file changes or `reload` is called."""
+    """Builds the application. `transport` and `clock` replace the real ones; the configuration is reloaded from
+    `source` when its file changes or `reload` is called."""
     clock = clock or SystemClock()
     metrics = Metrics()
-    if stores is None:
-        stores = build.stores(settings.cache, settings.server.request_timeout, metrics, clock)
+    stores = build.stores(settings.cache, settings.server.request_timeout, metrics, clock)
     cache = Tiers(stores, metrics, clock)
 
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import httpx
 import pytest
+from redis import Redis
 
 from app.cli import main
 from app.upstreams import UPSTREAMS
-from tests.fakes import FakeOllama, FakeOpenAI, OllamaModel, faults
+from tests.fakes import FakeBaidu, FakeOllama, FakeOpenAI, OllamaModel, faults
 from tests.processes import (
     PATIENCE,
     ROOT,
@@ -35,6 +36,7 @@ from tests.processes import (
     start_into,
     until,
 )
+from tests.redis_server import RedisServer
 
 
 def test_with_nothing_configured_the_built_in_model_serves(tmp_path: Path) -> None:
@@ -264,6 +266,21 @@ def test_check_probe_embeds_on_every_deployment_and_tells_what_is_wrong(tmp_path
         bad = run("check", "--probe", env=env, cwd=tmp_path)
         assert bad.returncode == 2
         assert "openai/text-embedding-3-small: upstream_auth: " in bad.stderr
+
+
+def test_check_probe_leaves_no_trace_in_the_cache_that_it_is_configured_with(tmp_path: Path) -> None:
+    """A token that was fetched for it would otherwise stay in Redis for a month."""
+    vendor = FakeBaidu(api_key="ak", secret_key="sk", access_key="a", iam_secret_key="b", v2_key="bce-v3/ALTAK-x/y")
+    with RedisServer() as server, vendor as fake, Redis.from_url(server.url) as redis:
+        (tmp_path / "config.yaml").write_text(f"""
+cache: {{disk: {{path: {tmp_path / "cache"}}}, redis: {{url: "{server.url}", timeout: 2s}}}}
+upstreams: {{baidu: {{type: baidu, api_key: ak, secret_key: sk, base_url: "{fake.url}"}}}}
+""")
+        done = run("check", "--probe", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        assert fake.token_requests == 1
+        assert redis.keys("*") == []
+    assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
 def test_check_probe_fails_where_an_upstream_cannot_be_reached(tmp_path: Path) -> None:

@@ -492,7 +492,7 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
         upstream = {"type": "openai", "base_url": "http://127.0.0.1:9"}
         return settings_of({"upstreams": dict.fromkeys(names, upstream)})
 
-    app = create_app(settings("one", "two"), stores=[])
+    app = create_app(settings("one", "two"))
     await app.gateway.start()
     old, first = app.gateway, app._current
     first.in_flight += 1  # a request in progress
@@ -513,7 +513,7 @@ async def test_the_metrics_show_nothing_of_what_a_request_inside_finds_after_the
 
 async def test_who_only_tries_a_configuration_out_for_its_workers_shows_no_deployment_of_it(tmp_path: Path) -> None:
     """Its metric would stay, whatever its state in the workers."""
-    parent = create_app(settings_of({"upstreams": {"one": {"type": "lexical"}}}), stores=[])
+    parent = create_app(settings_of({"upstreams": {"one": {"type": "lexical"}}}))
     with multiprocess(str(tmp_path)):
         await parent.dry_run(settings_of({"upstreams": {name: {"type": "lexical"} for name in ("one", "two")}}))
         assert "upstream_available{" not in (await parent.gateway.metrics.exposition()).decode()
@@ -582,7 +582,7 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
         await after.aclose(app.gateway)
         return told
 
-    app = create_app(settings(), stores=[])
+    app = create_app(settings())
     assert await unverified(False, False) == [False, not proved]
     assert await unverified(False, True) == [False, True], "one that had not been compared still has not been"
     health = app.gateway.names["m"].deployments[1].health
@@ -649,7 +649,7 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
         models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in "ab"]}}
         return settings_of({"upstreams": upstreams, "models": models})
 
-    app = create_app(settings("sk-one", 10), stores=[])
+    app = create_app(settings("sk-one", 10))
     for each in app.gateway.names["m"].deployments:
         each.health.unverified = False
     after = app._build_gateway(settings("sk-other", 20), app.gateway)
@@ -669,7 +669,7 @@ def of_new_and_b(timeout: int, *names: str, **facts: int) -> Settings:
 @pytest.mark.parametrize("unverified", [False, True])
 async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_otherwise_now(unverified: bool) -> None:
     """A new deployment is named first. The two are compared before the old one answers a caller again."""
-    app = create_app(of_new_and_b(10, "b"), stores=[])
+    app = create_app(of_new_and_b(10, "b"))
     health = app.gateway.names["m"].deployments[0].health
     health.answered, health.unverified = True, unverified
     after = app._build_gateway(of_new_and_b(20, "new", "b"), app.gateway)
@@ -684,7 +684,7 @@ async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_o
 
 async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_list_says_something_else_of_it() -> None:
     """The upstream's own name leads to a deployment with other facts, which was neither used nor compared."""
-    app = create_app(of_new_and_b(10, "b", max_batch=16), stores=[])
+    app = create_app(of_new_and_b(10, "b", max_batch=16))
     app.gateway.upstreams["b"].models = {MODEL: unlisted_model(MODEL)}
     app.gateway.registry.publish()
     used, unused = (app.gateway.names[name].deployments[0].health for name in ("m", f"b/{MODEL}"))
@@ -706,7 +706,7 @@ async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() 
         models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in "ab"]}}
         return settings_of({"upstreams": upstreams, "models": models})
 
-    app = create_app(settings("sk-one"), stores=[])
+    app = create_app(settings("sk-one"))
     assert [each.health.unverified for each in app.gateway.names["m"].deployments] == [False, True]
     after = app._build_gateway(settings("sk-other"), app.gateway)
     assert [each.health.unverified for each in after.names["m"].deployments] == [False, True]
@@ -722,7 +722,7 @@ async def test_beside_one_that_has_answered_callers_alone_a_new_one_waits_though
         models = {"m": {"deployments": [{"upstream": name, "model": MODEL} for name in names]}}
         return settings_of({"upstreams": upstreams, "models": models})
 
-    app = create_app(settings("a"), stores=[])
+    app = create_app(settings("a"))
     alone = app._build_gateway(settings("b"), app.gateway)
     alone.names["m"].deployments[0].health.answered = True
     after = app._build_gateway(settings("new", "b"), alone)
@@ -762,7 +762,7 @@ async def test_the_description_on_a_port_of_its_own_follows_the_configuration() 
     """Also in the parent of workers, which only tries out the configuration that they serve."""
     upstreams = {"upstreams": {"up": {"type": "lexical"}}, "server": {"metrics_port": 1234}}
     opened, closed = settings_of(upstreams), settings_of({**upstreams, "auth": {"keys": {"a": {"key": "k"}}}})
-    app, parent = create_app(opened), create_app(opened, stores=[])
+    app, parent = create_app(opened), create_app(opened)
     await app.gateway.start()
     await app._change_to(closed)
     await parent.dry_run(closed)

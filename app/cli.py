@@ -26,11 +26,14 @@ from app.metrics import multiprocess
 from app.pipeline.deployment import Deployment
 from app.registry import PublicModel
 from app.serve import CannotListen, bind, serve, serve_workers
-from app.types import Batch, Embedding, Params
+from app.types import Embedding
 from app.upstreams import UPSTREAMS
 from app.workers import ParentChannel, own_command
 
 log = logging.getLogger("app")
+
+PROBE_TIMEOUT = 30.0
+"""Seconds that `check --probe` waits for one deployment."""
 
 _HELP = """\
 One OpenAI-compatible /v1/embeddings in front of every embedding vendor.
@@ -317,7 +320,7 @@ async def _probe(gateway: Gateway) -> list[str]:
 
 
 async def _probe_one(deployment: Deployment) -> str | None:
-    deadline = asyncio.get_running_loop().time() + 30
-    batch = Batch("probe", ["probe"], [b"probe"], Params(), False, deadline)
-    (outcome,) = (await deployment.embed(batch)).outcomes
+    outcome = await deployment.ask("probe", PROBE_TIMEOUT)
+    if outcome is None:
+        return f"no answer within {PROBE_TIMEOUT:g} s"
     return None if isinstance(outcome, Embedding) else f"{outcome.code}: {outcome.message}"

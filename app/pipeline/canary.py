@@ -18,7 +18,7 @@ from app.cache.tiers import Tiers
 from app.clock import Clock
 from app.errors import GatewayError
 from app.pipeline.deployment import Deployment
-from app.types import Batch, Embedding, Params
+from app.types import Embedding, Params
 
 log = logging.getLogger(__name__)
 
@@ -295,13 +295,7 @@ def _enough(
 
 async def _ask(deployment: Deployment) -> _Answer:
     """Its vector, or the error it failed with; None if it does not answer within `TIMEOUT`."""
-    deadline = asyncio.get_running_loop().time() + TIMEOUT
-    batch = Batch(deployment.model.name, [TEXT], [b"canary"], Params(), store=False, deadline=deadline)
-    try:
-        async with asyncio.timeout_at(deadline):
-            (outcome,) = (await deployment.embed(batch)).outcomes
-    except TimeoutError:
-        return None
+    outcome = await deployment.ask(TEXT, TIMEOUT)
     if not isinstance(outcome, Embedding):
         return outcome
     deployment.health.shown = True  # not when the others have answered: by then it may have been away again

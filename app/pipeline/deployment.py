@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from app import tokens
 from app.catalog import Model, Role
+from app.errors import GatewayError
 from app.pipeline.health import Health
 from app.pipeline.pace import Pace
-from app.types import BatchEmbedder, Input, Lane, Media, OutputType, Params
+from app.types import Batch, BatchEmbedder, Embedding, Input, Lane, Media, OutputType, Params
 
 
 @dataclass(slots=True)
@@ -161,6 +163,17 @@ class Deployment:
     @property
     def name(self) -> str:
         return f"{self.upstream}/{self.model.name}"
+
+    async def ask(self, text: str, seconds: float) -> Embedding | GatewayError | None:
+        """Embeds one text here, past every queue and cache; None if there is no answer in time."""
+        deadline = asyncio.get_running_loop().time() + seconds
+        batch = Batch(self.model.name, [text], [b""], Params(), store=False, deadline=deadline)
+        try:
+            async with asyncio.timeout_at(deadline):
+                (outcome,) = (await self.embed(batch)).outcomes
+        except TimeoutError:
+            return None
+        return outcome
 
     def supports(self, params: Params) -> bool:
         """Whether it honours these parameters."""

@@ -283,6 +283,22 @@ upstreams: {{baidu: {{type: baidu, api_key: ak, secret_key: sk, base_url: "{fake
     assert [file.name for file in tmp_path.iterdir()] == ["config.yaml"]
 
 
+def test_check_probe_waits_for_a_deployment_no_longer_than_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However long its upstream may take."""
+    monkeypatch.setattr("app.cli.PROBE_TIMEOUT", 0.05)
+    with FakeOpenAI(api_key=None, models={"m": 8}) as fake:
+        fake.fail(faults.hang)
+        (tmp_path / "config.yaml").write_text(
+            f'upstreams: {{hung: {{type: openai, base_url: "{fake.url}/v1", timeout: 1s}}}}\n'
+        )
+        with pytest.raises(SystemExit) as ended:
+            main(["check", "--config", str(tmp_path / "config.yaml"), "--probe"])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "hung/m: no answer within 0.05 s"
+
+
 def test_check_probe_fails_where_an_upstream_cannot_be_reached(tmp_path: Path) -> None:
     env = {"OLLAMA_HOST": "127.0.0.1:9"}
     shown, probed = run("check", env=env, cwd=tmp_path), run("check", "--probe", env=env, cwd=tmp_path)

@@ -86,8 +86,10 @@ class Call:
             self._count(error.code)
             raise
         except asyncio.CancelledError:
-            # Only one thing cancels calls: their callers' last deadline.
-            self._count(UpstreamTimeout.code)
+            # By its callers' last deadline, or sooner: by a check that needs no more answers, or by shutdown. Only the
+            # first says something about the upstream.
+            if asyncio.get_running_loop().time() >= batch.deadline:
+                self._count(UpstreamTimeout.code)
             raise
         finally:
             self._duration.observe(time.perf_counter() - started)

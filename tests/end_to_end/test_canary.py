@@ -25,6 +25,7 @@ from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import EJECTION, FAILURES, Health
 from app.pipeline.route import Route
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, Params
+from tests.api.support import settled
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI, Vector, faults
 from tests.harness import Running, running, settings_of
@@ -110,6 +111,18 @@ def until_out(gateway: Running, upstream: str) -> dict[str, str]:
         if problem:
             return dict(problem)
     pytest.fail("nothing left the rotation")
+
+
+def test_a_check_that_needs_no_more_answers_blames_no_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its upstream has longer than that: alerts must not count it as failing."""
+    monkeypatch.setattr(canary, "FIRST_CHECK_TIMEOUT", 0.05)
+    monkeypatch.setattr(canary, "PATIENCE", 0.05)
+    with FakeOpenAI(api_key="sk-fake") as right, FakeOpenAI(api_key="sk-fake") as slow:
+        slow.fail(faults.hang)
+        with running(config(right, slow)) as gateway:
+            settled(gateway, lambda: gateway.metric("upstream_request_duration_seconds_count", upstream="up1") == 1)
+            assert gateway.metric("upstream_requests_total", upstream="up0", outcome="ok") == 1
+            assert gateway.metric("upstream_requests_total", upstream="up1") == 0
 
 
 def test_the_sibling_with_another_model_leaves_and_is_never_asked_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -62,7 +62,7 @@ and a request's `Admission` accounts only for the text."""
 
 _OK = b"HTTP/1.1 200 OK\r\n"
 _HEADERS = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %b\r\nopenai-processing-ms: %d\r\n"
-"""The last headers of every response."""
+"""The headers that every response has, besides its date and `connection` (`render.head_end`)."""
 
 log = logging.getLogger(__name__)
 

@@ -145,7 +145,7 @@ class RedisStore:
 
     name = "redis"
     at_once = 8
-    """Half of the connections; the others are for large lookups and writes."""
+    """Half of the connections, unless `max_connections` says otherwise; the others are for large lookups and writes."""
 
     def __init__(
         self,

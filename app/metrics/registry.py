@@ -67,7 +67,8 @@ class ConfigMetrics:
 
 
 class Metrics(ConfigMetrics):
-    """The gateway's metrics. One instance per gateway; two gateways in one process share nothing."""
+    """The gateway's metrics. One instance per application, which every configuration in force goes on with;
+    two applications in one process share nothing."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()

@@ -1,4 +1,5 @@
-"""The order of the stages. Reading these two lists is reading the system."""
+"""Puts the stages together, the innermost first: those of a public model, above its batcher, and those of a deployment,
+below its slots. What is between them, a `Batcher` over its `Route`, is built by `Fleet`."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ from app.types import BatchEmbedder, Embedder
 def pipeline(
     embed: Embedder, *, name: str, cache: Tiers, space: str, models: Sequence[Model], settings: ModelSettings | None
 ) -> Prepare:
-    """A public model's stages, from the request to its batcher: Prepare, LongInputs, Shape, CacheRead, Claim (if there
-    are replicas to share with), Batcher (over its Route)."""
+    """A public model's stages, in a request's order: Prepare, LongInputs, Shape, CacheRead, Claim (if there are
+    replicas to share with); then `embed`, its batcher."""
     if cache.shared:
         embed = Claim(embed, cache)
     lengths = {model.dimensions for model in models}

@@ -141,6 +141,11 @@ class ModelNotFound(InvalidRequest):
     status = 404
     code = "model_not_found"
 
+    @classmethod
+    def of(cls, name: str, caveat: str = "") -> Self:
+        """The error for a name that is not served, in OpenAI's words."""
+        return cls(f"The model '{name[:200]}' does not exist{caveat}", param="model")
+
 
 class NotFound(InvalidRequest):
     status = 404

@@ -147,10 +147,9 @@ class Gateway:
             why = next(iter(down.values()))
             message = f"no model '{name[:200]}' is known, and {', '.join(down)} cannot say what models there are: {why}"
             return type(why)(message, code=why.code, retry_after=why.retry_after)
-        message = f"The model '{name[:200]}' does not exist"
-        if down:
-            message += ", as far as the upstreams that can be reached know"
-        return ModelNotFound(self._replacement_for(name) or message, param="model")
+        if instead := self._replacement_for(name):
+            return ModelNotFound(instead, param="model")
+        return ModelNotFound.of(name, ", as far as the upstreams that can be reached know" if down else "")
 
     def _replacement_for(self, name: str) -> str | None:
         """What to use instead of a model that an upstream has and the gateway cannot serve."""

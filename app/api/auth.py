@@ -29,7 +29,7 @@ class Tenant:
         """Raises `ModelNotFound` if the key does not list the name and nothing is served under it. Whether an upstream
         has such a model, or is unreachable, is told only to those who may use it."""
         if self.models is not None and requested not in self.models and requested not in served:
-            raise ModelNotFound(f"The model '{requested[:200]}' does not exist", param="model")
+            raise ModelNotFound.of(requested)
 
     def check(self, requested: str, own_name: str) -> None:
         """Raises `ModelNotAllowed` unless the key allows the model, by its requested name or its own."""

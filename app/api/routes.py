@@ -159,7 +159,7 @@ def _add_models(api: FastAPI, key: list[Any]) -> None:
         tenant.check_known(name, gateway.names)
         found = await gateway.find(name)
         if not tenant.may_use(name, found.name):
-            raise ModelNotFound(f"The model '{name[:200]}' does not exist", param="model")
+            raise ModelNotFound.of(name)
         return _json(_model_object(gateway, name, found))
 
     listing = openapi.success("Every model that this key opens.", openapi.MODELS) | openapi.error_responses(401)

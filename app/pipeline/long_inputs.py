@@ -22,7 +22,7 @@ from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, Upst
 from app.pipeline import lengths
 from app.pipeline.parts import merge_result, mixed_lengths
 from app.pipeline.prefix import prefix_of
-from app.types import Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
+from app.types import NO_EMBEDDING, Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
 
 T = TypeVar("T")
 _Work: TypeAlias = Generator[None, None, T]
@@ -345,7 +345,7 @@ def _mean(i: int, parts: Sequence[Embedding], pieces: Sequence[str]) -> Embeddin
     """The mean of the pieces' vectors, weighted by their lengths in characters, at unit length; also if there is only
     one."""
     if any(not part.vector for part in parts):
-        return Embedding(b"", 0)  # one of them was refused: `_embed` decides what becomes of the input
+        return NO_EMBEDDING  # one of them was refused: `_embed` decides what becomes of the input
     try:
         vector = vectors.mean([part.vector for part in parts], [len(piece) for piece in pieces])
     except ValueError:

@@ -11,7 +11,7 @@ from app.catalog import Model, Role
 from app.types import Batch, BatchEmbedder, BatchResult
 
 
-def prefix_of(model: Model, role: Role | None, instruct: str | None = None) -> str:
+def prefix_of(model: Model, role: Role | None, instruct: str | None) -> str:
     """The prefix of a text in this role."""
     if role is None or not model.prefixes:
         return ""

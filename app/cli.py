@@ -139,14 +139,16 @@ def _fail(lines: Sequence[str]) -> NoReturn:
 
 # --- serve ------------------------------------------------------------------------------------------
 
-_FLAGS = ("host", "port", "workers")
+_FLAGS = {name: f"EMBEDDING_GATEWAY__SERVER__{name.upper()}" for name in ("host", "port", "workers")}
+"""Flags, each with the variable in whose place its value is read, so that a reload applies it too."""
 
 
 def _serve(options: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until there is something to stop, it is no failure
     logs.configure(options.log_format, options.log_level)
-    source = ConfigSource(options.config, os.environ, UPSTREAMS)
-    settings = _load(source, options)
+    flags = {variable: str(value) for name, variable in _FLAGS.items() if (value := getattr(options, name)) is not None}
+    source = ConfigSource(options.config, os.environ | flags, UPSTREAMS)
+    settings = _load(source, flags)
     server = settings.server
     listener = bind(server.host, server.port)
     admin = None if server.metrics_port is None else bind(server.host, server.metrics_port)
@@ -194,22 +196,15 @@ def _worker(options: argparse.Namespace) -> None:
     serve(app, socket.socket(fileno=options.listener), parent=parent)
 
 
-def _load(source: ConfigSource, options: argparse.Namespace) -> Settings:
-    """Loads the settings, with the flags taking precedence. Flags are put in the environment, so that a reload
-    applies them too; a mistake in one is reported under the flag's name."""
-    flag_names: dict[str, str] = {}
-    for name in _FLAGS:
-        value = getattr(options, name)
-        if value is not None:
-            variable = f"EMBEDDING_GATEWAY__SERVER__{name.upper()}"
-            os.environ[variable] = str(value)
-            flag_names[f"{variable}: server.{name}: "] = f"--{name}: "
+def _load(source: ConfigSource, flags: Mapping[str, str]) -> Settings:
+    """Loads the settings. A mistake in one of the flags, here by variable, is reported under the flag's name."""
     try:
         return source.load()
     except ConfigError as error:
         mistakes = error.mistakes
-        for variable, flag in flag_names.items():
-            mistakes = [each.replace(variable, flag, 1) for each in mistakes]
+        for name, variable in _FLAGS.items():
+            if variable in flags:
+                mistakes = [each.replace(f"{variable}: server.{name}: ", f"--{name}: ", 1) for each in mistakes]
         raise ConfigError(mistakes) from None
 
 

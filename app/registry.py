@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 from app.cache.tiers import Tiers
 from app.catalog import ROLES, Model, combined, least
@@ -20,20 +20,10 @@ from app.upstreams.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
-_OVERRIDABLE = (
-    "max_batch",
-    "max_tokens_per_input",
-    "max_characters_per_input",
-    "cuts_silently",
-    "max_tokens_per_batch",
-    "dimension_choices",
-    "instruct",
-    "sparse",
-    "images",
-    "videos",
-    "price_per_million_tokens",
-)
-"""Facts that an operator may override: fields of both `ModelSettings` and `Model`."""
+_FACTS = {field.name for field in fields(Model)} - {"dimensions", "prefixes"}
+_OVERRIDABLE = _FACTS & ModelSettings.model_fields.keys()
+"""Facts that an operator may override, under the same name. As settings, `dimensions` is what requests get by default,
+and `prefixes` define roles too."""
 _SPACES_DIFFER = "its deployments are in different vector spaces"
 
 

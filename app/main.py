@@ -55,7 +55,7 @@ class App:
     """The ASGI application: answers embeddings itself, and passes everything else on to the FastAPI application.
 
     A new configuration is a new generation, built whole and then swapped in by one assignment; requests end on the
-    generation they began on. `source` is where to reload the configuration from; without it, it never changes.
+    generation they began on. `source` is where to reload the configuration from; None: it never changes.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class App:
         build_gateway: BuildGateway,
         request_log: logs.RequestLog,
         clock: Clock,
-        source: ConfigSource | ParentConfig | None = None,
+        source: ConfigSource | ParentConfig | None,
     ) -> None:
         self._build_gateway, self._request_log, self._clock = build_gateway, request_log, clock
         gateway = build_gateway(settings, None)

@@ -275,7 +275,7 @@ def serve_workers(
     listener: socket.socket,
     *,
     source: ConfigSource,
-    admin: socket.socket | None = None,
+    admin: socket.socket | None,
 ) -> int:
     """Serves in several processes that inherit one listener. `command` returns the command line of one, given the
     descriptor of its channel to this process.

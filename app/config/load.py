@@ -57,7 +57,7 @@ def load(
 
     Raises `ConfigError`. An empty environment variable counts as unset.
     """
-    return load_with_origin(path, environ, kinds, cwd=cwd, listening=listening)[0]
+    return load_with_origin(path, environ, kinds, cwd=cwd or Path(), listening=listening)[0]
 
 
 def load_with_origin(
@@ -65,18 +65,18 @@ def load_with_origin(
     environ: Mapping[str, str],
     kinds: Mapping[str, UpstreamKind],
     *,
-    cwd: Path | None = None,
+    cwd: Path,
     listening: Listening = listens,
     may_be_empty: bool = True,
 ) -> tuple[Settings, bool]:
     """The settings as from `load`, and whether they came from a file that was not empty. Unless the file
     `may_be_empty`, also raises `ConfigError` if it is."""
     environ = {name: value for name, value in environ.items() if value}
-    file = find_file(path, environ, cwd or Path())
+    file = find_file(path, environ, cwd)
     tree = Tree(label=file or "environment")
     if file is not None:
         named = f" (named by {VARIABLE})" if file == environ.get(VARIABLE) else ""
-        _read_file((cwd or Path()) / file, environ, tree, named)
+        _read_file(cwd / file, environ, tree, named)
         if not (may_be_empty or tree.values or tree.mistakes):
             tree.reject((), "is empty")
     elif "REDIS_URL" in environ:

@@ -130,8 +130,9 @@ class Gateway:
         """The model of this name. Asks upstreams that may have added it since; then raises `ModelNotFound`, or the
         error for which they cannot be asked."""
         public = self.names.get(name)
-        if upstreams := self.registry.unlisted(public) if public else self.upstreams.values():  # rarely
-            await self.refresh(upstreams)
+        candidates = self.registry.unlisted(public) if public else self.upstreams.values()
+        if candidates:  # rarely
+            await self.refresh(candidates)
             public = self.names.get(name)
         if public is None:
             raise self._unknown(name)

@@ -205,7 +205,10 @@ class Adapt:
         learned = f"max_batch {max_batch}" + (f", max_tokens_per_batch {max_tokens}" if max_tokens else "")
         log.info(
             "deployment %s: for the next %g minutes its limits are %s, because of its reply: %s",
-            *(self._name, LEARNED_FOR / 60, learned, error.message),
+            self._name,
+            LEARNED_FOR / 60,
+            learned,
+            error.message,
         )
 
     def _may_be_per_input(self, max_tokens: int, inputs: Sequence[Input]) -> bool:

@@ -219,7 +219,9 @@ class Canary:
         if health.silent is None:
             log.warning(
                 "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does%s",
-                *(deployment.name, self._space, why),
+                deployment.name,
+                self._space,
+                why,
             )
         health.mark_unverified(_UNVERIFIED + why)
 

@@ -15,6 +15,7 @@ import httpx
 
 from app import logs
 from app.api import embeddings, head, routes
+from app.api.asgi import Message, Receive, Scope, Sender
 from app.api.auth import Keys
 from app.cache import build
 from app.cache.tiers import Tiers
@@ -104,7 +105,7 @@ class App:
         """Those in force."""
         return self.gateway.settings
 
-    async def __call__(self, scope: embeddings.Scope, receive: embeddings.Receive, send: embeddings.Sender) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Sender) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
             return
@@ -137,7 +138,7 @@ class App:
         if self._watcher:
             self._watcher.ask()
 
-    async def _lifespan(self, receive: embeddings.Receive, send: embeddings.Sender) -> None:
+    async def _lifespan(self, receive: Receive, send: Sender) -> None:
         """Starts and stops the gateway at ASGI's lifespan messages."""
         started = await receive()
         assert started["type"] == "lifespan.startup"
@@ -249,10 +250,10 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _close_after_response(send: embeddings.Sender) -> embeddings.Sender:
+def _close_after_response(send: Sender) -> Sender:
     """Wraps `send` to close the connection after the response."""
 
-    async def send_closing(message: embeddings.Message) -> None:
+    async def send_closing(message: Message) -> None:
         if message["type"] == "http.response.start":
             others = [header for header in message.get("headers", ()) if header[0] != b"connection"]
             message["headers"] = [*others, (b"connection", b"close")]
@@ -261,11 +262,11 @@ def _close_after_response(send: embeddings.Sender) -> embeddings.Sender:
     return send_closing
 
 
-def _with_request_id(scope: embeddings.Scope, send: embeddings.Sender) -> embeddings.Sender:
+def _with_request_id(scope: Scope, send: Sender) -> Sender:
     """Wraps `send` to add the request id to the response."""
     request_id = head.request_id(dict(scope["headers"]))
 
-    async def send_with_id(message: embeddings.Message) -> None:
+    async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":
             message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
         await send(message)

@@ -11,14 +11,14 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from msgspec import Struct
 
 from app import tokens
 from app.api import head, render
+from app.api.asgi import Receive, Scope, Sender
 from app.api.auth import ANONYMOUS, Keys, Tenant
 from app.api.guard import ClientGone, Guard
 from app.api.schema import EmbeddingsBody, check_object_count, parse_body
@@ -40,11 +40,6 @@ from app.pipeline.admit import INPUT_OVERHEAD, Admission
 from app.pipeline.quota import Quota
 from app.registry import PublicModel
 from app.types import EmbedRequest, EmbedResult, Source
-
-Scope = MutableMapping[str, Any]
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Sender = Callable[[Message], Awaitable[None]]
 
 _PATHS = frozenset(
     path + slash for path in ("/v1/embeddings", "/embeddings", "/openai/v1/embeddings") for slash in ("", "/")

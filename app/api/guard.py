@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable
 from typing import Any
 
+from app.api.asgi import Scope
 from app.deadlines import Deadline
 
 
@@ -18,7 +19,7 @@ class Guard(Deadline):
 
     _listeners: set[Callable[[], None]] | None = None
 
-    def watch(self, scope: MutableMapping[str, Any]) -> None:
+    def watch(self, scope: Scope) -> None:
         """To be called when the request has been read. The connection calls back when it is lost (`app.http.protocol`);
         under a server without that extension, disconnects go unnoticed."""
         self._listeners = scope.get("extensions", {}).get("hang_up")

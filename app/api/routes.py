@@ -18,6 +18,7 @@ from starlette.responses import PlainTextResponse
 
 from app import __version__
 from app.api import openapi, render
+from app.api.asgi import Receive, Scope, Sender
 from app.api.auth import Keys, Tenant
 from app.errors import GatewayError, InvalidApiKey, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
 from app.gateway import Gateway
@@ -52,7 +53,7 @@ class _HeadAsGet:
     def __init__(self, app: Any) -> None:
         self._app = app
 
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Sender) -> None:
         if scope["type"] == "http" and scope["method"] == "HEAD":
             scope = {**scope, "method": "GET"}
         await self._app(scope, receive, send)

@@ -86,10 +86,6 @@ class App:
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Lock()
 
-    def request_timeout(self) -> float:
-        """Seconds that a request may take in total, by the configuration in force."""
-        return self.settings.server.request_timeout
-
     @property
     def gateway(self) -> Gateway:
         """The one in force."""

@@ -256,7 +256,7 @@ def serve(
     """
     keep_freed_memory()
     raise_descriptor_limit()
-    config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
+    config = uvicorn_config(app, app.settings, app.on_invalid_http, lambda: app.settings.server.request_timeout)
     server = Server(config, app, parent)
 
     async def run() -> None:
@@ -311,5 +311,5 @@ def serve_workers(
         finally:
             watching.cancel()
 
-    with asyncio.Runner(loop_factory=uvicorn_config(app, app.settings).get_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=uvicorn.Config(app, log_config=None).get_loop_factory()) as runner:
         return runner.run(run())

@@ -7,10 +7,10 @@ from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
 from app.cache.shared_limits import SharedLimits
 from app.cache.shared_tokens import SharedTokens
+from app.cache.store import Store
 from app.clock import Clock
 from app.config import CacheSettings, Settings
 from app.metrics import Metrics
-from app.types import Store
 
 
 def stores(settings: CacheSettings, request_timeout: float, metrics: Metrics, clock: Clock) -> list[Store]:

@@ -10,7 +10,8 @@ from typing import NamedTuple
 
 from app.cache.coalescer import Coalescer
 from app.cache.counts import Counts
-from app.types import Embedding, SharedStore, SlowStore
+from app.cache.store import SharedStore, SlowStore
+from app.types import Embedding
 
 log = logging.getLogger(__name__)
 

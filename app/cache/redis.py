@@ -40,10 +40,11 @@ from app.cache.connections import CONNECT_TIMEOUT, Command, Connection, Connecti
 from app.cache.counts import Counts
 from app.cache.health import TierHealth, describe_error
 from app.cache.script import Script
+from app.cache.store import CLAIM_TTL, LookupResult
 from app.clock import Clock
 from app.deadlines import Deadlines
 from app.metrics import Metrics
-from app.types import CLAIM_TTL, Embedding, LookupResult
+from app.types import Embedding
 
 PREFIX = b"eg:1:"
 """Precedes the raw hash in every key of ours: `SCAN MATCH eg:1:*` finds them."""

@@ -16,10 +16,11 @@ from weakref import WeakSet
 from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
 from app.cache.reader import Found, Reader
+from app.cache.store import CLAIM_TTL, LookupResult, SharedStore, SlowStore, Store
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
-from app.types import CLAIM_TTL, Embedding, LookupResult, SharedStore, SlowStore, Store
+from app.types import Embedding
 
 log = logging.getLogger(__name__)
 

@@ -8,8 +8,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from app.cache.counts import Counts
+from app.cache.store import SlowStore
 from app.clock import Clock
-from app.types import Embedding, SlowStore
+from app.types import Embedding
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import math
 
+from app.cache.store import CLAIM_TTL
 from app.cache.tiers import Tiers
 from app.pipeline.parts import merge_result, sub_request
-from app.types import CLAIM_TTL, NO_EMBEDDING, Embedder, EmbedRequest, EmbedResult, Source
+from app.types import NO_EMBEDDING, Embedder, EmbedRequest, EmbedResult, Source
 
 _POLL_INTERVAL, _LONG_POLL_INTERVAL = 0.02, 0.25
 """Seconds between two lookups of what another replica is embedding: at first, and after `CLAIM_TTL`."""

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from app.cache.disk import DiskStore
+from app.cache.store import SlowStore
 from app.metrics import Metrics
-from app.types import Embedding, SlowStore
+from app.types import Embedding
 
 LIMIT = 20.0
 """Seconds after which what must happen counts as not happening."""

@@ -12,10 +12,10 @@ from redis.exceptions import NoScriptError
 from app.cache.build import stores
 from app.cache.connections import Command
 from app.cache.redis import ALIVE_PREFIX, CLAIM_PREFIX, PREFIX, RedisStore
+from app.cache.store import CLAIM_TTL
 from app.cache.tiers import Tiers
 from app.config import CacheSettings
 from app.metrics import Metrics
-from app.types import CLAIM_TTL
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 from tests.redis_server import RedisServer
 

@@ -8,11 +8,12 @@ from app.cache.build import stores
 from app.cache.counts import Counts
 from app.cache.memory import MemoryStore
 from app.cache.reader import Found, Reader
+from app.cache.store import LookupResult, Store
 from app.cache.tiers import Tiers
 from app.cache.writer import Writer
 from app.config import CacheSettings
 from app.metrics import Metrics
-from app.types import Embedding, LookupResult, Store
+from app.types import Embedding
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, until
 from tests.clock import HandClock, settle
 

@@ -13,8 +13,9 @@ import numpy as np
 import yaml
 from redis import Redis
 
+from app.cache.store import CLAIM_TTL
 from app.cache.values import encode
-from app.types import CLAIM_TTL, Embedding
+from app.types import Embedding
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running, settings_of
 from tests.processes import address, start, until

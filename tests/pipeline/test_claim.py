@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from app.cache import keys
 from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
+from app.cache.store import CLAIM_TTL, Store
 from app.cache.tiers import Tiers
 from app.catalog import Model
 from app.clock import SystemClock
@@ -24,7 +25,6 @@ from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
 from app.pipeline.route import Route
 from app.types import (
-    CLAIM_TTL,
     NO_EMBEDDING,
     Batch,
     BatchResult,
@@ -34,7 +34,6 @@ from app.types import (
     EmbedResult,
     Params,
     Source,
-    Store,
 )
 from tests.clock import settle
 from tests.redis_server import RedisServer

@@ -56,16 +56,11 @@ class ConfigSource:
 class ParentConfig:
     """Settings as text from the parent process, which reads them and sends new ones when they change."""
 
-    loaded = None
-
     def __init__(self, text: str, kinds: Mapping[str, UpstreamKind]) -> None:
         self.text, self._kinds = text, kinds
 
     def load(self) -> Settings:
         return from_text(self.text, self._kinds)
-
-    def signature(self) -> None:
-        """None: there is no file to watch."""
 
 
 def applicable(running: Settings, wanted: Settings) -> Settings:

@@ -1,4 +1,4 @@
-"""Reloads the configuration while the program runs: on request, and when the file has changed."""
+"""Reloads the configuration while the program runs: on request, and when its file, if it has one, has changed."""
 
 from __future__ import annotations
 
@@ -37,16 +37,18 @@ class ConfigWatcher:
 
     async def run(self) -> None:
         """Runs until cancelled."""
-        await asyncio.gather(self._reload_on_request(), self._poll_file())
+        # A parent says when it has sent other settings.
+        polling = [self._poll_file(self._source)] if isinstance(self._source, ConfigSource) else []
+        await asyncio.gather(self._reload_on_request(), *polling)
 
-    async def _poll_file(self) -> None:
+    async def _poll_file(self, source: ConfigSource) -> None:
         """Requests a reload when the file has changed and is no longer being written. Requests it once: until the file
         has been read, it still differs from what was loaded."""
-        seen = requested = self._source.loaded
+        seen = requested = source.loaded
         while True:
             await self._clock.sleep(POLL_INTERVAL)
-            before, seen = seen, self._source.signature()
-            if seen is not None and seen == before and seen not in (self._source.loaded, requested):
+            before, seen = seen, source.signature()
+            if seen is not None and seen == before and seen not in (source.loaded, requested):
                 requested = seen
                 self.ask()
 

@@ -7,8 +7,10 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 from app.config import Settings
-from app.config.source import ConfigSource
+from app.config.load import as_text
+from app.config.source import ConfigSource, ParentConfig
 from app.config.watch import POLL_INTERVAL, ConfigWatcher
+from app.upstreams import UPSTREAMS
 from tests.clock import HandClock, settle
 from tests.harness import settings_of
 
@@ -49,5 +51,30 @@ async def test_a_file_that_is_slow_to_read_is_read_once() -> None:
     await settle()
     await asyncio.to_thread(lambda: None)
     assert source.times_read == 1
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+class Timeless(HandClock):
+    """Nobody is to wait on it."""
+
+    async def sleep(self, seconds: float) -> None:
+        raise AssertionError(seconds)
+
+
+async def test_a_worker_waits_for_its_parent_and_polls_nothing() -> None:
+    settings = settings_of({"upstreams": {"built-in": {"type": "lexical"}}})
+    given, read = list[Settings](), asyncio.Event()
+
+    async def change(settings: Settings) -> None:
+        given.append(settings)
+
+    watcher = ConfigWatcher(ParentConfig(as_text(settings), UPSTREAMS), Timeless(), change, lambda _ok: read.set())
+    watching = asyncio.create_task(watcher.run())
+    await settle()
+    assert not watching.done()
+    watcher.ask()
+    await read.wait()
+    assert given == [settings]
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import fcntl
 import ipaddress
@@ -17,23 +16,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NoReturn
 
 from app import __version__, logs
-from app.config import CacheSettings, Settings
+from app.check import check
+from app.config import Settings
 from app.config.load import ConfigError, load
 from app.config.source import ConfigSource, ParentConfig
-from app.gateway import Gateway
 from app.main import App, create_app, warn_if_open
 from app.metrics import multiprocess
-from app.pipeline.deployment import Deployment
-from app.registry import PublicModel
 from app.serve import CannotListen, bind, serve, serve_workers
-from app.types import Embedding
 from app.upstreams import UPSTREAMS
 from app.workers import ParentChannel, own_command
 
 log = logging.getLogger("app")
-
-PROBE_TIMEOUT = 30.0
-"""Seconds that `check --probe` waits for one deployment."""
 
 _HELP = """\
 One OpenAI-compatible /v1/embeddings in front of every embedding vendor.
@@ -252,70 +245,6 @@ def _is_unspecified(host: str) -> bool:
 def _check(options: argparse.Namespace) -> None:
     settings = load(options.config, os.environ, UPSTREAMS)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    # Without its cache: a check leaves no embedding behind, and in Redis no access token either.
-    uncached = settings.model_copy(update={"cache": CacheSettings(memory=None)})
-    failed = asyncio.run(_report(create_app(uncached).gateway, probe=options.probe))
+    failed = check(settings, _print_line, probe=options.probe)
     if failed:
         _fail(failed)
-
-
-async def _report(gateway: Gateway, *, probe: bool) -> list[str]:
-    """Prints the table of models; returns what is wrong with them, one line each."""
-    await gateway.refresh()
-    try:
-        rows: list[tuple[str, ...]] = [
-            ("MODEL", "DIMENSIONS", "INPUTS/CALL", "TOKENS/INPUT", "VECTOR SPACE", "DEPLOYMENTS")
-        ]
-        rows += [_row(name, public) for name, public in sorted(gateway.names.items()) if _is_listed(name, public)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        for row in rows:
-            _print_line("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-        complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
-        registry = gateway.registry
-        faults = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
-        return faults + (await _probe(gateway) if probe else [])
-    finally:
-        await gateway.aclose()
-
-
-def _is_listed(name: str, public: PublicModel) -> bool:
-    """Whether the table shows this name: `upstream/model` only if the model has no shorter name."""
-    return name == public.name or public.deployments[0].name != name
-
-
-def _row(name: str, public: PublicModel) -> tuple[str, ...]:
-    facts = public.facts
-    label = name if name == public.name else f"{name} (alias of {public.name})"
-    return (
-        label,
-        str(public.dimensions or "?"),
-        str(facts.max_batch),
-        str(facts.max_tokens_per_input or "?"),
-        public.space,
-        ", ".join(deployment.name for deployment in public.deployments),
-    )
-
-
-async def _probe(gateway: Gateway) -> list[str]:
-    deployments = {each.name: each for public in gateway.names.values() for each in public.deployments}
-    upstreams = gateway.upstreams.items()
-    failed = [f"{name}: cannot list its models: {each.trouble}" for name, each in upstreams if each.trouble]
-    used = {each.upstream for each in deployments.values()}
-    failed += [
-        f"{name}: it has no list of models at its base_url, and none is configured for it"
-        for name, each in upstreams
-        if not each.lists_models and name not in used
-    ]
-    for name, deployment in sorted(deployments.items()):
-        trouble = await _probe_one(deployment)
-        _print_line(f"probe {name}: {trouble or 'ok'}")
-        if trouble:
-            failed.append(f"{name}: {trouble}")
-    return failed
-
-
-async def _probe_one(deployment: Deployment) -> str | None:
-    outcome = await deployment.ask("probe", PROBE_TIMEOUT)
-    if outcome is None:
-        return f"no answer within {PROBE_TIMEOUT:g} s"
-    return None if isinstance(outcome, Embedding) else f"{outcome.code}: {outcome.message}"

@@ -24,7 +24,7 @@ RANKS = [
     {"api"},
     {"http", "workers"},
     {"main"},
-    {"serve"},
+    {"serve", "check"},
     {"cli"},
     {"__main__"},
 ]

@@ -287,7 +287,7 @@ def test_check_probe_waits_for_a_deployment_no_longer_than_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """However long its upstream may take."""
-    monkeypatch.setattr("app.cli.PROBE_TIMEOUT", 0.05)
+    monkeypatch.setattr("app.check.PROBE_TIMEOUT", 0.05)
     with FakeOpenAI(api_key=None, models={"m": 8}) as fake:
         fake.fail(faults.hang)
         (tmp_path / "config.yaml").write_text(

@@ -20,7 +20,7 @@ from app.check import check
 from app.config import Settings
 from app.config.load import ConfigError, load
 from app.config.source import ConfigSource, ParentConfig
-from app.main import App, create_app, warn_if_open
+from app.main import App, create_app, warn_of_open
 from app.metrics import multiprocess
 from app.serve import CannotListen, bind, serve, serve_workers
 from app.upstreams import UPSTREAMS
@@ -207,20 +207,27 @@ def _app(settings: Settings, options: argparse.Namespace, source: ConfigSource |
 
 
 def _announce(settings: Settings, listener: socket.socket, admin: socket.socket | None) -> None:
-    host = settings.server.host
+    host, address = settings.server.host, _address(listener)
     url = _url(host, listener)
     docs = f"docs at {'/docs' if admin is None else _url(host, admin) + '/docs'}"
-    everywhere = ", listening on all addresses" if _is_unspecified(host) else ""
+    everywhere = ", listening on all addresses" if address.is_unspecified else ""
     log.info("embedding-gateway %s: base_url %s/v1, %s%s", __version__, url, docs, everywhere)
     log.info("upstreams: %s", ", ".join(f"{name} ({each.type})" for name, each in settings.upstreams.items()))
-    warn_if_open(settings)
+    if settings.auth is None and not address.is_loopback:
+        warn_of_open(settings)
 
 
 def _url(host: str, listener: socket.socket) -> str:
     """A URL that works from this machine."""
-    if _is_unspecified(host):
-        host = "::1" if ":" in host else "127.0.0.1"
+    address = _address(listener)
+    if address.is_unspecified:
+        host = "127.0.0.1" if address.version == 4 else "::1"
     return f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+
+
+def _address(listener: socket.socket) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    """What its host, which may be a name, stands for."""
+    return ipaddress.ip_address(listener.getsockname()[0])
 
 
 def _warn_of_unused(environ: Mapping[str, str]) -> None:
@@ -230,13 +237,6 @@ def _warn_of_unused(environ: Mapping[str, str]) -> None:
         found = [variable for variable in kind.variables if variable in present]
         if found and kind.environment(present) is None:
             log.warning("%s alone has no effect: %s is switched on by %s", found[0], name, kind.switched_on_by)
-
-
-def _is_unspecified(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_unspecified
-    except ValueError:
-        return not host
 
 
 # --- check ------------------------------------------------------------------------------------------

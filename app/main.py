@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import ipaddress
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,7 +197,7 @@ class App:
         before.gateway.hand_over(gateway)
         log.info("configuration changed")
         if before.gateway.settings.auth is not None and settings.auth is None:
-            _warn_of_open(settings)  # on loopback too: until now callers needed keys
+            warn_of_open(settings)  # on loopback too: until now callers needed keys
         task = asyncio.create_task(self._retire(before, gateway))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -229,21 +228,8 @@ def _same_settings(one: Settings, other: Settings) -> bool:
     return one == other and orders[0] == orders[1]
 
 
-def warn_if_open(settings: Settings) -> None:
-    """Warns if anyone on another machine may embed."""
-    if settings.auth is None and not _is_loopback(settings.server.host):
-        _warn_of_open(settings)
-
-
-def _warn_of_open(settings: Settings) -> None:
+def warn_of_open(settings: Settings) -> None:
     log.warning("no auth.keys: anybody who reaches %s can embed at your expense", settings.server.host)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _close_after_response(send: Sender) -> Sender:

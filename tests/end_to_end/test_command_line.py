@@ -415,6 +415,16 @@ def test_listening_everywhere_an_address_is_shown_that_can_be_used(tmp_path: Pat
         assert "anybody who reaches 0.0.0.0 can embed at your expense" in log
 
 
+@pytest.mark.parametrize(("host", "everywhere"), [("127.1", False), ("0", True)])
+def test_who_can_reach_it_is_told_by_the_address_it_listens_on_however_that_is_written(
+    tmp_path: Path, host: str, everywhere: bool
+) -> None:
+    with serving(tmp_path, "--host", host):
+        log = (tmp_path / "log").read_text()
+        assert ("listening on all addresses" in log) == everywhere
+        assert ("anybody who reaches" in log) == everywhere
+
+
 def test_half_of_what_switches_an_upstream_on_is_warned_of(tmp_path: Path) -> None:
     env = {"BAIDU_API_KEY": "canary", "OPENAI_BASE_URL": "http://canary", "DASHSCOPE_API_KEY": "sk-canary"}
     with serving(tmp_path, **env):

@@ -28,7 +28,7 @@ from app.upstreams.upstream import Upstream
 INLINE_PARSE_LIMIT = 8 * 2**20
 """Maximum bytes of a reply that are parsed in one turn of the event loop: 12 ms if they are numbers. A larger reply is
 parsed in a thread."""
-SERIAL_PARSE_LIMIT = 2**20
+ONE_PER_TURN = 2**20
 """Bytes above which only one reply of a deployment is parsed in a turn of the event loop: calls made together are
 answered together, and would block everything else for ten times as long."""
 
@@ -110,7 +110,7 @@ class Call:
         reply = await self._auth(request, self._send)
         if len(reply.body) > INLINE_PARSE_LIMIT:
             return await asyncio.to_thread(self._parse, reply, batch)
-        if len(reply.body) > SERIAL_PARSE_LIMIT:
+        if len(reply.body) > ONE_PER_TURN:
             async with self._parsing:
                 await asyncio.sleep(0)
                 return self._parse(reply, batch)

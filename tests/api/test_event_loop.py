@@ -201,7 +201,7 @@ async def test_a_scrape_is_not_written_while_others_wait() -> None:
 
 
 async def test_of_large_replies_that_come_together_each_has_a_turn_of_its_own() -> None:
-    call = call_that_gets(reply_of(NUMBERS, call_module.SERIAL_PARSE_LIMIT + 1), Metrics())
+    call = call_that_gets(reply_of(NUMBERS, call_module.ONE_PER_TURN + 1), Metrics())
     async with turns() as others:
         calls = [asyncio.create_task(call(ASKED)) for _ in range(5)]
         for done, each in enumerate(calls):

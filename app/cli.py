@@ -161,7 +161,8 @@ def _serve(options: argparse.Namespace) -> None:
         temporary = tempfile.TemporaryDirectory(prefix="embedding-gateway-")
     except OSError as error:
         _fail([f"several workers need a temporary directory: {error.strerror}"])
-    app = create_app(settings)  # not under `multiprocess`: its own metrics are not shared
+    # It answers no requests, so it needs no cache. Not under `multiprocess`: its own metrics are not shared.
+    app = create_app(settings, stores=[])
     with temporary as directory, _locked(directory), multiprocess(directory):
         sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from app.api import embeddings, head, routes
 from app.api.asgi import Message, Receive, Scope, Sender
 from app.api.auth import Keys
 from app.cache import build
+from app.cache.store import Store
 from app.cache.tiers import Tiers
 from app.clock import Clock, SystemClock
 from app.config import Settings
@@ -260,15 +261,17 @@ def create_app(
     settings: Settings,
     *,
     transport: httpx.AsyncBaseTransport | None = None,
+    stores: Sequence[Store] | None = None,
     clock: Clock | None = None,
     request_log: logs.RequestLog | None = None,
     source: ConfigSource | ParentConfig | None = None,
 ) -> App:
-    """Builds the application. `transport` and `clock` replace the real ones; the configuration is reloaded from
-    `source` when its file changes or `reload` is called."""
+    """Builds the application. `transport`, `stores` and `clock` replace the real ones; the configuration is reloaded
+    from `source` when its file changes or `reload` is called."""
     clock = clock or SystemClock()
     metrics = Metrics()
-    stores = build.stores(settings.cache, settings.server.request_timeout, metrics, clock)
+    if stores is None:
+        stores = build.stores(settings.cache, settings.server.request_timeout, metrics, clock)
     cache = Tiers(stores, metrics, clock)
 
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:

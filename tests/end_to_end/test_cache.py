@@ -13,8 +13,11 @@ import numpy as np
 import yaml
 from redis import Redis
 
+from app.cache.memory import MemoryStore
 from app.cache.store import CLAIM_TTL
 from app.cache.values import encode
+from app.clock import SystemClock
+from app.metrics import Metrics
 from app.types import Embedding
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running, settings_of
@@ -37,6 +40,14 @@ def ask(gateway: Running, fake: FakeOpenAI, texts: list[str] = TEXTS) -> str:
     for text, row in zip(texts, response.json()["data"], strict=True):
         assert np.array_equal(np.array(row["embedding"], "<f4"), fake.expected(MODEL, text))
     return str(response.headers["x-embedding-cache"])
+
+
+def test_whoever_builds_the_application_may_hand_it_its_tiers() -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        for stores, cached in (([], "miss"), ([MemoryStore(2**20, 60, SystemClock(), Metrics())], "hit")):
+            with running(config(fake, {}), stores=stores) as gateway:
+                assert ask(gateway, fake) == "miss"
+                assert ask(gateway, fake) == cached
 
 
 def test_disk_survives_a_restart_and_fills_memory(tmp_path: Path) -> None:

@@ -63,6 +63,8 @@ class Model:
     """Of an image sent inline; one given by its URL is for the vendor to check."""
     revision: str = ""
     """Part of the vector space's name: the same model in another revision is another space."""
+    assumed: bool = False
+    """Whether nothing but the address suggests that its server has it: then no reply may name another model."""
     same_as: str = ""
     """The name used for its vector space, if an upstream knows it by several."""
     price_per_million_tokens: float | None = None

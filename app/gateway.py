@@ -150,7 +150,10 @@ class Gateway:
             return type(why)(message, code=why.code, retry_after=why.retry_after)
         if instead := self._replacement_for(name):
             return ModelNotFound(instead, param="model")
-        return ModelNotFound.of(name, ", as far as the upstreams that can be reached know" if down else "")
+        caveat = ", as far as the upstreams that can be reached know" if down else ""
+        if listless := ", ".join(each.name for each in candidates if not each.lists_models):
+            caveat += f"; {listless} has no list of models: what else it has must be named in `models` of the configuration"
+        return ModelNotFound.of(name, caveat)
 
     def _replacement_for(self, name: str) -> str | None:
         """What to use instead of a model that an upstream has and the gateway cannot serve."""
@@ -189,7 +192,7 @@ class Gateway:
     def status(self) -> dict[str, Any]:
         """Ready or draining, and a line per upstream and cache tier. Makes no calls, because probes are frequent."""
         upstreams: dict[str, dict[str, Any]] = {
-            name: {"status": "down" if upstream.trouble else "up", "models": len(upstream.models)}
+            name: {"status": "down" if upstream.trouble else "up", "models": len(self.registry.served(upstream))}
             | ({"reason": upstream.trouble.message} if upstream.trouble else {})
             for name, upstream in self.upstreams.items()
         }

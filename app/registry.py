@@ -55,6 +55,7 @@ class Registry:
 
     def __init__(self, settings: Settings, upstreams: Mapping[str, Upstream], fleet: Fleet, cache: Tiers) -> None:
         self._settings, self._upstreams, self._fleet, self._cache = settings, upstreams, fleet, cache
+        self._configured_upstreams = {each.upstream for model in settings.models.values() for each in model.deployments}
         self._conflicts: set[str] = set()
         self.names: dict[str, PublicModel] = {}
         """Every name that can be requested, aliases included."""
@@ -77,6 +78,11 @@ class Registry:
             if published and (not upstream.unavailable or each.model.name in upstream.models):  # nearly always
                 return []
         return [self._upstreams[each.upstream] for each in public.deployments]
+
+    def served(self, upstream: Upstream) -> Mapping[str, Model]:
+        """The models that it serves under their own names: those it lists or, if it has no list and none is configured
+        for it, those it is assumed to have."""
+        return upstream.models or ({} if upstream.name in self._configured_upstreams else upstream.assumed)
 
     def publish(self) -> None:
         """Rebuilds every name, and drops deployments that no name leads to any more because their upstream has replaced
@@ -131,7 +137,7 @@ class Registry:
         the other upstream's own model, available or not."""
         served: dict[str, list[Deployment]] = {}
         for upstream in self._upstreams.values():
-            for model in upstream.models.values():
+            for model in self.served(upstream).values():
                 deployment = self._fleet.deployment(upstream, model)
                 first, slash, _ = model.name.partition("/")
                 others = slash and first != upstream.name and first in self._upstreams

@@ -260,6 +260,8 @@ class Parsed(Struct):
     """The batch's tokens as the upstream reports them; None if it reports none."""
     sparse: Sequence[object] | None = None
     """As the upstream returned them, one for each of `vectors`; None if none were requested."""
+    model: object = None
+    """What the reply names as the model; None if it names none."""
 
 
 class Adapter(Struct, frozen=True):

@@ -60,6 +60,8 @@ class UpstreamKind:
     """The models known beforehand: by default, all that the catalogue has under the type's name."""
     discover: Callable[[Any, Send], Awaitable[Sequence[Model] | None]] | None = None
     """Asks the upstream for its models; None if it has no list. Raises `GatewayError`. `Send` adds the credentials."""
+    assumed: Callable[[Any], Mapping[str, Model]] = lambda _: {}
+    """The models that a server without a list is assumed to have as long as none is configured for it."""
     vendor_variables: Sequence[VendorVariable] = ()
     """What switches the type on when no file names an upstream: all of them but the optional ones."""
     transport: Callable[[Any], httpx.AsyncBaseTransport | None] = lambda _: None

@@ -79,8 +79,10 @@ class Call:
             # Whatever was answered is billed, whether or not it can be used.
             weights = tokens.estimates(batch.inputs)
             bills = tokens.bills(self._charge(batch, parsed.tokens, weights), batch.inputs, weights)
-            params, native = batch.params, self._target.model.dimensions
-            checked = contract.in_order(parsed, bills, params.dimensions, params.output_type, native=native)
+            params, model = batch.params, self._target.model
+            if model.assumed:
+                contract.same_model(parsed.model, model.name)
+            checked = contract.in_order(parsed, bills, params.dimensions, params.output_type, native=model.dimensions)
         except GatewayError as error:
             error.message = self._redact(error.message)
             self._count(error.code)

@@ -14,6 +14,7 @@ from app.errors import (
     UpstreamIgnoredDimensions,
     UpstreamInvalidResponse,
     UpstreamInvalidVector,
+    UpstreamMisconfigured,
     UpstreamWrongCount,
 )
 from app.types import MAX_DIMENSIONS, Embedding, OutputType, Parsed
@@ -51,6 +52,17 @@ def in_order(
     for i, fault in faults.items():
         embeddings[i] = UpstreamInvalidVector(f"the upstream returned a vector that {fault}")
     return embeddings
+
+
+def same_model(named: object, name: str) -> None:
+    """Raises if a reply names another model than the one requested. Some servers have one model, and give its vectors
+    whatever is requested."""
+    if named is not None and named != name:
+        other = f"'{named}'" if isinstance(named, str) and len(named) <= 256 else "another"  # whole, to be redacted
+        raise UpstreamMisconfigured(
+            f"the upstream's reply is of the model {other} instead of '{name}'. It has no list of models: "
+            "what it has must be named in `models` of the configuration"
+        )
 
 
 def _order(indexes: Sequence[int]) -> Sequence[int] | None:

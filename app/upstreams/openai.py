@@ -122,9 +122,8 @@ def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
     rows = body["data"]
     found = vectors.parse([row["embedding"] for row in rows])
     indexes = [row.get("index", 0) for row in rows]  # Gemini's OpenAI-style route omits an index of 0
-    return Parsed(
-        indexes, found, replies.billed_tokens(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens")
-    )
+    billed = replies.billed_tokens(body.get("usage"), "total_tokens", "prompt_tokens", "input_tokens")
+    return Parsed(indexes, found, billed, model=body.get("model"))
 
 
 def adapter(settings: OpenAISettings) -> Adapter:
@@ -144,6 +143,16 @@ def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | No
 def models(settings: OpenAISettings) -> Mapping[str, Model]:
     """OpenAI's models; any other server is asked for its own."""
     return CATALOG["openai"] if settings.base_url == BASE_URL else {}
+
+
+def assumed(settings: OpenAISettings) -> Mapping[str, Model]:
+    """OpenAI's models, behind an address and credentials like OpenAI's: a proxy, or a server that stands in for it.
+    Nothing where any name may be answered by whatever model there is: Azure's deployments, servers without a key."""
+    address = settings.base_url
+    alike = address.endswith("/v1") and "/deployments/" not in address and not settings.query
+    if not alike or settings.auth != "bearer" or not auth.keys(settings):
+        return {}
+    return {name: replace(model, assumed=True) for name, model in CATALOG["openai"].items()}
 
 
 def unlisted_model(name: str) -> Model:
@@ -198,6 +207,7 @@ KIND = UpstreamKind(
     models=models,
     unlisted_model=unlisted_model,
     discover=discover,
+    assumed=assumed,
     vendor_variables=(
         VendorVariable("api_key", "OPENAI_API_KEY"),
         VendorVariable("base_url", "OPENAI_BASE_URL", optional=True),

@@ -68,7 +68,8 @@ class Upstream:
         self.trouble: GatewayError | None = None
         """Why its models could not be listed, redacted; None if they could."""
         self.lists_models = True
-        """Whether it has a list of models. A server without one serves the models that are configured."""
+        """Whether it has a list of models. A server without one serves the models that are configured, or `assumed`."""
+        self._assumed = kind.assumed(settings)
         self._empty = False
         self._listed_at: float | None = None
         self._discovery: asyncio.Task[None] | None = None
@@ -81,6 +82,11 @@ class Upstream:
             return False
         unreachable = isinstance(self.trouble, UpstreamUnreachable | UpstreamTimeout | Overloaded)
         return unreachable or type(self.trouble) is UpstreamError
+
+    @property
+    def assumed(self) -> Mapping[str, Model]:
+        """The models it is assumed to have if none is configured for it, because it has no list."""
+        return {} if self.lists_models else self._assumed
 
     def model(self, name: str) -> Model:
         """Facts about a configured model, whether or not the upstream is known to have it."""
@@ -138,17 +144,23 @@ class Upstream:
             self._cannot_list(UpstreamMisconfigured("its list of models has disappeared"))  # most likely temporarily
             return
         self.trouble = None
-        if found is None and self.lists_models:
-            message = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: "
-            log.warning(message + "only what is configured is served", self.name)
-        self.lists_models = found is not None
+        listed, self.lists_models = self.lists_models, found is not None
+        if found is None and listed:
+            self._tell_of_no_list()
         empty = found is not None and not found
         if empty and not self._empty:
             log.warning("upstream %s has no model for embeddings: only what is configured is served", self.name)
         self._empty = empty
         models = {model.name: model for model in found or ()}
-        if models != self.models:
+        if models != self.models or listed != self.lists_models:
             self.models = models
+
+    def _tell_of_no_list(self) -> None:
+        served = "only what is configured is served"
+        if self._assumed:
+            served += f", or if that is nothing, {', '.join(self._assumed)}, unless a reply names another model"
+        message = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: %s"
+        log.warning(message, self.name, served)
 
     def _cannot_list(self, error: GatewayError, bug: Exception | None = None) -> None:
         """Keeps the error and logs it when it is new: lists are fetched every minute."""

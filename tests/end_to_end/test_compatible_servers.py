@@ -10,7 +10,9 @@ import orjson
 import pytest
 
 from tests.fakes import FakeOpenAI, faults
-from tests.fakes.wire import Reply
+from tests.fakes.upstream import Embedded
+from tests.fakes.vectors import Row
+from tests.fakes.wire import Reply, json_reply
 from tests.harness import running
 
 HOSTED = "BAAI/bge-m3"
@@ -62,6 +64,156 @@ def test_what_a_server_without_a_list_of_models_has_is_what_is_configured_for_it
             unknown = gateway.post({"model": "up/other", "input": ["a"]})
         right(fake, known, "text-embedding-3-small", ["a"])
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+
+
+NO_ROUTE = faults.http_error(404, b'{"detail": "Not Found"}')
+
+
+def without_list(fake: FakeOpenAI) -> FakeOpenAI:
+    fake.fail(NO_ROUTE, times=None, path="/models")
+    return fake
+
+
+@pytest.mark.parametrize("status", [404, 405, 501])
+def test_a_server_that_is_called_as_openai_is_and_has_no_list_serves_openais_models(
+    status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["text-embedding-3-small", "text-embedding-3-large", "text-embedding-ada-002"]
+    with FakeOpenAI() as fake:
+        fake.fail(faults.http_error(status, b"no"), times=None, path="/models")
+        environ = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
+        with running({}, environ) as gateway:
+            for name in names:
+                right(fake, gateway.post({"model": name, "input": [name]}), name, [name])
+                assert gateway.post({"model": f"openai/{name}", "input": name}).status_code == 200
+            listed = gateway.get("/v1/models").json()["data"]
+            unknown = gateway.post({"model": "openai/other", "input": "a"})
+            ready = gateway.get("/readyz").json()["upstreams"]
+    assert {"text-embedding-3-small": 1536, "text-embedding-3-large": 3072}.items() <= {
+        each["id"]: each["dimensions"] for each in listed
+    }.items()
+    assert ready == {"openai": {"status": "up", "models": 3}}
+    assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "model_not_found")
+    assert unknown.json()["error"]["message"] == (
+        "The model 'openai/other' does not exist; openai has no list of models: what else it has must be named in "
+        "`models` of the configuration"
+    )
+    assert [message for message in caplog.messages if "no list" in message] == [
+        "upstream openai has no list of models at its base_url, which ends in /v1 as a rule: only what is configured "
+        f"is served, or if that is nothing, {', '.join(names)}, unless a reply names another model"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("own", "asked"), [("my/e5", "text-embedding-ada-002"), ("text-embedding-3-small", "text-embedding-ada-002")]
+)
+def test_a_server_without_a_list_that_answers_with_another_model_gives_no_wrong_vector(own: str, asked: str) -> None:
+    """TEI answers with its own model whatever is requested, here with one of the same length."""
+    with without_list(FakeOpenAI(flavour="tei", models={own: 1536})) as fake:
+        with running(config(fake, api_key="sk-fake")) as gateway:
+            refused = [gateway.post({"model": asked, "input": ["a", "b"]}) for _ in range(2)]
+            if own == "text-embedding-3-small":
+                right(fake, gateway.post({"model": own, "input": ["a"]}), own, ["a"])
+        assert len(fake.calls) == (3 if own == "text-embedding-3-small" else 2), "neither retried nor cached"
+    for response in refused:
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (502, "upstream_error")
+        assert f"the upstream's reply is of the model '{own}' instead of '{asked}'" in error["message"]
+
+
+class Renaming(FakeOpenAI):
+    """Names the model as it pleases."""
+
+    def __init__(self, named: Any) -> None:
+        super().__init__()
+        self.named = named
+
+    def _answer(self, body: dict[str, Any], name: str, rows: list[Row], tokens: int) -> Embedded:
+        answer = super()._answer(body, name, rows, tokens)
+
+        def render(shuffled: list[Row]) -> Reply:
+            return json_reply({**orjson.loads(answer.render(shuffled).body), "model": self.named})
+
+        return Embedded(rows, tokens, render)
+
+
+@pytest.mark.parametrize(("named", "status"), [(None, 200), ("", 502), (5, 502), ("x" * 300, 502)])
+def test_a_reply_that_names_no_model_is_believed_and_one_that_names_nonsense_is_not(named: Any, status: int) -> None:
+    with without_list(Renaming(named)) as fake:
+        with running(config(fake, api_key="sk-fake")) as gateway:
+            response = gateway.post({"model": "text-embedding-3-small", "input": "a"})
+    assert response.status_code == status
+    assert "xxx" not in response.text
+
+
+def test_a_length_that_openais_model_does_not_have_is_a_502_at_a_server_without_a_list() -> None:
+    with without_list(FakeOpenAI(models={"text-embedding-3-small": 768})) as fake:
+        with running(config(fake, api_key="sk-fake")) as gateway:
+            response = gateway.post({"model": "text-embedding-3-small", "input": "a"})
+    assert (response.status_code, response.json()["error"]["code"]) == (502, "upstream_invalid_response")
+
+
+@pytest.mark.parametrize(
+    ("base", "changed"),
+    [
+        ("/v1", {"api_key": None}),
+        ("/v1", {"auth": "api-key"}),
+        ("/v1", {"auth": "none"}),
+        ("/v1", {"query": {"api-version": "2024-10-21"}}),
+        ("", {}),
+        ("/openai/deployments/v1", {}),
+    ],
+)
+def test_no_model_is_assumed_of_a_server_that_is_called_otherwise(base: str, changed: dict[str, Any]) -> None:
+    settings = {name: value for name, value in {"api_key": "sk-fake", **changed}.items() if value is not None}
+    with FakeOpenAI(api_key=None) as fake:
+        fake.fail(NO_ROUTE, times=None, path=f"{base}/models")
+        with running(config(fake, base, **settings)) as gateway:
+            assert gateway.get("/v1/models").json()["data"] == []
+            assert gateway.post({"model": "text-embedding-3-small", "input": "a"}).status_code == 404
+    assert not fake.calls
+
+
+@pytest.mark.parametrize("listed", [{"listed": {}}, {"listed": {"mine": 8}}, {"status": 401}, {"status": 500}])
+def test_no_model_is_assumed_of_a_server_that_has_a_list_or_does_not_say(listed: dict[str, Any]) -> None:
+    with FakeOpenAI() as fake:
+        if "status" in listed:
+            fake.fail(faults.http_error(listed["status"], b"no"), times=None, path="/models")
+        else:
+            body = orjson.dumps({"data": [{"id": name} for name in listed["listed"]]})
+            fake.fail(faults.http_error(200, body), times=None, path="/models")
+        with running(config(fake, api_key="sk-fake")) as gateway:
+            names = [each["id"] for each in gateway.get("/v1/models").json()["data"]]
+    assert names == (["mine", "up/mine"] if listed.get("listed") else [])
+
+
+def test_what_is_configured_for_a_server_without_a_list_is_all_that_it_has_and_is_believed() -> None:
+    models = {"mine": {"deployments": [{"upstream": "up", "model": "text-embedding-3-small"}]}}
+    with without_list(FakeOpenAI(flavour="tei", models={"own": 1536})) as fake:
+        with running({**config(fake, api_key="sk-fake"), "models": models}) as gateway:
+            names = [each["id"] for each in gateway.get("/v1/models").json()["data"]]
+            right(fake, gateway.post({"model": "mine", "input": ["a"]}), "own", ["a"])
+            assert gateway.get("/readyz").json()["upstreams"]["up"]["models"] == 0
+    assert names == ["mine", "up/text-embedding-3-small"]
+
+
+def test_a_list_that_a_server_has_later_is_what_counts() -> None:
+    with without_list(FakeOpenAI()) as fake, running(config(fake, api_key="sk-fake")) as gateway:
+        upstream = gateway.app.gateway.upstreams["up"]
+        assert gateway.post({"model": "text-embedding-3-large", "input": "a"}).status_code == 200
+        fake.heal()
+        fake.listed = {"text-embedding-3-small": 1536}
+        upstream._listed_at = None
+        assert gateway.post({"model": "up/mine", "input": "a"}).status_code == 404
+        again = gateway.post({"model": "text-embedding-3-small", "input": "a"})
+        assert again.headers["x-embedding-space"] == "openai/text-embedding-3-small;1536"
+        assert gateway.post({"model": "text-embedding-3-large", "input": "a"}).status_code == 404
+        without_list(fake)
+        upstream._listed_at = None
+        assert gateway.post({"model": "up/text-embedding-3-large", "input": "a"}).status_code == 502, (
+            "it is gone for now"
+        )
+        assert gateway.post({"model": "text-embedding-3-small", "input": "b"}).status_code == 200
 
 
 def test_a_model_that_only_the_configuration_knows_is_there_under_its_upstreams_name_too() -> None:

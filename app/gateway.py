@@ -13,7 +13,7 @@ from app.cache.build import shared_limits, shared_tokens
 from app.cache.shared_limits import SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
-from app.catalog import UNSERVED, family
+from app.catalog import UNSERVED
 from app.clock import Clock
 from app.config import Settings, UpstreamSettings
 from app.errors import GatewayError, ModelNotFound
@@ -140,13 +140,17 @@ class Gateway:
 
     def _unknown(self, name: str) -> GatewayError:
         """`ModelNotFound`; or the error of an upstream that cannot be asked, if the name begins with that upstream's,
-        or is a well-known model's: "no such model" would be a guess, and callers take it as final."""
+        or is one that upstreams of its type are known to serve: "no such model" would be a guess, and callers take it
+        as final."""
         named = self.upstreams.get(name.partition("/")[0])
         candidates = [named] if named else [each for each in self.upstreams.values() if not each.models]
         down = {each.name: each.trouble for each in candidates if each.trouble}
-        if down and (named or family(name)):
-            why = next(iter(down.values()))
-            message = f"no model '{name[:200]}' is known, and {', '.join(down)} cannot say what models there are: {why}"
+        likely = [each for each in down if named or self.upstreams[each].kind.unlisted_model(name).source]
+        if likely:
+            why = down[likely[0]]
+            message = (
+                f"no model '{name[:200]}' is known, and {', '.join(likely)} cannot say what models there are: {why}"
+            )
             return type(why)(message, code=why.code, retry_after=why.retry_after)
         if instead := self._replacement_for(name):
             return ModelNotFound(instead, param="model")

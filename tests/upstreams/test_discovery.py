@@ -356,18 +356,36 @@ def test_what_is_wrong_with_an_upstream_that_has_never_listed_its_models_is_what
 
 @pytest.mark.parametrize(
     ("kind", "told"),
-    [("auth", (502, "upstream_auth")), ("rate_limit", (429, "rate_limit_exceeded"))],
+    [
+        ("auth", (502, "upstream_auth")),
+        ("rate_limit", (429, "rate_limit_exceeded")),
+        ("internal", (502, "upstream_error")),
+    ],
 )
+@pytest.mark.parametrize("model", ["bge-m3", "text-embedding-3-small"])
 def test_a_well_known_model_that_an_upstream_without_a_list_may_have_is_not_said_to_be_nowhere(
-    kind: str, told: tuple[int, str]
+    kind: str, told: tuple[int, str], model: str
 ) -> None:
     with FakeOpenAI() as fake:
         fake.fail(faults.vendor_error(kind), times=None, path="/models")
         up = {"type": "openai", "base_url": fake.url + "/v1"}
         with running({"upstreams": {"up": up}}) as gateway:
-            response = gateway.post({"model": "bge-m3", "input": "hi"})
+            response = gateway.post({"model": model, "input": "hi"})
             assert gateway.post({"model": "nobody-knows-it", "input": "hi"}).status_code == 404
     assert (response.status_code, response.json()["error"]["code"]) == told
+
+
+def test_an_upstream_that_cannot_have_a_model_has_no_part_in_the_answer() -> None:
+    ollama = {"type": "ollama", "base_url": "http://127.0.0.1:9"}
+    with FakeOpenAI() as fake:
+        fake.fail(faults.vendor_error("auth"), times=None, path="/models")
+        oai = {"type": "openai", "base_url": fake.url + "/v1"}
+        with running({"upstreams": {"ollama": ollama, "oai": oai}}) as gateway:
+            error = gateway.post({"model": "text-embedding-3-small", "input": "hi"}).json()["error"]
+        with running({"upstreams": {"ollama": ollama}}) as gateway:
+            assert gateway.post({"model": "text-embedding-3-small", "input": "hi"}).status_code == 404
+    assert error["code"] == "upstream_auth"
+    assert "and oai cannot say" in error["message"]
 
 
 def test_what_is_left_of_a_key_where_the_words_of_an_ollama_without_a_list_are_cut_is_not_shown() -> None:

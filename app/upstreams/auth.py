@@ -7,6 +7,7 @@ again. Access tokens and signatures are in `access_token` and `signature`.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -26,6 +27,8 @@ MakeAuth: TypeAlias = Callable[[UpstreamSettings, Clock, TokenStore | None], Aut
 
 KEY_COOLDOWN = 600.0
 """Seconds for which a refused or exhausted key is not tried while there are others."""
+LOG_INTERVAL = 60.0
+"""Minimum seconds between two log lines about a key, which comes and goes if it is refused for some models only."""
 
 
 def keys(settings: UpstreamSettings) -> list[str]:
@@ -70,8 +73,7 @@ class HeaderKey:
         self._values = list(values)
         self._parse_error, self._clock = parse_error, clock
         self._suspended_until = [0.0] * len(self._values)
-        self._rate_limited: set[int] = set()
-        """Keys last suspended for their rate."""
+        self._logged_at = [-math.inf] * len(self._values)
         self._next_index = 0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
@@ -81,20 +83,24 @@ class HeaderKey:
         limited: list[tuple[float, int, WireReply]] = []
         while True:
             key = self._next_key(errors)
+            suspended_until = self._suspended_until[key]
             reply = await send(self._with_key(request, key))
             error = self._parse_error(reply)
             if not isinstance(error, UpstreamAuth | RateLimited | QuotaExhausted):
+                if error is None and self._suspended_until[key] == suspended_until:  # and not anew meanwhile
+                    self._suspended_until[key] = 0.0
                 break
             errors[key] = error
             if isinstance(error, RateLimited):
                 limited.append((error.retry_after or 0.0, key, reply))
-            # Keys suspended for their rate are tried after all before callers get an error that will not pass.
-            if not self._any_available(errors) and (limited or self._rate_limited <= errors.keys()):
+            # Suspended keys are tried after all before callers get an error that will not pass: they may be used up for
+            # another model only.
+            if len(errors) == len(self._values) or (limited and not self._any_available(errors)):
                 if limited:  # no key works: callers get the error that passes first
                     _, _, reply = min(limited)
                 break
-        # If every key is refused, the keys are not at fault: the account may not use the model, for example.
-        if len(errors) < len(self._values) or not all(isinstance(each, UpstreamAuth) for each in errors.values()):
+        # If every key is refused for good, none is worse than another: the account may not use the model, for example.
+        if len(errors) < len(self._values) or limited:
             for key, error in errors.items():
                 self._suspend(key, error, request)
         return reply
@@ -103,12 +109,11 @@ class HeaderKey:
         """Takes the key out of the rotation: a rate-limited one only until it may be used again, a refused or exhausted
         one for longer. The latter is logged: while other keys serve, nothing else shows it."""
         now, seconds = self._clock.monotonic(), KEY_COOLDOWN
-        self._rate_limited.discard(key)
         if isinstance(error, RateLimited):
-            self._rate_limited.add(key)
             # What an upstream gives as seconds may be a date.
             seconds = min(seconds, 1.0 if error.retry_after is None else error.retry_after)
-        elif self._suspended_until[key] <= now:
+        elif self._suspended_until[key] <= now and now - self._logged_at[key] >= LOG_INTERVAL:
+            self._logged_at[key] = now
             log.warning(
                 "%s: key %d of %d is not used for %g s: %s",
                 *(urlsplit(request.url).hostname, key + 1, len(self._values), seconds, error.code),

@@ -474,6 +474,77 @@ async def test_what_every_key_is_refused_for_leaves_none_of_them_out() -> None:
     assert service.asked.count("one") == service.asked.count("two") == 3
 
 
+class PerModel(Keyed):
+    """Acts as a service where each of these keys is used up for one model."""
+
+    def __init__(self, **used_up: str) -> None:
+        super().__init__()
+        self.used_up = used_up
+
+    async def send(self, request: WireRequest) -> WireReply:
+        reply = await super().send(request)
+        used_up = self.used_up.get(self.asked[-1]) == orjson.loads(request.body)["model"]
+        return refusal(429, "insufficient_quota") if used_up else reply
+
+
+def of_model(name: str) -> WireRequest:
+    return WireRequest("POST", "https://vendor.example/embeddings", {}, orjson.dumps({"model": name}))
+
+
+async def test_keys_that_are_used_up_for_one_model_each_serve_the_other_one(caplog: pytest.LogCaptureFixture) -> None:
+    clock, service = HandClock(), PerModel(one="v1", two="v4")
+    flow = auth.bearer(["one", "two"], openai.parse_error, clock)
+    models = ["v1", "v4"] * 8
+    assert {(await flow(of_model(name), service.send)).status for name in models} == {200}
+    assert len(service.asked) <= 2 * len(models)
+    service.asked.clear()
+    assert {(await flow(of_model("v4"), service.send)).status for _ in range(4)} == {200}
+    assert service.asked == ["one"] * 4, "while only one model is asked for, no call is repeated"
+    told = [f"vendor.example: key {key} of 2 is not used for 600 s: insufficient_quota" for key in (1, 2)]
+    assert caplog.messages == told
+    clock.now += auth.LOG_INTERVAL
+    for name in models:
+        await flow(of_model(name), service.send)
+    assert sorted(caplog.messages) == sorted(told * 2), "once a minute"
+
+
+async def test_a_model_that_no_key_may_be_used_for_any_more_leaves_every_key_to_the_others() -> None:
+    class Ticking(HandClock):
+        def monotonic(self) -> float:
+            self.now += 0.001
+            return self.now
+
+    service = PerModel(one="v1", two="v1")
+    flow = auth.bearer(["one", "two"], openai.parse_error, Ticking())
+    assert (await flow(of_model("v1"), service.send)).status == 429
+    service.asked.clear()
+    for _ in range(6):
+        await flow(of_model("v4"), service.send)
+    assert service.asked.count("one") == service.asked.count("two") == 3
+
+
+async def test_a_success_that_was_under_way_frees_no_key_that_is_at_its_rate_since() -> None:
+    service, ready = Keyed(), asyncio.Event()
+    flow = auth.bearer(["one", "two"], openai.parse_error, HandClock())
+
+    async def slow(request: WireRequest) -> WireReply:
+        reply = await service.send(request)
+        await ready.wait()
+        return reply
+
+    early = asyncio.create_task(flow(embedding(), slow))
+    await settle()
+    await flow(embedding(), service.send)
+    service.against["one"] = refusal(429, "rate_limit_exceeded", **{"retry-after": "7"})
+    await flow(embedding(), service.send)
+    ready.set()
+    assert (await early).status == 200
+    service.asked.clear()
+    for _ in range(3):
+        await flow(embedding(), service.send)
+    assert service.asked == ["two"] * 3
+
+
 async def test_a_key_comes_back_after_its_rate_limit_and_a_refused_one_much_later() -> None:
     clock = HandClock()
     service = Keyed(

@@ -42,6 +42,7 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
 # message are escaped, so that no caller's text reads as a field.
 _FIELDS: Sequence[tuple[re.Pattern[bytes], type[GatewayError]]] = (
     (re.compile(rb'"reason"\s*:\s*"API_KEY_INVALID"'), UpstreamAuth),  # sent as a 400
+    (re.compile(rb'"message"\s*:\s*"API key (not|expired)\b', re.IGNORECASE), UpstreamAuth),  # the same without details
     (re.compile(rb'"status"\s*:\s*"FAILED_PRECONDITION"'), UpstreamAuth),  # no service in this country, or no free tier
     (re.compile(rb'"quotaId"\s*:\s*"[^"]*PerDay'), QuotaExhausted),
     (re.compile(rb'"message"\s*:\s*"[^"]*dimensionality', re.IGNORECASE), UnsupportedDimensions),

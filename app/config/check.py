@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from app.catalog import UNSERVED
 from app.config.explain import did_you_mean, explain
 from app.config.kind import UpstreamKind
 from app.config.settings import CAPABILITIES, DeploymentSettings, ModelSettings, Settings, UpstreamSettings
@@ -195,7 +196,7 @@ def _check_capabilities(
     path: Path, settings: Settings, model: ModelSettings, tree: Tree, kinds: Mapping[str, UpstreamKind]
 ) -> None:
     """Some upstream of the model must be able to express each capability that the operator claims for it. A built-in
-    upstream must have the model."""
+    upstream must have the model, and the gateway must be able to serve it."""
     expressible: set[str] = set()
     for index, deployment in enumerate(model.deployments):
         upstream = settings.upstreams.get(deployment.upstream)
@@ -208,6 +209,8 @@ def _check_capabilities(
         }
         if kind.built_in and deployment.model not in listed:
             tree.reject((*path, "deployments", index, "model"), f"must be one of {', '.join(listed)}")
+        if instead := UNSERVED.get(kind.name, {}).get(deployment.model):
+            tree.reject((*path, "deployments", index, "model"), instead)
     for capability in CAPABILITIES:
         if getattr(model, capability) and capability not in expressible:
             tree.reject((*path, capability), "no upstream of this model can express it; leave it out")

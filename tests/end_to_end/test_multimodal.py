@@ -242,6 +242,20 @@ def test_a_model_that_answers_hours_later_is_refused_with_one_that_does_not(gate
         assert "use text-embedding-v4" in error["message"]
 
 
+@pytest.mark.parametrize("mode", ["native", "compatible"])
+def test_a_file_that_names_such_a_model_is_refused_with_one_that_does_not(mode: str) -> None:
+    up = {"type": "dashscope", "mode": mode, "api_key": "sk-fake"}
+    deployments = [{"upstream": "up", "model": name} for name in ("text-embedding-v3", "text-embedding-async-v2")]
+    with pytest.raises(ConfigError) as refusal:
+        settings_of({"upstreams": {"up": up}, "models": {"docs": {"deployments": deployments[1:]}}})
+    (mistake,) = refusal.value.mistakes
+    assert mistake.endswith(
+        "config.yaml: models.docs.deployments[0].model: text-embedding-async-v2 takes files and answers hours later; "
+        "use text-embedding-v4, any number of texts at once"
+    )
+    settings_of({"upstreams": {"up": up}, "models": {"docs": {"deployments": deployments[:1]}}})
+
+
 def test_an_operator_knows_better_what_a_model_takes(fake: FakeDashScope) -> None:
     def served(model: str, **facts: Any) -> dict[str, Any]:
         return config(fake, models={"own": {"deployments": [{"upstream": "up", "model": model}], **facts}})

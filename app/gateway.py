@@ -156,7 +156,9 @@ class Gateway:
             return ModelNotFound(instead, param="model")
         caveat = ", as far as the upstreams that can be reached know" if down else ""
         if listless := ", ".join(each.name for each in candidates if not each.lists_models):
-            caveat += f"; {listless} has no list of models: what else it has must be named in `models` of the configuration"
+            caveat += (
+                f"; {listless} has no list of models: what else it has must be named in `models` of the configuration"
+            )
         return ModelNotFound.of(name, caveat)
 
     def _replacement_for(self, name: str) -> str | None:

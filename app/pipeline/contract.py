@@ -55,9 +55,9 @@ def in_order(
 
 
 def same_model(named: object, name: str) -> None:
-    """Raises if a reply names another model than the one requested. Some servers have one model, and give its vectors
-    whatever is requested."""
-    if named is not None and named != name:
+    """Raises if a reply names another model than the one requested: some servers have one model, and give its vectors
+    whatever is requested. A prefix or a version is no other name: OpenAI calls ada-002 `text-embedding-ada-002-v2`."""
+    if named is not None and not (isinstance(named, str) and name in named):
         other = f"'{named}'" if isinstance(named, str) and len(named) <= 256 else "another"  # whole, to be redacted
         raise UpstreamMisconfigured(
             f"the upstream's reply is of the model {other} instead of '{name}'. It has no list of models: "

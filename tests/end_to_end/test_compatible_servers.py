@@ -137,7 +137,17 @@ class Renaming(FakeOpenAI):
         return Embedded(rows, tokens, render)
 
 
-@pytest.mark.parametrize(("named", "status"), [(None, 200), ("", 502), (5, 502), ("x" * 300, 502)])
+@pytest.mark.parametrize(
+    ("named", "status"),
+    [
+        (None, 200),
+        ("openai/text-embedding-3-small", 200),
+        ("text-embedding-3-small-v2", 200),
+        ("", 502),
+        (5, 502),
+        ("x" * 300, 502),
+    ],
+)
 def test_a_reply_that_names_no_model_is_believed_and_one_that_names_nonsense_is_not(named: Any, status: int) -> None:
     with without_list(Renaming(named)) as fake:
         with running(config(fake, api_key="sk-fake")) as gateway:

@@ -13,6 +13,9 @@ MAX_HEAD = 4 * 2**10
 """Bytes up to which a head is worth caching for the life of its connection."""
 MAX_STORES = 4
 """Heads that a connection caches in its life, each replacing the last: if they keep differing, it stops trying."""
+MAX_HEADERS = 256
+"""Headers of a request, at most, and trailers. Other servers take 100; each takes 30 times its text in memory, which an
+idle connection keeps."""
 
 _LENGTH = b"content-length"
 _UNCACHEABLE = {b"transfer-encoding", b"upgrade", b"expect"}
@@ -118,7 +121,10 @@ class HeadCachingProtocol(HttpToolsProtocol):
         return after
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Strips white space after a value, which is not part of it (RFC 9110 5.5); the parser does not."""
+        """Strips white space after a value, which is not part of it (RFC 9110 5.5); the parser does not. Raising makes
+        the parser reject the request."""
+        if len(self.headers) >= MAX_HEADERS:
+            raise ValueError("headers")
         super().on_header(name, value.rstrip(b" \t"))
 
     def on_headers_complete(self) -> None:

@@ -293,6 +293,28 @@ def test_a_head_that_is_too_long_is_refused_however_it_arrives(gateway: Running)
         assert gateway.metric("rejected_requests_total", reason="invalid_http") == before + (size > 64)
 
 
+MANY = b"x:y\r\n" * 10_000
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + MANY + b"\r\n",
+        LAST.replace(b"close", b"keep-alive") + b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + MANY + b"\r\n",
+        chunked(MANY[:-2]),
+    ],
+    ids=["headers", "headers of the next request", "trailers"],
+)
+def test_more_headers_than_any_client_sends_end_the_connection(gateway: Running, raw: bytes) -> None:
+    most = b"GET /healthz HTTP/1.1\r\nHost: x\r\n" + b"x:y\r\n" * 255 + b"\r\n"
+    with connected(gateway) as connection:
+        assert answered(connection, most)
+        connection.sendall(raw)
+        with contextlib.suppress(ConnectionError):  # if it is closed before all was read
+            while connection.recv(65536):
+                pass
+
+
 NO_HOST = b"GET /healthz HTTP/1.1\r\n\r\n"
 
 
@@ -378,7 +400,7 @@ def test_requests_behind_one_another_do_not_pile_up(gateway: Running, one: bytes
 
 LARGE = {
     "bodies": embed("x" * 60_000, model="m"),
-    "heads": embed("x", *(b"x%d: y" % i for i in range(6_000)), model="m"),
+    "heads": embed("x", *(b"x%d: %b" % (i, b"y" * 240) for i in range(240)), model="m"),
 }
 
 

@@ -122,7 +122,7 @@ class Connection(asyncio.BufferedProtocol):
             self._refuse(UpstreamInvalidResponse("the upstream switched to another protocol"))
         except httptools.HttpParserError:
             self._refuse(UpstreamInvalidResponse("the upstream's reply is not HTTP"))
-        if not self._status and self._received > MAX_REPLY_HEAD:
+        if self._status < 200 and self._received > MAX_REPLY_HEAD:  # interim heads count
             self._refuse(UpstreamInvalidResponse("the headers of the upstream's reply are too large"))
         if self._received > 2 * self._max_reply + MAX_REPLY_HEAD:  # one-byte chunks, endless trailers
             self._refuse(too_large(self._max_reply))

@@ -249,6 +249,14 @@ async def test_reading_stops_at_the_limit(message: bytes) -> None:
         await until(lambda: server.closed == 1)
 
 
+async def test_and_an_interim_reply_moves_no_limit() -> None:
+    endless = b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 200 OK\r\n" + b"a: b\r\n" * 20_000 + b"content-length: 0\r\n\r\n"
+    async with serving(says(endless)) as server, connected() as network:
+        with pytest.raises(UpstreamInvalidResponse, match="headers"):
+            await network.exchange(post(server.url()))
+        await until(lambda: server.closed == 1)
+
+
 @pytest.mark.parametrize(
     "message",
     [

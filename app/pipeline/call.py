@@ -39,8 +39,10 @@ MAX_ECHOES = 4
 """Times that a reply may also repeat what was sent: some servers refuse an input by quoting all of it, once for each
 type that it fails to match."""
 
-_NAN = re.compile(rb"([\[,]\s*)-?(?:NaN|Infinity)\b")
+_NAN = re.compile(rb"([\[,]\s*+)-?(?:NaN|Infinity)\b")
 """What some servers write into a list of numbers, which makes it invalid JSON. A single text may be the cause."""
+MAX_NAN = 2**16
+"""Of them that are replaced, at most: each takes as long as a hundred numbers, and one is enough to name a vector."""
 _INFINITE = rb"\g<1>1e39"
 """The same as JSON: infinite as a float32. So the contract check finds the vector, and the others are kept."""
 _UNREADABLE = (KeyError, TypeError, ValueError, IndexError)
@@ -126,10 +128,10 @@ class Call:
         try:
             return self._adapter.parse_response(reply, batch)
         except _UNREADABLE as exc:
-            readable = _NAN.sub(_INFINITE, reply.body)
-            if readable == reply.body:
+            if _NAN.search(reply.body) is None:
                 raise self._not_embeddings(reply, batch) from exc
             if len(batch.inputs) > 1:  # or it is known whose vector it is
+                readable = _NAN.sub(_INFINITE, reply.body, MAX_NAN)
                 with suppress(*_UNREADABLE):
                     return self._adapter.parse_response(WireReply(reply.status, reply.headers, readable), batch)
             raise UpstreamInvalidVector("the upstream returned a vector that holds NaN or infinity") from exc

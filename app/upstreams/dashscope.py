@@ -156,9 +156,9 @@ def _kind(status: int, fields: replies.ErrorFields) -> type[GatewayError]:
 
 def parse_response(reply: WireReply, batch: Batch) -> Parsed:
     """The native form, for texts (`text_index`) and for contents (`index`)."""
-    body = json_vectors.load(reply.body)
-    rows = body["output"]["embeddings"]
     output_type = batch.params.output_type
+    body = json_vectors.load(reply.body, len(batch.inputs), sparse=output_type != "dense")
+    rows = body["output"]["embeddings"]
     return Parsed(
         [row["text_index"] if "text_index" in row else row["index"] for row in rows],
         [b""] * len(rows) if output_type == "sparse" else vectors.parse([row["embedding"] for row in rows]),

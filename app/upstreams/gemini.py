@@ -62,9 +62,9 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     return error
 
 
-def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+def parse_response(reply: WireReply, batch: Batch) -> Parsed:
     """No indexes: vectors come in input order. Those with reduced dimensions are not of unit length."""
-    body = json_vectors.load(reply.body)
+    body = json_vectors.load(reply.body, len(batch.inputs))
     found = [_unit_length(vector) for vector in vectors.parse([row["values"] for row in body["embeddings"]])]
     return Parsed(range(len(found)), found, replies.billed_tokens(body.get("usageMetadata"), "promptTokenCount"))
 

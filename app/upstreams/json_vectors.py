@@ -20,6 +20,7 @@ import numpy as np
 import orjson
 
 from app import vectors
+from app.errors import UpstreamInvalidResponse
 
 try:
     import simdjson
@@ -29,6 +30,12 @@ except ImportError:  # no wheel for this platform (pyproject.toml): orjson takes
 MAX_DEPTH = 8
 """Maximum levels of nesting in an embeddings reply; the deepest known has five."""
 
+PARTS_BASE, PARTS_PER_INPUT, PARTS_PER_SPARSE = 2**13, 2**6, 2**17
+"""Lists, objects and strings (keys included) of a reply, at most: a base, and as many more for each input, or for each
+input with a sparse vector, which has nine for each token. In a small reply they are not counted."""
+_SMALL = 2**16
+"""Bytes of a reply, or of what is left of one without its vectors."""
+
 _LISTS_PER_YIELD = 16
 """Lists of numbers after which a worker thread yields to the event loop's. It must do so explicitly: numpy releases the
 GIL for each list, too briefly for the other thread to take it, and so often that this one is never forced to drop
@@ -36,26 +43,30 @@ it."""
 
 _TEXT = re.compile(rb'"embedding"[ \t\r\n]*:[ \t\r\n]*"')
 """What precedes a base64 vector."""
-_LIST = re.compile(rb"\[[ \t\r\n]*[-0-9]")
+_LIST = re.compile(rb"\[[ \t\r\n]*+[-0-9]")
 """How a list of numbers begins."""
 
 
-def load(raw: bytes | bytearray) -> Any:
+def load(raw: bytes | bytearray, inputs: int, *, sparse: bool = False) -> Any:
     """Like `orjson.loads`, but a list of numbers may already be a vector (float32 bytes), and so may the `embedding`
-    of each item of `data`. Raises `ValueError`."""
+    of each item of `data`. Raises `ValueError`, and `UpstreamInvalidResponse` if there is far more in it than the
+    embeddings of this many inputs: a small part takes hundreds of times as long as a number."""
+    parts = PARTS_BASE + (PARTS_PER_SPARSE if sparse else PARTS_PER_INPUT) * inputs
     # Only worth it for vectors, which show at once: a base64 reply has a dozen commas in all.
     text = _TEXT.search(raw, 0, 1024)
     try:
         if text is not None:
-            return _load_base64(raw, text.group())
+            return _load_base64(raw, text.group(), parts)
         if simdjson is not None and raw.count(b",", 0, 1024) > 32:
-            return _load_numbers(raw)
+            return _load_numbers(raw, parts)
     except (KeyError, RuntimeError, TypeError, ValueError):  # RuntimeError: a number of more than 64 bits
         pass
+    if len(raw) > _SMALL and raw.count(b"[") + raw.count(b"{") + raw.count(b'"') // 2 > parts:
+        raise UpstreamInvalidResponse("the upstream's reply has more lists, objects and strings than embeddings need")
     return orjson.loads(raw)
 
 
-def _load_base64(raw: bytes | bytearray, prefix: bytes) -> Any:
+def _load_base64(raw: bytes | bytearray, prefix: bytes, parts: int) -> Any:
     """The document with its base64 vectors decoded. `prefix` precedes each vector's string, which ends at the next
     quote.
 
@@ -66,7 +77,7 @@ def _load_base64(raw: bytes | bytearray, prefix: bytes) -> Any:
     texts: list[memoryview] = []
     gaps: list[bytes | bytearray] = []
     length = end = 0
-    while (at := find(prefix, end)) >= 0:
+    while (at := find(prefix, end)) >= 0 and len(texts) < parts:
         begin = at + skip
         gaps.append(raw[end:begin])
         # All are taken to be as long as the last one: an earlier quote would leave a text that is not base64.
@@ -77,7 +88,7 @@ def _load_base64(raw: bytes | bytearray, prefix: bytes) -> Any:
         end = begin + length
         texts.append(view[begin:end])
     gaps.append(raw[end:])
-    body = _parse_marked(b"\\u0000".join(gaps), len(texts))
+    body = _parse_marked(b"\\u0000".join(gaps), len(texts), parts)
     # One mark in each row and as many rows as marks: so both are in the same order.
     for row, vector in zip(body["data"], vectors.from_base64(texts), strict=True):
         if row["embedding"] != "\0":
@@ -86,7 +97,7 @@ def _load_base64(raw: bytes | bytearray, prefix: bytes) -> Any:
     return body
 
 
-def _load_numbers(raw: bytes | bytearray) -> Any:
+def _load_numbers(raw: bytes | bytearray, parts: int) -> Any:
     """The document with a vector in place of each list of numbers.
 
     Each list is parsed by itself, in reused memory: parsing the whole would write three times its size. A list of
@@ -99,7 +110,7 @@ def _load_numbers(raw: bytes | bytearray) -> Any:
     pieces: list[bytes | bytearray] = []
     end = 0
     with np.errstate(over="ignore"):  # becomes infinite, as in `vectors.from_numbers`
-        while (match := search(raw, end)) is not None:
+        while (match := search(raw, end)) is not None and len(found) < parts:
             begin = match.start()
             pieces += (raw[end:begin], b'"\\u0000%d"' % len(found))
             end = find(b"]", begin) + 1
@@ -110,12 +121,12 @@ def _load_numbers(raw: bytes | bytearray) -> Any:
             if in_thread and len(found) % _LISTS_PER_YIELD == 0:
                 time.sleep(0)
     pieces.append(raw[end:])
-    return _fill(_parse_marked(b"".join(pieces), len(found)), found, MAX_DEPTH)
+    return _fill(_parse_marked(b"".join(pieces), len(found), parts), found, MAX_DEPTH)
 
 
-def _parse_marked(text: bytes, marks: int) -> Any:
+def _parse_marked(text: bytes, marks: int, parts: int) -> Any:
     """Parses a text that must have this number of marks and no other escapes. (A cut-out vector has none.)"""
-    if text.count(b"\\") != marks:
+    if text.count(b"\\") != marks or len(text) > _SMALL + 16 * parts:
         raise ValueError("unusual")
     return orjson.loads(text)
 

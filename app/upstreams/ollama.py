@@ -88,9 +88,9 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     return replies.make_error(kind, reply, message)
 
 
-def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+def parse_response(reply: WireReply, batch: Batch) -> Parsed:
     """No indexes: vectors come in input order. The server omits a count of 0."""
-    body = json_vectors.load(reply.body)
+    body = json_vectors.load(reply.body, len(batch.inputs))
     found = vectors.parse(body["embeddings"])
     return Parsed(range(len(found)), found, replies.billed_tokens(body, "prompt_eval_count"))
 

@@ -116,9 +116,9 @@ def _error_in_success(reply: WireReply) -> GatewayError | None:
     return replies.make_error(kind or UpstreamError, reply, fields.message)
 
 
-def parse_response(reply: WireReply, _batch: Batch) -> Parsed:
+def parse_response(reply: WireReply, batch: Batch) -> Parsed:
     """Accepts numbers and base64."""
-    body = json_vectors.load(reply.body)
+    body = json_vectors.load(reply.body, len(batch.inputs))
     rows = body["data"]
     found = vectors.parse([row["embedding"] for row in rows])
     indexes = [row.get("index", 0) for row in rows]  # Gemini's OpenAI-style route omits an index of 0

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app import vectors
+from app.errors import UpstreamInvalidResponse
 from app.types import Parsed
 from app.upstreams import json_vectors
 
@@ -24,7 +25,7 @@ def reply(*rows: str) -> bytes:
 
 
 def read(raw: bytes) -> Parsed:
-    body = json_vectors.load(raw)
+    body = json_vectors.load(raw, 4)
     assert body["usage"] == {"total_tokens": 7}
     return Parsed([row["index"] for row in body["data"]], vectors.parse([row["embedding"] for row in body["data"]]))
 
@@ -38,7 +39,7 @@ def test_numbers_of_any_kind_become_the_same_float32_as_by_way_of_python(rows: l
 
 def test_a_reply_of_numbers_is_vectors_from_the_start() -> None:
     pytest.importorskip("simdjson", reason="it is not there for this Python: numbers are vectors a step later")
-    body = json_vectors.load(reply("[1, 2.5]"))
+    body = json_vectors.load(reply("[1, 2.5]"), 1)
     assert body["data"][0]["embedding"] == vectors.from_numbers([1, 2.5])
 
 
@@ -60,7 +61,7 @@ def test_and_the_same_where_there_is_no_simdjson(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(json_vectors, "simdjson", None)
     assert read(reply(*rows)).vectors == with_it
     with pytest.raises(orjson.JSONDecodeError):
-        json_vectors.load(reply("[NaN]"))
+        json_vectors.load(reply("[NaN]"), 1)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +69,7 @@ def test_and_the_same_where_there_is_no_simdjson(monkeypatch: pytest.MonkeyPatch
 )
 def test_what_is_no_json_is_refused(row: str) -> None:
     with pytest.raises(orjson.JSONDecodeError):
-        json_vectors.load(reply(row))
+        json_vectors.load(reply(row), 1)
 
 
 @pytest.mark.parametrize("row", ['[1,"2"]', "[1,[2]]", "[[1],2]", "[1,{}]", "[[1,2]]", "7", "{}"])
@@ -119,9 +120,9 @@ def test_numbers_are_read_as_by_way_of_python_whatever_stands_around_them(value:
         expected = orjson.loads(raw)
     except orjson.JSONDecodeError:
         with pytest.raises(orjson.JSONDecodeError):
-            json_vectors.load(raw)
+            json_vectors.load(raw, 4)
     else:
-        assert packed(json_vectors.load(raw)) == packed(expected)
+        assert packed(json_vectors.load(raw, 4)) == packed(expected)
 
 
 def test_an_empty_list_is_an_empty_vector() -> None:
@@ -132,6 +133,27 @@ def test_a_nest_is_no_vector_and_no_trouble() -> None:
     for depth in (20, 500, 5000):
         with pytest.raises((TypeError, ValueError)):
             read(reply("[" * depth + "1" + "]" * depth))
+
+
+ROW = f'{{"index":0,"embedding":[{",".join(["0.5"] * 64)}]}}'
+
+
+@pytest.mark.parametrize(
+    "part", ["[1]", "[]", "{}", '""', '{"embedding":""}', '"a":1', "[[1]]"], ids=lambda part: part.replace('"', "'")
+)
+@pytest.mark.parametrize("first", ["", ROW, '{"embedding":"AAAAAQ=="}'], ids=["", "numbers", "base64"])
+def test_what_has_far_more_in_it_than_embeddings_is_not_read(first: str, part: str) -> None:
+    parts = ",".join([part] * (2**20 // len(part)))
+    inner = f"{{{parts}}}" if part.endswith("1") else parts
+    raw = f'{{"data":[{first}{first and ","}{inner}]}}'.encode()
+    with pytest.raises(UpstreamInvalidResponse, match="more lists"):
+        json_vectors.load(raw, 1)
+
+
+def test_and_what_has_as_much_as_sparse_vectors_have_is() -> None:
+    entries = ",".join(f'{{"index":{i},"value":0.5,"token":"\\"[{i}"}}' for i in range(8192))
+    raw = f'{{"data":[{ROW},{{"index":1,"embedding":[],"sparse_embedding":[{entries}]}}]}}'.encode()
+    assert len(json_vectors.load(raw, 2, sparse=True)["data"][1]["sparse_embedding"]) == 8192
 
 
 # --- base64 ------------------------------------------------------------------------------------------------
@@ -168,7 +190,7 @@ def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
     rows: list[Any], separators: tuple[str, str], beside: Any
 ) -> None:
     raw = json.dumps({"data": rows, "embedding": beside}, separators=separators).encode()
-    assert whole(json_vectors.load(raw)) == whole(orjson.loads(raw))
+    assert whole(json_vectors.load(raw, 4)) == whole(orjson.loads(raw))
 
 
 @pytest.mark.parametrize("raw", [
@@ -187,7 +209,7 @@ def test_base64_is_read_as_by_way_of_strings_whatever_stands_around_it(
     rb'{"data":[{"embedding":"AAAAAQ=="},{"embedding":""},{"embedding":"AAAABQAAAAYAAAAH"}]}',
 ])  # fmt: skip
 def test_rows_that_are_written_oddly_get_no_other_rows_vector(raw: bytes) -> None:
-    assert whole(json_vectors.load(raw)) == whole(orjson.loads(raw))
+    assert whole(json_vectors.load(raw, 4)) == whole(orjson.loads(raw))
 
 
 @pytest.mark.parametrize(
@@ -206,9 +228,9 @@ def test_rows_that_are_written_oddly_get_no_other_rows_vector(raw: bytes) -> Non
 )
 def test_base64_in_what_is_no_json_is_refused(raw: bytes) -> None:
     with pytest.raises(orjson.JSONDecodeError):
-        json_vectors.load(raw)
+        json_vectors.load(raw, 4)
 
 
 def test_a_reply_in_base64_is_vectors_from_the_start() -> None:
-    body = json_vectors.load(b'{"data":[{"index":0,"embedding":"AACAPw=="},{"index":1,"embedding":"AAAAQA=="}]}')
+    body = json_vectors.load(b'{"data":[{"index":0,"embedding":"AACAPw=="},{"index":1,"embedding":"AAAAQA=="}]}', 2)
     assert [row["embedding"] for row in body["data"]] == [vectors.from_numbers([1]), vectors.from_numbers([2])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cached_property
 
@@ -56,10 +57,17 @@ class Call:
         self._adapter, self._auth, self._send = upstream.adapter, upstream.auth, upstream.send
         self._redact, self._upstream, self._metrics = upstream.redact, upstream.name, metrics
         self._labels = upstream.name, model.name
-        self._tokens, self._cost = metrics.buffered_counters(metrics.tokens), metrics.buffered_counters(metrics.cost)
         self._parsing = asyncio.Lock()
 
     # Made on the first call: an upstream may list thousands of models, and every scrape would carry all their series.
+
+    @cached_property
+    def _tokens(self) -> Callable[..., BufferedCounter]:
+        return self._metrics.buffered_counters(self._metrics.tokens)
+
+    @cached_property
+    def _cost(self) -> Callable[..., BufferedCounter]:
+        return self._metrics.buffered_counters(self._metrics.cost)
 
     @cached_property
     def _duration(self) -> BufferedHistogram:

@@ -16,7 +16,7 @@ import orjson
 from app.catalog import ANY, Model, family
 from app.errors import GatewayError, UpstreamError, UpstreamInvalidResponse, UpstreamMisconfigured
 from app.types import Send, WireRequest
-from app.upstreams import wire
+from app.upstreams import replies, wire
 from app.upstreams.auth import ParseError
 
 _Ask: TypeAlias = Callable[[WireRequest], Awaitable[dict[str, Any]]]
@@ -50,6 +50,7 @@ async def pulled(send: Send, parse_error: ParseError, base_url: str, *, truncate
     except UpstreamMisconfigured as error:
         # The upstream's message comes last: the redactor detects a key that was cut off only at the end.
         raise UpstreamMisconfigured(f"(its base_url does not end in /api or /v1) {error.message}") from error
+    replies.check_count(tags.get("models"))
     found: list[Model] = []
     unreadable: UpstreamError | None = None
     for tag in _dicts(tags.get("models")):

@@ -187,6 +187,7 @@ async def discover(settings: OpenAISettings, send: Send) -> Sequence[Model] | No
         raise error
     try:
         rows = orjson.loads(reply.body)["data"]
+        replies.check_count(rows)
         found = {row["id"]: _listed_model(row) for row in ([rows] if isinstance(rows, dict) else rows) if row["id"]}
     except (KeyError, TypeError, ValueError) as fault:
         raise UpstreamInvalidResponse("the upstream's list of models cannot be read") from fault

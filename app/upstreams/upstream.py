@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator, Mapping
 
 import httpx
+from msgspec.structs import replace
 from pydantic import SecretStr
 
 from app.catalog import Model
@@ -22,7 +23,7 @@ from app.errors import (
     UpstreamTimeout,
     UpstreamUnreachable,
 )
-from app.types import Send, TokenStore
+from app.types import Send, TokenStore, WireReply, WireRequest
 from app.upstreams.client import Client
 from app.upstreams.network import NetworkEngine, basic_credentials
 from app.upstreams.redact import Redactor
@@ -35,6 +36,8 @@ LIST_RETRY = 1.0
 """The same for an upstream that was unavailable."""
 LIST_TIMEOUT = 5.0
 """Seconds callers wait for a list of models before they go on with what is known."""
+MAX_LIST = 16 * 2**20
+"""Bytes of a reply about models, at most."""
 FAILED_LIST_TIMEOUT = 0.2
 """The same if the last list failed or timed out: it may never work, while embeddings do."""
 
@@ -130,7 +133,7 @@ class Upstream:
     async def _list_models(self) -> None:
         assert self.kind.discover is not None
         try:
-            found = await self.kind.discover(self.settings, lambda request: self.auth(request, self.send))
+            found = await self.kind.discover(self.settings, self._ask)
         except GatewayError as error:
             error.message = self.redact(error.message)
             # No caller sent anything that it could refuse here.
@@ -161,6 +164,9 @@ class Upstream:
             served += f", or if that is nothing, {', '.join(self._assumed)}, unless a reply names another model"
         message = "upstream %s has no list of models at its base_url, which ends in /v1 as a rule: %s"
         log.warning(message, self.name, served)
+
+    async def _ask(self, request: WireRequest) -> WireReply:
+        return await self.auth(replace(request, max_reply=MAX_LIST), self.send)
 
     def _cannot_list(self, error: GatewayError, bug: Exception | None = None) -> None:
         """Keeps the error and logs it when it is new: lists are fetched every minute."""

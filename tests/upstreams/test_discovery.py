@@ -96,6 +96,25 @@ async def test_a_list_of_models_that_is_none_is_an_error(body: Any) -> None:
         await listed(body)
 
 
+async def test_a_list_of_more_models_than_any_server_has_is_an_error() -> None:
+    names = [f"m{i}" for i in range(5_001)]
+    assert len(await listed({"data": [{"id": name} for name in names[:-1]]})) == 5_000
+    with pytest.raises(UpstreamInvalidResponse, match="5001 models"):
+        await listed({"data": [{"id": name} for name in names]})
+    server = answering({"/api/tags": {"models": [{"name": name} for name in names]}})
+    with pytest.raises(UpstreamInvalidResponse, match="5001 models"):
+        await ollama.discover(ollama.OllamaSettings(), server)
+
+
+def test_and_so_is_one_of_more_bytes_but_what_is_configured_is_served() -> None:
+    with FakeOpenAI(api_key=None, models={"m": 8, "x" * 2**24: 8}) as fake:
+        upstream = {"type": "openai", "base_url": f"{fake.url}/v1"}
+        models = {"docs": {"deployments": [{"upstream": "big", "model": "m"}]}}
+        with running({"upstreams": {"big": upstream}, "models": models}) as gateway:
+            assert "larger than 16777216 bytes" in gateway.get("/readyz").json()["upstreams"]["big"]["reason"]
+            assert gateway.post({"model": "docs", "input": "x"}).status_code == 200
+
+
 async def test_a_server_that_refuses_its_list_is_an_error() -> None:
     with pytest.raises(UpstreamAuth):
         await listed((401, {"error": {"message": "no"}}))

@@ -7,6 +7,7 @@ never changed in place: the sender may send them again.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -150,7 +151,7 @@ class AccessToken:
             if reply.status >= 400 or body.get("error"):
                 raise _token_error(reply, body)
             text, lifetime = body["access_token"], float(body["expires_in"])
-            if not (isinstance(text, str) and text and lifetime > 0):
+            if not (isinstance(text, str) and text and 0 < lifetime < math.inf):
                 raise ValueError("no token")
         except (KeyError, TypeError, ValueError) as error:
             if reply.status >= 300:

@@ -253,6 +253,7 @@ async def test_a_refused_key_is_asked_about_once_a_minute(status: int) -> None:
         (json_reply([]), UpstreamInvalidResponse),
         (json_reply({"access_token": "", "expires_in": 5}), UpstreamInvalidResponse),
         (json_reply({"access_token": 5, "expires_in": 5}), UpstreamInvalidResponse),
+        (json_reply({"access_token": "x", "expires_in": "inf"}), UpstreamInvalidResponse),
         (json_reply({"access_token": "x", "expires_in": "soon"}), UpstreamInvalidResponse),
         (json_reply({"access_token": "x", "expires_in": -1}), UpstreamInvalidResponse),
         (json_reply({"access_token": "x"}), UpstreamInvalidResponse),

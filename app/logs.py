@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import re
@@ -27,11 +28,10 @@ MAX_BACKLOG = 2**20
 RETRY_INTERVAL = 0.25
 """Seconds between attempts to write to an output that is stuck."""
 
-_PLAIN = re.compile(r'[^\s"=\x00-\x1f\x7f]+').fullmatch
-"""Values that logfmt writes without quotes."""
+_PLAIN = re.compile(r'[^\s"=]+').fullmatch
+"""Values that logfmt writes without quotes, if they are printable."""
 _QUOTE, _EQUALS = b'"='
 """As integers: `bytes in bytes` raises and catches an exception internally, each time."""
-_CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]").sub
 _MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
 """The ends of timestamps: looking one up is quicker than formatting it."""
 
@@ -197,7 +197,7 @@ def _json(timestamp: bytes, fields: RequestLine, dropped: int) -> bytes:
     record |= {"request_id": fields.request_id.decode(), "ms": round(fields.ms, 1)}
     if dropped:
         record["lines_dropped_before"] = dropped
-    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
+    return _printable_json(record) + b"\n"
 
 
 def _logfmt(timestamp: bytes, fields: RequestLine, dropped: int) -> bytes:
@@ -226,7 +226,16 @@ def _logfmt(timestamp: bytes, fields: RequestLine, dropped: int) -> bytes:
 
 @lru_cache(maxsize=1024)
 def _logfmt_value(text: str) -> bytes:
-    return text.encode() if _PLAIN(text) else orjson.dumps(text)
+    return text.encode() if _PLAIN(text) and text.isprintable() else _printable_json(text)
+
+
+def _printable_json(value: Any) -> bytes:
+    """The value as JSON. What does not print (control characters, line separators, changes of direction) is escaped:
+    names come from upstreams."""
+    line = orjson.dumps(value)
+    if line.isascii() and b"\x7f" not in line:  # nearly always
+        return line
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line.decode()).encode()
 
 
 def configure(form: Format, level: str) -> None:
@@ -245,7 +254,7 @@ def configure(form: Format, level: str) -> None:
 
 
 def formatter(form: Format) -> logging.Formatter:
-    """Formats a message as one line, with control characters escaped so that no terminal acts on them."""
+    """Formats a message as one line, with what does not print escaped, so that no terminal acts on it."""
     chain: list[structlog.typing.Processor] = [
         structlog.stdlib.add_log_level,
         structlog.stdlib.add_logger_name,
@@ -253,7 +262,7 @@ def formatter(form: Format) -> logging.Formatter:
     ]
     renderers: list[structlog.typing.Processor]
     if form == "json":
-        renderers = [structlog.processors.JSONRenderer(serializer=lambda data, **_: orjson.dumps(data).decode())]
+        renderers = [structlog.processors.JSONRenderer(serializer=lambda data, **_: _printable_json(data).decode())]
     else:
         renderers = [structlog.processors.LogfmtRenderer(key_order=["timestamp", "level", "event"]), _printable]
     return structlog.stdlib.ProcessorFormatter(
@@ -267,4 +276,4 @@ def formatter(form: Format) -> logging.Formatter:
 
 
 def _printable(_logger: object, _method: str, line: Any) -> str:
-    return _CONTROLS(lambda match: match[0].encode("unicode_escape").decode(), line)
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)

@@ -141,6 +141,22 @@ def test_no_message_has_a_terminal_do_anything() -> None:
     assert line.isprintable()
 
 
+@pytest.mark.parametrize("form", ["text", "json"])
+async def test_nor_has_a_line_of_a_request_or_one_in_json(form: logs.Format) -> None:
+    """Models' names come from upstreams, and a name without spaces is not quoted."""
+    odd = "a\x7f\x85b\x9b31m\u2028c\u202egnp\U000e0001\u4e2d"
+    taker = Taker()
+    log = RequestLog(form, taker)
+    log.line(told(client=odd))
+    log.flush()
+    [line] = b"".join(taker.written).decode().removesuffix("\n").split("\n")
+    message = logs.formatter("json").format(_message("%s", odd))
+    assert line.isprintable()
+    assert message.isprintable()
+    assert orjson.loads(message)["event"] == odd
+    assert orjson.loads(line if form == "json" else "{}").get("client", odd) == odd
+
+
 def test_messages_that_a_log_does_not_take_wait_and_what_comes_on_top_is_counted(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

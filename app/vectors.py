@@ -25,6 +25,8 @@ def from_numbers(numbers: Sequence[float]) -> bytes:
     """
     if not isinstance(numbers, list):
         raise ValueError("not a list of numbers")
+    if bool in map(type, numbers):  # an int to Python
+        raise TypeError("not a number")
     packed = array("f", numbers)
     if sys.byteorder == "big":  # pragma: no cover
         packed.byteswap()

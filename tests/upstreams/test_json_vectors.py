@@ -72,7 +72,9 @@ def test_what_is_no_json_is_refused(row: str) -> None:
         json_vectors.load(reply(row), 1)
 
 
-@pytest.mark.parametrize("row", ['[1,"2"]', "[1,[2]]", "[[1],2]", "[1,{}]", "[[1,2]]", "7", "{}"])
+@pytest.mark.parametrize(
+    "row", ['[1,"2"]', "[1,[2]]", "[[1],2]", "[1,{}]", "[[1,2]]", "7", "{}", "[1,true]", "[false]"]
+)
 def test_what_is_no_list_of_numbers_is_no_vector(row: str) -> None:
     with pytest.raises((TypeError, ValueError)):
         read(reply(row))

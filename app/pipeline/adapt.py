@@ -27,7 +27,7 @@ from app.errors import (
 from app.pipeline.deployment import BatchSpace, CallLimits
 from app.pipeline.parts import sub_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input
-from app.upstreams.redact import quotes_input
+from app.upstreams.redact import quotable, quotes_input
 from app.upstreams.replies import upstream_message
 
 log = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ class Adapt:
     async def _recover(self, error: GatewayError, batch: Batch, budget: _Budget) -> BatchResult:
         """Handles the error of a call with the whole batch: tries again in a way that may succeed, or fails the
         batch."""
-        if isinstance(error, InvalidRequest) and self._learn(error, batch.inputs):
+        if isinstance(error, InvalidRequest) and self._learn(error, batch):
             return await self._embed(batch, budget)
         if isinstance(error, UpstreamWrongCount):
             return await self._retry_with_fewer(error, batch, budget)
@@ -173,14 +173,14 @@ class Adapt:
             trouble = next((error for error in errors if _stops(error, budget)), None)
         return BatchResult([outcomes[i] for i in range(len(batch.inputs))], calls)
 
-    def _learn(self, error: InvalidRequest, inputs: Sequence[Input]) -> bool:
+    def _learn(self, error: InvalidRequest, batch: Batch) -> bool:
         """Adopts the limit on a call's rows or tokens that the upstream's message names. Returns whether it is a new
-        one. A message that quotes an input is ignored, or a caller's text could set a limit for everybody."""
-        limits = self._limits
+        one. A message that quotes a caller's text is ignored, or that could set a limit for everybody."""
+        limits, inputs = self._limits, batch.inputs
         message = error.message.partition("input_value=")[0]  # where pydantic quotes both ends of what it refuses
         max_tokens = _named_limit(_TOKENS, message)
         max_rows = _named_limit(_ROWS, message) or _list_limit(message, len(inputs))
-        if (max_tokens or max_rows) and quotes_input(upstream_message(error), inputs):
+        if (max_tokens or max_rows) and quotes_input(upstream_message(error), quotable(batch)):
             return False
         if (
             max_tokens

@@ -23,7 +23,7 @@ from app.metrics import BufferedCounter, BufferedHistogram, Metrics
 from app.pipeline import contract
 from app.types import MAX_REPLY, Batch, BatchResult, Embedding, Parsed, Target, WireReply
 from app.upstreams import replies
-from app.upstreams.redact import quotes_input
+from app.upstreams.redact import quotable, quotes_input
 from app.upstreams.upstream import Upstream
 
 INLINE_PARSE_LIMIT = 8 * 2**20
@@ -149,7 +149,7 @@ class Call:
         its place. Nothing else is quoted: it may be half a reply, full of vectors."""
         kind = reply.headers.get("content-type", "no content type")
         page = self._redact(replies.html_text(reply))
-        excerpt = f": {page}" if page and not quotes_input(page, batch.inputs) else ""
+        excerpt = f": {page}" if page and not quotes_input(page, quotable(batch)) else ""
         return UpstreamInvalidResponse(
             f"the upstream's reply (HTTP {reply.status}, {kind}) is not an embeddings reply{excerpt}"
         )
@@ -159,7 +159,7 @@ class Call:
         caller's text."""
         message = self._redact(replies.upstream_message(error))
         if isinstance(error, UnsupportedDimensions):
-            texts = [each for each in batch.inputs if type(each) is str]
+            texts = [each for each in quotable(batch) if type(each) is str]
             misleading = [each for each in texts if replies.may_mention_dimensions(each)]
             if batch.params.dimensions is None or quotes_input(message, misleading):
                 # None were requested, so it may be about the dimensions of one input, an image. Or the word is a quoted
@@ -167,7 +167,7 @@ class Call:
                 error = replies.make_error(InvalidRequest, reply, message)
         # The refusal of a single input is shown only to the callers that sent it.
         shared = not isinstance(error, InvalidRequest) or (len(batch.inputs) > 1 and not error.blames_input)
-        if shared and quotes_input(message, batch.inputs):
+        if shared and quotes_input(message, quotable(batch)):
             error.message = replies.make_error(type(error), reply).message
         return error
 

@@ -1,4 +1,4 @@
-"""Removes secrets from upstreams' messages before anyone reads them, and detects inputs that they quote."""
+"""Removes secrets from upstreams' messages before anyone reads them, and detects callers' texts that they quote."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from urllib.parse import quote, unquote_plus
 
-from app.types import Input
+from app.types import Batch, Input
 
 _SHAPES = re.compile(
     r"(?i)\b(bearer\s+|authorization[\"']?\s*[=:]\s*[\"']?basic\s+)[^\s\"',;]+"
@@ -60,6 +60,13 @@ _MIN_WHOLE = 12
 """Likewise for a text that is shorter than a run and quoted whole."""
 _MAX_SEARCHED = 2**18
 """Characters of all texts that are searched for runs, divided among them: some 50 ms."""
+
+
+def quotable(batch: Batch) -> Sequence[Input]:
+    """Callers' texts in a call, which an upstream's message may quote: the inputs, and the instruction if there is
+    one."""
+    instruct = batch.params.instruct
+    return batch.inputs if instruct is None else [*batch.inputs, instruct]
 
 
 def quotes_input(message: str, inputs: Sequence[Input]) -> bool:

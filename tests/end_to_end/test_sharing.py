@@ -147,6 +147,24 @@ async def test_what_an_upstream_quotes_of_a_callers_text_is_told_to_nobody_else(
                 assert "canary" not in told
 
 
+@pytest.mark.parametrize("refusal", ["bad_input", "internal"])
+async def test_an_instruction_that_an_upstream_quotes_sets_no_limit_and_is_not_logged(
+    refusal: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    instruct = "batch at most 1 canary"
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake)) as gateway:
+        fault = faults.vendor_error(refusal, f"parameters.instruct not acceptable: '{instruct}'")
+        fake.fail(fault, times=None, when=lambda texts: "guilty" in texts)
+        for _ in range(FAILURES):
+            body = {"input": ["guilty", "as well"], "input_type": "query", "instruct": instruct}
+            assert gateway.post({"model": "text-embedding-v4", **body}).status_code in (400, 502, 503)
+        assert "canary" not in gateway.get("/readyz").text + gateway.log.getvalue() + caplog.text
+        (response,) = await post_all(gateway, [[f"text {i}" for i in range(10)]], model="text-embedding-v4")
+        assert response.status_code == 200
+        assert len(fake.calls[-1].texts) == 10
+
+
 async def test_a_limit_the_upstream_names_is_learned_and_nobody_notices() -> None:
     with FakeDashScope(api_key="sk-fake", max_batch=4) as fake, running(config(fake)) as gateway:
         texts = [f"text {i}" for i in range(40)]

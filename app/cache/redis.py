@@ -2,7 +2,7 @@
 
 A lookup is one MGET, preceded by a script that claims the missing keys; a write is one pipeline of SETs. Each is one
 round trip with a time limit, whatever the server does. A server that does not answer costs a few lookups and is then
-left alone for a while. Values read are verified, never trusted.
+left alone for a while. Values read are verified: what is damaged or another key's is a miss, but not what is forged.
 
 Only redis-py's connections are used (URL, TLS, AUTH, RESP), not its client or pool: those retry, take several locks per
 command and a task per write, and lose a handshake that outlasts the caller who began it.

@@ -12,7 +12,7 @@ from zlib import crc32
 import orjson
 
 from app import vectors
-from app.types import Embedding
+from app.types import MAX_DIMENSIONS, Embedding
 
 _SEAL = struct.Struct("<4sI")
 _DENSE, _SPARSE = b"EGV\x01", b"EGV\x02"
@@ -20,6 +20,8 @@ _DENSE, _SPARSE = b"EGV\x01", b"EGV\x02"
 _HEAD = struct.Struct("<16sQI")
 _VECTOR_START = _SEAL.size + _HEAD.size
 _FINGERPRINT_SIZE = 16
+MAX_TOKENS = 2**32
+"""More than any input costs. A forged count would be charged to callers' limits."""
 
 
 def encode(key: bytes, embedding: Embedding) -> bytes:
@@ -30,7 +32,8 @@ def encode(key: bytes, embedding: Embedding) -> bytes:
 
 
 def decode(key: bytes, raw: object) -> Embedding | None:
-    """The embedding given to `encode(key, …)`, bit for bit; None for anything `encode` did not write under this key."""
+    """The embedding given to `encode(key, …)`, bit for bit; None for anything `encode` did not write under this key,
+    and for what no upstream's reply amounts to."""
     if not isinstance(raw, bytes) or len(raw) < _VECTOR_START:
         return None
     version, checksum = _SEAL.unpack_from(raw)
@@ -38,6 +41,8 @@ def decode(key: bytes, raw: object) -> Embedding | None:
     end = _VECTOR_START + length
     # A fingerprint of another key comes from a connection out of step, a corrupt index or a hand-made copy.
     if version not in (_DENSE, _SPARSE) or fingerprint != key[:_FINGERPRINT_SIZE] or length % 4 or end > len(raw):
+        return None
+    if length > 4 * MAX_DIMENSIONS or tokens > MAX_TOKENS:
         return None
     if (version == _DENSE and end != len(raw)) or crc32(memoryview(raw)[_SEAL.size :]) != checksum:
         return None

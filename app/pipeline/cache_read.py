@@ -35,7 +35,8 @@ class CacheRead:
             found, held = await self._cache.get_or_claim(derived, numbers=request.numbers)
         elif request.read_cache:
             found = await self._cache.get(derived, numbers=request.numbers)
-        expected = request.params.dimensions or self._native
+        sparse_only = request.params.output_type == "sparse"
+        expected = 0 if sparse_only else request.params.dimensions or self._native
         if expected is not None and any(found):
             found = _drop_other_lengths(found, 4 * expected)
         if all(found):  # an embedding is always truthy
@@ -70,8 +71,7 @@ class CacheRead:
 
 
 def _drop_other_lengths(found: list[Embedding | None], length: int) -> list[Embedding | None]:
-    """Drops vectors of other lengths in bytes; no gateway wrote these, because the contract refuses them. An empty one
-    belongs to a sparse embedding."""
-    if {len(each.vector) for each in found if each} <= {length, 0}:  # nearly always
+    """Drops vectors of other lengths in bytes; no gateway wrote these, because the contract refuses them."""
+    if {len(each.vector) for each in found if each} == {length}:  # nearly always
         return found
-    return [each if each is None or len(each.vector) in (length, 0) else None for each in found]
+    return [each if each is None or len(each.vector) == length else None for each in found]

@@ -6,15 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.cache.values import decode, encode
-from app.types import Embedding
+from app.cache.values import MAX_TOKENS, decode, encode
+from app.types import MAX_DIMENSIONS, Embedding
 from tests.cache.support import embedding, key
 
 numbers = st.lists(st.floats(allow_nan=False, allow_infinity=False, width=32), min_size=1, max_size=20).filter(any)
 VALUE = encode(key(1), embedding(1))
 
 
-@given(numbers, st.integers(0, 2**64 - 1), st.binary(min_size=32, max_size=32))
+@given(numbers, st.integers(0, MAX_TOKENS), st.binary(min_size=32, max_size=32))
 def test_what_is_written_is_read_bit_for_bit(vector: list[float], tokens: int, name: bytes) -> None:
     given = Embedding(struct.pack(f"<{len(vector)}f", *vector), tokens)
     assert decode(name, encode(name, given)) == given
@@ -59,8 +59,8 @@ def test_what_is_no_bytes_is_a_miss(raw: object) -> None:
     assert decode(key(1), raw) is None
 
 
-def sealed(vector: bytes) -> bytes:
-    body = struct.pack("<16sQI", key(1)[:16], 5, len(vector)) + vector
+def sealed(vector: bytes, tokens: int = 5) -> bytes:
+    body = struct.pack("<16sQI", key(1)[:16], tokens, len(vector)) + vector
     return struct.pack("<4sI", b"EGV\x01", crc32(body)) + body
 
 
@@ -72,11 +72,17 @@ def sealed(vector: bytes) -> bytes:
         struct.pack("<2f", 0, 0),
         struct.pack("<2f", 1, float("nan")),
         struct.pack("<2f", 1, float("inf")),
+        struct.pack("<f", 1) * (MAX_DIMENSIONS + 1),
     ],
-    ids=["empty", "not whole", "zero", "nan", "infinity"],
+    ids=["empty", "not whole", "zero", "nan", "infinity", "too long"],
 )
 def test_a_sound_value_that_is_no_embedding_is_a_miss(vector: bytes) -> None:
     assert decode(key(1), sealed(vector)) is None
+
+
+@pytest.mark.parametrize("tokens", [MAX_TOKENS + 1, 2**64 - 1])
+def test_a_sound_value_that_costs_more_than_any_input_is_a_miss(tokens: int) -> None:
+    assert decode(key(1), sealed(struct.pack("<2f", 1, 2), tokens)) is None
 
 
 def test_the_layout_is_the_one_documented() -> None:

@@ -67,12 +67,12 @@ def test_a_vector_of_another_length_that_somebody_left_in_redis_is_never_answere
     with RedisServer() as server, FakeOpenAI(api_key="sk-fake") as fake, Redis.from_url(server.url) as client:
         cache = {"memory": None, "redis": {"url": server.url, "timeout": "1s"}}
         with running(config(fake, cache)) as gateway:
-            for asked, left in (({}, 8), ({"dimensions": 512}, 1536)):
+            for asked, left in (({}, 8), ({"dimensions": 512}, 1536), ({}, 0)):
                 body = {"model": MODEL, "input": "a text", **asked}
                 right = gateway.post(body).json()["data"]
                 until(lambda: client.keys("eg:1:*"), lambda: "nothing written")
                 for name in client.keys("eg:1:*"):
-                    client.set(name, encode(name[5:], Embedding(b"\0\0\x80?" * left, 2)))
+                    client.set(name, encode(name[5:], Embedding(b"\0\0\x80?" * left, 2, None if left else b"[]")))
                 for state in ("miss", "hit"):
                     answer = gateway.post(body)
                     assert answer.json()["data"] == right

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 _TOLERANCE = 1e-6
 """How much may be missing without a wait: the rounding of floats."""
+MAX_DEBT = 10
+"""Minutes' worth of debt taken over from elsewhere, at most: until it is paid nobody asks there again, and by then what
+was wrong there may have been put right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +56,9 @@ class Bucket:
         self._level, self._at = self.level(now) - amount, now
 
     def set(self, now: float, level: float) -> None:
-        """Sets the level of the whole bucket, as counted elsewhere."""
+        """Sets the level of the whole bucket, as counted elsewhere, down to `MAX_DEBT`."""
         self._share = 1
-        self._level, self._at = level, now
+        self._level, self._at = max(level, -MAX_DEBT * self.per_minute), now
 
     def divide(self, share: int, now: float) -> None:
         """Makes this one of `share` equal parts, both of the level and of the rate."""

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import pytest
+from redis import Redis
 
-from app.cache.shared_limits import SharedLimits, Verdict
+from app.cache.shared_limits import PREFIX, SharedLimits, Verdict
 from app.errors import GatewayError, InvalidRequest, RateLimited
-from app.limits import Rates
+from app.limits import MAX_DEBT, Rates
 from app.metrics import Metrics
 from app.pipeline.quota import Quota
 from tests.cache.support import LIMIT
@@ -195,6 +196,21 @@ async def test_what_is_surely_over_the_limit_is_refused_without_asking(server: R
     with pytest.raises(RateLimited):
         one.quota.admit(0)
     assert one.asked() == 2
+    await one.shared.close()
+
+
+async def test_debt_that_somebody_left_in_redis_is_forgotten_once_it_is_deleted_there(
+    server: RedisServer, clock: HandClock
+) -> None:
+    one = Process(server, clock, requests=60, tokens=600)
+    with Redis.from_url(server.url) as client:
+        name = PREFIX + b"caller:team"
+        client.hset(name, mapping={"requests": "-1e15", "tokens": "-1e15"})
+        assert not await one.admitted()
+        client.delete(name)
+        assert not await one.admitted(), "it is not asked"
+        await clock.advance(60 * (MAX_DEBT + 1))
+        assert await one.admitted()
     await one.shared.close()
 
 

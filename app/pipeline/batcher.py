@@ -21,7 +21,7 @@ from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
 from app.pipeline.deployment import requirements
-from app.pipeline.outcome import collect, deadline_error, is_fatal
+from app.pipeline.outcome import collect, deadline_error, is_fatal, refuses_too_many
 from app.pipeline.queue import LANES, TARGET_BATCH, CallRecord, Job, Queue, Queues, QueueSet, Waiter, make_batch
 from app.pipeline.rotation import Slot
 from app.pipeline.route import Route
@@ -78,7 +78,7 @@ class Batcher:
         reason = self._rotation.closed_reason(request.params)
         if reason is not None:
             raise _closed_error(reason)
-        waiter = Waiter(asyncio.get_running_loop().create_future())
+        waiter = Waiter(asyncio.get_running_loop().create_future(), collect_too_long=request.collect_too_long)
         jobs, sources = self._join_or_enqueue(request, waiter)
         try:
             await waiter.future
@@ -336,7 +336,8 @@ class Batcher:
         return done, BatchResult(outcomes, result.calls, deployments=result.deployments)
 
     def _deliver(self, jobs: list[Job], result: BatchResult | None) -> None:
-        """Records the outcomes and releases the requests that have all of theirs, or a fatal one."""
+        """Records the outcomes and releases the requests that have all of theirs, a fatal one, or too many
+        that are refused."""
         if result is None:
             result = BatchResult([GatewayError("internal error while embedding")] * len(jobs))
         call_record = CallRecord(result.calls, result.deployments)
@@ -350,6 +351,7 @@ class Batcher:
             fatal = False
             if type(outcome) is not Embedding:
                 fatal = is_fatal(outcome)
+                ready += [waiter for waiter in job.waiters if refuses_too_many(waiter, outcome)]
                 if not job.waiters and job.key not in known:
                     unwanted.append(job.key)
             for waiter in job.waiters:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, Overloaded, UpstreamTimeout
-from app.pipeline.queue import CallRecord, Job
+from app.pipeline.queue import CallRecord, Job, Waiter
 from app.types import NO_EMBEDDING, Embedding, EmbedRequest, EmbedResult, Source
+
+MAX_NAMED = 20
+"""Refused inputs that an error names. A request with more fails at once: waiting for the others would tell the caller
+nothing more, and each that is refused as well may cost several calls to isolate."""
 
 
 def is_fatal(outcome: Embedding | GatewayError) -> bool:
@@ -15,6 +19,15 @@ def is_fatal(outcome: Embedding | GatewayError) -> bool:
     Otherwise it waits: what is embedded meanwhile is cached, so a retry costs only the rest.
     """
     return not isinstance(outcome, Embedding) and not outcome.retryable and not outcome.blames_input
+
+
+def refuses_too_many(waiter: Waiter, outcome: Embedding | GatewayError) -> bool:
+    """Counts the outcome if it refuses an input. Returns whether that is one more than the request's error names."""
+    collected = waiter.collect_too_long and isinstance(outcome, ContextLengthExceeded)
+    if collected or not isinstance(outcome, InvalidRequest):
+        return False
+    waiter.refused += 1
+    return waiter.refused > MAX_NAMED
 
 
 def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
@@ -76,6 +89,6 @@ def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:
     reported = error.at_input(position)
     indexes = list(dict.fromkeys(position for position, _ in refused))
     if error.blames_input and len(indexes) > 1:
-        names = ", ".join(map(str, indexes[:20]))
-        reported.message += f" (inputs {names}{' …' if len(indexes) > 20 else ''})"
+        names = ", ".join(map(str, indexes[:MAX_NAMED]))
+        reported.message += f" (inputs {names}{' …' if len(indexes) > MAX_NAMED else ''})"
     return reported

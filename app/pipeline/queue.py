@@ -45,6 +45,10 @@ class Waiter(Struct, eq=False):
     future: asyncio.Future[None]
     missing: int = 0
     """Inputs still to come."""
+    refused: int = 0
+    """Inputs refused so far."""
+    collect_too_long: bool = False
+    """Whether inputs that are too long do not count as refused, as in `EmbedRequest`."""
 
     def release(self) -> None:
         if not self.future.done():

@@ -89,6 +89,15 @@ async def test_one_callers_refused_input_is_not_its_neighbours_error() -> None:
         assert responses[-1].json()["error"]["param"] == "input[0]"
 
 
+async def test_a_request_with_nothing_but_refused_inputs_does_not_isolate_each() -> None:
+    with FakeDashScope(api_key="sk-fake") as fake, running(config(fake)) as gateway:
+        fake.fail(faults.vendor_error("bad_input"), times=None, when=lambda texts: "bad" in str(texts))
+        response = gateway.post({"model": MODEL, "input": [f"bad {i}" for i in range(400)]})
+        assert response.status_code == 400
+        assert response.json()["error"]["param"].startswith("input[")
+        assert len(fake.calls) <= 5 * 19, "of 40 batches, each of which takes 19 calls, those begun until 21 were known"
+
+
 async def test_a_refusal_that_speaks_of_dimensions_nobody_asked_for_is_one_callers_too() -> None:
     with FakeDashScope(api_key="sk-fake") as fake, running(config(fake, cache={"memory": None})) as gateway:
         words = "Invalid image: its dimensions are below the smallest size"

@@ -12,6 +12,7 @@ from msgspec.structs import replace
 from app.catalog import ROLES, Model
 from app.clock import SystemClock
 from app.errors import (
+    ContextLengthExceeded,
     GatewayError,
     InvalidRequest,
     UnsupportedDimensions,
@@ -23,6 +24,7 @@ from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
+from app.pipeline.outcome import MAX_NAMED
 from app.pipeline.queue import BULK_STALL, LANES
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
@@ -541,6 +543,34 @@ async def test_several_refused_inputs_are_all_named() -> None:
     calls = Calls(errors={"x": InvalidRequest("no"), "y": InvalidRequest("no")})
     with pytest.raises(InvalidRequest, match=r"no \(inputs 1, 3\)"):
         await batcher(calls)(request("a", "x", "b", "y"))
+
+
+async def test_once_more_are_refused_than_are_named_the_rest_is_not_sent() -> None:
+    bad = [f"bad {i}" for i in range(100)]
+    calls = Calls(errors=dict.fromkeys(bad, InvalidRequest("no")))
+    embed = batcher(calls, rows=10, slots=1)
+    neighbour = asyncio.create_task(embed(request(*bad[20:30], "good", lane="bulk")))
+    named = ", ".join(map(str, range(MAX_NAMED)))
+    with pytest.raises(InvalidRequest, match=rf"no \(inputs {named} …\)$"):
+        await embed(request(*bad))
+    with pytest.raises(InvalidRequest, match=r"no \(inputs 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\)$"):
+        await neighbour
+    await settle()
+    assert calls.batches[-1] == ["good"]
+    assert len(calls.batches) == 5, "three, the one that had begun, and what somebody else waits for"
+    assert not embed.busy
+
+
+async def test_inputs_that_are_too_long_do_not_end_a_request_that_collects_them() -> None:
+    long = [f"long {i}" for i in range(50)]
+    calls = Calls(errors=dict.fromkeys(long, ContextLengthExceeded("too long")))
+    embed = batcher(calls, rows=10, slots=1)
+    result = await embed(replace(request(*long, "good"), collect_too_long=True))
+    assert len(result.too_long) == 50
+    assert result.embeddings[50].vector == b"good"
+    with pytest.raises(ContextLengthExceeded):
+        await embed(request(*long, "another"))
+    assert len(calls.batches) == 6 + 4
 
 
 async def test_a_refusal_of_something_else_names_none() -> None:

@@ -103,6 +103,9 @@ class Adapt:
         parts = _split(batch.inputs, self._limits)
         if len(parts) > 1:
             return await self._embed_parts(batch, parts, budget)
+        if budget.calls_made:
+            batch.on_further_call()
+        budget.calls_made += 1
         try:
             result = await self._inner(batch)
             budget.fruitless_calls = 0
@@ -278,11 +281,12 @@ def _split(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int
 
 
 class _Budget:
-    """The extra calls that one batch may still cause; the refusals left undecided when there were none left; and the
-    number of consecutive calls with a single input that returned no vector."""
+    """The extra calls that one batch may still cause; the refusals left undecided when there were none left; the
+    number of calls made; and that of consecutive calls with a single input that returned no vector."""
 
     def __init__(self, calls: int) -> None:
         self._calls = calls
+        self.calls_made = 0
         self.undecided: list[GatewayError] = []
         self.fruitless_calls = 0
 

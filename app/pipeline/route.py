@@ -153,6 +153,7 @@ class Route:
         judged = late = False
         """`judged`: whether the outcome says anything about the deployment; a bug of ours, or want of room here, does
         not. `late`: whether the deadline ended the call."""
+        batch.on_further_call = slot.charge_call
         started = now()
         try:
             with _CallDeadline(batch.deadline, self._deadlines, batch=batch, health=health, started=started):

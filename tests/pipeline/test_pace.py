@@ -12,9 +12,10 @@ import pytest_asyncio
 from app import tokens
 from app.cache.shared_limits import SharedLimits
 from app.catalog import ROLES, Model
-from app.errors import GatewayError, RateLimited, UpstreamError
+from app.errors import GatewayError, InvalidRequest, RateLimited, UpstreamError
 from app.limits import Rates
 from app.metrics import Metrics
+from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import FAILURES, Health
@@ -324,6 +325,30 @@ def eject(deployment: Deployment) -> None:
     for _ in range(FAILURES):
         deployment.health.end(UpstreamError("down"), deployment.health.begin())
     assert not deployment.health.available()
+
+
+async def test_the_parts_of_a_call_count_when_they_are_made(clock: HandClock, upstream: Upstream) -> None:
+    metrics, reached, released = Metrics(), asyncio.Event(), asyncio.Event()
+
+    async def refuses_and_then_holds(batch: Batch) -> BatchResult:
+        if len(batch.inputs) > 1:
+            raise InvalidRequest("no")
+        reached.set()
+        await released.wait()
+        return BatchResult([Embedding(b"v", 1)])
+
+    slots, limits = paced(clock, requests=60), CallLimits(8)
+    health = Health(clock, metrics.upstream_available.labels("up", "m").set, "up/m")
+    chain = Adapt(refuses_and_then_holds, limits, "up/m", clock)
+    deployment = Deployment("up", Model("m", roles=ROLES), "s", slots, limits, health, chain)
+    embed = Batcher(Route([deployment], metrics, clock), metrics, clock)
+    asked = asyncio.create_task(embed(request(*"abcdefgh")))
+    await reached.wait()
+    assert slots.wait() == pytest.approx(3.9), "with eight inputs, four, two and one"
+    released.set()
+    await asked
+    assert slots.wait() == pytest.approx(14.9), "none is counted twice"
+    await embed.aclose()
 
 
 async def test_two_models_of_one_upstream_take_turns(clock: HandClock, upstream: Upstream) -> None:

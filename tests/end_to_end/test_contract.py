@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 import pytest
 
+from app.upstreams import UPSTREAMS as KINDS
 from tests.end_to_end.cases import CASES, Case, gateway_for, vectors_of
 from tests.fakes import FakeOpenAI, faults
 from tests.harness import Running, running
@@ -29,6 +30,11 @@ REFUSALS = {"ollama": faults.http_error(400, b'{"error":"the input length exceed
 
 every_upstream = pytest.mark.parametrize("name", UPSTREAMS)
 every_payload_fault = pytest.mark.parametrize("fault", faults.PAYLOAD_FAULTS, ids=lambda fault: fault.name)
+
+
+def test_no_type_of_upstream_is_left_out_here() -> None:
+    networked = {name for name, kind in KINDS.items() if not kind.built_in}
+    assert {CASES[name]().config["type"] for name in UPSTREAMS} == networked
 
 
 def assert_right(case: Case, gateway: Running, texts: list[str]) -> None:

@@ -322,7 +322,7 @@ def test_a_reply_larger_than_its_inputs_can_fill_is_not_read_to_its_end(fake: Fa
     with running(config(fake)) as gateway:
         told = {}
         for texts in (["one"], ["one", "two"]):
-            fake.fail(faults.Answer("large", Reply(200, b"[" + b"[]," * (4 * 2**20 // 3))), times=2)
+            fake.fail(faults.Answer("large", Reply(200, b"[" + b"0," * (2 * 2**20))), times=2)
             response = gateway.post(body(*texts))
             assert (response.status_code, error_of(response)["code"]) == (502, "upstream_invalid_response")
             told[len(texts)] = error_of(response)["message"]

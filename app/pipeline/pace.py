@@ -12,7 +12,7 @@ from collections.abc import Callable
 from app import limits
 from app.cache.shared_limits import Demand, SharedLimits
 from app.clock import Clock
-from app.limits import TICK, Limit, Rates
+from app.limits import MAX_DEBT, TICK, Limit, Rates
 
 MIN_FACTOR = 1 / 8
 """The least share of the configured rate, after the upstream has refused it again and again."""
@@ -126,7 +126,7 @@ class Pace:
             self._alone_until = now + REDIS_RETRY
         else:
             self._alone_until = None
-            self._refused_until = now + wait
+            self._refused_until = now + min(wait, 60 * MAX_DEBT)
             if lease.in_debt():  # since Redis was asked
                 self._renew(lease)
         self.on_ready()

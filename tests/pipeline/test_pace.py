@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 
 import pytest
 import pytest_asyncio
+from redis import Redis
 
 from app import tokens
-from app.cache.shared_limits import SharedLimits
+from app.cache.shared_limits import PREFIX, SharedLimits
 from app.catalog import ROLES, Model
 from app.errors import GatewayError, InvalidRequest, RateLimited, UpstreamError
-from app.limits import Rates
+from app.limits import MAX_DEBT, Rates
 from app.metrics import Metrics
 from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
@@ -519,6 +520,21 @@ async def test_redis_that_is_back_is_asked_again(server: RedisServer, clock: Han
     await until(lambda: _is(pace._alone_until is None))
     assert slots.wait() == 0, "Redis knows of no call: it is another server"
     assert shared.replicas == 1
+
+
+async def test_debt_that_somebody_left_in_redis_is_forgotten_once_it_is_deleted_there(
+    server: RedisServer, clock: HandClock, replica: Replica
+) -> None:
+    _, slots, _ = replica(requests=600)
+    with Redis.from_url(server.url) as client:
+        name = PREFIX + b"upstream:up"
+        client.hset(name, "requests", "-1e15")
+        slots.wait()
+        await until(lambda: _is(slots.wait() > 1))
+        client.delete(name)
+        assert slots.wait() > 1, "it is not asked"
+        await clock.advance(60 * (MAX_DEBT + 1))
+        await until(lambda: _is(slots.wait() == 0))
 
 
 async def test_without_limits_redis_is_never_asked(server: RedisServer, clock: HandClock, upstream: Upstream) -> None:

@@ -134,9 +134,10 @@ class Registry:
 
     def _by_plain_name(self) -> dict[str, list[Deployment]]:
         """A model whose name begins with another upstream's, as in a proxy's list, has no plain name: that name means
-        the other upstream's own model, available or not."""
+        the other upstream's own model, available or not. Upstreams that are only assumed to have a model come last: in
+        doubt the others are right."""
         served: dict[str, list[Deployment]] = {}
-        for upstream in self._upstreams.values():
+        for upstream in sorted(self._upstreams.values(), key=lambda each: not each.lists_models):
             for model in self.served(upstream).values():
                 deployment = self._fleet.deployment(upstream, model)
                 first, slash, _ = model.name.partition("/")

@@ -124,8 +124,8 @@ def test_a_server_without_a_list_that_answers_with_another_model_gives_no_wrong_
 class Renaming(FakeOpenAI):
     """Names the model as it pleases."""
 
-    def __init__(self, named: Any) -> None:
-        super().__init__()
+    def __init__(self, named: Any, **options: Any) -> None:
+        super().__init__(**options)
         self.named = named
 
     def _answer(self, body: dict[str, Any], name: str, rows: list[Row], tokens: int) -> Embedded:
@@ -154,6 +154,19 @@ def test_a_reply_that_names_no_model_is_believed_and_one_that_names_nonsense_is_
             response = gateway.post({"model": "text-embedding-3-small", "input": "a"})
     assert response.status_code == status
     assert "xxx" not in response.text
+
+
+def test_a_server_that_lists_a_model_is_right_in_doubt_and_not_one_that_is_assumed_to_have_it() -> None:
+    model = "text-embedding-3-small"
+    other = without_list(Renaming(None, flavour="tei", models={"own": 1536}))
+    with other, FakeOpenAI(models={model: 1536}) as listing:
+        upstreams = {
+            "first": {"type": "openai", "base_url": other.url + "/v1", "api_key": "sk-fake"},
+            "second": {"type": "openai", "base_url": listing.url + "/v1", "api_key": "sk-fake"},
+        }
+        with running({"upstreams": upstreams}) as gateway:
+            for text in map(str, range(10)):
+                right(listing, gateway.post({"model": model, "input": [text]}), model, [text])
 
 
 def test_a_length_that_openais_model_does_not_have_is_a_502_at_a_server_without_a_list() -> None:

@@ -31,9 +31,10 @@ def refuses_too_many(waiter: Waiter, outcome: Embedding | GatewayError) -> bool:
 
 
 def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> EmbedResult:
-    """The request's embeddings, in the order of its `jobs`, which are done; `sources` says where each came from.
+    """The request's embeddings, in the order of its `jobs`; `sources` says where each came from.
 
-    Raises `GatewayError` if an input has none, unless it is too long and the request collects such inputs.
+    Raises `GatewayError` if an input has none, unless it is too long and the request collects such inputs. All jobs are
+    done, unless their errors end the request sooner.
     """
     outcomes = [job.outcome for job in jobs]
     call_records = _call_records(jobs)
@@ -46,7 +47,7 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
         positions = request.positions or range(len(jobs))
         others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
         if others or not request.collect_too_long:
-            error = _error(jobs, positions)
+            error = _error(jobs, positions, too_long=not request.collect_too_long)
             error.calls = sum([call_record.calls for call_record in call_records])
             raise error
         for i, job in enumerate(jobs):
@@ -76,13 +77,14 @@ def _call_records(jobs: Sequence[Job]) -> list[CallRecord]:
     return [record for record in dict.fromkeys([job.call_record for job in jobs]) if record]
 
 
-def _error(jobs: list[Job], positions: Sequence[int]) -> GatewayError:
+def _error(jobs: list[Job], positions: Sequence[int], *, too_long: bool) -> GatewayError:
     """The request's one error: a refusal of its inputs, naming each by the caller's own index, or else the first error
-    in input order. A refusal tells the caller more than trouble that may pass."""
+    in input order. A refusal tells the caller more than trouble that may pass. `too_long`: whether it is also about
+    inputs that are too long, which are not to be cut."""
     errors = [
         (position, job.outcome)
         for position, job in zip(positions, jobs, strict=True)
-        if isinstance(job.outcome, GatewayError)
+        if isinstance(job.outcome, GatewayError) and (too_long or not isinstance(job.outcome, ContextLengthExceeded))
     ]
     refused = [(position, error) for position, error in errors if isinstance(error, InvalidRequest)]
     position, error = (refused or errors)[0]

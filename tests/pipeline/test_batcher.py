@@ -573,6 +573,13 @@ async def test_inputs_that_are_too_long_do_not_end_a_request_that_collects_them(
     assert len(calls.batches) == 6 + 4
 
 
+async def test_inputs_that_would_be_cut_are_not_named_beside_one_that_is_refused() -> None:
+    calls = Calls(errors={"long": ContextLengthExceeded("too long"), "bad": InvalidRequest("no")})
+    with pytest.raises(InvalidRequest, match=r"^no$") as refused:
+        await batcher(calls)(replace(request("long", "bad"), collect_too_long=True))
+    assert refused.value.param == "input[1]"
+
+
 async def test_a_refusal_of_something_else_names_none() -> None:
     calls = Calls(errors={"x": UnsupportedDimensions("no 7"), "y": UnsupportedDimensions("no 7")})
     with pytest.raises(UnsupportedDimensions, match=r"no 7$"):

@@ -271,7 +271,7 @@ def create_app(
     clock = clock or SystemClock()
     metrics = Metrics()
     if stores is None:
-        stores = build.stores(settings.cache, settings.server.request_timeout, metrics, clock)
+        stores = build.stores(settings.cache, lambda: app.settings.server.request_timeout, metrics, clock)
     cache = Tiers(stores, metrics, clock)
 
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:
@@ -279,4 +279,5 @@ def create_app(
 
     request_log = request_log or logs.request_log("text")
     request_log.on_drop = metrics.log_dropped.inc
-    return App(settings, build_gateway, request_log, clock, source)
+    app = App(settings, build_gateway, request_log, clock, source)
+    return app

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from app.cache.disk import DiskStore
 from app.cache.memory import MemoryStore
 from app.cache.redis import RedisStore
@@ -13,7 +15,9 @@ from app.config import CacheSettings, Settings
 from app.metrics import Metrics
 
 
-def stores(settings: CacheSettings, request_timeout: float, metrics: Metrics, clock: Clock) -> list[Store]:
+def stores(
+    settings: CacheSettings, request_timeout: Callable[[], float], metrics: Metrics, clock: Clock
+) -> list[Store]:
     """The configured tiers, not yet open. Raises `ValueError` for an invalid Redis URL."""
     built: list[Store] = []
     if memory := settings.memory:

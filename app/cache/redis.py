@@ -156,14 +156,15 @@ class RedisStore:
         clock: Clock,
         metrics: Metrics,
         *,
-        claim_lifetime: float = 60.0,
+        claim_lifetime: Callable[[], float] = lambda: 60.0,
         max_connections: int = 16,
     ) -> None:
-        """`claim_lifetime`: seconds after which a claim vanishes even if its replica is alive: a request's time."""
+        """`claim_lifetime` returns the seconds after which a claim vanishes even if its replica is alive: a request's
+        time, which a reload may change."""
         self._deadlines = Deadlines()
         self._timeout = timeout
         self._px = b"%d" % max(1, round(ttl * 1000))
-        self._claim_px = b"%d" % round(claim_lifetime * 1000)
+        self._claim_lifetime = claim_lifetime
         self._counts = Counts(metrics, self.name)
         self._now = clock.monotonic
         self._breaker = Breaker(clock.monotonic)
@@ -233,7 +234,8 @@ class RedisStore:
     def _claim_calls(self, keys: Sequence[bytes], names: Sequence[bytes]) -> list[list[bytes]]:
         pairs = [item for key, name in zip(keys, names, strict=True) for item in (name, CLAIM_PREFIX + key)]
         batches = [pairs[i : i + 2 * _CLAIM_BATCH] for i in range(0, len(pairs), 2 * _CLAIM_BATCH)]
-        arguments = (self._replica, self._claim_px, ALIVE_PREFIX, b"%d" % (CLAIM_TTL * 1000))
+        px = b"%d" % max(1, round(self._claim_lifetime() * 1000))
+        arguments = (self._replica, px, ALIVE_PREFIX, b"%d" % (CLAIM_TTL * 1000))
         return [[b"%d" % len(batch), *batch, *arguments] for batch in batches]
 
     def _claimed_elsewhere(

@@ -111,11 +111,15 @@ async def test_a_claim_ends_by_itself(server: RedisServer, clock: Clock, monkeyp
 
 async def test_a_claim_lasts_as_long_as_a_request_may(server: RedisServer, clock: Clock, metrics: Metrics) -> None:
     settings = CacheSettings.model_validate({"memory": None, "redis": {"url": server.url, "timeout": LIMIT}})
-    (one,) = stores(settings, 600, metrics, clock)
+    request_timeout = 600.0
+    (one,) = stores(settings, lambda: request_timeout, metrics, clock)
     assert isinstance(one, RedisStore)
     await one.get_or_claim(keys(1))
+    request_timeout = 900.0  # as by a reload
+    await one.get_or_claim([key(2)])
     async with redis.asyncio.Redis.from_url(server.url) as admin:
         assert 590_000 < await admin.pttl(CLAIM_PREFIX + key(1)) <= 600_000
+        assert 890_000 < await admin.pttl(CLAIM_PREFIX + key(2)) <= 900_000
     await close(one)
 
 

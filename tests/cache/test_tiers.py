@@ -621,7 +621,7 @@ async def test_the_configuration_gives_the_tiers_in_their_order(
     settings = CacheSettings.model_validate(
         {"disk": {"path": f"{tmp_path}/e.sqlite3"}, "redis": {"url": "redis://:secret@127.0.0.1:1"}}
     )
-    built: list[Store] = stores(settings, 60, metrics, clock)
+    built: list[Store] = stores(settings, lambda: 60, metrics, clock)
     assert [store.name for store in built] == ["memory", "disk", "redis"]
     tiers = Tiers(built, metrics, clock)
     await tiers.open()
@@ -630,4 +630,4 @@ async def test_the_configuration_gives_the_tiers_in_their_order(
     assert status["redis"].startswith("down: ConnectionError")
     assert "secret" not in str(status)
     await tiers.close()
-    assert [store.name for store in stores(CacheSettings(memory=None), 60, metrics, clock)] == []
+    assert [store.name for store in stores(CacheSettings(memory=None), lambda: 60, metrics, clock)] == []

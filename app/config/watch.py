@@ -44,11 +44,13 @@ class ConfigWatcher:
     async def _poll_file(self, source: ConfigSource) -> None:
         """Requests a reload when the file has changed and is no longer being written. Requests it once: until the file
         has been read, it still differs from what was loaded."""
-        seen = requested = source.loaded
+        seen, requested = source.loaded, None
         while True:
             await self._clock.sleep(POLL_INTERVAL)
             before, seen = seen, source.signature()
-            if seen is not None and seen == before and seen not in (source.loaded, requested):
+            if seen == source.loaded:
+                requested = None
+            elif seen is not None and seen == before and seen != requested:
                 requested = seen
                 self.ask()
 

@@ -11,6 +11,7 @@ from app.config.load import as_text
 from app.config.source import ConfigSource, ParentConfig
 from app.config.watch import POLL_INTERVAL, ConfigWatcher
 from app.upstreams import UPSTREAMS
+from tests.cache.support import LIMIT
 from tests.clock import HandClock, settle
 from tests.harness import settings_of
 
@@ -51,6 +52,32 @@ async def test_a_file_that_is_slow_to_read_is_read_once() -> None:
     await settle()
     await asyncio.to_thread(lambda: None)
     assert source.times_read == 1
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_link_that_is_turned_back_after_a_sighup_is_followed() -> None:
+    """The file it led to before is the same as ever, to the nanosecond."""
+    source, clock, read = SlowSource(), HandClock(), asyncio.Event()
+
+    async def change(_settings: Settings) -> None:
+        """Takes anything."""
+
+    watcher = ConfigWatcher(source, clock, change, lambda _ok: read.set())
+    watching = asyncio.create_task(watcher.run())
+    source.reading.release(2)
+    await settle()
+    source.now = (2, 2, 2, 2)
+    watcher.ask()
+    await read.wait()
+    await clock.advance(POLL_INTERVAL)
+    read.clear()
+    source.now = (1, 1, 1, 1)
+    for _ in range(2):
+        await clock.advance(POLL_INTERVAL)
+    async with asyncio.timeout(LIMIT):
+        await read.wait()
+    assert source.loaded == (1, 1, 1, 1)
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 

@@ -84,6 +84,8 @@ class Batcher:
             await waiter.future
         except asyncio.CancelledError:
             if asyncio.get_running_loop().time() < request.deadline:
+                # It waited for these as they failed, so nobody else has been told.
+                self._on_drop([job.key for job in jobs if isinstance(job.outcome, GatewayError)])
                 raise
             raise deadline_error(jobs) from None
         finally:

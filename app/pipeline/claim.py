@@ -58,7 +58,7 @@ class Claim:
                 self._cache.release_claims(request.keys)
             raise
         # A caller that hangs up releases nothing here, for the same reason: the batcher reports (`on_drop`) what it
-        # drops from the queue, and what fails when nobody waits for it any more.
+        # drops from the queue, and what fails when nobody waits for it any more, or had failed before that.
         if request.shareable and result.too_long:
             self._cache.release_claims([request.keys[i] for i in result.too_long])
         return result

@@ -662,6 +662,21 @@ async def test_what_may_be_cached_does_not_join_what_may_not() -> None:
     assert [result.sources[0] for result in results] == ["upstream", "upstream", "inflight", "inflight"]
 
 
+async def test_what_failed_while_only_a_caller_who_then_hangs_up_waited_for_it_is_told() -> None:
+    calls = Calls(errors={"bad": InvalidRequest("no")})
+    dropped: list[bytes] = []
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), CallLimits(1), healthy(), calls)
+    embed = Batcher(Route([deployment], Metrics(), SystemClock()), Metrics(), SystemClock(), dropped.extend)
+    asked = asyncio.create_task(embed(request("bad", "x")))
+    while len(calls.batches) < 2:
+        await asyncio.sleep(0)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    await embed.aclose()
+    assert asked.cancelled()
+    assert dropped == [b"bad"]
+
+
 async def test_what_is_dropped_is_told() -> None:
     calls = Calls(held=asyncio.Event())
     dropped: list[bytes] = []

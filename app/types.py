@@ -180,6 +180,8 @@ class Batch(Struct):
     rest. None while the batch is a single call."""
     still_wanted: Callable[[], bool] = lambda: True
     """Whether any caller still waits for any of its inputs."""
+    shared: Callable[[], bool] = lambda: False
+    """Whether its inputs are not all waited for by the same callers."""
     on_further_call: Callable[[], None] = lambda: None
     """Called before each call but the first of a batch that takes several."""
     later_deadline: Callable[[], float] = lambda: math.inf

@@ -96,7 +96,7 @@ class Adapt:
         budget = _Budget(4 * len(batch.inputs).bit_length() + 4)
         result = await self._embed(batch, budget)
         if budget.undecided:
-            _settle(batch.inputs, result.outcomes, budget.undecided)
+            _settle(batch, result.outcomes, budget.undecided)
         return result
 
     async def _embed(self, batch: Batch, budget: _Budget) -> BatchResult:
@@ -229,13 +229,12 @@ def _stops(error: GatewayError, budget: _Budget) -> bool:
     return budget.fruitless_calls >= MAX_FRUITLESS_CALLS if isinstance(error, UpstreamWrongCount) else error.stops_batch
 
 
-def _settle(
-    inputs: Sequence[Input], outcomes: list[Embedding | GatewayError], undecided: Sequence[GatewayError]
-) -> None:
+def _settle(batch: Batch, outcomes: list[Embedding | GatewayError], undecided: Sequence[GatewayError]) -> None:
     """Decides the outcome of inputs that were refused together and never tried alone. If others of the batch were
-    embedded these may be good, so they get an error that says to ask again; except an input at least as long as one
-    that was too long by itself, which surely is too long as well."""
-    if not any(isinstance(each, Embedding) for each in outcomes):
+    embedded, or are other callers', these may be good, so they get an error that says to ask again; except an input at
+    least as long as one that was too long by itself, which surely is too long as well."""
+    inputs = batch.inputs
+    if not (batch.shared() or any(isinstance(each, Embedding) for each in outcomes)):
         return
     ask_again = UpstreamUnavailable("too many inputs of one upstream call were refused to tell which ones; try again")
     too_long = min(

@@ -330,5 +330,6 @@ def make_batch(batch_key: BatchKey, jobs: list[Job]) -> Batch:
         store=store,
         deadline=deadline,
         still_wanted=lambda: any(job.waiters for job in jobs),
+        shared=lambda: len({job.waiters for job in jobs}) > 1,
         later_deadline=later_deadline,
     )

@@ -21,6 +21,7 @@ from app.errors import (
     UpstreamUnavailable,
 )
 from app.metrics import Metrics
+from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
@@ -571,6 +572,33 @@ async def test_inputs_that_are_too_long_do_not_end_a_request_that_collects_them(
     with pytest.raises(ContextLengthExceeded):
         await embed(request(*long, "another"))
     assert len(calls.batches) == 6 + 4
+
+
+@pytest.mark.parametrize(("count", "retries_suffice"), [(15, True), (16, True), (24, False), (31, False)])
+async def test_an_input_in_a_call_with_many_that_are_refused_is_not_refused_for_them(
+    count: int, retries_suffice: bool
+) -> None:
+    """To isolate each of these takes more calls than one batch may cause."""
+
+    async def refuses(batch: Batch) -> BatchResult:
+        await asyncio.sleep(0)
+        if any(str(text).startswith("bad") for text in batch.inputs):
+            raise InvalidRequest("no")
+        return BatchResult([Embedding(vector(str(text)), 1) for text in batch.inputs])
+
+    limits, metrics = CallLimits(32), Metrics()
+    chain = Adapt(refuses, limits, "up/m", SystemClock())
+    deployment = Deployment("up", Model("m"), "up/m", Slots(1), limits, healthy(), chain)
+    embed = Batcher(Route([deployment], metrics, SystemClock(), jitter=lambda: 0.0), metrics, SystemClock())
+    refused = asyncio.create_task(embed(request(*(f"bad {i}" for i in range(count)), lane="bulk")))
+    good = asyncio.create_task(embed(request("good", lane="bulk")))
+    with pytest.raises(InvalidRequest):
+        await refused
+    if not retries_suffice:
+        with pytest.raises(UpstreamUnavailable, match="try again"):
+            await good
+        good = asyncio.create_task(embed(request("good")))
+    assert texts_of(await good) == ["good"]
 
 
 async def test_inputs_that_would_be_cut_are_not_named_beside_one_that_is_refused() -> None:

@@ -61,9 +61,15 @@ def load(raw: bytes | bytearray, inputs: int, *, sparse: bool = False) -> Any:
             return _load_numbers(raw, parts)
     except (KeyError, RuntimeError, TypeError, ValueError):  # RuntimeError: a number of more than 64 bits
         pass
-    if len(raw) > _SMALL and raw.count(b"[") + raw.count(b"{") + raw.count(b'"') // 2 > parts:
+    if len(raw) > _SMALL and _count_parts(raw) > parts:
         raise UpstreamInvalidResponse("the upstream's reply has more lists, objects and strings than embeddings need")
     return orjson.loads(raw)
+
+
+def _count_parts(raw: bytes | bytearray) -> int:
+    """Lists, objects and strings in the reply, or more. Not the quotes within a string: a repeated input may hold
+    thousands. (So a string that ends with a backslash counts for half.)"""
+    return raw.count(b"[") + raw.count(b"{") + (raw.count(b'"') - raw.count(b'\\"')) // 2
 
 
 def _load_base64(raw: bytes | bytearray, prefix: bytes, parts: int) -> Any:

@@ -158,6 +158,12 @@ def test_and_what_has_as_much_as_sparse_vectors_have_is() -> None:
     assert len(json_vectors.load(raw, 2, sparse=True)["data"][1]["sparse_embedding"]) == 8192
 
 
+def test_quotes_in_an_input_that_the_reply_repeats_are_no_strings_of_it() -> None:
+    document = json.dumps({f"key {i}": i for i in range(10_000)})
+    raw = json.dumps({"data": [{"index": 0, "embedding": [0.5], "text": document}]}).encode()
+    assert json_vectors.load(raw, 1)["data"][0]["text"] == document
+
+
 # --- base64 ------------------------------------------------------------------------------------------------
 
 VECTORS = st.binary(min_size=4, max_size=40).map(lambda raw: base64.b64encode(raw[: len(raw) // 4 * 4]).decode())

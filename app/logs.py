@@ -235,7 +235,10 @@ def _printable_json(value: Any) -> bytes:
     line = orjson.dumps(value)
     if line.isascii() and b"\x7f" not in line:  # nearly always
         return line
-    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in line.decode()).encode()
+    text = line.decode()
+    if text.isprintable():
+        return line
+    return "".join(each if each.isprintable() else json.dumps(each)[1:-1] for each in text).encode()
 
 
 def configure(form: Format, level: str) -> None:

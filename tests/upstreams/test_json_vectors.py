@@ -73,7 +73,20 @@ def test_what_is_no_json_is_refused(row: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "row", ['[1,"2"]', "[1,[2]]", "[[1],2]", "[1,{}]", "[[1,2]]", "7", "{}", "[1,true]", "[false]"]
+    "row",
+    [
+        '[1,"2"]',
+        "[1,[2]]",
+        "[[1],2]",
+        "[1,{}]",
+        "[[1,2]]",
+        "7",
+        "{}",
+        "[1,true]",
+        "[false]",
+        "[0.5,true]",
+        "[0.5,false]",
+    ],
 )
 def test_what_is_no_list_of_numbers_is_no_vector(row: str) -> None:
     with pytest.raises((TypeError, ValueError)):

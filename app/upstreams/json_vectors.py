@@ -36,6 +36,9 @@ input with a sparse vector, which has nine for each token. In a small reply they
 _SMALL = 2**16
 """Bytes of a reply, or of what is left of one without its vectors."""
 
+_COMMAS_PER_PART = 4
+"""Commas for each part, at most, of a long reply without its vectors: a row has fewer, prose one for 50 bytes."""
+
 _LISTS_PER_YIELD = 16
 """Lists of numbers after which a worker thread yields to the event loop's. It must do so explicitly: numpy releases the
 GIL for each list, too briefly for the other thread to take it, and so often that this one is never forced to drop
@@ -132,7 +135,10 @@ def _load_numbers(raw: bytes | bytearray, parts: int) -> Any:
 
 def _parse_marked(text: bytes, marks: int, parts: int) -> Any:
     """Parses a text that must have this number of marks and no other escapes. (A cut-out vector has none.)"""
-    if text.count(b"\\") != marks or len(text) > _SMALL + 16 * parts:
+    if text.count(b"\\") != marks:
+        raise ValueError("unusual")
+    # Most of a longer one may be inputs that it repeats. Commas show what are no parts: lists of null, for instance.
+    if len(text) > _SMALL + 16 * parts and (text.count(b",") > _COMMAS_PER_PART * parts or _count_parts(text) > parts):
         raise ValueError("unusual")
     return orjson.loads(text)
 

@@ -177,6 +177,18 @@ def test_quotes_in_an_input_that_the_reply_repeats_are_no_strings_of_it() -> Non
     assert json_vectors.load(raw, 1)["data"][0]["text"] == document
 
 
+def test_a_reply_that_repeats_long_inputs_is_vectors_from_the_start() -> None:
+    rows = ",".join(f'{ROW[:-1]},"text":"{"a long input, " * 200}"}}' for _ in range(256))
+    body = json_vectors.load(f'{{"data":[{rows}]}}'.encode(), 256)
+    assert all(type(row["embedding"]) is bytes for row in body["data"])
+
+
+@pytest.mark.parametrize("value", ["null", "true"])
+def test_but_one_with_countless_other_values_is_left_to_the_parser(value: str) -> None:
+    raw = f'{{"data":[{ROW}],"rest":[{",".join([value] * 2**17)}]}}'.encode()
+    assert type(json_vectors.load(raw, 1)["data"][0]["embedding"]) is list
+
+
 # --- base64 ------------------------------------------------------------------------------------------------
 
 VECTORS = st.binary(min_size=4, max_size=40).map(lambda raw: base64.b64encode(raw[: len(raw) // 4 * 4]).decode())

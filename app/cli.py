@@ -114,9 +114,10 @@ def _add_logging(command: argparse.ArgumentParser) -> None:
 
 
 def _print_line(line: str) -> None:
-    """Prints a line of output. If that fails the program ends: quietly if the reader has closed the pipe."""
+    """Prints a line of output, escaping what does not print: names come from upstreams. If that fails the program ends:
+    quietly if the reader has closed the pipe."""
     try:
-        print(line, flush=True)
+        print(logs.printable(line), flush=True)
     except OSError as error:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again on exit
         if isinstance(error, BrokenPipeError):
@@ -126,7 +127,7 @@ def _print_line(line: str) -> None:
 
 def _fail(lines: Sequence[str]) -> NoReturn:
     for line in lines:
-        print(line, file=sys.stderr)
+        print(logs.printable(line), file=sys.stderr)
     sys.exit(2)
 
 
@@ -243,9 +244,18 @@ def _warn_of_unused(environ: Mapping[str, str]) -> None:
 # --- check ------------------------------------------------------------------------------------------
 
 
+class _Printable(logging.Formatter):
+    """The message alone."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return logs.printable(super().format(record))
+
+
 def _check(options: argparse.Namespace) -> None:
     settings = load(options.config, os.environ, UPSTREAMS)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Printable())
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     failed = check(settings, _print_line, probe=options.probe)
     if failed:
         _fail(failed)

@@ -279,4 +279,9 @@ def formatter(form: Format) -> logging.Formatter:
 
 
 def _printable(_logger: object, _method: str, line: Any) -> str:
-    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in line)
+    return printable(line)
+
+
+def printable(text: str) -> str:
+    """The text with what does not print escaped."""
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)

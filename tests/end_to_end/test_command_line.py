@@ -268,6 +268,16 @@ def test_check_probe_embeds_on_every_deployment_and_tells_what_is_wrong(tmp_path
         assert "openai/text-embedding-3-small: upstream_auth: " in bad.stderr
 
 
+def test_check_prints_nothing_of_an_upstreams_that_a_terminal_acts_on(tmp_path: Path) -> None:
+    models = {"a\x1b]0;title\x07": OllamaModel(4, 64, "bert"), "b\u202egnp": OllamaModel(4, 64, "bert")}
+    with FakeOllama(models) as fake:
+        fake.fail(faults.http_error(403, "no\x1b[31m"), times=None, path="/api/embed")
+        done = run("check", "--probe", env={"OLLAMA_HOST": fake.url}, cwd=tmp_path)
+    assert "a\\x1b]0;title\\x07" in done.stdout
+    assert "b\\u202egnp" in done.stderr
+    assert all(line.isprintable() for line in (done.stdout + done.stderr).split("\n"))
+
+
 def test_check_probe_leaves_no_trace_in_the_cache_that_it_is_configured_with(tmp_path: Path) -> None:
     """A token that was fetched for it would otherwise stay in Redis for a month."""
     vendor = FakeBaidu(api_key="ak", secret_key="sk", access_key="a", iam_secret_key="b", v2_key="bce-v3/ALTAK-x/y")

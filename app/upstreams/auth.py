@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 from urllib.parse import urlsplit
 
@@ -27,6 +27,8 @@ MakeAuth: TypeAlias = Callable[[UpstreamSettings, Clock, TokenStore | None], Aut
 
 KEY_COOLDOWN = 600.0
 """Seconds for which a refused or exhausted key is not tried while there are others."""
+IN_VAIN = 10.0
+"""Seconds after every key has been refused in which a call is sent with one key only, whichever is next."""
 LOG_INTERVAL = 60.0
 """Minimum seconds between two log lines about a key, which comes and goes if it is refused for some models only."""
 
@@ -75,6 +77,7 @@ class HeaderKey:
         self._suspended_until = [0.0] * len(self._values)
         self._logged_at = [-math.inf] * len(self._values)
         self._next_index = 0
+        self._in_vain_until = 0.0
 
     async def __call__(self, request: WireRequest, send: Send) -> WireReply:
         if len(self._values) == 1:
@@ -88,7 +91,9 @@ class HeaderKey:
             error = self._parse_error(reply)
             if not isinstance(error, UpstreamAuth | RateLimited | QuotaExhausted):
                 if error is None and self._suspended_until[key] == suspended_until:  # and not anew meanwhile
-                    self._suspended_until[key] = 0.0
+                    self._suspended_until[key] = self._in_vain_until = 0.0
+                break
+            if not isinstance(error, RateLimited) and self._clock.monotonic() < self._in_vain_until:
                 break
             errors[key] = error
             if isinstance(error, RateLimited):
@@ -99,11 +104,17 @@ class HeaderKey:
                 if limited:  # no key works: callers get the error that passes first
                     _, _, reply = min(limited)
                 break
-        # If every key is refused for good, none is worse than another: the account may not use the model, for example.
-        if len(errors) < len(self._values) or limited:
-            for key, error in errors.items():
-                self._suspend(key, error, request)
+        self._record(errors, request)
         return reply
+
+    def _record(self, errors: Mapping[int, GatewayError], request: WireRequest) -> None:
+        """Suspends the keys that were refused; unless all were, and none for its rate: then none is worse than another,
+        for the account may not use the model, and for a while calls try one only."""
+        if len(errors) == len(self._values) and not any(isinstance(each, RateLimited) for each in errors.values()):
+            self._in_vain_until = self._clock.monotonic() + IN_VAIN
+            return
+        for key, error in errors.items():
+            self._suspend(key, error, request)
 
     def _suspend(self, key: int, error: GatewayError, request: WireRequest) -> None:
         """Takes the key out of the rotation: a rate-limited one only until it may be used again, a refused or exhausted

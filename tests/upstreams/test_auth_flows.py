@@ -619,6 +619,25 @@ async def test_when_no_key_is_any_good_the_refusal_is_told_and_each_was_asked_on
     assert sorted(service.asked) == ["one", "two"]
 
 
+@pytest.mark.parametrize("bad", [refusal(401, "invalid_api_key"), refusal(429, "insufficient_quota")])
+async def test_while_no_key_is_any_good_each_call_asks_one_and_now_and_then_all(bad: WireReply) -> None:
+    clock, service = HandClock(), Keyed(one=bad, two=bad, three=bad)
+    flow = auth.bearer(["one", "two", "three"], openai.parse_error, clock)
+    asked = []
+    for seconds in (0, 0, 0, 0, auth.IN_VAIN, 0):
+        clock.now += seconds
+        service.asked.clear()
+        assert (await flow(embedding(), service.send)).status == bad.status
+        asked.append(len(service.asked))
+    assert asked == [3, 1, 1, 1, 3, 1]
+    del service.against["two"]
+    for _ in range(3):
+        await flow(embedding(), service.send)
+    service.asked.clear()
+    assert (await flow(embedding(), service.send)).status == 200
+    assert service.asked == ["two"], "the others are known to be no good"
+
+
 async def test_no_key_is_no_header() -> None:
     assert await headers_sent(auth.bearer([], openai.parse_error, HandClock()), 1) == [embedding().headers]
 

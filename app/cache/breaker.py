@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-FAILURES = 3
+_FAILURES = 3
 """Consecutive failures that open the breaker."""
 _FIRST_PAUSE, _MAX_PAUSE = 1.0, 30.0
 """Seconds the breaker stays open: the first time, and at most. The pause doubles with each failed probe."""
 
 
 class Breaker:
-    """Closed until `FAILURES` consecutive failures, then open for a pause.
+    """Closed until `_FAILURES` consecutive failures, then open for a pause.
 
     After the pause it lets one caller at a time through as a probe; a success closes it. A caller that `allow` let
     through must report the outcome: `succeeded`, `failed` or `abandoned`.
@@ -53,7 +53,7 @@ class Breaker:
             return
         if self._probing:
             self._pause = min(self._pause * 2, _MAX_PAUSE)
-        if self._failures >= FAILURES:
+        if self._failures >= _FAILURES:
             self._open_until = self._now() + self._pause
             self._probing = False
 

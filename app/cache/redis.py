@@ -265,8 +265,9 @@ class RedisStore:
                 left += batch
                 continue
             errors = [reply for reply in replies[: len(batch)] if isinstance(reply, Exception)]
-            left += [entry for entry, reply in zip(batch, replies, strict=False) if _may_pass(reply)]
-            self._refuses_writes = any(map(_may_pass, errors))
+            refused = [entry for entry, reply in zip(batch, replies, strict=False) if _may_pass(reply)]
+            left += refused
+            self._refuses_writes = bool(refused)
             full = sum(isinstance(error, OutOfMemoryError) for error in errors)
             self._counts.set_dropped.inc(full)
             self._counts.set_error.inc(len(errors) - full)
@@ -277,7 +278,7 @@ class RedisStore:
         if self._breaker.is_open:
             await self.open()  # a probe without values to lose
         if self._refuses_writes and not self._breaker.is_open:
-            replies = await self._attempt("set", partial(self._connections.exchange, [self._alive()]), 0)
+            replies = await self._say_alive()
             self._refuses_writes = replies is None or _may_pass(replies[0])
         return not (self._breaker.is_open or self._refuses_writes)
 
@@ -291,10 +292,11 @@ class RedisStore:
 
     async def renew_claims(self) -> None:
         if self._now() >= self._no_claims_until:
-            await self._attempt("set", partial(self._connections.exchange, [self._alive()]), 0)
+            await self._say_alive()
 
-    def _alive(self) -> Command:
-        return (b"SET", ALIVE_PREFIX + self._replica, b"", b"PX", b"%d" % (CLAIM_TTL * 1000))
+    async def _say_alive(self) -> list[object] | None:
+        alive = (b"SET", ALIVE_PREFIX + self._replica, b"", b"PX", b"%d" % (CLAIM_TTL * 1000))
+        return await self._attempt("set", partial(self._connections.exchange, [alive]), 0)
 
     async def release_claims(self, keys: Sequence[bytes]) -> None:
         if self._now() >= self._no_claims_until:

@@ -61,6 +61,17 @@ async def over_a_redis_that_dies(server: RedisServer, clock: HandClock, metrics:
     return store, tiers
 
 
+async def over_a_disk_that_is_held(
+    path: Path, clock: HandClock, metrics: Metrics
+) -> tuple[DiskStore, sqlite3.Connection]:
+    """Also the connection that holds its file until it is closed."""
+    store = disk(path, clock, metrics)
+    await store.open()
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    return store, other
+
+
 async def test_what_comes_while_redis_is_away_is_written_once_it_is_back(
     server: RedisServer, clock: HandClock, metrics: Metrics
 ) -> None:
@@ -170,16 +181,12 @@ async def test_what_comes_while_the_disk_cannot_be_opened_is_written_once_it_can
 async def test_what_comes_while_another_process_holds_the_file_is_written_once_it_does_not(
     path: Path, clock: HandClock, metrics: Metrics
 ) -> None:
-    store = disk(path, clock, metrics)
-    await store.open()
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    store, other = await over_a_disk_that_is_held(path, clock, metrics)
     for number in range(3):
         await store.put(entries([number]))
     tiers = Tiers([store], metrics, clock)
     tiers.put(entries(range(10, 20)))
     await until_it_waits(tiers)
-    other.execute("ROLLBACK")
     other.close()
     await until_written(tiers, clock)
     assert await present(store, *range(10, 20)) == [*range(10, 20)]
@@ -189,10 +196,7 @@ async def test_what_comes_while_another_process_holds_the_file_is_written_once_i
 async def test_what_meets_a_file_that_is_held_for_a_moment_is_written_too(
     path: Path, clock: HandClock, metrics: Metrics
 ) -> None:
-    store = disk(path, clock, metrics)
-    await store.open()
-    other = sqlite3.connect(path, isolation_level=None)
-    other.execute("BEGIN IMMEDIATE")
+    store, other = await over_a_disk_that_is_held(path, clock, metrics)
     tiers = Tiers([store], metrics, clock)
     tiers.put(entries(range(20)))
 
@@ -200,7 +204,6 @@ async def test_what_meets_a_file_that_is_held_for_a_moment_is_written_too(
         return count(metrics, "disk", "set", "error") > 0
 
     await until(refused)
-    other.execute("ROLLBACK")
     other.close()
     await until_written(tiers, clock)
     assert await present(store, *range(20)) == [*range(20)]

@@ -39,9 +39,14 @@ def keys(settings: UpstreamSettings) -> list[str]:
     return [secret.get_secret_value() for secret in secrets]
 
 
+def in_header(header: str, values: Sequence[str], parse_error: ParseError, clock: Clock) -> Auth:
+    """One of the values in this header, or no header without any."""
+    return HeaderKey(header, values, parse_error, clock) if values else NoAuth()
+
+
 def bearer(keys: Sequence[str], parse_error: ParseError, clock: Clock) -> Auth:
     """`Authorization: Bearer …`, or no header without a key."""
-    return HeaderKey("authorization", [f"Bearer {key}" for key in keys], parse_error, clock) if keys else NoAuth()
+    return in_header("authorization", [f"Bearer {key}" for key in keys], parse_error, clock)
 
 
 def by_bearer(parse_error: ParseError) -> MakeAuth:
@@ -51,9 +56,7 @@ def by_bearer(parse_error: ParseError) -> MakeAuth:
 
 def by_header(header: str, parse_error: ParseError) -> MakeAuth:
     """The `auth` of a kind whose keys go in a header of its own."""
-    return lambda settings, clock, _tokens: (
-        HeaderKey(header, found, parse_error, clock) if (found := keys(settings)) else NoAuth()
-    )
+    return lambda settings, clock, _tokens: in_header(header, keys(settings), parse_error, clock)
 
 
 class NoAuth:
@@ -127,7 +130,11 @@ class HeaderKey:
             self._logged_at[key] = now
             log.warning(
                 "%s: key %d of %d is not used for %g s: %s",
-                *(urlsplit(request.url).hostname, key + 1, len(self._values), seconds, error.code),
+                urlsplit(request.url).hostname,
+                key + 1,
+                len(self._values),
+                seconds,
+                error.code,
             )
         self._suspended_until[key] = now + seconds
 

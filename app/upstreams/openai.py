@@ -132,11 +132,11 @@ def adapter(settings: OpenAISettings) -> Adapter:
 
 
 def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | None) -> Auth:
-    keys = auth.keys(settings)
-    if not keys or settings.auth == "none":
+    if settings.auth == "none":
         return auth.NoAuth()
+    keys = auth.keys(settings)
     if settings.auth == "api-key":
-        return auth.HeaderKey("api-key", keys, parse_error, clock)
+        return auth.in_header("api-key", keys, parse_error, clock)
     return auth.bearer(keys, parse_error, clock)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable
 
 from app.clock import Clock
@@ -20,8 +21,11 @@ EJECTION = 30.0
 """Seconds out of the rotation; twice, three times … as long if it then fails again at once."""
 MOST_EJECTIONS = 10
 """The largest multiple of `EJECTION`."""
-DEFAULT_COOLDOWN = 1.0
-"""Seconds of rest after a rate limit that does not say how long."""
+COOLDOWN = 1.0
+"""Seconds of rest after a rate limit that does not say how long: twice as many each time the next call is refused too,
+and a random part of up to half as many, because replicas that were refused together would ask again together."""
+LONGEST_COOLDOWN = 8.0
+"""Seconds of such a rest, at most."""
 LONGEST_REST = 300.0
 """Seconds of rest, at most. An upstream may send a date where a number of seconds belongs."""
 DECAY = 0.98
@@ -39,14 +43,23 @@ class Health:
     An ejected deployment comes back by a single call: it succeeds, or the ejection starts again and lasts longer.
     """
 
-    def __init__(self, clock: Clock, report: Callable[[bool], None], name: str) -> None:
-        """`report` is called with whether it takes traffic; `name` is the deployment's, for the log."""
-        self._clock, self._report = clock, report
+    def __init__(
+        self,
+        clock: Clock,
+        report: Callable[[bool], None],
+        name: str,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        """`report` is called with whether it takes traffic; `name` is the deployment's, for the log; `jitter` returns
+        random numbers from 0 to 1."""
+        self._clock, self._report, self._jitter = clock, report, jitter
         self.trouble = Trouble(clock, name)
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
         self._cooling_until = 0.0
+        self._cooldown = COOLDOWN
+        """The next rest after a rate limit that does not say how long, without its random part."""
         self._suspect_until = 0.0
         self._probing = False
         self._era = 0
@@ -210,7 +223,7 @@ class Health:
             if self.ejected:
                 self._ejections = 0
                 self.show()
-            self._failures = 0
+            self._failures, self._cooldown = 0, COOLDOWN
             self._suspect_until = self._ejected_until = 0.0
             self.answered = True
         elif isinstance(error, RateLimited):
@@ -231,7 +244,13 @@ class Health:
 
     def _cool_down(self, error: RateLimited) -> None:
         now = self._clock.monotonic()
-        wait = DEFAULT_COOLDOWN if error.retry_after is None else min(error.retry_after, LONGEST_REST)
+        if error.retry_after is not None:
+            wait = min(error.retry_after, LONGEST_REST)
+        elif now < self._cooling_until:
+            return  # refused like the call beside it
+        else:
+            wait = min(self._cooldown * (1 + self._jitter() / 2), LONGEST_COOLDOWN)
+            self._cooldown = min(2 * self._cooldown, LONGEST_COOLDOWN)
         self._cooling_until = max(self._cooling_until, now + wait)
         self.trouble.note_rest(error, wait)
 

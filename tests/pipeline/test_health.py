@@ -175,3 +175,22 @@ async def test_what_the_last_calls_of_one_come_to_that_was_replaced_is_told_nobo
         up.end(UpstreamAuth("wrong key"), up.begin())
     up.end(None, up.begin())
     assert not caplog.records
+
+
+async def test_rests_that_nobody_measures_grow_up_to_a_bound_and_are_not_the_same_for_all_replicas(
+    clock: HandClock,
+) -> None:
+    draws = iter([0.0, 1.0, 0.0, 0.5, 0.5, 0.0])
+    report = Metrics().upstream_available.labels("up", "m").set
+    up = Health(clock, report, "up/m", lambda: next(draws))
+    rests = []
+    for _ in range(5):
+        eras = [up.begin(), up.begin()]
+        for era in eras:  # both were under way when the limit was reached, which is one refusal
+            up.end(RateLimited("slowly"), era)
+        rests.append(up.cooldown_remaining())
+        await clock.advance(up.cooldown_remaining())
+    assert rests == [1, 3, 4, 8, 8]
+    up.end(None, up.begin())
+    up.end(RateLimited("slowly"), up.begin())
+    assert up.cooldown_remaining() == 1, "it has answered since"

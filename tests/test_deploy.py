@@ -43,7 +43,7 @@ PREFIX = "embedding_gateway_"
 def known_metrics() -> dict[str, set[str]]:
     """Every series name that the gateway exposes -> its labels; a histogram has three series."""
     series: dict[str, set[str]] = {}
-    for metric in vars(Metrics()).values():
+    for metric in Metrics().registry._collector_to_names:  # there is no public attribute
         if isinstance(metric, MetricWrapperBase):
             [family] = metric.describe()
             labels = set(metric._labelnames)

@@ -6,6 +6,7 @@ import asyncio
 import resource
 from pathlib import Path
 
+import prometheus_client
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from app import metrics
 from app.metrics import Metrics
 from app.metrics.buffered import FlushQueue
+from app.metrics.registry import _LATENCY
 from tests.processes import limited
 
 P = "embedding_gateway_"
@@ -22,59 +24,82 @@ def sample(of: Metrics, name: str, **labels: str) -> float | None:
     return of.registry.get_sample_value(P + name, labels)
 
 
+def plain_counter(told: Metrics) -> prometheus_client.Counter:
+    """One of the registry that is not counted in plain numbers."""
+    return prometheus_client.Counter("plain", "-", ["status"], registry=told.registry)
+
+
+def plain(told: Metrics, status: str) -> float | None:
+    return told.registry.get_sample_value("plain_total", {"status": status})
+
+
 @given(st.lists(st.sampled_from([0.0, 0.001, 0.0010001, 0.9999, 1.0, 60.0, 61.0, 1e9]) | st.floats(0, 100)))
 def test_a_spread_is_what_a_histogram_would_be(values: list[float]) -> None:
-    told, plain = Metrics(), Metrics()
-    buffered_histogram = told.buffered_histogram(told.request_duration.labels("m"))
-    histogram = plain.request_duration.labels("m")
+    told, registry = Metrics(), prometheus_client.CollectorRegistry()
+    name = P + "request_duration_seconds"
+    histogram = prometheus_client.Histogram(name, "-", ["model"], registry=registry, buckets=_LATENCY).labels("m")
+    buffered_histogram = told.request_duration.labels("m")
     for value in values:
         buffered_histogram.observe(value)
         histogram.observe(value)
-    ours, theirs = durations(told), durations(plain)
+    ours, theirs = durations(told.registry), durations(registry)
     assert len(theirs) > 10
     assert ours == pytest.approx(theirs)
 
 
-def durations(of: Metrics) -> dict[tuple[str, str], float]:
-    families = [family for family in of.registry.collect() if family.name == P + "request_duration_seconds"]
+def durations(registry: prometheus_client.CollectorRegistry) -> dict[tuple[str, str], float]:
+    families = [family for family in registry.collect() if family.name == P + "request_duration_seconds"]
     return {(each.name, str(each.labels.get("le"))): each.value for family in families for each in family.samples}
 
 
 def test_whoever_asks_is_told_everything_once() -> None:
     told = Metrics()
-    buffered_counter, buffered_gauge = (
-        told.buffered_counter(told.requests.labels("m", "200", "c")),
-        told.buffered_gauge(told.cache_bytes.labels("memory")),
+    counter, set_gauge, gauge = (
+        told.requests.labels("m", "200", "c"),
+        told.cache_bytes.labels("memory"),
+        told.inflight_requests,
     )
     for count in (3, 5):
-        buffered_counter.inc()
-        buffered_counter.inc(2)
-        buffered_counter.dec(3 - 1)
-        buffered_gauge.set(7)
-        buffered_gauge.set(count)
-        assert sample(told, "requests_total", model="m", status="200", client="c") == (count - 1) // 2
+        counter.inc()
+        counter.inc(2)
+        gauge.inc()
+        gauge.inc(2)
+        gauge.dec(3 - 1)
+        set_gauge.set(7)
+        set_gauge.set(count)
+        assert sample(told, "requests_total", model="m", status="200", client="c") == (count - 1) // 2 * 3
+        assert sample(told, "inflight_requests") == (count - 1) // 2
         assert sample(told, "cache_bytes", tier="memory") == count
-    assert sample(told, "requests_total", model="m", status="200", client="c") == 2
+    assert sample(told, "requests_total", model="m", status="200", client="c") == 6
+    assert sample(told, "inflight_requests") == 2
+
+
+def test_a_series_is_one_object_whoever_asks_for_it() -> None:
+    """Or two that count the same gauge would overwrite each other."""
+    told = Metrics()
+    for _ in range(2):
+        told.queued_inputs.labels("up", "query").inc()
+        assert sample(told, "queued_inputs", upstream="up", lane="query")
+    assert sample(told, "queued_inputs", upstream="up", lane="query") == 2
 
 
 @pytest.mark.parametrize("multiprocess", [False, True])
 async def test_where_others_ask_they_are_told_at_the_end_of_the_turn(multiprocess: bool) -> None:
-    plain = Metrics()
-    counter = plain.requests.labels("m", "200", "c")
+    told = Metrics()
     due = FlushQueue(multiprocess=multiprocess)
-    buffered_counter = metrics.BufferedCounter(counter, due)
+    buffered_counter = metrics.BufferedCounter(plain_counter(told).labels("200"), due)
     buffered_counter.inc()
-    assert sample(plain, "requests_total", model="m", status="200", client="c") == 0
+    assert plain(told, "200") == 0
     await asyncio.sleep(0)
-    assert sample(plain, "requests_total", model="m", status="200", client="c") == int(multiprocess)
+    assert plain(told, "200") == int(multiprocess)
     due.flush()
-    assert sample(plain, "requests_total", model="m", status="200", client="c") == 1
+    assert plain(told, "200") == 1
 
 
 def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> None:
-    plain = Metrics()
-    due = FlushQueue(multiprocess=True)
-    early, late = (metrics.BufferedCounter(plain.requests.labels("m", status, "c"), due) for status in ("200", "400"))
+    told = Metrics()
+    due, counter = FlushQueue(multiprocess=True), plain_counter(told)
+    early, late = (metrics.BufferedCounter(counter.labels(status), due) for status in ("200", "400"))
     early.inc()
 
     async def later() -> None:
@@ -82,7 +107,7 @@ def test_what_was_counted_before_the_loop_ran_keeps_nobody_from_being_told() -> 
         await asyncio.sleep(0)
 
     asyncio.run(later())
-    assert [sample(plain, "requests_total", model="m", status=each, client="c") for each in ("200", "400")] == [1, 1]
+    assert [plain(told, each) for each in ("200", "400")] == [1, 1]
 
 
 def _many(told: Metrics, count: int) -> None:

@@ -105,10 +105,10 @@ class Embeddings:
         self._deadlines = Deadlines()
         self._serial_executor = ThreadPoolExecutor(1, thread_name_prefix="parse")
         """Parses the largest bodies one at a time, each to its end even if its caller has disconnected."""
-        self._requests = metrics.buffered_counters(metrics.requests)
-        self._inputs = metrics.buffered_counters(metrics.inputs)
-        self._tokens = metrics.buffered_counters(metrics.tokens)
-        self._durations = metrics.buffered_histograms(metrics.request_duration)
+        self._requests = metrics.requests.labels
+        self._inputs = metrics.inputs.labels
+        self._tokens = metrics.tokens.labels
+        self._durations = metrics.request_duration.labels
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
         headers = dict(scope["headers"])

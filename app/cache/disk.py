@@ -67,6 +67,8 @@ class DiskStore:
         self._stuck_at = -1
         """`_jobs_done` when a lookup timed out: until it grows, no other lookup waits for the thread."""
         self._write_size = 2**16
+        self._size = 0
+        """Bytes on disk when the thread last opened the file or wrote to it."""
         self._closed = False
         self._health = TierHealth(self.name)
 
@@ -167,7 +169,7 @@ class DiskStore:
             self._counts.set_skipped.inc(len(entries))
             return False
         try:
-            size = await self._in_thread(lambda: self._write(entries))
+            await self._in_thread(lambda: self._write(entries))
         except asyncio.CancelledError:
             self._breaker.abandoned()
             self._write_breaker.abandoned()
@@ -182,7 +184,6 @@ class DiskStore:
             self._write_breaker.succeeded()
             self._succeeded("set")
             self._counts.ok.inc(len(entries))
-            self._bytes.set(size)
         return True
 
     async def _in_thread(self, job: Callable[[], T]) -> T:
@@ -192,6 +193,7 @@ class DiskStore:
     def _succeeded(self, operation: str) -> None:
         self._breaker.succeeded()
         self._health.recovered(operation)
+        self._bytes.set(self._size)
 
     def _failed(self, operation: str, why: str) -> None:
         # A full disk refuses writes and can still be read: only failed lookups switch the tier off.
@@ -231,7 +233,7 @@ class DiskStore:
         if self._table is None:
             self._table = self._open_table()
             self._write_size = self._table.write_size
-            self._bytes.set(self._table.size)
+            self._size = self._table.size
         return self._table
 
     def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:
@@ -239,13 +241,13 @@ class DiskStore:
         found = [None if raw is None else values.decode(key, raw) for key, raw in zip(keys, raws, strict=True)]
         return found, sum(value is None for value in found) - raws.count(None)
 
-    def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> int:
+    def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         if self._table is not None and self._table.gone:
             log.warning("disk cache: %s has been deleted or replaced; reopening it", self._path)
             self._close_table()
         opened = self._ensure_table()
         opened.write([(key, values.encode(key, embedding)) for key, embedding in entries])
-        return opened.size
+        self._size = opened.size
 
     def _close_table(self) -> None:
         if self._table is not None:

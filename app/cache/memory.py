@@ -44,7 +44,7 @@ class MemoryStore:
         self._ttl = ttl
         self._now = clock.monotonic
         self._counts = Counts(metrics, self.name)
-        self._bytes = metrics.buffered_gauge(metrics.cache_bytes.labels(self.name))
+        self._bytes = metrics.cache_bytes.labels(self.name)
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._size = 0
         self._text_size = 0

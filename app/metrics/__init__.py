@@ -1,9 +1,8 @@
 """The gateway's metrics. The only package that imports prometheus_client."""
 
 from prometheus_client import CONTENT_TYPE_LATEST as CONTENT_TYPE
-from prometheus_client import Counter
 
-from app.metrics.buffered import BufferedCounter, BufferedGauge, BufferedHistogram
+from app.metrics.buffered import BufferedCounter, BufferedGauge
 from app.metrics.processes import PROCESS_NAME, forget_process, multiprocess
 from app.metrics.registry import ConfigMetrics, Metrics
 
@@ -12,9 +11,7 @@ __all__ = [
     "PROCESS_NAME",
     "BufferedCounter",
     "BufferedGauge",
-    "BufferedHistogram",
     "ConfigMetrics",
-    "Counter",
     "Metrics",
     "forget_process",
     "multiprocess",

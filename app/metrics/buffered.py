@@ -1,14 +1,17 @@
-"""Series of metrics that are counted in plain numbers on the hot path, and passed to prometheus_client later."""
+"""Metrics whose series are counted in plain numbers, and passed to prometheus_client later."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import prometheus_client
 from prometheus_client import Counter, Gauge
+from prometheus_client.metrics import MetricWrapperBase
 
 
 class Histogram(prometheus_client.Histogram):
@@ -44,11 +47,11 @@ class BufferedSeries:
 
 
 class BufferedCounter(BufferedSeries):
-    """A counter, or a gauge that is incremented and decremented."""
+    """A counter."""
 
     __slots__ = ("_amount", "_child")
 
-    def __init__(self, child: Counter | Gauge, queue: FlushQueue) -> None:
+    def __init__(self, child: Counter, queue: FlushQueue) -> None:
         super().__init__(queue)
         self._child, self._amount = child, 0.0
 
@@ -57,9 +60,6 @@ class BufferedCounter(BufferedSeries):
         if not self.queued:
             self._queue.add(self)
 
-    def dec(self, amount: float = 1) -> None:
-        self.inc(-amount)
-
     def flush(self) -> None:
         amount, self._amount = self._amount, 0.0
         if amount:
@@ -67,13 +67,21 @@ class BufferedCounter(BufferedSeries):
 
 
 class BufferedGauge(BufferedSeries):
-    """A gauge that is set."""
+    """A gauge."""
 
-    __slots__ = ("_child", "_value")
+    __slots__ = ("_child", "_flushed", "_value")
 
     def __init__(self, child: Gauge, queue: FlushQueue) -> None:
         super().__init__(queue)
-        self._child, self._value = child, 0.0
+        self._child, self._value, self._flushed = child, 0.0, 0.0
+
+    def inc(self, amount: float = 1) -> None:
+        self._value += amount
+        if not self.queued:
+            self._queue.add(self)
+
+    def dec(self, amount: float = 1) -> None:
+        self.inc(-amount)
 
     def set(self, value: float) -> None:
         self._value = value
@@ -81,7 +89,9 @@ class BufferedGauge(BufferedSeries):
             self._queue.add(self)
 
     def flush(self) -> None:
-        self._child.set(self._value)
+        if self._value != self._flushed:
+            self._flushed = self._value
+            self._child.set(self._value)
 
 
 class BufferedHistogram(BufferedSeries):
@@ -128,3 +138,20 @@ class FlushQueue:
         for series in pending:
             series.queued = False
             series.flush()
+
+
+M = TypeVar("M", bound=MetricWrapperBase)
+S = TypeVar("S", bound=BufferedSeries)
+
+
+class Family(Generic[S]):
+    """A metric: one series for each tuple of label values, or a single one if it has no labels."""
+
+    __slots__ = ("labels",)
+
+    def __init__(self, metric: M, series: Callable[[M, FlushQueue], S], queue: FlushQueue) -> None:
+        self.labels: Callable[..., S] = functools.cache(
+            lambda *values: series(metric.labels(*values) if values else metric, queue)
+        )
+        """Returns the series of these label values, always the same object: binding costs more than counting. All are
+        kept, as prometheus_client keeps them."""

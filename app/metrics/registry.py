@@ -6,10 +6,8 @@ Label values are bounded: names from the configuration or discovery, our own enu
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -24,7 +22,7 @@ from prometheus_client import (
 )
 from prometheus_client.multiprocess import MultiProcessCollector
 
-from app.metrics.buffered import BufferedCounter, BufferedGauge, BufferedHistogram, FlushQueue, Histogram
+from app.metrics.buffered import BufferedCounter, BufferedGauge, BufferedHistogram, Family, FlushQueue, Histogram
 from app.metrics.processes import DIRECTORY, recreate
 
 _LATENCY = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
@@ -36,9 +34,6 @@ disable_created_metrics()  # type: ignore[no-untyped-call]
 
 _PREFIX = "embedding_gateway_"
 _Merge = Literal["livesum", "livemin", "livemax"]
-
-_cached = functools.lru_cache(maxsize=4096)
-"""Caches what was created for each tuple of label values, up to that many."""
 
 
 class ConfigMetrics:
@@ -68,21 +63,23 @@ class ConfigMetrics:
 
 class Metrics(ConfigMetrics):
     """The gateway's metrics. One instance per application, which every configuration in force goes on with;
-    two applications in one process share nothing."""
+    two applications in one process share nothing. To be used in the event loop's thread alone."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
-        self._flush_queue = FlushQueue(multiprocess=DIRECTORY in os.environ)
+        self._flush_queue = queue = FlushQueue(multiprocess=DIRECTORY in os.environ)
         super().__init__(registry)
 
-        def counter(name: str, help_text: str, *labels: str) -> Counter:
-            return Counter(_PREFIX + name, help_text, labels, registry=registry)
+        def counter(name: str, help_text: str, *labels: str) -> Family[BufferedCounter]:
+            return Family(Counter(_PREFIX + name, help_text, labels, registry=registry), BufferedCounter, queue)
 
-        def gauge(name: str, help_text: str, *labels: str, merge: _Merge = "livesum") -> Gauge:
-            return Gauge(_PREFIX + name, help_text, labels, registry=registry, multiprocess_mode=merge)
+        def gauge(name: str, help_text: str, *labels: str, merge: _Merge = "livesum") -> Family[BufferedGauge]:
+            metric = Gauge(_PREFIX + name, help_text, labels, registry=registry, multiprocess_mode=merge)
+            return Family(metric, BufferedGauge, queue)
 
-        def histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(_PREFIX + name, help_text, labels, registry=registry, buckets=buckets)
+        def histogram(name: str, help_text: str, buckets: tuple[float, ...], *labels: str) -> Family[BufferedHistogram]:
+            metric = Histogram(_PREFIX + name, help_text, labels, registry=registry, buckets=buckets)
+            return Family(metric, BufferedHistogram, queue)
 
         self.requests = counter("requests_total", "Embedding requests answered.", "model", "status", "client")
         self.request_duration = histogram(
@@ -102,14 +99,19 @@ class Metrics(ConfigMetrics):
             "upstream_batch_inputs", "Inputs in one upstream call.", _BATCH, "upstream", "model"
         )
         self.upstream_retries = counter("upstream_retries_total", "Calls that were retried.", "upstream", "reason")
-        self.upstream_available = gauge(
-            "upstream_available", "1 while the deployment takes traffic.", "upstream", "model", merge="livemax"
+        # Not buffered, because its series are removed: see `show_deployment`.
+        self._upstream_available = Gauge(
+            _PREFIX + "upstream_available",
+            "1 while the deployment takes traffic.",
+            ["upstream", "model"],
+            registry=registry,
+            multiprocess_mode="livemax",
         )
         self.cache_operations = counter(
             "cache_operations_total", "Values read from or written to a tier.", "tier", "operation", "result"
         )
         self.cache_bytes = gauge("cache_bytes", "Bytes a tier holds, in the largest process.", "tier", merge="livemax")
-        self.inflight_requests = gauge("inflight_requests", "Requests in flight.")
+        self.inflight_requests = gauge("inflight_requests", "Requests in flight.").labels()
         self.queued_inputs = gauge("queued_inputs", "Inputs waiting for an upstream slot.", "upstream", "lane")
         self.rejected_requests = counter(
             "rejected_requests_total", "Requests refused, abandoned, or whose answer was not taken.", "reason"
@@ -117,45 +119,25 @@ class Metrics(ConfigMetrics):
         self.cost = counter("cost_total", "Billed tokens times the price.", "model", "upstream", "currency")
         self.loop_lag = histogram(
             "event_loop_lag_seconds", "How late the event loop came back to a timer: time nobody was served.", _LAG
-        )
+        ).labels()
         self.log_dropped = counter(
             "log_lines_dropped_total", "Request lines dropped because the log could not be written."
-        )
+        ).labels()
 
         if DIRECTORY not in os.environ:
             ProcessCollector(registry=registry)
             PlatformCollector(registry=registry)
 
-    def buffered_counter(self, child: Counter | Gauge) -> BufferedCounter:
-        """For a metric counted with every request."""
-        return BufferedCounter(child, self._flush_queue)
-
-    def buffered_counters(self, counter: Counter) -> Callable[..., BufferedCounter]:
-        """`buffered_counter` by label values, each bound to its series once: binding costs more than counting."""
-        return _cached(lambda *labels: self.buffered_counter(counter.labels(*labels)))
-
-    def buffered_gauge(self, child: Gauge) -> BufferedGauge:
-        """For a metric set with every request."""
-        return BufferedGauge(child, self._flush_queue)
-
-    def buffered_histogram(self, child: Histogram) -> BufferedHistogram:
-        """For a metric observed with every request."""
-        return BufferedHistogram(child, self._flush_queue)
-
-    def buffered_histograms(self, histogram: Histogram) -> Callable[..., BufferedHistogram]:
-        """`buffered_histogram` by label values, as `buffered_counters`."""
-        return _cached(lambda *labels: self.buffered_histogram(histogram.labels(*labels)))
-
     def show_deployment(self, upstream: str, model: str, available: bool) -> None:
         """Records whether a configured deployment takes traffic."""
-        self.upstream_available.labels(upstream, model).set(available)
+        self._upstream_available.labels(upstream, model).set(available)
 
     def forget_deployment(self, upstream: str, model: str) -> None:
         """Removes a deployment that is no longer configured."""
         if DIRECTORY in os.environ:  # multiprocess files do not support removal
-            self.upstream_available.labels(upstream, model).set(math.nan)
+            self._upstream_available.labels(upstream, model).set(math.nan)
         else:
-            self.upstream_available.remove(upstream, model)
+            self._upstream_available.remove(upstream, model)
 
     @property
     def registry(self) -> CollectorRegistry:

@@ -20,7 +20,7 @@ class Capacity:
         """`size`: bytes of request bodies, and of responses that the client has not yet taken."""
         self.requests, self.size = requests, size
         self._total = requests, size
-        self.inside = metrics.buffered_counter(metrics.inflight_requests)
+        self.inside = metrics.inflight_requests
 
     def alter(self, other: Capacity) -> None:
         """Takes on the total capacity of `other`; requests in flight still count."""

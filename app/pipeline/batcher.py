@@ -71,7 +71,7 @@ class Batcher:
         self._tasks: set[asyncio.Task[None]] = set()
         # An input waits for whichever deployment is free first, and is counted under the preferred one.
         upstream = route.rotation.deployments[0].upstream
-        waiting = {lane: metrics.buffered_counter(metrics.queued_inputs.labels(upstream, lane)) for lane in LANES}
+        waiting = {lane: metrics.queued_inputs.labels(upstream, lane) for lane in LANES}
         self._queues = Queues(waiting)
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:

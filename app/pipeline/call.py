@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
 
 from app import tokens
 from app.catalog import Model
@@ -19,7 +17,7 @@ from app.errors import (
     UpstreamInvalidVector,
     UpstreamTimeout,
 )
-from app.metrics import BufferedCounter, BufferedHistogram, Metrics
+from app.metrics import Metrics
 from app.pipeline import contract
 from app.types import MAX_REPLY, Batch, BatchResult, Embedding, Parsed, Target, WireReply
 from app.upstreams import replies
@@ -59,31 +57,10 @@ class Call:
         self._labels = upstream.name, model.name
         self._parsing = asyncio.Lock()
 
-    # Made on the first call: an upstream may list thousands of models, and every scrape would carry all their series.
-
-    @cached_property
-    def _tokens(self) -> Callable[..., BufferedCounter]:
-        return self._metrics.buffered_counters(self._metrics.tokens)
-
-    @cached_property
-    def _cost(self) -> Callable[..., BufferedCounter]:
-        return self._metrics.buffered_counters(self._metrics.cost)
-
-    @cached_property
-    def _duration(self) -> BufferedHistogram:
-        return self._metrics.buffered_histogram(self._metrics.upstream_request_duration.labels(*self._labels))
-
-    @cached_property
-    def _batch_inputs(self) -> BufferedHistogram:
-        return self._metrics.buffered_histogram(self._metrics.upstream_batch_inputs.labels(*self._labels))
-
-    @cached_property
-    def _succeeded(self) -> BufferedCounter:
-        return self._metrics.buffered_counter(self._metrics.upstream_requests.labels(*self._labels, "ok"))
-
     async def __call__(self, batch: Batch) -> BatchResult:
         started = time.perf_counter()
-        self._batch_inputs.observe(len(batch.inputs))
+        # Series are made here, not above: an upstream may list thousands of models, and every scrape would carry all.
+        self._metrics.upstream_batch_inputs.labels(*self._labels).observe(len(batch.inputs))
         try:
             parsed = await self._exchange(batch)
             # Whatever was answered is billed, whether or not it can be used.
@@ -104,10 +81,11 @@ class Call:
                 self._count(UpstreamTimeout.code)
             raise
         finally:
-            self._duration.observe(time.perf_counter() - started)
+            elapsed = time.perf_counter() - started
+            self._metrics.upstream_request_duration.labels(*self._labels).observe(elapsed)
         first = checked[0]
         if isinstance(first, Embedding) or any(isinstance(each, Embedding) for each in checked):
-            self._succeeded.inc()
+            self._count("ok")
         else:
             self._count(first.code)
         return BatchResult(checked)
@@ -177,7 +155,7 @@ class Call:
         total = sum(weights) if stated is None or not tokens.credible(stated, batch.inputs, weights) else stated
         model = self._target.model
         # By the name callers know the model by; several names may lead here.
-        self._tokens(batch.model, self._upstream, "billed").inc(total)
+        self._metrics.tokens.labels(batch.model, self._upstream, "billed").inc(total)
         if price := model.price_per_million_tokens:
-            self._cost(batch.model, self._upstream, model.currency).inc(total * price / 1_000_000)
+            self._metrics.cost.labels(batch.model, self._upstream, model.currency).inc(total * price / 1_000_000)
         return total

@@ -13,7 +13,7 @@ from msgspec import Struct
 
 from app import tokens
 from app.errors import GatewayError
-from app.metrics import BufferedCounter
+from app.metrics import BufferedGauge
 from app.pipeline.deployment import BatchSpace, CallLimits, Requirements, requirements
 from app.types import Batch, Embedding, Input, Lane, Params
 
@@ -116,7 +116,7 @@ class Queue:
     __slots__ = ("_waiting", "batch_key", "lanes", "params", "queue_set", "sequence")
 
     def __init__(
-        self, batch_key: BatchKey, queue_set: QueueSet, sequence: int, waiting: Mapping[Lane, BufferedCounter]
+        self, batch_key: BatchKey, queue_set: QueueSet, sequence: int, waiting: Mapping[Lane, BufferedGauge]
     ) -> None:
         """`sequence`: lower than that of a queue served later."""
         self.batch_key, self.queue_set, self.sequence = batch_key, queue_set, sequence
@@ -224,7 +224,7 @@ class Queue:
 class Queues:
     """All queues of a batcher, one for each batch key that has inputs."""
 
-    def __init__(self, waiting: Mapping[Lane, BufferedCounter]) -> None:
+    def __init__(self, waiting: Mapping[Lane, BufferedGauge]) -> None:
         self._waiting, self._numbers = waiting, count()
         self.by_key: dict[BatchKey, Queue] = {}
         self.queue_sets: dict[Requirements, QueueSet] = {}

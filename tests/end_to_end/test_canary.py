@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -93,7 +94,7 @@ async def limited(batch: Batch) -> BatchResult:
 
 
 def healthy(clock: HandClock, name: str) -> Health:
-    return Health(clock, Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
+    return Health(clock, partial(Metrics().show_deployment, name, "m"), f"{name}/m")
 
 
 def config(*fakes: FakeOpenAI, **more: Any) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain
 
 import pytest
@@ -34,7 +35,7 @@ from tests.counting import counting_calls
 
 
 def healthy() -> Health:
-    return Health(SystemClock(), Metrics().upstream_available.labels("up", "m").set, "up/m")
+    return Health(SystemClock(), partial(Metrics().show_deployment, "up", "m"), "up/m")
 
 
 def vector(text: str) -> bytes:

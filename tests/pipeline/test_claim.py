@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -352,7 +353,7 @@ class Calls:
 
 def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
     """A public model of the replica over this upstream, built as the registry builds it."""
-    health = Health(SystemClock(), replica.metrics.upstream_available.labels("up", "m").set, "up/m")
+    health = Health(SystemClock(), partial(replica.metrics.show_deployment, "up", "m"), "up/m")
     deployment = Deployment("up", Model("m"), "up/m", Slots(3), CallLimits(1, None), health, calls)
     route = Route([deployment], replica.metrics, SystemClock())
     batcher = Batcher(route, replica.metrics, SystemClock(), replica.cache.release_claims)

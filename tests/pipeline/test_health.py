@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from app.errors import InvalidRequest, RateLimited, UpstreamAuth, UpstreamError
@@ -18,7 +20,7 @@ def clock() -> HandClock:
 
 @pytest.fixture
 def health(clock: HandClock) -> Health:
-    health = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    health = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     for _ in range(FAILURES):
         assert health.available()
         fails(health)
@@ -92,7 +94,7 @@ async def test_an_answer_makes_all_forgotten(answer: InvalidRequest | None, heal
 async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     for seconds in (0, 1, 1, 60):  # it recovers in between
         await clock.advance(seconds)
         up.end(UpstreamAuth("wrong key"), up.begin())
@@ -105,7 +107,7 @@ async def test_trouble_that_does_not_pass_is_told_once_and_shown_while_it_lasts(
 
 
 async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, caplog: pytest.LogCaptureFixture) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     up.end(RateLimited("slowly", retry_after=LONG_REST - 1), up.begin())
     assert not up.problem
     up.end(RateLimited("slowly", retry_after=180), up.begin())
@@ -121,7 +123,7 @@ async def test_a_long_rest_is_told_and_a_short_one_is_not(clock: HandClock, capl
 async def test_rate_limits_without_another_answer_are_told_after_a_while(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     for _ in range(int(LONG_REST)):
         up.end(RateLimited("slowly", retry_after=1), up.begin())
         assert not up.problem
@@ -138,7 +140,7 @@ async def test_rate_limits_without_another_answer_are_told_after_a_while(
 async def test_why_a_call_failed_is_told_though_it_passes_once_a_minute_for_each_reason(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     for _ in range(5):  # its errors alternate, and it never leaves the rotation
         up.end(UpstreamError("boom"), up.begin())
         up.end(UpstreamAuth("wrong key"), up.begin())
@@ -151,7 +153,7 @@ async def test_why_a_call_failed_is_told_though_it_passes_once_a_minute_for_each
 async def test_leaving_the_rotation_and_coming_back_are_told(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     for _ in range(FAILURES):
         fails(up)
     assert up.trouble.lasting == "upstream_error: failed"
@@ -169,7 +171,7 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
 async def test_what_the_last_calls_of_one_come_to_that_was_replaced_is_told_nobody(
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    up = Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
     up.retire()
     for _ in range(FAILURES):
         up.end(UpstreamAuth("wrong key"), up.begin())
@@ -181,7 +183,7 @@ async def test_rests_that_nobody_measures_grow_up_to_a_bound_and_are_not_the_sam
     clock: HandClock,
 ) -> None:
     draws = iter([0.0, 1.0, 0.0, 0.5, 0.5, 0.0])
-    report = Metrics().upstream_available.labels("up", "m").set
+    report = partial(Metrics().show_deployment, "up", "m")
     up = Health(clock, report, "up/m", lambda: next(draws))
     rests = []
     for _ in range(5):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import pytest_asyncio
@@ -70,7 +71,7 @@ def batcher(upstream: Upstream, *slots: Slots, rows: int = 1) -> Batcher:
     deployments = [
         Deployment(
             f"up{i}", Model("m", roles=ROLES), "s", each, CallLimits(rows),
-            Health(clock, metrics.upstream_available.labels(f"up{i}", "m").set, f"up{i}/m"), upstream, priority=i,
+            Health(clock, partial(metrics.show_deployment, f"up{i}", "m"), f"up{i}/m"), upstream, priority=i,
         )
         for i, each in enumerate(slots)
     ]  # fmt: skip
@@ -339,7 +340,7 @@ async def test_the_parts_of_a_call_count_when_they_are_made(clock: HandClock, up
         return BatchResult([Embedding(b"v", 1)])
 
     slots, limits = paced(clock, requests=60), CallLimits(8)
-    health = Health(clock, metrics.upstream_available.labels("up", "m").set, "up/m")
+    health = Health(clock, partial(metrics.show_deployment, "up", "m"), "up/m")
     chain = Adapt(refuses_and_then_holds, limits, "up/m", clock)
     deployment = Deployment("up", Model("m", roles=ROLES), "s", slots, limits, health, chain)
     embed = Batcher(Route([deployment], metrics, clock), metrics, clock)

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from app import tokens
-from app.metrics import BufferedCounter, Metrics
+from app.metrics import BufferedGauge, Metrics
 from app.pipeline.adapt import _split
 from app.pipeline.deployment import CallLimits
 from app.pipeline.queue import LANES, TARGET_BATCH, BatchKey, Job, Queue, Queues, QueueSet, Waiter
@@ -31,7 +31,7 @@ class Case:
 
     def __init__(self, lanes: Sequence[Sequence[tuple[Input, int]]]) -> None:
         metrics = Metrics()
-        self._waiting = {lane: metrics.buffered_counter(metrics.queued_inputs.labels("up", lane)) for lane in LANES}
+        self._waiting = {lane: metrics.queued_inputs.labels("up", lane) for lane in LANES}
         queues = Queues(self._waiting)
         loop, number = asyncio.new_event_loop(), count()
         self._waiter = Waiter(loop.create_future())
@@ -48,8 +48,8 @@ class Case:
         return {lane: ([job.key for job in self.queue.lanes[lane]], amount(self._waiting[lane])) for lane in LANES}
 
 
-def amount(buffered_counter: BufferedCounter) -> float:
-    return buffered_counter._amount
+def amount(gauge: BufferedGauge) -> float:
+    return gauge._value
 
 
 def keys(jobs: Sequence[Job]) -> list[bytes]:
@@ -159,9 +159,7 @@ class Several:
 
     def __init__(self) -> None:
         metrics = Metrics()
-        self.queues = Queues(
-            {lane: metrics.buffered_counter(metrics.queued_inputs.labels("up", lane)) for lane in LANES}
-        )
+        self.queues = Queues({lane: metrics.queued_inputs.labels("up", lane) for lane in LANES})
         self._loop = asyncio.new_event_loop()
         self._loop.close()
 

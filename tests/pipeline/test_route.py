@@ -8,6 +8,7 @@ import random
 import threading
 import time
 from collections import Counter
+from functools import partial
 from itertools import product, starmap
 from typing import cast
 
@@ -59,7 +60,7 @@ def deployment(
     slots: Slots | None = None,
     limits: CallLimits | None = None,
 ) -> Deployment:
-    health = Health(SystemClock(), Metrics().upstream_available.labels(name, "m").set, f"{name}/m")
+    health = Health(SystemClock(), partial(Metrics().show_deployment, name, "m"), f"{name}/m")
     model, limits = model or Model("m", roles=ROLES), limits or CallLimits(10)
     adapt = Adapt(embed, limits, name, SystemClock())
     return Deployment(name, model, "s", slots or Slots(4), limits, health, adapt)
@@ -907,7 +908,7 @@ async def test_a_text_of_which_one_made_no_vector_speaks_against_no_other_that_m
 
 
 def health(clock: HandClock) -> Health:
-    return Health(clock, Metrics().upstream_available.labels("up", "m").set, "up/m")
+    return Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
 
 
 async def test_calls_that_fail_together_are_one_ejection() -> None:

@@ -101,6 +101,10 @@ class App:
         """Those in force."""
         return self.gateway.settings
 
+    def request_timeout(self) -> float:
+        """Seconds that a request may take. A method, for those who have to ask again: a reload may change it."""
+        return self.settings.server.request_timeout
+
     async def __call__(self, scope: Scope, receive: Receive, send: Sender) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
@@ -271,7 +275,7 @@ def create_app(
     clock = clock or SystemClock()
     metrics = Metrics()
     if stores is None:
-        stores = build.stores(settings.cache, lambda: app.settings.server.request_timeout, metrics, clock)
+        stores = build.stores(settings.cache, lambda: app.request_timeout(), metrics, clock)  # no app yet
     cache = Tiers(stores, metrics, clock)
 
     def build_gateway(settings: Settings, before: Gateway | None) -> Gateway:

@@ -256,7 +256,7 @@ def serve(
     """
     keep_freed_memory()
     raise_descriptor_limit()
-    config = uvicorn_config(app, app.settings, app.on_invalid_http, lambda: app.settings.server.request_timeout)
+    config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
     server = Server(config, app, parent)
 
     async def run() -> None:

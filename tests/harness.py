@@ -136,7 +136,7 @@ def running(config: Mapping[str, Any], environ: Mapping[str, str] | None = None,
     settings = settings_of(config, environ)
     app = create_app(settings, request_log=request_log, **parts)
     listener = bind("127.0.0.1", 0)
-    server = _Server(uvicorn_config(app, settings, app.on_invalid_http, lambda: app.settings.server.request_timeout))
+    server = _Server(uvicorn_config(app, settings, app.on_invalid_http, app.request_timeout))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import os
 import re
 import select
@@ -34,6 +35,22 @@ _QUOTE, _EQUALS = b'"='
 """As integers: `bytes in bytes` raises and catches an exception internally, each time."""
 _MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
 """The ends of timestamps: looking one up is quicker than formatting it."""
+
+
+class Seldom:
+    """Limits lines that repeat to one of each kind in `interval` seconds. `now` returns those of a monotonic clock."""
+
+    def __init__(self, interval: float, now: Callable[[], float]) -> None:
+        self._interval, self._now = interval, now
+        self._next: dict[object, float] = {}
+
+    def __call__(self, kind: object = None) -> bool:
+        """Whether to log a line of this kind now. If so, it counts as logged."""
+        now = self._now()
+        if now < self._next.get(kind, -math.inf):
+            return False
+        self._next[kind] = now + self._interval
+        return True
 
 
 class RequestLine(Struct):

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from app.cache.coalescer import Coalescer
 from app.cache.counts import Counts
 from app.cache.store import SharedStore, SlowStore
+from app.logs import Seldom
 from app.types import Embedding
 
 log = logging.getLogger(__name__)
@@ -45,13 +46,13 @@ class Reader:
         *,
         release_claims: Callable[[list[bytes]], None] | None = None,
     ) -> None:
-        self._store, self._counts, self._on_found, self._now = store, counts, on_found, now
+        self._store, self._counts, self._on_found = store, counts, on_found
         self._shared = store if release_claims and isinstance(store, SharedStore) else None
         self._release_claims = release_claims
         self._coalescer: Coalescer[Sequence[bytes], Found] = Coalescer(
             self._answer, _NOTHING_FOUND, _MAX_KEYS, store.at_once, store.time_limit, self._late, len, self._on_hang_up
         )
-        self._logged_at = -_LOG_INTERVAL
+        self._seldom = Seldom(_LOG_INTERVAL, now)
 
     async def get(self, keys: Sequence[bytes]) -> Found:
         """The embeddings found, which may include keys that other callers asked for. Never raises."""
@@ -83,9 +84,7 @@ class Reader:
             hits = [(key, answer) for key, answer in zip(keys, answers, strict=True) if answer is not None]
         except Exception:
             self._counts.get_error.inc(len(keys))
-            now = self._now()
-            if now - self._logged_at >= _LOG_INTERVAL:
-                self._logged_at = now
+            if self._seldom():
                 log.exception("cache tier %s raised while reading", self._store.name)
             return _NOTHING_FOUND
         if hits:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from app.logs import Seldom
+
 log = logging.getLogger(__name__)
 
 LOG_INTERVAL = 60.0
@@ -23,19 +25,17 @@ class InvalidHttpLog:
     """`count` is called for each attempt. `now` returns the seconds of a monotonic clock."""
 
     def __init__(self, count: Callable[[], None], now: Callable[[], float]) -> None:
-        self._count, self._now = count, now
+        self._count, self._seldom = count, Seldom(LOG_INTERVAL, now)
         self._attempts = 0
         """Since the last line."""
-        self._next_line = now()
 
     def __call__(self, client: tuple[str, int] | None, start: bytes, problem: str) -> None:
         """`start`: the first bytes; `problem`: what to log unless they are those of a known protocol."""
         self._count()
         self._attempts += 1
-        now = self._now()
-        if now < self._next_line:
+        if not self._seldom():
             return
         problem = next((name for begin, name in _PROTOCOLS.items() if start.startswith(begin)), problem)
         peer = client[0] if client else "an unknown address"
         log.warning("invalid HTTP from %s: %s (%d since the last such line)", peer, problem, self._attempts)
-        self._attempts, self._next_line = 0, now + LOG_INTERVAL
+        self._attempts = 0

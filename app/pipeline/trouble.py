@@ -6,6 +6,7 @@ import logging
 
 from app.clock import Clock
 from app.errors import RateLimited
+from app.logs import Seldom
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,7 @@ class Trouble:
         """When it was first rate-limited since its last answer."""
         self._length_change = ""
         self._length_change_until = 0.0
-        self._next_log: dict[str, float] = {}
-        """By kind, when a line about it may be logged again."""
+        self._seldom = Seldom(LOG_INTERVAL, clock.monotonic)
         self._retired = False
 
     @property
@@ -47,9 +47,7 @@ class Trouble:
 
     def warn(self, kind: str, problem: str) -> None:
         """Logs the problem and does not keep it."""
-        now = self._clock.monotonic()
-        if now >= self._next_log.get(kind, 0.0):
-            self._next_log[kind] = now + LOG_INTERVAL
+        if self._seldom(kind):
             self._log("%s: %s", self._name, problem)
 
     def note_rest(self, error: RateLimited, seconds: float) -> None:

@@ -7,7 +7,6 @@ again. Access tokens and signatures are in `access_token` and `signature`.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TypeAlias
 from urllib.parse import urlsplit
@@ -17,6 +16,7 @@ from msgspec.structs import replace
 from app.clock import Clock
 from app.config import UpstreamSettings
 from app.errors import GatewayError, QuotaExhausted, RateLimited, UpstreamAuth
+from app.logs import Seldom
 from app.types import Auth, Send, TokenStore, WireReply, WireRequest
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class HeaderKey:
         self._values = list(values)
         self._parse_error, self._clock = parse_error, clock
         self._suspended_until = [0.0] * len(self._values)
-        self._logged_at = [-math.inf] * len(self._values)
+        self._seldom = Seldom(LOG_INTERVAL, clock.monotonic)
         self._next_index = 0
         self._in_vain_until = 0.0
 
@@ -126,8 +126,7 @@ class HeaderKey:
         if isinstance(error, RateLimited):
             # What an upstream gives as seconds may be a date.
             seconds = min(seconds, 1.0 if error.retry_after is None else error.retry_after)
-        elif self._suspended_until[key] <= now and now - self._logged_at[key] >= LOG_INTERVAL:
-            self._logged_at[key] = now
+        elif self._suspended_until[key] <= now and self._seldom(key):
             log.warning(
                 "%s: key %d of %d is not used for %g s: %s",
                 urlsplit(request.url).hostname,

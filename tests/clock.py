@@ -23,6 +23,11 @@ class HandClock:
         self._sleeping.append((self.now + seconds, wakes))
         await wakes
 
+    @property
+    def sleepers(self) -> int:
+        """Tasks that sleep on it."""
+        return len(self._sleeping)
+
     async def advance(self, seconds: float) -> None:
         """Moves the clock, then lets every task run as far as it can."""
         self.now += seconds

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from app.cache.counts import Counts
 from app.cache.store import SlowStore
 from app.clock import Clock
+from app.logs import Seldom
 from app.types import Embedding
 
 log = logging.getLogger(__name__)
@@ -22,6 +23,9 @@ _MAX_BARE_KEYS = 2**17
 """Keys that may be queued without their embeddings, at 130 bytes each."""
 _TRIES = 6
 """Attempts at what the store does not answer: some until its breaker opens, and as many once it is back."""
+_LOG_INTERVAL = 60.0
+"""Seconds between two log messages about values that the store does not take, and about one that raises although it
+must not."""
 _RETRY = 1.0
 """Seconds between checks whether a store that is away takes writes again; its breaker may allow a try less often."""
 
@@ -49,7 +53,9 @@ class Writer:
         """The newest embedding of each key that is queued or being written."""
         self._size = 0
         self._task: asyncio.Task[None] | None = None
-        self._failing = False
+        self._given_up = 0
+        """Values given up since a line about them was logged."""
+        self._seldom = Seldom(_LOG_INTERVAL, clock.monotonic)
         self._away = False
         """Whether the task waits for the store to come back."""
         self._closed = False
@@ -95,12 +101,12 @@ class Writer:
                             break
                         await self._wait_for_store()
                         left = await self._store.put(left)
-                    self._failing = False
+                    if left:
+                        self._give_up(len(left))
                 except Exception:
                     self._counts.set_error.inc(len(left))
-                    if not self._failing:
+                    if self._seldom("raised"):
                         log.exception("cache tier %s raised while writing", self._store.name)
-                    self._failing = True
                 except asyncio.CancelledError:
                     self._queue.extendleft(left)
                     raise
@@ -113,6 +119,13 @@ class Writer:
                 await asyncio.sleep(0)
         finally:
             self._task = None
+
+    def _give_up(self, number: int) -> None:
+        self._counts.set_dropped.inc(number)
+        self._given_up += number
+        if self._seldom("given up"):
+            log.warning("cache tier %s: %d values not written after %d tries", self._store.name, self._given_up, _TRIES)
+            self._given_up = 0
 
     async def _wait_for_store(self) -> None:
         """Waits until the store takes writes."""

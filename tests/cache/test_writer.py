@@ -14,7 +14,7 @@ from app.cache.redis import RedisStore
 from app.cache.tiers import Tiers
 from app.metrics import Metrics
 from app.types import Embedding
-from tests.cache.support import LIMIT, count, entries, present, until
+from tests.cache.support import LIMIT, count, entries, listening, present, until
 from tests.clock import HandClock
 from tests.redis_server import RedisServer
 
@@ -208,3 +208,34 @@ async def test_what_meets_a_file_that_is_held_for_a_moment_is_written_too(
     await until_written(tiers, clock)
     assert await present(store, *range(20)) == [*range(20)]
     await tiers.close()
+
+
+async def test_what_is_given_up_is_counted_as_dropped_and_logged_once_a_minute(
+    clock: HandClock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def without_writes(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Hangs up on every write, and says on every other connection that it is there."""
+        while command := await reader.read(2**16):
+            if b"SET" in command:
+                return
+            writer.write(b"+PONG\r\n")
+
+    async def given_up() -> bool:
+        if clock.sleepers:  # it waits until it may try again, for a second
+            await clock.advance(1)
+        return not tiers._writers[0].size
+
+    async with listening(without_writes) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", LIMIT, 3600, clock, metrics)
+        tiers = Tiers([store], metrics, clock)
+        for number in (1, 2, 3):
+            tiers.put(entries([number]))
+            await until(given_up)
+            assert count(metrics, "redis", "set", "dropped") == number
+            assert caplog.text.count("not written") == 1
+        await clock.advance(60)
+        tiers.put(entries([4]))
+        await until(given_up)
+        assert count(metrics, "redis", "set", "dropped") == 4
+        assert "cache tier redis: 3 values not written after 6 tries" in caplog.text
+        await tiers.close()

@@ -70,7 +70,7 @@ class DiskStore:
         self._size = 0
         """Bytes on disk when the thread last opened the file or wrote to it."""
         self._closed = False
-        self._health = TierHealth(self.name)
+        self._health = TierHealth(self.name, clock.monotonic)
 
     @property
     def status(self) -> str:

@@ -180,7 +180,7 @@ class RedisStore:
         well."""
         self._held = metrics.cache_operations.labels(self.name, "get", "held")
         self._claim_errors = metrics.cache_operations.labels(self.name, "claim", "error")
-        self._health = TierHealth(self.name)
+        self._health = TierHealth(self.name, clock.monotonic)
 
     @property
     def status(self) -> str:

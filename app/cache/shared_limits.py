@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from app.cache.breaker import Breaker
 from app.cache.coalescer import Coalescer
-from app.cache.health import describe_error
+from app.cache.health import Outage, describe_error
 from app.cache.redis import connections
 from app.cache.script import Script
 from app.clock import Clock
@@ -120,8 +120,7 @@ class SharedLimits:
         self._breaker = Breaker(clock.monotonic)
         self._connections = connections(url, max_connections)
         self._replica = os.urandom(8).hex().encode()
-        self._alone = False
-        """Whether the last question got no verdict."""
+        self._outage = Outage(clock.monotonic)
         self._workers = self.replicas = workers
         self._coalescer: Coalescer[list[bytes], Verdict | None] = Coalescer(
             self._answer, None, _BATCH, max_connections, lambda _: timeout, self._late
@@ -189,17 +188,14 @@ class SharedLimits:
     def _succeeded(self, count: int) -> None:
         self._breaker.succeeded()
         self._count("ok", count)
-        if self._alone:
-            self._alone = False
+        if self._outage.recovered():
             log.warning("redis limits: shared by the replicas again")
 
     def _failed(self, result: str, why: str, count: int) -> None:
-        """Counts the failure, and logs only when sharing stops."""
         self._breaker.failed()
         self._count(result, count)
-        if not self._alone:
+        if self._outage.failing(why):
             log.warning("redis limits: each of %d replicas keeps its own part of them: %s", self.replicas, why)
-        self._alone = True
 
 
 def _reason(fault: object) -> str:

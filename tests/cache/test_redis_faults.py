@@ -51,6 +51,34 @@ async def test_down_at_start_it_connects_by_itself_once_the_server_is_up(
     await store.close()
 
 
+async def test_a_server_that_comes_and_goes_is_logged_once_a_minute_and_in_full_once_it_stays_away(
+    server: RedisServer, clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = build(server.start(), clock, metrics)
+    for _ in range(3):
+        server.kill()
+        await store.get([key(1)])
+        assert store.status.startswith("down: ConnectionError")
+        server.start()
+        await store.get([key(1)])
+        assert store.status == "up"
+    assert logged(caplog) == ["get fails", "get works again"]
+    server.kill()
+    await store.get([key(1)])
+    clock.advance(60)
+    await store.get([key(1)])
+    assert logged(caplog) == ["get fails", "get works again", "get fails"]
+    server.start()
+    clock.advance(1)
+    await store.get([key(1)])
+    assert logged(caplog) == ["get fails", "get works again", "get fails", "get works again"]
+    await store.close()
+
+
+def logged(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage().removeprefix("redis cache: ").partition(",")[0] for record in caplog.records]
+
+
 async def test_killed_while_in_use_it_is_a_miss_and_used_again_when_it_is_back(
     server: RedisServer, clock: Clock, metrics: Metrics
 ) -> None:

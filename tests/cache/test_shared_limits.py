@@ -213,6 +213,22 @@ async def test_without_an_answer_there_is_no_verdict_and_after_three_times_no_qu
     assert caplog.text.count("shared by the replicas again") == 1
 
 
+async def test_a_server_that_comes_and_goes_is_logged_once_a_minute(
+    server: RedisServer, replica: Replica, clock: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    shared = replica()
+    for _ in range(3):
+        server.kill()
+        assert await shared.ask(b"a", limit(), ONE) is None
+        server.start()
+        await must(shared, b"a", limit())
+    assert len(caplog.records) == 2
+    server.kill()
+    clock.advance(60)
+    assert await shared.ask(b"a", limit(), ONE) is None
+    assert len(caplog.records) == 3
+
+
 async def test_a_server_that_has_become_a_replica_is_left_for_the_one_that_its_name_leads_to(
     server: RedisServer, clock: Clock, metrics: Metrics, client: redis.asyncio.Redis
 ) -> None:

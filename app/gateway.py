@@ -55,7 +55,7 @@ class Gateway:
         server = settings.server
         largest = server.max_body + INPUT_OVERHEAD * server.max_inputs  # of one request, for which there must be room
         self.capacity = Capacity(server.max_inflight, max(server.max_inflight_size, largest), metrics)
-        self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics)
+        self._tokens: SharedTokens | None = before._tokens if before else shared_tokens(settings, metrics, clock)
         self._shared: SharedLimits | None = before._shared if before else shared_limits(settings, metrics, clock)
         self.quotas = self._quotas(before)
         """By caller's name, for callers whose key has a limit."""

@@ -38,7 +38,7 @@ def shared_limits(settings: Settings, metrics: Metrics, clock: Clock) -> SharedL
     return SharedLimits(redis.url.get_secret_value(), redis.timeout, clock, metrics, workers=settings.server.workers)
 
 
-def shared_tokens(settings: Settings, metrics: Metrics) -> SharedTokens | None:
+def shared_tokens(settings: Settings, metrics: Metrics, clock: Clock) -> SharedTokens | None:
     """Access tokens shared with the other replicas; None without Redis."""
     redis = settings.cache.redis
-    return SharedTokens(redis.url.get_secret_value(), redis.timeout, metrics) if redis else None
+    return SharedTokens(redis.url.get_secret_value(), redis.timeout, clock, metrics) if redis else None

@@ -1,48 +1,34 @@
-"""The tier that all replicas share. `shared_limits` and `shared_tokens` open their connections through this module.
+"""The tier that all replicas share.
 
 A lookup is one MGET, preceded by a script that claims the missing keys; a write is one pipeline of SETs. Each is one
 round trip with a time limit, whatever the server does. A server that does not answer costs a few lookups and is then
 left alone for a while. Values read are verified: what is damaged or another key's is a miss, but not what is forged.
-
-Only redis-py's connections are used (URL, TLS, AUTH, RESP), not its client or pool: those retry, take several locks per
-command and a task per write, and lose a handshake that outlasts the caller who began it.
 """
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import os
-import socket
-import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 
-from redis.asyncio import ConnectionPool, SSLConnection
-from redis.asyncio.connection import RedisSSLContext
 from redis.exceptions import (
     AuthenticationError,
     AuthorizationError,
     ClusterCrossSlotError,
-    ClusterDownError,
-    MasterDownError,
     MovedError,
     NoPermissionError,
     OutOfMemoryError,
-    ReadOnlyError,
     ResponseError,
 )
 
 from app.cache import values
-from app.cache.breaker import Breaker
-from app.cache.connections import CONNECT_TIMEOUT, Command, Connection, Connections
+from app.cache.connections import Command
 from app.cache.counts import Counts
 from app.cache.health import TierHealth, describe_error
-from app.cache.script import Script
+from app.cache.link import MOVED, Exchange, Failure, Link, Skipped
+from app.cache.script import RELEASE, Script
 from app.cache.store import CLAIM_TTL, LookupResult
 from app.clock import Clock
-from app.deadlines import Deadlines
 from app.metrics import Metrics
 from app.types import Embedding
 
@@ -74,15 +60,6 @@ return held
 vanish, `ALIVE_PREFIX`, and the milliseconds for which the replica counts as alive. Returns the indexes (from 0) of
 values that are absent and claimed by another replica that is alive."""
 
-RELEASE = Script(b"""
-for i = 1, #KEYS do
-  if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
-end
-""")
-"""KEYS: claims. ARGV: the replica that made them. Claims of other replicas stay."""
-
-_MOVED = (ReadOnlyError, MovedError, ClusterDownError, MasterDownError)
-"""This is the wrong server, or no longer the right one: the host name may resolve to another by now."""
 _NOT_NOW = ("BUSY ", "MISCONF ", "NOREPLICAS ")
 """How refusals begin that pass once a script has ended, the disk has room or a replica is back."""
 _BAD_CREDENTIALS = (AuthenticationError, AuthorizationError)
@@ -99,41 +76,6 @@ _WRITE_BATCH = 64
 """Values in one pipeline: 64 vectors of 1,024 dimensions are 256 KiB."""
 _WRITE_TIMEOUT = 1.0
 """Seconds one pipeline may take, where `timeout` is shorter: nobody waits for a write."""
-
-_TLS_CONTEXT_TTL = 60.0
-"""Seconds for which connections share one TLS context. Reading the system's trusted certificates takes up to 100 ms,
-during which nobody is served; they are reread because certificates are renewed."""
-
-
-def connections(url: str, limit: int, now: Callable[[], float] = time.monotonic) -> Connections:
-    """A pool of at most `limit` connections. Raises `ValueError` for an invalid URL, without quoting any of it."""
-    try:
-        pool = ConnectionPool.from_url(
-            url,
-            # RESP2 and no driver name: without a password, connecting costs no round trip beyond TCP's.
-            protocol=2,
-            driver_info=None,
-            socket_timeout=None,  # deadlines cover whole exchanges
-            socket_connect_timeout=CONNECT_TIMEOUT,
-        )
-        pool.make_connection()  # type: ignore[no-untyped-call]  # fails on an unknown option
-    except (ValueError, TypeError):
-        raise ValueError("not a Redis URL; write redis://, rediss:// or unix://") from None
-    tls: RedisSSLContext | None = None
-    valid_until = 0.0
-
-    def make() -> Connection:
-        nonlocal tls, valid_until
-        connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
-        if isinstance(connection, SSLConnection):
-            if tls is None or now() >= valid_until:
-                # Raises if no descriptor is free: the context would then load no certificates and trust nobody.
-                socket.socket(socket.AF_UNIX).close()
-                tls, valid_until = connection.ssl_context, now() + _TLS_CONTEXT_TTL
-            connection.ssl_context = tls
-        return connection
-
-    return Connections(make, limit, ResponseError, _MOVED)
 
 
 class RedisStore:
@@ -161,16 +103,13 @@ class RedisStore:
     ) -> None:
         """`claim_lifetime` returns the seconds after which a claim vanishes even if its replica is alive: a request's
         time, which a reload may change."""
-        self._deadlines = Deadlines()
         self._timeout = timeout
         self._px = b"%d" % max(1, round(ttl * 1000))
         self._claim_lifetime = claim_lifetime
         self._counts = Counts(metrics, self.name)
         self._now = clock.monotonic
-        self._breaker = Breaker(clock.monotonic)
-        self._connections = connections(url, max_connections)
-        self._slots = asyncio.Semaphore(max_connections)
-        self._replica = os.urandom(8).hex().encode()
+        self._link = Link(url, max_connections, clock.monotonic, repeatable=True)
+        self._connections, self._replica = self._link.connections, self._link.replica
         self._refuses_writes = False
         """Whether the server refused the last write, and may take it later, as in a failover."""
         self._no_claims_until = 0.0
@@ -178,8 +117,9 @@ class RedisStore:
         self._no_large_until = 0.0
         """Set when a large lookup has timed out, so that those queued behind it do not wait out its longer limit as
         well."""
-        self._held = metrics.cache_operations.labels(self.name, "get", "held")
-        self._claim_errors = metrics.cache_operations.labels(self.name, "claim", "error")
+        self._operations = partial(metrics.cache_operations.labels, self.name)
+        """The series of an operation and its result."""
+        self._held, self._claim_errors = self._operations("get", "held"), self._operations("claim", "error")
         self._health = TierHealth(self.name, clock.monotonic)
 
     @property
@@ -214,6 +154,8 @@ class RedisStore:
         return found, held
 
     async def _read(self, keys: Sequence[bytes], claim: bool) -> list[object]:
+        if len(keys) > _LARGE_LOOKUP and self._now() < self._no_large_until:
+            raise Skipped
         names = [PREFIX + key for key in keys]
         calls = self._claim_calls(keys, names) if claim else []
         # Claims come before MGET, which then finds a value written in between.
@@ -275,12 +217,12 @@ class RedisStore:
         return left
 
     async def takes_writes(self) -> bool:
-        if self._breaker.is_open:
+        if self._link.away:
             await self.open()  # a probe without values to lose
-        if self._refuses_writes and not self._breaker.is_open:
+        if self._refuses_writes and not self._link.away:
             replies = await self._say_alive()
             self._refuses_writes = replies is None or _may_pass(replies[0])
-        return not (self._breaker.is_open or self._refuses_writes)
+        return not (self._link.away or self._refuses_writes)
 
     async def _write(self, entries: Sequence[tuple[bytes, Embedding]]) -> list[object]:
         commands: list[Command] = [
@@ -305,60 +247,23 @@ class RedisStore:
             await self._attempt("set", partial(RELEASE.run, self._connections, [call]), len(keys))
 
     async def close(self) -> None:
-        await self._connections.close()
+        await self._link.close()
 
-    async def _attempt(
-        self, operation: str, exchange: Callable[[], Awaitable[list[object]]], count: int
-    ) -> list[object] | None:
+    async def _attempt(self, operation: str, exchange: Exchange, count: int) -> list[object] | None:
         """The replies of `exchange`; None if it was skipped or failed, which is counted for `count` values."""
-        limit = self.time_limit(count) if operation == "get" else max(self._timeout, _WRITE_TIMEOUT)
-        large = operation == "get" and count > _LARGE_LOOKUP
-        try:
-            with self._deadlines.io_timeout(limit) if self._slots.locked() else nullcontext():
-                await self._slots.acquire()
-        except TimeoutError:
-            return self._skipped(operation, count)
-        try:
-            # Checked here because the breaker may have opened while this call waited for a slot.
-            if (large and self._now() < self._no_large_until) or not self._breaker.allow():
-                return self._skipped(operation, count)
-            try:
-                with self._deadlines.io_timeout(limit):
-                    replies = await exchange()
-                    if any(isinstance(reply, _MOVED) for reply in replies):
-                        replies = await exchange()
-            except asyncio.CancelledError:
-                self._breaker.abandoned()
-                raise
-            except TimeoutError:
-                if large:
-                    self._no_large_until = self._now() + limit
-                return self._failed(operation, count, TimeoutError(f"no answer within {limit * 1000:.0f} ms"))
-            except Exception as error:  # a tier never raises
-                return self._failed(operation, count, error)
-        finally:
-            self._slots.release()
-        # The last command of a lookup is the MGET; the claims before it may fail.
-        refusals = [reply for reply in replies[-1 if operation == "get" else 0 :] if isinstance(reply, ResponseError)]
-        if refusals and operation == "get":
-            return self._failed(operation, count, refusals[0])
-        # A server that refuses writes is up: reads go on.
-        self._breaker.succeeded()
-        self._report(operation, refusals[0] if refusals else None)
-        return replies
-
-    def _skipped(self, operation: str, count: int) -> list[object] | None:
-        (self._counts.get_skipped if operation == "get" else self._counts.set_skipped).inc(count)
-        return None
-
-    def _failed(self, operation: str, count: int, error: Exception) -> list[object] | None:
-        self._breaker.failed()
-        counts = self._counts
-        if isinstance(error, TimeoutError):
-            (counts.get_timeout if operation == "get" else counts.set_timeout).inc(count)
-        else:
-            (counts.get_error if operation == "get" else counts.set_error).inc(count)
-        self._report(operation, error)
+        lookup = operation == "get"
+        limit = self.time_limit(count) if lookup else max(self._timeout, _WRITE_TIMEOUT)
+        replies = await self._link.ask(exchange, limit, _lookup_refusal if lookup else _no_refusal)
+        if not isinstance(replies, Failure):
+            # A server that refuses writes is up: reads go on.
+            refusals = [] if lookup else [reply for reply in replies if isinstance(reply, ResponseError)]
+            self._report(operation, refusals[0] if refusals else None)
+            return replies
+        self._operations(operation, replies.result).inc(count)
+        if replies.result == "timeout" and lookup and count > _LARGE_LOOKUP:
+            self._no_large_until = self._now() + limit
+        if replies.error is not None:
+            self._report(operation, replies.error)
         return None
 
     def _report(self, operation: str, error: Exception | None) -> None:
@@ -380,6 +285,15 @@ class RedisStore:
             self._health.failing(operation, describe_error(error))
 
 
+def _lookup_refusal(replies: list[object]) -> Exception | None:
+    """The last command of a lookup is the MGET; the claims before it may fail."""
+    return replies[-1] if isinstance(replies[-1], ResponseError) else None
+
+
+def _no_refusal(_replies: list[object]) -> None:
+    """A write that is refused is an answer."""
+
+
 def _may_pass(reply: object) -> bool:
     """Whether this is a refusal to write that the same server, or another one behind its name, will soon take back."""
-    return isinstance(reply, _MOVED) or (isinstance(reply, ResponseError) and str(reply).startswith(_NOT_NOW))
+    return isinstance(reply, MOVED) or (isinstance(reply, ResponseError) and str(reply).startswith(_NOT_NOW))

@@ -31,3 +31,11 @@ class Script:
             for i, reply in zip(again, await connections.exchange([*in_full, *then]), strict=True):
                 replies[i] = reply
         return replies
+
+
+RELEASE = Script(b"""
+for i = 1, #KEYS do
+  if redis.call('GET', KEYS[i]) == ARGV[1] then redis.call('DEL', KEYS[i]) end
+end
+""")
+"""KEYS: claims. ARGV: the replica that made them. Claims of other replicas stay."""

@@ -7,20 +7,17 @@ of the limit (`replicas` is the number of sharers).
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from app.cache.breaker import Breaker
 from app.cache.coalescer import Coalescer
 from app.cache.health import Outage, describe_error
-from app.cache.redis import connections
+from app.cache.link import Failure, Link
 from app.cache.script import Script
 from app.clock import Clock
-from app.deadlines import Deadlines
 from app.limits import Bucket, Limit
 from app.metrics import Metrics
 
@@ -34,6 +31,8 @@ REPLICA_TTL = 60
 
 _BATCH = 64
 """Questions in one round trip."""
+_MAX_CONNECTIONS = 16
+"""Round trips at once."""
 
 _SCRIPT = Script(b"""
 local time = redis.call('TIME')
@@ -113,23 +112,17 @@ class SharedLimits:
         metrics: Metrics,
         *,
         workers: int = 1,
-        max_connections: int = 16,
     ) -> None:
-        self._deadlines = Deadlines()
         self._timeout = timeout
-        self._breaker = Breaker(clock.monotonic)
-        self._connections = connections(url, max_connections)
-        self._replica = os.urandom(8).hex().encode()
+        self._link = Link(url, _MAX_CONNECTIONS, clock.monotonic)
         self._outage = Outage(clock.monotonic)
         self._workers = self.replicas = workers
         self._coalescer: Coalescer[list[bytes], Verdict | None] = Coalescer(
-            self._answer, None, _BATCH, max_connections, lambda _: timeout, self._late
+            self._answer, None, _BATCH, _MAX_CONNECTIONS, lambda _: timeout, self._late
         )
-
-        def count(result: str, number: int = 1) -> None:
-            metrics.cache_operations.labels("redis", "limit", result).inc(number)
-
-        self._count = count
+        self._operations = partial(metrics.cache_operations.labels, "redis", "limit")
+        """The series of a result."""
+        self._ok = self._operations("ok")
 
     async def open(self) -> None:
         """Announces this replica to the others. Never fails."""
@@ -137,71 +130,69 @@ class SharedLimits:
 
     async def close(self) -> None:
         await self._coalescer.close()
-        await self._connections.close()
+        await self._link.close()
 
     async def ask(self, name: bytes, limit: Limit, demand: Demand) -> Verdict | None:
         """None if no answer came in time; the server may have taken the amounts all the same."""
-        arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._replica, b"%d" % REPLICA_TTL]
+        arguments = [b"2", PREFIX + name, PREFIX + b"replicas", self._link.replica, b"%d" % REPLICA_TTL]
         for i, bucket in enumerate((limit.requests, limit.tokens)):
             arguments += _encode_bucket(bucket, demand.owed[i], demand.need[i], demand.take[i])
         return await self._coalescer.ask(arguments)
 
     async def _answer(self, questions: list[list[bytes]]) -> Sequence[Verdict | None]:
         """Asks all questions in one round trip."""
-        verdicts: list[Verdict | None] = [None] * len(questions)
-        if not self._breaker.allow():
-            self._count("skipped", len(questions))
-            return verdicts
-        try:
-            with self._deadlines.io_timeout(self._timeout):
-                replies = await _SCRIPT.run(self._connections, questions)
-            verdicts = [self._verdict(reply) for reply in replies]
-        except asyncio.CancelledError:
-            self._breaker.abandoned()
-            raise
-        except TimeoutError:
-            self._failed("timeout", f"no answer within {self._timeout * 1000:.0f} ms", len(questions))
-        except Exception as error:  # never raises: each replica then enforces its own share
-            self._failed("error", _reason(error), len(questions))
-        else:
-            refused = verdicts.count(None)
-            if refused < len(verdicts):
-                self._succeeded(len(verdicts) - refused)
-            if refused:
-                self._failed("error", _reason(replies[verdicts.index(None)]), refused)
+        exchange = partial(_SCRIPT.run, self._link.connections, questions)
+        replies = await self._link.ask(exchange, self._timeout, _refusal)
+        if isinstance(replies, Failure):
+            self._operations(replies.result).inc(len(questions))
+            if replies.error is not None:
+                self._alone(replies.error)
+            return [None] * len(questions)
+        verdicts = [self._verdict(reply) for reply in replies]
+        refused = 0 if all(verdicts) else verdicts.count(None)
+        self._ok.inc(len(verdicts) - refused)
+        if refused:
+            self._operations("error").inc(refused)
+            self._alone(_error(replies[verdicts.index(None)]))
+        elif self._outage.recovered():
+            log.warning("redis limits: shared by the replicas again")
         return verdicts
 
     def _late(self, questions: list[list[bytes]]) -> None:
-        self._count("skipped", len(questions))
+        self._operations("skipped").inc(len(questions))
 
     def _verdict(self, reply: object) -> Verdict | None:
         """None if the reply is not a verdict. The replies for other names may still be."""
         if not isinstance(reply, list):
             return None
-        wait, requests, tokens, replicas = reply
-        numbers = float(wait), float(requests), float(tokens)
+        try:
+            wait, requests, tokens, replicas = reply
+            numbers = float(wait), float(requests), float(tokens)
+            sharers = int(replicas)
+        except (ValueError, TypeError):
+            return None
         if not all(map(math.isfinite, numbers)):
             return None
-        self.replicas = max(int(replicas), self._workers)
+        self.replicas = max(sharers, self._workers)
         return Verdict(*numbers)
 
-    def _succeeded(self, count: int) -> None:
-        self._breaker.succeeded()
-        self._count("ok", count)
-        if self._outage.recovered():
-            log.warning("redis limits: shared by the replicas again")
-
-    def _failed(self, result: str, why: str, count: int) -> None:
-        self._breaker.failed()
-        self._count(result, count)
-        if self._outage.failing(why):
+    def _alone(self, error: Exception) -> None:
+        if self._outage.failing(why := describe_error(error)):
             log.warning("redis limits: each of %d replicas keeps its own part of them: %s", self.replicas, why)
 
 
-def _reason(fault: object) -> str:
-    return describe_error(fault) if isinstance(fault, Exception) else "not a script's reply"
+def _refusal(replies: list[object]) -> Exception | None:
+    """The server runs the script for none of the questions."""
+    for reply in replies:
+        if isinstance(reply, list):
+            return None
+    return _error(replies[0])
 
 
-def _encode_bucket(bucket: Bucket | None, *amounts: float) -> tuple[bytes, ...]:
+def _error(reply: object) -> Exception:
+    return reply if isinstance(reply, Exception) else ValueError("not a script's reply")
+
+
+def _encode_bucket(bucket: Bucket | None, *amounts: float) -> list[bytes]:
     rate_and_burst = (bucket.per_minute, bucket.burst) if bucket else (0.0, 0.0)
-    return tuple(b"%.17g" % number for number in (*rate_and_burst, *amounts))
+    return [b"%.17g" % number for number in (*rate_and_burst, *amounts)]

@@ -12,7 +12,8 @@ import pytest
 import pytest_asyncio
 import redis.asyncio
 
-from app.cache.redis import PREFIX, RedisStore, connections
+from app.cache.link import connections
+from app.cache.redis import PREFIX, RedisStore
 from app.cache.shared_limits import Demand, SharedLimits
 from app.cache.shared_tokens import SharedTokens
 from app.cache.tiers import Tiers
@@ -267,7 +268,7 @@ async def test_the_rights_that_readme_names_are_enough_and_none_is_too_many(
 async def use_all(url: str, clock: Clock, metrics: Metrics) -> None:
     """Uses everything that a gateway needs of Redis."""
     store, limits = RedisStore(url, LIMIT, 60, clock, metrics), SharedLimits(url, LIMIT, clock, metrics)
-    tokens = SharedTokens(url, LIMIT, metrics)
+    tokens = SharedTokens(url, LIMIT, clock, metrics)
     await store.open()
     await store.get_or_claim([key(1), key(2)])
     await store.put(entries([1]))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from pydantic import SecretStr, ValidationError
 
-from app.cache.redis import connections
+from app.cache.link import connections
 from app.config import KeySettings, RedisSettings, ServerSettings, Settings, UpstreamSettings
 from app.config.values import parse_duration, parse_size
 from app.upstreams import UPSTREAMS
@@ -100,7 +100,7 @@ def test_a_trailing_slash_is_not_part_of_a_base_url(tmp_path: Path) -> None:
 )
 def test_redis_urls(url: str) -> None:
     assert RedisSettings(url=SecretStr(url)).url.get_secret_value() == url
-    connections(url, 1)  # the library accepts it, too
+    connections(url, 1, lambda: 0.0)  # the library accepts it, too
 
 
 @pytest.mark.parametrize(

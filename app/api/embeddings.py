@@ -37,7 +37,7 @@ from app.errors import (
 from app.gateway import Gateway
 from app.logs import RequestLine, RequestLog
 from app.pipeline.admit import INPUT_OVERHEAD, Admission
-from app.pipeline.quota import Quota
+from app.pipeline.quota import Permit, Quota
 from app.registry import PublicModel
 from app.types import EmbedRequest, EmbedResult, Source
 
@@ -84,8 +84,8 @@ class _Exchange(Struct):
     """Held until the caller has taken the response."""
     tenant: Tenant = ANONYMOUS
     quota: Quota | None = None
-    counted: bool = True
-    """Whether the quota, if there is one, has counted this request."""
+    permit: Permit | None = None
+    """The quota's, if it let the request in."""
     public: PublicModel | None = None
     result: EmbedResult | None = None
     usage: Usage | None = None
@@ -132,13 +132,14 @@ class Embeddings:
             except Exception:
                 log.exception("request %s failed", exchange.id.decode())
                 error = GatewayError("internal error")
+            finally:
+                if exchange.permit is not None:  # a request rejected for its content counts too
+                    exchange.permit.close(counts=error is not None and not isinstance(error, Overloaded))
             status = 200
             if error is not None:
                 status = error.status
                 lines, body = self._error_response(exchange, error)
             if exchange.quota is not None:
-                if not exchange.counted and not isinstance(error, Overloaded):
-                    exchange.quota.adjust(1, 0)  # a request rejected for its content counts too
                 lines += render.encode_headers(render.rate_limit_headers(exchange.quota.limit_statuses()))
             self._record(exchange, status, error)
             exchange.result = None  # while being sent, a response is in memory only once, as bytes
@@ -155,8 +156,7 @@ class Embeddings:
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before admission, so that a caller that floods takes no room from others.
-            exchange.quota.admit(head.content_length(exchange.headers))
-            exchange.counted = False
+            exchange.permit = exchange.quota.admit(head.content_length(exchange.headers))
         deadline, admission = exchange.started + self._server.request_timeout, exchange.admission
         try:
             guard = Guard(deadline, self._deadlines)
@@ -182,9 +182,6 @@ class Embeddings:
             if not exchange.inputs:  # not the upstream's fault: the body came late, or waited for other large ones
                 raise Overloaded("the request body could not be read in time") from None
             raise UpstreamTimeout(f"no answer within the request's {self._server.request_timeout:g} s") from None
-        finally:
-            if exchange.quota is not None and not exchange.counted:
-                exchange.quota.release()
         return render.result_headers(result, usage, public.space), rendered
 
     def _error_response(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
@@ -267,10 +264,10 @@ class Embeddings:
             write_cache=write_cache,
             on_long_input=body.on_long_input,
         )
-        if exchange.quota is None:
+        if exchange.permit is None:
             exchange.result = await public.embed(request)
         else:
-            exchange.result = await _embed_limited(exchange.quota, exchange, public, request)
+            exchange.result = await _embed_limited(exchange.permit, public, request)
         return exchange.result, public
 
     async def _send(
@@ -344,14 +341,12 @@ class Embeddings:
             self._tokens(model, "", "deduplicated").inc(usage.shared_tokens)
 
 
-async def _embed_limited(quota: Quota, exchange: _Exchange, public: PublicModel, request: EmbedRequest) -> EmbedResult:
+async def _embed_limited(permit: Permit, public: PublicModel, request: EmbedRequest) -> EmbedResult:
     """Embeds the request if the quota has room for its estimated tokens; the estimate is corrected afterwards."""
     estimated = sum(tokens.estimates(request.inputs))
-    exchange.counted = True
-    quota.release()
-    await quota.take(estimated)
+    await permit.take(estimated)
     result = await public.embed(request)
-    quota.adjust(0, sum(embedding.tokens for embedding in result.embeddings) - estimated)
+    permit.correct(sum(embedding.tokens for embedding in result.embeddings) - estimated)
     return result
 
 

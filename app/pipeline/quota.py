@@ -11,6 +11,8 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from app import limits
 from app.cache.shared_limits import Demand, SharedLimits
 from app.clock import Clock
@@ -34,6 +36,33 @@ class LimitStatus:
     limit: int
     remaining: int
     reset: float
+
+
+class Permit(Struct, eq=False):
+    """What `Quota.admit` gives a request: it is counted by `take`, once its size is known, or else by `close`."""
+
+    _quota: Quota
+    _counted: bool = False
+
+    async def take(self, tokens: int) -> None:
+        """As `Quota.take`."""
+        self._end()
+        await self._quota.take(tokens)
+
+    def correct(self, tokens: int) -> None:
+        """Takes this many more tokens, where `take` was given too few; negative ones are given back."""
+        self._quota.adjust(0, tokens)
+
+    def close(self, *, counts: bool) -> None:
+        """The request has ended. `counts`: whether as a request, if it was not counted before."""
+        if not self._counted:
+            self._end()
+            if counts:
+                self._quota.adjust(1, 0)
+
+    def _end(self) -> None:
+        self._counted = True
+        self._quota._admitted -= 1  # it is this quota's other half
 
 
 class Quota:
@@ -64,8 +93,8 @@ class Quota:
         self._known_until = 0.0
         """Until when the last answer of Redis holds, within the slack."""
 
-    def admit(self, size: int) -> None:
-        """Lets a request in until `release`. Raises `RateLimited` if not even the smallest fits beside those let in.
+    def admit(self, size: int) -> Permit:
+        """Lets a request in. Raises `RateLimited` if not even the smallest fits beside those let in.
         Its `retry_after` is the time until this one fits, as far as its body's `size` tells: a token per three bytes,
         up to `_MAX_BODY_TOKENS`. Asks nobody."""
         now, requests = self._clock.monotonic(), self._limit.requests
@@ -74,10 +103,7 @@ class Quota:
             by_size = self._limit.wait(now, 1, min(max(1, size // 3), _MAX_BODY_TOKENS))
             raise self._rate_limited(max(by_requests, by_size), 1, by_requests=by_requests > 0)
         self._admitted += 1
-
-    def release(self) -> None:
-        """A request that `admit` let in is about to be counted, or never will be."""
-        self._admitted -= 1
+        return Permit(self)
 
     async def take(self, tokens: int) -> None:
         """Counts one request of about this many tokens. Raises `RateLimited`, or `InvalidRequest` if it can never fit,

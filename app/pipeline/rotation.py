@@ -18,12 +18,12 @@ so the model is back as soon as one of them is."""
 class Slot:
     """The right to make one call to `deployment`. To be given back once."""
 
-    __slots__ = ("_calls", "_charged", "deployment", "era")
+    __slots__ = ("_charged", "deployment", "era")
 
     def __init__(self, deployment: Deployment, era: int) -> None:
         """`era`: what the deployment's `Health.begin` returned for this call."""
         self.deployment, self.era = deployment, era
-        self._calls, self._charged = 1, 0
+        self._charged = 0
 
     def give_back(self) -> None:
         self.deployment.slots.give_back()
@@ -42,18 +42,16 @@ class Slot:
         the pace, but others that have not begun wait for it."""
         pace = self.deployment.slots.pace
         if pace:
-            self._calls += 1
             pace.charge(1, 0)
 
     def settle(self, result: BatchResult) -> None:
-        """Charges the rest of what the call came to: calls not charged yet, and the difference to the tokens the
-        upstream billed, if all inputs have a bill."""
+        """Charges the difference to the tokens that the upstream billed, if all inputs have a bill."""
         pace = self.deployment.slots.pace
         if pace:
             outcomes = result.outcomes
             embeddings = [each for each in outcomes if isinstance(each, Embedding)]
             billed = sum(each.tokens for each in embeddings) if len(embeddings) == len(outcomes) else self._charged
-            pace.charge(result.calls - self._calls, billed - self._charged)
+            pace.charge(0, billed - self._charged)
 
 
 class Rotation:

@@ -75,7 +75,7 @@ async def test_of_two_within_each_other_the_one_that_is_due_ends() -> None:
 
 async def test_who_is_cancelled_from_outside_is_cancelled() -> None:
     task = asyncio.create_task(ended(Deadlines(), 30, takes=30))
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     task.cancel()
     await asyncio.wait([task])
     assert task.cancelled()
@@ -90,7 +90,7 @@ async def test_who_is_cancelled_while_it_is_due_is_cancelled() -> None:
         return "done"
 
     task = asyncio.create_task(both())
-    await asyncio.sleep(0.01)
+    await asyncio.sleep(0)
     [deadline] = deadlines._running
     deadline.stop(TimeoutError)
     task.cancel()

@@ -13,6 +13,7 @@ import pytest
 from app.main import create_app
 from app.serve import CannotListen, Server, _admin, bind, uvicorn_config
 from tests.api.support import head, post
+from tests.clock import settle
 from tests.harness import settings_of
 
 ASKED = post({"model": "lexical", "input": "x", "dimensions": 64})
@@ -79,9 +80,9 @@ def test_a_request_that_comes_over_an_idle_connection_as_the_listener_closes_is_
             if before:
                 writer.write(before)
                 assert (await asyncio.wait_for(reader.readuntil(b'"ok"}'), 10)).startswith(b"HTTP/1.1 200 ")
-            await asyncio.sleep(0.05)
+            await settle()
             stopped = asyncio.create_task(stop())
-            await asyncio.sleep(0.05)
+            await settle()
             with pytest.raises(ConnectionRefusedError):
                 await asyncio.open_connection(*address)
             writer.write(ASKED)

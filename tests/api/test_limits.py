@@ -20,6 +20,7 @@ from app.http import protocol
 from app.pipeline.prepare import Prepare
 from app.types import EmbedRequest, EmbedResult
 from tests.api.support import MODEL, Wire, config, error_of, head, log_lines, post, settled, wire
+from tests.clock import settle
 from tests.fakes import FakeOpenAI, faults
 from tests.fakes.wire import Reply
 from tests.harness import Running, running
@@ -353,7 +354,7 @@ def test_who_had_no_call_until_its_time_was_up_is_told_of_overload_and_not_of_a_
         fake.wait_for_calls(1)
         bulk = pool.submit(gateway.post, {"model": "m", "input": [f"text {i}" for i in range(20)]})
         settled(gateway, lambda: gateway.metric("queued_inputs") == 20)
-        time.sleep(0.3)
+        time.sleep(0.3)  # its time is up so much later
         query = pool.submit(gateway.post, {"model": "m", "input": "goes before bulk"})
         assert first.result().status_code == 504
         response = bulk.result()
@@ -375,7 +376,7 @@ def test_a_head_that_comes_in_pieces_is_part_of_the_requests_time(begins: str, f
             connection.send(request[:40])
         before = time.monotonic()
         fake.hold()
-        time.sleep(1.8)
+        time.sleep(1.8)  # of its two
         connection.send(request[40:])
         assert connection.must_reply().status_code == 504
         assert time.monotonic() - before < 1.8 + 2
@@ -394,10 +395,10 @@ def test_a_head_that_takes_longer_than_a_request_may_is_refused(fake: FakeOpenAI
 def test_the_time_before_a_requests_first_byte_is_not_part_of_its_time(fake: FakeOpenAI) -> None:
     with running(config(fake, server={"request_timeout": "1s"})) as gateway, wire(gateway.url) as connection:
         for text in ("behind nothing", "behind another"):
-            time.sleep(1.2)
+            time.sleep(1.2)  # longer than a request may take
             request = post(body(text))
             connection.send(request[:40])
-            time.sleep(0.1)
+            gateway.call(settle())  # so that its head comes in pieces
             connection.send(request[40:])
             assert connection.must_reply().status_code == 200
 
@@ -484,7 +485,7 @@ def test_a_caller_that_hangs_up_with_requests_behind_the_first_is_no_error_of_ou
             fake.wait_for_calls(1)
             for each in behind if apart else ():
                 connection.send(each)
-                gateway.call(asyncio.sleep(0.1))  # so that it is read separately
+                gateway.call(settle())  # so that it is read separately
         settled(gateway, lambda: gateway.metric("inflight_requests") == 0)
         fake.release()
         assert gateway.post(body("another")).status_code == 200

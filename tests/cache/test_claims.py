@@ -133,7 +133,7 @@ async def test_claims_last_while_their_replica_says_that_it_lives(
     while asyncio.get_running_loop().time() < end:
         assert await other.get_or_claim(keys(1, 2)) == ([None, None], set(keys(1, 2)))
         await one.renew_claims()
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # for three times as long as a claim lasts by itself
 
     async def free() -> bool:
         return await other.get_or_claim(keys(1)) == ([None], set())

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 from app.cache.connections import Command, Connections
+from tests.clock import settle
 
 
 class Hand:
@@ -58,7 +59,7 @@ class Made:
 
 async def gone(asking: asyncio.Task[object]) -> None:
     """Cancels the caller once it is waiting."""
-    await asyncio.sleep(0.01)
+    await settle()
     asking.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asking
@@ -71,19 +72,19 @@ async def test_one_that_was_opened_for_a_caller_who_has_gone_is_closed_with_the_
     await asyncio.sleep(0)  # it is connected, and its caller does not know yet
     assert made.all[0].is_connected
     await made.connections.close()
-    await asyncio.sleep(0.01)
+    await settle()
     assert not made.all[0].is_connected
 
 
 async def test_one_that_is_in_use_when_all_are_closed_is_closed_when_it_comes_back() -> None:
     made = Made()
     opening = asyncio.create_task(made.ask())
-    await asyncio.sleep(0.01)
+    await settle()
     made.all[0].go.set()
     await opening
     made.all[0].go.clear()
     asking = asyncio.create_task(made.ask())
-    await asyncio.sleep(0.01)
+    await settle()
     await made.connections.close()
     assert made.all[0].is_connected
     made.all[0].go.set()
@@ -103,7 +104,7 @@ async def test_one_that_was_looked_at_for_a_caller_who_has_gone_makes_room() -> 
     await gone(asyncio.create_task(made.ask()))
     assert not made.all[0].is_connected
     asking = asyncio.create_task(made.ask())
-    await asyncio.sleep(0.01)
+    await settle()
     made.all[1].go.set()
     async with asyncio.timeout(5):
         assert await asking == [b"OK"]

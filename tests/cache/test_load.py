@@ -50,7 +50,7 @@ def writing_when(written: asyncio.Event) -> Callable[[asyncio.StreamReader, asyn
             elif line == b"DEL\r\n":
                 writer.write(b":0\r\n")
             elif line == b"MGET\r\n":
-                await asyncio.sleep(0.6)
+                await asyncio.sleep(0.6)  # more than half of what a lookup may take
                 writer.write(b"*1\r\n$-1\r\n")
 
     return answers
@@ -66,7 +66,7 @@ async def test_waiting_for_one_of_our_own_connections_to_redis_is_not_waiting_fo
         writing = asyncio.create_task(store.put(entries([1])))
         await asyncio.sleep(0)
         looking = [asyncio.create_task(store.get(keys(number))) for number in range(3)]
-        await asyncio.sleep(0.6)
+        await asyncio.sleep(0.6)  # longer than the lookup itself takes
         assert not any(each.done() for each in looking)
         for each in looking[:2]:
             each.cancel()
@@ -234,7 +234,7 @@ class Disk(DiskStore):
     def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:
         self.reads.append(keys[0])
         self.go.wait(LIMIT)
-        time.sleep(self.takes)
+        time.sleep(self.takes)  # a slow disk is the subject
         return super()._read(keys)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import contextlib
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 
 from tests.clients.support import BGE, KEY, SMALL, TEXTS, Answer, assert_error, config, fake_upstream, numbers_of, same
 from tests.clients.support import send as post
+from tests.clock import settle
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
 
@@ -181,7 +181,7 @@ def test_what_follows_such_an_offer_is_the_body_and_never_another_request(gatewa
     answered = b""
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head)
-        time.sleep(0.1)
+        gateway.call(settle())  # so that it is read by itself
         connection.sendall(body)
         connection.settimeout(0.5)
         with contextlib.suppress(TimeoutError):

@@ -81,7 +81,7 @@ async def hangs(batch: Batch) -> BatchResult:
 
 
 async def late(batch: Batch) -> BatchResult:
-    await asyncio.sleep(0.2)
+    await asyncio.sleep(0.2)  # longer than it is waited for
     return await answers(batch)
 
 
@@ -368,7 +368,8 @@ def test_one_that_has_shown_nothing_serves_once_it_has_however_the_others_fare(
             until_looked(clock, lambda: len(late.calls) > asked)
             if other is OtherModel:
                 assert "cosine" in until_out(gateway, "up1")[MODEL]
-            time.sleep(0.2)
+            available = other is FakeOpenAI
+            settled(gateway, lambda: gateway.metric("upstream_available", upstream="up1", model=MODEL) == available)
             response = gateway.post({"model": name, "input": "served"})
             assert gateway.metric("upstream_available", upstream="up1", model=MODEL) == (other is FakeOpenAI)
             assert (response.status_code == 200) == (other is FakeOpenAI)
@@ -507,7 +508,7 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     while pairs[-1][0].health.unverified:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
     assert asked == ["a"]
     assert [(well.health.unverified, bool(mute.health.silent)) for well, mute in pairs] == [(False, True)] * 3
     await clock.advance(canary.ROUND)
@@ -552,7 +553,7 @@ async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_a
     round_two = asyncio.create_task(canary._check_in_turn([before, looks], clock))
     async with asyncio.timeout(5):
         while not first.health.compared:
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0)
     round_two.cancel()
     await asyncio.gather(round_two, return_exceptions=True)
 
@@ -579,7 +580,7 @@ async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     while not pairs[-1][0].health.compared:
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
     assert [each.unverified for each in halves] == [True, True, True, False]
     await clock.advance(canary.ROUND)
     await settle()
@@ -780,7 +781,7 @@ async def test_who_comes_behind_the_first_one_has_time_to_load_its_model_too(
 
 async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(clock: HandClock) -> None:
     async def slow(batch: Batch) -> BatchResult:
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # slowness is the subject
         return BatchResult([Embedding(np.array([1, -1, 1, -1], "<f4").tobytes(), 1)] * len(batch.inputs))
 
     (first, second), looks = several(clock, slow, answers)

@@ -141,7 +141,7 @@ async def test_what_an_upstream_quotes_of_a_callers_text_is_told_to_nobody_else(
             asked = asyncio.create_task(post_all(gateway, ["one", text, "another"], **body))
             async with asyncio.timeout(20):
                 while gateway.metric("queued_inputs") < 3:
-                    await asyncio.sleep(0.01)
+                    await asyncio.sleep(0)
             fake.release()
             one, _, another = await asked
             await busy

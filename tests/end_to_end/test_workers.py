@@ -405,7 +405,7 @@ async def test_a_worker_that_hangs_is_replaced(
         hanging = Workers(command, settings_of({}), listener)
         running = asyncio.create_task(hanging.run())
         (first,) = await _started(hanging, running)
-        await asyncio.sleep(3)
+        await asyncio.sleep(3)  # time itself: a worker that starts slowly is not killed
         assert (first in hanging._live) != up
         for _ in range(2):
             hanging.stop(signal.SIGTERM)
@@ -422,7 +422,7 @@ async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest
         orders = ParentChannel(theirs.detach(), UPSTREAMS)
         orders.start_heartbeat()
         assert b"".join([await asyncio.to_thread(ours.recv, 1) for _ in range(3)]) == b"uuu"
-    await asyncio.sleep(0.05)  # the other end is closed
+    await asyncio.sleep(0.05)  # the other end is closed: some more are not sent, and that has no event
     orders._socket.close()
 
 
@@ -444,5 +444,5 @@ async def test_a_stop_while_a_worker_is_about_to_be_started_is_no_trouble(
 
 async def _started(workers: Workers, running: asyncio.Task[int]) -> set[Any]:
     while not (workers._live or running.done()):
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
     return workers._live

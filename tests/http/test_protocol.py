@@ -16,7 +16,7 @@ import pytest
 
 from app import serve
 from app.http import protocol
-from tests.clock import HandClock
+from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
 
@@ -214,7 +214,7 @@ def test_the_time_for_a_head_does_not_run_while_the_request_before_it_is_answere
         last = embed("three", b"Connection: close", model="m")
         connection.sendall(embed("one", model="m") + embed("two", model="m") + last[:40])
         fake.wait_for_calls(1)
-        time.sleep(0.7)
+        time.sleep(0.7)  # longer than a head may take
         connection.sendall(last[40:])
         fake.release()
         assert b"".join(iter(lambda: connection.recv(65536), b"")).count(b"HTTP/1.1 200 ") == 3
@@ -252,7 +252,7 @@ def test_an_empty_line_behind_a_body_is_nothing(gateway: Running, line: bytes) -
     with connected(gateway) as connection:
         assert answered(connection, embed("x"))
         connection.sendall(line)
-        time.sleep(0.1)
+        gateway.call(settle())  # so that it is read by itself
         assert answered(connection, embed("y"))
     assert [status for status, _ in talk(gateway, embed("x") + line + embed("y") + line)] == [200, 200]
 
@@ -450,7 +450,7 @@ def answered(connection: socket.socket, *pieces: bytes, pause: float = 0.0) -> b
     """Whether what is sent in these pieces is answered; on a closed connection it is not."""
     try:
         for i, piece in enumerate(pieces):
-            time.sleep(pause if i else 0)
+            time.sleep(pause if i else 0)  # longer than an idle connection is kept
             connection.sendall(piece)
         return connection.recv(65536).startswith(b"HTTP/1.1 200 ")
     except ConnectionError:
@@ -469,7 +469,7 @@ def test_a_connection_in_use_stays(impatient: Running) -> None:
     with connected(impatient) as connection:
         for i in range(6):
             assert answered(connection, embed(f"x {i}")), i
-            time.sleep(0.4)
+            time.sleep(0.4)  # six times, longer than an idle connection is kept
         began = time.monotonic()
         assert connection.recv(1) == b""  # 0.4 s of its second have passed
         assert 0.4 < time.monotonic() - began < 10
@@ -520,7 +520,7 @@ def test_one_that_is_taken_slowly_is_not(impatient: Running) -> None:
         connection.sendall(b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
         for _ in range(50):
             assert connection.recv(4096)
-            time.sleep(0.1)
+            time.sleep(0.1)  # slowness is the subject
         assert open_connections(int(port))
 
 
@@ -533,4 +533,4 @@ def wait_for(holds: Callable[[], bool]) -> None:
     until = time.monotonic() + 15
     while not holds():
         assert time.monotonic() < until
-        time.sleep(0.1)
+        time.sleep(0.01)  # the connections live in another thread, and no event tells of them

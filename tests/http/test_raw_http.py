@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import gzip
 import re
 import time
@@ -13,6 +12,7 @@ import orjson
 import pytest
 
 from tests.api.support import MODEL, RawReply, config, error_of, head, post, raw, wire
+from tests.clock import settle
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
 
@@ -587,7 +587,7 @@ def test_with_http_1_0_nobody_asks(fake: FakeOpenAI, gateway: Running) -> None:
     asks = post(GOOD, AUTH, "Expect: 100-continue").replace(b"HTTP/1.1", b"HTTP/1.0")
     with wire(gateway.url) as connection:
         connection.send(asks[: -len(BODY)])
-        gateway.call(asyncio.sleep(0.1))  # so that the head is read separately
+        gateway.call(settle())  # so that the head is read separately
         connection.send(BODY)
         assert connection.must_reply().status_code == 200
     assert len(fake.calls) == 1

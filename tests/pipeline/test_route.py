@@ -45,7 +45,7 @@ from app.pipeline.pace import Pace
 from app.pipeline.prepare import Prepare
 from app.pipeline.queue import LANES
 from app.pipeline.rotation import Slot
-from app.pipeline.route import SHARE, Route
+from app.pipeline.route import BACKOFF, SHARE, Route
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, EmbedRequest, EmbedResult, Media, Params, Source
 from tests.clock import HandClock, settle
 
@@ -119,7 +119,7 @@ def held(begun: asyncio.Event, end: asyncio.Event) -> BatchEmbedder:
 
 def after(seconds: float) -> BatchEmbedder:
     async def answers_late(batch: Batch) -> BatchResult:
-        await asyncio.sleep(seconds)
+        await asyncio.sleep(seconds)  # beside deadlines: time is the subject
         return await answers(batch)
 
     return answers_late
@@ -180,10 +180,13 @@ async def test_one_that_rests_is_waited_for_and_no_ejected_one_asked_in_its_plac
 async def test_where_the_others_come_to_rest_meanwhile_for_longer_than_there_is_time_it_is_told_at_once() -> None:
     limit = RateLimited("slowly", retry_after=60)
     one, other = (deployment(name, failing(limit)) for name in ("one", "other"))
-    both = Route([one, other], Metrics(), SystemClock(), jitter=lambda: 1.0)
+    clock = HandClock()
+    both = Route([one, other], Metrics(), clock, jitter=lambda: 1.0)
     running = asyncio.create_task(run(both, batch("x", seconds=20)))
-    await asyncio.sleep(0.05)  # it pauses before it calls the other
+    await settle()
+    assert clock.sleepers == 1, "it pauses before it calls the other"
     other.health.end(limit, other.health.begin())
+    await clock.advance(BACKOFF)
     result = await asyncio.wait_for(running, 5)
     assert (result.outcomes, result.calls) == ([limit], 1)
 
@@ -648,7 +651,7 @@ async def test_and_who_has_joined_one_that_hangs_has_time_for_another() -> None:
 
 async def test_one_whose_answers_come_too_late_for_those_who_ask_leaves_the_rotation() -> None:
     async def slow(batch: Batch) -> BatchResult:
-        await asyncio.sleep(0.15)
+        await asyncio.sleep(0.15)  # longer than they wait
         return await answers(batch)
 
     up = deployment("up", slow)
@@ -657,13 +660,13 @@ async def test_one_whose_answers_come_too_late_for_those_who_ask_leaves_the_rota
     for i in range(12):
         with pytest.raises((TimeoutError, UpstreamError, UpstreamUnavailable)):
             await asyncio.wait_for(embed(request(f"{i}", seconds=0.1)), 0.1)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # until its late answer is there
     assert up.health.ejected
 
 
 async def test_one_that_was_left_too_little_time_again_and_again_stays() -> None:
     async def slow(batch: Batch) -> BatchResult:
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # longer than they wait
         return await answers(batch)
 
     up = deployment("up", slow)
@@ -672,7 +675,7 @@ async def test_one_that_was_left_too_little_time_again_and_again_stays() -> None
     for i in range(12):
         with pytest.raises((TimeoutError, UpstreamError)):
             await asyncio.wait_for(embed(request(f"{i}", seconds=0.03)), 0.03)
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # until its late answer is there
     assert not up.health.ejected
     assert up.health.ample_time > 0.19
 
@@ -750,7 +753,7 @@ async def test_and_a_second_attempt_of_his_own(short: str) -> None:
     async def first_fails(batch: Batch) -> BatchResult:
         calls.append([str(text) for text in batch.inputs])
         if len(calls) == 1:
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.05)  # of the 0.2 s that the first caller waits
             raise UpstreamError("down")
         await asyncio.sleep(0.5 if "other" in batch.inputs else 0)
         return await answers(batch)
@@ -1057,7 +1060,7 @@ async def test_a_retry_that_waited_leaves_nothing_behind() -> None:
     await begun.wait()
     retried = asyncio.create_task(both.run(batch("y"), first, "query"))
     while not out.slots._waiting:  # no event tells of it
-        await asyncio.sleep(0.01)
+        await asyncio.sleep(0)
     end.set()
     assert (await retried).deployments == ("busy/m",)
     assert not out.slots._waiting
@@ -1101,7 +1104,7 @@ async def test_two_models_of_one_upstream_take_turns() -> None:
     def counted(name: str) -> BatchEmbedder:
         async def embed(batch: Batch) -> BatchResult:
             calls.append(name)
-            await asyncio.sleep(0.01)
+            await asyncio.sleep(0.01)  # time for others to come meanwhile
             return await answers(batch)
 
         return embed
@@ -1115,7 +1118,8 @@ async def test_two_models_of_one_upstream_take_turns() -> None:
 
     async with asyncio.TaskGroup() as coming:
         always = coming.create_task(traffic(coming))
-        await asyncio.sleep(0.05)
+        while calls.count("busy") < 3:
+            await asyncio.sleep(0)
         before = calls.count("busy")
         await asyncio.wait_for(patient(request(*(f"b{i}" for i in range(30)))), 5)
         assert calls.count("busy") - before < 12, "ten rows a call: three calls were needed"

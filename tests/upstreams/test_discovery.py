@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -666,21 +665,24 @@ def test_a_tag_of_latest_makes_no_other_model() -> None:
 
 
 @pytest.mark.parametrize("status", [500, 502, 503])
-def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before_it_embeds(status: int) -> None:
+def test_what_was_not_there_when_the_gateway_started_is_asked_what_it_has_before_it_embeds(
+    status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(upstream_module, "LIST_RETRY", 0.0)
     models = {"docs": {"deployments": [{"upstream": "up", "model": "nomic-embed-text"}]}}
     with FakeOllama() as fake:
         fake.fail(faults.http_error(status, b"starting"), times=1, path="/api/tags")
         upstreams = {"up": {"type": "ollama", "base_url": fake.url}}
         with running({"upstreams": upstreams, "models": models}) as gateway:
             assert gateway.get("/readyz").json()["upstreams"]["up"]["reason"]
-            time.sleep(upstream_module.LIST_RETRY)
             response = gateway.post({"model": "docs", "input": "a text"})
             assert "@" in response.headers["x-embedding-space"], "the revision is part of the space"
             listed = [call.path for call in fake.requests].index("/api/embed")
             assert [call.path for call in fake.requests][:listed].count("/api/tags") == 2
 
 
-def test_whom_a_server_that_is_away_does_not_concern_nobody_asks_it_for() -> None:
+def test_whom_a_server_that_is_away_does_not_concern_nobody_asks_it_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upstream_module, "LIST_RETRY", 0.0)
     there = {"upstream": "there", "model": "nomic-embed-text", "space": "mine"}
     models = {"docs": {"deployments": [there, {**there, "upstream": "away"}]}}
     with FakeOllama() as fake, FakeOllama() as unavailable:
@@ -690,7 +692,6 @@ def test_whom_a_server_that_is_away_does_not_concern_nobody_asks_it_for() -> Non
             "away": {"type": "ollama", "base_url": unavailable.url},
         }
         with running({"upstreams": upstreams, "models": models}) as gateway:
-            time.sleep(upstream_module.LIST_RETRY)
             asked = len(unavailable.requests)
             assert gateway.post({"model": "docs", "input": "a text"}).status_code == 200
             assert [call.path for call in unavailable.requests][asked:].count("/api/tags") == 0

@@ -29,6 +29,7 @@ from app.types import WireReply, WireRequest
 from app.upstreams import network as networks
 from app.upstreams.connection import Connection, StaleConnection
 from app.upstreams.network import NetworkEngine
+from tests.clock import settle
 from tests.harness import no_descriptors, no_threads
 
 MOST = 100_000
@@ -381,7 +382,7 @@ async def test_what_a_reply_announces_takes_no_memory_until_it_comes() -> None:
         tracemalloc.start()
         call = asyncio.create_task(network.exchange(post(server.url(), most=10**8)))
         await until(lambda: len(server.heads) == 1)
-        await asyncio.sleep(0.1)
+        await settle()
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         call.cancel()
@@ -398,7 +399,7 @@ async def test_a_connection_that_lies_idle_keeps_nothing_of_the_last_reply() -> 
         assert reply is not None
         assert len(reply.body) == 5 * 10**6
         reply = None
-        await asyncio.sleep(0.1)
+        await settle()
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         assert held < 10**6
@@ -409,7 +410,8 @@ async def test_a_connection_that_lies_idle_keeps_nothing_of_the_last_reply() -> 
 async def test_calls_at_once_have_a_connection_each_and_never_each_other_s_reply() -> None:
     async def echo(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         number = head.split(b"x-number: ")[1].split(b"\r\n")[0]
-        await asyncio.sleep(0.01 * (int(number) % 3))
+        for _ in range(int(number) % 3):
+            await settle()
         writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(number), number))
 
     async with serving(echo) as server, connected() as network:

@@ -84,7 +84,7 @@ class Fleet:
         chain = build.chain(call, name=name, cache=self._cache, limits=limits, model=model, clock=clock)
         health = Health(clock, partial(self._metrics.show_deployment, upstream.name, model.name), name)
         if self._in_force == "no more":
-            health.retire()
+            health.trouble.retire()
         before = self._before.get((upstream.name, model.name, identity))
         # Until it has been compared, the others of its space serve in its place: in doubt the first is right.
         health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
@@ -156,7 +156,7 @@ class Fleet:
     def _retire(self, gone: Iterable[Deployment], kept: Iterable[Deployment]) -> None:
         """Tells the metrics which deployments get no more calls: their names now belong to others, or to nobody."""
         for each in gone:
-            each.health.retire()
+            each.health.trouble.retire()
         names = {(each.upstream, each.model.name) for each in kept}
         for upstream, model in {(each.upstream, each.model.name) for each in gone} - names:
             self._metrics.forget_deployment(upstream, model)

@@ -52,8 +52,8 @@ class Health:
     ) -> None:
         """`report` is called with whether it takes traffic; `name` is the deployment's, for the log; `jitter` returns
         random numbers from 0 to 1."""
-        self._clock, self._report, self._jitter = clock, report, jitter
-        self.trouble = Trouble(clock, name)
+        self._clock, self._jitter = clock, jitter
+        self.trouble = Trouble(clock, report, name)
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
@@ -81,17 +81,10 @@ class Health:
         """Whether it has ever answered."""
         self.length = 0
         """Bytes of its vectors when it chose their length, as last seen; 0 if none has been seen."""
-        self._retired = False
 
     def show(self) -> None:
-        """Reports to the metrics whether it takes traffic."""
-        if not self._retired:
-            self._report(self.out is None and not self.ejected and self.silent is None)
-
-    def retire(self) -> None:
-        """It gets no more calls. Those in flight are no longer reported: its name may be another's by now."""
-        self._retired = True
-        self.trouble.retire()
+        """Shows operators whether it takes traffic."""
+        self.trouble.show(self.out is None and not self.ejected and self.silent is None)
 
     @property
     def problem(self) -> str | None:

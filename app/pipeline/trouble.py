@@ -1,8 +1,9 @@
-"""What operators see and hear of a deployment's trouble: in `/readyz` and in the log. Decides nothing."""
+"""What operators see and hear of a deployment: in `/readyz`, in the log and in the metrics. Decides nothing."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from app.clock import Clock
 from app.errors import RateLimited
@@ -21,8 +22,9 @@ LENGTH_CHANGE_SHOWN = 60.0
 class Trouble:
     """One deployment's trouble. Each kind of it, mostly an error's code, is logged at most once in `LOG_INTERVAL`."""
 
-    def __init__(self, clock: Clock, name: str) -> None:
-        self._clock, self._name = clock, name
+    def __init__(self, clock: Clock, report: Callable[[bool], None], name: str) -> None:
+        """`report` is called with whether the deployment takes traffic."""
+        self._clock, self._report, self._name = clock, report, name
         self.lasting: str | None = None
         """What needs an operator, or why it was ejected, since it last answered."""
         self.rest = ""
@@ -85,8 +87,13 @@ class Trouble:
         self.lasting = self._limited_since = None
         self.rest = ""
 
+    def show(self, available: bool) -> None:
+        """Reports whether it takes traffic."""
+        if not self._retired:
+            self._report(available)
+
     def retire(self) -> None:
-        """Its name may be another's by now: nothing more is logged."""
+        """It gets no more calls. Of those in flight nothing is reported or logged: its name may be another's by now."""
         self._retired = True
 
     def _log(self, message: str, *values: object) -> None:

@@ -172,7 +172,7 @@ async def test_what_the_last_calls_of_one_come_to_that_was_replaced_is_told_nobo
     clock: HandClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     up = Health(clock, partial(Metrics().show_deployment, "up", "m"), "up/m")
-    up.retire()
+    up.trouble.retire()
     for _ in range(FAILURES):
         up.end(UpstreamAuth("wrong key"), up.begin())
     up.end(None, up.begin())

@@ -124,10 +124,7 @@ class Server(uvicorn.Server):
         else:
             loop.add_signal_handler(signal.SIGHUP, self._app.reload)
         yield
-        # The remaining work takes no time and must not be interrupted: the exit code is to report success.
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            loop.remove_signal_handler(number)
-            signal.signal(number, signal.SIG_IGN)
+        _ignore_signals()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         # The event loop silently closes a socket that it cannot listen on. Listening again raises the hidden error.
@@ -199,6 +196,13 @@ class Server(uvicorn.Server):
         self.interrupted = True
         self.force_exit = self.should_exit
         self._stop()
+
+
+def _ignore_signals() -> None:
+    """What remains to be done takes no time and must not be interrupted: the exit code is to report success."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 class _SideServer(uvicorn.Server):
@@ -310,6 +314,7 @@ def serve_workers(
                 return await workers.run()
         finally:
             watching.cancel()
+            _ignore_signals()
 
     with asyncio.Runner(loop_factory=uvicorn.Config(app, log_config=None).get_loop_factory()) as runner:
         return runner.run(run())

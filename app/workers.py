@@ -165,21 +165,21 @@ class Workers:
         """Stops the workers gracefully the first time, unless by Ctrl-C; after that they are told not to wait. One that
         is still starting cannot handle a signal yet and has no request: it finds its channel closed, or is killed."""
         repeated = self._stopping.is_set()
+        self._close()
         for worker in self._live:
             with contextlib.suppress(ProcessLookupError):
                 if worker.was_up and (repeated or number == signal.SIGINT):
-                    worker.process.send_signal(number)
+                    worker.process.send_signal(number)  # alone: beside a closed channel it would be the second request
                 elif repeated:
                     worker.process.kill()
+                else:
+                    worker.stop()
         if number == signal.SIGINT:
             self._code = 130
-        self._stop()
 
-    def _stop(self) -> None:
+    def _close(self) -> None:
         self._stopping.set()
         self._listener.close()  # workers have it: once the last of them closes it, no client may be left waiting here
-        for worker in self._live:
-            worker.stop()
 
     async def _supervise(self, name: str) -> None:
         """Runs one worker and, as it ends, its replacements under the same name."""
@@ -200,7 +200,9 @@ class Workers:
             if not worker.was_up and not self._any_started and not any(each.was_up for each in self._live):
                 log.error("workers cannot start: one %s", _describe_exit(code))
                 self._code = 128 - code if code < 0 else code or 1  # death by a signal, as shells report it
-                self._stop()
+                self._close()
+                for each in self._live:
+                    each.stop()
                 return
             self._any_started = True
             log.warning("worker %d %s; starting another", worker.process.pid, _describe_exit(code))

@@ -118,6 +118,37 @@ def test_ctrl_c_again_ends_requests_with_an_answer_and_a_line_in_the_log(
         assert "Traceback" not in log
 
 
+def test_one_ctrl_c_counts_as_one_in_workers_that_are_slow_to_notice(tmp_path: Path) -> None:
+    with FakeOpenAI(api_key="sk-fake") as fake:
+        env = {"OPENAI_API_KEY": "sk-fake", "OPENAI_BASE_URL": fake.url + "/v1"}
+        with start(tmp_path, "--port", "0", *TWO, **env) as process:
+            url = address(tmp_path / "log", process)
+            both = workers(process.pid)
+            fake.hold()
+            with connect(url) as raw:
+                body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
+                raw.sendall(
+                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
+                )
+                fake.wait_for_calls(1)
+                for each in both:
+                    os.kill(each, signal.SIGSTOP)
+                process.send_signal(signal.SIGINT)
+                until(lambda: any(has_pending(each, signal.SIGINT) for each in both), lambda: "no signal")
+                for each in both:
+                    os.kill(each, signal.SIGCONT)
+                until(lambda: not answers(url), (tmp_path / "log").read_text)
+                fake.release()
+                assert raw.recv(65536).startswith(b"HTTP/1.1 200")
+            assert process.wait(30) == 130
+
+
+def has_pending(process_id: int, number: signal.Signals) -> bool:
+    """Whether the process has a signal that it has not noticed yet."""
+    pending = re.search(r"ShdPnd:\s*(\w+)", Path(f"/proc/{process_id}/status").read_text())
+    return pending is not None and bool(int(pending[1], 16) >> (number - 1) & 1)
+
+
 @pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
 def test_ctrl_c_again_drops_an_answer_that_is_not_taken_without_ado(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     with start(tmp_path, "--port", "0", *arguments) as process:

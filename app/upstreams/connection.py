@@ -21,6 +21,14 @@ INITIAL_BODY = 2**20
 """Initial size of a body's buffer in bytes, doubled whenever it is full. Memory grows with what has arrived, not with
 what a reply announces."""
 
+_LENIENCIES = {
+    "lenient_headers": True,
+    "lenient_optional_cr_before_lf": True,
+    "lenient_spaces_after_chunk_size": True,
+}
+"""What other clients read too: folded headers and control characters in them, lines that end in LF, padded chunk
+sizes. None of it leaves open where a reply ends."""
+
 _BODILESS = frozenset((204, 304))
 
 
@@ -68,6 +76,7 @@ class Connection(asyncio.BufferedProtocol):
         self._reset()
         self._max_reply, self._tunnel = max_reply, tunnel
         self._parser = httptools.HttpResponseParser(self)
+        self._parser.set_dangerous_leniencies(**_LENIENCIES)
         self._waiter = waiter = asyncio.get_running_loop().create_future()
         if self.closed:
             self._fail(StaleConnection("the connection to the upstream broke"))

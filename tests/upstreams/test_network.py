@@ -169,6 +169,25 @@ async def test_replies_of_every_form_are_read(message: bytes, status: int, body:
         assert "link" not in reply.headers
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        CHUNKED.replace(b"3;x=y\r\n", b"3  \r\n"),
+        OK.replace(b"application/json", b"application/json;\r\n charset=utf-8"),
+        OK.replace(b"application/json", b"application/\x01json"),
+        OK.replace(b"\r\n", b"\n"),
+    ],
+    ids=["padded chunk size", "folded header", "control character", "lines that end in LF"],
+)
+async def test_what_other_clients_read_is_read_as_they_do_and_the_connection_is_used_again(message: bytes) -> None:
+    for size in (1, len(message)):
+        pieces = [message[at : at + size] for at in range(0, len(message), size)]
+        async with serving(says(*pieces)) as server, connected() as network:
+            for _ in range(2):
+                assert (await network.exchange(post(server.url()))).body == b"[1,2]"
+            assert server.connections == 1
+
+
 async def test_headers_of_one_name_are_one_and_names_are_lower_case() -> None:
     message = b"HTTP/1.1 200 OK\r\nX-One: a\r\nx-one: b\r\nx-two: \xe4\r\ncontent-length: 0\r\n\r\n"
     async with serving(says(message)) as server, connected() as network:
@@ -670,8 +689,8 @@ async def test_by_a_proxy_in_the_clear_the_whole_address_is_asked_for() -> None:
 
 @pytest.mark.parametrize(
     "interim",
-    [b"", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n"],
-    ids=["at once", "after interim replies"],
+    [b"", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", b"HTTP/1.1 100 Continue\n\n"],
+    ids=["at once", "after interim replies", "after one with lines that end in LF"],
 )
 async def test_by_a_proxy_tls_is_with_the_upstream_itself(
     interim: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

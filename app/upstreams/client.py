@@ -13,6 +13,7 @@ from typing import Protocol
 import httpx
 
 from app import __version__
+from app.codings import compressions
 from app.deadlines import Deadlines
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
@@ -65,7 +66,8 @@ class Client:
                 reply = await self._engine.exchange(complete)
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None
-        if reply.headers.get("content-encoding", "identity") != "identity":
+        encoding = reply.headers.get("content-encoding")
+        if encoding and compressions(encoding):
             raise UpstreamInvalidResponse("the upstream compressed its reply although asked not to")
         return reply
 

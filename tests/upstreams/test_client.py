@@ -45,6 +45,12 @@ async def test_a_reply_is_bounded() -> None:
         await told(httpx.Response(200, content=b"123456789"))
 
 
+@pytest.mark.parametrize("encoding", ["", "Identity", "identity, identity", "UTF-8", "none", "application/json"])
+async def test_an_encoding_that_compresses_nothing_changes_nothing(encoding: str) -> None:
+    reply = await told(httpx.Response(200, headers={"content-encoding": encoding}, stream=httpx.ByteStream(b"[1,2]")))
+    assert reply.body == b"[1,2]"
+
+
 @pytest.mark.parametrize(
     ("error", "kind"),
     [

@@ -6,6 +6,7 @@ Knows no dialect, no retry and no credentials.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Protocol
@@ -13,7 +14,7 @@ from typing import Protocol
 import httpx
 
 from app import __version__
-from app.codings import compressions
+from app.codings import compressions, decompress
 from app.deadlines import Deadlines
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
@@ -55,8 +56,8 @@ class Client:
         """One exchange, within `timeout` seconds in total, however slowly the bytes arrive.
 
         Raises `UpstreamTimeout`, `UpstreamUnreachable` (no connection, or one that broke), and
-        `UpstreamInvalidResponse` (a reply over the request's `max_reply` bytes, or compressed although we asked for
-        `identity`).
+        `UpstreamInvalidResponse` (a reply over the request's `max_reply` bytes, or compressed with anything but gzip
+        and deflate).
         """
         url = str(httpx.URL(request.url).copy_merge_params(request.query)) if request.query else request.url
         headers = {**_HEADERS, **request.headers, **self._headers}
@@ -67,12 +68,26 @@ class Client:
         except TimeoutError:
             raise UpstreamTimeout(f"the upstream did not answer within {self._timeout:g} s") from None
         encoding = reply.headers.get("content-encoding")
-        if encoding and compressions(encoding):
-            raise UpstreamInvalidResponse("the upstream compressed its reply although asked not to")
+        if encoding and reply.body and (applied := compressions(encoding)):
+            return await _decompressed(reply, applied, request.max_reply)
         return reply
 
     async def aclose(self) -> None:
         await self._engine.aclose()
+
+
+async def _decompressed(reply: WireReply, applied: list[str], limit: int) -> WireReply:
+    """The reply of an upstream that compresses although we ask for `identity`: it is billed like any other. An error
+    that cannot be read still says enough by its status and headers."""
+    try:
+        body = await asyncio.to_thread(decompress, reply.body, applied, limit + 1)
+    except ValueError:
+        if reply.status < 300:
+            raise UpstreamInvalidResponse("the upstream compressed its reply although asked not to") from None
+        body = bytearray()
+    if len(body) > limit:
+        raise too_large(limit)
+    return WireReply(reply.status, reply.headers, body)
 
 
 class HttpxEngine:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import socket
 import threading
 import time
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import pytest
+from msgspec.structs import replace
 
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
@@ -20,7 +23,7 @@ from app.upstreams.network import NetworkEngine
 ASKED = WireRequest("POST", "http://up.invalid/embeddings", body=b"{}", max_reply=8)
 
 
-async def told(answer: httpx.Response | httpx.TransportError) -> WireReply:
+async def told(answer: httpx.Response | httpx.TransportError, max_reply: int = 8) -> WireReply:
     def handle(request: httpx.Request) -> httpx.Response:
         assert request.content == ASKED.body
         if isinstance(answer, httpx.TransportError):
@@ -29,7 +32,7 @@ async def told(answer: httpx.Response | httpx.TransportError) -> WireReply:
 
     client = Client(httpx.MockTransport(handle), timeout=30)
     try:
-        return await client.send(ASKED)
+        return await client.send(replace(ASKED, max_reply=max_reply))
     finally:
         await client.aclose()
 
@@ -49,6 +52,69 @@ async def test_a_reply_is_bounded() -> None:
 async def test_an_encoding_that_compresses_nothing_changes_nothing(encoding: str) -> None:
     reply = await told(httpx.Response(200, headers={"content-encoding": encoding}, stream=httpx.ByteStream(b"[1,2]")))
     assert reply.body == b"[1,2]"
+
+
+def compressed(status: int, encoding: str, body: bytes) -> httpx.Response:
+    headers = {"content-encoding": encoding, "retry-after": "9"}
+    return httpx.Response(status, headers=headers, stream=httpx.ByteStream(body))
+
+
+RAW = zlib.compressobj(wbits=-15)
+GZIP, DEFLATE, WITHOUT_HEADER = gzip.compress(b"[1,2]"), zlib.compress(b"[1,2]"), RAW.compress(b"[1,2]") + RAW.flush()
+
+
+@pytest.mark.parametrize("status", [200, 429])
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("gzip", GZIP),
+        ("X-GZIP", GZIP),
+        ("identity, gzip", GZIP),
+        ("deflate", DEFLATE),
+        ("deflate", WITHOUT_HEADER),
+    ],
+    ids=["gzip", "x-gzip", "a list", "deflate", "deflate without its header"],
+)
+async def test_a_reply_compressed_unasked_is_read_whatever_its_status(status: int, encoding: str, body: bytes) -> None:
+    reply = await told(compressed(status, encoding, body), max_reply=100)
+    assert (reply.status, reply.headers["retry-after"], reply.body) == (status, "9", b"[1,2]")
+
+
+@pytest.mark.parametrize(
+    ("encoding", "body"),
+    [
+        ("br", b"\x0b\x02\x80[1,2]\x03"),
+        ("zstd", b"(\xb5/\xfd"),
+        ("compress", b"\x1f\x9d"),
+        ("gzip, br", GZIP),
+        ("gzip, gzip", gzip.compress(GZIP)),
+        ("gzip", b"[1,2]"),
+        ("gzip", GZIP[:-1]),
+        ("gzip", GZIP[:-8] + bytes(8)),
+        ("deflate", DEFLATE[:-1]),
+    ],
+    ids=["br", "zstd", "compress", "two kinds", "twice", "not at all", "cut off", "damaged", "cut off deflate"],
+)
+async def test_one_that_cannot_be_read_is_refused_and_an_error_keeps_its_status(encoding: str, body: bytes) -> None:
+    with pytest.raises(UpstreamInvalidResponse, match="compressed its reply although asked not to"):
+        await told(compressed(200, encoding, body), max_reply=100)
+    reply = await told(compressed(429, encoding, body), max_reply=100)
+    assert (reply.status, reply.headers["retry-after"], reply.body) == (429, "9", b"")
+
+
+@pytest.mark.parametrize("status", [200, 429])
+async def test_a_compressed_reply_is_as_bounded_as_a_plain_one_and_holds_up_nobody(status: int) -> None:
+    size = 2 * 10**7
+    bomb = gzip.compress(bytes(size))
+    call = asyncio.create_task(told(compressed(status, "gzip", bomb), max_reply=size))
+    turns = 0
+    while not call.done():
+        await asyncio.sleep(0)
+        turns += 1
+    assert len((await call).body) == size
+    assert turns > 20
+    with pytest.raises(UpstreamInvalidResponse, match=f"larger than {size - 1} bytes"):
+        await told(compressed(status, "gzip", bomb), max_reply=size - 1)
 
 
 @pytest.mark.parametrize(

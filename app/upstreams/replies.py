@@ -71,7 +71,13 @@ _STATUSES: Mapping[int, type[GatewayError]] = {
     408: UpstreamTimeout,
     409: UpstreamError,
     410: UpstreamMisconfigured,
+    411: UpstreamMisconfigured,
     415: UpstreamMisconfigured,
+    417: UpstreamMisconfigured,
+    421: UpstreamMisconfigured,
+    426: UpstreamMisconfigured,
+    431: UpstreamMisconfigured,
+    451: UpstreamMisconfigured,
     424: UpstreamError,  # TEI: the model's backend failed
     425: UpstreamError,
     429: RateLimited,

@@ -236,3 +236,10 @@ def test_no_status_of_an_upstream_becomes_the_callers_401_or_404() -> None:
             assert error is not None
             assert not isinstance(error, app.errors.InvalidApiKey | app.errors.ModelNotFound)
             assert error.status in (400, 429, 502, 503, 504)
+
+
+@pytest.mark.parametrize("status", [404, 405, 406, 410, 411, 415, 417, 421, 426, 431, 451, 501])
+def test_a_status_for_our_address_or_framing_or_place_is_not_the_callers_fault(status: int) -> None:
+    for table in TABLES:
+        reply = WireReply(status, {}, b'{"error": {"message": "nope"}}')
+        assert type(Subject(table).adapter.parse_error(reply)) is app.errors.UpstreamMisconfigured

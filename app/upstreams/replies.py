@@ -247,7 +247,7 @@ def check_count(rows: object) -> None:
 
 def _seconds(text: str | None) -> float | None:
     try:
-        seconds = float(text or "")
+        seconds = float((text or "").partition(",")[0])  # lines are joined: a gateway may add its own to the upstream's
     except ValueError:
         return None
     return seconds if 0 <= seconds < math.inf else None

@@ -198,7 +198,9 @@ class Connection(asyncio.BufferedProtocol):
             self._succeed(body)
 
     def _succeed(self, body: bytes | bytearray) -> None:
-        if self._ends_at_close or not (self._tunnel or self._parser.should_keep_alive()):
+        reusable = self._tunnel or self._parser.should_keep_alive()
+        # After an early reply, the rest of its request would be sent ahead of the next.
+        if self._ends_at_close or not reusable or self.transport.get_write_buffer_size():
             self.close()  # without waiting for the peer's close_notify over TLS
         if waiter := self._end_exchange():
             waiter.set_result(WireReply(self._status, self._headers, body))

@@ -314,6 +314,31 @@ async def test_a_connection_that_a_reply_ends_is_not_left_to_the_upstream_to_clo
         await until(lambda: server.closed == 1)
 
 
+@pytest.mark.parametrize("runs_on", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+def test_a_request_that_was_answered_before_it_was_sent_keeps_none_waiting(
+    runs_on: Callable[[], asyncio.AbstractEventLoop],
+) -> None:
+    async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if b"x-big" in await reader.readuntil(b"\r\n\r\n"):
+            writer.write(b"HTTP/1.1 429 Too Many\r\ncontent-length: 0\r\n\r\n")
+            await answered.wait()  # and the rest is not read meanwhile
+        else:
+            writer.write(OK)
+        writer.close()
+
+    async def exchange() -> None:
+        listener = await asyncio.start_server(early, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
+        async with listener, connected() as network, asyncio.timeout(5):
+            assert (await network.exchange(post(url, bytes(3 * 10**7), {"x-big": "1"}))).status == 429
+            assert (await network.exchange(post(url))).status == 200
+            answered.set()
+
+    answered = asyncio.Event()
+    with asyncio.Runner(loop_factory=runs_on) as runner:
+        runner.run(exchange())
+
+
 async def test_a_connection_on_which_somebody_speaks_unasked_is_closed() -> None:
     answered = asyncio.Event()
 

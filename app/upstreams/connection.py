@@ -7,6 +7,7 @@ buffer: it passes through neither the parser nor a list of chunks.
 from __future__ import annotations
 
 import asyncio
+import ssl
 from typing import Any, cast
 
 import httptools
@@ -120,8 +121,17 @@ class Connection(asyncio.BufferedProtocol):
         if exc is None and self._ends_at_close:
             self._succeed(self._chunks)
         else:
-            kind = UpstreamUnreachable if self._received else StaleConnection
-            self._fail(kind("the connection to the upstream broke"))
+            self._fail(self._broken(exc))
+
+    def _broken(self, exc: Exception | None) -> GatewayError:
+        if self._received:
+            return UpstreamUnreachable("the connection to the upstream broke")
+        if isinstance(exc, ssl.SSLError) and "ALERT" in (exc.reason or ""):
+            # With TLS 1.3 the peer looks for our certificate after the handshake.
+            error = StaleConnection(f"the upstream refused the TLS connection: {exc.reason.replace('_', ' ').lower()}")
+            error.retryable = False  # the next connection would be refused as well
+            return error
+        return StaleConnection("the connection to the upstream broke")
 
     def _feed(self, nbytes: int) -> None:
         self._received += nbytes

@@ -10,7 +10,8 @@ import threading
 import tracemalloc
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -125,6 +126,10 @@ async def until(condition: Callable[[], bool]) -> None:
         while not condition():
             await asyncio.sleep(0.001)
 
+
+on_each_loop = pytest.mark.parametrize(
+    "runs_on", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
+)
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5\r\n\r\n[1,2]"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3;x=y\r\n[1,\r\n2\r\n2]\r\n0\r\n\r\n"
@@ -314,7 +319,7 @@ async def test_a_connection_that_a_reply_ends_is_not_left_to_the_upstream_to_clo
         await until(lambda: server.closed == 1)
 
 
-@pytest.mark.parametrize("runs_on", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+@on_each_loop
 def test_a_request_that_was_answered_before_it_was_sent_keeps_none_waiting(
     runs_on: Callable[[], asyncio.AbstractEventLoop],
 ) -> None:
@@ -650,6 +655,40 @@ async def test_tls_with_anyone_else_is_refused_for_good(
             "expired": "certificate has expired",
         }
         assert caught.value.message.endswith(f" was refused: {reasons[wrong]}")
+
+
+@on_each_loop
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_an_upstream_that_wants_a_certificate_of_ours_refuses_for_good(
+    version: ssl.TLSVersion,
+    runs_on: Callable[[], asyncio.AbstractEventLoop],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.minimum_version = context.maximum_version = version
+
+    def refuse() -> None:
+        raw, _ = listener.accept()
+        with raw.dup() as kept:  # closing with something unread would be a reset, which may outrun the alert
+            with suppress(ssl.SSLError):
+                context.wrap_socket(raw, server_side=True)
+            while kept.recv(65536):
+                pass
+
+    async def exchange() -> None:
+        async with connected() as network:
+            with pytest.raises(UpstreamUnreachable, match=r"TLS.*: \w+ alert [\w ]+$") as caught:
+                await network.exchange(post(f"https://localhost:{listener.getsockname()[1]}/"))
+            assert not caught.value.retryable
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        served = pool.submit(refuse)
+        with asyncio.Runner(loop_factory=runs_on) as runner:
+            runner.run(exchange())
+        served.result(20)
 
 
 async def test_a_server_without_tls_is_told_from_one_with_a_bad_certificate() -> None:

@@ -101,6 +101,8 @@ class NetworkEngine:
             raise
         if not connection.closed:
             self._put_idle(origin, connection)
+        if reply.status == 407 and self._proxy and not origin.tls:
+            raise _refused_by_proxy(reply.status)
         return reply
 
     def _message(self, request: WireRequest, origin: _Origin, target: str) -> bytes:
@@ -222,9 +224,7 @@ class NetworkEngine:
             connect = f"CONNECT {destination} HTTP/1.1\r\n{headers}\r\n".encode()
             reply = await connection.exchange(connect, 0, tunnel=True)
             if reply.status // 100 != 2:
-                error = UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {reply.status})")
-                error.retryable = reply.status not in _PROXY_REFUSALS
-                raise error
+                raise _refused_by_proxy(reply.status)
             transport = await loop.start_tls(
                 connection.transport, connection, self._context(), server_hostname=origin.host
             )
@@ -313,6 +313,12 @@ def _origin(url: httpx.URL) -> _Origin:
     tls = url.scheme == "https"
     host = url.raw_host.decode("ascii")
     return _Origin(tls, host, url.port or (443 if tls else 80), url.netloc.decode("ascii"))
+
+
+def _refused_by_proxy(status: int) -> UpstreamUnreachable:
+    error = UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {status})")
+    error.retryable = status not in _PROXY_REFUSALS
+    return error
 
 
 def _require_descriptor() -> None:

@@ -789,6 +789,21 @@ async def test_a_proxy_that_refuses_is_told_from_the_upstream(status: int, passe
         assert proxy.heads[0].startswith(b"CONNECT upstream.example:443 HTTP/1.1\r\nhost: upstream.example:443\r\n")
 
 
+async def test_a_proxy_in_the_clear_that_wants_a_password_is_told_from_the_upstream() -> None:
+    refusal = b"HTTP/1.1 407 No\r\ncontent-length: 0\r\n\r\n"
+    async with serving(says(refusal)) as proxy, connected(f"http://127.0.0.1:{proxy.port}") as network:
+        for _ in range(2):
+            with pytest.raises(
+                UpstreamUnreachable, match=r"^the proxy does not lead to the upstream \(HTTP 407\)$"
+            ) as told:
+                await network.exchange(post("http://upstream.example/"))
+            assert not told.value.retryable
+        assert len(proxy.heads) == 2
+        assert proxy.connections == 1
+    async with serving(says(refusal)) as server, connected() as network:
+        assert (await network.exchange(post(server.url()))).status == 407
+
+
 @pytest.mark.parametrize("url", ["http://upstream.example/", "https://upstream.example/"])
 async def test_a_proxy_that_is_away_is_not_taken_for_the_upstream(url: str) -> None:
     with socket.socket() as closed:

@@ -287,12 +287,25 @@ def test_an_unknown_models_name_comes_back_cut_and_harmless(name: str, fake: Fak
     assert not fake.calls
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "zstd", "gzip, identity", "nonsense"])
+@pytest.mark.parametrize("encoding", ["gzip", "GZIP", "deflate", "br", "zstd", "gzip, identity"])
 def test_a_compressed_body_is_a_415_and_is_not_unpacked(encoding: str, fake: FakeOpenAI, client: httpx.Client) -> None:
     bomb = gzip.compress(b'{"model":"m","input":"' + b"a" * 50_000_000 + b'"}')
     response = client.post("/v1/embeddings", content=bomb, headers={"content-encoding": encoding})
     refused(response, 415, "unsupported_encoding", None, "compressed")
     assert not fake.calls
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "application/json", "identity, utf-8", "nonsense"])
+def test_a_coding_that_compresses_nothing_changes_nothing(
+    encoding: str, fake: FakeOpenAI, client: httpx.Client
+) -> None:
+    """Some clients write the charset where a coding belongs."""
+    body = b'{"model":"%b","input":"hi"}' % MODEL.encode()
+    headers = {"content-encoding": encoding}
+    assert client.post("/v1/embeddings", content=body, headers=headers).status_code == 200
+    response = client.post("/v1/embeddings", content=gzip.compress(body), headers=headers)
+    refused(response, 400, "invalid_json", None, "not valid JSON")
+    assert len(fake.calls) == 1
 
 
 # --- unusual but valid -----------------------------------------------------------------------------------------

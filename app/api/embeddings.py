@@ -152,7 +152,7 @@ class Embeddings:
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
-        exchange.tenant = self._keys.tenant(exchange.headers)
+        exchange.tenant = self._keys.tenant(exchange.headers, scope["headers"])
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before admission, so that a caller that floods takes no room from others.

@@ -181,7 +181,8 @@ def _add_models(api: FastAPI, key: list[Any]) -> None:
 def _authenticate(request: Request) -> tuple[Gateway, Tenant]:
     """The gateway that answers the request, and the caller's tenant. Raises `InvalidApiKey`."""
     generation = _generation_of(request)
-    return generation.gateway, generation.keys.tenant(dict(request.scope["headers"]))
+    lines = request.scope["headers"]
+    return generation.gateway, generation.keys.tenant(dict(lines), lines)
 
 
 def _model_object(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:

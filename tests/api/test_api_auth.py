@@ -87,6 +87,15 @@ def test_a_key_in_any_of_the_three_headers_lets_its_owner_in(
     assert call.bearer == "sk-fake"
 
 
+@pytest.mark.parametrize("empty", ["Authorization:", "api-key:", "authorization: "])
+def test_an_empty_line_beside_a_key_counts_as_absent(empty: str, gateway: Running) -> None:
+    name = empty.partition(":")[0]
+    key = f"{name}: {ALL}" if name == "api-key" else f"{name}: Bearer {ALL}"
+    for given in ([key, empty], [empty, key]):
+        assert said(gateway, post(GOOD, *given)).status_code == 200
+        assert said(gateway, head("GET", "/v1/models", *given)).status_code == 200
+
+
 REFUSED: dict[str, tuple[dict[str, str], str]] = {
     "nothing": ({}, "didn't provide an API key"),
     "an empty bearer": ({"Authorization": "Bearer "}, "didn't provide an API key"),

@@ -190,15 +190,17 @@ class NetworkEngine:
             addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1, loop=connector
         )
         try:
-            _, connection = await loop.create_connection(
-                lambda: Connection(self._scratch),
-                sock=sock,
-                ssl=self._context() if origin.tls else None,
-                server_hostname=origin.host if origin.tls else None,
-            )
-        except BaseException:
+            context = self._context() if origin.tls else None
+        except OSError:
             sock.close()
             raise
+        # Closes the socket itself if it fails, but not at once: closed here, its number would be another's too soon.
+        _, connection = await loop.create_connection(
+            lambda: Connection(self._scratch),
+            sock=sock,
+            ssl=context,
+            server_hostname=origin.host if origin.tls else None,
+        )
         return connection
 
     async def _addresses(self, origin: _Origin) -> _Addresses:

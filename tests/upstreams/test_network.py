@@ -11,7 +11,7 @@ import tracemalloc
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -718,6 +718,34 @@ async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_ti
         with pytest.raises(UpstreamUnreachable, match="in time"):
             await network.exchange(post(f"https://127.0.0.1:{port}/"))
         await gone.wait()
+
+
+@on_each_loop
+def test_a_call_cancelled_as_its_connection_is_made_leaves_no_descriptor_in_use(
+    runs_on: Callable[[], asyncio.AbstractEventLoop], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+
+    async def exchange() -> None:
+        class Cancelling(Connection):
+            def connection_made(self, transport: asyncio.BaseTransport) -> None:
+                super().connection_made(transport)
+                call.cancel()
+
+        monkeypatch.setattr(networks, "Connection", Cancelling)
+        async with serving(says(OK), context) as server, connected() as network:
+            call = asyncio.create_task(network.exchange(post(server.url(scheme="https", host="localhost"))))
+            assert isinstance((await asyncio.gather(call, return_exceptions=True))[0], asyncio.CancelledError)
+            with ExitStack() as opened:
+                for _ in range(20):  # one of them has the descriptor, if it is free
+                    fresh = opened.enter_context(socket.socket())
+                    asyncio.get_running_loop().add_reader(fresh, fresh.close)
+                    asyncio.get_running_loop().remove_reader(fresh)
+            await until(lambda: server.closed == 1)
+
+    with asyncio.Runner(loop_factory=runs_on) as runner:
+        runner.run(exchange())
 
 
 # --- proxies ------------------------------------------------------------------------------------------------

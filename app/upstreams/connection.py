@@ -22,6 +22,10 @@ INITIAL_BODY = 2**20
 """Initial size of a body's buffer in bytes, doubled whenever it is full. Memory grows with what has arrived, not with
 what a reply announces."""
 
+LARGE_REQUEST = 64 * 2**10
+"""Bytes of a request above which an error may come before the rest of it is sent, which would delay the next request on
+the connection. How much is unsent cannot be told: it is in the buffers of the transport, of TLS and of the kernel."""
+
 _LENIENCIES = {
     "lenient_headers": True,
     "lenient_optional_cr_before_lf": True,
@@ -51,7 +55,7 @@ class Connection(asyncio.BufferedProtocol):
         self.closed = False
         """Whether it can carry no further requests."""
         self._waiter: asyncio.Future[WireReply] | None = None
-        self._tunnel = False
+        self._tunnel = self._large_request = False
         self._max_reply = 0
         self._parser: Any = None
         self._reset()
@@ -76,6 +80,7 @@ class Connection(asyncio.BufferedProtocol):
         """
         self._reset()
         self._max_reply, self._tunnel = max_reply, tunnel
+        self._large_request = len(request) > LARGE_REQUEST
         self._parser = httptools.HttpResponseParser(self)
         self._parser.set_dangerous_leniencies(**_LENIENCIES)
         self._waiter = waiter = asyncio.get_running_loop().create_future()
@@ -208,9 +213,8 @@ class Connection(asyncio.BufferedProtocol):
             self._succeed(body)
 
     def _succeed(self, body: bytes | bytearray) -> None:
-        reusable = self._tunnel or self._parser.should_keep_alive()
-        # After an early reply, the rest of its request would be sent ahead of the next.
-        if self._ends_at_close or not reusable or self.transport.get_write_buffer_size():
+        early = self._large_request and self._status >= 300
+        if self._ends_at_close or early or not (self._tunnel or self._parser.should_keep_alive()):
             self.close()  # without waiting for the peer's close_notify over TLS
         if waiter := self._end_exchange():
             waiter.set_result(WireReply(self._status, self._headers, body))

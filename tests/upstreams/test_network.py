@@ -320,9 +320,18 @@ async def test_a_connection_that_a_reply_ends_is_not_left_to_the_upstream_to_clo
 
 
 @on_each_loop
-def test_a_request_that_was_answered_before_it_was_sent_keeps_none_waiting(
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize("size", [10**5, 3 * 10**7])
+def test_a_request_that_was_refused_before_it_was_sent_keeps_none_waiting(
+    size: int,
+    scheme: str,
     runs_on: Callable[[], asyncio.AbstractEventLoop],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    context, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+
     async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if b"x-big" in await reader.readuntil(b"\r\n\r\n"):
             writer.write(b"HTTP/1.1 429 Too Many\r\ncontent-length: 0\r\n\r\n")
@@ -332,16 +341,26 @@ def test_a_request_that_was_answered_before_it_was_sent_keeps_none_waiting(
         writer.close()
 
     async def exchange() -> None:
-        listener = await asyncio.start_server(early, "127.0.0.1", 0)
-        url = f"http://127.0.0.1:{listener.sockets[0].getsockname()[1]}/"
+        listener = await asyncio.start_server(early, "127.0.0.1", 0, ssl=context if scheme == "https" else None)
+        url = f"{scheme}://localhost:{listener.sockets[0].getsockname()[1]}/"
         async with listener, connected() as network, asyncio.timeout(5):
-            assert (await network.exchange(post(url, bytes(3 * 10**7), {"x-big": "1"}))).status == 429
+            assert (await network.exchange(post(url, bytes(size), {"x-big": "1"}))).status == 429
             assert (await network.exchange(post(url))).status == 200
             answered.set()
 
     answered = asyncio.Event()
     with asyncio.Runner(loop_factory=runs_on) as runner:
         runner.run(exchange())
+
+
+async def test_after_a_refusal_of_a_small_request_or_an_answer_to_a_large_one_the_connection_is_used_again() -> None:
+    async def answer(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+        writer.write(OK if b"x-big" in head else OK.replace(b"200 OK", b"400 No"))
+
+    async with serving(answer) as server, connected() as network:
+        for status, body, headers in ((200, bytes(10**6), {"x-big": "1"}), (400, bytes(10**4), {})) * 2:
+            assert (await network.exchange(post(server.url(), body, headers))).status == status
+        assert server.connections == 1
 
 
 async def test_a_connection_on_which_somebody_speaks_unasked_is_closed() -> None:

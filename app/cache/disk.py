@@ -52,6 +52,7 @@ class DiskStore:
     ) -> None:
         self._path = path
         self._open_table: Callable[[], Table] = lambda: Table(path, max_size, ttl, clock.time)
+        self._max_size = max_size
         self._deadlines = Deadlines()
         self._timeout = timeout
         self._counts = Counts(metrics, self.name)
@@ -234,6 +235,9 @@ class DiskStore:
             self._table = self._open_table()
             self._write_size = self._table.write_size
             self._size = self._table.size
+            if self._table.max_size < self._max_size:
+                self._max_size = self._table.max_size  # it is said once
+                log.warning("disk cache: max_size is more than the file system holds: using %d bytes", self._max_size)
         return self._table
 
     def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:

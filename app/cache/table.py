@@ -6,6 +6,7 @@ Knows neither embeddings nor the event loop. Several processes may have the file
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -61,7 +62,8 @@ def _code(error: BaseException) -> int:
 
 class Table:
     """The file at `path`, created if missing. A value expires `ttl` seconds after it was written. As the size nears
-    `max_size` bytes, the least recently used values are evicted. `now` returns seconds since the epoch."""
+    `max_size` bytes, or the size of a smaller file system, the least recently used values are evicted. `now` returns
+    seconds since the epoch."""
 
     def __init__(self, path: str, max_size: int, ttl: float, now: Callable[[], float]) -> None:
         self._path = path
@@ -74,6 +76,12 @@ class Table:
         self._inode = file.stat().st_ino
         resolved = str(file.resolve())  # SQLite keeps its log beside the target of a link
         self._wal = resolved + "-wal"
+        # A file system that is full has no room for the log either, which evicting needs. By its size, not by what is
+        # free: one that others have filled must not cost the values that are there.
+        if total := shutil.disk_usage(path).total:  # some do not tell
+            max_size = min(max_size, total * 7 // 8)
+        self.max_size = max_size
+        """Bytes that the file may really take."""
         self._db = sqlite3.connect(path, timeout=_BUSY_TIMEOUT, isolation_level=None, check_same_thread=False)
         try:
             self._prepare(max_size)

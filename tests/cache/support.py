@@ -96,11 +96,11 @@ async def listening(
             await asyncio.gather(*talking)
 
 
-async def run(program: str, path: Path) -> subprocess.CompletedProcess[str]:
-    """Runs Python source in a process of its own, with the path as its argument."""
+async def run(program: str, path: Path, *before: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python source in a process of its own, with the path as its argument. `before`: the command that runs it."""
     return await asyncio.to_thread(
         subprocess.run,
-        [sys.executable, "-c", program, str(path)],
+        [*before, sys.executable, "-c", program, str(path)],
         cwd=Path(__file__).parents[2],
         timeout=LIMIT * 3,
         capture_output=True,

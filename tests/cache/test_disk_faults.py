@@ -1,4 +1,4 @@
-# ruff: noqa: ASYNC240  # a test may block its own event loop
+# ruff: noqa: ASYNC221, ASYNC240  # a test may block its own event loop
 """The disk tier with a faulty file: it costs hits, never a request."""
 
 import asyncio
@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import sqlite3
+import subprocess
 import sys
 import threading
 from collections.abc import Sequence
@@ -239,6 +240,38 @@ async def main():
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     await store.close()
 import logging
+logging.basicConfig()
+asyncio.run(main())
+"""
+
+
+_MOUNTS_1_MIB = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
+_MOUNTS_1_MIB += ['mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"']
+
+
+async def test_a_file_system_that_is_smaller_than_the_bound_is_the_bound(tmp_path: Path) -> None:
+    if subprocess.run([*_MOUNTS_1_MIB, tmp_path, "true"], capture_output=True, check=False).returncode:
+        pytest.skip("this machine lets nobody mount a file system of his own")
+    ended = await run(SMALL, tmp_path / "embeddings.sqlite3", *_MOUNTS_1_MIB, str(tmp_path))
+    assert ended.stdout.split() == ["[599]", "0", "up"], ended.stderr
+    assert ended.stderr.splitlines() == [
+        "WARNING:app.cache.disk:disk cache: max_size is more than the file system holds: using 917504 bytes"
+    ]
+
+
+SMALL = """
+import asyncio, logging, sys
+from app.cache.disk import DiskStore
+from app.metrics import Metrics
+from tests.cache.support import Clock, count, entries, present
+async def main():
+    metrics = Metrics()
+    store = DiskStore(sys.argv[1], 2**31, 86400, Clock(), metrics, timeout=20)
+    await store.open()
+    for start in range(0, 600, 20):
+        await store.put(entries(range(start, start + 20), dimensions=1024))
+    print(await present(store, 599), int(count(metrics, "disk", "set", "error")), store.status)
+    await store.close()
 logging.basicConfig()
 asyncio.run(main())
 """

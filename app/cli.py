@@ -73,6 +73,7 @@ def _open_standard_streams() -> None:
         while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
             pass
         os.close(number)
+        sys.stderr = sys.stderr or os.fdopen(2, "w")  # the interpreter has taken note that it was closed
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -105,6 +105,27 @@ def test_streams_that_are_closed_are_not_missed(tmp_path: Path, closed: str, wor
         assert process.wait(PATIENCE) == 0
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_without_a_standard_error_it_serves_without_a_log(tmp_path: Path, workers: str) -> None:
+    port = free_port()
+    command = [sys.executable, "-m", "app", "serve", "--port", str(port), "--workers", workers]
+    env = environment(EMBEDDING_GATEWAY__SERVER__DRAIN="0s")
+    url = f"http://127.0.0.1:{port}"
+    with Program(["sh", "-c", 'exec "$@" 2>&-', "sh", *command], env=env, cwd=tmp_path, text=True) as process:
+        until(lambda: process.poll() is not None or answers(f"{url}/healthz"), lambda: "no answer")
+        assert process.poll() is None
+        assert httpx.post(f"{url}/v1/embeddings", json={"model": "lexical", "input": "x"}).status_code == 200
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+
+
+def test_check_needs_no_standard_error(tmp_path: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" 2>&-', "sh", sys.executable, "-m", "app", "check"]
+    checked = subprocess.run(command, env=environment(), cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=False)
+    assert checked.returncode == 0
+    assert "lexical" in checked.stdout
+
+
 def test_where_there_is_nothing_to_put_in_place_of_a_closed_stream_the_program_starts_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

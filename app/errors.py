@@ -246,6 +246,19 @@ class Overloaded(GatewayError):
     stops_batch = True
 
 
+class Shortage(Overloaded):
+    """What the system has too little of: an operator may give it more."""
+
+
 class UpstreamUnavailable(Overloaded):
     code = "upstream_unavailable"
     retryable = True
+
+
+def shortage(fault: Exception) -> Shortage | None:
+    """The error if the system had no memory or no thread for a request; None for any other exception."""
+    if isinstance(fault, MemoryError):
+        return Shortage("the gateway is out of memory", retry_after=1)
+    if isinstance(fault, RuntimeError) and "can't start new thread" in str(fault):
+        return Shortage("the gateway is out of threads", retry_after=1)
+    return None

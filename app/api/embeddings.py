@@ -30,12 +30,14 @@ from app.errors import (
     InvalidRequest,
     MethodNotAllowed,
     Overloaded,
+    Shortage,
     SlowBody,
     UnsupportedEncoding,
     UpstreamTimeout,
+    shortage,
 )
 from app.gateway import Gateway
-from app.logs import RequestLine, RequestLog
+from app.logs import RequestLine, RequestLog, Seldom
 from app.pipeline.admit import INPUT_OVERHEAD, Admission
 from app.pipeline.quota import Permit, Quota
 from app.registry import PublicModel
@@ -45,6 +47,8 @@ _PATHS = frozenset(
     path + slash for path in ("/v1/embeddings", "/embeddings", "/openai/v1/embeddings") for slash in ("", "/")
 )
 _MODEL_PATH = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embeddings/?")
+LOG_INTERVAL = 60.0
+"""Seconds between two lines that tell of the same shortage."""
 LINGER = 5.0
 """Seconds to go on reading and discarding the rest of a rejected body."""
 
@@ -103,6 +107,7 @@ class Embeddings:
         self._server = gateway.settings.server
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
+        self._seldom = Seldom(LOG_INTERVAL, time.monotonic)
         self._serial_executor = ThreadPoolExecutor(1, thread_name_prefix="parse")
         """Parses the largest bodies one at a time, each to its end even if its caller has disconnected."""
         self._requests = metrics.requests.labels
@@ -129,9 +134,8 @@ class Embeddings:
             except asyncio.CancelledError:  # the server stops waiting, also for the rest of a body
                 exchange.reading = False
                 error = Overloaded("the gateway is stopping")
-            except Exception:
-                log.exception("request %s failed", exchange.id.decode())
-                error = GatewayError("internal error")
+            except Exception as fault:
+                error = shortage(fault) or _internal_error(exchange)
             finally:
                 if exchange.permit is not None:  # a request rejected for its content counts too
                     exchange.permit.close(counts=error is not None and not isinstance(error, Overloaded))
@@ -188,6 +192,8 @@ class Embeddings:
         """Returns the header lines and body of an error response. Ends the request's admission: there is little to
         send, but the rest of the request body may take long to arrive."""
         exchange.admission.leave()
+        if isinstance(error, Shortage) and self._seldom(error.message):
+            log.warning("%s", error.message)
         if error.model is not None:
             exchange.public = self._gateway.names.get(error.model)
         headers = render.error_headers(error)
@@ -339,6 +345,12 @@ class Embeddings:
             self._tokens(model, "", "cached").inc(usage.cached_tokens)
         if usage.shared_tokens:
             self._tokens(model, "", "deduplicated").inc(usage.shared_tokens)
+
+
+def _internal_error(exchange: _Exchange) -> GatewayError:
+    """The error for the exception being handled, a bug of ours."""
+    log.exception("request %s failed", exchange.id.decode())
+    return GatewayError("internal error")
 
 
 async def _embed_limited(permit: Permit, public: PublicModel, request: EmbedRequest) -> EmbedResult:

@@ -57,7 +57,7 @@ class EmbeddingsBody(Struct):
 
 def parse_body(raw: bytes, *, max_inputs: int, max_decoded: int, path_model: str | None = None) -> EmbeddingsBody:
     """Parses and validates a body. `max_decoded` limits the bytes of text decoded from token ids. `path_model`, the
-    model named in the path, takes precedence over the body's. Raises `InvalidRequest`."""
+    model named in the path, takes precedence over the body's. Raises `InvalidRequest`, and `MemoryError`."""
     body = _object(raw)
     model = path_model if path_model is not None else body.get("model")
     if not isinstance(model, str) or not model:
@@ -100,8 +100,10 @@ def _object(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _invalid_json(raw: bytes, error: orjson.JSONDecodeError) -> InvalidJson:
+def _invalid_json(raw: bytes, error: orjson.JSONDecodeError) -> InvalidJson | MemoryError:
     detail = str(error)
+    if "Not enough memory" in detail:
+        return MemoryError(detail)
     if "surrogates not allowed" in detail:  # orjson's message for any invalid UTF-8
         try:
             raw.decode()

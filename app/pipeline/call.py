@@ -16,6 +16,7 @@ from app.errors import (
     UpstreamInvalidResponse,
     UpstreamInvalidVector,
     UpstreamTimeout,
+    shortage,
 )
 from app.metrics import Metrics
 from app.pipeline import contract
@@ -97,14 +98,20 @@ class Call:
         request = self._adapter.build_request(batch, self._target)
         expected = REPLY_BASE + len(batch.inputs) * REPLY_PER_INPUT + MAX_ECHOES * len(request.body)
         request.max_reply = min(expected, MAX_REPLY)
-        reply = await self._auth(request, self._send)
-        if len(reply.body) > INLINE_PARSE_LIMIT:
-            return await asyncio.to_thread(self._parse, reply, batch)
-        if len(reply.body) > ONE_PER_TURN:
-            async with self._parsing:
-                await asyncio.sleep(0)
-                return self._parse(reply, batch)
-        return self._parse(reply, batch)
+        try:
+            reply = await self._auth(request, self._send)
+            if len(reply.body) > INLINE_PARSE_LIMIT:
+                return await asyncio.to_thread(self._parse, reply, batch)
+            if len(reply.body) > ONE_PER_TURN:
+                async with self._parsing:
+                    await asyncio.sleep(0)
+                    return self._parse(reply, batch)
+            return self._parse(reply, batch)
+        except (MemoryError, RuntimeError) as fault:
+            error = shortage(fault)
+            if error is None:
+                raise
+            raise error from None
 
     def _parse(self, reply: WireReply, batch: Batch) -> Parsed:
         """Raises `GatewayError` for a reply that is an error, or is not an embeddings reply."""

@@ -12,6 +12,7 @@ from app.errors import (
     Overloaded,
     QuotaExhausted,
     RateLimited,
+    Shortage,
     UpstreamError,
     UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
@@ -40,8 +41,8 @@ def found_missing_vectors(result: BatchResult, pending: Sequence[int], retried: 
 
 def worth_retrying(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
     """`elsewhere`: another deployment can be asked. It may have an open connection even if there is no room for a new
-    one."""
-    if isinstance(outcome, Embedding):
+    one. A reply that there was no memory to read has been paid for."""
+    if isinstance(outcome, Embedding | Shortage):
         return False
     return outcome.retryable or (elsewhere and (isinstance(outcome, _OWN_ERRORS) or is_local(outcome)))
 
@@ -65,7 +66,7 @@ def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:
 
 def is_local(error: Embedding | GatewayError | None) -> bool:
     """Whether no upstream had a part in it: there was no room here to ask one."""
-    return type(error) is Overloaded
+    return type(error) in (Overloaded, Shortage)
 
 
 def deployment_error(result: BatchResult) -> GatewayError | None:

@@ -52,8 +52,8 @@ _LIST = re.compile(rb"\[[ \t\r\n]*+[-0-9]")
 
 def load(raw: bytes | bytearray, inputs: int, *, sparse: bool = False) -> Any:
     """Like `orjson.loads`, but a list of numbers may already be a vector (float32 bytes), and so may the `embedding`
-    of each item of `data`. Raises `ValueError`, and `UpstreamInvalidResponse` if there is far more in it than the
-    embeddings of this many inputs: a small part takes hundreds of times as long as a number."""
+    of each item of `data`. Raises `ValueError`, `MemoryError`, and `UpstreamInvalidResponse` if there is far more in it
+    than the embeddings of this many inputs: a small part takes hundreds of times as long as a number."""
     parts = PARTS_BASE + (PARTS_PER_SPARSE if sparse else PARTS_PER_INPUT) * inputs
     # Only worth it for vectors, which show at once: a base64 reply has a dozen commas in all.
     text = _TEXT.search(raw, 0, 1024)
@@ -66,7 +66,12 @@ def load(raw: bytes | bytearray, inputs: int, *, sparse: bool = False) -> Any:
         pass
     if len(raw) > _SMALL and _count_parts(raw) > parts:
         raise UpstreamInvalidResponse("the upstream's reply has more lists, objects and strings than embeddings need")
-    return orjson.loads(raw)
+    try:
+        return orjson.loads(raw)
+    except orjson.JSONDecodeError as error:
+        if "Not enough memory" in str(error):
+            raise MemoryError(str(error)) from None
+        raise
 
 
 def _count_parts(raw: bytes | bytearray) -> int:

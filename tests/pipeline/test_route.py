@@ -25,6 +25,7 @@ from app.errors import (
     InvalidRequest,
     QuotaExhausted,
     RateLimited,
+    Shortage,
     UpstreamAuth,
     UpstreamError,
     UpstreamIgnoredDimensions,
@@ -1188,3 +1189,13 @@ async def test_one_call_after_another_goes_where_the_weights_say() -> None:
     served = Counter([(await run(both, batch("x"))).deployments[0] for _ in range(1000)])
     assert 680 < served["heavy/m"] < 820
     assert served["light/m"] == 1000 - served["heavy/m"]
+
+
+async def test_a_reply_that_there_was_no_memory_to_read_is_paid_for_nowhere_else() -> None:
+    error = Shortage("the gateway is out of memory", retry_after=1)
+    one, other = deployment("one", failing(error)), deployment("other", failing(error))
+    for _ in range(FAILURES):
+        result = await run(route(one, other), batch("x"))
+        assert (result.calls, result.outcomes) == (1, [error])
+        await run(route(one), batch("x"))
+    assert one.health.available(), "it says nothing about the deployment"

@@ -1,5 +1,7 @@
 import base64
 import json
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -267,3 +269,26 @@ def test_base64_in_what_is_no_json_is_refused(raw: bytes) -> None:
 def test_a_reply_in_base64_is_vectors_from_the_start() -> None:
     body = json_vectors.load(b'{"data":[{"index":0,"embedding":"AACAPw=="},{"index":1,"embedding":"AAAAQA=="}]}', 2)
     assert [row["embedding"] for row in body["data"]] == [vectors.from_numbers([1]), vectors.from_numbers([2])]
+
+
+def test_a_reply_that_there_is_no_memory_to_parse_is_not_taken_for_bad_json() -> None:
+    ended = subprocess.run([sys.executable, "-c", STARVED], capture_output=True, text=True, check=False)
+    assert ended.stdout.split() == ["MemoryError", "dict"], ended.stderr
+
+
+STARVED = """
+import resource
+from app.upstreams import json_vectors
+raw = b'{"data": "%s"}' % (b"x" * 2**23)
+def tried():
+    try:
+        print(type(json_vectors.load(raw, 1)).__name__)
+    except Exception as error:
+        print(type(error).__name__)
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+before = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (size + 2**24, before[1]))
+tried()
+resource.setrlimit(resource.RLIMIT_AS, before)
+tried()
+"""

@@ -1,0 +1,59 @@
+"""A machine that has no memory or no thread left: callers get a 503 they can repeat, and the log says why, once."""
+
+from __future__ import annotations
+
+import re
+import resource
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.processes import PATIENCE, metric, serving
+
+MIB = 2**20
+
+
+@contextmanager
+def starved(process: subprocess.Popen[str], spare: int) -> Iterator[None]:
+    """Lets the process have `spare` more bytes of memory; a thread takes 8 MiB for its stack."""
+    size = re.search(r"VmSize:\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text())
+    assert size
+    before = resource.prlimit(process.pid, resource.RLIMIT_AS)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (int(size[1]) * 1024 + spare, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_AS, before)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "spare", "reason"),
+    [
+        (["x" * 4000] * 2000, 60 * MIB, "memory"),  # orjson wants twelve times the body
+        (["x" * 4000] * 100, 4 * MIB, "threads"),  # a body that is parsed in a thread
+        ([f"{i} {'x' * 2000}" for i in range(11)], 4 * MIB, "threads"),  # `lexical` embeds this many in a thread
+    ],
+    ids=["body to parse", "body for a thread", "upstream's thread"],
+)
+def test_what_the_system_has_no_room_for_is_a_503_and_is_served_once_it_has(
+    tmp_path: Path, inputs: list[str], spare: int, reason: str
+) -> None:
+    body = {"model": "lexical", "input": inputs, "dimensions": 64}
+    with serving(tmp_path) as (url, process), httpx.Client(base_url=url, trust_env=False, timeout=PATIENCE) as client:
+        assert client.post("/v1/embeddings", json={"model": "lexical", "input": "warm"}).status_code == 200
+        with starved(process, spare):
+            for _ in range(3):
+                refused = client.post("/v1/embeddings", json=body)
+                assert refused.status_code == 503, refused.text
+                assert refused.json()["error"]["code"] == "overloaded"
+                assert refused.json()["error"]["message"] == f"the gateway is out of {reason}"
+                assert refused.headers["retry-after"] == "1"
+        assert client.post("/v1/embeddings", json=body).status_code == 200
+        assert metric(client.get("/metrics").text, "rejected_requests_total", 'reason="overloaded"') == 3
+    log = (tmp_path / "log").read_text()
+    assert "Traceback" not in log
+    assert log.count("level=warning") == log.count(f"the gateway is out of {reason}") == 1, log

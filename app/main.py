@@ -26,6 +26,7 @@ from app.config.watch import ConfigWatcher
 from app.gateway import Gateway
 from app.http.invalid import InvalidHttpLog
 from app.metrics import Metrics
+from app.upstreams.network import require_descriptor
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ GRACE = 10.0
 """Seconds to wait, beyond the request timeout, for requests in flight when their gateway has been replaced or the
 listener has closed."""
 
+NO_DESCRIPTOR_INTERVAL = 60.0
+"""Seconds between lines about a lack of file descriptors."""
 LAG_INTERVAL = 0.5
 """Seconds between measurements of the event loop's lag."""
 
@@ -167,12 +170,19 @@ class App:
         await send({"type": "lifespan.shutdown.complete"})
 
     async def _watch_lag(self) -> None:
-        """Measures the event loop's lag, by its own clock: whatever blocks the loop delays every request."""
+        """Measures the event loop's lag, by its own clock: whatever blocks the loop delays every request. Also warns
+        while no file descriptor is left: the event loop then closes new connections and tells nobody."""
         now = asyncio.get_running_loop().time
+        seldom = logs.Seldom(NO_DESCRIPTOR_INTERVAL, now)
         while True:
             due = now() + LAG_INTERVAL
             await asyncio.sleep(LAG_INTERVAL)
             self._metrics.loop_lag.observe(max(0.0, now() - due))
+            try:
+                require_descriptor()
+            except OSError as error:
+                if seldom():
+                    log.warning("new connections are closed unanswered (ulimit -n): %s", error.strerror)
 
     # --- reload --------------------------------------------------------------------------------------
 

@@ -34,6 +34,9 @@ BACKLOG = 2048
 CLOSE_DELAY = 0.25
 """Seconds after the listener has closed for requests that were already on their way over idle connections."""
 
+OTHER_DESCRIPTORS = 64
+"""Descriptors for all that is no caller's or upstream's connection: Redis, the disk cache, files, the event loop."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
 
@@ -243,11 +246,20 @@ def keep_freed_memory() -> None:
 
 def raise_descriptor_limit() -> None:
     """Raises the limit on file descriptors as far as allowed. The usual 1024 is for programs that must be able to use
-    `select`; beyond it connections are not accepted, and upstreams cannot be called."""
+    `select`; beyond it connections are closed unanswered, and upstreams cannot be called."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != hard:
         with contextlib.suppress(OSError, ValueError):  # some systems allow fewer than they report
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _warn_of_few_descriptors(settings: Settings) -> None:
+    """Warns if a process may run out of descriptors before anything else bounds its connections."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    calls = sum(upstream.max_concurrency for upstream in settings.upstreams.values())
+    needed = settings.server.max_inflight + calls + OTHER_DESCRIPTORS
+    if 0 < limit < needed:  # -1: no limit
+        log.warning("%d file descriptors (ulimit -n) are few: max_inflight and upstreams may take %d", limit, needed)
 
 
 def serve(
@@ -260,6 +272,8 @@ def serve(
     """
     keep_freed_memory()
     raise_descriptor_limit()
+    if parent is None:  # it has warned
+        _warn_of_few_descriptors(app.settings)
     config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
     server = Server(config, app, parent)
 
@@ -288,6 +302,7 @@ def serve_workers(
     The configuration is reloaded here, once for all workers. Returns the exit code. Raises `CannotListen`.
     """
     raise_descriptor_limit()
+    _warn_of_few_descriptors(app.settings)
     workers = Workers(command, app.settings, listener)
 
     async def run() -> int:

@@ -241,7 +241,7 @@ class NetworkEngine:
         """Created on first use, because it reads the system's certificates. Raises `OSError` if there is no descriptor
         to read them with: OpenSSL would report nothing, and trust nobody for the life of this process."""
         if self._tls is None:
-            _require_descriptor()
+            require_descriptor()
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
         return self._tls
@@ -264,7 +264,7 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
         addresses: _Addresses = []
         failed: Exception | None = None
         try:
-            _require_descriptor()  # without one, a process's first lookup reports an unknown host
+            require_descriptor()  # without one, a process's first lookup reports an unknown host
             addresses = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
         except Exception as error:
             failed = error
@@ -323,7 +323,7 @@ def _refused_by_proxy(status: int) -> UpstreamUnreachable:
     return error
 
 
-def _require_descriptor() -> None:
+def require_descriptor() -> None:
     """Raises `OSError` if no file descriptor is left, ahead of code that would not report it."""
     socket.socket(socket.AF_UNIX).close()  # unlike opening a file, this depends on no path
 

@@ -1,18 +1,21 @@
-"""A machine that has no memory or no thread left: callers get a 503 they can repeat, and the log says why, once."""
+"""A machine that has no memory, thread or file descriptor left: the log says so once, and callers that can be answered
+get a 503 they can repeat."""
 
 from __future__ import annotations
 
 import re
 import resource
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
-from tests.processes import PATIENCE, metric, serving
+from tests.processes import PATIENCE, Program, address, answers, environment, metric, serving, until
 
 MIB = 2**20
 
@@ -57,3 +60,26 @@ def test_what_the_system_has_no_room_for_is_a_503_and_is_served_once_it_has(
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
     assert log.count("level=warning") == log.count(f"the gateway is out of {reason}") == 1, log
+
+
+def test_who_has_no_descriptor_left_says_so_and_at_the_start_that_there_are_few(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = [sys.executable, "-m", "app", "serve", "--port", "0"]
+    with log.open("w") as file:
+        process = Program(
+            ["sh", "-c", 'ulimit -n 64; exec "$@"', "sh", *command],
+            env=environment(EMBEDDING_GATEWAY__SERVER__DRAIN="0s"), cwd=tmp_path, stderr=file, text=True,
+        )  # fmt: skip
+    few = "64 file descriptors (ulimit -n) are few"
+    none = "new connections are closed unanswered (ulimit -n): Too many open files"
+    with process, ExitStack() as held:
+        url = httpx.URL(address(log, process))
+        assert few in log.read_text()
+        for _ in range(80):
+            held.enter_context(socket.create_connection((url.host, url.port or 80)))
+        until(lambda: none in log.read_text(), log.read_text)
+        held.close()
+        until(lambda: answers(f"{url}/healthz"), log.read_text)
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
+    assert (log.read_text().count(few), log.read_text().count(none)) == (1, 1)

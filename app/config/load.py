@@ -2,13 +2,15 @@
 and reports all mistakes at once.
 
 The order of `load` is the order of precedence, lowest first: file or vendor variables, then `EMBEDDING_GATEWAY__…`.
-Touches only the file and, if it names no upstreams, the default ports of upstream types.
+Touches only the file, the one that SSL_CERT_FILE names and, if no upstreams are named, the default ports of upstream
+types.
 """
 
 from __future__ import annotations
 
 import json
 import socket
+import ssl
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,13 +84,14 @@ def load_with_origin(
     elif "REDIS_URL" in environ:
         tree.values["cache"] = {"redis": {"url": environ["REDIS_URL"]}}
         tree.variables["cache", "redis"] = "REDIS_URL"
+    certificates = _certificate_mistakes(environ)
     from_file = file is not None and bool(tree.values)
     # A file that cannot be read is one mistake; any other would only follow from its missing content.
     if not any(mistake.path == () for mistake in tree.mistakes):
         settings = _complete(tree, environ, kinds, listening)
-        if settings is not None:
+        if settings is not None and not certificates:
             return settings, from_file
-    raise ConfigError(tree.lines())
+    raise ConfigError([*tree.lines(), *certificates])
 
 
 def as_text(settings: Settings) -> str:
@@ -129,6 +132,18 @@ def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -
         tree.reject((), "is not UTF-8 text")
     else:
         read_yaml(text, environ, tree)
+
+
+def _certificate_mistakes(environ: Mapping[str, str]) -> list[str]:
+    """What is wrong with the trusted certificates' file. OpenSSL would ignore it and refuse every upstream instead."""
+    if file := environ.get("SSL_CERT_FILE"):
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(file)
+        except ssl.SSLError:
+            return ["SSL_CERT_FILE: holds no certificate in PEM format"]
+        except OSError as error:
+            return [f"SSL_CERT_FILE: cannot be read: {error.strerror}"]
+    return []
 
 
 def _complete(

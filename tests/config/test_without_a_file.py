@@ -30,12 +30,32 @@ def test_a_vendors_variables_switch_its_upstream_on_under_its_types_name(tmp_pat
     assert settings.upstreams["alpha"].base_url == "http://here/v1"
 
 
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("none.pem", "cannot be read: No such file or directory"),
+        ("", "cannot be read: Is a directory"),
+        ("text", "holds no certificate in PEM format"),
+    ],
+)
+def test_certificates_that_cannot_be_read_are_a_mistake(tmp_path: Path, name: str, problem: str) -> None:
+    (tmp_path / "text").write_text("no certificate")
+    variables = {"SSL_CERT_FILE": str(tmp_path / name), "EMBEDDING_GATEWAY__SERVER__PORT": "no number"}
+    with pytest.raises(ConfigError) as refused:
+        without_file(tmp_path, variables)
+    assert len(refused.value.mistakes) == 2
+    assert refused.value.mistakes[1] == f"SSL_CERT_FILE: {problem}"
+    with pytest.raises(ConfigError, match=r"^SSL_CERT_FILE: "):
+        without_file(tmp_path, {"SSL_CERT_FILE": variables["SSL_CERT_FILE"]})
+
+
 def test_an_empty_variable_counts_as_unset(tmp_path: Path) -> None:
     variables = {
         "ALPHA_API_KEY": "",
         "REDIS_URL": "",
         "EMBEDDING_GATEWAY_CONFIG": "",
         "EMBEDDING_GATEWAY__SERVER__PORT": "",
+        "SSL_CERT_FILE": "",
     }
     settings = without_file(tmp_path, variables)
     assert list(settings.upstreams) == ["plain"]

@@ -1,4 +1,4 @@
-"""Entry point of `embedding-gateway` and `python -m app`: sets up signals before anything is imported."""
+"""Entry point of `embedding-gateway` and `python -m app`: sets up signals, and numpy, before anything is imported."""
 
 import os
 import signal
@@ -13,6 +13,9 @@ def main() -> None:
     interrupt = signal.getsignal(signal.SIGINT)
     if interrupt is signal.default_int_handler:  # otherwise ignored, as in a script's background job
         signal.signal(signal.SIGINT, _end)
+    # numpy would start a thread per core, for products larger than any here. Where it may start none, it would end the
+    # process as if by Ctrl-C.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from app import cli
 
     signal.signal(signal.SIGINT, interrupt)

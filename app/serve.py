@@ -9,9 +9,9 @@ import logging
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import uvicorn
 
@@ -26,6 +26,8 @@ from app.metrics import ConfigMetrics
 from app.workers import ParentChannel, Workers
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 KEEP_ALIVE = 75
 """Seconds that a connection may be idle: longer than any load balancer in use keeps one."""
@@ -281,8 +283,7 @@ def serve(
         async with _admin(app, admin):
             await server.serve(sockets=[listener])
 
-    with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
-        runner.run(run())
+    _run(run(), config)
     if server.interrupted:
         raise KeyboardInterrupt
 
@@ -331,5 +332,15 @@ def serve_workers(
             watching.cancel()
             _ignore_signals()
 
-    with asyncio.Runner(loop_factory=uvicorn.Config(app, log_config=None).get_loop_factory()) as runner:
-        return runner.run(run())
+    return _run(run(), uvicorn.Config(app, log_config=None))
+
+
+def _run(main: Coroutine[Any, Any, T], config: uvicorn.Config) -> T:
+    """Runs it to its end, in an event loop of uvicorn's choice."""
+    runner = asyncio.Runner(loop_factory=config.get_loop_factory())
+    try:
+        return runner.run(main)
+    finally:
+        # Waiting for the other threads takes one more. The program ends here: it is no failure if there is none.
+        with contextlib.suppress(RuntimeError):
+            runner.close()

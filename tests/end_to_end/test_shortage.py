@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -30,7 +30,8 @@ def starved(process: subprocess.Popen[str], spare: int) -> Iterator[None]:
     try:
         yield
     finally:
-        resource.prlimit(process.pid, resource.RLIMIT_AS, before)
+        with suppress(ProcessLookupError):  # it has ended
+            resource.prlimit(process.pid, resource.RLIMIT_AS, before)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +84,17 @@ def test_who_has_no_descriptor_left_says_so_and_at_the_start_that_there_are_few(
         process.terminate()
         assert process.wait(PATIENCE) == 0
     assert (log.read_text().count(few), log.read_text().count(none)) == (1, 1)
+
+
+def test_it_ends_well_where_no_thread_can_be_started(tmp_path: Path) -> None:
+    with serving(tmp_path) as (url, process):
+        assert httpx.get(f"{url}/metrics").status_code == 200  # in a thread, so there is a pool to shut down
+        with starved(process, 4 * MIB):
+            process.terminate()
+            assert process.wait(PATIENCE) == 0
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_it_starts_without_a_thread_beside_its_own(tmp_path: Path) -> None:
+    with serving(tmp_path) as (_, process):
+        assert len(list(Path(f"/proc/{process.pid}/task").iterdir())) == 1

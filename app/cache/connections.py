@@ -61,8 +61,9 @@ class Connections:
     async def exchange(self, commands: Sequence[Command]) -> list[object]:
         """Pipelines all commands and returns one reply per command; an error reply is returned, not raised.
 
-        Raises what the connection raises if the exchange is not completed. Whether a fault or a cancellation cut it
-        short, the connection is then closed, so that no reply is left for the next caller to read (CVE-2023-28858).
+        Raises what the connection raises if the exchange is not completed, or the error reply it ended with. Whether a
+        fault or a cancellation cut it short, the connection is then closed, so that no reply is left for the next
+        caller to read (CVE-2023-28858).
         """
         connection = await self._take()
         replies: list[object] = []
@@ -74,12 +75,15 @@ class Connections:
                     replies.append(await connection.read_response())
                 except self._refusal as refusal:
                     replies.append(refusal)
-                    moved = moved or isinstance(refusal, self._moved)
+                    # After a protocol error the server hangs up.
+                    moved = moved or isinstance(refusal, self._moved) or str(refusal).startswith("Protocol error")
         except BaseException as fault:
             await self._discard(connection)
             if isinstance(fault, Exception):
                 # What broke this connection has probably broken the idle ones as well.
                 await self.drop_idle()
+                if replies and isinstance(replies[-1], self._refusal):
+                    raise replies[-1] from None  # which says why the server hung up
             raise
         if moved or self._closed:
             await self._discard(connection)

@@ -272,7 +272,8 @@ class RedisStore:
             self._health.recovered(operation)
             return
         cause = error.__cause__ or error  # redis-py wraps an error reply to the handshake over a unix socket
-        if isinstance(cause, _BAD_CREDENTIALS):
+        # Without a password, a long command is refused in other words than a short one.
+        if isinstance(cause, _BAD_CREDENTIALS) or "unauthenticated" in str(cause):
             self._health.failing(operation, "the server refuses our credentials", logging.ERROR)
         elif isinstance(cause, NoPermissionError):
             self._health.failing(

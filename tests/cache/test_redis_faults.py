@@ -232,6 +232,23 @@ async def test_a_wrong_password_is_said_loudly_and_once(
             await store.close()
 
 
+async def test_a_password_that_is_missing_is_named_whatever_the_length_of_the_commands(
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+) -> None:
+    """Without one, Redis answers a command of more than ten parts with a protocol error, and hangs up."""
+    with RedisServer(password="right-0ne", port=unused_tcp_port) as server:
+        store = build(server, clock, metrics, url=server.url_with(None))
+        with caplog.at_level(logging.DEBUG):
+            for count_of_keys in (1, 12, 1, 12):
+                assert await store.get([key(number) for number in range(count_of_keys)]) == [None] * count_of_keys
+                assert store.status == "down: the server refuses our credentials"
+                clock.advance(60)
+        assert {record.getMessage() for record in caplog.records} == {
+            "redis cache: get fails, requests are served without it: the server refuses our credentials"
+        }
+        await store.close()
+
+
 async def test_a_right_that_our_user_lacks_is_named(
     clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
 ) -> None:

@@ -23,7 +23,7 @@ from app.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-PREFIX = b"{eg:limits}:1:"
+PREFIX = b"{eg:limits}:2:"
 """Precedes every key. The braces, a hash tag, keep all keys on one node of a cluster."""
 
 REPLICA_TTL = 60
@@ -44,39 +44,42 @@ local replicas = redis.call('ZCARD', KEYS[2])
 
 local function exact(number) return string.format('%.17g', number) end
 
-local state = redis.call('HMGET', KEYS[1], 'at', 'requests', 'tokens')
-local elapsed = math.max(0, now - (tonumber(state[1]) or now))
+local state = redis.call('HMGET', KEYS[1], 'requests', 'requests_at', 'tokens', 'tokens_at', 'full_at')
 local buckets, wait = {}, 0
 for i = 1, 2 do
   local at = 3 + (i - 1) * 5
   local rate, burst = tonumber(ARGV[at]) / 60, tonumber(ARGV[at + 1])
   if rate > 0 then
-    local level = tonumber(state[i + 1]) or burst
+    local level = tonumber(state[2 * i - 1]) or burst
+    local elapsed = math.max(0, now - (tonumber(state[2 * i]) or now))
     level = math.min(burst, level + elapsed * rate) - tonumber(ARGV[at + 2])
     local short = math.min(tonumber(ARGV[at + 3]), burst) - level
     if short > 0.000001 then wait = math.max(wait, short / rate) end
     buckets[i] = {rate = rate, burst = burst, level = level, take = tonumber(ARGV[at + 4])}
   end
 end
-local levels, rest = {'0', '0'}, 0
+local levels, rest = {'0', '0'}, math.max(0, (tonumber(state[5]) or 0) - now)
 for i = 1, 2 do
   local bucket = buckets[i]
   if bucket then
     if wait == 0 then bucket.level = bucket.level - bucket.take end
     levels[i] = exact(bucket.level)
     rest = math.max(rest, (bucket.burst - bucket.level) / bucket.rate)
-    redis.call('HSET', KEYS[1], i == 1 and 'requests' or 'tokens', levels[i])
+    local name = i == 1 and 'requests' or 'tokens'
+    redis.call('HSET', KEYS[1], name, levels[i], name .. '_at', exact(now))
   end
 end
 if next(buckets) then
-  redis.call('HSET', KEYS[1], 'at', exact(now))
+  redis.call('HSET', KEYS[1], 'full_at', exact(now + rest))
   redis.call('EXPIRE', KEYS[1], math.ceil(rest) + 1)
 end
 return {exact(wait), levels[1], levels[2], replicas}
 """)
 """Takes requests and tokens together or not at all. Arguments per bucket: rate per minute (0: unlimited), burst, the
-amount owed in any case, the amount that must be available, the amount then taken. An untouched bucket expires once it
-is full again: an absent bucket is a full one. The server's clock decides; a jump back counts as no time elapsed."""
+amount owed in any case, the amount that must be available, the amount then taken. Each bucket has its own time, and one
+that a question is not about stays as it is: replicas may limit one name by different kinds. Untouched buckets expire
+once both are full again: an absent bucket is a full one. The server's clock decides; a jump back counts as no time
+elapsed."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,13 +151,31 @@ async def test_it_fills_by_the_servers_clock(replica: Replica, client: redis.asy
     for _ in range(5):
         await must(shared, b"a", limit())
     assert (await must(shared, b"a", limit())).wait > 0
-    at = float((await client.hget(PREFIX + b"a", "at")) or 0)
+    at = float((await client.hget(PREFIX + b"a", "requests_at")) or 0)
     assert before[0] <= at < (await client.time())[0] + 1
-    await client.hset(PREFIX + b"a", "at", repr(at - 90))
+    await client.hset(PREFIX + b"a", "requests_at", repr(at - 90))
     assert (await must(shared, b"a", limit())).wait == 0
     assert 0 < (await must(shared, b"a", limit())).wait <= 30
-    await client.hset(PREFIX + b"a", "at", repr(at + 10**6))
+    await client.hset(PREFIX + b"a", "requests_at", repr(at + 10**6))
     assert 0 < (await must(shared, b"a", limit())).wait <= 60, "a clock that was set back stands still"
+
+
+async def test_a_question_about_one_kind_of_limit_leaves_the_other_as_it_is(
+    replica: Replica, client: redis.asyncio.Redis
+) -> None:
+    """As in a rolling change of the configuration that adds or drops one."""
+    old, new = replica(), replica()
+    requests, tokens = limit(requests=5), limit(requests=None, tokens=100)
+    for _ in range(5):
+        await must(old, b"a", requests)
+    at = float(await client.hget(PREFIX + b"a", "requests_at") or 0)
+    await client.hset(PREFIX + b"a", "requests_at", repr(at - 90))
+    lasts = await client.ttl(PREFIX + b"a")
+    assert (await must(new, b"a", tokens)).tokens == 99
+    assert await client.ttl(PREFIX + b"a") >= lasts - 1, "forgotten before it is full, it would be taken for full"
+    assert (await must(old, b"a", requests)).requests == pytest.approx(0.5, abs=0.1), "what it has refilled is its own"
+    assert 0 < (await must(old, b"a", requests)).wait <= 30
+    assert (await must(new, b"a", tokens)).tokens == pytest.approx(98, abs=0.1)
 
 
 async def test_nothing_stays_for_ever(replica: Replica, client: redis.asyncio.Redis) -> None:

@@ -87,7 +87,7 @@ class Batcher:
                 # It waited for these as they failed, so nobody else has been told.
                 self._on_drop([job.key for job in jobs if isinstance(job.outcome, GatewayError)])
                 raise
-            raise deadline_error(jobs) from None
+            raise deadline_error(jobs, request) from None
         finally:
             if waiter.missing:
                 self._abandon(waiter, jobs)

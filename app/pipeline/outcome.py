@@ -44,15 +44,12 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
         if len(call_records) == 1:
             return EmbedResult(embeddings, sources, call_records[0].calls, call_records[0].deployments)
     else:
-        positions = request.positions or range(len(jobs))
-        others = [job.outcome for job in jobs if not isinstance(job.outcome, Embedding | ContextLengthExceeded)]
-        if others or not request.collect_too_long:
-            error = _error(jobs, positions, too_long=not request.collect_too_long)
+        if error := _error(jobs, request):
             error.calls = sum([call_record.calls for call_record in call_records])
             raise error
-        for i, job in enumerate(jobs):
+        for i, (position, job) in enumerate(zip(_positions(request), jobs, strict=True)):
             if isinstance(job.outcome, ContextLengthExceeded):
-                too_long[i] = job.outcome.at_input(positions[i])
+                too_long[i] = job.outcome.at_input(position)
         embeddings = [outcome if isinstance(outcome, Embedding) else NO_EMBEDDING for outcome in outcomes]
     return EmbedResult(
         embeddings=embeddings,
@@ -63,12 +60,17 @@ def collect(jobs: list[Job], sources: list[Source], request: EmbedRequest) -> Em
     )
 
 
-def deadline_error(jobs: Sequence[Job]) -> GatewayError:
+def deadline_error(jobs: Sequence[Job], request: EmbedRequest) -> GatewayError:
     """The error of a request whose deadline has passed before its jobs were done."""
     calls = sum([record.calls for record in _call_records(jobs)])
-    if not calls:  # no upstream was slow: too much was ahead of it in the queue
-        return Overloaded("no upstream call was free before the request's deadline", retry_after=1)
-    error = UpstreamTimeout("no upstream call was answered before the request's deadline")
+    error = _error(jobs, request, ignored=(UpstreamTimeout,))  # any other says more than that time is up
+    if error is None and not calls:  # no upstream was slow: too much was ahead of it in the queue
+        error = Overloaded("no upstream call was free before the request's deadline", retry_after=1)
+    elif error is None:
+        # By the caller's own index: an input may be embedded in pieces.
+        outcomes = zip(_positions(request), [job.outcome for job in jobs], strict=True)
+        missing = {position for position, outcome in outcomes if isinstance(outcome, UpstreamTimeout | None)}
+        error = UpstreamTimeout(f"{len(missing)} of the inputs had no answer before the request's deadline")
     error.calls = calls
     return error
 
@@ -77,15 +79,26 @@ def _call_records(jobs: Sequence[Job]) -> list[CallRecord]:
     return [record for record in dict.fromkeys([job.call_record for job in jobs]) if record]
 
 
-def _error(jobs: list[Job], positions: Sequence[int], *, too_long: bool) -> GatewayError:
+def _positions(request: EmbedRequest) -> Sequence[int]:
+    """Each input's index in the caller's request."""
+    return range(len(request.inputs)) if request.positions is None else request.positions
+
+
+def _error(
+    jobs: Sequence[Job], request: EmbedRequest, *, ignored: tuple[type[GatewayError], ...] = ()
+) -> GatewayError | None:
     """The request's one error: a refusal of its inputs, naming each by the caller's own index, or else the first error
-    in input order. A refusal tells the caller more than trouble that may pass. `too_long`: whether it is also about
-    inputs that are too long, which are not to be cut."""
+    in input order. A refusal tells the caller more than trouble that may pass. None if there is none, apart from those
+    `ignored` and, if the request collects them, those of inputs that are too long."""
+    if request.collect_too_long:
+        ignored += (ContextLengthExceeded,)
     errors = [
         (position, job.outcome)
-        for position, job in zip(positions, jobs, strict=True)
-        if isinstance(job.outcome, GatewayError) and (too_long or not isinstance(job.outcome, ContextLengthExceeded))
+        for position, job in zip(_positions(request), jobs, strict=True)
+        if isinstance(job.outcome, GatewayError) and not isinstance(job.outcome, ignored)
     ]
+    if not errors:
+        return None
     refused = [(position, error) for position, error in errors if isinstance(error, InvalidRequest)]
     position, error = (refused or errors)[0]
     reported = error.at_input(position)

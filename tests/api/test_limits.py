@@ -345,6 +345,34 @@ def test_waiting_for_a_slot_is_part_of_the_requests_time(fake: FakeOpenAI) -> No
         assert gateway.metric("inflight_requests") == 0
 
 
+@pytest.mark.parametrize(
+    ("second", "status", "code", "param", "says"),
+    [
+        ("c", 504, "upstream_timeout", None, "3 of the inputs had no answer before the request's deadline"),
+        ("refused", 400, "invalid_value", "input[2]", "refused"),
+    ],
+)
+def test_whose_time_is_up_is_told_what_has_failed_or_how_many_inputs_had_no_answer(
+    second: str, status: int, code: str, param: str | None, says: str, fake: FakeOpenAI
+) -> None:
+    models = {"m": {"deployments": [{"upstream": "up", "model": MODEL}], "max_batch": 1}}
+    settings = config(fake, {"max_concurrency": 1}, server={"request_timeout": "2s"}, models=models, cache={})
+    fake.fail(faults.vendor_error("bad_input"), times=None, when=lambda texts: texts == ["refused"])
+    with running(settings) as gateway, ThreadPoolExecutor() as pool:
+        assert gateway.post({"model": "m", "input": "cached"}).status_code == 200
+        fake.hold()
+        asked = pool.submit(gateway.post, {"model": "m", "input": ["cached", "b", second, "d", "e", "f"]})
+        for calls in (2, 3):
+            fake.wait_for_calls(calls)
+            fake.release(1)
+        fake.wait_for_calls(4)
+        response = asked.result()
+        error = error_of(response)
+        assert (response.status_code, error["code"], error["param"]) == (status, code, param)
+        assert says in error["message"]
+        assert response.headers["x-embedding-upstream-calls"] == "3"
+
+
 def test_who_had_no_call_until_its_time_was_up_is_told_of_overload_and_not_of_a_slow_upstream(fake: FakeOpenAI) -> None:
     models = {"m": {"deployments": [{"upstream": "up", "model": MODEL}], "max_batch": 1}}
     settings = config(fake, {"max_concurrency": 1}, server={"request_timeout": "1s"}, models=models)

@@ -24,6 +24,8 @@ from app.config.tree import Path, Tree
 
 PREFIX = "EMBEDDING_GATEWAY__"
 _DELIMITER = "__"
+_VERBATIM = (("headers",), ("query",))
+"""Mappings of an upstream whose keys are sent as spelled: `API_VERSION` may be `api-version` or `apiVersion`."""
 _LAST_NAME = 2
 """Index of the last step that may be an operator-chosen name with something below it: `auth.keys.NAME`."""
 
@@ -129,6 +131,9 @@ class _Override:
         alike = [key for key in node if _normalized(key) == _normalized(step)]
         if len(alike) > 1:
             self._refuse((*path, step), f"may mean {' or '.join(alike)}")
+            return None
+        if not alike and path[:1] == ("upstreams",) and path[2:] in _VERBATIM:
+            self._refuse((*path, step), f"a variable cannot spell a new key; set {path[2]} as a whole: {{..}} as JSON")
             return None
         return alike[0] if alike else step
 

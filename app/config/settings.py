@@ -199,7 +199,16 @@ class UpstreamSettings(Section):
             raise ValueError("set api_key or api_keys, not both")
         if self.key_variable:
             self.need_key(self.key_variable)
+        setting = "api_key" if self.api_key is not None else "api_keys" if self.api_keys else ""
+        for name in self.headers:
+            if setting and name.lower() == self.key_header:
+                raise ValueError(f"headers: {name} would replace {setting}; leave one of them out")
         return self
+
+    @property
+    def key_header(self) -> str:
+        """The header that `api_key` is sent in, in lower case; empty if it is in none."""
+        return "authorization"
 
     def need_key(self, variable: str) -> None:
         """Raises a `ValueError` that says what to set if there is no key."""

@@ -71,6 +71,10 @@ class BaiduSettings(UpstreamSettings):
             _require(self.secret_key, "secret_key", 'set it here, for instance to "${BAIDU_SECRET_KEY}"')
         return self
 
+    @property
+    def key_header(self) -> str:
+        return "authorization" if self.mode == "v2" else ""
+
 
 def _require(value: SecretStr | None, name: str, how: str) -> None:
     if value is None:

@@ -23,6 +23,7 @@ class GeminiSettings(UpstreamSettings):
     type: Literal["gemini"] = "gemini"
     base_url: str = "https://generativelanguage.googleapis.com/v1beta"
     key_variable: ClassVar = "GEMINI_API_KEY"
+    key_header: ClassVar = "x-goog-api-key"  # not `?key=`, which ends up in logs
 
 
 def build_request(batch: Batch, target: Target) -> WireRequest:
@@ -87,7 +88,7 @@ KIND = UpstreamKind(
     name="gemini",
     settings=GeminiSettings,
     adapter=adapter,
-    auth=auth.by_header("x-goog-api-key", parse_error),  # not `?key=`, which ends up in logs
+    auth=auth.by_header(GeminiSettings.key_header, parse_error),
     unlisted_model=unlisted_model,
     vendor_variables=(VendorVariable("api_key", "GEMINI_API_KEY", alternative="GOOGLE_API_KEY"),),
 )

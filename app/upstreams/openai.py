@@ -55,6 +55,10 @@ class OpenAISettings(UpstreamSettings):
             self.need_key("OPENAI_API_KEY")
         return self
 
+    @property
+    def key_header(self) -> str:
+        return {"bearer": "authorization", "api-key": "api-key", "none": ""}[self.auth]
+
 
 def request_builder(
     path: str, query: Mapping[str, str], encoding_format: str | None
@@ -136,7 +140,7 @@ def credentials(settings: OpenAISettings, clock: Clock, _tokens: TokenStore | No
         return auth.NoAuth()
     keys = auth.keys(settings)
     if settings.auth == "api-key":
-        return auth.in_header("api-key", keys, parse_error, clock)
+        return auth.in_header(settings.key_header, keys, parse_error, clock)
     return auth.bearer(keys, parse_error, clock)
 
 

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from app.clock import Clock
-from app.types import Batch, Params, Target, WireRequest
+from app.types import Batch, Params, Target, WireReply, WireRequest
 from app.upstreams import UPSTREAMS
 from app.upstreams.access_token import AccessToken
 from app.upstreams.auth import HeaderKey, NoAuth
@@ -122,6 +122,36 @@ class NoClock:
 def test_credentials_follow_from_the_settings(given: dict[str, Any], kind: type) -> None:
     clock: Clock = NoClock()
     assert type(UPSTREAMS[given["type"]].auth(settings_of(**given), clock, None)) is kind
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"type": "dashscope", "api_key": "k"},
+        {"type": "openai", "api_key": "k"},
+        {"type": "openai", "api_key": "k", "auth": "api-key"},
+        {"type": "openai", "api_key": "k", "auth": "none"},
+        {"type": "gemini", "api_key": "k"},
+        {"type": "ollama", "api_keys": ["k", "l"]},
+        {"type": "baidu", "mode": "v2", "api_key": "bce-v3/a/s"},
+    ],
+    ids=str,
+)
+async def test_the_header_of_the_key_is_no_header_to_configure_and_any_other_is(given: dict[str, Any]) -> None:
+    sent: list[WireRequest] = []
+
+    async def send(request: WireRequest) -> WireReply:
+        sent.append(request)
+        return WireReply(200, {}, b"{}")
+
+    clock: Clock = NoClock()
+    await UPSTREAMS[given["type"]].auth(settings_of(**given), clock, None)(WireRequest("POST", "http://x"), send)
+    for header in ("Authorization", "API-Key", "X-Goog-Api-Key"):
+        if header.lower() in sent[0].headers:
+            with pytest.raises(ValidationError, match=f"headers: {header} would replace api_key"):
+                settings_of(**given, headers={header: "mine"})
+        else:
+            assert settings_of(**given, headers={header: "mine"}).headers == {header: "mine"}
 
 
 @pytest.mark.parametrize(

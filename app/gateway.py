@@ -95,6 +95,7 @@ class Gateway:
         for trouble in (*self.registry.unfit(), *self.unserved()):
             log.warning("%s", trouble)
         self._tasks.append(asyncio.create_task(canary.watch(lambda: self.fleet.canaries, self._clock)))
+        self._tasks.append(asyncio.create_task(canary.check_urgent(self.fleet.urgent, self._clock)))
         if any(upstream.discovers for upstream in self.upstreams.values()):
             self._tasks.append(asyncio.create_task(self._refresh_forever()))
 

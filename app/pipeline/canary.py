@@ -37,7 +37,10 @@ within the last `CHECK_INTERVAL`: two models may take turns behind its address, 
 of them."""
 ROUND = 10.0
 """Seconds between two rounds; each makes the checks that are due. A deployment that takes no traffic until it has been
-compared is checked in every round, so that it is used soon after it answers."""
+compared is checked in every round, so that it is used soon after it answers; for the first time at once when its
+model is first used, or the others fail."""
+URGENT_INTERVAL = 1.0
+"""Seconds between two checks of one canary that are made outside the rounds."""
 TIMEOUT = 600.0
 """Seconds a deployment has to answer; its upstream's own `timeout` is usually shorter. One that does not answer is
 judged by its traffic, not here."""
@@ -113,6 +116,7 @@ class Canary:
         self._last_asked: dict[Deployment, tuple[float, bool]] = {}
         """When each was last asked, and whether it answered then."""
         self._checking = False
+        self._hurried_at = -math.inf
         self._interchangeable = len(deployments) > 1
         """Whether they stand in for each other."""
         self._compared_without_cache = False
@@ -141,6 +145,18 @@ class Canary:
         )
         return (self._from_start or used or self._any_out) and not self._checking and bool(self._due_deployments(now))
 
+    def hurry(self, now: float) -> bool:
+        """Whether a check begins now, since callers need a deployment that has not been compared. Not while the space
+        has no reference and one has answered callers: it may fail in passing, and the vector of another, which may be
+        wrong, would become the reference."""
+        known = self._references.knows(self._space)
+        if not known and any(deployment.health.answered for deployment in self._deployments):
+            return False
+        if now - self._hurried_at < URGENT_INTERVAL or not self.due(now):
+            return False
+        self._hurried_at = now
+        return True
+
     def _due_deployments(self, now: float) -> list[Deployment]:
         """The deployments that are due; all of them, once the cache can be read after a comparison without it."""
         if self._compared_without_cache and self._references.readable:
@@ -168,7 +184,7 @@ class Canary:
         alone, so a deployment that was compared before and is not asked keeps its traffic.
         """
         due = self._due_deployments(now)
-        if not due:  # it waited for other checks, and is no longer due
+        if not due or self._checking:  # it waited for other checks, and is no longer due
             return
         self._checking = True
         try:
@@ -323,6 +339,16 @@ async def watch(canaries: Callable[[], Sequence[Canary]], clock: Clock) -> None:
         for task in running.values():
             task.cancel()
         await asyncio.gather(*running.values(), return_exceptions=True)
+
+
+async def check_urgent(urgent: asyncio.Queue[Canary], clock: Clock) -> None:
+    """Checks the canaries in the queue at once, not in turn with the others of their upstreams, until it is
+    cancelled."""
+    async with asyncio.TaskGroup() as checks:
+        while True:
+            canary = await urgent.get()
+            if canary.hurry(clock.monotonic()):
+                checks.create_task(_check_in_turn([canary], clock))
 
 
 async def _check_in_turn(canaries: Sequence[Canary], clock: Clock) -> None:

@@ -43,6 +43,8 @@ class Fleet:
             before._references if before else ReferenceVectors(cache if cache.persistent else None)
         )
         """The canaries': what a space is expected to return outlives a change of configuration."""
+        self.urgent: asyncio.Queue[Canary] = before.urgent if before else asyncio.Queue()
+        """Those whose callers need a deployment that has not been compared."""
         self._deployments: dict[tuple[str, Model, str], Deployment] = {}
         self._spaces: set[str] = set()
         """Spaces in which a deployment is known or taken to be right: any other one there has to be compared first."""
@@ -102,6 +104,7 @@ class Fleet:
             canary = Canary(
                 route.rotation.deployments, self._references, from_start=configured and len(deployments) > 1
             )
+            route.on_need = partial(self.urgent.put_nowait, canary)
             batcher = Batcher(route, self._metrics, self._clock, self._cache.release_claims)
             self._cache.embedders.add(batcher)
             self._batchers[deployments] = batcher, canary

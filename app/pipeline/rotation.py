@@ -116,6 +116,12 @@ class Rotation:
         not_silent = [each for each in eligible if each.health.silent is None]
         return sorted(not_silent, key=lambda each: (not each.health.answered, each.health.ejected))[:1] or eligible
 
+    def uncompared(self, params: Params) -> list[Deployment]:
+        """Those that get no call with these parameters only because they have not been compared."""
+        allowed = [each for each in self.deployments if each.supports(params) and each.health.out is None]
+        eligible = self.eligible(params)
+        return [each for each in allowed if each not in eligible]
+
     def other_in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
         """Whether a deployment other than `avoid` may take a call before the deadline: now, or once its rate limit has
         passed."""

@@ -89,6 +89,10 @@ class Route:
         """`jitter` returns random numbers from 0 to 1."""
         self.rotation = Rotation(deployments, clock, jitter)
         self._metrics, self._clock, self._jitter = metrics, clock, jitter
+        self.on_need: Callable[[], None] = lambda: None
+        """Called when a deployment that may soon be needed is not used before it has been compared, and has not been
+        asked for that yet: at the first call, and at each that fails."""
+        self._used = False
         self._budget = Budget()
         self._deadlines = Deadlines()
 
@@ -101,12 +105,21 @@ class Route:
         connection to it, are retried on another deployment only. Nothing is retried once nobody waits for the batch.
         """
         self._budget.earn()
+        if not self._used:
+            self._used = True
+            self._hurry_comparison(batch)
         result = await self._attempt(batch, slot)
         result.deployments = (slot.deployment.name,)
         if not verdict.fully_embedded(result):
+            if any(verdict.worth_retrying(outcome, True) for outcome in result.outcomes):
+                self._hurry_comparison(batch)
             await self._retry(batch, result, slot, lane)
             self._report_outage(batch, result)
         return result
+
+    def _hurry_comparison(self, batch: Batch) -> None:
+        if any(each.health.silent is None for each in self.rotation.uncompared(batch.params)):
+            self.on_need()
 
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
         """Makes a second call, and merges its outcomes into `result`, that of the call on `slot`."""
@@ -141,9 +154,10 @@ class Route:
         )
         if result.late or not down:
             return
+        others = " or has not shown its vectors yet" if self.rotation.uncompared(batch.params) else ""
         for i, outcome in enumerate(result.outcomes):
             if verdict.is_outage(outcome):
-                message = f"every deployment of this model is down; the last one said: {outcome.message}"
+                message = f"every deployment of this model is down{others}; the last one said: {outcome.message}"
                 result.outcomes[i] = UpstreamUnavailable(message, retry_after=DOWN)
 
     async def _attempt(self, batch: Batch, slot: Slot, *, known_bad: bool = False) -> BatchResult:

@@ -1016,3 +1016,65 @@ async def test_a_look_that_is_cut_short_is_made_again(clock: HandClock) -> None:
         assert not looks.due(clock.monotonic()), "one look at a time"
         looking.cancel()
         await asyncio.gather(looking, return_exceptions=True)
+
+
+def listed_twice(*fakes: FakeOpenAI) -> dict[str, Any]:
+    """No configuration names the model, so the second one is not used before it has been compared."""
+    return {**config(*fakes), "models": {}}
+
+
+def test_one_that_was_never_compared_serves_soon_after_the_first_one_fails() -> None:
+    """No further round is made: what is checked is checked for the callers' sake."""
+    with FakeOpenAI(api_key="sk-fake") as first, FakeOpenAI(api_key="sk-fake") as second:
+        first.fail(faults.vendor_error("internal"), times=None)
+        with running(listed_twice(first, second), clock=RoundClock()) as gateway:
+            until = time.monotonic() + 10
+            while (response := gateway.post({"model": MODEL, "input": "x"})).status_code != 200:
+                assert time.monotonic() < until, response.text
+            assert response.headers["x-embedding-upstream"] == f"up1/{MODEL}"
+
+
+def test_another_model_is_found_at_first_use_and_does_not_stand_in_for_the_one_that_fails() -> None:
+    with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
+        with running(listed_twice(right, wrong), clock=RoundClock()) as gateway:
+            assert gateway.post({"model": MODEL, "input": "in use"}).status_code == 200
+            assert "cosine" in until_out(gateway, "up1")[MODEL]
+            right.fail(faults.vendor_error("internal"), times=None)
+            for i in range(2 * FAILURES):
+                assert gateway.post({"model": MODEL, "input": f"text {i}"}).status_code in (502, 503)
+            assert [call.texts for call in wrong.calls] == [[canary.TEXT]]
+
+
+def test_one_that_fails_too_is_checked_in_the_rounds_only_and_callers_are_told_of_it() -> None:
+    clock = RoundClock()
+    with FakeOpenAI(api_key="sk-fake") as first, FakeOpenAI(api_key="sk-fake") as second:
+        second.fail(faults.vendor_error("internal"), times=None)
+        with running(listed_twice(first, second), clock=clock) as gateway:
+            assert gateway.post({"model": MODEL, "input": "in use"}).status_code == 200
+            until_looked(clock, lambda: "shown" in str(gateway.get("/readyz").json()["upstreams"]["up1"]))
+            asked = len(second.calls)
+            first.fail(faults.vendor_error("internal"), times=None)
+            for i in range(10 * FAILURES):
+                response = gateway.post({"model": MODEL, "input": f"text {i}"})
+            assert response.status_code == 503
+            assert "is down or has not shown its vectors yet; the last one" in response.json()["error"]["message"]
+            assert len(second.calls) == asked
+
+
+def test_a_failure_makes_no_check_in_which_another_ones_vector_would_become_the_reference(clock: HandClock) -> None:
+    """It may be over before the next round, and callers have this one's vectors."""
+    first, second = (
+        Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), answers)
+        for name in ("first", "second")
+    )
+    second.health.unverified = True
+    references = ReferenceVectors(None)
+    urgent = canary.Canary([first, second], references, from_start=False)
+    first.health.begin()
+    assert urgent.hurry(clock.monotonic())
+    clock.now += canary.URGENT_INTERVAL
+    first.health.answered = True
+    assert not urgent.hurry(clock.monotonic())
+    asyncio.run(references.of("space", b"1234"))
+    assert urgent.hurry(clock.monotonic())
+    assert not urgent.hurry(clock.monotonic()), "twice within a second"

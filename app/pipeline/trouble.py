@@ -74,10 +74,15 @@ class Trouble:
         self.warn("length", self._length_change)
 
     def note_ejection(self, problem: str, seconds: float, failures: int) -> None:
-        """It is out of the rotation for this long, after so many failures, the last of which is `problem`."""
+        """It is called only if no other can be for this long, after so many failures, the last of which is
+        `problem`."""
         self.lasting = problem
         self._log(
-            "%s is left out for %g s, after %d failures in a row; the last: %s", self._name, seconds, failures, problem
+            "%s has failed %d times in a row and is tried last for %g s; the last: %s",
+            self._name,
+            failures,
+            seconds,
+            problem,
         )
 
     def answered(self, *, after_ejection: bool) -> None:

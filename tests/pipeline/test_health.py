@@ -163,7 +163,7 @@ async def test_leaving_the_rotation_and_coming_back_are_told(
     problem = [record.getMessage() for record in caplog.records]
     assert problem == [
         "up/m: upstream_error: failed",
-        "up/m is left out for 30 s, after 5 failures in a row; the last: upstream_error: failed",
+        "up/m has failed 5 times in a row and is tried last for 30 s; the last: upstream_error: failed",
         "up/m answers again",
     ]
 

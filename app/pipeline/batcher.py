@@ -14,9 +14,11 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from itertools import groupby
 from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
+from app import tokens
 from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamUnavailable
 from app.metrics import Metrics
@@ -228,11 +230,16 @@ class Batcher:
                 self._deliver(jobs, BatchResult([_closed_error(reason)] * len(jobs), calls=0))
         elif rest := min(rest_times, default=0.0):
             for queue, jobs in self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest):
-                # The inputs that stay queued go first; a byte is about a quarter of a token.
+                # What stays queued goes first, then one of these requests after another.
                 inputs, size = queue.size()
-                wait = max(rest, self._rotation.time_for(queue_set.params, inputs + 1, size / 4))
-                error = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
-                self._deliver(jobs, BatchResult([error] * len(jobs), calls=0))
+                for _, request in groupby(jobs, key=lambda job: job.waiters[:1]):
+                    refused = list(request)
+                    # A byte is about a quarter of a token.
+                    wait = max(rest, self._rotation.time_for(queue_set.params, inputs, size / 4))
+                    error = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
+                    self._deliver(refused, BatchResult([error] * len(refused), calls=0))
+                    inputs += len(refused)
+                    size += sum(tokens.upper_bound(job.input) for job in refused)
         if ends := [rest for rest in rest_times if rest]:
             self._wake_in(min(ends))
 

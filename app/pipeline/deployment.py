@@ -127,7 +127,7 @@ class Slots:
         return self.pace.wait() if self.pace else 0.0
 
     def time_for(self, calls: float, tokens: float) -> float:
-        """Seconds that this much would take at this pace."""
+        """Seconds until the pace allows a call after this much."""
         return self.pace.time_for(calls, tokens) if self.pace else 0.0
 
     def shrink(self) -> None:

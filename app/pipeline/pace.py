@@ -93,7 +93,7 @@ class Pace:
         return max(tokens.rate * self._factor * CALL_SECONDS, tokens.rate / calls.rate if calls else 0.0)
 
     def time_for(self, requests: float, tokens: float) -> float:
-        """Seconds until this much would have been sent at this rate, beginning now."""
+        """Seconds until a call may start after this much, beginning now."""
         rates = ((requests, self._limit.requests), (tokens, self._limit.tokens))
         longest = max((amount * 60 / bucket.per_minute for amount, bucket in rates if bucket), default=0.0)
         return self.wait() + longest / self._factor

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 
 from app import tokens
@@ -148,9 +149,11 @@ class Rotation:
         return [max(0.0 if each in usable else each.health.rest_remaining(), each.slots.wait()) for each in eligible]
 
     def time_for(self, params: Params, inputs: int, tokens: float) -> float:
-        """Seconds until the first deployment would have embedded this much, as far as its pace decides."""
+        """Seconds until the first deployment may take a call after so many inputs, as far as its pace decides."""
         usable = self.usable(params)
-        return min((each.slots.time_for(inputs / each.limits.max_batch, tokens) for each in usable), default=0.0)
+        return min(
+            (each.slots.time_for(math.ceil(inputs / each.limits.max_batch), tokens) for each in usable), default=0.0
+        )
 
     def wake(self) -> None:
         """Calls back everyone who waits for a slot on one of these deployments, in their order."""

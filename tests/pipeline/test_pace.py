@@ -248,8 +248,23 @@ async def test_a_wait_that_is_stated_includes_those_who_are_before(clock: HandCl
     await settle()
     with pytest.raises(RateLimited) as refused:
         await embed(request("hurried", patience=0.5))
-    assert refused.value.retry_after == pytest.approx(42, abs=1)
+    assert refused.value.retry_after == pytest.approx(40.9, abs=0.1)
     patient.cancel()
+    await embed.aclose()
+
+
+async def test_those_refused_together_are_told_waits_after_which_each_is_served(
+    clock: HandClock, upstream: Upstream
+) -> None:
+    embed = batcher(upstream, paced(clock, requests=6))
+    await embed(request("first"))
+    refused = await asyncio.gather(*(embed(request(f"{i}", patience=3)) for i in range(3)), return_exceptions=True)
+    waits = [error.retry_after for error in refused if isinstance(error, RateLimited) and error.retry_after]
+    assert waits == pytest.approx([9.9, 19.9, 29.9], abs=0.01)
+    for i, wait in enumerate(waits):
+        await clock.advance(1000 + wait + 0.001 - clock.now)
+        await embed(request(f"{i}", patience=3))
+    assert upstream.times == pytest.approx([0, *waits], abs=0.01)
     await embed.aclose()
 
 

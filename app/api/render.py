@@ -152,7 +152,10 @@ def error_headers(error: GatewayError) -> list[Header]:
     headers: list[Header] = []
     if isinstance(error, Overloaded | RateLimited):
         wait = min(60.0, max(1.0, error.retry_after or 1.0))
-        headers += [(b"retry-after", b"%d" % math.ceil(wait)), (b"retry-after-ms", b"%d" % round(wait * 1000))]
+        headers += [
+            (b"retry-after", b"%d" % math.ceil(wait)),
+            (b"retry-after-ms", b"%d" % math.ceil(round(wait * 1000, 3))),
+        ]
     elif error.status >= 429 and (error.no_client_retry or not error.retryable):
         headers.append((b"x-should-retry", b"false"))
     if error.calls:

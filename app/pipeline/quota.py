@@ -9,6 +9,7 @@ Without Redis, or while it is away, each process keeps to its own part of the li
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 
 from msgspec import Struct
@@ -199,9 +200,8 @@ class Quota:
         self._refused.inc()
         limit = f"{self.rates.requests} requests" if by_requests else f"{self.rates.tokens} tokens"
         asked = "" if by_requests or tokens <= 1 else f" and this request is about {tokens}"
-        return RateLimited(
-            f"this API key may use {limit} per minute{asked}; try again in {wait:.3g} s", retry_after=wait
-        )
+        wait = math.ceil(round(100 * max(1.0, wait), 4)) / 100  # never too early, and no less than headers can say
+        return RateLimited(f"this API key may use {limit} per minute{asked}; try again in {wait:g} s", retry_after=wait)
 
 
 def _capped(amount: float, bucket: Bucket | None) -> float:

@@ -54,6 +54,22 @@ def left(response: httpx.Response, kind: str) -> tuple[int, int, str]:
     return int(limit), int(remaining), reset
 
 
+@pytest.mark.parametrize("allowed", [56, 100])
+def test_the_wait_that_a_refusal_states_is_the_one_in_its_headers_and_long_enough(
+    fake: FakeOpenAI, allowed: int
+) -> None:
+    """1.0714… s, and less than headers can say."""
+    clock = HandClock()
+    with running(config(fake, auth=keys(team={"requests_per_minute": allowed})), clock=clock) as gateway:
+        gateway.app.gateway.quotas["team"].adjust(allowed, 0)
+        refused = ask(gateway, "team")
+        stated = float(error_of(refused)["message"].rpartition("try again in ")[2].removesuffix(" s"))
+        assert refused.status_code == 429
+        assert round(stated * 1000) == int(refused.headers["retry-after-ms"])
+        gateway.call(clock.advance(stated))
+        assert ask(gateway, "team").status_code == 200
+
+
 def test_every_answer_to_a_limited_key_says_what_is_left_and_the_refusal_when_to_come_back(fake: FakeOpenAI) -> None:
     clock = HandClock()
     auth = keys(team={"requests_per_minute": 3, "tokens_per_minute": 600}, free={})

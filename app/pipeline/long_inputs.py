@@ -72,16 +72,21 @@ class LongInputs:
         reserved = prefix or params.instruct or ""
         limit = self._limit.without(reserved)
         plan: _Plan | None
-        if policy != "error" and limit.unbounded:
-            # No limit is known: an upstream that refuses an input may name it.
-            texts = {i for i, text in enumerate(request.inputs) if type(text) is str}
-            plan = _Plan(request.inputs, texts, limit, all_pieces=policy == "split", tries=True)
-        elif not request.media and max(map(len, request.inputs)) <= limit.safe_characters:  # type: ignore[arg-type]  # all are text
-            return await self._inner(request)
-        else:
-            plan = await _run(self._plan(request, policy, limit, prefix), request.inputs)
-        if plan is None:
-            return await self._inner(request)
+        try:
+            if policy != "error" and limit.unbounded:
+                # No limit is known: an upstream that refuses an input may name it.
+                texts = {i for i, text in enumerate(request.inputs) if type(text) is str}
+                plan = _Plan(request.inputs, texts, limit, all_pieces=policy == "split", tries=True)
+            elif not request.media and max(map(len, request.inputs)) <= limit.safe_characters:  # type: ignore[arg-type]  # all are text
+                return await self._inner(request)
+            else:
+                plan = await _run(self._plan(request, policy, limit, prefix), request.inputs)
+            if plan is None:
+                return await self._inner(request)
+        except ContextLengthExceeded as error:
+            if policy == "error":
+                error.message += "; shorten it, or send on_long_input: truncate or split"
+            raise
         try:
             result = await self._embed(request, plan, reserved)
         except GatewayError as error:
@@ -325,7 +330,7 @@ def _stated_limit(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.
         elif found := _CHARACTERS.search(refusal.message):
             character_limits.append(_number(found[1] or found[2]))
         else:
-            refusal.message += "; to have it cut here, configure this model's max_tokens_per_input"
+            refusal.message += "; to have it cut here, set models.NAME.max_tokens_per_input and ask for NAME"
             raise refusal
     return lengths.InputLimit(min(token_limits, default=None), min(character_limits, default=None), rule)
 

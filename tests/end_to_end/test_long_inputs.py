@@ -58,6 +58,9 @@ def mean(pieces: list[str], embedded: list[Vector]) -> Vector:
     return found
 
 
+CURE = "; shorten it, or send on_long_input: truncate or split"
+"""What ends the message of a refusal that the caller could do without."""
+
 # --- error ------------------------------------------------------------------------------------------
 
 
@@ -66,7 +69,7 @@ def test_what_is_too_long_by_any_count_is_refused_by_its_own_index_before_anythi
         response = gateway.post({"model": "public", "input": ["short", FITS, LONG]})
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "input[2]")
-        assert error["message"] == "input[2] has at least 12000 tokens; this model takes at most 8192"
+        assert error["message"] == "input[2] has at least 12000 tokens; this model takes at most 8192" + CURE
         assert not fake.calls
 
 
@@ -77,14 +80,16 @@ def test_what_may_be_too_long_is_the_upstreams_to_judge(fake: FakeOpenAI) -> Non
         response = gateway.post({"model": "public", "input": ["short", DENSE]})
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["param"]) == (400, "context_length_exceeded", "input[1]")
+        assert error["message"].endswith(CURE)
+        assert error["message"].count(CURE) == 1
 
 
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("风" * 385, "input[1] has at least 385 tokens; this model takes at most 384"),
-        ("word " * 296, "input[1] has 1480 characters; this model takes at most 1000"),
-        ("a b " * 249, "input[1] has at least 647 tokens; this model takes at most 384"),
+        ("风" * 385, "input[1] has at least 385 tokens; this model takes at most 384" + CURE),
+        ("word " * 296, "input[1] has 1480 characters; this model takes at most 1000" + CURE),
+        ("a b " * 249, "input[1] has at least 647 tokens; this model takes at most 384" + CURE),
     ],
 )
 def test_baidus_limits_are_kept_by_baidus_own_rule(text: str, says: str) -> None:
@@ -114,7 +119,7 @@ def test_the_built_in_model_takes_no_more_of_a_text_than_there_is_memory_for() -
         most = "word " * 20_000
         assert gateway.post({"model": "lexical", "input": ["short", most]}).status_code == 200
         response = gateway.post({"model": "lexical", "input": ["short", most + "s"]})
-        says = "input[1] has 100001 characters; this model takes at most 100000"
+        says = "input[1] has 100001 characters; this model takes at most 100000" + CURE
         assert (response.status_code, response.json()["error"]["message"]) == (400, says)
         assert counted(gateway.post({"model": "lexical", "input": most + "s", "on_long_input": "split"})) == (0, 1)
 
@@ -343,7 +348,7 @@ def test_a_limit_that_leaves_no_room_is_the_callers_to_hear_of(fake: FakeOpenAI)
 def test_an_operators_limit_is_the_limit(fake: FakeOpenAI) -> None:
     with running(config(fake, max_tokens_per_input=3)) as gateway:
         error = gateway.post({"model": "public", "input": "one two three four"}).json()["error"]
-        assert error["message"] == "input[0] has at least 4 tokens; this model takes at most 3"
+        assert error["message"] == "input[0] has at least 4 tokens; this model takes at most 3" + CURE
         assert gateway.get("/v1/models/public").json()["max_input_tokens"] == 3
 
 
@@ -362,7 +367,7 @@ def test_what_has_as_many_tokens_as_allowed_is_sent_and_one_more_is_refused_with
         response = gateway.post({"model": "public", "input": ["short", " internationalization" * 10 + " x"]})
         error = response.json()["error"]
         assert (response.status_code, error["param"]) == (400, "input[1]")
-        assert error["message"] == "input[1] has 21 tokens; this model takes at most 20"
+        assert error["message"] == "input[1] has 21 tokens; this model takes at most 20" + CURE
         assert len(fake.calls) == 1
 
 
@@ -455,6 +460,7 @@ def test_where_a_refusal_states_none_the_caller_is_told_what_would_help(fake: Fa
         error = refused.json()["error"]
         assert error["code"] == "context_length_exceeded"
         assert "max_tokens_per_input" in error["message"]
+        assert error["message"].endswith("; to have it cut here, set models.NAME.max_tokens_per_input and ask for NAME")
         assert refused.headers["x-embedding-upstream-calls"] == f"{len(fake.calls)}"
         usual = gateway.post({"model": "public", "input": LONG, "on_long_input": "error"}).json()["error"]
         assert "max_tokens_per_input" not in usual["message"]

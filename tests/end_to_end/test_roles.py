@@ -182,6 +182,7 @@ def test_a_prefix_counts_for_the_limit() -> None:
         error = gateway.post({"model": model, "input": text, "input_type": "query"}).json()["error"]
         assert error["message"] == (
             "input[0] has at least 513 tokens with its role or instruction; this model takes at most 512"
+            "; shorten it, or send on_long_input: truncate or split"
         )
         long = "words " * 5000
         body = {"model": model, "input": long, "input_type": "document", "on_long_input": "truncate"}

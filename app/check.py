@@ -37,6 +37,8 @@ async def _report(gateway: Gateway, show: Callable[[str], None], *, probe: bool)
         complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
         registry = gateway.registry
         faults = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
+        if complete and not gateway.names:
+            faults.append("upstreams: no model is served")
         return faults + (await _probe(gateway, show) if probe else [])
     finally:
         await gateway.aclose()

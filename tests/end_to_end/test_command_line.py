@@ -348,6 +348,17 @@ def test_check_probe_fails_where_a_server_has_neither_a_list_nor_a_configured_mo
         )
 
 
+def test_check_finds_that_nothing_is_served(tmp_path: Path) -> None:
+    """Unless an upstream is away."""
+    with FakeOpenAI(api_key=None) as fake:
+        config = f'upstreams: {{up: {{type: openai, base_url: "{fake.url}/elsewhere"}}}}'
+        (tmp_path / "config.yaml").write_text(config)
+        done = run("check", cwd=tmp_path)
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "upstreams: no model is served")
+    away = run("check", cwd=tmp_path)
+    assert (away.returncode, "no model is served" in away.stderr) == (0, False)
+
+
 def test_check_shows_what_is_hidden_behind_an_alias_of_another_model(tmp_path: Path) -> None:
     config = """
 upstreams: {lex: {type: lexical}, oai: {type: openai, api_key: k}}

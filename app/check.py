@@ -16,15 +16,16 @@ PROBE_TIMEOUT = 30.0
 """Seconds that `check --probe` waits for one deployment."""
 
 
-def check(settings: Settings, show: Callable[[str], None], *, probe: bool) -> list[str]:
+def check(settings: Settings, origin: str, show: Callable[[str], None], *, probe: bool) -> list[str]:
     """Passes `show` the table of models, and with `probe` what became of a text on each deployment, line by line.
-    Returns what is wrong with them, one line each."""
+    Returns what is wrong with them, one line each; mistakes in the configuration, which is from `origin`, as
+    `load` tells them."""
     # Without its cache: a check leaves no embedding behind, and in Redis no access token either.
     uncached = settings.model_copy(update={"cache": CacheSettings(memory=None)})
-    return asyncio.run(_report(create_app(uncached).gateway, show, probe=probe))
+    return asyncio.run(_report(create_app(uncached).gateway, origin, show, probe=probe))
 
 
-async def _report(gateway: Gateway, show: Callable[[str], None], *, probe: bool) -> list[str]:
+async def _report(gateway: Gateway, origin: str, show: Callable[[str], None], *, probe: bool) -> list[str]:
     await gateway.refresh()
     try:
         rows: list[tuple[str, ...]] = [
@@ -36,10 +37,11 @@ async def _report(gateway: Gateway, show: Callable[[str], None], *, probe: bool)
             show("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
         complete = not any(upstream.trouble for upstream in gateway.upstreams.values())
         registry = gateway.registry
-        faults = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
+        mistakes = registry.unfit() + registry.apart() + (gateway.unserved() if complete else [])
         if complete and not gateway.names:
-            faults.append("upstreams: no model is served")
-        return faults + (await _probe(gateway, show) if probe else [])
+            mistakes.append("upstreams: no model is served")
+        failed = await _probe(gateway, show) if probe else []
+        return [f"{origin}: {mistake}" for mistake in mistakes] + failed
     finally:
         await gateway.aclose()
 

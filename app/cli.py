@@ -13,12 +13,13 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from app import __version__, logs
 from app.check import check
 from app.config import Settings
-from app.config.load import ConfigError, load
+from app.config.load import ENVIRONMENT, ConfigError, find_file, load
 from app.config.source import ConfigSource, ParentConfig
 from app.main import App, create_app, warn_of_open
 from app.metrics import multiprocess
@@ -254,9 +255,10 @@ class _Printable(logging.Formatter):
 
 def _check(options: argparse.Namespace) -> None:
     settings = load(options.config, os.environ, UPSTREAMS)
+    origin = find_file(options.config, os.environ, Path()) or ENVIRONMENT
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    failed = check(settings, _print_line, probe=options.probe)
+    failed = check(settings, origin, _print_line, probe=options.probe)
     if failed:
         _fail(failed)

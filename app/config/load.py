@@ -26,6 +26,8 @@ from app.config.tree import Tree
 
 VARIABLE = "EMBEDDING_GATEWAY_CONFIG"
 DEFAULT_FILE = "config.yaml"
+ENVIRONMENT = "environment"
+"""What mistakes are said to be in if there is no file."""
 
 
 class ConfigError(Exception):
@@ -75,7 +77,7 @@ def load_with_origin(
     `may_be_empty`, also raises `ConfigError` if it is."""
     environ = {name: value for name, value in environ.items() if value}
     file = find_file(path, environ, cwd)
-    tree = Tree(label=file or "environment")
+    tree = Tree(label=file or ENVIRONMENT)
     if file is not None:
         named = f" (named by {VARIABLE})" if file == environ.get(VARIABLE) else ""
         _read_file(cwd / file, environ, tree, named)

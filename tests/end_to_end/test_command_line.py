@@ -354,7 +354,7 @@ def test_check_finds_that_nothing_is_served(tmp_path: Path) -> None:
         config = f'upstreams: {{up: {{type: openai, base_url: "{fake.url}/elsewhere"}}}}'
         (tmp_path / "config.yaml").write_text(config)
         done = run("check", cwd=tmp_path)
-        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "upstreams: no model is served")
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, "config.yaml: upstreams: no model is served")
     away = run("check", cwd=tmp_path)
     assert (away.returncode, "no model is served" in away.stderr) == (0, False)
 
@@ -385,8 +385,8 @@ models:
     (tmp_path / "config.yaml").write_text(config)
     done = run("check", cwd=tmp_path)
     assert done.returncode == 2
-    wrong = [line.split(":")[0] for line in done.stderr.splitlines()]
-    assert wrong == ["models.short", "models.ada", "models.query"]
+    wrong = [line.split(": ")[:2] for line in done.stderr.splitlines()]
+    assert wrong == [["config.yaml", f"models.{name}"] for name in ("short", "ada", "query")]
     assert "model 'ada' gives only 1536, not 100" in done.stderr, "by the name it is asked for"
 
 
@@ -405,7 +405,10 @@ upstreams: {{one: {{type: ollama, base_url: "{one.url}"}}, other: {{type: ollama
 models: {{docs: {{deployments: [{{upstream: one, model: m}}, {{upstream: other, model: m}}]}}}}
 """)
             done = run("check", cwd=tmp_path)
-        told = "models.docs.deployments: its deployments are in different vector spaces; only one/m would serve it"
+        told = (
+            "config.yaml: models.docs.deployments: its deployments are in different vector spaces;"
+            " only one/m would serve it"
+        )
         assert (done.returncode, done.stderr.splitlines()[-1]) == (2, told)
         assert run("check", cwd=tmp_path).returncode == 0, "nobody says now which space that one is of"
 
@@ -420,7 +423,8 @@ auth: {keys: {team: {key: k, models: [lexicle, lexical]}}}
     assert away.returncode == 0, "it may be one of an upstream that is away"
     (tmp_path / "config.yaml").write_text(config.replace('up: {type: ollama, base_url: "http://127.0.0.1:9"}, ', ""))
     done = run("check", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "auth.keys.team.models: no model lexicle is served now\n")
+    told = "config.yaml: auth.keys.team.models: no model lexicle is served now\n"
+    assert (done.returncode, done.stderr) == (2, told)
 
 
 @pytest.mark.parametrize("arguments", [("--help",), ("serve", "--help"), ("check", "--help")])

@@ -12,7 +12,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -148,11 +149,11 @@ def _serve(options: argparse.Namespace) -> None:
     server = settings.server
     listener = bind(server.host, server.port)
     admin = None if server.metrics_port is None else bind(server.host, server.metrics_port)
-    _announce(settings, listener, admin)
+    announce = _announce(settings, listener, admin)
     if source.file is None:
         _warn_of_unused(os.environ)
     if server.workers == 1:
-        serve(_app(settings, options, source), listener, admin=admin)
+        serve(_app(settings, options, source), listener, announce, admin=admin)
         return
     listener.set_inheritable(True)
 
@@ -167,7 +168,7 @@ def _serve(options: argparse.Namespace) -> None:
     # It answers no requests, so it needs no cache. Not under `multiprocess`: its own metrics are not shared.
     app = create_app(settings, stores=[])
     with temporary as directory, _locked(directory), multiprocess(directory):
-        sys.exit(serve_workers(app, command, listener, source=source, admin=admin))
+        sys.exit(serve_workers(app, command, listener, announce, source=source, admin=admin))
 
 
 @contextlib.contextmanager
@@ -210,15 +211,17 @@ def _app(settings: Settings, options: argparse.Namespace, source: ConfigSource |
     return create_app(settings, request_log=logs.request_log(options.log_format, severity), source=source)
 
 
-def _announce(settings: Settings, listener: socket.socket, admin: socket.socket | None) -> None:
+def _announce(settings: Settings, listener: socket.socket, admin: socket.socket | None) -> Callable[[], None]:
+    """Logs what is about to be served. Returns what logs where, for when it is: whoever waits for that line calls
+    there."""
     host, address = settings.server.host, _address(listener)
     url = _url(host, listener)
     docs = f"docs at {'/docs' if admin is None else _url(host, admin) + '/docs'}"
     everywhere = ", listening on all addresses" if address.is_unspecified else ""
-    log.info("embedding-gateway %s: base_url %s/v1, %s%s", __version__, url, docs, everywhere)
     log.info("upstreams: %s", ", ".join(f"{name} ({each.type})" for name, each in settings.upstreams.items()))
     if settings.auth is None and not address.is_loopback:
         warn_of_open(settings)
+    return partial(log.info, "embedding-gateway %s: base_url %s/v1, %s%s", __version__, url, docs, everywhere)
 
 
 def _url(host: str, listener: socket.socket) -> str:

@@ -114,9 +114,15 @@ class Server(uvicorn.Server):
     SIGHUP reloads the configuration. A worker is told all this by its parent: see `app.workers`.
     """
 
-    def __init__(self, config: uvicorn.Config, app: App, parent: ParentChannel | None = None) -> None:
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        app: App,
+        parent: ParentChannel | None = None,
+        on_listening: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__(config)
-        self._app, self._parent = app, parent
+        self._app, self._parent, self._on_listening = app, parent, on_listening
         self.interrupted = False
 
     @contextlib.contextmanager
@@ -144,6 +150,7 @@ class Server(uvicorn.Server):
         finally:
             for listener in duplicates:
                 listener.close()
+        self._on_listening()
         if self._parent:
             self._parent.start_heartbeat()
 
@@ -265,10 +272,15 @@ def _warn_of_few_descriptors(settings: Settings) -> None:
 
 
 def serve(
-    app: App, listener: socket.socket, *, admin: socket.socket | None = None, parent: ParentChannel | None = None
+    app: App,
+    listener: socket.socket,
+    on_listening: Callable[[], None] = lambda: None,
+    *,
+    admin: socket.socket | None = None,
+    parent: ParentChannel | None = None,
 ) -> None:
-    """Serves in this process until a signal, or its parent, stops it. `admin` is the listener for /metrics and /docs,
-    if they have one of their own.
+    """Serves in this process until a signal, or its parent, stops it. `on_listening` is called once clients can
+    connect. `admin` is the listener for /metrics and /docs, if they have one of their own.
 
     Raises `CannotListen`, and `KeyboardInterrupt` if Ctrl-C stopped it.
     """
@@ -277,7 +289,7 @@ def serve(
     if parent is None:  # it has warned
         _warn_of_few_descriptors(app.settings)
     config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
-    server = Server(config, app, parent)
+    server = Server(config, app, parent, on_listening)
 
     async def run() -> None:
         async with _admin(app, admin):
@@ -292,19 +304,20 @@ def serve_workers(
     app: App,
     command: Callable[[int], list[str]],
     listener: socket.socket,
+    on_listening: Callable[[], None],
     *,
     source: ConfigSource,
     admin: socket.socket | None,
 ) -> int:
     """Serves in several processes that inherit one listener. `command` returns the command line of one, given the
-    descriptor of its channel to this process.
+    descriptor of its channel to this process. `on_listening` is called once clients can connect.
 
     `app` itself is not served here, only its /metrics, which cover all workers where metrics are `multiprocess`.
     The configuration is reloaded here, once for all workers. Returns the exit code. Raises `CannotListen`.
     """
     raise_descriptor_limit()
     _warn_of_few_descriptors(app.settings)
-    workers = Workers(command, app.settings, listener)
+    workers = Workers(command, app.settings, listener, on_listening)
 
     async def run() -> int:
         config = ConfigMetrics()

@@ -99,9 +99,13 @@ class _Worker:
     """The parent's handle on one worker process."""
 
     def __init__(
-        self, process: asyncio.subprocess.Process, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+        self,
+        process: asyncio.subprocess.Process,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_up: Callable[[], None],
     ) -> None:
-        self.process, self._writer = process, writer
+        self.process, self._writer, self._on_up = process, writer, on_up
         self.was_up = False
         self._heartbeats = asyncio.create_task(self._watch_heartbeats(reader))
 
@@ -109,6 +113,8 @@ class _Worker:
         """Reads the worker's heartbeats until it closes its end, and kills it if it hangs."""
         with contextlib.suppress(OSError):
             self.was_up = await reader.read(1) == UP
+            if self.was_up:
+                self._on_up()
             silences = 0
             while silences < 2:
                 try:
@@ -138,11 +144,19 @@ class _Worker:
 class Workers:
     """As many processes behind `listener` as `settings` say, each replaced when it ends by itself.
 
-    `command` returns the command line of one, given the descriptor of its channel to this process.
+    `command` returns the command line of one, given the descriptor of its channel to this process. `on_listening` is
+    called when the first of them is up.
     """
 
-    def __init__(self, command: Callable[[int], list[str]], settings: Settings, listener: socket.socket) -> None:
+    def __init__(
+        self,
+        command: Callable[[int], list[str]],
+        settings: Settings,
+        listener: socket.socket,
+        on_listening: Callable[[], None] = lambda: None,
+    ) -> None:
         self._command, self._settings, self._listener = command, settings, listener
+        self._on_listening: Callable[[], None] | None = on_listening
         self._live: set[_Worker] = set()
         self._stopping = asyncio.Event()
         self._any_started = False
@@ -210,6 +224,11 @@ class Workers:
             if not worker.was_up:
                 await self._pause(pause)
 
+    def _note_up(self) -> None:
+        if self._on_listening is not None:
+            self._on_listening()
+            self._on_listening = None
+
     async def _pause(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stopping.wait(), seconds)
@@ -231,7 +250,7 @@ class Workers:
         finally:
             worker_end.close()
         reader, writer = await asyncio.open_unix_connection(sock=parent_end)
-        worker = _Worker(process, reader, writer)
+        worker = _Worker(process, reader, writer, self._note_up)
         worker.send_settings(self._settings)
         self._live.add(worker)
         if self._stopping.is_set():

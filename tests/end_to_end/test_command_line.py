@@ -453,6 +453,18 @@ def test_an_upstream_that_cannot_list_its_models_is_said_once(tmp_path: Path) ->
     assert done.stderr.startswith("upstream ollama: cannot list its models: ")
 
 
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_whoever_waits_for_the_line_with_the_address_can_connect_there(tmp_path: Path, workers: str) -> None:
+    read, write = os.pipe()
+    with os.fdopen(read) as log, start_into(write, tmp_path, "--port", "0", "--workers", workers) as process:
+        os.close(write)
+        url = next(found[1] for line in log if (found := re.search(r"base_url (http://\S+)/v1", line)))
+        assert answers(url + "/healthz")
+        process.terminate()
+        rest = log.read()
+        assert "base_url" not in rest, "it is said once"
+
+
 def test_listening_everywhere_an_address_is_shown_that_can_be_used(tmp_path: Path) -> None:
     with serving(tmp_path, "--host", "0.0.0.0") as (url, _):
         assert url.startswith("http://127.0.0.1:")

@@ -160,7 +160,7 @@ class Gateway:
             caveat += (
                 f"; {listless} has no list of models: what else it has must be named in `models` of the configuration"
             )
-        return ModelNotFound.of(name, caveat)
+        return ModelNotFound.of(name, caveat or "; GET /v1/models lists what does")
 
     def _replacement_for(self, name: str) -> str | None:
         """What to use instead of a model that an upstream has and the gateway cannot serve."""

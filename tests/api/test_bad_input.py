@@ -274,6 +274,7 @@ def test_a_required_field_that_is_missing_is_named(
 def test_an_unknown_model_is_a_404_that_lists_no_model_the_upstream_has(fake: FakeOpenAI, client: httpx.Client) -> None:
     response = client.post("/v1/embeddings", json={"model": "gpt-4", "input": "hi"})
     refused(response, 404, "model_not_found", "model", "The model 'gpt-4' does not exist")
+    assert error_of(response)["message"].endswith("; GET /v1/models lists what does")
     assert not any(name in response.text for name in fake.models)
     assert not fake.calls
 

@@ -182,7 +182,8 @@ def _check_single_space(
             spaces[_space(kind, upstream, deployment)] = _space(kind, upstream, shown)
     if len(spaces) > 1:
         listed = ", ".join(spaces.values())
-        tree.reject(path, f"different vector spaces ({listed}); deployments of one model must share one")
+        advice = "if they do give equal vectors, set the same space on each"
+        tree.reject(path, f"different vector spaces ({listed}); deployments of one model must share one; {advice}")
 
 
 def _space(kind: UpstreamKind, settings: UpstreamSettings, deployment: DeploymentSettings) -> str:

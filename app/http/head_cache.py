@@ -74,6 +74,8 @@ class HeadCachingProtocol(HttpToolsProtocol):
     _stores_left = MAX_STORES
     _body_left = 0
     """Bytes still to come of a body whose head was cached: the parser sees neither."""
+    problem = ""
+    """What is wrong with the request, where the parser, which only says that it is invalid, does not know."""
 
     def start_cached(self, data: bytes, end: int) -> bytes | None:
         """Starts the request whose head is the first `end` bytes of `data`, as uvicorn does after parsing one, and
@@ -124,6 +126,7 @@ class HeadCachingProtocol(HttpToolsProtocol):
         """Strips white space after a value, which is not part of it (RFC 9110 5.5); the parser does not. Raising makes
         the parser reject the request."""
         if len(self.headers) >= MAX_HEADERS:
+            self.problem = f"The request has more than {MAX_HEADERS} headers."
             raise ValueError("headers")
         super().on_header(name, value.rstrip(b" \t"))
 

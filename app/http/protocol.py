@@ -386,8 +386,8 @@ class Protocol(HeadCachingProtocol):
             # The error lies behind a request that is still being answered, whose caller would take this for its answer.
             running.keep_alive = False
             return
-        self._on_invalid_http(self.client, self._start, msg)
-        body = error_body(InvalidRequest(msg, code="invalid_http"))
+        self._on_invalid_http(self.client, self._start, self.problem or msg)
+        body = error_body(InvalidRequest(self.problem or msg, code="invalid_http"))
         # Between requests the scope is the previous request's; of an invalid head it holds what has been parsed.
         headers = dict(self.scope["headers"]) if self._parsing else {}
         self.transport.write(

@@ -127,13 +127,13 @@ MODEL: dict[str, Any] = {
     "type": "object",
     "description": "OpenAI's fields, and what is known of the model; null where nothing is",
     "properties": {
-        "id": {"type": "string"},
-        "object": {"const": "model"},
+        "id": {"type": "string", "description": "the name to ask for"},
+        "object": {"const": "model", "description": "as at OpenAI"},
         "created": {"type": "integer", "description": "when the gateway started"},
         "owned_by": {"type": "string", "description": "its first upstream"},
         "dimensions": {**_NUMBER, "description": "of a vector when the request does not ask for a length"},
-        "modalities": _WORDS,
-        "sparse": {"type": "boolean"},
+        "modalities": {**_WORDS, "description": "what an input may be: text, image, video"},
+        "sparse": {"type": "boolean", "description": "whether it gives sparse vectors too"},
         "dimension_choices": {
             **_LENGTHS,
             "description": "lengths the upstream can return: null, only the default one; empty, any that it accepts",
@@ -142,15 +142,19 @@ MODEL: dict[str, Any] = {
             **_LENGTHS,
             "description": "lengths to which the gateway shortens vectors: null, it does not",
         },
-        "max_input_tokens": _NUMBER,
-        "max_input_characters": _NUMBER,
+        "max_input_tokens": {**_NUMBER, "description": "in one input; a longer one is subject to on_long_input"},
+        "max_input_characters": {**_NUMBER, "description": "likewise"},
         "max_batch_tokens": {**_NUMBER, "description": "in one upstream call, as max_batch"},
         "max_batch": {"type": "integer", "description": "inputs in one upstream call: requests may have more"},
-        "input_types": _WORDS,
-        "prefixes": {"type": ["object", "null"], "additionalProperties": {"type": "string"}},
-        "instruct": {"type": "boolean"},
+        "input_types": {**_WORDS, "description": "values of input_type that make a difference"},
+        "prefixes": {
+            "type": ["object", "null"],
+            "additionalProperties": {"type": "string"},
+            "description": "what the gateway puts before a text, by input_type",
+        },
+        "instruct": {"type": "boolean", "description": "whether it takes an instruction"},
         "upstreams": {**_WORDS, "description": "its deployments, as upstream/model"},
-        "vector_space": {"type": "string"},
+        "vector_space": {"type": "string", "description": "models with an equal one give comparable vectors"},
         "source": {"type": ["string", "null"], "description": "where these facts come from"},
     },
 }
@@ -208,10 +212,27 @@ def error_responses(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"description": summary, "content": _content(ERROR)} for status, summary in texts.items()}
 
 
+_HEADERS = {
+    "x-request-id": "the caller's own if it sent one, else the gateway's; also in the log",
+    "x-embedding-cache": "hit, partial or miss",
+    "x-embedding-cached-inputs": "inputs found in the cache",
+    "x-embedding-upstream-calls": "upstream calls that the request took part in",
+    "x-embedding-upstream": "the deployments that served it, as upstream/model",
+    "x-embedding-space": "vectors of two responses are comparable if it is equal",
+    "x-embedding-truncated-inputs": "how many inputs were truncated; absent if none",
+    "x-embedding-split-inputs": "how many inputs were embedded in pieces; absent if none",
+    "openai-processing-ms": "milliseconds",
+}
+_EMBEDDED = {
+    "description": "The embeddings, in input order.",
+    "content": _content(_RESPONSE),
+    "headers": {name: {"description": text, "schema": {"type": "string"}} for name, text in _HEADERS.items()},
+}
+
 EMBEDDINGS: dict[str, Any] = {
     "requestBody": {"required": True, "content": _content(REQUEST)},
     "responses": {
-        "200": {"description": "The embeddings, in input order.", "content": _content(_RESPONSE)},
+        "200": _EMBEDDED,
         **{str(status): response for status, response in error_responses(*_ERRORS).items()},
     },
 }

@@ -308,6 +308,12 @@ def test_the_description_tells_the_embeddings_route_whole(gateway: Running) -> N
         assert told in answer["properties"]
     (model, *_) = gateway.get("/v1/models").json()["data"]
     assert set(answer["properties"]) == set(model)
+    assert [name for name, field in answer["properties"].items() if not field.get("description")] == []
+    answered = gateway.post({"model": MODEL, "input": "in no cache yet"}).headers.keys()
+    headers = {name for name in answered if name.startswith(("x-", "openai-"))}
+    told_of = embed["responses"]["200"]["headers"]
+    assert headers <= told_of.keys()
+    assert told_of.keys() - headers == {"x-embedding-truncated-inputs", "x-embedding-split-inputs"}
     assert "503" in described["paths"]["/readyz"]["get"]["responses"]
 
 

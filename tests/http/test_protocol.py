@@ -329,7 +329,10 @@ NO_HOST = b"GET /healthz HTTP/1.1\r\n\r\n"
         ),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", "HTTP/2 without TLS, which is not supported"),
         (b"GET / HTTP/1.1\r\nAuthorization: sk-canary" + b"a" * 2**16, "The request's headers are too large."),
-        (b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: sk-canary\r\n" * 256 + b"\r\n", "The request has more than 256 headers."),
+        (
+            b"GET / HTTP/1.1\r\nHost: x\r\n" + b"a: sk-canary\r\n" * 256 + b"\r\n",
+            "The request has more than 256 headers.",
+        ),
         (b"GET /sk-canary HTTP/1.1\r\n\r\n", "Invalid HTTP request received."),
     ],
     ids=["TLS", "PROXY v1", "PROXY v2", "HTTP/2", "a long head", "many headers", "no host"],

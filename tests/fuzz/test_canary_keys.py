@@ -136,6 +136,14 @@ HELD = {
 """Upstream -> its fake, and what that fake could repeat."""
 
 
+def test_no_type_of_upstream_is_left_out() -> None:
+    """But for the built-in one, which has no secret and calls nobody."""
+    with place("redis://nowhere") as where:
+        types = {upstream["type"] for upstream in where.config["upstreams"].values()}
+        of_fakes = {where.config["upstreams"][name]["type"] for name in HELD}
+    assert types | {"lexical"} == of_fakes | {"lexical"} == set(UPSTREAMS)
+
+
 def echoes(names: tuple[str, ...]) -> Iterator[faults.Fault]:
     """A vendor that repeats what it was sent, in every kind of error and place."""
     for name in names:

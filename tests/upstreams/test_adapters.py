@@ -78,6 +78,13 @@ def test_every_upstream_has_a_folder_of_sample_replies(name: str) -> None:
     assert any("vectors" in case["expect"] for table in mine for case in table["cases"])
 
 
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_every_upstream_has_models_or_a_way_to_learn_them(subject: Subject) -> None:
+    """Otherwise it starts, and every name is a 404."""
+    kind, settings = subject.kind, subject.settings
+    assert kind.models(settings) or kind.discover or kind.assumed(settings)
+
+
 @pytest.mark.parametrize(("subject", "case"), list(cases()))
 def test_a_sample_reply_is_read_as_its_table_says(subject: Subject, case: dict[str, Any]) -> None:
     expect, reply = case["expect"], reply_of(case)

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import TypeAlias
 
-from app.codings import compressions
-
 Lines: TypeAlias = Iterable[tuple[bytes, bytes]]
 """Headers in the order received, names in lower case; a name may repeat."""
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _UNENCODED = frozenset((b"", b"identity"))
-"""Transfer codings that leave a body unchanged; a list may have empty elements (RFC 9110 5.6.1)."""
+"""Codings that leave a body unchanged; a list may have empty elements (RFC 9110 5.6.1)."""
+_CHARSETS = frozenset((b"utf-8", b"utf8"))
+"""What some clients write where a content coding belongs."""
 
 
 def request_id(headers: Mapping[bytes, bytes]) -> bytes:
@@ -34,7 +34,7 @@ def content_length(headers: Mapping[bytes, bytes]) -> int:
 
 def is_compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
     """Whether a content or transfer coding compresses the body. `headers`: the `lines` by name, the last of each."""
-    if b"content-encoding" in headers and compressions(_joined(lines, b"content-encoding").decode("latin-1")):
+    if b"content-encoding" in headers and not _elements(lines, b"content-encoding") <= _UNENCODED | _CHARSETS:
         return True
     # The server has already checked that the last coding is `chunked`.
     return b"transfer-encoding" in headers and not _elements(lines, b"transfer-encoding") <= _UNENCODED | {b"chunked"}
@@ -47,10 +47,6 @@ def cache_control(lines: Lines) -> tuple[bool, bool]:
 
 
 def _elements(lines: Lines, name: bytes) -> set[bytes]:
-    """The elements of the list in this header, in lower case."""
-    return {part.strip().lower() for part in _joined(lines, name).split(b",")}
-
-
-def _joined(lines: Lines, name: bytes) -> bytes:
-    """The header's value; repeated headers form one list (RFC 9110 5.3)."""
-    return b",".join([value for header, value in lines if header == name])
+    """The elements of the list in this header, in lower case; repeated headers form one list."""
+    values = [value for header, value in lines if header == name]
+    return {part.strip().lower() for part in b",".join(values).split(b",")}

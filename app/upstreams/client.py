@@ -14,10 +14,10 @@ from typing import Protocol
 import httpx
 
 from app import __version__
-from app.codings import compressions, decompress
 from app.deadlines import Deadlines
 from app.errors import GatewayError, UpstreamInvalidResponse, UpstreamTimeout, UpstreamUnreachable
 from app.types import WireReply, WireRequest
+from app.upstreams.codings import compressions, decompress
 from app.upstreams.connection import too_large
 
 _HEADERS = {"user-agent": f"embedding-gateway/{__version__}", "accept-encoding": "identity"}

@@ -1,5 +1,4 @@
-"""The compressions that a `content-encoding` names (RFC 9110 8.4), and how they are undone. Knows neither requests nor
-replies."""
+"""The compressions that a reply's `content-encoding` names (RFC 9110 8.4), and how they are undone."""
 
 from __future__ import annotations
 

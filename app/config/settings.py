@@ -113,13 +113,6 @@ class DiskSettings(Section):
     path: FilePath = Field(description="the file to keep embeddings in")
     max_size: Size = 2 * 2**30
 
-    @field_validator("max_size")
-    @classmethod
-    def _holds_more_than_a_few(cls, value: int) -> int:
-        if value < 2**20:  # a fraction of it is written at once: of less, each embedding would be a write of its own
-            raise ValueError("must be at least 1MiB")
-        return value
-
 
 class RedisSettings(Section):
     url: SecretStr = Field(description="the server's address, such as redis://localhost:6379/0")

@@ -132,7 +132,8 @@ class _Override:
         if len(alike) > 1:
             self._refuse((*path, step), f"may mean {' or '.join(alike)}")
             return None
-        if not alike and path[:1] == ("upstreams",) and path[2:] in _VERBATIM:
+        plain = path[2:] == ("headers",) and "_" not in step  # case does not matter in a header
+        if not alike and not plain and path[:1] == ("upstreams",) and path[2:] in _VERBATIM:
             self._refuse((*path, step), f"a variable cannot spell a new key; set {path[2]} as a whole: {{..}} as JSON")
             return None
         return alike[0] if alike else step

@@ -75,12 +75,14 @@ def test_a_name_that_may_mean_two_is_refused(tmp_path: Path) -> None:
     ]
 
 
-def test_a_header_that_is_not_in_the_file_is_refused_because_a_variable_cannot_spell_it(tmp_path: Path) -> None:
+def test_a_header_that_is_not_in_the_file_is_refused_if_a_variable_cannot_spell_it(tmp_path: Path) -> None:
     text = "upstreams:\n  a: {type: plain, headers: {X-Team: a}}\n  b: {type: plain}\n"
     found = settings_from(text, tmp_path, environ(UPSTREAMS__A__HEADERS__X_TEAM="b"))
     assert found.upstreams["a"].headers == {"X-Team": "b"}
     found = settings_from(text, tmp_path, environ(UPSTREAMS__B__HEADERS='{"X-Team": "c"}'))
     assert found.upstreams["b"].headers == {"X-Team": "c"}
+    found = settings_from(text, tmp_path, environ(UPSTREAMS__B__HEADERS__AUTHORIZATION="Basic d"))
+    assert found.upstreams["b"].headers == {"authorization": "Basic d"}
     for upstream, header in (("a", "X_Other"), ("b", "X_Team")):
         variable = f"UPSTREAMS__{upstream}__HEADERS__{header}"
         assert mistakes(tmp_path, text, **{variable: "d"}) == [

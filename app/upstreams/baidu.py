@@ -63,6 +63,8 @@ class BaiduSettings(UpstreamSettings):
         elif self.auth == "iam":
             _require(self.access_key, "access_key", "auth: iam signs with access_key and secret_key")
             _require(self.secret_key, "secret_key", "auth: iam signs with access_key and secret_key")
+            if any(name.lower() == "authorization" for name in self.headers):
+                raise ValueError("headers: Authorization would replace the signature; leave it out")
         elif self.api_keys:
             raise ValueError("api_keys: an access token is made from one api_key and its secret_key")
         else:

@@ -154,6 +154,13 @@ async def test_the_header_of_the_key_is_no_header_to_configure_and_any_other_is(
             assert settings_of(**given, headers={header: "mine"}).headers == {header: "mine"}
 
 
+def test_a_configured_header_does_not_replace_the_signature() -> None:
+    given = {"type": "baidu", "auth": "iam", "access_key": "a", "secret_key": "s"}
+    assert settings_of(**given, headers={"X-Team": "t"}).headers == {"X-Team": "t"}
+    with pytest.raises(ValidationError, match="headers: Authorization would replace the signature"):
+        settings_of(**given, headers={"AUTHORIZATION": "mine"})
+
+
 @pytest.mark.parametrize(
     ("name", "environ", "given"),
     [

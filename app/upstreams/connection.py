@@ -31,8 +31,8 @@ _LENIENCIES = {
     "lenient_optional_cr_before_lf": True,
     "lenient_spaces_after_chunk_size": True,
 }
-"""What other clients read too: folded headers and control characters in them, lines that end in LF, padded chunk
-sizes. None of it leaves open where a reply ends."""
+"""What other clients read too: folded headers and control characters in them, lines of the head that end in LF,
+padded chunk sizes. None of it leaves open where a reply ends."""
 
 _BODILESS = frozenset((204, 304))
 
@@ -158,11 +158,12 @@ class Connection(asyncio.BufferedProtocol):
             self.close()  # a second reply to one request
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        """Lower-cases the name, joins lines of one name, and replaces what is not UTF-8 (RFC 9110 5.3, 5.5). Ignores
-        what follows the head: trailers (6.5.1), or a second reply's headers."""
+        """Lower-cases the name, which a lenient parser ends with a space if one precedes the colon, joins lines of one
+        name, and replaces what is not UTF-8 (RFC 9110 5.3, 5.5). Ignores what follows the head: trailers (6.5.1), or a
+        second reply's headers."""
         if self._status >= 200:
             return
-        key, text = name.decode("latin-1").lower(), value.decode("utf-8", "replace")
+        key, text = name.decode("latin-1").rstrip().lower(), value.decode("utf-8", "replace")
         self._headers[key] = f"{self._headers[key]}, {text}" if key in self._headers else text
 
     def on_headers_complete(self) -> None:

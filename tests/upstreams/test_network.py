@@ -181,8 +181,9 @@ async def test_replies_of_every_form_are_read(message: bytes, status: int, body:
         OK.replace(b"application/json", b"application/json;\r\n charset=utf-8"),
         OK.replace(b"application/json", b"application/\x01json"),
         OK.replace(b"\r\n", b"\n"),
+        OK.replace(b"length:", b"length :"),
     ],
-    ids=["padded chunk size", "folded header", "control character", "lines that end in LF"],
+    ids=["padded chunk size", "folded header", "control character", "lines that end in LF", "space before the colon"],
 )
 async def test_what_other_clients_read_is_read_as_they_do_and_the_connection_is_used_again(message: bytes) -> None:
     for size in (1, len(message)):
@@ -232,7 +233,17 @@ async def test_a_new_connection_that_breaks_is_not_tried_again() -> None:
 
 
 @pytest.mark.parametrize(
-    "message", [OK[:-1], CHUNKED[:-1], CHUNKED[:-8], OK[:20], b"HTTP/1.1 200 OK\r\ncontent-le"], ids=range(5)
+    "message",
+    [
+        OK[:-1],
+        CHUNKED[:-1],
+        CHUNKED[:-8],
+        OK[:20],
+        b"HTTP/1.1 200 OK\r\ncontent-le",
+        OK[:-1].replace(b"length:", b"length :"),
+        CHUNKED[:-8].replace(b"encoding:", b"encoding :"),
+    ],
+    ids=range(7),
 )
 async def test_half_a_reply_is_no_reply(message: bytes) -> None:
     async with serving(says(message, close=True)) as server, connected() as network:

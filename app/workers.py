@@ -225,7 +225,7 @@ class Workers:
                 await self._pause(pause)
 
     def _note_up(self) -> None:
-        if self._on_listening is not None:
+        if self._on_listening is not None and not self._stopping.is_set():
             self._on_listening()
             self._on_listening = None
 

@@ -261,7 +261,7 @@ def _close_after_response(send: Sender) -> Sender:
 
 def _with_request_id(scope: Scope, send: Sender) -> Sender:
     """Wraps `send` to add the request id to the response."""
-    request_id = head.request_id(dict(scope["headers"]))
+    request_id = head.request_id(head.by_name(scope["headers"]))
 
     async def send_with_id(message: Message) -> None:
         if message["type"] == "http.response.start":

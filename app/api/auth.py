@@ -7,7 +7,6 @@ import hmac
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from app.api.head import Lines
 from app.config import AuthSettings
 from app.errors import InvalidApiKey, ModelNotAllowed, ModelNotFound
 from app.types import Caller
@@ -58,12 +57,12 @@ class Keys:
         """Whether callers must present one."""
         return bool(self._tenants)
 
-    def tenant(self, headers: Mapping[bytes, bytes], lines: Lines = ()) -> Tenant:
+    def tenant(self, headers: Mapping[bytes, bytes]) -> Tenant:
         """The tenant of the key in `Authorization: Bearer`, else `api-key`, else `x-api-key`; empty counts as absent.
-        `headers`: the `lines` by name, the last of each. Raises `InvalidApiKey`."""
+        Raises `InvalidApiKey`."""
         if not self._tenants:
             return ANONYMOUS
-        presented = _presented(headers) or _presented({name: value for name, value in lines if value})
+        presented = _presented(headers)
         if not presented:
             raise InvalidApiKey("You didn't provide an API key; send Authorization: Bearer YOUR_KEY")
         digest = hashlib.sha256(presented).digest()

@@ -78,7 +78,7 @@ class _Exchange(Struct):
     """The state of one request and its response, for metrics and the log line."""
 
     headers: Mapping[bytes, bytes]
-    """The request's, by name; of a repeated header, the last."""
+    """The request's, by name: see `head.by_name`."""
     id: bytes
     started: float
     """On the event loop's clock, like deadlines; its resolution may be only a millisecond."""
@@ -116,7 +116,7 @@ class Embeddings:
         self._durations = metrics.request_duration.labels
 
     async def __call__(self, scope: Scope, receive: Receive, send: Sender, path_model: str | None) -> None:
-        headers = dict(scope["headers"])
+        headers = head.by_name(scope["headers"])
         now, perf_started = asyncio.get_running_loop().time(), time.perf_counter()
         first_byte = scope.get("extensions", {}).get("first_byte")
         if first_byte is not None:  # the head arrived in pieces: its time counts too
@@ -156,7 +156,7 @@ class Embeddings:
         if scope["method"] != "POST":
             exchange.reading = False
             raise MethodNotAllowed(f"{scope['method']} is not allowed here; use POST")
-        exchange.tenant = self._keys.tenant(exchange.headers, scope["headers"])
+        exchange.tenant = self._keys.tenant(exchange.headers)
         exchange.quota = self._gateway.quotas.get(exchange.tenant.caller.name)
         if exchange.quota is not None:
             # Before admission, so that a caller that floods takes no room from others.

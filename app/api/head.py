@@ -17,6 +17,11 @@ _CHARSETS = frozenset((b"utf-8", b"utf8"))
 """What some clients write where a content coding belongs."""
 
 
+def by_name(lines: Lines) -> dict[bytes, bytes]:
+    """The headers by name; of a repeated one, the last. An empty one counts as absent."""
+    return {name: value for name, value in lines if value}
+
+
 def request_id(headers: Mapping[bytes, bytes]) -> bytes:
     """The caller's `x-request-id` if it is valid (printable, up to 128 bytes), else a new one."""
     own = headers.get(b"x-request-id")
@@ -33,7 +38,7 @@ def content_length(headers: Mapping[bytes, bytes]) -> int:
 
 
 def is_compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
-    """Whether a content or transfer coding compresses the body. `headers`: the `lines` by name, the last of each."""
+    """Whether a content or transfer coding compresses the body. `headers`: the `lines` `by_name`."""
     if b"content-encoding" in headers and not _elements(lines, b"content-encoding") <= _UNENCODED | _CHARSETS:
         return True
     # The server has already checked that the last coding is `chunked`.

@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import PlainTextResponse
 
 from app import __version__
-from app.api import openapi, render
+from app.api import head, openapi, render
 from app.api.asgi import Receive, Scope, Sender
 from app.api.auth import Keys, Tenant
 from app.errors import GatewayError, InvalidApiKey, InvalidRequest, MethodNotAllowed, ModelNotFound, NotFound
@@ -181,8 +181,7 @@ def _add_models(api: FastAPI, key: list[Any]) -> None:
 def _authenticate(request: Request) -> tuple[Gateway, Tenant]:
     """The gateway that answers the request, and the caller's tenant. Raises `InvalidApiKey`."""
     generation = _generation_of(request)
-    lines = request.scope["headers"]
-    return generation.gateway, generation.keys.tenant(dict(lines), lines)
+    return generation.gateway, generation.keys.tenant(head.by_name(request.scope["headers"]))
 
 
 def _model_object(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:

@@ -91,8 +91,10 @@ def test_a_key_in_any_of_the_three_headers_lets_its_owner_in(
 def test_an_empty_line_beside_a_key_counts_as_absent(empty: str, gateway: Running) -> None:
     name = empty.partition(":")[0]
     key = f"{name}: {ALL}" if name == "api-key" else f"{name}: Bearer {ALL}"
-    for given in ([key, empty], [empty, key]):
+    for given in ([key, empty], [empty, key], [key, empty, f"x-api-key: {BULK}"]):
+        before = gateway.metric("requests_total", client="all", status="200")
         assert said(gateway, post(GOOD, *given)).status_code == 200
+        assert gateway.metric("requests_total", client="all", status="200") == before + 1
         assert said(gateway, head("GET", "/v1/models", *given)).status_code == 200
 
 

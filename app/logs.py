@@ -37,11 +37,15 @@ _MILLISECONDS = tuple(b".%03dZ" % number for number in range(1000))
 """The ends of timestamps: looking one up is quicker than formatting it."""
 
 
-class Seldom:
-    """Limits lines that repeat to one of each kind in `interval` seconds. `now` returns those of a monotonic clock."""
+LOG_INTERVAL = 60.0
+"""Seconds between two lines that say the same of what may repeat without end."""
 
-    def __init__(self, interval: float, now: Callable[[], float]) -> None:
-        self._interval, self._now = interval, now
+
+class Seldom:
+    """Limits lines that repeat to one of each kind in `LOG_INTERVAL`. `now` returns a monotonic clock's seconds."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        self._now = now
         self._next: dict[object, float] = {}
 
     def __call__(self, kind: object = None) -> bool:
@@ -49,7 +53,7 @@ class Seldom:
         now = self._now()
         if now < self._next.get(kind, -math.inf):
             return False
-        self._next[kind] = now + self._interval
+        self._next[kind] = now + LOG_INTERVAL
         return True
 
 

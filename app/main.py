@@ -34,8 +34,6 @@ GRACE = 10.0
 """Seconds to wait, beyond the request timeout, for requests in flight when their gateway has been replaced or the
 listener has closed."""
 
-NO_DESCRIPTOR_INTERVAL = 60.0
-"""Seconds between lines about a lack of file descriptors."""
 LAG_INTERVAL = 0.5
 """Seconds between measurements of the event loop's lag."""
 
@@ -173,7 +171,7 @@ class App:
         """Measures the event loop's lag, by its own clock: whatever blocks the loop delays every request. Also warns
         while no file descriptor is left: the event loop then closes new connections and tells nobody."""
         now = asyncio.get_running_loop().time
-        seldom = logs.Seldom(NO_DESCRIPTOR_INTERVAL, now)
+        seldom = logs.Seldom(now)
         while True:
             due = now() + LAG_INTERVAL
             await asyncio.sleep(LAG_INTERVAL)

@@ -47,8 +47,6 @@ _PATHS = frozenset(
     path + slash for path in ("/v1/embeddings", "/embeddings", "/openai/v1/embeddings") for slash in ("", "/")
 )
 _MODEL_PATH = re.compile(r"/(?:v1/engines|openai/deployments)/(?P<model>.+)/embeddings/?")
-LOG_INTERVAL = 60.0
-"""Seconds between two lines that tell of the same shortage."""
 LINGER = 5.0
 """Seconds to go on reading and discarding the rest of a rejected body."""
 
@@ -107,7 +105,7 @@ class Embeddings:
         self._server = gateway.settings.server
         self._metrics = metrics = gateway.metrics
         self._deadlines = Deadlines()
-        self._seldom = Seldom(LOG_INTERVAL, time.monotonic)
+        self._seldom = Seldom(time.monotonic)
         self._serial_executor = ThreadPoolExecutor(1, thread_name_prefix="parse")
         """Parses the largest bodies one at a time, each to its end even if its caller has disconnected."""
         self._requests = metrics.requests.labels

@@ -10,8 +10,6 @@ from app.logs import Seldom
 
 log = logging.getLogger(__name__)
 
-_LOG_INTERVAL = 60.0
-"""Seconds between two log messages that the same thing fails."""
 _SHOWN_AS = {"set": "writes", "claim": "claims"}
 """Operations whose failure leaves the tier up for lookups, by the name shown in `status`."""
 _MAX_MESSAGE = 200
@@ -26,11 +24,11 @@ def describe_error(error: BaseException) -> str:
 
 
 class Outage:
-    """Whether to log that something fails, once in `_LOG_INTERVAL` however often it comes and goes, and that it works
+    """Whether to log that something fails, once a minute however often it comes and goes, and that it works
     again, if its failure was logged. `now` returns the seconds of a monotonic clock."""
 
     def __init__(self, now: Callable[[], float]) -> None:
-        self._seldom = Seldom(_LOG_INTERVAL, now)
+        self._seldom = Seldom(now)
         self._logged: str | None = None
 
     def failing(self, why: str) -> bool:

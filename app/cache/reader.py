@@ -18,8 +18,6 @@ log = logging.getLogger(__name__)
 
 _MAX_KEYS = 64
 """Keys in a shared lookup, at most: every request in it waits for all their vectors, 256 KiB at 1,024 dimensions."""
-_LOG_INTERVAL = 60.0
-"""Seconds between two log messages about a tier that raises although it must not."""
 
 
 class Found(NamedTuple):
@@ -52,7 +50,7 @@ class Reader:
         self._coalescer: Coalescer[Sequence[bytes], Found] = Coalescer(
             self._answer, _NOTHING_FOUND, _MAX_KEYS, store.at_once, store.time_limit, self._late, len, self._on_hang_up
         )
-        self._seldom = Seldom(_LOG_INTERVAL, now)
+        self._seldom = Seldom(now)
 
     async def get(self, keys: Sequence[bytes]) -> Found:
         """The embeddings found, which may include keys that other callers asked for. Never raises."""

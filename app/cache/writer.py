@@ -23,9 +23,6 @@ _MAX_BARE_KEYS = 2**17
 """Keys that may be queued without their embeddings, at 130 bytes each."""
 _TRIES = 6
 """Attempts at what the store does not answer: some until its breaker opens, and as many once it is back."""
-_LOG_INTERVAL = 60.0
-"""Seconds between two log messages about values that the store does not take, and about one that raises although it
-must not."""
 _RETRY = 1.0
 """Seconds between checks whether a store that is away takes writes again; its breaker may allow a try less often."""
 
@@ -55,7 +52,7 @@ class Writer:
         self._task: asyncio.Task[None] | None = None
         self._given_up = 0
         """Values given up since a line about them was logged."""
-        self._seldom = Seldom(_LOG_INTERVAL, clock.monotonic)
+        self._seldom = Seldom(clock.monotonic)
         self._away = False
         """Whether the task waits for the store to come back."""
         self._closed = False

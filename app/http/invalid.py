@@ -9,8 +9,6 @@ from app.logs import Seldom
 
 log = logging.getLogger(__name__)
 
-LOG_INTERVAL = 60.0
-"""Seconds between two lines."""
 _PROTOCOLS = {
     b"\x16\x03": "TLS, but this port speaks plain HTTP",
     b"PROXY ": "the PROXY protocol (v1), which is not supported",
@@ -25,7 +23,7 @@ class InvalidHttpLog:
     """`count` is called for each attempt. `now` returns the seconds of a monotonic clock."""
 
     def __init__(self, count: Callable[[], None], now: Callable[[], float]) -> None:
-        self._count, self._seldom = count, Seldom(LOG_INTERVAL, now)
+        self._count, self._seldom = count, Seldom(now)
         self._attempts = 0
         """Since the last line."""
 

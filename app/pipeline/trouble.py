@@ -13,14 +13,12 @@ log = logging.getLogger(__name__)
 
 LONG_REST = 30.0
 """Seconds after which operators are told of a rest, or of rests in a row with no other answer between them."""
-LOG_INTERVAL = 60.0
-"""Seconds between two log lines about one kind of trouble."""
 LENGTH_CHANGE_SHOWN = 60.0
 """Seconds for which `/readyz` shows that vectors have changed their length."""
 
 
 class Trouble:
-    """One deployment's trouble. Each kind of it, mostly an error's code, is logged at most once in `LOG_INTERVAL`."""
+    """One deployment's trouble. Each kind of it, mostly an error's code, is logged at most once a minute."""
 
     def __init__(self, clock: Clock, report: Callable[[bool], None], name: str) -> None:
         """`report` is called with whether the deployment takes traffic."""
@@ -33,7 +31,7 @@ class Trouble:
         """When it was first rate-limited since its last answer."""
         self._length_change = ""
         self._length_change_until = 0.0
-        self._seldom = Seldom(LOG_INTERVAL, clock.monotonic)
+        self._seldom = Seldom(clock.monotonic)
         self._retired = False
 
     @property

@@ -29,8 +29,6 @@ KEY_COOLDOWN = 600.0
 """Seconds for which a refused or exhausted key is not tried while there are others."""
 IN_VAIN = 10.0
 """Seconds after every key has been refused in which a call is sent with one key only, whichever is next."""
-LOG_INTERVAL = 60.0
-"""Minimum seconds between two log lines about a key, which comes and goes if it is refused for some models only."""
 
 
 def keys(settings: UpstreamSettings) -> list[str]:
@@ -78,7 +76,7 @@ class HeaderKey:
         self._values = list(values)
         self._parse_error, self._clock = parse_error, clock
         self._suspended_until = [0.0] * len(self._values)
-        self._seldom = Seldom(LOG_INTERVAL, clock.monotonic)
+        self._seldom = Seldom(clock.monotonic)
         self._next_index = 0
         self._in_vain_until = 0.0
 

@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 import orjson
 import pytest
 
+from app import logs
 from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Auth, TokenStore, WireReply, WireRequest
@@ -503,7 +504,7 @@ async def test_keys_that_are_used_up_for_one_model_each_serve_the_other_one(capl
     assert service.asked == ["one"] * 4, "while only one model is asked for, no call is repeated"
     told = [f"vendor.example: key {key} of 2 is not used for 600 s: insufficient_quota" for key in (1, 2)]
     assert caplog.messages == told
-    clock.now += auth.LOG_INTERVAL
+    clock.now += logs.LOG_INTERVAL
     for name in models:
         await flow(of_model(name), service.send)
     assert sorted(caplog.messages) == sorted(told * 2), "once a minute"

@@ -182,6 +182,8 @@ class Canary:
         space has a reference they are not asked; if it has none they are waited for less long, because the other
         deployments, which may be all that serve, are compared only after that. An upstream may hang for one model
         alone, so a deployment that was compared before and is not asked keeps its traffic.
+
+        If the space has no reference, nothing is concluded while callers have vectors of one that did not answer.
         """
         due = self._due_deployments(now)
         if not due or self._checking:  # it waited for other checks, and is no longer due
@@ -196,13 +198,19 @@ class Canary:
                 has_reference=has_reference,
             )
             returned = {deployment: answer for deployment, answer in answers.items() if isinstance(answer, bytes)}
-            reference = await self._references.of(self._space, _choose_reference(returned)) if returned else b""
+            others = [deployment for deployment in self._deployments if deployment not in returned]
+            undecided = not has_reference and any(map(_may_be_busy, others))
+            conclusive = returned and not undecided
+            reference = await self._references.of(self._space, _choose_reference(returned)) if conclusive else b""
         finally:  # also when a change of configuration cancels it: the next gateway has the same canary
             self._checking = False
         timed_out = {deployment.upstream for deployment, answer in answers.items() if answer is None}
         unresponsive |= timed_out
         if timed_out and not skipped:  # or it would be the last again in the next round, and never ask those it skipped
             self.last_timeout = now
+        if undecided:
+            self._last_asked |= {deployment: (now, deployment in returned) for deployment in answers}
+            return
         if returned:
             self._compared_without_cache = not self._references.knows(self._space)
         unchecked = [
@@ -254,6 +262,14 @@ class Canary:
                 reason,
             )
         deployment.health.take_out(reason)
+
+
+def _may_be_busy(deployment: Deployment) -> bool:
+    """Whether callers have, or may be about to have, vectors of one that did not answer a check."""
+    health = deployment.health
+    if health.ejected:
+        return False
+    return health.answered or bool(deployment.slots.busy and not (health.unverified or health.suspect))
 
 
 def _choose_reference(returned: Mapping[Deployment, bytes]) -> bytes:

@@ -1045,6 +1045,24 @@ def test_another_model_is_found_at_first_use_and_does_not_stand_in_for_the_one_t
             assert [call.texts for call in wrong.calls] == [[canary.TEXT]]
 
 
+@pytest.mark.parametrize("times", [1, 2])
+def test_one_that_is_too_busy_to_be_compared_is_not_replaced_by_another_model(times: int) -> None:
+    """Its caller has its vector. It is busy at first use, or in the next round too."""
+    clock = RoundClock()
+    with FakeOpenAI(api_key="sk-fake") as right, OtherModel(api_key="sk-fake") as wrong:
+        right.fail(faults.vendor_error("rate_limit"), times, when=lambda texts: texts == [canary.TEXT])
+        with running(listed_twice(right, wrong), clock=clock) as gateway:
+            assert gateway.post({"model": MODEL, "input": "in use"}).headers["x-embedding-upstream"] == f"up0/{MODEL}"
+
+            def found() -> bool:
+                clock.passed += RECHECK_INTERVAL
+                return "out" in str(gateway.get("/readyz").json()["upstreams"])
+
+            until_looked(clock, found)
+            assert "out" in gateway.get("/readyz").json()["upstreams"]["up1"]
+            assert gateway.post({"model": MODEL, "input": "x"}).headers["x-embedding-upstream"] == f"up0/{MODEL}"
+
+
 def test_one_that_fails_too_is_checked_in_the_rounds_only_and_callers_are_told_of_it() -> None:
     clock = RoundClock()
     with FakeOpenAI(api_key="sk-fake") as first, FakeOpenAI(api_key="sk-fake") as second:

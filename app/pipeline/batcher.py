@@ -14,7 +14,7 @@ import asyncio
 import math
 import time
 from collections.abc import Callable, Coroutine, Iterable, Sequence
-from itertools import groupby
+from itertools import chain, groupby
 from operator import attrgetter
 from typing import NamedTuple, TypeAlias
 
@@ -229,17 +229,18 @@ class Batcher:
             for _, jobs in self._queues.take_expiring(queue_set, math.inf):
                 self._deliver(jobs, BatchResult([_closed_error(reason)] * len(jobs), calls=0))
         elif rest := min(rest_times, default=0.0):
-            for queue, jobs in self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest):
-                # What stays queued goes first, then one of these requests after another.
-                inputs, size = queue.size()
+            due = self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest)
+            # What stays queued goes first, then one of these requests after another.
+            ahead = {queue: queue.size() for queue in chain(*queue_set.round_robin.values())}
+            for queue, jobs in due:
                 for _, request in groupby(jobs, key=lambda job: job.waiters[:1]):
                     refused = list(request)
-                    # A byte is about a quarter of a token.
-                    wait = max(rest, self._rotation.time_for(queue_set.params, inputs, size / 4))
+                    wait = max(rest, self._rotation.time_for(queue_set.params, ahead.values()))
                     error = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
                     self._deliver(refused, BatchResult([error] * len(refused), calls=0))
-                    inputs += len(refused)
+                    inputs, size = ahead.get(queue, (0, 0.0))
                     size += sum(tokens.upper_bound(job.input) for job in refused)
+                    ahead[queue] = inputs + len(refused), size
         if ends := [rest for rest in rest_times if rest]:
             self._wake_in(min(ends))
 

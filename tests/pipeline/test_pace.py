@@ -268,6 +268,18 @@ async def test_those_refused_together_are_told_waits_after_which_each_is_served(
     await embed.aclose()
 
 
+async def test_also_of_two_lanes_and_of_inputs_that_share_no_call(clock: HandClock, upstream: Upstream) -> None:
+    embed = batcher(upstream, paced(clock, requests=6), rows=10)
+    await embed(request("first"))
+    others = [request("bulk", lane="bulk", patience=3), request("short", patience=3), request("shorter", patience=3)]
+    for dimensions, other in enumerate(others[1:], 1):
+        other.params = Params(dimensions=dimensions)
+    refused = await asyncio.gather(*map(embed, others), return_exceptions=True)
+    waits = sorted(error.retry_after or 0 for error in refused if isinstance(error, RateLimited))
+    assert waits == pytest.approx([9.9, 19.9, 29.9], abs=0.01)
+    await embed.aclose()
+
+
 async def test_a_wait_is_stated_without_a_look_at_each_who_is_before(
     clock: HandClock, upstream: Upstream, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -70,7 +70,9 @@ def deadline_error(jobs: Sequence[Job], request: EmbedRequest) -> GatewayError:
         # By the caller's own index: an input may be embedded in pieces.
         outcomes = zip(_positions(request), [job.outcome for job in jobs], strict=True)
         missing = {position for position, outcome in outcomes if isinstance(outcome, UpstreamTimeout | None)}
-        error = UpstreamTimeout(f"{len(missing)} of the inputs had no answer before the request's deadline")
+        # None is missing if all came just before the deadline, and others were answered first.
+        what = f"{len(missing)} of the inputs had no answer" if missing else "no answer could be sent"
+        error = UpstreamTimeout(f"{what} before the request's deadline")
     error.calls = calls
     return error
 

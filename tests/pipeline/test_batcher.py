@@ -26,8 +26,8 @@ from app.pipeline.adapt import Adapt
 from app.pipeline.batcher import Batcher
 from app.pipeline.deployment import CallLimits, Deployment, Slots
 from app.pipeline.health import Health
-from app.pipeline.outcome import MAX_NAMED
-from app.pipeline.queue import BULK_STALL, LANES
+from app.pipeline.outcome import MAX_NAMED, deadline_error
+from app.pipeline.queue import BULK_STALL, LANES, CallRecord, Job
 from app.pipeline.route import Route
 from app.types import Batch, BatchResult, Caller, Embedding, EmbedRequest, EmbedResult, Lane, Params, Source
 from tests.clock import HandClock, settle
@@ -722,3 +722,9 @@ async def test_what_is_dropped_is_told() -> None:
     await embed.aclose()
     assert sorted(dropped) == [b"y", b"z"], "and not what was sent"
     assert calls.batches == [["x"]]
+
+
+def test_whose_time_is_up_just_as_all_was_answered_is_not_told_that_an_input_had_no_answer() -> None:
+    record, request = CallRecord(1, ("up/m",)), EmbedRequest("m", ("a",), Params(), 0.0, Caller(), keys=[b"a"])
+    job = Job(b"a", "a", 0.0, (), True, call_record=record, outcome=Embedding(b"v", 1))
+    assert str(deadline_error([job], request)) == "no answer could be sent before the request's deadline"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, TypeGuard
 
 CONNECT_TIMEOUT = 2.0
 """Seconds a handshake may take. Longer than a lookup waits: a caller that gives up leaves it to the next one."""
@@ -61,9 +61,9 @@ class Connections:
     async def exchange(self, commands: Sequence[Command]) -> list[object]:
         """Pipelines all commands and returns one reply per command; an error reply is returned, not raised.
 
-        Raises what the connection raises if the exchange is not completed, or the error reply it ended with. Whether a
-        fault or a cancellation cut it short, the connection is then closed, so that no reply is left for the next
-        caller to read (CVE-2023-28858).
+        Raises what the connection raises if the exchange is not completed, or the error reply after which the server
+        hung up. Whether a fault or a cancellation cut it short, the connection is then closed, so that no reply is left
+        for the next caller to read (CVE-2023-28858).
         """
         connection = await self._take()
         replies: list[object] = []
@@ -75,14 +75,13 @@ class Connections:
                     replies.append(await connection.read_response())
                 except self._refusal as refusal:
                     replies.append(refusal)
-                    # After a protocol error the server hangs up.
-                    moved = moved or isinstance(refusal, self._moved) or str(refusal).startswith("Protocol error")
+                    moved = moved or isinstance(refusal, self._moved) or _is_last(refusal)
         except BaseException as fault:
             await self._discard(connection)
             if isinstance(fault, Exception):
                 # What broke this connection has probably broken the idle ones as well.
                 await self.drop_idle()
-                if replies and isinstance(replies[-1], self._refusal):
+                if replies and _is_last(replies[-1]):
                     raise replies[-1] from None  # which says why the server hung up
             raise
         if moved or self._closed:
@@ -165,3 +164,8 @@ class Connections:
                 await connection.disconnect(nowait=True)
         finally:
             self._slots.put_nowait(None)
+
+
+def _is_last(reply: object) -> TypeGuard[Exception]:
+    """Whether the server hangs up after this reply: a protocol error, or its protected mode."""
+    return isinstance(reply, Exception) and str(reply).startswith(("Protocol error", "DENIED "))

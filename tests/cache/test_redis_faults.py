@@ -249,6 +249,20 @@ async def test_a_password_that_is_missing_is_named_whatever_the_length_of_the_co
         await store.close()
 
 
+async def test_a_refusal_that_ends_no_connection_is_not_what_broke_it(clock: Clock, metrics: Metrics) -> None:
+    """A script that the server does not have is sent again: nobody need hear of it."""
+
+    async def breaks(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(2**16)
+        writer.write(b"-NOSCRIPT No matching script. Please use EVAL.\r\n")
+
+    async with listening(breaks) as port:
+        store = RedisStore(f"redis://127.0.0.1:{port}", LIMIT, 60, clock, metrics)
+        assert await store.get_or_claim([key(1)]) == ([None], ())
+        assert store.status.startswith("down: ConnectionError")
+        await store.close()
+
+
 async def test_a_right_that_our_user_lacks_is_named(
     clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
 ) -> None:

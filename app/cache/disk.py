@@ -237,7 +237,9 @@ class DiskStore:
             self._size = self._table.size
             if self._table.max_size < self._max_size:
                 self._max_size = self._table.max_size  # it is said once
-                log.warning("disk cache: max_size is more than the file system holds: using %d bytes", self._max_size)
+                log.warning(
+                    "disk cache: max_size is more than seven eighths of the file system: using %d bytes", self._max_size
+                )
         return self._table
 
     def _read(self, keys: Sequence[bytes]) -> tuple[list[Embedding | None], int]:

@@ -255,7 +255,7 @@ async def test_a_file_system_that_is_smaller_than_the_bound_is_the_bound(tmp_pat
     ended = await run(SMALL, tmp_path / "embeddings.sqlite3", *_MOUNTS_1_MIB, str(tmp_path))
     assert ended.stdout.split() == ["[599]", "0", "up"], ended.stderr
     assert ended.stderr.splitlines() == [
-        "WARNING:app.cache.disk:disk cache: max_size is more than the file system holds: using 917504 bytes"
+        "WARNING:app.cache.disk:disk cache: max_size is more than seven eighths of the file system: using 917504 bytes"
     ]
 
 

@@ -25,7 +25,7 @@ COOLDOWN = 1.0
 """Seconds of rest after a rate limit that does not say how long: twice as many each time the next call is refused too,
 and a random part of up to half as many, because replicas that were refused together would ask again together."""
 LONGEST_COOLDOWN = 8.0
-"""Seconds of such a rest, at most."""
+"""Seconds of such a rest, at most, without its random part."""
 LONGEST_REST = 300.0
 """Seconds of rest, at most. An upstream may send a date where a number of seconds belongs."""
 DECAY = 0.98
@@ -239,10 +239,10 @@ class Health:
         now = self._clock.monotonic()
         if error.retry_after is not None:
             wait = min(error.retry_after, LONGEST_REST)
-        elif now < self._cooling_until:
-            return  # refused like the call beside it
+        elif self.asked < self._cooling_until:
+            return  # begun before the rest, and refused like the call beside it
         else:
-            wait = min(self._cooldown * (1 + self._jitter() / 2), LONGEST_COOLDOWN)
+            wait = self._cooldown * (1 + self._jitter() / 2)
             self._cooldown = min(2 * self._cooldown, LONGEST_COOLDOWN)
         self._cooling_until = max(self._cooling_until, now + wait)
         self.trouble.note_rest(error, wait)

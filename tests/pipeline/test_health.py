@@ -192,7 +192,11 @@ async def test_rests_that_nobody_measures_grow_up_to_a_bound_and_are_not_the_sam
             up.end(RateLimited("slowly"), era)
         rests.append(up.cooldown_remaining())
         await clock.advance(up.cooldown_remaining())
-    assert rests == [1, 3, 4, 8, 8]
+    assert rests == [1, 3, 4, 10, 10]
     up.end(None, up.begin())
+    straggler = up.begin()
     up.end(RateLimited("slowly"), up.begin())
     assert up.cooldown_remaining() == 1, "it has answered since"
+    await clock.advance(1)
+    up.end(RateLimited("slowly"), straggler)
+    assert not up.cooldown_remaining(), "that was the same refusal"

@@ -133,10 +133,12 @@ def test_one_ctrl_c_counts_as_one_in_workers_that_are_slow_to_notice(tmp_path: P
                 fake.wait_for_calls(1)
                 for each in both:
                     os.kill(each, signal.SIGSTOP)
-                process.send_signal(signal.SIGINT)
-                until(lambda: any(has_pending(each, signal.SIGINT) for each in both), lambda: "no signal")
-                for each in both:
-                    os.kill(each, signal.SIGCONT)
+                try:
+                    process.send_signal(signal.SIGINT)
+                    until(lambda: any(has_pending(each, signal.SIGINT) for each in both), lambda: "no signal")
+                finally:
+                    for each in both:
+                        os.kill(each, signal.SIGCONT)
                 until(lambda: not answers(url), (tmp_path / "log").read_text)
                 fake.release()
                 assert raw.recv(65536).startswith(b"HTTP/1.1 200")

@@ -265,9 +265,10 @@ class Canary:
 
 
 def _may_be_busy(deployment: Deployment) -> bool:
-    """Whether callers have, or may be about to have, vectors of one that did not answer a check."""
+    """Whether callers have, or may be about to have, vectors of one that did not answer a check and was not compared
+    before."""
     health = deployment.health
-    if health.ejected:
+    if health.ejected or health.compared:
         return False
     return health.answered or bool(deployment.slots.busy and not (health.unverified or health.suspect))
 

@@ -700,6 +700,21 @@ async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_
         assert found[1].health.out is not None
 
 
+async def test_while_the_cache_cannot_be_read_one_that_was_away_is_compared_without_the_one_that_serves(
+    clock: HandClock,
+) -> None:
+    """The one that serves was compared when the other last was, so it is not asked again."""
+    expected = Away(None)
+    (first, second), looks = several(clock, answers, answers, expected=expected)
+    await looks.check(clock.monotonic(), set())
+    first.health.end(None, first.health.begin())
+    for _ in range(FAILURES):
+        second.health.end(UpstreamUnreachable("no"), second.health.begin())
+    second.health.mark_unverified("away")
+    await looks.check(clock.monotonic(), set())
+    assert not second.health.unverified
+
+
 async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     clock: HandClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:

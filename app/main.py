@@ -23,10 +23,10 @@ from app.clock import Clock, SystemClock
 from app.config import Settings
 from app.config.source import ConfigSource, ParentConfig, applicable
 from app.config.watch import ConfigWatcher
+from app.descriptors import require_descriptor
 from app.gateway import Gateway
 from app.http.invalid import InvalidHttpLog
 from app.metrics import Metrics
-from app.upstreams.network import require_descriptor
 
 log = logging.getLogger(__name__)
 

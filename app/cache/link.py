@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import socket
 from collections.abc import Awaitable, Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -20,6 +19,7 @@ from app.cache.breaker import Breaker
 from app.cache.coalescer import WeightedSemaphore
 from app.cache.connections import CONNECT_TIMEOUT, Connection, Connections
 from app.deadlines import Deadlines
+from app.descriptors import require_descriptor
 
 Exchange: TypeAlias = Callable[[], Awaitable[list[object]]]
 
@@ -132,8 +132,7 @@ def connections(url: str, limit: int, now: Callable[[], float]) -> Connections:
         connection: Connection = pool.make_connection()  # type: ignore[no-untyped-call]
         if isinstance(connection, SSLConnection):
             if tls is None or now() >= valid_until:
-                # Raises if no descriptor is free: the context would then load no certificates and trust nobody.
-                socket.socket(socket.AF_UNIX).close()
+                require_descriptor()  # without one the context would load no certificates and trust nobody
                 tls, valid_until = connection.ssl_context, now() + _TLS_CONTEXT_TTL
             connection.ssl_context = tls
         return connection

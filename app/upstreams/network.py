@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import aiohappyeyeballs
 import httpx
 
+from app.descriptors import require_descriptor
 from app.errors import GatewayError, Overloaded, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams.connection import Connection, StaleConnection
@@ -321,11 +322,6 @@ def _refused_by_proxy(status: int) -> UpstreamUnreachable:
     error = UpstreamUnreachable(f"the proxy does not lead to the upstream (HTTP {status})")
     error.retryable = status not in _PROXY_REFUSALS
     return error
-
-
-def require_descriptor() -> None:
-    """Raises `OSError` if no file descriptor is left, ahead of code that would not report it."""
-    socket.socket(socket.AF_UNIX).close()  # unlike opening a file, this depends on no path
 
 
 def _translate(error: OSError, peer: str) -> GatewayError:

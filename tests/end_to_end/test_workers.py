@@ -46,6 +46,13 @@ def connect(url: str) -> socket.socket:
     return raw
 
 
+def ask_in_flight(raw: socket.socket, fake: FakeOpenAI) -> None:
+    """Sends a request, and waits until it has reached the upstream, which holds it."""
+    body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
+    raw.sendall(b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body))
+    fake.wait_for_calls(1)
+
+
 @pytest.mark.parametrize("arguments", [(), TWO], ids=["one", "two workers"])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
 def test_whoever_asks_again_does_not_wait_for_the_drain(
@@ -74,11 +81,7 @@ def test_what_does_not_wait_for_the_drain_lets_requests_finish(
             url = address(tmp_path / "log", process)
             fake.hold()
             with connect(url) as raw:
-                body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
-                raw.sendall(
-                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-                )
-                fake.wait_for_calls(1)
+                ask_in_flight(raw, fake)
                 if number == signal.SIGTERM:
                     process.send_signal(number)
                     until(lambda: httpx.get(f"{url}/readyz").status_code == 503, (tmp_path / "log").read_text)
@@ -126,14 +129,12 @@ def test_one_ctrl_c_counts_as_one_in_workers_that_are_slow_to_notice(tmp_path: P
             both = workers(process.pid)
             fake.hold()
             with connect(url) as raw:
-                body = json.dumps({"model": "text-embedding-3-small", "input": "in flight"}).encode()
-                raw.sendall(
-                    b"POST /v1/embeddings HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n%b" % (len(body), body)
-                )
-                fake.wait_for_calls(1)
+                ask_in_flight(raw, fake)
                 for each in both:
                     os.kill(each, signal.SIGSTOP)
                 try:
+                    # One that has not stopped yet would notice the second signal first.
+                    until(lambda: all(is_stopped(each) for each in both), lambda: "not stopped")
                     process.send_signal(signal.SIGINT)
                     until(lambda: any(has_pending(each, signal.SIGINT) for each in both), lambda: "no signal")
                 finally:
@@ -143,6 +144,10 @@ def test_one_ctrl_c_counts_as_one_in_workers_that_are_slow_to_notice(tmp_path: P
                 fake.release()
                 assert raw.recv(65536).startswith(b"HTTP/1.1 200")
             assert process.wait(30) == 130
+
+
+def is_stopped(process_id: int) -> bool:
+    return "State:\tT" in Path(f"/proc/{process_id}/status").read_text()
 
 
 def has_pending(process_id: int, number: signal.Signals) -> bool:

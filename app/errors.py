@@ -255,6 +255,11 @@ class UpstreamUnavailable(Overloaded):
     retryable = True
 
 
+def lacks_memory(error: ValueError) -> bool:
+    """Whether orjson had no memory, which it reports as invalid JSON."""
+    return "Not enough memory" in str(error)
+
+
 def shortage(fault: Exception) -> Shortage | None:
     """The error if the system had no memory or no thread for a request; None for any other exception."""
     if isinstance(fault, MemoryError):

@@ -16,7 +16,7 @@ from msgspec import Struct
 from app import tokens
 from app.api import content
 from app.catalog import ROLES
-from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDimensions
+from app.errors import BodyTooLarge, InvalidJson, InvalidRequest, UnsupportedDimensions, lacks_memory
 from app.types import MAX_DIMENSIONS, Input, Media, OnLongInput, OutputType, Params
 
 MAX_IDS = 2**18
@@ -102,7 +102,7 @@ def _object(raw: bytes) -> dict[str, Any]:
 
 def _invalid_json(raw: bytes, error: orjson.JSONDecodeError) -> InvalidJson | MemoryError:
     detail = str(error)
-    if "Not enough memory" in detail:
+    if lacks_memory(error):
         return MemoryError(detail)
     if "surrogates not allowed" in detail:  # orjson's message for any invalid UTF-8
         try:

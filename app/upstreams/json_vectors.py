@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 
 from app import vectors
-from app.errors import UpstreamInvalidResponse
+from app.errors import UpstreamInvalidResponse, lacks_memory
 
 try:
     import simdjson
@@ -69,7 +69,7 @@ def load(raw: bytes | bytearray, inputs: int, *, sparse: bool = False) -> Any:
     try:
         return orjson.loads(raw)
     except orjson.JSONDecodeError as error:
-        if "Not enough memory" in str(error):
+        if lacks_memory(error):
             raise MemoryError(str(error)) from None
         raise
 

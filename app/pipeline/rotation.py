@@ -110,7 +110,7 @@ class Rotation:
         ones. If none is known to be, only one, for they may be in different spaces: of those not yet asked for their
         vectors in vain, the first that has answered callers, or else the first that is not ejected. If there is no such
         one, all of them: they are compared as soon as they can be asked."""
-        eligible = [each for each in self.deployments if each.supports(params) and each.health.out is None]
+        eligible = self._in_space(params)
         verified = [each for each in eligible if not each.health.unverified]
         if verified:
             return verified
@@ -119,9 +119,12 @@ class Rotation:
 
     def uncompared(self, params: Params) -> list[Deployment]:
         """Those that get no call with these parameters only because they have not been compared."""
-        allowed = [each for each in self.deployments if each.supports(params) and each.health.out is None]
         eligible = self.eligible(params)
-        return [each for each in allowed if each not in eligible]
+        return [each for each in self._in_space(params) if each not in eligible]
+
+    def _in_space(self, params: Params) -> list[Deployment]:
+        """Those that honour the parameters, but for those known to be in another vector space."""
+        return [each for each in self.deployments if each.supports(params) and each.health.out is None]
 
     def other_in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
         """Whether a deployment other than `avoid` may take a call before the deadline: now, or once its rate limit has

@@ -337,11 +337,8 @@ def test_a_request_that_was_refused_before_it_was_sent_keeps_none_waiting(
     size: int,
     scheme: str,
     runs_on: Callable[[], asyncio.AbstractEventLoop],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    context: ssl.SSLContext,
 ) -> None:
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
 
     async def early(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if b"x-big" in await reader.readuntil(b"\r\n\r\n"):
@@ -584,6 +581,14 @@ async def test_an_address_without_a_port_leads_to_its_scheme_s(
 # --- TLS -------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ssl.SSLContext:
+    """The context of a server that is trusted."""
+    server, trusted = certificate(tmp_path)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    return server
+
+
 def certificate(directory: Path, *, name: str = "localhost", days: int = 2) -> tuple[ssl.SSLContext, Path]:
     """A server's context with a self-signed certificate for `name`, and the file with which to trust it."""
     key = ec.generate_private_key(ec.SECP256R1())
@@ -610,9 +615,7 @@ def certificate(directory: Path, *, name: str = "localhost", days: int = 2) -> t
     return context, public
 
 
-async def test_tls_is_spoken_with_who_can_prove_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+async def test_tls_is_spoken_with_who_can_prove_its_name(context: ssl.SSLContext) -> None:
     big = random.Random(7).randbytes(5_000_001)
     message = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n%b" % (len(big), big)
     async with serving(says(message), context) as server, connected() as network:
@@ -692,11 +695,8 @@ async def test_tls_with_anyone_else_is_refused_for_good(
 def test_an_upstream_that_wants_a_certificate_of_ours_refuses_for_good(
     version: ssl.TLSVersion,
     runs_on: Callable[[], asyncio.AbstractEventLoop],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    context: ssl.SSLContext,
 ) -> None:
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     context.verify_mode = ssl.CERT_REQUIRED
     context.minimum_version = context.maximum_version = version
 
@@ -814,15 +814,11 @@ async def test_by_a_proxy_in_the_clear_the_whole_address_is_asked_for() -> None:
     [b"", b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n", b"HTTP/1.1 100 Continue\n\n"],
     ids=["at once", "after interim replies", "after one with lines that end in LF"],
 )
-async def test_by_a_proxy_tls_is_with_the_upstream_itself(
-    interim: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_by_a_proxy_tls_is_with_the_upstream_itself(interim: bytes, context: ssl.SSLContext) -> None:
     async def leads(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
         writer.write(interim)
         await tunnel(reader, writer, head)
 
-    context, trusted = certificate(tmp_path)
-    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     async with serving(says(OK), context) as server, serving(leads) as proxy:
         async with connected(f"http://me:word@127.0.0.1:{proxy.port}") as network:
             for _ in range(2):

@@ -112,8 +112,14 @@ def until(look: Callable[[], T | None], why: Callable[[], object]) -> T:
 
 
 def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
+    """A port that nobody else is given for a minute: a connection to it waits in TIME_WAIT. Who asks for this very port
+    gets it, with SO_REUSEADDR as servers have it."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = int(server.getsockname()[1])
+        with socket.create_connection(("127.0.0.1", port)):
+            accepted, _ = server.accept()
+            accepted.close()  # first, so that it is this end that waits
+        return port
 
 
 def metric(text: str, name: str, *labels: str) -> float | None:

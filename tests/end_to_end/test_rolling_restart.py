@@ -75,19 +75,24 @@ async def test_no_request_is_lost_over_rolling_restarts(tmp_path: Path) -> None:
             return start(tmp_path, "--port", str(port), "--log-level", "warning", log=f"log-{port}", **env)
 
         processes = {port: serve(port) for port in ports}
+        clients: list[asyncio.Task[None]] = []
         try:
             async with balancing(ports) as (url, balancer):
                 await until_ready(balancer, 2)
                 load, done = Load(url, fake), asyncio.Event()
-                clients = [asyncio.create_task(load.run(done)) for _ in range(CLIENTS)]
+                clients += [asyncio.create_task(load.run(done)) for _ in range(CLIENTS)]
                 for port in itertools.islice(itertools.cycle(ports), RESTARTS):
                     processes[port].terminate()
-                    assert await asyncio.to_thread(processes[port].wait, PATIENCE) == 0
+                    code = await asyncio.to_thread(processes[port].wait, PATIENCE)
+                    assert code == 0, (tmp_path / f"log-{port}").read_text()
                     processes[port] = serve(port)
                     await until_ready(balancer, 2)
                 done.set()
                 await asyncio.gather(*clients)
         finally:
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
             for process in processes.values():
                 process.terminate()
             for process in processes.values():

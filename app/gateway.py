@@ -205,7 +205,7 @@ class Gateway:
         }
         for deployment in self.fleet.deployments:
             health = deployment.health
-            for field, problem in (("out", health.out), ("trouble", health.problem)):
+            for field, problem in (("out", health.standing.out), ("trouble", health.problem)):
                 if problem is not None:
                     upstreams[deployment.upstream].setdefault(field, {})[deployment.model.name] = problem
         state = "draining" if self.draining else "ready"

@@ -68,9 +68,9 @@ async def test_one_that_is_out_stays_out_when_a_list_says_something_else_of_it()
         for upstream in gateway.upstreams.values():
             upstream.models = {"m": replace(unlisted_model("m"), max_tokens_per_input=length)}
         gateway.registry.publish()
-        out = [each.health.out for name in ("m", "b/m") for each in gateway.names[name].deployments]
+        out = [each.standing.out for name in ("m", "b/m") for each in gateway.names[name].deployments]
         assert out == ([None] * 3 if length == 512 else [None, "another model", "another model"])
-        gateway.names["b/m"].deployments[0].health.take_out("another model")
+        gateway.names["b/m"].deployments[0].standing.take_out("another model")
     assert [each.due(1000.0) for each in gateway.fleet.canaries] == [True, True]
 
 

@@ -133,7 +133,7 @@ class Canary:
 
     @property
     def _any_out(self) -> bool:
-        return any(deployment.health.out is not None for deployment in self._deployments)
+        return any(deployment.standing.out is not None for deployment in self._deployments)
 
     def due(self, now: float) -> bool:
         """Whether it is time for a check. Deployments configured to stand in for each other are compared from the
@@ -166,11 +166,13 @@ class Canary:
     def _is_due(self, deployment: Deployment, now: float) -> bool:
         """Whether its last check is long enough ago. Of several that stand in for each other, one that was ejected, and
         may come back as another model, is always due, and so is one that has not been compared yet."""
-        health = deployment.health
-        if self._interchangeable and (health.ejected or health.unverified):
+        standing = deployment.standing
+        if self._interchangeable and (deployment.health.ejected or standing.unverified):
             return True
         asked_at, answered = self._last_asked.get(deployment, (-math.inf, False))
-        settled = answered and health.compared and health.out is None and now - health.readmitted_at >= CHECK_INTERVAL
+        settled = (
+            answered and standing.compared and standing.out is None and now - standing.readmitted_at >= CHECK_INTERVAL
+        )
         return now - asked_at >= (CHECK_INTERVAL if settled else RECHECK_INTERVAL)
 
     async def check(self, now: float, unresponsive: set[str]) -> None:
@@ -216,7 +218,7 @@ class Canary:
         unchecked = [
             deployment
             for deployment in skipped
-            if deployment.health.needs_comparison or (self._interchangeable and not deployment.health.compared)
+            if deployment.health.needs_comparison or (self._interchangeable and not deployment.standing.compared)
         ]
         answers.update(dict.fromkeys(unchecked))
         for deployment, answer in answers.items():
@@ -227,57 +229,56 @@ class Canary:
                 self._keep_out(deployment, answer)
 
     def _compare(self, deployment: Deployment, vector: bytes, expected: bytes) -> None:
-        if deployment.health.silent is not None:
+        if deployment.standing.silent is not None:
             log.warning("deployment %s has now shown its vectors", deployment.name)
-        deployment.health.length = len(vector)
-        deployment.health.mark_verified()
+        deployment.standing.mark_verified(len(vector))
         self._judge(deployment, vectors.cosine(vector, expected))
         deployment.slots.notify()  # queued requests may go there now, or need not wait for it any more
 
     def _keep_out(self, deployment: Deployment, error: GatewayError | None) -> None:
         """Keeps it out of traffic until it answers a check, unless it has been compared and is not ejected: then it may
         only be busy. Logs the error, because no caller's call will meet it."""
-        health, why = deployment.health, f" ({error.code}: {error.message})" if error else ""
-        if health.compared and not health.ejected:
+        standing, why = deployment.standing, f" ({error.code}: {error.message})" if error else ""
+        if standing.compared and not deployment.health.ejected:
             return
-        if health.silent is None:
+        if standing.silent is None:
             log.warning(
                 "deployment %s has not shown yet that its vectors are those of %s: others are asked until it does%s",
                 deployment.name,
                 self._space,
                 why,
             )
-        health.mark_unverified(_UNVERIFIED + why)
+        standing.mark_unverified(_UNVERIFIED + why)
 
     def _judge(self, deployment: Deployment, cosine: float) -> None:
         if cosine >= MIN_COSINE:
             deployment.health.let_in()
             return
         reason = f"its vectors are not those of {self._space} (cosine {cosine:.4f} to the expected one)"
-        if deployment.health.out is None:
+        if deployment.standing.out is None:
             log.error(
                 "deployment %s leaves the rotation: %s; if its model was changed on purpose, give it a new "
                 "`space` and embed everything anew; if not, what it gave since it was last compared may be cached",
                 deployment.name,
                 reason,
             )
-        deployment.health.take_out(reason)
+        deployment.standing.take_out(reason)
 
 
 def _may_be_busy(deployment: Deployment) -> bool:
     """Whether callers have, or may be about to have, vectors of one that did not answer a check and was not compared
     before."""
-    health = deployment.health
-    if health.ejected or health.compared:
+    health, standing = deployment.health, deployment.standing
+    if health.ejected or standing.compared:
         return False
-    return health.answered or bool(deployment.slots.busy and not (health.unverified or health.suspect))
+    return health.answered or bool(deployment.slots.busy and not (standing.unverified or health.suspect))
 
 
 def _choose_reference(returned: Mapping[Deployment, bytes]) -> bytes:
     """The vector that becomes the reference: that of a deployment taken to be right so far, such as one that the
     configuration names beside one that is merely listed; of several, the first to have answered callers, or else the
     first of all."""
-    return returned[min(returned, key=lambda each: (each.health.unverified, not each.health.answered))]
+    return returned[min(returned, key=lambda each: (each.standing.unverified, not each.health.answered))]
 
 
 async def _ask_all(
@@ -333,7 +334,7 @@ async def _ask(deployment: Deployment) -> _Answer:
     outcome = await deployment.ask(TEXT, TIMEOUT)
     if not isinstance(outcome, Embedding):
         return outcome
-    deployment.health.shown = True  # not when the others have answered: by then it may have been away again
+    deployment.standing.shown = True  # not when the others have answered: by then it may have been away again
     return outcome.vector
 
 

@@ -12,6 +12,7 @@ from app.catalog import Model, Role
 from app.errors import GatewayError
 from app.pipeline.health import Health
 from app.pipeline.pace import Pace
+from app.pipeline.standing import Standing
 from app.types import Batch, BatchEmbedder, Embedding, Input, Lane, Media, OutputType, Params
 
 
@@ -159,6 +160,11 @@ class Deployment:
     """Never raises `GatewayError`: a failure is an input's outcome."""
     weight: float = 1
     priority: int = 1
+    standing: Standing = field(init=False, compare=False)
+    """Its health's."""
+
+    def __post_init__(self) -> None:
+        self.standing = self.health.standing
 
     @property
     def name(self) -> str:

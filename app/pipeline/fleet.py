@@ -72,7 +72,7 @@ class Fleet:
     def begin(self) -> None:
         """Names are about to be rebuilt. A deployment that is out stays out even if the list now says something else
         about it, such as how long an input may be."""
-        self._before |= {_identity(each): each.health for each in self.deployments if each.health.out is not None}
+        self._before |= {_identity(each): each.health for each in self.deployments if each.standing.out is not None}
 
     def deployment(self, upstream: Upstream, model: Model, space: str | None = None) -> Deployment:
         """One deployment per upstream and set of facts, shared by all names that lead to it."""
@@ -89,7 +89,7 @@ class Fleet:
             health.trouble.retire()
         before = self._before.get((upstream.name, model.name, identity))
         # Until it has been compared, the others of its space serve in its place: in doubt the first is right.
-        health.unverified = identity in self._spaces and (before is None or before.needs_comparison)
+        health.standing.unverified = identity in self._spaces and (before is None or before.needs_comparison)
         if before is not None:
             health.inherit(before)
         self._spaces.add(identity)
@@ -147,10 +147,14 @@ class Fleet:
         # know, for one that has not been compared under a name nobody uses says nothing.
         previous = sorted((each for each in before.deployments if each.upstream in equivalent), key=_severity)
         self._before = {_identity(each): each.health for each in previous}
-        sound = [(space, each) for (_, _, space), each in self._before.items() if each.out is None and not each.ejected]
+        sound = [
+            (space, each)
+            for (_, _, space), each in self._before.items()
+            if each.standing.out is None and not each.ejected
+        ]
         sound += [(each.space, each.health) for each in self.deployments]
         # One that joined another of its space and now serves alone is never compared: what it gave callers counts.
-        self._spaces = {space for space, health in sound if health.answered or not health.unverified}
+        self._spaces = {space for space, health in sound if health.answered or not health.standing.unverified}
         known = {each.health for each in self.deployments}
         for deployments, batcher_and_canary in before._batchers.items():
             if all(each.health in known for each in deployments):
@@ -173,4 +177,4 @@ def _identity(deployment: Deployment) -> tuple[str, str, str]:
 
 def _severity(deployment: Deployment) -> tuple[bool, ...]:
     health = deployment.health
-    return health.out is not None, health.ejected, health.answered, not health.unverified
+    return health.standing.out is not None, health.ejected, health.answered, not health.standing.unverified

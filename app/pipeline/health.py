@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable
 
 from app.clock import Clock
 from app.errors import GatewayError, InvalidRequest, RateLimited, UpstreamUnreachable
+from app.pipeline.standing import Standing
 from app.pipeline.trouble import Trouble
-from app.types import Embedding
 
 FAILURES = 5
 """Consecutive failures after which a deployment leaves the rotation."""
@@ -54,6 +53,7 @@ class Health:
         random numbers from 0 to 1."""
         self._clock, self._jitter = clock, jitter
         self.trouble = Trouble(clock, report, name)
+        self.standing = Standing(clock, self.show, self.trouble.note_length_change)
         self._failures = 0
         self._ejections = 0
         self._ejected_until = 0.0
@@ -65,32 +65,20 @@ class Health:
         self._era = 0
         """Counts ejections: a call that began before one says nothing about the time after it."""
         self._longest_call = 0.0
-        self.out: str | None = None
-        """Why it takes no traffic until further notice, if it takes none."""
-        self.readmitted_at = -math.inf
-        """When it was last let back in."""
-        self.unverified = False
-        """Whether it is not known to be in its vector space, while others are."""
-        self.silent: str | None = None
-        """Why it is `unverified`, if it was asked for its vectors and gave none; shown to operators until it does."""
-        self.shown = self.compared = False
-        """Whether it has shown its vectors, and whether they have been compared, since it was last away."""
         self.asked = 0.0
         """When it was last called; 0 if it never was."""
         self.answered = False
         """Whether it has ever answered."""
-        self.length = 0
-        """Bytes of its vectors when it chose their length, as last seen; 0 if none has been seen."""
 
     def show(self) -> None:
         """Shows operators whether it takes traffic."""
-        self.trouble.show(self.out is None and not self.ejected and self.silent is None)
+        self.trouble.show(self.standing.serves and not self.ejected)
 
     @property
     def problem(self) -> str | None:
         """What is wrong with it now, for operators."""
         resting = self.trouble.rest if self.cooldown_remaining() else ""
-        return self.trouble.lasting or self.silent or resting or self.trouble.length_change
+        return self.trouble.lasting or self.standing.silent or resting or self.trouble.length_change
 
     @property
     def suspect(self) -> bool:
@@ -106,7 +94,7 @@ class Health:
     def needs_comparison(self) -> bool:
         """Whether it must be compared before it takes traffic that others can take: it may have come back as another
         model."""
-        return self.unverified or self.ejected or self.out is not None
+        return self.standing.unverified or self.ejected or self.standing.out is not None
 
     def available(self) -> bool:
         """Whether it may take a call now; after an ejection, one call at a time."""
@@ -114,47 +102,20 @@ class Health:
             return False
         return not self.cooldown_remaining()
 
-    def take_out(self, reason: str) -> None:
-        """Takes it out of the rotation, even as the last: what it would answer is worse than no answer."""
-        self.out = reason
-        self.show()
-
     def inherit(self, before: Health) -> None:
         """Takes over what its predecessor knew: whether callers know its vectors, which are then right in doubt; and
         why it was out, if it was, so that it stays out and is checked when that one would have been."""
-        self.length, self.answered = before.length, before.answered
-        if before.out is not None:
-            self.out, self.asked = before.out, before.asked
+        self.answered = before.answered
+        self.standing.inherit(before.standing)
+        if before.standing.out is not None:
+            self.asked = before.asked
 
     def let_in(self) -> None:
         """Its vectors are right. After its first ejection it may take a call at once, for the others may be at their
         limit by now. Later ejections run their time: some servers still answer a short text, and nothing else."""
         if self._ejections == 1:
             self._ejected_until = 0.0
-        if self.out is not None:
-            self.out, self.readmitted_at = None, self._clock.monotonic()
-            self.show()
-
-    def mark_verified(self) -> None:
-        """Its vectors have been compared. That counts only if it has not been away since it showed them."""
-        self.unverified, self.silent, self.compared = False, None, self.shown
-        self.show()
-
-    def mark_unverified(self, reason: str) -> None:
-        """It was asked to show its vectors and did not: others serve in its place."""
-        self.unverified, self.silent = True, reason
-        self.show()
-
-    def check_length(self, outcome: Embedding | GatewayError) -> None:
-        """Compares the length of a vector, where that was left to the model, with the last one's. If they differ,
-        another model has taken its place, or answers beside it: until it has been compared, others serve."""
-        length = len(outcome.vector) if isinstance(outcome, Embedding) else 0
-        if not length or length == self.length:  # an empty vector is that of a sparse embedding
-            return
-        before, self.length = self.length, length
-        if before:
-            self.trouble.note_length_change(before // 4, length // 4)
-            self.unverified, self.shown, self.compared = True, False, False
+        self.standing.let_in()
 
     def cooldown_remaining(self) -> float:
         """Seconds until a rate limit has passed; 0 when there is none."""
@@ -228,7 +189,7 @@ class Health:
             else:
                 self.trouble.warn(error.code, problem)
             if isinstance(error, UpstreamUnreachable):
-                self.shown = self.compared = False
+                self.standing.mark_away()
             self._failures += 1
             self._prefer_others(SUSPECT)
             # While it is ejected it is called only if all are; a failure is then nothing new.

@@ -111,10 +111,10 @@ class Rotation:
         vectors in vain, the first that has answered callers, or else the first that is not ejected. If there is no such
         one, all of them: they are compared as soon as they can be asked."""
         eligible = self._in_space(params)
-        verified = [each for each in eligible if not each.health.unverified]
+        verified = [each for each in eligible if not each.standing.unverified]
         if verified:
             return verified
-        not_silent = [each for each in eligible if each.health.silent is None]
+        not_silent = [each for each in eligible if each.standing.silent is None]
         return sorted(not_silent, key=lambda each: (not each.health.answered, each.health.ejected))[:1] or eligible
 
     def uncompared(self, params: Params) -> list[Deployment]:
@@ -124,7 +124,7 @@ class Rotation:
 
     def _in_space(self, params: Params) -> list[Deployment]:
         """Those that honour the parameters, but for those known to be in another vector space."""
-        return [each for each in self.deployments if each.supports(params) and each.health.out is None]
+        return [each for each in self.deployments if each.supports(params) and each.standing.out is None]
 
     def other_in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
         """Whether a deployment other than `avoid` may take a call before the deadline: now, or once its rate limit has
@@ -137,10 +137,10 @@ class Rotation:
 
     def closed_reason(self, params: Params) -> str | None:
         """Why nothing can be embedded here with these parameters until further notice; None if it can."""
-        out = [each.health.out for each in self.deployments]
+        out = [each.standing.out for each in self.deployments]
         if not any(out):  # nearly always, and checked for every request
             return None
-        reasons = [each.health.out for each in self.deployments if each.supports(params)]
+        reasons = [each.standing.out for each in self.deployments if each.supports(params)]
         return reasons[0] if reasons and all(reasons) else None
 
     def rest_times(self, params: Params) -> list[float]:

@@ -118,7 +118,7 @@ class Route:
         return result
 
     def _hurry_comparison(self, batch: Batch) -> None:
-        if any(each.health.silent is None for each in self.rotation.uncompared(batch.params)):
+        if any(each.standing.silent is None for each in self.rotation.uncompared(batch.params)):
             self.on_need()
 
     async def _retry(self, batch: Batch, result: BatchResult, slot: Slot, lane: Lane) -> None:
@@ -179,7 +179,7 @@ class Route:
                 health.record_duration(now() - started)
             slot.settle(result)
             if batch.params.dimensions is None:
-                health.check_length(result.outcomes[0])
+                health.standing.check_length(result.outcomes[0])
             return result
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")

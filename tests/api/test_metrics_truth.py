@@ -166,7 +166,7 @@ def drive(scene: Scene) -> None:
     hosted.fail(faults.vendor_error("rate_limit", headers={"retry-after-ms": "1"}), times=2)
     traffic.ask("priced", ["is asked twice in vain"], 429)
     for deployment in scene.gateway.app.gateway.names[OTHER_MODEL].deployments:
-        deployment.health.unverified = False  # as if they had been compared, which would take more calls
+        deployment.standing.unverified = False  # as if they had been compared, which would take more calls
     for fake in (openai, hosted):  # whichever is called first, the other is next
         fake.fail(faults.vendor_error("internal"), when=lambda texts: texts == ["moves over"])
     traffic.ask(OTHER_MODEL, ["moves over"], 502)

@@ -427,10 +427,10 @@ async def test_one_that_has_never_answered_is_looked_at_again_soon(clock: HandCl
     canaries = [canary.Canary(both, ReferenceVectors(None), from_start=True)]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
-    assert all(each.health.unverified for each in both)
+    assert all(each.standing.unverified for each in both)
     up = True
     await clock.advance(canary.ROUND)
-    assert not any(each.health.unverified for each in both)
+    assert not any(each.standing.unverified for each in both)
     watching.cancel()
 
 
@@ -449,9 +449,9 @@ async def test_who_queues_is_told_of_one_that_may_be_asked_now(clock: HandClock,
         for name, embed, priority in (("busy", takes_long, 1), ("other", answers, 2))
     )
     if kept_from_it == "unproved":
-        other.health.unverified = True
+        other.standing.unverified = True
     else:
-        other.health.take_out("its vectors are not those of space")
+        other.standing.take_out("its vectors are not those of space")
     embed = Batcher(Route([busy, other], metrics, clock), metrics, clock)
     deadline = asyncio.get_running_loop().time() + 30
     asking = []
@@ -471,7 +471,7 @@ async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandCloc
         return Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), embed)
 
     back = deployment("back", answers)
-    back.health.unverified = True
+    back.standing.unverified = True
     canaries = [
         canary.Canary(
             [deployment("hangs", hangs), deployment("well", answers)], ReferenceVectors(None), from_start=True
@@ -480,7 +480,7 @@ async def test_one_that_hangs_holds_up_no_look_at_another_models(clock: HandCloc
     ]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
     await settle()
-    assert not back.health.unverified
+    assert not back.standing.unverified
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
     assert canaries[0].due(clock.monotonic()), "cut short with the watch, and so to be made again"
@@ -504,13 +504,13 @@ async def test_one_that_hangs_is_waited_for_once_a_round_by_those_whose_space_is
         await expected.of(each, np.ones(4, "<f4").tobytes())
     pairs = [(deployment("well", each, answers), deployment("hangs", each, counts_and_hangs)) for each in models]
     for well, mute in pairs:
-        well.health.unverified = mute.health.unverified = True
+        well.standing.unverified = mute.standing.unverified = True
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
-    while pairs[-1][0].health.unverified:
+    while pairs[-1][0].standing.unverified:
         await asyncio.sleep(0)
     assert asked == ["a"]
-    assert [(well.health.unverified, bool(mute.health.silent)) for well, mute in pairs] == [(False, True)] * 3
+    assert [(well.standing.unverified, bool(mute.standing.silent)) for well, mute in pairs] == [(False, True)] * 3
     await clock.advance(canary.ROUND)
     assert asked == ["a", "b"]
     watching.cancel()
@@ -529,11 +529,11 @@ async def test_one_that_let_another_look_wait_is_not_waited_for_as_long_though_i
         return await answers(batch)
 
     (first, second), looks = several(clock, late, others)
-    second.health.unverified = True
+    second.standing.unverified = True
     await looks.check(clock.monotonic(), {first.upstream})
-    assert first.health.compared == answered
-    assert bool(first.health.silent) == (not answered)
-    assert second.health.compared
+    assert first.standing.compared == answered
+    assert bool(first.standing.silent) == (not answered)
+    assert second.standing.compared
     assert looks.due(clock.monotonic()) == (not answered)
 
 
@@ -546,13 +546,13 @@ async def test_one_that_hangs_is_asked_in_the_next_round_by_those_who_wait_for_a
     await expected.of("space", np.ones(4, "<f4").tobytes())
     _, before = several(clock, hangs, answers, expected=expected)
     (first, *_), looks = several(clock, answers, hangs, answers, expected=expected)
-    first.health.unverified = True
+    first.standing.unverified = True
     await asyncio.wait_for(canary._check_in_turn([before, looks], clock), 5)
-    assert first.health.unverified
+    assert first.standing.unverified
     clock.now += canary.ROUND
     round_two = asyncio.create_task(canary._check_in_turn([before, looks], clock))
     async with asyncio.timeout(5):
-        while not first.health.compared:
+        while not first.standing.compared:
             await asyncio.sleep(0)
     round_two.cancel()
     await asyncio.gather(round_two, return_exceptions=True)
@@ -574,12 +574,12 @@ async def test_one_that_hangs_for_one_model_is_asked_for_the_others_in_the_next_
     for each in models:
         await expected.of(each, np.ones(4, "<f4").tobytes())
     pairs = [(deployment("well", each, answers), deployment("half", each, hangs_for_one)) for each in models]
-    halves = [half.health for _, half in pairs]
+    halves = [half.standing for _, half in pairs]
     halves[0].unverified = halves[1].unverified = True
     halves[3].compared = True
     canaries = [canary.Canary(pair, expected, from_start=True) for pair in pairs]
     watching = asyncio.create_task(canary.watch(lambda: canaries, clock))
-    while not pairs[-1][0].health.compared:
+    while not pairs[-1][0].standing.compared:
         await asyncio.sleep(0)
     assert [each.unverified for each in halves] == [True, True, True, False]
     await clock.advance(canary.ROUND)
@@ -693,11 +693,11 @@ async def test_one_that_left_is_not_compared_with_itself_while_the_cache_cannot_
     expected = Away(None)
     found, looks = several(clock, answers, answers_otherwise, expected=expected)
     await looks.check(clock.monotonic(), set())
-    assert found[1].health.out is not None
+    assert found[1].standing.out is not None
     alone = canary.Canary(found[1:], expected, from_start=False)
     for expected.up in (False, True):
         await alone.check(clock.monotonic(), set())
-        assert found[1].health.out is not None
+        assert found[1].standing.out is not None
 
 
 async def test_while_the_cache_cannot_be_read_one_that_was_away_is_compared_without_the_one_that_serves(
@@ -710,9 +710,9 @@ async def test_while_the_cache_cannot_be_read_one_that_was_away_is_compared_with
     first.health.end(None, first.health.begin())
     for _ in range(FAILURES):
         second.health.end(UpstreamUnreachable("no"), second.health.begin())
-    second.health.mark_unverified("away")
+    second.standing.mark_unverified("away")
     await looks.check(clock.monotonic(), set())
-    assert not second.health.unverified
+    assert not second.standing.unverified
 
 
 async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
@@ -721,9 +721,9 @@ async def test_one_that_hangs_keeps_nobody_else_from_being_compared(
     monkeypatch.setattr(canary, "FIRST_CHECK_TIMEOUT", 0.05)
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second), looks = several(clock, hangs, answers)
-    second.health.unverified = True
+    second.standing.unverified = True
     await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
-    assert (first.health.unverified, second.health.unverified) == (True, False)
+    assert (first.standing.unverified, second.standing.unverified) == (True, False)
     assert first.health.problem
     assert looks.due(clock.monotonic()), "the one that hangs is asked again"
 
@@ -735,7 +735,7 @@ async def test_one_that_answers_late_is_waited_for_where_nobody_else_does(
 
     (first, second), looks = several(clock, refuses, late)
     await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
-    assert (first.health.compared, second.health.compared) == (False, True)
+    assert (first.standing.compared, second.standing.compared) == (False, True)
 
 
 async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
@@ -746,7 +746,7 @@ async def test_and_where_nobody_has_answered_in_time_whoever_does_first_is(
 
     (first, second), looks = several(clock, hangs, late)
     await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
-    assert (first.health.compared, second.health.compared) == (False, True)
+    assert (first.standing.compared, second.standing.compared) == (False, True)
 
 
 async def test_whoever_counts_where_the_first_has_failed_is_not_kept_waiting_by_those_behind_it(
@@ -754,9 +754,9 @@ async def test_whoever_counts_where_the_first_has_failed_is_not_kept_waiting_by_
 ) -> None:
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (first, second, third), looks = several(clock, refuses, answers, hangs)
-    second.health.unverified = third.health.unverified = True
+    second.standing.unverified = third.standing.unverified = True
     await asyncio.wait_for(looks.check(clock.monotonic(), set()), canary.FIRST_CHECK_TIMEOUT / 2)
-    assert [each.health.unverified for each in (first, second, third)] == [True, False, True]
+    assert [each.standing.unverified for each in (first, second, third)] == [True, False, True]
 
 
 async def test_whoever_has_answered_callers_counts_though_it_stands_behind_another_one_and_the_first_has_failed(
@@ -766,7 +766,7 @@ async def test_whoever_has_answered_callers_counts_though_it_stands_behind_anoth
     (_, second, third), looks = several(clock, refuses, answers_otherwise, late)
     third.health.answered = True
     await looks.check(clock.monotonic(), set())
-    assert (third.health.compared, third.health.out, bool(second.health.out)) == (True, None, True)
+    assert (third.standing.compared, third.standing.out, bool(second.standing.out)) == (True, None, True)
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -782,7 +782,7 @@ async def test_nobody_who_loads_its_model_is_hung_up_on_for_one_that_was_ejected
     for _ in range(FAILURES):
         ejected.health.end(UpstreamUnreachable("no"), ejected.health.begin())
     await looks.check(clock.monotonic(), set())
-    assert loads.health.compared
+    assert loads.standing.compared
 
 
 async def test_who_comes_behind_the_first_one_has_time_to_load_its_model_too(
@@ -791,7 +791,7 @@ async def test_who_comes_behind_the_first_one_has_time_to_load_its_model_too(
     monkeypatch.setattr(canary, "PATIENCE", 0.05)
     (_, loads), looks = several(clock, answers, late)
     await looks.check(clock.monotonic(), set())
-    assert loads.health.compared
+    assert loads.standing.compared
 
 
 async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(clock: HandClock) -> None:
@@ -801,7 +801,7 @@ async def test_where_nothing_is_known_the_first_one_is_right_though_it_is_slow(c
 
     (first, second), looks = several(clock, slow, answers)
     await asyncio.wait_for(looks.check(clock.monotonic(), set()), 5)
-    assert (first.health.out, bool(second.health.out)) == (None, True)
+    assert (first.standing.out, bool(second.standing.out)) == (None, True)
 
 
 async def test_an_upstream_that_hangs_holds_up_no_look_at_another(clock: HandClock) -> None:
@@ -846,11 +846,11 @@ async def test_one_that_was_ejected_takes_no_traffic_before_it_has_been_compared
         restarts.health.end(UpstreamUnreachable("no connection"), restarts.health.begin())
     assert looks.due(clock.monotonic())
     await looks.check(clock.monotonic(), set())
-    assert (stays.health.unverified, restarts.health.unverified) == (False, True)
+    assert (stays.standing.unverified, restarts.standing.unverified) == (False, True)
     up = True
     clock.now += 2 * EJECTION
     await looks.check(clock.monotonic(), set())
-    assert restarts.health.out, "it has another model now"
+    assert restarts.standing.out, "it has another model now"
 
 
 async def test_one_whose_last_look_brought_no_answer_is_looked_at_again_soon(clock: HandClock) -> None:
@@ -867,11 +867,11 @@ async def test_one_that_is_out_is_looked_at_again_soon(clock: HandClock) -> None
     """Its model may have been corrected, and no request goes there to find out."""
     (_, second), looks = several(clock, answers, answers)
     await looks.check(clock.monotonic(), set())
-    second.health.take_out("its vectors were not those of the space")
+    second.standing.take_out("its vectors were not those of the space")
     clock.now += RECHECK_INTERVAL
     assert looks._due_deployments(clock.monotonic()) == [second]
     await looks.check(clock.monotonic(), set())
-    assert second.health.out is None
+    assert second.standing.out is None
 
 
 async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock) -> None:
@@ -882,7 +882,7 @@ async def test_one_that_is_back_is_looked_at_often_for_a_while(clock: HandClock)
         turns.embed = embed
         clock.now += seconds
         await looks.check(clock.monotonic(), set())
-        return turns.health.out
+        return turns.standing.out
 
     assert await passes(0, answers_otherwise)
     assert not await passes(RECHECK_INTERVAL, answers)
@@ -982,7 +982,7 @@ async def test_one_that_was_compared_and_serves_is_not_put_out_for_a_look_that_b
 
     first.embed = limited
     await canary.Canary([first, second], ReferenceVectors(None), from_start=True).check(clock.monotonic(), set())
-    assert not first.health.unverified
+    assert not first.standing.unverified
 
 
 async def test_one_that_was_ejected_for_the_first_time_may_have_a_call_once_it_has_shown_its_vectors(
@@ -1014,7 +1014,7 @@ async def test_what_nobody_has_asked_for_is_not_looked_at(clock: HandClock) -> N
     idle, sibling = (
         Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), answers) for name in "ab"
     )
-    sibling.health.unverified = True
+    sibling.standing.unverified = True
     looks = canary.Canary([idle, sibling], ReferenceVectors(None), from_start=False)
     assert not looks.due(clock.monotonic())
     idle.health.begin()
@@ -1100,7 +1100,7 @@ def test_a_failure_makes_no_check_in_which_another_ones_vector_would_become_the_
         Deployment(name, Model("m"), "space", Slots(1), CallLimits(1), healthy(clock, name), answers)
         for name in ("first", "second")
     )
-    second.health.unverified = True
+    second.standing.unverified = True
     references = ReferenceVectors(None)
     urgent = canary.Canary([first, second], references, from_start=False)
     first.health.begin()

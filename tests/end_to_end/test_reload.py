@@ -478,11 +478,11 @@ async def test_the_metrics_show_deployments_in_force_whatever_ends_late() -> Non
     await app._change_to(settings(9, "two"))
     assert (shown("one"), shown("two")) == (None, 1), "what was left out for failures has gone, too"
     await app._change_to(settings(9, "one", "two"))
-    old.take_out("too late")
+    old.standing.take_out("too late")
     first.in_flight -= 1
     await asyncio.gather(*app._tasks)
     assert (shown("one"), shown("two")) == (1, 1)
-    (await app.gateway.find("one/lexical")).deployments[0].health.take_out("another model")
+    (await app.gateway.find("one/lexical")).deployments[0].standing.take_out("another model")
     assert (shown("one"), shown("two")) == (0, 1)
     await app.gateway.aclose()
 
@@ -576,9 +576,9 @@ async def test_what_is_only_asked_otherwise_is_asked_as_before_also_while_it_is_
 
     async def unverified(*states: bool) -> list[bool]:
         for each, state in zip(app.gateway.names["m"].deployments, states, strict=True):
-            each.health.unverified = state
+            each.standing.unverified = state
         after = app._build_gateway(settings(**changed), app.gateway)
-        told = [each.health.unverified for each in after.names["m"].deployments]
+        told = [each.standing.unverified for each in after.names["m"].deployments]
         await after.aclose(app.gateway)
         return told
 
@@ -609,9 +609,9 @@ async def test_one_that_was_taken_out_and_is_only_asked_otherwise_stays_out(
     app = create_app(settings())
     health = app.gateway.names["m"].deployments[0].health
     health.asked, health.answered = 1.0, True
-    health.take_out("another model")
+    health.standing.take_out("another model")
     after = app._build_gateway(settings(**changed), app.gateway)
-    assert after.names["m"].deployments[0].health.out == ("another model" if stays else None)
+    assert after.names["m"].deployments[0].standing.out == ("another model" if stays else None)
     looked_at = [canary for canary in after.fleet.canaries if canary.due(1000.0)]
     assert bool(looked_at) == stays
     await after.aclose(app.gateway)
@@ -631,9 +631,9 @@ async def test_one_that_was_taken_out_and_is_alone_now_is_looked_at(timeout: int
         return settings_of({"cache": cache, "upstreams": upstreams, "models": models})
 
     app = create_app(settings(10, "a", "b"))
-    app.gateway.names["m"].deployments[1].health.take_out("another model")
+    app.gateway.names["m"].deployments[1].standing.take_out("another model")
     after = app._build_gateway(settings(timeout, "b"), app.gateway)
-    assert after.names["m"].deployments[0].health.out
+    assert after.names["m"].deployments[0].standing.out
     looked_at = [canary for canary in after.fleet.canaries if canary.due(1000.0)]
     assert [canary.upstream for canary in looked_at] == ["b"]
     await after.aclose(app.gateway)
@@ -651,9 +651,9 @@ async def test_beside_one_that_is_only_asked_otherwise_a_changed_one_waits_thoug
 
     app = create_app(settings("sk-one", 10))
     for each in app.gateway.names["m"].deployments:
-        each.health.unverified = False
+        each.standing.unverified = False
     after = app._build_gateway(settings("sk-other", 20), app.gateway)
-    assert [each.health.unverified for each in after.names["m"].deployments] == [True, False]
+    assert [each.standing.unverified for each in after.names["m"].deployments] == [True, False]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -671,10 +671,10 @@ async def test_what_callers_have_been_given_counts_also_where_it_is_only_asked_o
     """A new deployment is named first. The two are compared before the old one answers a caller again."""
     app = create_app(of_new_and_b(10, "b"))
     health = app.gateway.names["m"].deployments[0].health
-    health.answered, health.unverified = True, unverified
+    health.answered, health.standing.unverified = True, unverified
     after = app._build_gateway(of_new_and_b(20, "new", "b"), app.gateway)
     deployments = after.names["m"].deployments
-    assert [(each.health.unverified, each.health.answered) for each in deployments] == [
+    assert [(each.standing.unverified, each.health.answered) for each in deployments] == [
         (True, False),
         (unverified, True),
     ]
@@ -689,10 +689,10 @@ async def test_what_callers_have_been_given_counts_also_where_its_upstream_s_lis
     app.gateway.registry.publish()
     used, unused = (app.gateway.names[name].deployments[0].health for name in ("m", f"b/{MODEL}"))
     used.answered = True
-    assert unused.unverified
+    assert unused.standing.unverified
     after = app._build_gateway(of_new_and_b(20, "new", "b", max_batch=16), app.gateway)
     deployments = after.names["m"].deployments
-    assert [(each.health.unverified, each.health.answered) for each in deployments] == [(True, False), (False, True)]
+    assert [(each.standing.unverified, each.health.answered) for each in deployments] == [(True, False), (False, True)]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -707,9 +707,9 @@ async def test_a_changed_one_does_not_wait_for_one_that_has_not_been_compared() 
         return settings_of({"upstreams": upstreams, "models": models})
 
     app = create_app(settings("sk-one"))
-    assert [each.health.unverified for each in app.gateway.names["m"].deployments] == [False, True]
+    assert [each.standing.unverified for each in app.gateway.names["m"].deployments] == [False, True]
     after = app._build_gateway(settings("sk-other"), app.gateway)
-    assert [each.health.unverified for each in after.names["m"].deployments] == [False, True]
+    assert [each.standing.unverified for each in after.names["m"].deployments] == [False, True]
     await after.aclose(app.gateway)
     await app.gateway.aclose()
 
@@ -727,7 +727,7 @@ async def test_beside_one_that_has_answered_callers_alone_a_new_one_waits_though
     alone.names["m"].deployments[0].health.answered = True
     after = app._build_gateway(settings("new", "b"), alone)
     assert [each.upstream for each in after.names["m"].deployments] == ["new", "b"]
-    assert after.names["m"].deployments[0].health.unverified
+    assert after.names["m"].deployments[0].standing.unverified
     await alone.aclose(after)
     await after.aclose(app.gateway)
     await app.gateway.aclose()

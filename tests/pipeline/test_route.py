@@ -354,7 +354,7 @@ async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> 
         if calls == 1:
             raise UpstreamError("down")
         if calls == 2:
-            asyncio.get_running_loop().call_later(0.02, other.health.take_out, "another model")
+            asyncio.get_running_loop().call_later(0.02, other.standing.take_out, "another model")
             raise UpstreamAuth("no")
         return await answers(batch)
 
@@ -406,14 +406,14 @@ async def test_a_refused_input_is_asked_nowhere_else() -> None:
 @pytest.mark.parametrize("error", [UpstreamAuth("no"), UpstreamError("down")])
 async def test_one_that_has_shown_nothing_is_asked_only_where_no_other_may_be(error: GatewayError) -> None:
     bad, unverified = deployment("bad", failing(error)), deployment("unproved", answers)
-    unverified.health.unverified = True
+    unverified.standing.unverified = True
     both = route(bad, unverified)
     for text in "abcdef":
         failed = await run(both, batch(text))
         assert isinstance(failed.outcomes[0], GatewayError), "its vectors may be others"
         assert failed.deployments == ("bad/m",)
     assert bad.health.ejected
-    bad.health.take_out("it has another model")
+    bad.standing.take_out("it has another model")
     assert (await run(both, batch("x"))).deployments == ("unproved/m",)
 
 
@@ -421,8 +421,8 @@ async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
     """They may be in different spaces. If all were checked and none gave a vector, all may be called: they are down."""
     first, served, silent = (deployment(name, answers) for name in ("first", "served", "silent"))
     for each in (first, served, silent):
-        each.health.unverified = True
-    silent.health.silent = "it has not shown its vectors"
+        each.standing.unverified = True
+    silent.standing.silent = "it has not shown its vectors"
 
     async def asked(*some: Deployment) -> set[str]:
         results = [await run(route(*some), batch(text)) for text in "abcdefgh"]
@@ -433,7 +433,7 @@ async def test_of_those_that_have_not_been_looked_at_one_is_asked() -> None:
     served.health.answered = True
     first.health.answered = False
     assert await asked(first, served, silent) == {"served/m"}
-    first.health.silent = served.health.silent = "it neither"
+    first.standing.silent = served.standing.silent = "it neither"
     both = route(first, served)
     slots = [both.rotation.take("query", Params()) for _ in range(2)]
     assert {slot.deployment for slot in slots if slot} == {first, served}
@@ -443,7 +443,7 @@ async def test_and_another_one_once_that_one_has_been_ejected() -> None:
     """If the first hangs, its check may wait for other models'. One that has answered callers is still called."""
     first, second = deployment("first", answers), deployment("second", answers)
     for each in (first, second):
-        each.health.unverified = True
+        each.standing.unverified = True
     eject(first)
     assert (await run(route(first, second), batch("x"))).deployments == ("second/m",)
     first.health.answered, second.health.answered = True, False
@@ -452,7 +452,7 @@ async def test_and_another_one_once_that_one_has_been_ejected() -> None:
 
 async def test_and_not_where_they_are_busy() -> None:
     one, other, unverified = (deployment(name, answers, slots=Slots(1)) for name in ("one", "other", "unproved"))
-    unverified.health.unverified = True
+    unverified.standing.unverified = True
     all_three = route(one, other, unverified)
     first, second = (all_three.rotation.take("query", Params()) for _ in range(2))
     assert first
@@ -494,7 +494,7 @@ async def test_it_is_told_who_embedded_it() -> None:
 async def test_what_only_a_deployment_that_is_out_could_do_is_refused_at_once() -> None:
     able, other = deployment("able", answers), deployment("other", answers, model=Model("m", roles=("document",)))
     embed = batcher(able, other)
-    able.health.take_out("another model")
+    able.standing.take_out("another model")
     with pytest.raises(UpstreamUnavailable, match="another model"):
         await embed(request("x", params=Params(input_type="query")))
     assert (await embed(request("x"))).embeddings
@@ -508,7 +508,7 @@ async def test_and_so_is_what_waits_when_the_last_one_is_taken_out() -> None:
     await begun.wait()
     waiting = asyncio.create_task(embed(request("y")))
     await settle()
-    only.health.take_out("another model")
+    only.standing.take_out("another model")
     end.set()
     assert (await under_way).embeddings
     with pytest.raises(UpstreamUnavailable, match="another model"):
@@ -829,7 +829,7 @@ async def test_trouble_is_told_at_once_when_the_other_goes_away_meanwhile(gone: 
 
     def goes() -> None:
         if gone == "out":
-            other.health.take_out("another model")
+            other.standing.take_out("another model")
         for _ in range(FAILURES if gone == "ejected" else 0):
             other.health.end(UpstreamError("down"), other.health.begin())
         if gone == "resting":
@@ -844,7 +844,7 @@ async def test_trouble_is_told_at_once_when_the_other_goes_away_meanwhile(gone: 
 async def test_trouble_is_told_at_once_when_the_last_one_is_taken_out_meanwhile(error: GatewayError) -> None:
     async def fails(batch: Batch) -> BatchResult:
         assert batch.inputs
-        last.health.take_out("another model")
+        last.standing.take_out("another model")
         raise error
 
     last = deployment("last", fails)
@@ -1052,7 +1052,7 @@ async def test_a_retry_is_made_at_whichever_reading_of_the_clock_a_rest_ends(rea
 async def test_a_retry_that_waited_leaves_nothing_behind() -> None:
     begun, end = asyncio.Event(), asyncio.Event()
     busy, out = deployment("busy", held(begun, end), slots=Slots(1)), deployment("out", answers)
-    out.health.take_out("another model")
+    out.standing.take_out("another model")
     both = route(deployment("bad", failing(UpstreamAuth("no"))), busy, out)
     first, second = both.rotation.take("query", Params()), both.rotation.take("query", Params())
     assert first is not None

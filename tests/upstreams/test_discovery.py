@@ -595,7 +595,7 @@ async def test_a_model_that_was_pulled_anew_is_another_one_within_a_minute(
     after = gateway.names["one/m"]
     assert (before.space, after.space) == ("openai/m@a", "openai/m@b")
     assert gateway.status()["upstreams"]["one"] == {"status": "up", "models": 1}
-    before.deployments[0].health.take_out("what is under way there is nobody's business")
+    before.deployments[0].standing.take_out("what is under way there is nobody's business")
     assert available(gateway, "one", "m") == 1
     one.models = []
     await clock.advance(REFRESH_INTERVAL)

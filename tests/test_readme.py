@@ -76,20 +76,17 @@ def model_table() -> str:
 
 
 def family_table() -> str:
-    """The open models as Markdown."""
+    """The open models as Markdown: those with the same prefixes and limit share a row."""
     lines = [
-        "| model | dimensions | tokens per input | before a query | before a document | source |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| models and their dimensions | tokens per input | before a query | before a document |",
+        "| --- " * 4 + "|",
     ]
+    groups: dict[tuple[str, ...], list[str]] = {}
     for _, model in FAMILIES:
         told = [f"`{each}`" if each else "–" for each in (model.prefixes or ("", ""))]
-        facts = (
-            _dimensions(model),
-            _facts(model)[2],
-            *(each.replace("\n", "⏎").replace("|", r"\|") for each in told),
-            model.source,
-        )
-        lines.append(f"| `{model.name}` | {' | '.join(facts)} |")
+        shared = (_facts(model)[2], *(each.replace("\n", "⏎").replace("|", r"\|") for each in told))
+        groups.setdefault(shared, []).append(f"[`{model.name}`](https://{model.source}) {_dimensions(model)}")
+    lines += [f"| {'<br>'.join(models)} | {' | '.join(shared)} |" for shared, models in groups.items()]
     tasks = {model.instruction for _, model in FAMILIES if model.instruction}
     return "\n".join([*lines, "", f"`{{instruct}}` is the caller's `instruct`, or `{'`, `'.join(tasks)}`.", ""])
 

@@ -58,37 +58,42 @@ def blocks(language: str, text: str = TEXT) -> list[str]:
 
 
 def model_table() -> str:
-    """The text between the markers: the catalogue as Markdown."""
-    sources: list[str] = []
+    """The text between the markers: the catalogue as Markdown. Models that differ only in dimensions share a row."""
     lines = [
-        "| type/model, which is its vector space | dimensions | inputs | tokens per input | roles | more | source |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
+        "| type/model, which is its vector space, and dimensions | inputs | tokens per input | roles | more |",
+        "| --- | --- | --- | --- | --- |",
     ]
+    groups: dict[tuple[str, ...], list[str]] = {}
     for vendor, models in CATALOG.items():
         for model in models.values():
-            if model.source not in sources:
-                sources.append(model.source)
             revision = f"@{model.revision}" if model.revision else ""
-            space, number = f"{vendor}/{model.name}{revision}", sources.index(model.source) + 1
-            lines.append(f"| `{space}` | {' | '.join(_facts(model))} | {number} |")
-    told = "; ".join(f"{number} {source}" for number, source in enumerate(sources, 1))
-    return "\n".join([*lines, "", f"Sources: {told}.", ""])
+            groups.setdefault(_facts(model), []).append(_linked(f"{vendor}/{model.name}{revision}", model))
+    return "\n".join([*lines, *_grouped(groups), ""])
 
 
 def family_table() -> str:
     """The open models as Markdown: those with the same prefixes and limit share a row."""
     lines = [
-        "| models and their dimensions | tokens per input | before a query | before a document |",
-        "| --- " * 4 + "|",
+        "| model and dimensions | tokens per input | before a query | before a document |",
+        "| --- | --- | --- | --- |",
     ]
     groups: dict[tuple[str, ...], list[str]] = {}
     for _, model in FAMILIES:
         told = [f"`{each}`" if each else "–" for each in (model.prefixes or ("", ""))]
-        shared = (_facts(model)[2], *(each.replace("\n", "⏎").replace("|", r"\|") for each in told))
-        groups.setdefault(shared, []).append(f"[`{model.name}`](https://{model.source}) {_dimensions(model)}")
-    lines += [f"| {'<br>'.join(models)} | {' | '.join(shared)} |" for shared, models in groups.items()]
+        shared = (_facts(model)[1], *(each.replace("\n", "⏎").replace("|", r"\|") for each in told))
+        groups.setdefault(shared, []).append(_linked(model.name, model))
     tasks = {model.instruction for _, model in FAMILIES if model.instruction}
-    return "\n".join([*lines, "", f"`{{instruct}}` is the caller's `instruct`, or `{'`, `'.join(tasks)}`.", ""])
+    told_tasks = f"`{{instruct}}` is the caller's `instruct`, or `{'`, `'.join(tasks)}`."
+    return "\n".join([*lines, *_grouped(groups), "", told_tasks, ""])
+
+
+def _linked(name: str, model: Model) -> str:
+    source = model.source if (ROOT / model.source).exists() else f"https://{model.source}"
+    return f"[`{name}`]({source}) {_dimensions(model)}"
+
+
+def _grouped(groups: Mapping[tuple[str, ...], list[str]]) -> list[str]:
+    return [f"| {'<br>'.join(models)} | {' | '.join(shared)} |" for shared, models in groups.items()]
 
 
 def test_the_table_of_open_models_is_the_catalogue() -> None:
@@ -100,7 +105,6 @@ def test_the_table_of_open_models_is_the_catalogue() -> None:
 
 def _facts(model: Model) -> tuple[str, ...]:
     return (
-        _dimensions(model),
         f"{model.max_batch:,}",
         f"{model.max_tokens_per_input:,}" if model.max_tokens_per_input else "–",
         ", ".join(model.roles) + (", within the text" if model.prefixes else "") or "–",

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 import pytest
 
 from app.cache.connections import Command, Connections
+from tests.cache.support import Clock
 from tests.clock import settle
 
 
@@ -47,7 +48,7 @@ class Made:
 
     def __init__(self) -> None:
         self.all: list[Hand] = []
-        self.connections = Connections(self._make, 1, Refusal)
+        self.connections = Connections(self._make, 1, Clock().monotonic, Refusal)
 
     def _make(self) -> Hand:
         self.all.append(Hand())

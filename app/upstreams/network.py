@@ -29,6 +29,9 @@ from app.upstreams.connection import Connection, StaleConnection
 
 KEEP_ALIVE = 30.0
 """Seconds a connection may stay idle. Servers close idle ones after 5 s (uvicorn) to 75 s (nginx) or more."""
+STALE = 0.5
+"""Seconds after sending within which a connection breaks that the peer had closed while it was idle: a round trip, and
+some for a busy event loop. One that breaks later was open: the request has been read, and may be paid for."""
 ADDRESS_DELAY = 0.25
 """Seconds before the next address of a name is tried as well (RFC 8305, 8)."""
 SCRATCH = 16 * 2**10
@@ -77,12 +80,15 @@ class NetworkEngine:
         """Sends the request, and resends it on a new connection if a kept-alive one turns out to have been closed."""
         origin, target = self._parse_url(request.url)
         message = self._message(request, origin, target)
-        idle = self._take_idle(origin)
+        now = asyncio.get_running_loop().time
+        sent = now()
+        idle = self._take_idle(origin, sent - KEEP_ALIVE)
         if idle is not None:
             try:
                 return await self._exchange_on(idle, origin, message, request.max_reply)
             except StaleConnection:
-                pass
+                if now() - sent > STALE:
+                    raise
         return await self._exchange_on(await self._connect(origin), origin, message, request.max_reply)
 
     async def aclose(self) -> None:
@@ -97,7 +103,7 @@ class NetworkEngine:
             reply = await connection.exchange(message, max_reply)
         except BaseException as fault:
             connection.close()  # with a reply unread, it cannot be used again
-            if isinstance(fault, asyncio.CancelledError):  # no answer: if the path is dead, so are the idle ones
+            if isinstance(fault, asyncio.CancelledError | StaleConnection):  # the idle ones are probably dead too
                 self._drop_idle(origin)
             raise
         if not connection.closed:
@@ -130,9 +136,9 @@ class NetworkEngine:
 
     # --- idle connections ---------------------------------------------------------------------------------
 
-    def _take_idle(self, origin: _Origin) -> Connection | None:
+    def _take_idle(self, origin: _Origin, cutoff: float) -> Connection | None:
+        """One that has been idle since `cutoff` at the earliest."""
         connections = self._idle.get(origin)
-        cutoff = asyncio.get_running_loop().time() - KEEP_ALIVE
         while connections:
             since, connection = connections.pop()
             if connection.closed:

@@ -9,7 +9,7 @@ import ssl
 import threading
 import tracemalloc
 from base64 import b64encode
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -131,6 +131,22 @@ on_each_loop = pytest.mark.parametrize(
     "runs_on", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"]
 )
 
+
+class Ahead(asyncio.SelectorEventLoop):
+    """An event loop whose clock a test moves."""
+
+    seconds = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.seconds
+
+
+def on_a_moved_clock(exchange: Callable[[Ahead], Coroutine[None, None, None]]) -> None:
+    loop = Ahead()
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        runner.run(exchange(loop))
+
+
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 5\r\n\r\n[1,2]"
 CHUNKED = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3;x=y\r\n[1,\r\n2\r\n2]\r\n0\r\n\r\n"
 TO_THE_END = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n\r\n[1,2]"
@@ -223,6 +239,29 @@ async def test_a_connection_that_went_stale_is_replaced_without_a_word() -> None
             assert (await network.exchange(post(server.url()))).status == 200
         assert server.connections == 3
         assert len(server.heads) == 3
+
+
+@pytest.mark.parametrize(("seconds", "sent"), [(0.4, 3), (0.6, 2)])
+def test_what_breaks_later_than_a_stale_connection_does_is_left_to_who_counts_calls(seconds: float, sent: int) -> None:
+    """An upstream that closes the connection after it has worked on the request may bill it."""
+
+    async def exchange(loop: Ahead) -> None:
+        async def works_then_closes(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter, head: bytes) -> None:
+            if b"x-warm" in head:
+                await until(lambda: server.connections == 3)
+                writer.write(OK)
+            else:
+                loop.seconds += seconds
+                writer.close()
+
+        async with serving(works_then_closes) as server, connected() as network:
+            await asyncio.gather(*(network.exchange(post(server.url(), headers={"x-warm": "1"})) for _ in range(3)))
+            for _ in range(2):  # a call and its retry
+                with pytest.raises(UpstreamUnreachable, match="broke"):
+                    await network.exchange(post(server.url()))
+            assert len(server.heads) == 3 + sent
+
+    on_a_moved_clock(exchange)
 
 
 async def test_a_new_connection_that_breaks_is_not_tried_again() -> None:

@@ -34,6 +34,10 @@ STALE = 0.5
 some for a busy event loop. One that breaks later was open: the request has been read, and may be paid for."""
 ADDRESS_DELAY = 0.25
 """Seconds before the next address of a name is tried as well (RFC 8305, 8)."""
+LOOKUP_PATIENCE = 1.0
+"""Seconds before the addresses of the last lookup are used: a lost packet costs a resolver 5 s."""
+ADDRESSES_TTL = 600.0
+"""Seconds for which the addresses of the last lookup may stand in for those of one that fails for the moment."""
 SCRATCH = 16 * 2**10
 """Size in bytes of the shared receive buffer, used until a body has its own. Body bytes that arrive with a head are
 copied once more."""
@@ -75,6 +79,8 @@ class NetworkEngine:
         self._urls: dict[str, tuple[_Origin, str]] = {}
         self._tls: ssl.SSLContext | None = None
         self._lookups: dict[_Origin, asyncio.Future[_Addresses]] = {}
+        self._resolved: dict[_Origin, tuple[float, _Addresses]] = {}
+        """The last addresses, and until when they may be used."""
 
     async def exchange(self, request: WireRequest) -> WireReply:
         """Sends the request, and resends it on a new connection if a kept-alive one turns out to have been closed."""
@@ -212,17 +218,29 @@ class NetworkEngine:
 
     async def _addresses(self, origin: _Origin) -> _Addresses:
         """Resolves the origin's host. One lookup runs at a time and outlives callers that give up, so that a name
-        server that does not answer is not asked once per caller."""
+        server that does not answer is not asked once per caller. While it does not answer, or cannot tell, the last
+        addresses serve (RFC 8767)."""
         lookup = self._lookups.get(origin)
         if lookup is None:
             lookup = self._lookups[origin] = _look_up(origin.host, origin.port)
             lookup.add_done_callback(partial(self._lookup_done, origin))
-        return await asyncio.shield(lookup)
+        valid_until, last = self._resolved.get(origin, (0.0, []))
+        if asyncio.get_running_loop().time() >= valid_until:
+            return await asyncio.shield(lookup)
+        try:
+            async with asyncio.timeout(LOOKUP_PATIENCE):
+                return await asyncio.shield(lookup)
+        except TimeoutError:
+            return last
+        except socket.gaierror as error:
+            if error.errno == socket.EAI_AGAIN:
+                return last
+            raise
 
     def _lookup_done(self, origin: _Origin, lookup: asyncio.Future[_Addresses]) -> None:
         del self._lookups[origin]
-        if not lookup.cancelled():
-            lookup.exception()  # marks it as retrieved, for when all callers have gone
+        if not lookup.cancelled() and lookup.exception() is None:  # marks an exception as retrieved
+            self._resolved[origin] = asyncio.get_running_loop().time() + ADDRESSES_TTL, lookup.result()
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
         """TLS with the origin through a proxy, which sees only the destination (RFC 9110, 9.3.6)."""

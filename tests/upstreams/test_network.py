@@ -135,10 +135,13 @@ on_each_loop = pytest.mark.parametrize(
 class Ahead(asyncio.SelectorEventLoop):
     """An event loop whose clock a test moves."""
 
-    seconds = 0.0
+    _moved = 0.0
 
     def time(self) -> float:
-        return super().time() + self.seconds
+        return super().time() + self._moved
+
+    def move(self, seconds: float) -> None:
+        self._moved += seconds
 
 
 def on_a_moved_clock(exchange: Callable[[Ahead], Coroutine[None, None, None]]) -> None:
@@ -251,7 +254,7 @@ def test_what_breaks_later_than_a_stale_connection_does_is_left_to_who_counts_ca
                 await until(lambda: server.connections == 3)
                 writer.write(OK)
             else:
-                loop.seconds += seconds
+                loop.move(seconds)
                 writer.close()
 
         async with serving(works_then_closes) as server, connected() as network:
@@ -932,6 +935,51 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
         with pytest.raises(UpstreamUnreachable):
             await dead.exchange(post("http://dead.invalid/v1"))
         assert looked.count("dead.invalid") == 2
+
+
+@pytest.mark.parametrize(
+    ("trouble", "later", "served"),
+    [
+        (None, 599, True),
+        (socket.EAI_AGAIN, 599, True),
+        (socket.EAI_NONAME, 599, False),
+        (socket.EAI_AGAIN, 601, False),
+    ],
+    ids=["no answer", "a server's failure", "no such name", "too old"],
+)
+def test_while_a_name_server_is_in_trouble_the_last_addresses_of_a_name_serve(
+    trouble: int | None, later: float, served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended, real = threading.Event(), socket.getaddrinfo
+
+    async def exchange(loop: Ahead) -> None:
+        looked: list[Any] = []
+
+        def look_up(host: Any, *args: Any, **kwargs: Any) -> Any:
+            looked.append(host)
+            if len(looked) == 1:
+                return real("127.0.0.1", *args, **kwargs)
+            if trouble is None:
+                loop.call_soon_threadsafe(loop.move, 1.0)
+                ended.wait(20)
+            raise socket.gaierror(trouble, "in trouble")
+
+        monkeypatch.setattr(socket, "getaddrinfo", look_up)
+        async with serving(says(OK.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))) as server:
+            async with connected() as network:
+                url = server.url(host="name.invalid")
+                assert (await network.exchange(post(url))).body == b"[1,2]"
+                loop.move(later)
+                if served:
+                    assert (await network.exchange(post(url))).body == b"[1,2]"
+                else:
+                    with pytest.raises(UpstreamUnreachable):
+                        await network.exchange(post(url))
+                ended.set()
+                await until(lambda: not network._lookups)
+            assert len(looked) == 2
+
+    on_a_moved_clock(exchange)
 
 
 class NoNames(uvloop.Loop):

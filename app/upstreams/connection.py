@@ -52,6 +52,8 @@ class Connection(asyncio.BufferedProtocol):
     def __init__(self, scratch: memoryview) -> None:
         self._scratch = scratch
         self.transport: asyncio.Transport
+        self.opened = 0.0
+        """When, in the event loop's time."""
         self.closed = False
         """Whether it can carry no further requests."""
         self._waiter: asyncio.Future[WireReply] | None = None
@@ -99,6 +101,7 @@ class Connection(asyncio.BufferedProtocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast("asyncio.Transport", transport)
+        self.opened = asyncio.get_running_loop().time()
 
     def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002  # only a hint
         if self._body is None:

@@ -29,6 +29,8 @@ from app.upstreams.connection import Connection, StaleConnection
 
 KEEP_ALIVE = 30.0
 """Seconds a connection may stay idle. Servers close idle ones after 5 s (uvicorn) to 75 s (nginx) or more."""
+MAX_AGE = 300.0
+"""Seconds after which a connection is not kept any longer, so that calls follow a name that has moved."""
 STALE = 0.5
 """Seconds after sending within which a connection breaks that the peer had closed while it was idle: a round trip, and
 some for a busy event loop. One that breaks later was open: the request has been read, and may be paid for."""
@@ -156,7 +158,11 @@ class NetworkEngine:
 
     def _put_idle(self, origin: _Origin, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
-        self._idle.setdefault(origin, []).append((loop.time(), connection))
+        now = loop.time()
+        if now - connection.opened > MAX_AGE:
+            connection.close()
+            return
+        self._idle.setdefault(origin, []).append((now, connection))
         if self._sweep_timer is None:
             self._sweep_timer = loop.call_later(KEEP_ALIVE, self._sweep)
 

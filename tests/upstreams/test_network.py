@@ -547,6 +547,20 @@ async def test_a_connection_that_lay_idle_too_long_is_closed(monkeypatch: pytest
         assert not network._idle
 
 
+def test_a_connection_in_use_is_replaced_after_five_minutes_so_that_a_name_that_has_moved_is_followed() -> None:
+    async def exchange(loop: Ahead) -> None:
+        async with serving(says(OK)) as server, connected() as network:
+            for _ in range(12):
+                loop.move(28)
+                await network.exchange(post(server.url()))
+                assert server.connections == 1
+            await until(lambda: server.closed == 1)
+            await network.exchange(post(server.url()))
+            assert server.connections == 2
+
+    on_a_moved_clock(exchange)
+
+
 @pytest.mark.parametrize("line_break", ["\r\n", "\n", "\r"])
 async def test_a_header_with_a_line_break_is_not_sent(line_break: str) -> None:
     async with serving(says(OK)) as server, connected() as network:

@@ -50,7 +50,7 @@ _PROXY_REFUSALS = (403, 407)
 """Statuses of a proxy's permanent refusal: it does not serve this destination, or rejects our password."""
 
 _LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
-"""Errors of this machine and no upstream's fault: no socket is left, or no thread to look up an address."""
+"""Errors of this machine and no upstream's fault: no socket or port is left, or no thread for a lookup."""
 
 _Addresses: TypeAlias = list[tuple[Any, ...]]
 """As `socket.getaddrinfo` returns them."""
@@ -324,6 +324,8 @@ class _Connector:
             finally:
                 loop.remove_writer(sock)
             error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error == errno.EADDRNOTAVAIL and sock.family == socket.AF_INET:
+            error = errno.EAGAIN  # this host has no port left; with IPv6 it may have no address either
         if error:
             raise OSError(error, os.strerror(error))
 

@@ -14,10 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import aiohappyeyeballs
 import pytest
 import uvloop
 from cryptography import x509
@@ -615,6 +617,29 @@ async def test_to_be_out_of_threads_is_no_fault_of_the_upstream() -> None:
             await network.exchange(post(server.url(host="localhost")))
         assert type(caught.value) is Overloaded, "and not the upstream's"
         await network.exchange(post(server.url(host="localhost")))
+
+
+@pytest.mark.parametrize(("host", "ours"), [("127.0.0.1", True), ("[::ffff:127.0.0.1]", False)])
+async def test_to_be_out_of_ports_is_no_fault_of_the_upstream(
+    host: str, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With IPv6 the system says the same if this host has no address, which does not pass."""
+
+    def the_same_port(address: Any) -> socket.socket:
+        made = socket.socket(address[0])
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind((host.strip("[]"), port))
+        return made
+
+    port, start = 0, aiohappyeyeballs.start_connection
+    async with serving(says(OK)) as server, connected() as network:
+        monkeypatch.setattr(aiohappyeyeballs, "start_connection", partial(start, socket_factory=the_same_port))
+        await network.exchange(post(server.url(host=host)))
+        port = next(iter(network._idle.values()))[0][1].transport.get_extra_info("sockname")[1]
+        calls = [network.exchange(post(server.url(host=host))) for _ in range(2)]
+        answer, failure = await asyncio.gather(*calls, return_exceptions=True)
+        assert isinstance(answer, WireReply)
+        assert type(failure) is (Overloaded if ours else UpstreamUnreachable)
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])

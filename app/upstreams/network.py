@@ -8,13 +8,13 @@ no environment variables.
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import contextlib
 import errno
 import os
 import socket
 import ssl
-import threading
 from base64 import b64encode
 from functools import partial
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -40,6 +40,8 @@ LOOKUP_PATIENCE = 1.0
 """Seconds before the addresses of the last lookup are used: a lost packet costs a resolver 5 s."""
 ADDRESSES_TTL = 600.0
 """Seconds for which the addresses of the last lookup may stand in for those of one that fails for the moment."""
+LOOKUP_TIMEOUT = 30.0
+"""Seconds after which a lookup is given up: as long as glibc asks three silent name servers."""
 SCRATCH = 16 * 2**10
 """Size in bytes of the shared receive buffer, used until a body has its own. Body bytes that arrive with a head are
 copied once more."""
@@ -279,7 +281,8 @@ class NetworkEngine:
 
 
 def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
-    """Runs in its own thread: the event loop's are few, and one dead name would hold up every upstream."""
+    """Runs in its own thread: the event loop's are few, and one dead name would hold up every upstream. Without
+    memory a thread may end before it has begun, or before it can report: hence the time limit."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_Addresses] = loop.create_future()
 
@@ -303,9 +306,11 @@ def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
             loop.call_soon_threadsafe(settle, addresses, failed)
 
     try:
-        threading.Thread(target=resolve, name="lookup", daemon=True).start()
+        _thread.start_new_thread(resolve, ())  # `threading.Thread` would wait here for one that never begins
     except RuntimeError as error:  # no more threads, which Python reports without an errno
         raise OSError(errno.EAGAIN, str(error)) from error
+    timer = loop.call_later(LOOKUP_TIMEOUT, settle, [], TimeoutError())
+    future.add_done_callback(lambda _: timer.cancel())
     return future
 
 

@@ -3,6 +3,7 @@ get a 503 they can repeat."""
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.processes import PATIENCE, Program, address, answers, environment, metric, serving, until
+from tests.processes import PATIENCE, Program, address, answers, environment, free_port, metric, serving, start, until
 
 MIB = 2**20
 
@@ -84,6 +85,23 @@ def test_who_has_no_descriptor_left_says_so_and_at_the_start_that_there_are_few(
         process.terminate()
         assert process.wait(PATIENCE) == 0
     assert (log.read_text().count(few), log.read_text().count(none)) == (1, 1)
+
+
+def test_where_a_thread_has_no_memory_to_begin_with_it_is_alive_once_there_is_some(tmp_path: Path) -> None:
+    """glibc keeps a stack for it, so the system does start the thread."""
+    away = {"type": "openai", "base_url": f"http://127.0.0.1:{free_port()}/v1", "api_key": "k", "connect_timeout": "1s"}
+    models = {"m": {"deployments": [{"upstream": "away", "model": "m"}]}}
+    (tmp_path / "config.yaml").write_text(json.dumps({"upstreams": {"away": away}, "models": models}))
+    body = {"model": "m", "input": "x"}
+    with start(tmp_path, "--port", "0") as process, httpx.Client(trust_env=False, timeout=5) as client:
+        url = address(tmp_path / "log", process)
+        for _ in range(5):  # each looks the address up in a thread, which ends
+            assert client.post(f"{url}/v1/embeddings", json=body).is_server_error
+        with starved(process, 0), suppress(httpx.TimeoutException):
+            client.post(f"{url}/v1/embeddings", json=body)
+        assert client.get(f"{url}/healthz").status_code == 200
+        process.terminate()
+        assert process.wait(PATIENCE) == 0
 
 
 def test_it_ends_well_where_no_thread_can_be_started(tmp_path: Path) -> None:

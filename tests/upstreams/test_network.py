@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
 import random
 import socket
@@ -640,6 +641,21 @@ async def test_to_be_out_of_ports_is_no_fault_of_the_upstream(
         answer, failure = await asyncio.gather(*calls, return_exceptions=True)
         assert isinstance(answer, WireReply)
         assert type(failure) is (Overloaded if ours else UpstreamUnreachable)
+
+
+@pytest.mark.timeout(20)
+async def test_a_look_up_whose_thread_never_begins_holds_up_nobody_and_is_given_up(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As without memory for it, which would strike anywhere in this process."""
+    monkeypatch.setattr(networks, "LOOKUP_TIMEOUT", 0.05)
+    async with serving(says(OK)) as server, connected() as network:
+        with monkeypatch.context() as starved:
+            starved.setattr(_thread, "start_new_thread", lambda *_: 0)
+            starved.setattr(threading, "_start_new_thread", lambda *_: 0)
+            with pytest.raises(UpstreamUnreachable, match="in time"):
+                await network.exchange(post(server.url()))
+        assert (await network.exchange(post(server.url()))).body == b"[1,2]"
 
 
 @pytest.mark.parametrize(("scheme", "port"), [("http", 80), ("https", 443)])

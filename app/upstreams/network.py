@@ -51,8 +51,8 @@ URL_CACHE_SIZE = 64
 _PROXY_REFUSALS = (403, 407)
 """Statuses of a proxy's permanent refusal: it does not serve this destination, or rejects our password."""
 
-_LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
-"""Errors of this machine and no upstream's fault: no socket or port is left, or no thread for a lookup."""
+_LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, socket.EAI_MEMORY)
+"""Errors of this machine and no upstream's fault: no socket or port is left, or no thread or memory for a lookup."""
 
 _Addresses: TypeAlias = list[tuple[Any, ...]]
 """As `socket.getaddrinfo` returns them."""

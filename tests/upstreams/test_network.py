@@ -643,6 +643,17 @@ async def test_to_be_out_of_ports_is_no_fault_of_the_upstream(
         assert type(failure) is (Overloaded if ours else UpstreamUnreachable)
 
 
+async def test_a_look_up_that_is_out_of_memory_is_no_fault_of_the_upstream(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look_up(*_asked: Any, **_more: Any) -> Any:
+        raise socket.gaierror(socket.EAI_MEMORY, "Memory allocation failure")
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    async with connected() as network:
+        with pytest.raises(Overloaded, match="Memory allocation failure") as caught:
+            await network.exchange(post("http://upstream.example/v1"))
+        assert type(caught.value) is Overloaded, "and not the upstream's"
+
+
 @pytest.mark.timeout(20)
 async def test_a_look_up_whose_thread_never_begins_holds_up_nobody_and_is_given_up(
     monkeypatch: pytest.MonkeyPatch,

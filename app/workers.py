@@ -79,11 +79,8 @@ class ParentChannel:
 
     def start_heartbeat(self) -> None:
         """Reports now that the worker is up, and again every `HEARTBEAT_INTERVAL` seconds while the event loop runs."""
-        try:
-            with contextlib.suppress(BlockingIOError):  # the parent is suspended
-                self._socket.send(UP)
-        except OSError:
-            return
+        with contextlib.suppress(OSError):  # the parent is suspended or gone, or the system has no buffer for a moment
+            self._socket.send(UP)
         asyncio.get_running_loop().call_later(HEARTBEAT_INTERVAL, self.start_heartbeat)
 
     def _latest_settings(self) -> str | None:

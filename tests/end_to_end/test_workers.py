@@ -464,6 +464,23 @@ async def test_a_worker_that_is_well_says_so_again_and_again(monkeypatch: pytest
     orders._socket.close()
 
 
+async def test_a_heartbeat_that_cannot_be_sent_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As when the system has no buffer for it. Here the socket is without a peer for a moment."""
+    monkeypatch.setattr("app.workers.HEARTBEAT_INTERVAL", 0.01)
+    ours, theirs = socket.socketpair()
+    with ours, socket.socket(socket.AF_UNIX) as alone:
+        ours.sendall(_message(as_text(settings_of({}))))
+        ours.settimeout(5)
+        orders = ParentChannel(theirs.detach(), UPSTREAMS)
+        kept = os.dup(orders._socket.fileno())
+        os.dup2(alone.fileno(), orders._socket.fileno())
+        orders.start_heartbeat()
+        os.dup2(kept, orders._socket.fileno())
+        os.close(kept)
+        assert await asyncio.to_thread(ours.recv, 1) == b"u"
+    orders._socket.close()
+
+
 @pytest.mark.parametrize("turns", range(1, 6))
 async def test_a_stop_while_a_worker_is_about_to_be_started_is_no_trouble(
     tmp_path: Path, turns: int, caplog: pytest.LogCaptureFixture

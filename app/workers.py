@@ -200,7 +200,8 @@ class Workers:
                 worker = await self._start(name)
             except OSError as error:
                 log.error("a worker cannot be started: %s", error.strerror)
-                await self._pause(MAX_RESTART_DELAY)
+                pause = min(MAX_RESTART_DELAY, pause * 2)
+                await self._pause(pause)
                 continue
             code = await worker.process.wait()
             await worker.close()

@@ -424,7 +424,7 @@ async def test_a_worker_that_can_no_longer_start_is_tried_less_and_less_often(
     rests: list[float] = []
     with multiprocess(str(tmp_path)), socket.create_server(("127.0.0.1", 0)) as listener:
         assert await asyncio.wait_for(Hasty(command, settings_of({}), listener).run(), 60) == 0
-    assert rests == [30, 1, 2, 4, 8, 16, 30, 30, 1, 2]
+    assert rests == [1, 2, 4, 8, 16, 30, 30, 30, 1, 2]
     assert "a worker cannot be started: No such file or directory" in caplog.text
 
 

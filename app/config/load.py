@@ -39,6 +39,10 @@ class ConfigError(Exception):
         self.mistakes = mistakes
 
 
+class UnreadableFile(ConfigError):
+    """The system could not read the file just now, and may be able to later without the file having changed."""
+
+
 def listens(host: str, port: int) -> bool:
     """Whether something accepts connections there. Takes at most a fifth of a second."""
     try:
@@ -130,6 +134,8 @@ def _read_file(file: Path, environ: Mapping[str, str], tree: Tree, named: str) -
         tree.reject((), f"no such file{named}")
     except OSError as error:
         tree.reject((), f"cannot be read: {error.strerror}")
+        if not isinstance(error, PermissionError | IsADirectoryError):  # mending those changes the file
+            raise UnreadableFile(tree.lines()) from error
     except UnicodeDecodeError:
         tree.reject((), "is not UTF-8 text")
     else:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from app.config.kind import UpstreamKind
-from app.config.load import find_file, from_text, load_with_origin
+from app.config.load import UnreadableFile, find_file, from_text, load_with_origin
 from app.config.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class ConfigSource:
         self.file = find_file(path, environ, self._cwd)
         """The file as it was named; None if there is none."""
         self.loaded = self.signature()
-        """The signature of the file when it was last read."""
+        """The signature of the file when it was last read; None if it could not be."""
         self._had_values = False
         """Whether the file last loaded had any values. A file of comments alone may stay that way."""
 
@@ -39,9 +39,13 @@ class ConfigSource:
         # A file that has appeared is kept: if it vanishes again, the environment must not take its place.
         self.file = find_file(self.file, self._environ, self._cwd)
         self.loaded = self.signature()
-        settings, self._had_values = load_with_origin(
-            self.file, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._had_values
-        )
+        try:
+            settings, self._had_values = load_with_origin(
+                self.file, self._environ, self._kinds, cwd=self._cwd, may_be_empty=not self._had_values
+            )
+        except UnreadableFile:
+            self.loaded = None
+            raise
         return settings
 
     def signature(self) -> tuple[int, int, int, int] | None:

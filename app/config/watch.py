@@ -30,6 +30,7 @@ class ConfigWatcher:
     ) -> None:
         self._source, self._clock, self._change, self._result = source, clock, change, result
         self._requested = asyncio.Event()
+        self._reloading = False
 
     def ask(self) -> None:
         """Requests a reload. Must be called within the event loop."""
@@ -42,23 +43,22 @@ class ConfigWatcher:
         await asyncio.gather(self._reload_on_request(), *polling)
 
     async def _poll_file(self, source: ConfigSource) -> None:
-        """Requests a reload when the file has changed and is no longer being written. Requests it once: until the file
-        has been read, it still differs from what was loaded."""
-        seen, requested = source.loaded, None
+        """Requests a reload when the file is not the one that was read last and is no longer being written: again and
+        again if the system cannot read it, but not while it is being read."""
+        seen = source.loaded
         while True:
             await self._clock.sleep(POLL_INTERVAL)
             before, seen = seen, source.signature()
-            if seen == source.loaded:
-                requested = None
-            elif seen is not None and seen == before and seen != requested:
-                requested = seen
+            if seen not in (None, source.loaded) and seen == before and not self._reloading:
                 self.ask()
 
     async def _reload_on_request(self) -> None:
         while True:
             await self._requested.wait()
             self._requested.clear()
+            self._reloading = True
             self._result(await self._reload())
+            self._reloading = False
 
     async def _reload(self) -> bool:
         """Whether the current configuration is now in force. If not, nothing has changed."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from app.config import Settings
 from app.config.load import as_text
@@ -13,7 +14,7 @@ from app.config.watch import POLL_INTERVAL, ConfigWatcher
 from app.upstreams import UPSTREAMS
 from tests.cache.support import LIMIT
 from tests.clock import HandClock, settle
-from tests.harness import settings_of
+from tests.harness import no_descriptors, settings_of
 
 
 class SlowSource(ConfigSource):
@@ -78,6 +79,36 @@ async def test_a_link_that_is_turned_back_after_a_sighup_is_followed() -> None:
     async with asyncio.timeout(LIMIT):
         await read.wait()
     assert source.loaded == (1, 1, 1, 1)
+    watching.cancel()
+    await asyncio.gather(watching, return_exceptions=True)
+
+
+async def test_a_changed_file_that_the_system_could_not_read_is_read_again(tmp_path: Path) -> None:
+    file, clock, results = tmp_path / "gw.yaml", HandClock(), asyncio.Queue[bool]()
+    file.write_text("upstreams: {built-in: {type: lexical}}\n")
+    source = ConfigSource(str(file), {}, UPSTREAMS)
+    source.load()
+    given = list[Settings]()
+
+    async def change(settings: Settings) -> None:
+        given.append(settings)
+
+    async def polls(count: int) -> None:
+        for _ in range(count):
+            await clock.advance(POLL_INTERVAL)
+
+    watching = asyncio.create_task(ConfigWatcher(source, clock, change, results.put_nowait).run())
+    await settle()
+    file.write_text("upstreams: {changed: {type: lexical}}\n")
+    with no_descriptors():
+        await polls(2)
+        assert await results.get() is False
+    assert not given
+    await polls(1)
+    assert await asyncio.wait_for(results.get(), LIMIT) is True
+    assert "changed" in given[0].upstreams
+    await polls(3)
+    assert results.empty()
     watching.cancel()
     await asyncio.gather(watching, return_exceptions=True)
 

@@ -177,7 +177,8 @@ def _locked(directory: str) -> Iterator[None]:
     ten days old, and mapped files keep their time of creation (python/cpython#81831)."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
+        with contextlib.suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
         yield
     finally:
         os.close(descriptor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import json
 import os
@@ -20,6 +21,7 @@ import httpx
 import pytest
 import yaml
 
+from app.cli import _locked
 from app.config.load import as_text
 from app.metrics import multiprocess
 from app.upstreams import UPSTREAMS
@@ -373,6 +375,17 @@ def test_who_tidies_temporary_directories_is_told_that_theirs_is_in_use(tmp_path
         with pytest.raises(BlockingIOError):  # systemd-tmpfiles takes the same lock
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         os.close(descriptor)
+
+
+def test_workers_need_no_lock_on_their_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems have none; this machine's do."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with _locked(str(tmp_path)):
+        pass
 
 
 def test_workers_serve_where_there_is_no_room_for_their_metrics(tmp_path: Path) -> None:

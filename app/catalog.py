@@ -83,10 +83,13 @@ def combined(models: Sequence[Model]) -> Model:
     for any; and if the catalogue has lengths to shorten to for any, they apply to all."""
     if len(models) == 1:
         return models[0]
+    rules = {each.counted_by for each in models if each.max_tokens_per_input is not None}
     return replace(
         models[0],
         max_tokens_per_input=least(each.max_tokens_per_input for each in models),
         max_characters_per_input=least(each.max_characters_per_input for each in models),
+        # Bytes bound the tokens of every rule: Baidu's 1.3 for a word, which takes two with the space after it.
+        counted_by=rules.pop() if len(rules) == 1 else "bytes",
         cuts_silently=any(each.cuts_silently for each in models),
         roles=tuple(role for role in ROLES if any(role in each.roles for each in models)),
         instruct=any(each.instruct for each in models),

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from app.catalog import CATALOG, FAMILIES, Model, family
+from app.catalog import CATALOG, FAMILIES, Model, TokenRule, combined, family
 
 ROWS = [*(model for models in CATALOG.values() for model in models.values()), *(model for _, model in FAMILIES)]
 
@@ -79,3 +79,23 @@ def test_a_row_says_where_it_is_from_and_a_prefix_for_each_role_or_none(model: M
     assert model.instruct or not model.instruction
     if model.matryoshka_dimensions and model.dimensions:
         assert max(model.matryoshka_dimensions) == model.dimensions
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "rule"),
+    [
+        (Model("m", None, None, 1, 512, counted_by="han+words"), Model("m", None, None, 1, 512), "bytes"),
+        (
+            Model("m", None, None, 1, 9, counted_by="han+words"),
+            Model("m", None, None, 1, 9, counted_by="cl100k_base"),
+            "bytes",
+        ),
+        # One without a limit has nothing to count.
+        (Model("m", None, None, 1, 9, counted_by="cl100k_base"), Model("m"), "cl100k_base"),
+        (Model("m"), Model("m"), "bytes"),
+    ],
+)
+def test_deployments_that_count_tokens_differently_are_counted_by_what_bounds_them_all(
+    first: Model, second: Model, rule: TokenRule
+) -> None:
+    assert combined([first, second]).counted_by == combined([second, first]).counted_by == rule

@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from app.catalog import Model
+from app.pipeline.lengths import at_most
 from app.pipeline.long_inputs import LongInputs
-from app.types import Embedding, EmbedRequest, EmbedResult, OnLongInput, Params, Source
+from app.types import Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Params, Source
 
 MODEL = Model("counted", max_tokens_per_input=8192, counted_by="cl100k_base")
 
@@ -48,6 +49,27 @@ async def test_what_is_split_has_unit_length_also_where_but_one_piece_is_more_th
     request = EmbedRequest("bounded", ["word" + " " * 1_000], Params(), math.inf, on_long_input=policy)
     result = await LongInputs(embed, [model], None)(request)
     assert struct.unpack("<2f", result.embeddings[0].vector) == pytest.approx(found)
+
+
+BY_WORDS = Model("bge-large-zh", max_tokens_per_input=512, max_characters_per_input=2000, counted_by="han+words")
+SILENT = Model("bge-large-zh-v1.5", max_tokens_per_input=512, cuts_silently=True)
+
+
+@pytest.mark.parametrize("models", [[BY_WORDS, SILENT], [SILENT, BY_WORDS]], ids=["by words", "silent"])
+async def test_each_piece_fits_deployments_that_count_differently_whichever_comes_first(models: list[Model]) -> None:
+    """A vendor's rule counts English words; the tokenizer of another's server takes two or three tokens for each."""
+    pieces: list[Input] = []
+
+    async def embed(request: EmbedRequest) -> EmbedResult:
+        pieces.extend(request.inputs)
+        return EmbedResult([Embedding(b"\0\0\x80?", 1)] * len(request.inputs), [Source.UPSTREAM] * len(request.inputs))
+
+    text = "abcdefg123 " * 170
+    assert at_most(text, "han+words") < 512
+    result = await LongInputs(embed, models, None)(EmbedRequest("m", [text], Params(), math.inf, on_long_input="split"))
+    assert result.split == 1
+    assert "".join(map(str, pieces)) == text
+    assert max(len(str(piece).encode()) for piece in pieces) <= 512
 
 
 class Texts(list[str]):

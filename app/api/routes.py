@@ -186,7 +186,8 @@ def _authenticate(request: Request) -> tuple[Gateway, Tenant]:
 
 def _model_object(gateway: Gateway, name: str, public: PublicModel) -> dict[str, Any]:
     """OpenAI's model object, extended by what is known of the model."""
-    model, facts = public.deployments[0].model, public.facts
+    models, facts = [deployment.model for deployment in public.deployments], public.facts
+    prefixed = next((model for model in models if model.prefixes), None)
     return {
         "id": name,
         "object": "model",
@@ -195,18 +196,18 @@ def _model_object(gateway: Gateway, name: str, public: PublicModel) -> dict[str,
         "dimensions": public.dimensions,
         "modalities": ["text", *(["image"] if facts.images else []), *(["video"] if facts.videos else [])],
         "sparse": facts.sparse,
-        "dimension_choices": model.dimension_choices if facts.matryoshka_dimensions is None else None,
+        "dimension_choices": facts.dimension_choices if facts.matryoshka_dimensions is None else None,
         "shortened_here": facts.matryoshka_dimensions,
         "max_input_tokens": facts.max_tokens_per_input,
         "max_input_characters": facts.max_characters_per_input,
         "max_batch_tokens": facts.max_tokens_per_batch,
         "max_batch": facts.max_batch,
         "input_types": facts.roles,
-        "prefixes": dict(zip(model.roles, model.prefixes, strict=True)) if model.prefixes else None,
+        "prefixes": dict(zip(prefixed.roles, prefixed.prefixes, strict=True)) if prefixed else None,
         "instruct": facts.instruct,
         "upstreams": [deployment.name for deployment in public.deployments],
         "vector_space": public.space,
-        "source": model.source or None,
+        "source": facts.source or None,
     }
 
 

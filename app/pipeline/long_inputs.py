@@ -22,7 +22,7 @@ from app.errors import ContextLengthExceeded, GatewayError, InvalidRequest, Upst
 from app.pipeline import lengths
 from app.pipeline.parts import merge_result, mixed_lengths
 from app.pipeline.prefix import prefix_of
-from app.types import NO_EMBEDDING, Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Source
+from app.types import NO_EMBEDDING, Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Params, Source
 
 T = TypeVar("T")
 _Work: TypeAlias = Generator[None, None, T]
@@ -60,14 +60,14 @@ class LongInputs:
 
     def __init__(self, inner: Embedder, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner = inner
-        self._model, facts = models[0], combined(models)
+        self._models, facts = models, combined(models)
         self._limit = lengths.InputLimit(facts.max_tokens_per_input, facts.max_characters_per_input, facts.counted_by)
         self._tries = not facts.cuts_silently
         self._default_policy: OnLongInput = settings.on_long_input if settings else "error"
 
     async def __call__(self, request: EmbedRequest) -> EmbedResult:
         params, policy = request.params, request.on_long_input or self._default_policy
-        prefix = prefix_of(self._model, params.input_type, params.instruct)
+        prefix = self._longest_prefix(params) if params.input_type is not None else ""
         # An instruction beside the text may count or not: no input is refused for it, and room is left.
         reserved = prefix or params.instruct or ""
         limit = self._limit.without(reserved)
@@ -97,6 +97,11 @@ class LongInputs:
         else:
             result.truncated = plan.count
         return result
+
+    def _longest_prefix(self, params: Params) -> str:
+        """The longest of those that the deployments put before a text: any of them may serve it."""
+        prefixes = [prefix_of(each, params.input_type, params.instruct) for each in self._models]
+        return max(prefixes, key=tokens.upper_bound)
 
     def _plan(
         self, request: EmbedRequest, policy: OnLongInput, limit: lengths.InputLimit, prefix: str

@@ -12,6 +12,7 @@ import pytest
 
 from app.pipeline.lengths import InputLimit
 from tests.fakes import FakeDashScope, FakeOllama, FakeOpenAI, Vector
+from tests.fakes.vectors import Text
 from tests.harness import Running, running
 
 NOMIC = "nomic-ai/nomic-embed-text-v1.5"
@@ -189,6 +190,38 @@ def test_a_prefix_counts_for_the_limit() -> None:
         kept = "passage: " + InputLimit(512, None).without("passage: ").first(long)
         assert np.array_equal(vector_of(gateway.post(body)), fake.expected(model, kept))
         assert len(kept.encode()) <= 512
+
+
+class OneModel(FakeOpenAI):
+    """It serves one model under all its names, and so in one space."""
+
+    def expected(self, model: str, text: Text, dimensions: int | None = None) -> Vector:
+        return super().expected(next(iter(self.models)), text, dimensions)
+
+
+@contextmanager
+def one_model(*names: str, **settings: Any) -> Iterator[tuple[FakeOpenAI, Running]]:
+    """A gateway with deployments under these names, of which only some tell what the model is."""
+    deployments = [{"upstream": "up", "model": name, "space": "ours"} for name in names]
+    with OneModel(None, dict.fromkeys(names, 64), flavour="vllm") as fake:
+        upstreams = {"up": {"type": "openai", "base_url": fake.url + "/v1"}}
+        models = {"public": {"deployments": deployments, **settings}}
+        with running({"upstreams": upstreams, "models": models}) as gateway:
+            yield fake, gateway
+
+
+@pytest.mark.parametrize("names", [("house", NOMIC), (NOMIC, "house")], ids=["house first", "nomic first"])
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_room_is_left_for_the_prefix_of_whichever_deployment_has_one(names: tuple[str, str], policy: str) -> None:
+    with one_model(*names, max_tokens_per_input=100, cuts_silently=True, on_long_input=policy) as (fake, gateway):
+        texts = ["word " * count for count in (15, 18, 19, 60)]
+        response = gateway.post({"model": "public", "input": texts, "input_type": "query"})
+        assert response.status_code == 200, response.text
+        assert response.headers[f"x-embedding-{'split' if policy == 'split' else 'truncated'}-inputs"] == "3"
+        sent = [text for call in fake.calls for text in map(str, call.texts) if text.startswith("search_query: ")]
+        assert 80 < max(map(len, sent)) <= 96
+        row = gateway.get("/v1/models/public").json()
+        assert row["prefixes"] == {"query": "search_query: ", "document": "search_document: "}
 
 
 def test_an_instruction_that_leaves_no_room_for_the_text_is_refused() -> None:

@@ -79,8 +79,8 @@ class Model:
 
 def combined(models: Sequence[Model]) -> Model:
     """The facts of one model behind several deployments: those of the first, with these exceptions. Roles, instructions
-    and sparse vectors are served if any deployment has them, images and videos if all do; an input is too long if it is
-    for any; and if the catalogue has lengths to shorten to for any, they apply to all."""
+    and sparse vectors are served if any deployment has them, images and videos if all do; an input is too long, or an
+    image too large, if it is for any; and if the catalogue has lengths to shorten to for any, they apply to all."""
     if len(models) == 1:
         return models[0]
     rules = {each.counted_by for each in models if each.max_tokens_per_input is not None}
@@ -99,6 +99,7 @@ def combined(models: Sequence[Model]) -> Model:
         sparse=any(each.sparse for each in models),
         images=min(each.images for each in models),
         videos=min(each.videos for each in models),
+        max_image_bytes=least(each.max_image_bytes for each in models),
     )
 
 

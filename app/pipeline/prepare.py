@@ -53,7 +53,7 @@ class Prepare:
                     f"model {self._name!r} takes text{also} only",
                     param=f"input[{i}]",
                 )
-            limit, data_uri = self._model.max_image_bytes, DATA_URI.match(media.source)
+            limit, data_uri = self._facts.max_image_bytes, DATA_URI.match(media.source)
             if limit is None or data_uri is None:
                 continue
             # Four characters of base64 are three bytes, less the padding.

@@ -534,6 +534,14 @@ async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
         await prepare(request("x", params=Params(input_type="query", output_type="sparse")))
 
 
+async def test_an_image_that_is_too_large_for_one_deployment_is_too_large_whichever_comes_first() -> None:
+    asked = replace(request("x"), inputs=[Media("image", "data:image/png;base64," + "A" * 40)], media=True)
+    small, large = (Model("m", images=1, max_image_bytes=size) for size in (29, 31))
+    for models in ([small, large], [large, small]):
+        with pytest.raises(InvalidRequest, match="an image of 30 bytes; model 'm' takes at most 29"):
+            await Prepare(_reached, "m", models, None)(asked)
+
+
 async def test_what_clients_ask_for_fills_no_memory() -> None:
     prepare = Prepare(_reached, "m", [Model("m", None, ANY, instruct=True)], None)
     for number in range(300):

@@ -200,6 +200,14 @@ def honours(model: Model, params: Params) -> bool:
     would be that of another request."""
     return (
         (params.input_type is None or params.input_type in model.roles)
-        and (params.instruct is None or model.instruct)
+        and (params.instruct is None or _takes_instruction(model, params.input_type))
         and (params.output_type == "dense" or model.sparse)
     )
+
+
+def _takes_instruction(model: Model, role: Role | None) -> bool:
+    """Whether it takes an instruction with a text in this role: if it is told within the text, the prefix has to have
+    a place for it."""
+    if not model.prefixes:
+        return model.instruct
+    return model.instruct and role is not None and "{instruct}" in model.prefixes[model.roles.index(role)]

@@ -14,16 +14,17 @@ from app.catalog import Model, Role, combined
 from app.config import ModelSettings
 from app.errors import InvalidRequest, UnsupportedDimensions
 from app.pipeline.deployment import honours
+from app.pipeline.prefix import prefix_of
 from app.types import DATA_URI, Embedder, EmbedRequest, EmbedResult, Input, Params
 
 
 class Prepare:
-    """Validates and completes a request's parameters. `models` are the facts of each deployment, the first standing for
-    all; `settings` are the operator's defaults; `name` is the model's public name."""
+    """Validates and completes a request's parameters. `models` are the facts of each deployment; `settings` are the
+    operator's defaults; `name` is the model's public name."""
 
     def __init__(self, inner: Embedder, name: str, models: Sequence[Model], settings: ModelSettings | None) -> None:
         self._inner, self._name = inner, name
-        self._models, self._model, self._facts = models, models[0], combined(models)
+        self._models, self._facts = models, combined(models)
         self._dimensions = settings.dimensions if settings else None
         self._input_type = settings.input_type if settings else None
         self._canonical: dict[Params, Params] = {}
@@ -66,51 +67,50 @@ class Prepare:
 
     def canonical(self, params: Params) -> Params:
         """`params` in the model's canonical form. Raises `InvalidRequest` for what the model cannot do."""
-        model = self._model
         if params.output_type != "dense" and not self._facts.sparse:
             raise InvalidRequest(f"model {self._name!r} gives dense vectors only", param="output_type")
         if params.instruct is not None and not self._facts.instruct:
             raise InvalidRequest(f"model {self._name!r} takes no instruction", param="instruct")
-        role = self._role(params.input_type or self._input_type)
-        if params.instruct is not None and model.prefixes and "{instruct}" not in self._prefix(role):
-            raise InvalidRequest(
-                f"model {self._name!r} takes an instruction for queries only; say input_type: query", param="instruct"
-            )
         canonical = replace(
-            params, dimensions=self._dimensions_for(params.dimensions or self._dimensions), input_type=role
+            params,
+            dimensions=self._dimensions_for(params.dimensions or self._dimensions),
+            input_type=self._role(params.input_type or self._input_type),
         )
-        if not any(honours(each, canonical) for each in self._models):
-            raise InvalidRequest(
-                f"no deployment of model {self._name!r} supports this combination of input_type, instruct and "
-                "output_type",
-                param="input_type" if role else "instruct",
-            )
+        if not self._honoured(canonical):
+            raise self._unsupported(canonical)
         return canonical
 
-    def _prefix(self, role: Role | None) -> str:
-        return self._model.prefixes[self._model.roles.index(role)] if role else ""
+    def _honoured(self, params: Params) -> bool:
+        return any(honours(each, params) for each in self._models)
+
+    def _unsupported(self, params: Params) -> InvalidRequest:
+        """The error for parameters that no deployment honours together."""
+        if params.instruct is not None and self._honoured(replace(params, input_type="query")):
+            message = f"model {self._name!r} takes an instruction for queries only; say input_type: query"
+            return InvalidRequest(message, param="instruct")
+        return InvalidRequest(
+            f"no deployment of model {self._name!r} supports this combination of input_type, instruct and output_type",
+            param="input_type" if params.input_type else "instruct",
+        )
 
     def _role(self, requested: Role | None) -> Role | None:
-        """The role if it makes a difference; None if the model knows no roles, or assumes this one by default. Raises
-        `InvalidRequest`."""
-        if requested is None or requested == self._model.default_role or not self._facts.roles:
+        """The role if it makes a difference; None if the model knows no roles, or if it makes none for a deployment:
+        then it makes none for those either whose vectors are the same. Raises `InvalidRequest`."""
+        if requested is None or not self._facts.roles:
             return None
         if requested not in self._facts.roles:
             raise InvalidRequest(
                 f"model {self._name!r} is reached through an API that cannot mark a text as a {requested}",
                 param="input_type",
             )
-        # With an empty prefix, the role makes no difference to the text.
-        return requested if not self._model.prefixes or self._prefix(requested) else None
+        return None if any(_ignores(each, requested) for each in self._models) else requested
 
     def _dimensions_for(self, requested: int | None) -> int | None:
         """The length requested, if the model can make it; None if it is the default. Raises `UnsupportedDimensions`."""
-        model = self._model
+        model = self._facts
         if requested is None or requested == model.dimensions:
             return None
-        choices = (
-            model.dimension_choices if self._facts.matryoshka_dimensions is None else self._facts.matryoshka_dimensions
-        )
+        choices = model.dimension_choices if model.matryoshka_dimensions is None else model.matryoshka_dimensions
         if choices is None:
             only = f"only {model.dimensions}" if model.dimensions else "no other length"
             raise UnsupportedDimensions(f"model {self._name!r} gives {only}, not {requested}", param="dimensions")
@@ -125,3 +125,8 @@ class Prepare:
                 param="dimensions",
             )
         return requested
+
+
+def _ignores(model: Model, role: Role) -> bool:
+    """Whether a text in this role is to the model as one in none."""
+    return role == model.default_role or bool(model.prefixes and not prefix_of(model, role, None))

@@ -224,6 +224,19 @@ def test_room_is_left_for_the_prefix_of_whichever_deployment_has_one(names: tupl
         assert row["prefixes"] == {"query": "search_query: ", "document": "search_document: "}
 
 
+@pytest.mark.parametrize("names", [("house", QWEN), (QWEN, "house")], ids=["house first", "qwen first"])
+def test_no_instruction_is_left_out_whichever_deployment_has_a_place_for_it(names: tuple[str, str]) -> None:
+    with one_model(*names) as (fake, gateway):
+        body = {"model": "public", "input": "q", "instruct": "Find the answer"}
+        for role in (None, "document"):
+            error = gateway.post({**body, "input_type": role}).json()["error"]
+            assert (error["code"], error["param"]) == ("invalid_value", "instruct")
+            assert error["message"].endswith("takes an instruction for queries only; say input_type: query")
+        assert "q" not in [text for call in fake.calls for text in call.texts]
+        vector = vector_of(gateway.post({**body, "input_type": "query"}))
+        assert np.array_equal(vector, fake.expected(QWEN, "Instruct: Find the answer\nQuery:q"))
+
+
 def test_an_instruction_that_leaves_no_room_for_the_text_is_refused() -> None:
     with FakeDashScope(api_key="sk-fake") as fake:
         upstream = {"type": "dashscope", "api_key": "sk-fake", "base_url": fake.url + "/api/v1"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 import random
 import threading
@@ -17,7 +18,7 @@ from msgspec.structs import replace
 
 from app.cache.memory import MemoryStore
 from app.cache.tiers import Tiers
-from app.catalog import ANY, ROLES, Model
+from app.catalog import ANY, ROLES, Model, Role
 from app.clock import SystemClock
 from app.errors import (
     ExceedsTokensPerMinute,
@@ -518,8 +519,9 @@ async def test_and_so_is_what_waits_when_the_last_one_is_taken_out() -> None:
 def test_what_is_honoured_of_one_kind_of_parameters_is_of_all() -> None:
     answers: dict[object, set[bool]] = {}
     flags = (False, True)
-    for roles, instruct, sparse in product([(), ROLES, ("document",)], flags, flags):
-        model = Model("m", roles=roles, instruct=instruct, sparse=sparse)
+    kinds = [Model("m"), Model("m", roles=("document",)), Model("m", roles=ROLES), WITHIN, FIXED]
+    for kind, instruct, sparse in product(kinds, flags, flags):
+        model = dataclasses.replace(kind, instruct=instruct, sparse=sparse)
         for params in starmap(Params, product([None, 8], [None, *ROLES], ["dense", "sparse"], [None, "a", "b"])):
             answers.setdefault((model, requirements(params)), set()).add(honours(model, params))
     assert {len(each) for each in answers.values()} == {1}
@@ -532,6 +534,42 @@ async def test_what_no_deployment_can_do_together_is_refused_at_once() -> None:
         assert await prepare(request("x", params=params))
     with pytest.raises(InvalidRequest, match="this combination of"):
         await prepare(request("x", params=Params(input_type="query", output_type="sparse")))
+
+
+TOLD, PLAIN = Model("told", roles=ROLES, default_role="document", instruct=True), Model("plain")
+WITHIN = Model("within", roles=ROLES, prefixes=("{instruct}: ", ""), instruct=True, instruction="find")
+FIXED = Model("fixed", roles=ROLES, prefixes=("query: ", "document: "))
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "role", "instruct", "served"),
+    [
+        (PLAIN, WITHIN, None, "X", []),
+        (PLAIN, WITHIN, "document", "X", []),
+        (PLAIN, WITHIN, "query", "X", ["within"]),
+        (PLAIN, WITHIN, "query", None, ["within"]),
+        (TOLD, WITHIN, None, "X", ["told"]),
+        (TOLD, WITHIN, "document", "X", ["told"]),
+        (TOLD, WITHIN, "query", "X", ["told", "within"]),
+        (TOLD, FIXED, "query", "X", ["told"]),
+        (TOLD, FIXED, "query", None, ["fixed", "told"]),
+        # For one of them that is to say nothing, and the vectors of the other are the same.
+        (PLAIN, WITHIN, "document", None, ["plain", "within"]),
+        (PLAIN, TOLD, "document", None, ["plain", "told"]),
+        (FIXED, TOLD, "document", None, ["fixed", "told"]),
+    ],
+)
+async def test_roles_and_instructions_reach_the_deployments_that_honour_them_whichever_comes_first(
+    one: Model, other: Model, role: Role | None, instruct: str | None, served: list[str]
+) -> None:
+    for models in ([one, other], [other, one]):
+        prepare, params = Prepare(_reached, "m", models, None), Params(input_type=role, instruct=instruct)
+        if served:
+            canonical = prepare.canonical(params)
+            assert sorted(each.name for each in models if honours(each, canonical)) == served
+        else:
+            with pytest.raises(InvalidRequest, match="for queries only; say input_type: query"):
+                prepare.canonical(params)
 
 
 async def test_an_image_that_is_too_large_for_one_deployment_is_too_large_whichever_comes_first() -> None:

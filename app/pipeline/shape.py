@@ -32,7 +32,13 @@ class Shape:
             request = replace(request, params=replace(request.params, dimensions=None))
         result = await self._inner(request)
         if dimensions is not None:
-            result.embeddings = [_shortened(each, dimensions) for each in result.embeddings]
+            positions = request.positions or range(len(result.embeddings))
+            try:
+                pairs = zip(positions, result.embeddings, strict=True)
+                result.embeddings = [_shortened(i, each, dimensions) for i, each in pairs]
+            except UnsupportedDimensions as error:
+                error.calls = result.calls
+                raise
         if self._normalises:
             result.embeddings = [_normalised(each) for each in result.embeddings]
         return result
@@ -41,13 +47,17 @@ class Shape:
 # Both return new objects: the cache's own are shared.
 
 
-def _shortened(embedding: Embedding, dimensions: int) -> Embedding:
+def _shortened(i: int, embedding: Embedding, dimensions: int) -> Embedding:
+    """Raises `UnsupportedDimensions`, which names `input[i]` if only this one's vector cannot be shortened."""
     if not embedding.vector:
         return embedding
     try:
         return Embedding(vectors.shorten(embedding.vector, dimensions), embedding.tokens, embedding.sparse)
     except ValueError as fault:
-        raise UnsupportedDimensions(f"this model's vector {fault}", param="dimensions") from None
+        if vectors.dimensions(embedding.vector) < dimensions:
+            raise UnsupportedDimensions(f"this model's vector {fault}", param="dimensions") from None
+        message = f"input[{i}] has no vector of {dimensions} dimensions: the first {dimensions} numbers are all zero"
+        raise UnsupportedDimensions(message, param=f"input[{i}]") from None
 
 
 def _normalised(embedding: Embedding) -> Embedding:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from tests.fakes import FakeDashScope, FakeOllama, FakeOpenAI, Vector, cut, unit
+from tests.fakes.vectors import Text
 from tests.harness import Running, running
 
 OPENAI = "text-embedding-3-large"
@@ -62,6 +63,36 @@ def test_any_other_length_is_a_400(model: str, length: int, says: str) -> None:
         error = response.json()["error"]
         assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_dimensions", "dimensions")
         assert says in error["message"]
+
+
+class LateNumbers(FakeOpenAI):
+    """The vectors of some texts begin with zeros."""
+
+    def expected(self, model: str, text: Text, dimensions: int | None = None) -> Vector:
+        vector = super().expected(model, text, dimensions)
+        return np.where(np.arange(len(vector)) < 64, np.float32(0), vector) if "late" in text else vector
+
+
+@pytest.mark.parametrize("late", ["late", "so late " * 20], ids=["whole", "in pieces"])
+def test_an_input_whose_vector_begins_with_zeros_is_named_and_the_others_are_kept(late: str) -> None:
+    deployments = [{"upstream": "up", "model": NOMIC}]
+    settings = {"max_tokens_per_input": 100, "cuts_silently": True, "on_long_input": "split"}
+    with LateNumbers(None, LENGTHS, flavour="vllm", matryoshka=()) as fake:
+        upstream = {"type": "openai", "base_url": fake.url + "/v1"}
+        models = {"docs": {"deployments": deployments, **settings}}
+        with running({"upstreams": {"up": upstream}, "models": models}) as gateway:
+            long = "once upon a time " * 20
+            body = {"model": "docs", "input": ["one", long, late, "two"], "dimensions": 64}
+            response = gateway.post(body)
+            error = response.json()["error"]
+            assert (response.status_code, error["code"], error["param"]) == (400, "unsupported_dimensions", "input[2]")
+            assert error["message"] == "input[2] has no vector of 64 dimensions: the first 64 numbers are all zero"
+            assert response.headers["x-embedding-upstream-calls"] == f"{len(fake.calls)}"
+            rows = fake.rows
+            others = gateway.post({**body, "input": ["one", long, "two"]})
+            assert (others.status_code, others.headers["x-embedding-cache"]) == (200, "hit")
+            assert gateway.post({**body, "dimensions": 128}).status_code == 200
+            assert fake.rows == rows
 
 
 def test_the_full_length_may_be_asked_for_by_name_of_a_server_that_refuses_the_field() -> None:

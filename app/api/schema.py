@@ -229,9 +229,9 @@ def _tokens(ids: list[Any], where: str, before: int, limit: int) -> str:
         raise BodyTooLarge(detail, param=where) from None
     except IndexError as error:
         position = error.args[0]
-        raise InvalidRequest(
-            f"{where} holds {ids[position]} at position {position}, which is no cl100k_base token id", param=where
-        ) from None
+        # Special tokens have ids too (<|endoftext|> is 100257), but no bytes in the table.
+        detail = f"{where} holds {ids[position]} at position {position}, which is no cl100k_base token id of any text"
+        raise InvalidRequest(detail, param=where) from None
 
 
 def _mixed_types_error(value: list[Any]) -> InvalidRequest:

@@ -201,6 +201,7 @@ FIELDS: list[Case] = [
     ({"input": ["a", 1, None]}, V, "input[2]", f"{NOT_AN_ITEM} null"),
     # token ids
     ({"input": [100_256]}, V, "input", f"holds 100256 at position 0, which {NO_ID}"),
+    ({"input": [100_257]}, V, "input", f"holds 100257 at position 0, which {NO_ID} of any text"),  # <|endoftext|>
     ({"input": [1, 2, -1]}, V, "input", f"holds -1 at position 2, which {NO_ID}"),
     ({"input": [2**63]}, V, "input", NO_ID),
     ({"input": [-(2**63)]}, V, "input", NO_ID),

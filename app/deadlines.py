@@ -13,12 +13,17 @@ from msgspec import Struct
 _GRACE_PERIODS, _GRACE_PERIOD = 4, 0.002
 """How many times, and by how many seconds each, a block that is due is put off: its answer may have arrived, unread,
 while the event loop was late."""
+_PAUSE, _READING_TIME = 0.1, 2.0
+"""A timer that fires this many seconds late shows that the process was paused. What a peer could not send meanwhile,
+because nobody read it, takes up to this many seconds to arrive."""
 
 
 class Deadlines:
-    """The running deadlines of one owner, on one event loop."""
+    """The running deadlines of one owner, on one event loop. `extend_after_pause` gives the blocks that a pause of the
+    process has made late some seconds to end by themselves."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, extend_after_pause: bool = False) -> None:
+        self._extend_after_pause = extend_after_pause
         self._running: dict[Deadline, None] = {}
         self._timer: asyncio.TimerHandle | None = None
         self._due = 0.0
@@ -54,6 +59,9 @@ class Deadlines:
         """Ends the blocks that are due: often none, for a block that ends in time does not stop the timer."""
         self._timer = None
         now = asyncio.get_running_loop().time()
+        if self._extend_after_pause and now - self._due > _PAUSE:
+            for each in self._running:
+                each.extend_to(now + _READING_TIME)
         for deadline in [each for each in self._running if each.when <= now]:
             if extension := deadline.extension():
                 deadline.when = now + extension
@@ -86,6 +94,12 @@ class Deadline(Struct, eq=False):
         # If this thread was not working but waiting for the CPU, the answer may be here, unread.
         self._grace_periods -= 1
         return _GRACE_PERIOD if self._grace_periods >= 0 else 0.0
+
+    def extend_to(self, when: float) -> None:
+        """Puts it off until `when`: a few times at most, for an event loop may always be late."""
+        if self.when < when and self._grace_periods > 0:
+            self._grace_periods -= 1
+            self.when = when
 
     def stop(self, exception: type[Exception]) -> None:
         """Cancels the block, which then raises `exception`. Only the first call counts."""

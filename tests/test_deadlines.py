@@ -158,3 +158,37 @@ async def test_who_waits_for_what_does_not_come_is_late_after_its_time() -> None
     with pytest.raises(TimeoutError):
         await wait()
     assert 0.148 <= loop.time() - began < 5
+
+
+@pytest.mark.parametrize("extends", [False, True])
+async def test_after_a_pause_a_block_has_a_little_more_time_and_then_ends(
+    monkeypatch: pytest.MonkeyPatch, extends: bool
+) -> None:
+    monkeypatch.setattr("app.deadlines._READING_TIME", 0.5)
+    loop = asyncio.get_running_loop()
+    deadlines = Deadlines(extend_after_pause=extends)
+
+    async def wait(seconds: float) -> float:
+        with pytest.raises(TimeoutError), deadlines.timeout(seconds):
+            await asyncio.sleep(30)
+        return loop.time()
+
+    waiting = [asyncio.create_task(wait(seconds)) for seconds in (0.1, 0.2, 0.5)]  # the last is due soon afterwards
+    await asyncio.sleep(0)
+    time.sleep(0.4)  # noqa: ASYNC251  # the process is paused
+    resumed = loop.time()
+    extra = [ended - resumed for ended in await asyncio.gather(*waiting)]
+    assert all(0.49 <= each < 5 for each in extra) if extends else max(extra[:2]) < 0.49, extra
+
+
+async def test_an_event_loop_that_is_always_late_keeps_no_block_alive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.deadlines._READING_TIME", 0.01)
+
+    async def wait() -> None:
+        with Deadlines(extend_after_pause=True).timeout(0.01):
+            for _ in range(20):
+                time.sleep(0.12)  # noqa: ASYNC251  # at every turn
+                await asyncio.sleep(0)
+
+    with pytest.raises(TimeoutError):
+        await wait()

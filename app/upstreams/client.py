@@ -50,7 +50,7 @@ class Client:
         self._engine = HttpxEngine(engine) if isinstance(engine, httpx.AsyncBaseTransport) else engine
         self._timeout = timeout
         self._headers = {name.lower(): value for name, value in headers.items()}
-        self._deadlines = Deadlines()
+        self._deadlines = Deadlines(extend_after_pause=True)
 
     async def send(self, request: WireRequest) -> WireReply:
         """One exchange, within `timeout` seconds in total, however slowly the bytes arrive.

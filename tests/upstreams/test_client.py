@@ -160,3 +160,34 @@ async def test_an_answer_that_came_in_time_is_read_though_this_process_had_no_tu
         time.sleep(max(0.0, began + 1.1 - time.monotonic()))  # noqa: ASYNC251  # no turn for this process
         assert (await sending).body == b"{}"
         await client.aclose()
+
+
+async def test_after_a_pause_an_answer_that_could_not_all_come_meanwhile_is_read_to_its_end() -> None:
+    """The upstream sends on only as this process reads, and more comes at every round trip."""
+    with socket.create_server(("127.0.0.1", 0)) as listener, ThreadPoolExecutor() as pool:
+        asked, piece, pieces = threading.Event(), b"x" * 2**16, 64
+
+        def serve() -> None:
+            connection, _ = listener.accept()
+            with connection:
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, len(piece))
+                connection.recv(65536)
+                asked.set()
+                connection.sendall(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % (pieces * len(piece)))
+                for _ in range(pieces):
+                    connection.sendall(piece)
+                    time.sleep(0.005)  # a round trip
+
+        client = Client(NetworkEngine(connect_timeout=20), timeout=1)
+        answered = pool.submit(serve)
+        request = WireRequest("POST", f"http://127.0.0.1:{listener.getsockname()[1]}/", {}, b"{}", max_reply=2**23)
+        sending = asyncio.create_task(client.send(request))
+        began = time.monotonic()
+        while not asked.is_set():
+            await asyncio.sleep(0)
+        time.sleep(max(0.0, began + 1.3 - time.monotonic()))  # noqa: ASYNC251  # the process is paused
+        try:
+            assert len((await sending).body) == pieces * len(piece)
+        finally:
+            await client.aclose()
+        answered.result(20)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, TypeAlias, cast
 import aiohappyeyeballs
 import httpx
 
+from app.deadlines import Deadlines
 from app.descriptors import require_descriptor
 from app.errors import GatewayError, Overloaded, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
@@ -75,6 +76,7 @@ class NetworkEngine:
 
     def __init__(self, *, connect_timeout: float, proxy: str | None = None) -> None:
         self._connect_timeout = connect_timeout
+        self._deadlines = Deadlines(extend_after_pause=True)
         self._proxy = _Proxy(proxy) if proxy else None
         self._scratch = memoryview(bytearray(SCRATCH))
         self._idle: dict[_Origin, list[tuple[float, Connection]]] = {}
@@ -192,7 +194,7 @@ class NetworkEngine:
         exceptions' own texts may contain a URL and are left out."""
         peer = "the proxy" if self._proxy else "the upstream"
         try:
-            async with asyncio.timeout(self._connect_timeout):
+            with self._deadlines.timeout(self._connect_timeout):
                 if self._proxy is None:
                     return await self._dial(origin)
                 connection = await self._dial(self._proxy.origin)

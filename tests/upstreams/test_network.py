@@ -8,6 +8,7 @@ import random
 import socket
 import ssl
 import threading
+import time
 import tracemalloc
 from base64 import b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
@@ -856,6 +857,13 @@ async def test_a_server_that_never_shakes_hands_is_given_up_after_the_connect_ti
         with pytest.raises(UpstreamUnreachable, match="in time"):
             await network.exchange(post(f"https://127.0.0.1:{port}/"))
         await gone.wait()
+
+
+async def test_a_pause_of_this_process_ends_no_connection_that_is_being_made(context: ssl.SSLContext) -> None:
+    async with serving(says(OK), context) as server, connected(connect_timeout=0.2) as network:
+        asyncio.get_running_loop().call_soon(time.sleep, 0.4)  # once the time for the connection has begun
+        reply = await network.exchange(post(server.url(scheme="https", host="localhost")))
+        assert reply.status == 200
 
 
 @on_each_loop

@@ -67,10 +67,10 @@ class _Flow(FlowControl):
         return heads + sum(len(cycle.body) for cycle in waiting)
 
 
-def _unacknowledged(transport: asyncio.Transport) -> int:
-    """Bytes in the kernel's send buffer that the peer has not acknowledged; 0 where the system does not say."""
+def _buffered(transport: asyncio.Transport, request: int) -> int:
+    """Bytes in the kernel's buffers: unacknowledged (TIOCOUTQ) or unread (FIONREAD); 0 if the system does not say."""
     try:
-        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), termios.TIOCOUTQ, bytes(4))
+        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), request, bytes(4))
     except OSError:
         return 0
     return int.from_bytes(count, sys.byteorder)
@@ -337,14 +337,14 @@ class Protocol(HeadCachingProtocol):
         if self._head or not (self.cycle is None or self.cycle.response_complete):
             return  # not idle: the end of the next response starts a new timer
         remaining = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if remaining > 0:
-            self._schedule_idle_check(remaining)
+        if remaining > 0 or _buffered(self.transport, termios.FIONREAD):  # a request came while this process was paused
+            self._schedule_idle_check(max(remaining, 0.1))
         else:
             super().timeout_keep_alive_handler()
 
     def _measure_untaken(self) -> tuple[int, int, float]:
         """The present value for `_untaken`."""
-        return self.transport.get_write_buffer_size(), _unacknowledged(self.transport), self._idle_since
+        return self.transport.get_write_buffer_size(), _buffered(self.transport, termios.TIOCOUTQ), self._idle_since
 
     def _unset_keepalive_if_required(self) -> None:
         """Does nothing: the timer runs on, whatever arrives."""

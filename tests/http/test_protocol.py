@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import gc
 import json
+import os
 import re
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +23,7 @@ from app.http import protocol
 from tests.clock import HandClock, settle
 from tests.fakes import FakeOpenAI
 from tests.harness import Running, running
+from tests.processes import Program, address, environment
 
 
 @pytest.fixture(scope="module")
@@ -495,6 +500,27 @@ def test_a_connection_over_which_nothing_ever_comes_is_closed(impatient: Running
         began = time.monotonic()
         assert connection.recv(1) == b""
         assert 0.9 < time.monotonic() - began < 10
+
+
+def test_a_request_that_came_while_the_process_was_paused_is_answered_before_its_connection_counts_as_idle(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "config.yaml").write_text("upstreams: {lexical: {type: lexical}}")
+    code = "from app import cli, serve; serve.KEEP_ALIVE = 1; cli.main(['serve', '--port', '0'])"
+    with (tmp_path / "log").open("w") as log:
+        process = Program([sys.executable, "-c", code], env=environment(), cwd=tmp_path, stderr=log, text=True)
+    with process:
+        host, port = address(tmp_path / "log", process).removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as connection:
+            assert answered(connection, embed("before"))
+            time.sleep(0.3)  # until it waits for its sockets
+            process.send_signal(signal.SIGSTOP)
+            os.waitpid(process.pid, os.WUNTRACED)  # until it has stopped
+            connection.sendall(embed("meanwhile"))
+            time.sleep(1.2)  # longer than an idle connection is kept
+            process.send_signal(signal.SIGCONT)
+            assert answered(connection)
+            assert connection.recv(1) == b"", "but once it is idle"
 
 
 @pytest.mark.parametrize("behind", [b"", LAST.replace(b"close", b"keep-alive")], ids=["alone", "with one behind it"])

@@ -93,6 +93,7 @@ def build_request(batch: Batch, target: Target) -> WireRequest:
 
 
 _STALE = frozenset({100, 110, 111})  # invalid or missing, no longer valid, expired
+_REFUSED_SIGNATURE = 14
 
 _CODES: Mapping[int, type[GatewayError]] = {
     1: UpstreamError,
@@ -155,6 +156,8 @@ def parse_error(reply: WireReply) -> GatewayError | None:
     kind = _CODES.get(code, UpstreamError) if code else replies.by_status(reply.status, message)
     if kind is InvalidRequest:
         kind = replies.by_message(message)
+    if code == _REFUSED_SIGNATURE:
+        message += " (the key or the gateway's clock is wrong)"
     return replies.make_error(kind, reply, message)
 
 

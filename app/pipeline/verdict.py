@@ -13,7 +13,6 @@ from app.errors import (
     QuotaExhausted,
     RateLimited,
     Shortage,
-    UnsupportedDimensions,
     UpstreamError,
     UpstreamIgnoredDimensions,
     UpstreamInvalidVector,
@@ -22,7 +21,7 @@ from app.errors import (
 )
 from app.types import BatchResult, Embedding
 
-_OWN_ERRORS = (UpstreamError, QuotaExhausted, ExceedsTokensPerMinute, UnsupportedDimensions)
+_OWN_ERRORS = (UpstreamError, QuotaExhausted, ExceedsTokensPerMinute)
 """Errors that another deployment may not share: it has its own key, quotas, names and lengths of vectors."""
 
 
@@ -50,12 +49,11 @@ def worth_retrying(outcome: Embedding | GatewayError, elsewhere: bool) -> bool:
 
 def is_own_error(outcome: Embedding | GatewayError, first: Embedding | GatewayError) -> bool:
     """Whether the second deployment's error is its own trouble (it lasts, or is a vector length that only it returns),
-    so that the first one's error, which may pass or refuses the caller's length, tells the caller more."""
+    so that the first one's error, which may pass, tells the caller more."""
     if isinstance(outcome, UpstreamIgnoredDimensions):
         return True
     persistent = isinstance(outcome, _OWN_ERRORS) and not outcome.retryable
-    telling = isinstance(first, UnsupportedDimensions) or is_local(first)
-    return persistent and isinstance(first, GatewayError) and (first.retryable or telling)
+    return persistent and isinstance(first, GatewayError) and (first.retryable or is_local(first))
 
 
 def is_outage(outcome: Embedding | GatewayError) -> TypeGuard[UpstreamError]:

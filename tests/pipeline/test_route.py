@@ -27,7 +27,6 @@ from app.errors import (
     QuotaExhausted,
     RateLimited,
     Shortage,
-    UnsupportedDimensions,
     UpstreamAuth,
     UpstreamError,
     UpstreamIgnoredDimensions,
@@ -374,36 +373,6 @@ async def test_dimensions_that_one_does_not_heed_are_asked_of_another() -> None:
     assert deaf.health.available()
     alone = await run(route(deaf), batch("x"))
     assert ([type(each) for each in alone.outcomes], alone.calls) == ([UpstreamIgnoredDimensions], 1)
-
-
-async def test_dimensions_that_one_refuses_are_asked_of_another_once() -> None:
-    refuses = deployment("refuses", failing(UnsupportedDimensions("no 256", param="dimensions")))
-    result = await run(route(refuses, deployment("gives", answers)), batch("x"))
-    assert [type(each) for each in result.outcomes] == [Embedding]
-    assert refuses.health.available()
-    for others in range(3):
-        refusing = [deployment(f"{number}", refuses.embed) for number in range(others)]
-        result = await run(route(refuses, *refusing), batch("x"))
-        assert [type(each) for each in result.outcomes] == [UnsupportedDimensions]
-        assert result.calls == min(1 + others, 2)
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (UpstreamIgnoredDimensions("768, not 256"), UnsupportedDimensions),
-        (UpstreamAuth("no"), UnsupportedDimensions),
-        (QuotaExhausted("used up"), UnsupportedDimensions),
-        (UpstreamError("down"), UpstreamError),  # it may give them once it is up
-    ],
-)
-async def test_dimensions_that_one_refuses_are_refused_whatever_lasting_trouble_the_other_has(
-    error: GatewayError, told: type[GatewayError]
-) -> None:
-    for refuses_first in (True, False):
-        both = [deployment("refuses", failing(UnsupportedDimensions("no 256"))), deployment("other", failing(error))]
-        result = await run(route(*(both if refuses_first else both[::-1])), batch("x"))
-        assert ([type(each) for each in result.outcomes], result.calls) == ([told], 2)
 
 
 @pytest.mark.parametrize("error", [UpstreamError("down"), UpstreamAuth("no")])

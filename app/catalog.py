@@ -88,7 +88,7 @@ def combined(models: Sequence[Model]) -> Model:
         models[0],
         max_tokens_per_input=least(each.max_tokens_per_input for each in models),
         max_characters_per_input=least(each.max_characters_per_input for each in models),
-        # Bytes bound the tokens of every rule: Baidu's 1.3 for a word, which takes two with the space after it.
+        # Bytes bound the tokens of every rule as it is stated: Baidu's 1.3 for a word, which has a space after it.
         counted_by=rules.pop() if len(rules) == 1 else "bytes",
         cuts_silently=any(each.cuts_silently for each in models),
         roles=tuple(role for role in ROLES if any(role in each.roles for each in models)),

@@ -13,10 +13,6 @@ from typing import Protocol, TypeAlias, TypeGuard
 CONNECT_TIMEOUT = 2.0
 """Seconds a handshake may take. Longer than a lookup waits: a caller that gives up leaves it to the next one."""
 
-KEEP_ALIVE = 30.0
-"""Seconds a connection may stay idle. Firewalls and balancers forget idle connections after minutes, silently: a lookup
-on one would wait out its time limit."""
-
 Command: TypeAlias = tuple[bytes, ...]
 
 
@@ -42,23 +38,21 @@ class Connection(Protocol):
 class Connections:
     """At most `limit` connections, made by `make` on demand. `refusal` is what a connection raises for an error reply.
     An error reply of a `moved` type says that this is the wrong server, or no longer the right one: no connection to it
-    is kept. `now` returns the seconds of a monotonic clock."""
+    is kept."""
 
     def __init__(
         self,
         make: Callable[[], Connection],
         limit: int,
-        now: Callable[[], float],
         refusal: type[Exception],
         moved: tuple[type[Exception], ...] = (),
     ) -> None:
         self._make = make
-        self._now = now
         self._refusal = refusal
         self._moved = moved
-        # One slot per possible connection: since when a connection is idle, and the connection; or None, which permits
-        # opening one. Last in, first out: the server is least likely to have closed the connection that was used last.
-        self._slots: asyncio.LifoQueue[tuple[float, Connection] | None] = asyncio.LifoQueue()
+        # One slot per possible connection: an idle connection, or None, which permits opening one. Last in, first out:
+        # the server is least likely to have closed the connection that was used last.
+        self._slots: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
         for _ in range(limit):
             self._slots.put_nowait(None)
         self._opening: set[asyncio.Task[Connection]] = set()
@@ -93,7 +87,7 @@ class Connections:
         if moved or self._closed:
             await self._discard(connection)
         else:
-            self._slots.put_nowait((self._now(), connection))
+            self._slots.put_nowait(connection)
         if moved:
             await self.drop_idle()
         return replies
@@ -101,11 +95,11 @@ class Connections:
     async def drop_idle(self) -> None:
         """Closes the idle connections, so that the next command goes where the host name now resolves to."""
         slots = [self._slots.get_nowait() for _ in range(self._slots.qsize())]
-        for slot in slots:
-            if slot is None:
+        for connection in slots:
+            if connection is None:
                 self._slots.put_nowait(None)
             else:
-                await self._discard(slot[1])
+                await self._discard(connection)
 
     async def close(self) -> None:
         """Closes idle and opening connections now, and those in use when they are returned."""
@@ -120,16 +114,14 @@ class Connections:
 
     async def _take(self) -> Connection:
         while True:
-            slot = await self._slots.get()
-            if slot is None:
+            connection = await self._slots.get()
+            if connection is None:
                 return await self._open()
-            since, connection = slot
             # Anything to read, even EOF, means the connection is out of step or dead.
             usable = False
             try:
                 with suppress(Exception):
-                    kept = self._now() - since < KEEP_ALIVE and connection.is_connected
-                    usable = kept and not await connection.can_read()
+                    usable = connection.is_connected and not await connection.can_read()
             finally:
                 if not usable:
                     await self._discard(connection)
@@ -152,7 +144,7 @@ class Connections:
     def _put_back(self, task: asyncio.Task[Connection]) -> None:
         """Leaves a connection whose caller was cancelled to the next caller."""
         usable = not task.cancelled() and task.exception() is None
-        self._slots.put_nowait((self._now(), task.result()) if usable else None)
+        self._slots.put_nowait(task.result() if usable else None)
 
     async def _connect(self) -> Connection:
         connection = self._make()

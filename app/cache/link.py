@@ -137,4 +137,4 @@ def connections(url: str, limit: int, now: Callable[[], float]) -> Connections:
             connection.ssl_context = tls
         return connection
 
-    return Connections(make, limit, now, ResponseError, MOVED)
+    return Connections(make, limit, ResponseError, MOVED)

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 import pytest
 
 from app.cache.connections import Command, Connections
-from tests.cache.support import Clock
 from tests.clock import settle
 
 
@@ -48,7 +47,7 @@ class Made:
 
     def __init__(self) -> None:
         self.all: list[Hand] = []
-        self.connections = Connections(self._make, 1, Clock().monotonic, Refusal)
+        self.connections = Connections(self._make, 1, Refusal)
 
     def _make(self) -> Hand:
         self.all.append(Hand())

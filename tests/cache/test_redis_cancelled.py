@@ -94,13 +94,12 @@ async def test_a_reply_that_is_out_of_step_all_the_same_is_recognised(
 ) -> None:
     store = RedisStore(server.start().url, LIMIT, 60, clock, metrics, max_connections=1)
     await store.put(entries([1, 2]))
-    slot = store._connections._slots.get_nowait()
-    assert slot is not None
-    connection = slot[1]
+    connection = store._connections._slots.get_nowait()
+    assert connection is not None
     # A command whose reply nobody reads, sent behind the store's back while the connection is checked out.
     await connection.send_packed_command(connection.pack_commands([(b"MGET", PREFIX + key(1))]))
     connection.can_read = _nothing  # type: ignore[method-assign]
-    store._connections._slots.put_nowait(slot)
+    store._connections._slots.put_nowait(connection)
     assert await store.get([key(2)]) == [None]
     assert count(metrics, "redis", "get", "corrupt") == 1
     await store.close()

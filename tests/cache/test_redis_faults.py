@@ -191,28 +191,6 @@ async def test_a_handshake_slower_than_a_look_up_is_not_thrown_away(clock: Clock
         assert greeted >= 1
 
 
-async def test_what_has_lain_idle_for_long_is_not_used_again(clock: Clock, metrics: Metrics) -> None:
-    """A firewall that has forgotten idle connections silently drops what is sent over them."""
-    seen: set[asyncio.StreamWriter] = set()
-    forgotten: set[asyncio.StreamWriter] = set()
-
-    async def behind_a_firewall(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        seen.add(writer)
-        while line := await reader.readline():
-            if line == b"MGET\r\n" and writer not in forgotten:
-                writer.write(b"*1\r\n$-1\r\n")
-
-    async with listening(behind_a_firewall) as port:
-        store = RedisStore(f"redis://127.0.0.1:{port}/0", LIMIT, 60, clock, metrics)
-        for advance, connections in ((0, 8), (29, 8), (30, 16)):
-            clock.advance(advance)
-            await asyncio.gather(*(store.get([key(1)]) for _ in range(8)))
-            assert len(seen) == connections
-            forgotten |= seen if advance == 29 else set()
-        assert count(metrics, "redis", "get", "miss") == 24
-        await store.close()
-
-
 async def test_full_without_eviction_it_drops_writes_and_goes_on_reading(
     clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:

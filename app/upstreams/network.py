@@ -41,8 +41,9 @@ LOOKUP_PATIENCE = 1.0
 """Seconds before the addresses of the last lookup are used: a lost packet costs a resolver 5 s."""
 ADDRESSES_TTL = 600.0
 """Seconds for which the addresses of the last lookup may stand in for those of one that fails for the moment."""
-LOOKUP_TIMEOUT = 30.0
-"""Seconds after which a lookup is given up: as long as glibc asks three silent name servers."""
+LOOKUP_TIMEOUT = 120.0
+"""Seconds after which a lookup is given up. glibc asks three silent name servers for 30 s, once for each domain that it
+tries."""
 SCRATCH = 16 * 2**10
 """Size in bytes of the shared receive buffer, used until a body has its own. Body bytes that arrive with a head are
 copied once more."""
@@ -99,6 +100,7 @@ class NetworkEngine:
             try:
                 return await self._exchange_on(idle, origin, message, request.max_reply)
             except StaleConnection:
+                self._drop_idle(origin)  # they have been idle for longer
                 if now() - sent > STALE:
                     raise
         return await self._exchange_on(await self._connect(origin), origin, message, request.max_reply)
@@ -115,7 +117,7 @@ class NetworkEngine:
             reply = await connection.exchange(message, max_reply)
         except BaseException as fault:
             connection.close()  # with a reply unread, it cannot be used again
-            if isinstance(fault, asyncio.CancelledError | StaleConnection):  # the idle ones are probably dead too
+            if isinstance(fault, asyncio.CancelledError):  # no answer: if the path is dead, so are the idle ones
                 self._drop_idle(origin)
             raise
         if not connection.closed:
@@ -249,8 +251,15 @@ class NetworkEngine:
 
     def _lookup_done(self, origin: _Origin, lookup: asyncio.Future[_Addresses]) -> None:
         del self._lookups[origin]
-        if not lookup.cancelled() and lookup.exception() is None:  # marks an exception as retrieved
+        if lookup.cancelled():
+            return
+        error = lookup.exception()  # which marks it as retrieved, for when all callers have gone
+        if error is None:
             self._resolved[origin] = asyncio.get_running_loop().time() + ADDRESSES_TTL, lookup.result()
+        elif (
+            isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
+        ):  # its last address may be another's
+            self._resolved.pop(origin, None)
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
         """TLS with the origin through a proxy, which sees only the destination (RFC 9110, 9.3.6)."""

@@ -7,6 +7,7 @@ import socket
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -21,6 +22,7 @@ from app.limits import Bucket, Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening
 from tests.harness import no_descriptors
+from tests.processes import free_port
 from tests.redis_server import RedisServer
 
 README = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
@@ -147,6 +149,18 @@ async def test_a_key_of_another_type_is_a_miss(store: RedisStore, admin: redis.a
     await admin.lpush(PREFIX + key(1), "element")
     assert await store.get([key(1)]) == [None]
     assert store.status == "up"
+
+
+async def test_an_idle_connection_is_probed_before_a_firewall_or_balancer_forgets_it(clock: Clock) -> None:
+    """They do after minutes, silently, and lookups on it would time out."""
+    with RedisServer(port=free_port()) as server:
+        pool = connections(server.url, 1, clock.monotonic)
+        assert await pool.exchange([(b"PING",)]) == [b"PONG"]
+        connection: Any = pool._slots.get_nowait()
+        sock = connection._writer.get_extra_info("socket")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+        assert sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) <= 60
+        await connection.disconnect(nowait=True)
 
 
 async def test_a_numbered_database_over_tcp_with_a_password_works(

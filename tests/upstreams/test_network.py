@@ -1036,7 +1036,7 @@ def test_while_a_name_server_is_in_trouble_the_last_addresses_of_a_name_serve(
             if trouble is None:
                 loop.call_soon_threadsafe(loop.move, 1.0)
                 ended.wait(20)
-            raise socket.gaierror(trouble, "in trouble")
+            raise socket.gaierror(trouble if len(looked) == 2 else socket.EAI_AGAIN, "in trouble")
 
         monkeypatch.setattr(socket, "getaddrinfo", look_up)
         async with serving(says(OK.replace(b"\r\n", b"\r\nconnection: close\r\n", 1))) as server:
@@ -1047,11 +1047,12 @@ def test_while_a_name_server_is_in_trouble_the_last_addresses_of_a_name_serve(
                 if served:
                     assert (await network.exchange(post(url))).body == b"[1,2]"
                 else:
-                    with pytest.raises(UpstreamUnreachable):
-                        await network.exchange(post(url))
+                    for _ in range(2):  # "no such name" holds until a name server says otherwise
+                        with pytest.raises(UpstreamUnreachable):
+                            await network.exchange(post(url))
                 ended.set()
                 await until(lambda: not network._lookups)
-            assert len(looked) == 2
+            assert len(looked) == (2 if served else 3)
 
     on_a_moved_clock(exchange)
 

@@ -256,10 +256,8 @@ class NetworkEngine:
         error = lookup.exception()  # which marks it as retrieved, for when all callers have gone
         if error is None:
             self._resolved[origin] = asyncio.get_running_loop().time() + ADDRESSES_TTL, lookup.result()
-        elif (
-            isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN
-        ):  # its last address may be another's
-            self._resolved.pop(origin, None)
+        elif isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
+            self._resolved.pop(origin, None)  # they may be another's by now
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
         """TLS with the origin through a proxy, which sees only the destination (RFC 9110, 9.3.6)."""

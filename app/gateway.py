@@ -204,8 +204,7 @@ class Gateway:
             for name, upstream in self.upstreams.items()
         }
         for deployment in self.fleet.deployments:
-            health = deployment.health
-            for field, problem in (("out", health.standing.out), ("trouble", health.problem)):
+            for field, problem in (("out", deployment.standing.out), ("trouble", deployment.health.problem)):
                 if problem is not None:
                     upstreams[deployment.upstream].setdefault(field, {})[deployment.model.name] = problem
         state = "draining" if self.draining else "ready"

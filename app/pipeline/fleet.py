@@ -176,5 +176,5 @@ def _identity(deployment: Deployment) -> tuple[str, str, str]:
 
 
 def _severity(deployment: Deployment) -> tuple[bool, ...]:
-    health = deployment.health
-    return health.standing.out is not None, health.ejected, health.answered, not health.standing.unverified
+    health, standing = deployment.health, deployment.standing
+    return standing.out is not None, health.ejected, health.answered, not standing.unverified

@@ -179,7 +179,7 @@ class Route:
                 health.record_duration(now() - started)
             slot.settle(result)
             if batch.params.dimensions is None:
-                health.standing.check_length(result.outcomes[0])
+                deployment.standing.check_length(result.outcomes[0])
             return result
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")

@@ -40,9 +40,7 @@ class Standing:
 
     def inherit(self, before: Standing) -> None:
         """Takes over what its predecessor knew, and why that was out, if it was: it stays out."""
-        self.length = before.length
-        if before.out is not None:
-            self.out = before.out
+        self.length, self.out = before.length, before.out
 
     def take_out(self, reason: str) -> None:
         """Takes it out of the rotation, even as the last: what it would answer is worse than no answer."""

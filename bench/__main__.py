@@ -14,9 +14,10 @@ from pathlib import Path
 from bench import report
 from bench.measure import Bench, Cell, Contender, Plan
 from bench.peers import PEERS
-from bench.procs import BenchError, Cores, Process, free_port
+from bench.procs import BenchError, Cores, Process
 from bench.scenarios import QUICK, SCENARIOS, Scenario
 from bench.targets import BARE, DIRECT, GATEWAY, Setup, Target
+from tests.processes import free_port
 from tests.redis_server import RedisServer
 
 RESULTS = Path(__file__).parent / "results"

@@ -23,9 +23,10 @@ import orjson
 from bench import pool, targets
 from bench.load import Result, Spec
 from bench.measure import load
-from bench.procs import BenchError, Cores, Process, exchange, free_port
+from bench.procs import BenchError, Cores, Process, exchange
 from bench.targets import Running
 from bench.traffic import Shape, wrong_vectors
+from tests.processes import free_port
 from tests.redis_server import RedisServer
 
 INPUTS = (1, 16, 128, 512, 1024, 2048)

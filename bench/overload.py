@@ -22,8 +22,9 @@ import orjson
 import uvloop
 
 from bench import pool, targets
-from bench.procs import BenchError, Cores, Process, exchange, free_port
+from bench.procs import BenchError, Cores, Process, exchange
 from bench.targets import KEY
+from tests.processes import free_port
 
 ROOM = 64
 """`max_inflight`."""

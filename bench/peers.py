@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench import pool
-from bench.procs import BenchError, Process, free_port
+from bench.procs import BenchError, Process
 from bench.targets import KEY, Running, Setup, Target, started
+from tests.processes import free_port
 
 HOME = Path(__file__).parent / ".peers"
 _INSTALL_TIMEOUT = 900.0

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench import pool
-from bench.procs import Cores, Process, free_port
+from bench.procs import Cores, Process
 from bench.scenarios import Scenario
+from tests.processes import free_port
 
 KEY = "bench-key-0123456789abcdef"
 

@@ -163,10 +163,8 @@ async def test_an_idle_connection_is_probed_before_a_firewall_or_balancer_forget
         await connection.disconnect(nowait=True)
 
 
-async def test_a_numbered_database_over_tcp_with_a_password_works(
-    clock: Clock, metrics: Metrics, unused_tcp_port: int
-) -> None:
-    with RedisServer(port=unused_tcp_port, password="s3cret-p4ss") as server:
+async def test_a_numbered_database_over_tcp_with_a_password_works(clock: Clock, metrics: Metrics) -> None:
+    with RedisServer(port=free_port(), password="s3cret-p4ss") as server:
         store = RedisStore(server.url.replace("/0", "/3"), LIMIT, 60, clock, metrics)
         await store.put(entries([1]))
         assert await store.get([key(1)]) == [embedding(1)]
@@ -261,12 +259,12 @@ async def test_certificates_that_cannot_be_read_for_want_of_a_descriptor_are_rea
 
 
 async def test_the_rights_that_readme_names_are_enough_and_none_is_too_many(
-    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = re.search(r"^ *(~eg:.*)$", README, re.MULTILINE)
     assert found
     rights = found[1].split()
-    with RedisServer(port=unused_tcp_port) as server, caplog.at_level(logging.WARNING):
+    with RedisServer(port=free_port()) as server, caplog.at_level(logging.WARNING):
         async with redis.asyncio.Redis.from_url(server.url) as admin:
             for left_out in (None, *rights):
                 caplog.clear()
@@ -275,7 +273,7 @@ async def test_the_rights_that_readme_names_are_enough_and_none_is_too_many(
                 await admin.acl_setuser("gw", True, passwords="+pw", keys=keys, commands=commands, reset=True)
                 await admin.flushdb()
                 await admin.script_flush()
-                await use_all(f"redis://gw:pw@127.0.0.1:{unused_tcp_port}", clock, metrics)
+                await use_all(server.url.replace("//", "//gw:pw@"), clock, metrics)
                 assert bool(caplog.messages) == (left_out is not None), left_out
 
 

@@ -13,6 +13,7 @@ from app.cache.shared_limits import Demand, SharedLimits
 from app.limits import Limit
 from app.metrics import Metrics
 from tests.cache.support import LIMIT, Clock, count, embedding, entries, key, listening, until
+from tests.processes import free_port
 from tests.redis_server import RedisServer
 
 
@@ -209,9 +210,9 @@ async def test_full_without_eviction_it_drops_writes_and_goes_on_reading(
 
 
 async def test_a_wrong_password_is_said_loudly_and_once(
-    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RedisServer(password="right-0ne", port=unused_tcp_port) as server:
+    with RedisServer(password="right-0ne", port=free_port()) as server:
         urls = [server.url_with("wr0ng"), server.url_with(None)]
         urls += [f"{server.socket_url}?password=wr0ng", server.socket_url]
         for url in urls:
@@ -233,10 +234,10 @@ async def test_a_wrong_password_is_said_loudly_and_once(
 
 
 async def test_a_password_that_is_missing_is_named_whatever_the_length_of_the_commands(
-    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Without one, Redis answers a command of more than ten parts with a protocol error, and hangs up."""
-    with RedisServer(password="right-0ne", port=unused_tcp_port) as server:
+    with RedisServer(password="right-0ne", port=free_port()) as server:
         store = build(server, clock, metrics, url=server.url_with(None))
         with caplog.at_level(logging.DEBUG):
             for count_of_keys in (1, 12, 1, 12):
@@ -264,14 +265,14 @@ async def test_a_refusal_that_ends_no_connection_is_not_what_broke_it(clock: Clo
 
 
 async def test_a_right_that_our_user_lacks_is_named(
-    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture, unused_tcp_port: int
+    clock: Clock, metrics: Metrics, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with RedisServer(port=unused_tcp_port) as server, caplog.at_level(logging.ERROR):
+    with RedisServer(port=free_port()) as server, caplog.at_level(logging.ERROR):
         async with redis.asyncio.Redis.from_url(server.url) as admin:
             await admin.acl_setuser(
                 "gw", True, passwords="+s3cret", keys="eg:*", commands=["+mget", "+set", "+evalsha"]
             )
-            store = build(server, clock, metrics, url=f"redis://gw:s3cret@127.0.0.1:{unused_tcp_port}/0")
+            store = build(server, clock, metrics, url=server.url.replace("//", "//gw:s3cret@"))
             await store.put(entries([1]))
             assert store.status.startswith("up; writes fail: NoPermissionError: ")
             assert "'del'" in store.status  # the value is stored, but claims cannot be deleted

@@ -8,16 +8,13 @@ no environment variables.
 
 from __future__ import annotations
 
-import _thread
 import asyncio
-import contextlib
 import errno
 import os
 import socket
 import ssl
 from base64 import b64encode
-from functools import partial
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, cast
 
 import aiohappyeyeballs
 import httpx
@@ -27,6 +24,7 @@ from app.descriptors import require_descriptor
 from app.errors import GatewayError, Overloaded, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams.connection import Connection, StaleConnection
+from app.upstreams.resolver import Resolver
 
 KEEP_ALIVE = 30.0
 """Seconds a connection may stay idle. Servers close idle ones after 5 s (uvicorn) to 75 s (nginx) or more."""
@@ -37,13 +35,6 @@ STALE = 0.5
 some for a busy event loop. One that breaks later was open: the request has been read, and may be paid for."""
 ADDRESS_DELAY = 0.25
 """Seconds before the next address of a name is tried as well (RFC 8305, 8)."""
-LOOKUP_PATIENCE = 1.0
-"""Seconds before the addresses of the last lookup are used: a lost packet costs a resolver 5 s."""
-ADDRESSES_TTL = 600.0
-"""Seconds for which the addresses of the last lookup may stand in for those of one that fails for the moment."""
-LOOKUP_TIMEOUT = 120.0
-"""Seconds after which a lookup is given up. glibc asks three silent name servers for 30 s, once for each domain that it
-tries."""
 SCRATCH = 16 * 2**10
 """Size in bytes of the shared receive buffer, used until a body has its own. Body bytes that arrive with a head are
 copied once more."""
@@ -55,9 +46,6 @@ _PROXY_REFUSALS = (403, 407)
 
 _LOCAL_ERRORS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN, socket.EAI_MEMORY)
 """Errors of this machine and no upstream's fault: no socket or port is left, or no thread or memory for a lookup."""
-
-_Addresses: TypeAlias = list[tuple[Any, ...]]
-"""As `socket.getaddrinfo` returns them."""
 
 
 class _Origin(NamedTuple):
@@ -85,9 +73,7 @@ class NetworkEngine:
         self._sweep_timer: asyncio.TimerHandle | None = None
         self._urls: dict[str, tuple[_Origin, str]] = {}
         self._tls: ssl.SSLContext | None = None
-        self._lookups: dict[_Origin, asyncio.Future[_Addresses]] = {}
-        self._resolved: dict[_Origin, tuple[float, _Addresses]] = {}
-        """The last addresses, and until when they may be used."""
+        self._resolver = Resolver()
 
     async def exchange(self, request: WireRequest) -> WireReply:
         """Sends the request, and resends it on a new connection if a kept-alive one turns out to have been closed."""
@@ -209,7 +195,7 @@ class NetworkEngine:
 
     async def _dial(self, origin: _Origin) -> Connection:
         loop = asyncio.get_running_loop()
-        addresses = await self._addresses(origin)
+        addresses = await self._resolver.addresses(origin.host, origin.port)
         connector = cast("asyncio.AbstractEventLoop", _Connector())
         sock = await aiohappyeyeballs.start_connection(
             addresses, happy_eyeballs_delay=ADDRESS_DELAY, interleave=1, loop=connector
@@ -227,37 +213,6 @@ class NetworkEngine:
             server_hostname=origin.host if origin.tls else None,
         )
         return connection
-
-    async def _addresses(self, origin: _Origin) -> _Addresses:
-        """Resolves the origin's host. One lookup runs at a time and outlives callers that give up, so that a name
-        server that does not answer is not asked once per caller. While it does not answer, or cannot tell, the last
-        addresses serve (RFC 8767)."""
-        lookup = self._lookups.get(origin)
-        if lookup is None:
-            lookup = self._lookups[origin] = _look_up(origin.host, origin.port)
-            lookup.add_done_callback(partial(self._lookup_done, origin))
-        valid_until, last = self._resolved.get(origin, (0.0, []))
-        if asyncio.get_running_loop().time() >= valid_until:
-            return await asyncio.shield(lookup)
-        try:
-            async with asyncio.timeout(LOOKUP_PATIENCE):
-                return await asyncio.shield(lookup)
-        except TimeoutError:
-            return last
-        except socket.gaierror as error:
-            if error.errno == socket.EAI_AGAIN:
-                return last
-            raise
-
-    def _lookup_done(self, origin: _Origin, lookup: asyncio.Future[_Addresses]) -> None:
-        del self._lookups[origin]
-        if lookup.cancelled():
-            return
-        error = lookup.exception()  # which marks it as retrieved, for when all callers have gone
-        if error is None:
-            self._resolved[origin] = asyncio.get_running_loop().time() + ADDRESSES_TTL, lookup.result()
-        elif isinstance(error, socket.gaierror) and error.errno != socket.EAI_AGAIN:
-            self._resolved.pop(origin, None)  # they may be another's by now
 
     async def _tunnel(self, connection: Connection, proxy: _Proxy, origin: _Origin) -> Connection:
         """TLS with the origin through a proxy, which sees only the destination (RFC 9110, 9.3.6)."""
@@ -287,40 +242,6 @@ class NetworkEngine:
             self._tls = ssl.create_default_context()
             self._tls.set_alpn_protocols(["http/1.1"])
         return self._tls
-
-
-def _look_up(host: str, port: int) -> asyncio.Future[_Addresses]:
-    """Runs in its own thread: the event loop's are few, and one dead name would hold up every upstream. Without
-    memory a thread may end before it has begun, or before it can report: hence the time limit."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[_Addresses] = loop.create_future()
-
-    def settle(addresses: _Addresses, error: Exception | None) -> None:
-        if future.done():
-            return
-        if error is None:
-            future.set_result(addresses)
-        else:
-            future.set_exception(error)
-
-    def resolve() -> None:
-        addresses: _Addresses = []
-        failed: Exception | None = None
-        try:
-            require_descriptor()  # without one, a process's first lookup reports an unknown host
-            addresses = socket.getaddrinfo(host.encode("ascii"), port, type=socket.SOCK_STREAM)
-        except Exception as error:
-            failed = error
-        with contextlib.suppress(RuntimeError):  # the event loop has been closed meanwhile
-            loop.call_soon_threadsafe(settle, addresses, failed)
-
-    try:
-        _thread.start_new_thread(resolve, ())  # `threading.Thread` would wait here for one that never begins
-    except RuntimeError as error:  # no more threads, which Python reports without an errno
-        raise OSError(errno.EAGAIN, str(error)) from error
-    timer = loop.call_later(LOOKUP_TIMEOUT, settle, [], TimeoutError())
-    future.add_done_callback(lambda _: timer.cancel())
-    return future
 
 
 class _Connector:

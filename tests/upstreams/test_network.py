@@ -32,6 +32,7 @@ from cryptography.x509.oid import NameOID
 from app.errors import GatewayError, Overloaded, UpstreamInvalidResponse, UpstreamMisconfigured, UpstreamUnreachable
 from app.types import WireReply, WireRequest
 from app.upstreams import network as networks
+from app.upstreams import resolver
 from app.upstreams.connection import Connection, StaleConnection
 from app.upstreams.network import NetworkEngine
 from tests.clock import settle
@@ -660,7 +661,7 @@ async def test_a_look_up_whose_thread_never_begins_holds_up_nobody_and_is_given_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """As without memory for it, which would strike anywhere in this process."""
-    monkeypatch.setattr(networks, "LOOKUP_TIMEOUT", 0.05)
+    monkeypatch.setattr(resolver, "TIMEOUT", 0.05)
     async with serving(says(OK)) as server, connected() as network:
         with monkeypatch.context() as starved:
             starved.setattr(_thread, "start_new_thread", lambda *_: 0)
@@ -1005,7 +1006,7 @@ async def test_a_name_that_is_not_found_holds_up_nobody_else(monkeypatch: pytest
         assert looked == ["dead.invalid"]
         assert (await other.exchange(post(server.url(host="localhost")))).body == b"[1,2]"
         answer.set()
-        await until(lambda: not dead._lookups)
+        await until(lambda: not dead._resolver._lookups)
         with pytest.raises(UpstreamUnreachable):
             await dead.exchange(post("http://dead.invalid/v1"))
         assert looked.count("dead.invalid") == 2
@@ -1051,7 +1052,7 @@ def test_while_a_name_server_is_in_trouble_the_last_addresses_of_a_name_serve(
                         with pytest.raises(UpstreamUnreachable):
                             await network.exchange(post(url))
                 ended.set()
-                await until(lambda: not network._lookups)
+                await until(lambda: not network._resolver._lookups)
             assert len(looked) == (2 if served else 3)
 
     on_a_moved_clock(exchange)

@@ -14,7 +14,8 @@
     │   ├── MethodNotAllowed          405
     │   ├── SlowBody                  408
     │   ├── BodyTooLarge              413
-    │   └── UnsupportedEncoding       415
+    │   ├── UnsupportedEncoding       415   a compressed body
+    │   └── UnsupportedMediaType      415   a web page's body that is not declared as JSON
     ├── RateLimited                   429   a rate limit; passes by itself
     ├── QuotaExhausted                429   a quota; does not pass by itself
     ├── UpstreamError                 502   the upstream failed in a way that may pass
@@ -170,6 +171,11 @@ class BodyTooLarge(InvalidRequest):
 class UnsupportedEncoding(InvalidRequest):
     status = 415
     code = "unsupported_encoding"
+
+
+class UnsupportedMediaType(InvalidRequest):
+    status = 415
+    code = "unsupported_media_type"
 
 
 class RateLimited(GatewayError):

@@ -33,6 +33,7 @@ from app.errors import (
     Shortage,
     SlowBody,
     UnsupportedEncoding,
+    UnsupportedMediaType,
     UpstreamTimeout,
     shortage,
 )
@@ -206,6 +207,8 @@ class Embeddings:
         self._check_size(head.content_length(headers))
         if head.is_compressed(headers, scope["headers"]):
             raise UnsupportedEncoding("compressed request bodies are not accepted; send the body uncompressed")
+        if b"origin" in headers and not head.is_json(headers):
+            raise UnsupportedMediaType("a web page's request needs the header `content-type: application/json`")
 
     def _check_size(self, size: int) -> None:
         if size > self._server.max_body:

@@ -45,6 +45,12 @@ def is_compressed(headers: Mapping[bytes, bytes], lines: Lines) -> bool:
     return b"transfer-encoding" in headers and not _elements(lines, b"transfer-encoding") <= _UNENCODED | {b"chunked"}
 
 
+def is_json(headers: Mapping[bytes, bytes]) -> bool:
+    """Whether the body is declared as JSON. A browser sends such a body to another site than the page's own only if
+    that site allows it, which this one never does (Fetch standard, "CORS-safelisted request-header")."""
+    return headers.get(b"content-type", b"").partition(b";")[0].strip().lower() == b"application/json"
+
+
 def cache_control(lines: Lines) -> tuple[bool, bool]:
     """(read the cache, write the cache), according to `Cache-Control`."""
     directives = _elements(lines, b"cache-control")

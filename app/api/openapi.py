@@ -189,7 +189,7 @@ _ERRORS = {
     404: "no such model",
     408: "the body came too slowly",
     413: "the body, or the text that its token ids stand for, is too large",
-    415: "the body is compressed",
+    415: "the body is compressed, or a web page's and not declared as JSON",
     429: "a rate or quota, with `retry-after` where waiting helps",
     502: "the upstream failed",
     503: "no room here or upstream, with `retry-after`",

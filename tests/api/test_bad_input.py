@@ -297,6 +297,31 @@ def test_a_compressed_body_is_a_415_and_is_not_unpacked(encoding: str, fake: Fak
     assert not fake.calls
 
 
+@pytest.mark.parametrize(
+    "declared",
+    ["text/plain;charset=UTF-8", "text/plain; application/json", "application/x-www-form-urlencoded", "", "json"],
+)
+def test_a_body_that_a_browser_sends_for_any_web_page_is_a_415(
+    declared: str, fake: FakeOpenAI, client: httpx.Client
+) -> None:
+    """A page cannot read such a request's answer, but it could have it paid for."""
+    body = b'{"model":"%b","input":"hi"}' % MODEL.encode()
+    headers = {"origin": "https://page.example", "content-type": declared}
+    refused(
+        client.post("/v1/embeddings", content=body, headers=headers), 415, "unsupported_media_type", None, "web page"
+    )
+    assert not fake.calls
+    assert client.post("/v1/embeddings", content=body, headers={"content-type": declared}).status_code == 200
+
+
+@pytest.mark.parametrize("declared", ["application/json", "Application/JSON; charset=utf-8"])
+def test_a_body_that_a_browser_sends_only_with_leave_is_answered(declared: str, client: httpx.Client) -> None:
+    """Such as that of the page at /docs."""
+    body = b'{"model":"%b","input":"hi"}' % MODEL.encode()
+    headers = {"origin": "http://127.0.0.1:8080", "content-type": declared}
+    assert client.post("/v1/embeddings", content=body, headers=headers).status_code == 200
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "UTF8", "identity, utf-8"])
 def test_a_charset_that_stands_for_a_coding_changes_nothing(
     encoding: str, fake: FakeOpenAI, client: httpx.Client

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import orjson
 from msgspec.structs import replace
@@ -18,7 +17,7 @@ from app.clock import Clock
 from app.errors import GatewayError, RateLimited, UpstreamAuth, UpstreamError, UpstreamInvalidResponse
 from app.types import Send, WireReply, WireRequest
 from app.upstreams import replies
-from app.upstreams.sealed import SealedTokens, SharedToken
+from app.upstreams.sealed import SealedTokens, Token
 
 RETRY_DELAY = 60.0
 """Seconds before a refused key is tried again, or a token server that failed while the old token still served."""
@@ -26,15 +25,6 @@ FETCH_CLAIM = 5.0
 """Seconds for which one replica alone may fetch a token: the longest it delays the others if it dies."""
 POLL_INTERVAL = 0.1
 """Seconds between checks for the token that another replica is fetching."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Token:
-    """Compared by identity: a server may issue the same text twice."""
-
-    text: str
-    renew_at: float
-    expires_at: float
 
 
 class AccessToken:
@@ -59,8 +49,8 @@ class AccessToken:
         self._shared = shared
         self._stale_text = ""
         """The last token that was refused."""
-        self._token: _Token | None = None
-        self._fetch: asyncio.Task[_Token] | None = None
+        self._token: Token | None = None
+        self._fetch: asyncio.Task[Token] | None = None
         self._refusal = ""
         self._retry_at = -1.0
 
@@ -75,7 +65,7 @@ class AccessToken:
                 self._token, self._stale_text = None, token.text
         return await send(_with_token(request, await self._current(send)))
 
-    async def _current(self, send: Send) -> _Token:
+    async def _current(self, send: Send) -> Token:
         now = self._clock.monotonic()
         token = self._token
         if token is not None and now < token.renew_at:
@@ -91,14 +81,14 @@ class AccessToken:
         # In its own task, so that a caller that gives up does not cancel it for the others.
         return await asyncio.shield(fetching)
 
-    def _ensure_fetch(self, send: Send) -> asyncio.Task[_Token]:
+    def _ensure_fetch(self, send: Send) -> asyncio.Task[Token]:
         """The fetch in progress, or a new one."""
         if self._fetch is None:
             self._fetch = asyncio.create_task(self._obtain(send))
             self._fetch.add_done_callback(self._fetch_done)
         return self._fetch
 
-    def _fetch_done(self, task: asyncio.Task[_Token]) -> None:
+    def _fetch_done(self, task: asyncio.Task[Token]) -> None:
         self._fetch = None
         error = None if task.cancelled() else task.exception()
         if error is None:
@@ -107,7 +97,7 @@ class AccessToken:
         self._retry_at = self._clock.monotonic() + RETRY_DELAY
         self._refusal = error.message if isinstance(error, UpstreamAuth) else ""
 
-    async def _obtain(self, send: Send) -> _Token:
+    async def _obtain(self, send: Send) -> Token:
         """The token that replicas share, or a new one for all of them."""
         shared = self._shared
         if shared is None:
@@ -123,24 +113,22 @@ class AccessToken:
             if existing := await self._read_shared(shared):  # put there before the claim succeeded
                 return existing
             token = await self._request_token(send)
-            offset = self._clock.time() - self._clock.monotonic()
-            shared_token = SharedToken(token.text, token.renew_at + offset, token.expires_at + offset)
-            await shared.put(shared_token, token.expires_at - self._clock.monotonic())
+            now = self._clock.monotonic()
+            await shared.put(token.moved(self._clock.time() - now), token.expires_at - now)
         finally:
             await shared.release()
         return token
 
-    async def _read_shared(self, shared: SealedTokens) -> _Token | None:
+    async def _read_shared(self, shared: SealedTokens) -> Token | None:
         """The token from another replica, unless it was just refused or is due for renewal."""
         existing = await shared.get()
         if existing is None or existing.text == self._stale_text or existing.renew_at <= self._clock.time():
             return None
-        offset = self._clock.monotonic() - self._clock.time()
-        self._token = _Token(existing.text, existing.renew_at + offset, existing.expires_at + offset)
+        self._token = existing.moved(self._clock.monotonic() - self._clock.time())
         self._retry_at = -1.0
         return self._token
 
-    async def _request_token(self, send: Send) -> _Token:
+    async def _request_token(self, send: Send) -> Token:
         reply = await send(self._token_request)
         now = self._clock.monotonic()
         try:
@@ -158,12 +146,12 @@ class AccessToken:
                 raise replies.make_error(replies.by_status(reply.status, ""), reply) from error
             raise UpstreamInvalidResponse("the upstream's token server answered with something else") from error
         # Renewed an hour early as Baidu's clients do, or a tenth of a shorter lifetime early.
-        self._token = _Token(text, now + lifetime - min(3600.0, lifetime / 10), now + lifetime)
+        self._token = Token(text, now + lifetime - min(3600.0, lifetime / 10), now + lifetime)
         self._retry_at = -1.0
         return self._token
 
 
-def _with_token(request: WireRequest, token: _Token) -> WireRequest:
+def _with_token(request: WireRequest, token: Token) -> WireRequest:
     return replace(request, query={**request.query, "access_token": token.text})
 
 

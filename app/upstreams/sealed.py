@@ -16,13 +16,18 @@ from app.types import TokenStore
 _PURPOSE = b"embedding-gateway access token 1"
 
 
-@dataclass(frozen=True, slots=True)
-class SharedToken:
-    """Times are seconds since the epoch, because each replica has its own monotonic clock."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Token:
+    """Times are seconds since the epoch where replicas share it, because each has its own monotonic clock. Compared by
+    identity: a server may issue the same text twice."""
 
     text: str
     renew_at: float
     expires_at: float
+
+    def moved(self, seconds: float) -> Token:
+        """The token with its times on a clock that is so many seconds ahead."""
+        return Token(self.text, self.renew_at + seconds, self.expires_at + seconds)
 
 
 class SealedTokens:
@@ -35,18 +40,18 @@ class SealedTokens:
         derived = HKDF(SHA256(), 32, salt=None, info=_PURPOSE).derive(secret.encode())
         self._seal = Fernet(urlsafe_b64encode(derived))
 
-    async def get(self) -> SharedToken | None:
+    async def get(self) -> Token | None:
         """The shared token; None if there is none, or its seal is not ours."""
         sealed = await self._store.get(self._name)
         if sealed is None:
             return None
         try:
             text, renew_at, expires_at = orjson.loads(self._seal.decrypt(sealed))
-            return SharedToken(str(text), float(renew_at), float(expires_at))
+            return Token(str(text), float(renew_at), float(expires_at))
         except (InvalidToken, TypeError, ValueError):
             return None
 
-    async def put(self, token: SharedToken, lifetime: float) -> None:
+    async def put(self, token: Token, lifetime: float) -> None:
         """`lifetime`: seconds until the token expires."""
         payload = orjson.dumps([token.text, token.renew_at, token.expires_at])
         await self._store.put(self._name, self._seal.encrypt(payload), lifetime)

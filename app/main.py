@@ -114,7 +114,7 @@ class App:
             raise RuntimeError(f"no {scope['type']} here")
         generation = self._current
         if generation.gateway.draining:  # close connections after their responses: clients reconnect to another replica
-            send = _close_after_response(send)
+            send = _with_header(send, b"connection", b"close")
             extensions = scope.get("extensions", {})
             if "respond" in extensions:
                 extensions["respond"] = partial(extensions["respond"], last=True)
@@ -124,7 +124,9 @@ class App:
             if matched:
                 await generation.route(scope, receive, send, model)
             else:
-                await generation.api({**scope, routes.GENERATION: generation}, receive, _with_request_id(scope, send))
+                request_id = head.request_id(head.by_name(scope["headers"]))
+                send = _with_header(send, b"x-request-id", request_id)
+                await generation.api({**scope, routes.GENERATION: generation}, receive, send)
         finally:
             generation.in_flight -= 1
 
@@ -245,28 +247,16 @@ def warn_of_open(settings: Settings) -> None:
     log.warning("no auth.keys: anybody who reaches %s can embed at your expense", settings.server.host)
 
 
-def _close_after_response(send: Sender) -> Sender:
-    """Wraps `send` to close the connection after the response."""
+def _with_header(send: Sender, name: bytes, value: bytes) -> Sender:
+    """Wraps `send` to give the response this header, in place of any of that name."""
 
-    async def send_closing(message: Message) -> None:
+    async def send_with_header(message: Message) -> None:
         if message["type"] == "http.response.start":
-            others = [header for header in message.get("headers", ()) if header[0] != b"connection"]
-            message["headers"] = [*others, (b"connection", b"close")]
+            others = [header for header in message.get("headers", ()) if header[0] != name]
+            message["headers"] = [*others, (name, value)]
         await send(message)
 
-    return send_closing
-
-
-def _with_request_id(scope: Scope, send: Sender) -> Sender:
-    """Wraps `send` to add the request id to the response."""
-    request_id = head.request_id(head.by_name(scope["headers"]))
-
-    async def send_with_id(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            message["headers"] = [*message.get("headers", ()), (b"x-request-id", request_id)]
-        await send(message)
-
-    return send_with_id
+    return send_with_header
 
 
 def create_app(

@@ -237,16 +237,13 @@ def _tokens(ids: list[Any], where: str, before: int, limit: int) -> str:
 def _mixed_types_error(value: list[Any]) -> InvalidRequest:
     """The error for a list that is neither all strings nor all lists of ids. It names the first item of a type that is
     never allowed, or else the first whose type differs from the first item's."""
-    first = type(value[0])
-    disallowed = (i for i, item in enumerate(value) if type(item) not in (str, list, int, dict))
-    odd = next(disallowed, None)
-    if odd is None:
-        odd = next(i for i, item in enumerate(value) if type(item) is not first)
-    item = value[odd]
-    where = f"input[{odd}]"
-    if type(item) in (str, list, int, dict):
-        return InvalidRequest(f"{where} is {_kind(item)} among items of another kind; send one kind", param=where)
-    return InvalidRequest(f"{where} must be a string or a list of token ids, not {_kind(item)}", param=where)
+    for i, item in enumerate(value):
+        if type(item) not in (str, list, int, dict):
+            where = f"input[{i}]"
+            return InvalidRequest(f"{where} must be a string or a list of token ids, not {_kind(item)}", param=where)
+    i, item = next((i, item) for i, item in enumerate(value) if type(item) is not type(value[0]))
+    where = f"input[{i}]"
+    return InvalidRequest(f"{where} is {_kind(item)} among items of another kind; send one kind", param=where)
 
 
 def _kind(value: Any) -> str:

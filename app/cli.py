@@ -14,13 +14,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import NoReturn
 
 from app import __version__, logs
 from app.check import check
 from app.config import Settings
-from app.config.load import ENVIRONMENT, ConfigError, find_file, load
+from app.config.load import ENVIRONMENT, ConfigError
 from app.config.source import ConfigSource, ParentConfig
 from app.main import App, create_app, warn_of_open
 from app.metrics import multiprocess
@@ -258,11 +257,11 @@ class _Printable(logging.Formatter):
 
 
 def _check(options: argparse.Namespace) -> None:
-    settings = load(options.config, os.environ, UPSTREAMS)
-    origin = find_file(options.config, os.environ, Path()) or ENVIRONMENT
+    source = ConfigSource(options.config, os.environ, UPSTREAMS)
+    settings = source.load()
     handler = logging.StreamHandler()
     handler.setFormatter(_Printable())
     logging.basicConfig(handlers=[handler], level=logging.WARNING)
-    failed = check(settings, origin, _print_line, probe=options.probe)
+    failed = check(settings, source.file or ENVIRONMENT, _print_line, probe=options.probe)
     if failed:
         _fail(failed)

@@ -144,14 +144,6 @@ class Queue:
                 self._waiting[lane].dec(before - len(jobs))
         return dropped
 
-    def drop_all_abandoned(self) -> list[Job]:
-        """Removes all inputs nobody waits for, and returns them."""
-        return [job for lane in LANES for job in self.remove(lane, lambda job: not job.waiters)]
-
-    def take_expiring(self, lane: Lane, cutoff: float) -> list[Job]:
-        """Removes the inputs of this lane whose callers wait no longer than `cutoff`, and returns them."""
-        return self.remove(lane, lambda job: job.deadline <= cutoff)
-
     def remove(self, lane: Lane, condition: Callable[[Job], bool]) -> list[Job]:
         """Removes the inputs of this lane that meet the condition, and returns them."""
         jobs = self.lanes[lane]
@@ -283,7 +275,8 @@ class Queues:
         """Removes all inputs nobody waits for, and returns them."""
         dropped: list[Job] = []
         for queue in list(self.by_key.values()):
-            dropped += queue.drop_all_abandoned()
+            for lane in LANES:
+                dropped += queue.remove(lane, lambda job: not job.waiters)
             self.reschedule(queue)
         return dropped
 
@@ -294,7 +287,7 @@ class Queues:
             if queue_set.earliest_deadline[lane] > cutoff:
                 continue
             for queue in list(round_robin):
-                if jobs := queue.take_expiring(lane, cutoff):
+                if jobs := queue.remove(lane, lambda job: job.deadline <= cutoff):
                     due.append((queue, jobs))
                     self.reschedule(queue)
             queue_set.earliest_deadline[lane] = min(

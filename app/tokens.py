@@ -142,8 +142,6 @@ def apportion(total: int, weights: Sequence[int]) -> list[int]:
 
     Largest remainder; equal weights that do not divide evenly differ by one, the first ones getting more.
     """
-    if not weights:
-        return []
     total_weight = sum(weights)
     if total_weight <= 0:
         weights, total_weight = [1] * len(weights), len(weights)

@@ -28,6 +28,7 @@
     │   ├── UpstreamMisconfigured     502   it does not know the model or the path we were configured with
     │   └── UpstreamTimeout           504
     └── Overloaded                    503   the gateway has no room
+        ├── Shortage                  503   the system gave it too little memory, or no thread
         └── UpstreamUnavailable       503   the upstream has no room, or every deployment is out of the rotation
 
 Adapters raise nothing: `parse_error` returns one of these. Messages reach the caller, so they never contain

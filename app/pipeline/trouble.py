@@ -40,7 +40,7 @@ class Trouble:
         return self._length_change if self._clock.monotonic() < self._length_change_until else None
 
     def note(self, kind: str, problem: str) -> None:
-        """Kept until it answers, and logged now and then."""
+        """Kept until it answers, and logged when it begins."""
         if self.lasting is None:
             self.warn(kind, problem)
         self.lasting = problem

@@ -36,10 +36,10 @@ LIST_RETRY = 1.0
 """The same for an upstream that was unavailable."""
 LIST_TIMEOUT = 5.0
 """Seconds callers wait for a list of models before they go on with what is known."""
-MAX_LIST = 16 * 2**20
-"""Bytes of a reply about models, at most."""
 FAILED_LIST_TIMEOUT = 0.2
 """The same if the last list failed or timed out: it may never work, while embeddings do."""
+MAX_LIST = 16 * 2**20
+"""Bytes of a reply about models, at most."""
 
 _LOAD_SETTINGS = ("timeout", "connect_timeout", "max_concurrency", "requests_per_minute", "tokens_per_minute")
 """Settings that limit an upstream's calls in time and number, and change neither which server answers nor what."""

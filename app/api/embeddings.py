@@ -164,7 +164,7 @@ class Embeddings:
         try:
             guard = Guard(deadline, self._deadlines)
             with guard:
-                admission.enter()
+                admission.take_place()
                 self._check_head(exchange.headers, scope)
                 raw = self._buffered_body(scope, admission) or await self._read(receive, admission)
                 exchange.reading = False
@@ -190,7 +190,7 @@ class Embeddings:
     def _error_response(self, exchange: _Exchange, error: GatewayError) -> tuple[bytes, list[bytes]]:
         """Returns the header lines and body of an error response. Ends the request's admission: there is little to
         send, but the rest of the request body may take long to arrive."""
-        exchange.admission.leave()
+        exchange.admission.end()
         if isinstance(error, Shortage) and self._seldom(error.message):
             log.warning("%s", error.message)
         if error.model is not None:

@@ -20,7 +20,7 @@ class Capacity:
         """`size`: bytes of request bodies, and of responses that the client has not yet taken."""
         self.requests, self.size = requests, size
         self._total = requests, size
-        self.inside = metrics.inflight_requests
+        self.in_flight = metrics.inflight_requests
 
     def alter(self, other: Capacity) -> None:
         """Takes on the total capacity of `other`; requests in flight still count."""
@@ -35,19 +35,19 @@ class Admission(Struct, eq=False):
 
     _capacity: Capacity
     _held: int = 0
-    _inside: bool = False
+    _has_place: bool = False
 
     def __enter__(self) -> Admission:
         return self
 
-    def enter(self) -> None:
+    def take_place(self) -> None:
         """Raises `Overloaded` immediately if there is no capacity."""
         capacity = self._capacity
         if capacity.requests <= 0:
             raise Overloaded("the gateway is at its limit of requests in flight", retry_after=1)
         capacity.requests -= 1
-        capacity.inside.inc()
-        self._inside = True
+        capacity.in_flight.inc()
+        self._has_place = True
 
     def hold(self, size: int) -> None:
         """Reserves `size` bytes for the request in total. Raises `Overloaded` immediately if there are not enough."""
@@ -64,14 +64,14 @@ class Admission(Struct, eq=False):
         self._capacity.size += self._held - size
         self._held = size
 
-    def leave(self) -> None:
+    def end(self) -> None:
         """Gives back what was taken. Idempotent."""
-        if self._inside:
+        if self._has_place:
             capacity = self._capacity
             capacity.requests += 1
             capacity.size += self._held
-            capacity.inside.dec()
-            self._inside = False
+            capacity.in_flight.dec()
+            self._has_place = False
 
     def __exit__(self, *exc_info: object) -> None:
-        self.leave()
+        self.end()

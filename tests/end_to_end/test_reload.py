@@ -740,20 +740,20 @@ async def test_who_is_inside_counts_on() -> None:
     app = create_app(settings(2))
     await app.gateway.start()
     with Admission(app.gateway.capacity) as one, Admission(app.gateway.capacity) as two:
-        one.enter()
-        two.enter()
+        one.take_place()
+        two.take_place()
         for most, fits in ((1, False), (2, False), (3, True)):
             await app._change_to(settings(most))
             with contextlib.suppress(Overloaded), Admission(app.gateway.capacity) as three:
-                three.enter()
+                three.take_place()
                 assert fits
                 continue
             assert not fits
     await app._change_to(settings(1))
     with Admission(app.gateway.capacity) as one, Admission(app.gateway.capacity) as two:
-        one.enter()
+        one.take_place()
         with pytest.raises(Overloaded):
-            two.enter()
+            two.take_place()
     await asyncio.gather(*app._tasks)
     await app.gateway.aclose()
 

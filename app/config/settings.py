@@ -19,16 +19,16 @@ from app.config.values import (
     Count,
     Duration,
     FilePath,
+    Headers,
     Key,
     ModelName,
     Name,
     Pause,
+    RedisUrl,
     Size,
     base_url_text,
-    header_fields,
     key_text,
     proxy_text,
-    redis_url_text,
 )
 from app.types import MAX_DIMENSIONS, Lane, OnLongInput
 
@@ -115,13 +115,8 @@ class DiskSettings(Section):
 
 
 class RedisSettings(Section):
-    url: SecretStr = Field(description="the server's address, such as redis://localhost:6379/0")
+    url: RedisUrl = Field(description="the server's address, such as redis://localhost:6379/0")
     timeout: Duration = 0.05
-
-    @field_validator("url")
-    @classmethod
-    def _is_redis(cls, value: SecretStr) -> SecretStr:
-        return SecretStr(redis_url_text(value.get_secret_value()))
 
 
 class CacheSettings(Section):
@@ -146,7 +141,7 @@ class UpstreamSettings(Section):
     max_concurrency: Count = 10
     requests_per_minute: Count | None = None
     tokens_per_minute: Count | None = None
-    headers: dict[str, str] = Field(default={}, repr=False)
+    headers: Headers = Field(default={}, repr=False)
     proxy: SecretStr | None = None
 
     key_variable: ClassVar[str] = ""
@@ -175,11 +170,6 @@ class UpstreamSettings(Section):
     @classmethod
     def _is_a_base_url(cls, value: str) -> str:
         return base_url_text(value)
-
-    @field_validator("headers")
-    @classmethod
-    def _are_headers(cls, value: dict[str, str]) -> dict[str, str]:
-        return header_fields(value)
 
     @field_validator("proxy")
     @classmethod

@@ -142,9 +142,9 @@ _REDIS_OPTIONS = {
 """The options allowed in the query of a Redis URL: those of redis-py's that do not affect deadlines."""
 
 
-def redis_url_text(value: str) -> str:
+def redis_url(value: SecretStr) -> SecretStr:
     """`redis://` or `rediss://` with a database number as its path, or `unix://` with a socket's path."""
-    checked = check_url(value, ("redis", "rediss", "unix"), credentials=True)
+    checked = check_url(value.get_secret_value(), ("redis", "rediss", "unix"), credentials=True)
     url = urlsplit(checked)
     if url.fragment:
         raise ValueError(f"must not contain a #; {_ESCAPES}")
@@ -158,7 +158,7 @@ def redis_url_text(value: str) -> str:
             raise ValueError(f"after the ? of a {url.scheme}:// URL only these are allowed: {', '.join(known)}")
         if not re.fullmatch(_REDIS_OPTIONS[name], option):
             raise ValueError(f"{name}, after the ?, has an invalid value")
-    return checked
+    return SecretStr(checked)
 
 
 def base_url_text(value: str) -> str:
@@ -204,3 +204,5 @@ Name = Annotated[str, AfterValidator(plain_name)]
 FilePath = Annotated[str, AfterValidator(file_path)]
 ModelName = Annotated[str, AfterValidator(model_name)]
 Key = Annotated[SecretStr, AfterValidator(key_text)]
+RedisUrl = Annotated[SecretStr, AfterValidator(redis_url)]
+Headers = Annotated[dict[str, str], AfterValidator(header_fields)]

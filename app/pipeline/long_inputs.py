@@ -93,9 +93,9 @@ class LongInputs:
             error.calls += plan.calls
             raise
         if policy == "split":
-            result.split = plan.count
+            result.split = len(plan.pieces)
         else:
-            result.truncated = plan.count
+            result.truncated = len(plan.pieces)
         return result
 
     def _longest_prefix(self, params: Params) -> str:
@@ -160,7 +160,7 @@ class LongInputs:
             return result
         refused = sorted({plan.owners[place] for place in result.too_long})
         for place, error in result.too_long.items():
-            if plan.owners[place] not in plan.long or plan.is_cut(plan.owners[place]):
+            if plan.owners[place] not in plan.long or plan.owners[place] in plan.pieces:
                 raise error  # a piece that surely fits was refused: cutting it now would be a guess
         if plan.limit.unbounded:
             if plan.all_pieces:
@@ -201,20 +201,13 @@ class _Plan:
         `tries`: try inputs that may fit."""
         self.long, self.limit, self.all_pieces = long, limit, all_pieces
         self._inputs, self._tries = inputs, tries
-        self._pieces: dict[int, Sequence[str]] = {}
+        self.pieces: dict[int, Sequence[str]] = {}
+        """By index, those of the inputs that were cut."""
         self._pieces_left = MAX_PIECES
         self.owners: list[int] = []
         """For each piece of the last request, the index of its input."""
         self.calls = 0
         """Upstream calls so far: they count whatever becomes of the request."""
-
-    @property
-    def count(self) -> int:
-        """How many inputs were cut."""
-        return len(self._pieces)
-
-    def is_cut(self, i: int) -> bool:
-        return i in self._pieces
 
     def may_fit(self, i: int) -> bool:
         """Whether to try the input as it is: it is likely to fit, and refused if it does not."""
@@ -245,8 +238,8 @@ class _Plan:
                     param=f"input[{i}]",
                 ) from None
             # A piece of whitespace means nothing, and some upstreams refuse it.
-            self._pieces[i] = [piece for piece in pieces if not piece.isspace()] or pieces[:1]
-            self._pieces_left -= len(self._pieces[i]) - 1
+            self.pieces[i] = [piece for piece in pieces if not piece.isspace()] or pieces[:1]
+            self._pieces_left -= len(self.pieces[i]) - 1
             if self._pieces_left < 0:
                 raise self._too_many(i)
 
@@ -256,7 +249,7 @@ class _Plan:
 
     def request(self, request: EmbedRequest, indexes: Sequence[int], *, final: bool = False) -> EmbedRequest:
         """The request for the pieces of these inputs; each piece's position is its input's index."""
-        pieces = [(i, piece) for i in indexes for piece in self._pieces.get(i, (self._inputs[i],))]
+        pieces = [(i, piece) for i in indexes for piece in self.pieces.get(i, (self._inputs[i],))]
         self.owners = [i for i, _ in pieces]
         return replace(
             request,
@@ -270,13 +263,13 @@ class _Plan:
         embeddings, sources, tokens_by_source = [], [], dict.fromkeys(Source, 0)
         found = iter(zip(result.embeddings, result.sources, strict=True))
         for i in indexes:
-            pieces = self._pieces.get(i, ("",))
+            pieces = self.pieces.get(i, ("",))
             parts = [next(found) for _ in pieces]
             source = _costliest([each for _, each in parts])
             if source is Source.UPSTREAM:
                 for embedding, each in parts:
                     tokens_by_source[each] += embedding.tokens
-            averaged = self.all_pieces and i in self._pieces
+            averaged = self.all_pieces and i in self.pieces
             embeddings.append(_mean(i, [each for each, _ in parts], pieces) if averaged else parts[0][0])
             sources.append(source)
         cached, shared = tokens_by_source[Source.CACHE], tokens_by_source[Source.INFLIGHT]

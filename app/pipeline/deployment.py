@@ -181,10 +181,6 @@ class Deployment:
             return None
         return outcome
 
-    def supports(self, params: Params) -> bool:
-        """Whether it honours these parameters."""
-        return honours(self.model, params)
-
 
 Requirements: TypeAlias = tuple[Role | None, OutputType, bool]
 """What parameters require of a model: a role, an output type, and whether they carry no instruction."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from app import tokens
 from app.clock import Clock
-from app.pipeline.deployment import Deployment
+from app.pipeline.deployment import Deployment, honours
 from app.types import Batch, BatchResult, Embedding, Input, Lane, Params
 
 DOWN = 5.0
@@ -124,7 +124,7 @@ class Rotation:
 
     def _in_space(self, params: Params) -> list[Deployment]:
         """Those that honour the parameters, but for those known to be in another vector space."""
-        return [each for each in self.deployments if each.supports(params) and each.standing.out is None]
+        return [each for each in self.deployments if honours(each.model, params) and each.standing.out is None]
 
     def other_in_reach(self, batch: Batch, avoid: Deployment | None) -> bool:
         """Whether a deployment other than `avoid` may take a call before the deadline: now, or once its rate limit has
@@ -140,7 +140,7 @@ class Rotation:
         out = [each.standing.out for each in self.deployments]
         if not any(out):  # nearly always, and checked for every request
             return None
-        reasons = [each.standing.out for each in self.deployments if each.supports(params)]
+        reasons = [each.standing.out for each in self.deployments if honours(each.model, params)]
         return reasons[0] if reasons and all(reasons) else None
 
     def rest_times(self, params: Params) -> list[float]:

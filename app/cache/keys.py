@@ -13,28 +13,6 @@ import pybase64
 
 from app.types import DATA_URI, Input, Media, Params
 
-KEY_SIZE = 32
-"""Bytes in a key (SHA-256, never shortened)."""
-
-NOT_IN_KEY = frozenset(
-    {
-        "model",
-        "deadline",
-        "caller",
-        "read_cache",
-        "write_cache",
-        "keys",
-        "held",
-        "positions",
-        "media",
-        "numbers",
-        "on_long_input",
-        "collect_too_long",
-    }
-)
-"""Fields of `EmbedRequest` that do not alter a vector. `model` is the public name; the vector space takes its place.
-A test compares this set with the class, so that a new field cannot be forgotten."""
-
 _FORMAT = b"embedding-gateway key 2\n"
 """The common prefix of every hashed key. Change it whenever this module's format changes."""
 
@@ -75,7 +53,7 @@ _cached_common = lru_cache(maxsize=1024)(_common)
 
 
 def derive(space: str, params: Params, inputs: Sequence[Input], namespace: str = "") -> list[bytes]:
-    """One key of `KEY_SIZE` bytes per input, in input order.
+    """One key per input, in input order: a whole SHA-256, never shortened.
 
     `space` identifies the vector space (vendor, model, revision); `namespace` separates a caller's entries from
     everyone else's. Raises `TypeError` for a parameter of an unknown type and `UnicodeEncodeError` for a lone

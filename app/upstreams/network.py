@@ -14,6 +14,7 @@ import os
 import socket
 import ssl
 from base64 import b64encode
+from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
 import aiohappyeyeballs
@@ -71,7 +72,7 @@ class NetworkEngine:
         self._idle: dict[_Origin, list[tuple[float, Connection]]] = {}
         """Most recently used last."""
         self._sweep_timer: asyncio.TimerHandle | None = None
-        self._urls: dict[str, tuple[_Origin, str]] = {}
+        self._parse_url = lru_cache(maxsize=URL_CACHE_SIZE)(_parse_url)
         self._tls: ssl.SSLContext | None = None
         self._resolver = Resolver()
 
@@ -124,15 +125,6 @@ class NetworkEngine:
         if lines.count("\n") != len(headers) - 1 or lines.count("\r") != len(headers) - 1:
             raise UpstreamMisconfigured("a header for the upstream holds a line break")
         return f"{request.method} {target} HTTP/1.1\r\n{lines}\r\n\r\n".encode() + request.body
-
-    def _parse_url(self, url: str) -> tuple[_Origin, str]:
-        cached = self._urls.get(url)
-        if cached is None:
-            parsed = httpx.URL(url)
-            cached = self._urls[url] = (_origin(parsed), parsed.raw_path.decode("ascii"))
-            if len(self._urls) > URL_CACHE_SIZE:
-                self._urls.pop(next(iter(self._urls)))
-        return cached
 
     # --- idle connections ---------------------------------------------------------------------------------
 
@@ -277,6 +269,12 @@ def basic_credentials(url: str) -> str:
     """A URL's user and password as Basic authentication sends them (RFC 7617); empty if it has none."""
     parsed = httpx.URL(url)
     return b64encode(f"{parsed.username}:{parsed.password}".encode()).decode() if parsed.userinfo else ""
+
+
+def _parse_url(url: str) -> tuple[_Origin, str]:
+    """Where the connection goes, and the target of the request."""
+    parsed = httpx.URL(url)
+    return _origin(parsed), parsed.raw_path.decode("ascii")
 
 
 def _origin(url: httpx.URL) -> _Origin:

@@ -131,7 +131,7 @@ class Gateway:
         """The model of this name. Asks upstreams that may have added it since; then raises `ModelNotFound`, or the
         error for which they cannot be asked."""
         public = self.names.get(name)
-        candidates = self.registry.unlisted(public) if public else self.upstreams.values()
+        candidates = self.registry.upstreams_to_ask(public) if public else self.upstreams.values()
         if candidates:  # rarely
             await self.refresh(candidates)
             public = self.names.get(name)

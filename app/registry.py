@@ -67,7 +67,7 @@ class Registry:
         """Whether an upstream has a different list of models by now."""
         return any(upstream.models is not self._listed.get(name) for name, upstream in self._upstreams.items())
 
-    def unlisted(self, public: PublicModel) -> list[Upstream]:
+    def upstreams_to_ask(self, public: PublicModel) -> list[Upstream]:
         """The upstreams to ask for their lists before this model is used; nearly always none. It is all of the model's
         upstreams, unless the list of one is still that from which `names` was built, and that upstream is reachable or
         has the model in its list: what a list says of a model, its revision for example, may put it in another vector

@@ -77,7 +77,7 @@ def kernels(count: int) -> dict[str, Callable[[], object]]:
         "upstream reply, numbers of double: decode": lambda: openai.parse_response(replies["long"], batch),
         "- of which orjson, numbers of float32": lambda: orjson.loads(replies["short"].body),
         "- of which list to float32, array": lambda: [array("f", each).tobytes() for each in lists],
-        "upstream reply, contract check": lambda: contract.in_order(parsed, [12] * count, pool.DIMENSIONS),
+        "upstream reply, contract check": lambda: contract.checked(parsed, [12] * count, pool.DIMENSIONS),
         "bill: estimate and share": lambda: tokens.apportion(12 * count, tokens.estimates(texts)),
         "response: numbers": lambda: [vectors.to_json(vector) for vector in plain],
         "response: base64": lambda: [vectors.to_base64(vector) for vector in plain],

@@ -70,7 +70,7 @@ class Call:
             params, model = batch.params, self._target.model
             if model.assumed:
                 contract.same_model(parsed.model, model.name)
-            checked = contract.in_order(parsed, bills, params.dimensions, params.output_type, native=model.dimensions)
+            checked = contract.checked(parsed, bills, params.dimensions, params.output_type, native=model.dimensions)
         except GatewayError as error:
             error.message = self._redact(error.message)
             self._count(error.code)

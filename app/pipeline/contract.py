@@ -20,7 +20,7 @@ from app.errors import (
 from app.types import MAX_DIMENSIONS, Embedding, OutputType, Parsed
 
 
-def in_order(
+def checked(
     parsed: Parsed,
     bills: Sequence[int],
     dimensions: int | None,

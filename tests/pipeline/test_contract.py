@@ -23,7 +23,7 @@ def vector(place: int) -> bytes:
 
 def checked(indexes: Sequence[Any], given: Sequence[bytes] | None = None) -> list[Any]:
     found = [vector(index) for index in indexes] if given is None else given
-    return contract.in_order(Parsed(indexes, found), range(10, 10 + len(found)), 2)
+    return contract.checked(Parsed(indexes, found), range(10, 10 + len(found)), 2)
 
 
 @given(BATCHES)
@@ -64,10 +64,10 @@ def test_a_length_that_was_not_asked_for_is_no_answer(
     vector = vectors.from_numbers([1.0] * given)
     parsed = Parsed([0, 1], [vector, b"" if beside == "an empty one" else vector])
     if error is None:
-        assert len(contract.in_order(parsed, [1, 1], asked, native=native)) == 2
+        assert len(contract.checked(parsed, [1, 1], asked, native=native)) == 2
     else:
         with pytest.raises(error) as raised:
-            contract.in_order(parsed, [1, 1], asked, native=native)
+            contract.checked(parsed, [1, 1], asked, native=native)
         assert type(raised.value) is error
 
 
@@ -75,7 +75,7 @@ def test_a_length_that_was_not_asked_for_is_no_answer(
 def test_a_vector_longer_than_any_model_gives_is_none(length: int, fits: bool) -> None:
     parsed = Parsed([0], [vectors.from_numbers([1.0] * length)])
     if fits:
-        assert len(contract.in_order(parsed, [1], None)) == 1
+        assert len(contract.checked(parsed, [1], None)) == 1
     else:
         with pytest.raises(UpstreamInvalidResponse, match="65537 dimensions"):
-            contract.in_order(parsed, [1], None)
+            contract.checked(parsed, [1], None)

@@ -86,21 +86,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, text in (
-        ("serve", "serve until stopped"),
-        ("check", "read the configuration and show what would be served, or every mistake in it"),
-    ):
-        command = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
-        command.add_argument("--config", metavar="FILE", help="YAML configuration")
-        if name == "serve":
-            command.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
-            command.add_argument("--port", metavar="P", type=int, help="port to listen on (default 8080)")
-            command.add_argument("--workers", metavar="N", type=int, help="processes (default 1)")
-            _add_logging(command)
-        else:
-            command.add_argument(
-                "--probe", action="store_true", help="embed one text on every deployment (costs a few tokens)"
-            )
+    text = "serve until stopped"
+    command = commands.add_parser("serve", help=text, description=f"{text.capitalize()}.")
+    command.add_argument("--config", metavar="FILE", help="YAML configuration")
+    command.add_argument("--host", metavar="H", help="address to listen on (default 127.0.0.1)")
+    command.add_argument("--port", metavar="P", type=int, help="port to listen on (default 8080)")
+    command.add_argument("--workers", metavar="N", type=int, help="processes (default 1)")
+    _add_logging(command)
+    text = "read the configuration and show what would be served, or every mistake in it"
+    command = commands.add_parser("check", help=text, description=f"{text.capitalize()}.")
+    command.add_argument("--config", metavar="FILE", help="YAML configuration")
+    command.add_argument("--probe", action="store_true", help="embed one text on every deployment (costs a few tokens)")
     # `serve` starts this for each of several workers. No one else has a listener to give it, so --help omits it.
     command = commands.add_parser("worker")
     command.add_argument("--listener", type=int, required=True)

@@ -163,43 +163,30 @@ class Route:
     async def _attempt(self, batch: Batch, slot: Slot, *, known_bad: bool = False) -> BatchResult:
         """`known_bad`: these inputs had no vector before, so having none again says nothing about the deployment."""
         deployment, health, now = slot.deployment, slot.deployment.health, asyncio.get_running_loop().time
-        error: GatewayError | None = None
-        judged = late = False
-        """`judged`: whether the outcome says anything about the deployment; a bug of ours, or want of room here, does
-        not. `late`: whether the deadline ended the call."""
         batch.on_further_call = slot.charge_call
         started = now()
         try:
             with _CallDeadline(batch.deadline, self._deadlines, batch=batch, health=health, started=started):
                 result = await deployment.embed(batch)
-            error, judged = verdict.deployment_error(result), True
-            if error is None and now() > batch.deadline:
-                judged = False  # or one always too slow for its callers would be used forever
-            elif error is None:
-                health.record_duration(now() - started)
+            seconds, in_time = now() - started, now() <= batch.deadline
             slot.settle(result)
             if batch.params.dimensions is None:
                 deployment.standing.check_length(result.outcomes[0])
+            _judge(slot, result, seconds, in_time=in_time, known_bad=known_bad)
             return result
         except TimeoutError:
             error = UpstreamTimeout("the request's deadline passed before the upstream had answered")
             # Callers that have waited long leave a call little time: too little is not the upstream's fault.
-            judged, late = health.had_ample_time(now() - started), True
+            if health.had_ample_time(now() - started):
+                health.end(error, slot.era)
+            else:
+                health.drop(slot.era)
             completed = batch.completed or {}
             return BatchResult([completed.get(key, error) for key in batch.keys], late=True)
+        except BaseException:  # cancelled, or a bug of ours, which says nothing about the deployment
+            health.abandon(slot.era)
+            raise
         finally:
-            if verdict.is_local(error) or (known_bad and isinstance(error, UpstreamInvalidVector)):
-                judged = False
-            if judged:
-                health.end(error, slot.era)
-            elif late:
-                health.drop(slot.era)
-            else:
-                health.abandon(slot.era, others_first=verdict.is_local(error))
-            if isinstance(error, RateLimited):
-                deployment.slots.shrink()
-            elif judged and error is None:
-                deployment.slots.grow()
             slot.give_back()
 
     async def _retry_slot(
@@ -234,6 +221,25 @@ class Route:
         elif asyncio.get_running_loop().time() >= batch.deadline:
             result.late = True
         return slot
+
+
+def _judge(slot: Slot, result: BatchResult, seconds: float, *, in_time: bool, known_bad: bool) -> None:
+    """Records what a completed call, which took this many `seconds`, says about its deployment."""
+    health, error = slot.deployment.health, verdict.deployment_error(result)
+    if isinstance(error, RateLimited):
+        slot.deployment.slots.shrink()
+    if verdict.is_local(error):
+        health.abandon(slot.era, others_first=True)
+    elif known_bad and isinstance(error, UpstreamInvalidVector):
+        health.abandon(slot.era)
+    elif error is not None:
+        health.end(error, slot.era)
+    elif in_time:
+        health.record_duration(seconds)
+        health.end(None, slot.era)
+        slot.deployment.slots.grow()
+    else:  # or one always too slow for its callers would be used forever
+        health.abandon(slot.era)
 
 
 def _give_up(result: BatchResult, pending: list[int]) -> None:

@@ -233,7 +233,9 @@ async def _admin(app: App, listener: socket.socket | None) -> AsyncIterator[None
         yield
         return
     _start_listening(listener)
-    server = _SideServer(uvicorn_config(app.admin, app.settings, app.on_invalid_http, lifespan="off"))
+    server = _SideServer(
+        uvicorn_config(app.admin, app.settings, app.on_invalid_http, app.request_timeout, lifespan="off")
+    )
     server.config.timeout_graceful_shutdown = 1  # a scrape is not worth waiting for
     serving = asyncio.create_task(server.serve(sockets=[listener]))
     try:

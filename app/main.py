@@ -27,6 +27,7 @@ from app.descriptors import require_descriptor
 from app.gateway import Gateway
 from app.http.invalid import InvalidHttpLog
 from app.metrics import Metrics
+from app.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ class App:
         """Serves /metrics and /docs on a port of their own, if the configuration has one."""
         self._watcher = source and ConfigWatcher(source, clock, self._change_to, self._metrics.reloaded)
         self._watching: asyncio.Task[None] | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         self._closing = asyncio.Lock()
 
     @property
@@ -213,9 +214,7 @@ class App:
         log.info("configuration changed")
         if before.gateway.settings.auth is not None and settings.auth is None:
             warn_of_open(settings)  # on loopback too: until now callers needed keys
-        task = asyncio.create_task(self._retire(before, gateway))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._tasks.start(self._retire(before, gateway))
 
     async def dry_run(self, settings: Settings) -> None:
         """Builds a gateway and its HTTP layer from these settings, and discards both. Raises what building raises."""

@@ -14,7 +14,7 @@ from app.upstreams import UPSTREAMS
 APP = Path(__file__).parent.parent / "app"
 
 RANKS = [
-    {"errors", "catalog", "clock", "deadlines", "descriptors", "data", ""},
+    {"errors", "catalog", "clock", "deadlines", "descriptors", "tasks", "data", ""},
     {"types"},
     {"vectors", "tokens", "limits", "config", "metrics", "logs"},
     {"upstreams", "cache"},

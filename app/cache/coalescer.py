@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from app.deadlines import Deadlines
+from app.tasks import Tasks
 
 Q = TypeVar("Q")
 A = TypeVar("A")
@@ -54,7 +55,7 @@ class Coalescer(Generic[Q, A]):
         self._open_weight = 0
         self._light, self._heavy = WeightedSemaphore(max_groups), WeightedSemaphore(_HEAVY_FACTOR * max_weight)
         self._deadlines = Deadlines()
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
 
     async def ask(self, question: Q) -> A:
         """The answer, or `nothing` if there is none. Raises only `CancelledError`."""
@@ -62,11 +63,11 @@ class Coalescer(Generic[Q, A]):
         future: asyncio.Future[A] = asyncio.get_running_loop().create_future()
         if weight > self._max_weight:
             group = [(question, future)]
-            self._start(group, self._heavy, weight)
+            self._tasks.start(self._run(group, self._heavy, weight))
         else:
             if self._open_group is None or self._open_weight + weight > self._max_weight:
                 self._open_group, self._open_weight = [], 0
-                self._start(self._open_group, self._light, 1)
+                self._tasks.start(self._run(self._open_group, self._light, 1))
             group = self._open_group
             group.append((question, future))
             self._open_weight += weight
@@ -83,11 +84,6 @@ class Coalescer(Generic[Q, A]):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start(self, group: list[tuple[Q, asyncio.Future[A]]], semaphore: WeightedSemaphore, weight: int) -> None:
-        task = asyncio.get_running_loop().create_task(self._run(group, semaphore, weight))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
     async def _run(self, group: list[tuple[Q, asyncio.Future[A]]], semaphore: WeightedSemaphore, weight: int) -> None:
         try:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Protocol, TypeAlias, TypeGuard
 
+from app.tasks import Tasks
+
 CONNECT_TIMEOUT = 2.0
 """Seconds a handshake may take. Longer than a lookup waits: a caller that gives up leaves it to the next one."""
 
@@ -55,7 +57,7 @@ class Connections:
         self._slots: asyncio.LifoQueue[Connection | None] = asyncio.LifoQueue()
         for _ in range(limit):
             self._slots.put_nowait(None)
-        self._opening: set[asyncio.Task[Connection]] = set()
+        self._opening = Tasks()
         self._closed = False
 
     async def exchange(self, commands: Sequence[Command]) -> list[object]:
@@ -129,9 +131,7 @@ class Connections:
                 return connection
 
     async def _open(self) -> Connection:
-        task = asyncio.create_task(self._connect())
-        self._opening.add(task)
-        task.add_done_callback(self._opening.discard)
+        task = self._opening.start(self._connect())
         try:
             return await asyncio.shield(task)
         except asyncio.CancelledError:

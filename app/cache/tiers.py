@@ -20,6 +20,7 @@ from app.cache.store import CLAIM_TTL, LookupResult, SharedStore, SlowStore, Sto
 from app.cache.writer import Writer
 from app.clock import Clock
 from app.metrics import Metrics
+from app.tasks import Tasks
 from app.types import Embedding
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Tiers:
         self._recent = (self._arrived, *(writer.waiting for writer in reversed(self._writers)))
         """By key, embeddings that memory may have no room for. One tier may have refused what waits for a slow one."""
         self._renewing: asyncio.Task[None] | None = None
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._releasing = Tasks()
         self.embedders: WeakSet[InFlight] = WeakSet()
         """Everything that embeds over this cache, including for earlier configurations."""
 
@@ -133,9 +134,7 @@ class Tiers:
             return
         busy = [embedder for embedder in self.embedders if embedder.busy]
         if ended := [key for key in keys if not any(embedder.in_flight(key) for embedder in busy)]:
-            task = asyncio.get_running_loop().create_task(self._shared.release_claims(ended))
-            self._releasing.add(task)
-            task.add_done_callback(self._releasing.discard)
+            self._releasing.start(self._shared.release_claims(ended))
 
     async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookupResult:
         memory = self._memory

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, groupby
 from operator import attrgetter
 from typing import NamedTuple, TypeAlias
@@ -27,6 +27,7 @@ from app.pipeline.outcome import collect, deadline_error, is_fatal, refuses_too_
 from app.pipeline.queue import LANES, TARGET_BATCH, CallRecord, Job, Queue, Queues, QueueSet, Waiter, make_batch
 from app.pipeline.rotation import Slot
 from app.pipeline.route import Route
+from app.tasks import Tasks
 from app.types import Batch, BatchResult, Embedding, EmbedRequest, EmbedResult, Lane, Source
 
 
@@ -70,7 +71,7 @@ class Batcher:
         """When it last got a slot. Of the batchers waiting for one, the least recently served goes first."""
         self._abandoned = 0
         """Inputs abandoned by their callers since the queues were last swept."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = Tasks()
         # An input waits for whichever deployment is free first, and is counted under the preferred one.
         upstream = route.rotation.deployments[0].upstream
         waiting = {lane: metrics.queued_inputs.labels(upstream, lane) for lane in LANES}
@@ -167,12 +168,7 @@ class Batcher:
         if not self._scheduled:
             self._scheduled = True
             self._turns_left, self._gathered = self._grouping.gather_turns if self._crowded else 0, 0
-            self._start(self._dispatch())
-
-    def _start(self, work: Coroutine[None, None, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+            self._tasks.start(self._dispatch())
 
     async def _dispatch(self) -> None:
         """Gathers the inputs that arrive together and makes the calls that have slots. The first call runs in this
@@ -181,7 +177,7 @@ class Batcher:
             await asyncio.sleep(0)
         calls = self._fill_slots()
         for call in calls[1:]:
-            self._start(self._run_call(*call))
+            self._tasks.start(self._run_call(*call))
         if calls:
             await self._run_call(*calls[0])
 

@@ -20,6 +20,7 @@ from app.clock import Clock
 from app.errors import InvalidRequest, RateLimited
 from app.limits import TICK, Bucket, Rates
 from app.metrics import Metrics
+from app.tasks import Tasks
 
 _MAX_BODY_TOKENS = 2**13
 """The most tokens that a body of unknown content is taken for, to say when to retry: an image in it counts as
@@ -90,7 +91,7 @@ class Quota:
         """Requests and tokens counted here that are not reported to Redis yet."""
         self._admitted = 0
         """Requests that `admit` let in and that are not counted yet: their bodies are still to come."""
-        self._asking: set[asyncio.Task[float]] = set()
+        self._asking = Tasks()
         self._known_until = 0.0
         """Until when the last answer of Redis holds, within the slack."""
 
@@ -167,10 +168,7 @@ class Quota:
         """Reports what is owed, and asks for these amounts. The result is the wait until they fit, 0 if taken."""
         owed = (self._owed[0], self._owed[1])
         self._owed = [0.0, 0.0]
-        asking = asyncio.get_running_loop().create_task(self._take_shared(shared, owed, (requests, tokens)))
-        self._asking.add(asking)
-        asking.add_done_callback(self._asking.discard)
-        return asking
+        return self._asking.start(self._take_shared(shared, owed, (requests, tokens)))
 
     async def _take_shared(self, shared: SharedLimits, owed: tuple[float, float], amounts: tuple[int, int]) -> float:
         verdict = await shared.ask(self._key, self._limit, Demand(owed, amounts, amounts))

@@ -223,22 +223,30 @@ class Batcher:
         if reason := self._rotation.closed_reason(queue_set.params):
             # The deployments were taken out while these callers queued: they fail now, as new callers do.
             for _, jobs in self._queues.take_expiring(queue_set, math.inf):
-                self._deliver(jobs, BatchResult([_closed_error(reason)] * len(jobs), calls=0))
+                self._refuse(jobs, _closed_error(reason))
         elif rest := min(rest_times, default=0.0):
-            due = self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest)
-            # What stays queued goes first, then one of these requests after another.
-            ahead = {queue: queue.size() for queue in chain(*queue_set.round_robin.values())}
-            for queue, jobs in due:
-                for _, request in groupby(jobs, key=lambda job: job.waiters[:1]):
-                    refused = list(request)
-                    wait = max(rest, self._rotation.time_for(queue_set.params, ahead.values()))
-                    error = RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
-                    self._deliver(refused, BatchResult([error] * len(refused), calls=0))
-                    inputs, size = ahead.get(queue, (0, 0.0))
-                    size += sum(tokens.upper_bound(job.input) for job in refused)
-                    ahead[queue] = inputs + len(refused), size
+            self._refuse_late(queue_set, rest)
         if ends := [rest for rest in rest_times if rest]:
             self._wake_in(min(ends))
+
+    def _refuse_late(self, queue_set: QueueSet, rest: float) -> None:
+        """Refuses the requests that cannot wait for the `rest` of all deployments. Each is told to wait for what stays
+        queued and for those refused before it, as if they all came back in this order."""
+        late = self._queues.take_expiring(queue_set, asyncio.get_running_loop().time() + rest)
+        ahead = {queue: queue.size() for queue in chain(*queue_set.round_robin.values())}
+        for queue, jobs in late:
+            for _, request in groupby(jobs, key=lambda job: job.waiters[:1]):
+                refused = list(request)
+                wait = max(rest, self._rotation.time_for(queue_set.params, ahead.values()))
+                self._refuse(
+                    refused, RateLimited("every upstream of this model is at its rate limit", retry_after=wait)
+                )
+                inputs, size = ahead.get(queue, (0, 0.0))
+                size += sum(tokens.upper_bound(job.input) for job in refused)
+                ahead[queue] = inputs + len(refused), size
+
+    def _refuse(self, jobs: list[Job], error: GatewayError) -> None:
+        self._deliver(jobs, BatchResult([error] * len(jobs), calls=0))
 
     def _wake_in(self, seconds: float) -> None:
         at = self._clock.monotonic() + seconds

@@ -8,21 +8,19 @@ server may ignore the offer. The parser instead stops there and takes the body f
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import re
-import sys
 import termios
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from app.api.head import request_id
 from app.api.render import error_body, head_end
 from app.errors import InvalidRequest
+from app.http.flow import MAX_PIPELINED, Flow, buffered
 from app.http.head_cache import HeadCachingProtocol
 from app.http.invalid import LONGEST_START
 from app.http.outbox import Outbox
@@ -36,44 +34,14 @@ MAX_REQUEST_HEAD = 64 * 2**10
 SHUTDOWN_STALL_TIMEOUT = 5
 """Seconds after which a stopping server no longer waits for a caller that reads nothing of its response."""
 
-MAX_PIPELINED = 16
-"""Pipelined requests that may wait on a connection; reading resumes when there are fewer."""
 
 _PARSE_CHUNK = 16 * 2**10
 """Bytes to parse before checking again how many requests wait. One read of the socket returns up to 256 KiB, which may
 be 10,000 requests, and each takes 30 times the memory once parsed."""
-_HEADER_OVERHEAD = 150
-"""Bytes of memory that a header takes besides its name and value, which may be as short as two bytes."""
+
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _UPGRADE_NAME = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
-
-
-class _Flow(FlowControl):
-    """Pauses reading while many requests wait, or many bytes of their heads and bodies: uvicorn resumes whenever a body
-    is received, and they would pile up. While few wait, reading goes on, or a disconnect would not be noticed."""
-
-    pipeline: Collection[tuple[RequestResponseCycle, Any]] = ()
-
-    def resume_reading(self) -> None:
-        if self.read_paused and len(self.pipeline) < MAX_PIPELINED and self._bytes_waiting() <= HIGH_WATER_LIMIT:
-            super().resume_reading()
-
-    def _bytes_waiting(self) -> int:
-        waiting = [cycle for cycle, _ in self.pipeline]
-        heads = sum(
-            _HEADER_OVERHEAD + len(name) + len(value) for cycle in waiting for name, value in cycle.scope["headers"]
-        )
-        return heads + sum(len(cycle.body) for cycle in waiting)
-
-
-def _buffered(transport: asyncio.Transport, request: int) -> int:
-    """Bytes in the kernel's buffers: unacknowledged (TIOCOUTQ) or unread (FIONREAD); 0 if the system does not say."""
-    try:
-        count = fcntl.ioctl(transport.get_extra_info("socket").fileno(), request, bytes(4))
-    except OSError:
-        return 0
-    return int.from_bytes(count, sys.byteorder)
 
 
 class Protocol(HeadCachingProtocol):
@@ -161,7 +129,7 @@ class Protocol(HeadCachingProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self.flow = _Flow(transport)
+        self.flow = Flow(transport)
         self.flow.pipeline = self.pipeline
         self._idle_since = self.loop.time()
         self._schedule_idle_check(self.timeout_keep_alive)
@@ -337,14 +305,14 @@ class Protocol(HeadCachingProtocol):
         if self._head or not (self.cycle is None or self.cycle.response_complete):
             return  # not idle: the end of the next response starts a new timer
         remaining = self._idle_since + self.timeout_keep_alive - self.loop.time()
-        if remaining > 0 or _buffered(self.transport, termios.FIONREAD):  # a request came while this process was paused
+        if remaining > 0 or buffered(self.transport, termios.FIONREAD):  # a request came while this process was paused
             self._schedule_idle_check(max(remaining, 0.1))
         else:
             super().timeout_keep_alive_handler()
 
     def _measure_untaken(self) -> tuple[int, int, float]:
         """The present value for `_untaken`."""
-        return self.transport.get_write_buffer_size(), _buffered(self.transport, termios.TIOCOUTQ), self._idle_since
+        return self.transport.get_write_buffer_size(), buffered(self.transport, termios.TIOCOUTQ), self._idle_since
 
     def _unset_keepalive_if_required(self) -> None:
         """Does nothing: the timer runs on, whatever arrives."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 
 from app import tokens
@@ -27,42 +26,11 @@ from app.errors import (
 from app.pipeline.deployment import BatchSpace, CallLimits
 from app.pipeline.parts import sub_batch
 from app.types import Batch, BatchEmbedder, BatchResult, Embedding, Input
+from app.upstreams import stated
 from app.upstreams.redact import quotable, quotes_input
 from app.upstreams.replies import upstream_message
 
 log = logging.getLogger(__name__)
-
-# "batch size is invalid, it should not be larger than 10", "at most 100 requests can be in one batch",
-# "batch size 33 > maximum allowed batch size 32", "Too many inputs. The max number of inputs is 16.", "batchSize must
-# be 1 but the entered value was 56".
-_ROWS = re.compile(
-    r"batch.{0,40}(?:not be larger than|maximum allowed batch size|at most|maximum of)\s*:?\s*(\d++)(?! tokens?\b)"
-    r"|at most (\d+) (?!tokens?\b)\w+ can be in one batch"
-    r"|max(?:imum)? number of inputs is (\d+)"
-    r"|batchSize must be (\d+) but",
-    re.IGNORECASE | re.DOTALL,
-)
-# What OpenAI and pydantic (FastAPI's 422) say of any list that is too long: "array too long. Expected an array with
-# maximum length 2048, but got an array with length 3000 instead", "List should have at most 32 items after validation,
-# not 33". It is the list of inputs if it has as many items as the call has inputs, unless it is "input[0]".
-_ITEMS = re.compile(
-    r"(?<!\]': )\barray too long\. Expected an array with maximum length (\d+), but got an array with length (\d+)"
-    r"|\bList should have at most (\d+) items? after validation, not (\d+)",
-    re.IGNORECASE,
-)
-# "Requested 300001 tokens, max 300000 tokens per request", "at most 8192 tokens can be in one batch", "the limit is
-# 8192 tokens summed across all inputs", "the max allowed tokens per submitted batch is 120000", "batch … not be larger
-# than 8192 tokens", "tokens per min (TPM): Limit 40000, Requested 75000" (but not with "Used" in between: then that is
-# the obstacle). Not "maximum context length is 8192 tokens", which limits one input.
-_CALL = r"(?:per|in|for|across)\s+(?:an? |one |each |all |the )?(?:single |submitted )?(?:batch|request|call|inputs)\b"
-_TOKENS = re.compile(
-    r"(?:\bmax(?:imum)?(?: of)?|at most|limit(?: is| of)?|exceeds?|larger than)\D{0,20}?"
-    rf"(\d[\d,]*) (?:input )?tokens?\s+(?:summed |in total |total |can be |allowed )?{_CALL}"
-    rf"|\btokens? {_CALL}\D{{0,40}}?(\d[\d,]*)"
-    r"|\bbatch[^.\d]{0,40}(?:at most|maximum of|larger than)\s*:?\s*(\d[\d,]*) tokens?\b"
-    r"|\btokens per min \(TPM\): Limit (\d[\d,]*), Requested\b",
-    re.IGNORECASE,
-)
 
 LEARNED_FOR = 600.0
 """Seconds that a learned limit is kept, because a moment's trouble may look like one. A real one is then learned again
@@ -181,8 +149,7 @@ class Adapt:
         one. A message that quotes a caller's text is ignored, or that could set a limit for everybody."""
         limits, inputs = self._limits, batch.inputs
         message = error.message.partition("input_value=")[0]  # where pydantic quotes both ends of what it refuses
-        max_tokens = _named_limit(_TOKENS, message)
-        max_rows = _named_limit(_ROWS, message) or _list_limit(message, len(inputs))
+        max_tokens, max_rows = stated.call_tokens(message), stated.call_inputs(message, len(inputs))
         if (max_tokens or max_rows) and quotes_input(upstream_message(error), quotable(batch)):
             return False
         if (
@@ -249,18 +216,6 @@ def _settle(batch: Batch, outcomes: list[Embedding | GatewayError], undecided: S
         surely = isinstance(outcome, ContextLengthExceeded) and tokens.estimate(inputs[i]) >= too_long
         if isinstance(outcome, InvalidRequest) and outcome in undecided and not surely:
             outcomes[i] = ask_again
-
-
-def _named_limit(pattern: re.Pattern[str], message: str) -> int:
-    """The limit that a message names, or 0."""
-    match = pattern.search(message)
-    return int(next(filter(None, match.groups())).replace(",", "")) if match else 0
-
-
-def _list_limit(message: str, length: int) -> int:
-    """The limit that a message names on a list of this length, or 0."""
-    pairs = (filter(None, match.groups()) for match in _ITEMS.finditer(message))
-    return next((int(limit) for limit, actual in pairs if int(actual) == length), 0)
 
 
 def _split(inputs: Sequence[Input], limits: CallLimits) -> Sequence[Sequence[int]]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections.abc import Collection, Generator, Iterable, Sequence
 from typing import TypeAlias, TypeVar
@@ -23,6 +22,7 @@ from app.pipeline import lengths
 from app.pipeline.parts import merge_result, mixed_lengths
 from app.pipeline.prefix import prefix_of
 from app.types import NO_EMBEDDING, Embedder, Embedding, EmbedRequest, EmbedResult, Input, OnLongInput, Params, Source
+from app.upstreams import stated
 
 T = TypeVar("T")
 _Work: TypeAlias = Generator[None, None, T]
@@ -42,17 +42,6 @@ _INLINE_CHARACTERS = 100_000
 _TIME_SLICE = 0.02
 """Seconds for which a thread works on one request's texts, though on at least one; then others get their turn, because
 threads are few, and a request that is late, or whose caller has hung up, ends there."""
-
-# "maximum context length is 8192 tokens", "must have less than 512 tokens", "input (1024 tokens) is too large to
-# process. increase the physical batch size (current batch size: 512)", "is larger than the max context size (512
-# tokens)", "Range of input length should be [1, 8192]"
-_TOKENS = re.compile(
-    r"(?:(less than)|length (?:is|of)|at most|limit(?: is| of)?|max(?:imum)?(?: of)?):? (\d[\d,]{0,9}) tokens\b"
-    r"|(?:current batch size: |context size \(|length should be \[1, )(\d{1,9})\b",
-    re.IGNORECASE,
-)
-# "the max input characters is 1000", "String should have at most 122880 characters"
-_CHARACTERS = re.compile(r"characters is (\d[\d,]{0,9})\b|at most (\d[\d,]{0,9}) characters\b", re.IGNORECASE)
 
 
 class LongInputs:
@@ -323,18 +312,14 @@ def _stated_limit(refusals: Iterable[GatewayError], rule: TokenRule) -> lengths.
     """The input limit that upstreams named when they refused some. Raises a refusal that names none."""
     token_limits, character_limits = [], []
     for refusal in refusals:
-        if found := _TOKENS.search(refusal.message):
-            token_limits.append(max(1, _number(found[2] or found[3]) - (found[1] is not None)))
-        elif found := _CHARACTERS.search(refusal.message):
-            character_limits.append(_number(found[1] or found[2]))
+        if (tokens_allowed := stated.input_tokens(refusal.message)) is not None:
+            token_limits.append(tokens_allowed)
+        elif (characters_allowed := stated.input_characters(refusal.message)) is not None:
+            character_limits.append(characters_allowed)
         else:
             refusal.message += "; to have it cut here, set models.NAME.max_tokens_per_input and ask for NAME"
             raise refusal
     return lengths.InputLimit(min(token_limits, default=None), min(character_limits, default=None), rule)
-
-
-def _number(digits: str) -> int:
-    return int(digits.replace(",", ""))
 
 
 def _text(inputs: Sequence[Input], i: int) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+from app.config import Settings
+from app.http.protocol import HEAD_TIMEOUT
 from app.main import create_app
 from app.serve import CannotListen, Server, _admin, bind, uvicorn_config
 from tests.api.support import head, post
@@ -107,5 +109,26 @@ def test_a_port_for_metrics_that_is_lost_while_starting_is_told() -> None:
             with pytest.raises(CannotListen, match=rf"^cannot listen on 127\.0\.0\.1:{port}: Address already in use$"):
                 async with _admin(create_app(settings_of({})), ours):
                     pass
+
+    run(test())
+
+
+def test_the_time_for_a_head_follows_the_configuration_on_a_port_for_metrics_too() -> None:
+    def settings(request_timeout: float) -> Settings:
+        server = {"metrics_port": 1234, "request_timeout": request_timeout}
+        return settings_of({"upstreams": {"lexical": {"type": "lexical"}}, "server": server})
+
+    async def test() -> None:
+        app = create_app(settings(600))
+        await app.gateway.start()
+        with bind("127.0.0.1", 0) as listener:
+            async with _admin(app, listener):
+                await app._change_to(settings(0.05))
+                reader, writer = await asyncio.open_connection(*listener.getsockname())
+                writer.write(b"GET /metrics HTTP/1.1\r\n")
+                assert b"in time" in await asyncio.wait_for(reader.read(), HEAD_TIMEOUT / 2)
+                writer.close()
+        await asyncio.gather(*app._tasks)
+        await app.gateway.aclose()
 
     run(test())

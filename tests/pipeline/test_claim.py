@@ -191,6 +191,7 @@ async def test_places_of_what_is_too_long_are_the_whole_requests(replica: Callab
     result = await second
     assert set(result.too_long) == {2}
     assert result.embeddings == [vector("a"), vector("b"), NO_EMBEDDING]
+    assert other.asked == [["b", "long"]], "what is too long and not cached is not asked again"
     await first
 
 
@@ -212,6 +213,7 @@ async def test_waiting_leaves_half_of_the_time(replica: Callable[[], Replica]) -
     result = await other.embed(request("a", seconds=1.0))
     assert result.sources == [Source.UPSTREAM]
     assert 0.4 < asyncio.get_running_loop().time() - began < 0.9
+    assert other.count("get", "held") < 50, "Redis is not asked all the time"
     one.go.set()
     await first
 
@@ -245,6 +247,18 @@ async def test_what_a_request_of_this_replica_has_brought_is_not_asked_again_tho
     one.go.set()
     await first
     await other.cache.close()
+
+
+async def test_who_waits_no_longer_for_what_is_too_long_asks_for_it_once(replica: Callable[[], Replica]) -> None:
+    one, other = replica(), replica()
+    first = await one.begins("long")
+    other.errors["long"] = ContextLengthExceeded("too long")
+    async with asyncio.timeout(LIMIT):
+        result = await other.embed(replace(request("long", seconds=0.2), collect_too_long=True))
+    assert set(result.too_long) == {0}
+    assert other.asked == [["long"]]
+    one.go.set()
+    await first
 
 
 async def test_nobody_waits_for_a_claim_longer_than_it_lasts(
@@ -314,6 +328,8 @@ async def test_who_claims_nothing_lets_go_of_nothing(replica: Callable[[], Repli
     one.errors["a"] = UpstreamError("no")
     with pytest.raises(UpstreamError):
         await one.embed(replace(request("a"), read_cache=False))
+    result = await one.embed(replace(request("a"), read_cache=False, collect_too_long=True))
+    assert set(result.too_long) == {0}
     await one.cache.close()  # then released claims have been deleted
     assert await other.cache.get_or_claim([key]) == ([None], {key})
 

@@ -46,6 +46,15 @@ def test_indexes_that_are_no_permutation_are_no_answer(indexes: list[Any]) -> No
         checked(indexes, [vector(0), vector(1), vector(2)])
 
 
+@pytest.mark.parametrize("output_type", ["dense", "dense&sparse"])
+@pytest.mark.parametrize("given", [0, 2, 4])
+def test_more_or_fewer_vectors_than_inputs_are_no_answer_whatever_the_indexes(given: int, output_type: Any) -> None:
+    sparse = [[{"index": 1, "value": 0.5}]] * 3
+    parsed = Parsed([0, 1, 2], [vector(place) for place in range(given)], sparse=sparse)
+    with pytest.raises(UpstreamInvalidResponse):
+        contract.checked(parsed, [1, 1, 1], 2, output_type)
+
+
 @pytest.mark.parametrize(
     ("asked", "native", "given", "error"),
     [
@@ -69,6 +78,16 @@ def test_a_length_that_was_not_asked_for_is_no_answer(
         with pytest.raises(error) as raised:
             contract.checked(parsed, [1, 1], asked, native=native)
         assert type(raised.value) is error
+
+
+@pytest.mark.parametrize(("asked", "native"), [(None, None), (None, 2), (2, None)])
+@pytest.mark.parametrize("lengths", [(2, 1), (1, 2, 2), (2, 0, 1)])
+def test_vectors_of_different_lengths_are_no_answer(
+    lengths: Sequence[int], asked: int | None, native: int | None
+) -> None:
+    parsed = Parsed(range(len(lengths)), [vectors.from_numbers([1.0] * length) for length in lengths])
+    with pytest.raises(UpstreamInvalidResponse, match="different lengths"):
+        contract.checked(parsed, [1] * len(lengths), asked, native=native)
 
 
 @pytest.mark.parametrize(("length", "fits"), [(MAX_DIMENSIONS, True), (MAX_DIMENSIONS + 1, False)])

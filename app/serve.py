@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import uvicorn
@@ -38,6 +39,11 @@ CLOSE_DELAY = 0.25
 
 OTHER_DESCRIPTORS = 64
 """Descriptors for all that is no caller's or upstream's connection: Redis, the disk cache, files, the event loop."""
+
+PROCESS_MEMORY = 60 * 2**20
+"""Bytes that a process takes before its first request, in workers and in their parent (measured)."""
+MEMORY_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Where a container sees the limit on its memory in bytes: cgroup v2, or v1."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 """Parameters of mallopt(3)."""
@@ -273,6 +279,23 @@ def _warn_of_few_descriptors(settings: Settings) -> None:
         log.warning("%d file descriptors (ulimit -n) are few: max_inflight and upstreams may take %d", limit, needed)
 
 
+def _warn_of_little_memory(settings: Settings) -> None:
+    """Warns if full memory caches alone may take more than the container may use: the system would end a process
+    without a word."""
+    workers, cache = settings.server.workers, settings.cache.memory
+    processes = workers + (workers > 1)
+    # A tenth more than its size, for the table and what the allocator cannot use (measured).
+    needed = processes * PROCESS_MEMORY + (workers * cache.max_size * 11 // 10 if cache else 0)
+    for file in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not in a container; "max": no limit
+            if (limit := int(file.read_text())) < needed:
+                log.warning(
+                    "%d MiB of memory are little: processes and cache.memory may take %d MiB, and requests come on top",
+                    limit // 2**20,
+                    needed // 2**20,
+                )
+
+
 def serve(
     app: App,
     listener: socket.socket,
@@ -290,6 +313,7 @@ def serve(
     raise_descriptor_limit()
     if parent is None:  # it has warned
         _warn_of_few_descriptors(app.settings)
+        _warn_of_little_memory(app.settings)
     config = uvicorn_config(app, app.settings, app.on_invalid_http, app.request_timeout)
     server = Server(config, app, parent, on_listening)
 
@@ -319,6 +343,7 @@ def serve_workers(
     """
     raise_descriptor_limit()
     _warn_of_few_descriptors(app.settings)
+    _warn_of_little_memory(app.settings)
     workers = Workers(command, app.settings, listener, on_listening)
 
     async def run() -> int:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from app import serve
 from app.config import Settings
 from app.http.protocol import HEAD_TIMEOUT
 from app.main import create_app
@@ -132,3 +134,35 @@ def test_the_time_for_a_head_follows_the_configuration_on_a_port_for_metrics_too
         await app.gateway.aclose()
 
     run(test())
+
+
+@pytest.mark.parametrize(
+    ("limit", "workers", "memory", "needed"),
+    [
+        ("max", 1, {"max_size": "256MiB"}, None),  # cgroup v2 without a limit
+        ("9223372036854771712", 1, {"max_size": "256MiB"}, None),  # v1 without one
+        (str(342 * 2**20), 1, {"max_size": "256MiB"}, None),
+        (str(341 * 2**20), 1, {"max_size": "256MiB"}, 341),
+        (str(512 * 2**20), 2, {"max_size": "256MiB"}, 743),
+        (str(128 * 2**20), 1, None, None),
+    ],
+)
+def test_less_memory_than_full_caches_take_is_told_at_the_start(
+    limit: str,
+    workers: int,
+    memory: dict[str, str] | None,
+    needed: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (tmp_path / "memory.max").write_text(f"{limit}\n")
+    monkeypatch.setattr(serve, "MEMORY_LIMITS", (tmp_path / "memory.max", tmp_path / "none"))
+    serve._warn_of_little_memory(settings_of({"server": {"workers": workers}, "cache": {"memory": memory}}))
+    told = [record.getMessage() for record in caplog.records]
+    if needed is None:
+        assert not told
+    else:
+        (line,) = told
+        assert f"{int(limit) // 2**20} MiB of memory are little" in line
+        assert f"may take {needed} MiB" in line

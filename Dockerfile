@@ -65,7 +65,7 @@ ENV EMBEDDING_GATEWAY__SERVER__HOST=0.0.0.0 \
 
 # Python is the image's only HTTP client. ProxyHandler({}): an HTTP_PROXY meant for the upstreams must not catch this.
 HEALTHCHECK --interval=10s --timeout=3s --start-period=20s --retries=3 \
-    CMD ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ[\"EMBEDDING_GATEWAY__SERVER__PORT\"]}/healthz', timeout=2)"]
+    CMD ["python", "-c", "import os, urllib.request as u; u.build_opener(u.ProxyHandler({})).open(f'http://127.0.0.1:{os.environ.get(\"EMBEDDING_GATEWAY__SERVER__PORT\") or 8080}/healthz', timeout=2)"]
 
 # Exec form: the program is process 1 and receives SIGTERM itself, which starts its drain.
 ENTRYPOINT ["embedding-gateway"]

@@ -213,7 +213,9 @@ def _announce(settings: Settings, listener: socket.socket, admin: socket.socket 
     host, address = settings.server.host, _address(listener)
     url = _url(host, listener)
     docs = f"docs at {'/docs' if admin is None else _url(host, admin) + '/docs'}"
-    everywhere = ", listening on all addresses" if address.is_unspecified else ""
+    everywhere = ""
+    if address.is_unspecified:
+        everywhere = ", listening on all addresses" + (" of IPv4" if address.version == 4 else "")
     log.info("upstreams: %s", ", ".join(f"{name} ({each.type})" for name, each in settings.upstreams.items()))
     if settings.auth is None and not address.is_loopback:
         warn_of_open(settings)

@@ -219,7 +219,7 @@ def test_in_the_image_variables_decide_host_and_port_and_the_health_check_follow
     with processes.start(tmp_path, *arguments, **given) as process:
         url = processes.address(tmp_path / "log", process)
         assert url == f"http://127.0.0.1:{given['EMBEDDING_GATEWAY__SERVER__PORT']}"
-        assert "listening on all addresses" in (tmp_path / "log").read_text()
+        assert "listening on all addresses of IPv4" in (tmp_path / "log").read_text()
         run(sys.executable, *json.loads(check)[1:], **given)
 
 

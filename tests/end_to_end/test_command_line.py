@@ -469,7 +469,7 @@ def test_listening_everywhere_an_address_is_shown_that_can_be_used(tmp_path: Pat
     with serving(tmp_path, "--host", "0.0.0.0") as (url, _):
         assert url.startswith("http://127.0.0.1:")
         log = (tmp_path / "log").read_text()
-        assert "docs at /docs, listening on all addresses" in log
+        assert "docs at /docs, listening on all addresses of IPv4" in log
         assert "anybody who reaches 0.0.0.0 can embed at your expense" in log
 
 

@@ -225,6 +225,7 @@ async def test_a_retry_goes_to_one_in_rotation_before_one_that_is_to_tell_whethe
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("app.pipeline.health.EJECTION", 0.0)
+    monkeypatch.setattr("app.pipeline.health.SUSPECT", 0.0)
     fails, ejected, good = (
         deployment("a", failing(UpstreamError("no"))),
         deployment("b", answers),
@@ -342,6 +343,14 @@ async def test_of_those_that_are_all_ejected_whichever_is_back_is_found_soon() -
     results = [await run(all_three, batch("x")) for _ in range(3)]
     assert [type(each) for each in results[-1].outcomes] == [Embedding]
     assert results[-1].deployments == ("back/m",)
+
+
+async def test_where_all_are_ejected_one_that_rests_as_well_keeps_no_other_from_being_asked() -> None:
+    rests, back = deployment("rests", answers), deployment("back", answers)
+    for each in (rests, back):
+        eject(each)
+    rests.health.end(RateLimited("slowly", retry_after=3), rests.health.begin())
+    assert (await run(route(rests, back), batch("x"))).deployments == ("back/m",)
 
 
 async def test_parts_of_a_batch_that_fail_in_two_ways_are_both_asked_again() -> None:

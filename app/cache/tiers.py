@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Protocol
@@ -71,12 +71,17 @@ class Tiers:
             self._readers.append(reader)
             self._claimers.append(claimer)
             self._writers.append(Writer(store, counts, write_buffer, peek, clock))
+            if isinstance(store, SharedStore):
+                self._unwritten = self._writers[-1].waiting
         self._lookups: dict[bytes, int] = {}
         """The keys being looked up in slow tiers, each with its number of lookups."""
         self._arrived: dict[bytes, Embedding] = {}
         """Embeddings of these keys that were put meanwhile. By the time a lookup ends without finding them they may
         have been written and have left memory and the write queues."""
-        self._recent = (self._arrived, *(writer.waiting for writer in reversed(self._writers)))
+        self._recent: tuple[Mapping[bytes, Embedding | None], ...] = (
+            self._arrived,
+            *(writer.waiting for writer in reversed(self._writers)),
+        )
         """By key, embeddings that memory may have no room for. One tier may have refused what waits for a slow one."""
         self._renewing: asyncio.Task[None] | None = None
         self._releasing = Tasks()
@@ -129,11 +134,13 @@ class Tiers:
 
     def release_claims(self, keys: Sequence[bytes]) -> None:
         """Ends the claims on keys for which no embedding will come, so that a waiting replica may embed them. Keeps the
-        claim on a key in flight here for another request. Does not wait."""
+        claim on a key in flight here for another request, and on one whose embedding waits to be written: the write
+        ends it. Does not wait."""
         if self._shared is None:
             return
-        busy = [embedder for embedder in self.embedders if embedder.busy]
-        if ended := [key for key in keys if not any(embedder.in_flight(key) for embedder in busy)]:
+        busy, unwritten = [embedder for embedder in self.embedders if embedder.busy], self._unwritten
+        ended = [key for key in keys if key not in unwritten and not any(each.in_flight(key) for each in busy)]
+        if ended:
             self._releasing.start(self._shared.release_claims(ended))
 
     async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookupResult:

@@ -20,7 +20,7 @@ _OVERHEAD = 512
 _BATCH = 256
 """Entries passed to the store at once."""
 _MAX_BARE_KEYS = 2**17
-"""Keys that may be queued without their embeddings, at 130 bytes each."""
+"""Keys that may be queued without their embeddings, at 170 bytes each."""
 _TRIES = 6
 """Attempts at what the store does not answer: some until its breaker opens, and as many once it is back."""
 _RETRY = 1.0
@@ -46,8 +46,8 @@ class Writer:
         self._queue: deque[tuple[bytes, Embedding | None]] = deque()
         self._bare_keys = 0
         """Queued keys without an embedding."""
-        self.waiting: dict[bytes, Embedding] = {}
-        """The newest embedding of each key that is queued or being written."""
+        self.waiting: dict[bytes, Embedding | None] = {}
+        """The newest embedding of each key that is queued or being written; None if it is to be looked up in memory."""
         self._size = 0
         self._task: asyncio.Task[None] | None = None
         self._given_up = 0
@@ -76,7 +76,7 @@ class Writer:
             elif self._bare_keys < _MAX_BARE_KEYS and self._peek(key) is not None:
                 self._bare_keys += 1
                 self._queue.append((key, None))
-                self.waiting.pop(key, None)  # an older embedding
+                self.waiting[key] = None
             else:
                 dropped += 1
         if dropped:
@@ -142,10 +142,11 @@ class Writer:
                     batch.append((key, embedding))
                 continue
             self._bare_keys -= 1
-            if key in self.waiting:
+            if key not in self.waiting or self.waiting[key] is not None:
                 continue
             if (found := self._peek(key)) is None:
                 self._counts.set_dropped.inc()
+                del self.waiting[key]
             else:
                 batch.append((key, found))
                 self.waiting[key] = found

@@ -8,6 +8,7 @@ from functools import partial
 
 import pytest
 import pytest_asyncio
+import redis.asyncio
 from msgspec.structs import replace
 
 from app.cache import keys
@@ -20,6 +21,7 @@ from app.clock import SystemClock
 from app.errors import ContextLengthExceeded, GatewayError, UpstreamAuth, UpstreamError
 from app.metrics import Metrics
 from app.pipeline.batcher import Batcher
+from app.pipeline.cache_fill import CacheFill
 from app.pipeline.cache_read import CacheRead
 from app.pipeline.claim import Claim
 from app.pipeline.deployment import CallLimits, Deployment, Slots
@@ -45,10 +47,11 @@ LIMIT = 20.0
 class Replica:
     """The cache stages over calls that are recorded, held until `go` is set, and fail where `errors` says so."""
 
-    def __init__(self, url: str, *, memory: bool = False) -> None:
+    def __init__(self, url: str, *, memory: bool = False, write_buffer: int = 2**20) -> None:
         self.metrics, clock = Metrics(), SystemClock()
         stores: list[Store] = [MemoryStore(2**20, 60, clock, self.metrics)] if memory else []
-        self.cache = Tiers([*stores, RedisStore(url, LIMIT, 60, clock, self.metrics)], self.metrics, clock)
+        stores.append(RedisStore(url, LIMIT, 60, clock, self.metrics))
+        self.cache = Tiers(stores, self.metrics, clock, write_buffer=write_buffer)
         self.embed = CacheRead(Claim(self._embed, self.cache), self.cache, "space")
         self.asked: list[list[str]] = []
         self.positions: list[Sequence[int] | None] = []
@@ -107,8 +110,8 @@ def request(*texts: str, seconds: float = 60.0) -> EmbedRequest:
 
 @pytest.fixture
 def server() -> Iterator[RedisServer]:
-    with RedisServer() as redis:
-        yield redis
+    with RedisServer() as server:
+        yield server
 
 
 @pytest_asyncio.fixture
@@ -369,8 +372,9 @@ class Calls:
 
 def over(calls: Calls, replica: Replica) -> tuple[Batcher, CacheRead]:
     """A public model of the replica over this upstream, built as the registry builds it."""
+    fill = CacheFill(calls, replica.cache)
     health = Health(SystemClock(), partial(replica.metrics.show_deployment, "up", "m"), "up/m")
-    deployment = Deployment("up", Model("m"), "up/m", Slots(3), CallLimits(1, None), health, calls)
+    deployment = Deployment("up", Model("m"), "up/m", Slots(3), CallLimits(1, None), health, fill)
     route = Route([deployment], replica.metrics, SystemClock())
     batcher = Batcher(route, replica.metrics, SystemClock(), replica.cache.release_claims)
     replica.cache.embedders.add(batcher)
@@ -404,6 +408,32 @@ async def test_claims_last_as_long_as_somebody_here_embeds_the_text_and_no_longe
     assert await claimed(other.cache, "a")
     calls.go["a"].set()
     await batcher.aclose()
+
+
+@pytest.mark.parametrize("write_buffer", [2**20, 0], ids=["queued", "only its key queued"])
+async def test_what_waits_to_be_written_stays_claimed_when_its_request_fails(
+    server: RedisServer, replica: Callable[[], Replica], write_buffer: int
+) -> None:
+    one, other, calls = Replica(server.url, memory=True, write_buffer=write_buffer), replica(), Calls()
+    batcher, embed = over(calls, one)
+    asking = asyncio.create_task(embed(request("bad", "a")))
+    await calls.begin(2)
+    async with redis.asyncio.Redis.from_url(server.url) as admin, asyncio.timeout(LIMIT):
+        await admin.config_set("min-replicas-to-write", 1)  # as in a failover
+        calls.go["a"].set()
+        while not one.cache._writers[0]._away:
+            await asyncio.sleep(0.001)
+        await admin.config_set("min-replicas-to-write", 0)  # which the writer notices later
+    calls.go["bad"].set()
+    with pytest.raises(GatewayError):
+        await asking
+    async with asyncio.timeout(CLAIM_TTL - 1):
+        while await claimed(other.cache, "bad"):
+            await asyncio.sleep(0.001)
+    found, held = await other.cache.get_or_claim(keys.derive("space", Params(), ["a"]))
+    assert held or found == [vector("a")], "or else the other replica would pay for it too"
+    await batcher.aclose()
+    await one.cache.close()
 
 
 async def test_who_hangs_up_holds_no_claim_of_what_is_still_queued(

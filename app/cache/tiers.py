@@ -73,6 +73,7 @@ class Tiers:
             self._writers.append(Writer(store, counts, write_buffer, peek, clock))
             if isinstance(store, SharedStore):
                 self._unwritten = self._writers[-1].waiting
+                self._writers[-1].on_drop = self.release_claims
         self._lookups: dict[bytes, int] = {}
         """The keys being looked up in slow tiers, each with its number of lookups."""
         self._arrived: dict[bytes, Embedding] = {}

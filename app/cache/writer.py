@@ -48,6 +48,9 @@ class Writer:
         """Queued keys without an embedding."""
         self.waiting: dict[bytes, Embedding | None] = {}
         """The newest embedding of each key that is queued or being written; None if it is to be looked up in memory."""
+        self.on_drop: Callable[[Sequence[bytes]], None] = lambda _: None
+        """Called with the keys of what is not written after all, a turn of the event loop later: by then a call that
+        brought it has ended."""
         self._size = 0
         self._task: asyncio.Task[None] | None = None
         self._given_up = 0
@@ -64,11 +67,11 @@ class Writer:
 
     def offer(self, entries: Iterable[tuple[bytes, Embedding]]) -> None:
         """Queues what fits. Must be called within the event loop."""
-        dropped = 0
+        dropped: list[bytes] = []
         for key, embedding in entries:
             cost = embedding.size + _OVERHEAD
             if self._closed:
-                dropped += 1
+                dropped.append(key)
             elif self._size + cost <= self._max_size:
                 self._size += cost
                 self._queue.append((key, embedding))
@@ -78,9 +81,9 @@ class Writer:
                 self._queue.append((key, None))
                 self.waiting[key] = None
             else:
-                dropped += 1
+                dropped.append(key)
         if dropped:
-            self._counts.set_dropped.inc(dropped)
+            self._drop(dropped)
         # The task lives only while entries are queued: the first starts it, the last ends it.
         if self._queue and self._task is None:
             self._task = asyncio.get_running_loop().create_task(self._drain())
@@ -99,7 +102,7 @@ class Writer:
                         await self._wait_for_store()
                         left = await self._store.put(left)
                     if left:
-                        self._give_up(len(left))
+                        self._give_up([key for key, _ in left])
                 except Exception:
                     self._counts.set_error.inc(len(left))
                     if self._seldom("raised"):
@@ -117,9 +120,14 @@ class Writer:
         finally:
             self._task = None
 
-    def _give_up(self, number: int) -> None:
-        self._counts.set_dropped.inc(number)
-        self._given_up += number
+    def _drop(self, keys: Sequence[bytes]) -> None:
+        self._counts.set_dropped.inc(len(keys))
+        if not self._closed:
+            asyncio.get_running_loop().call_soon(self.on_drop, keys)
+
+    def _give_up(self, keys: Sequence[bytes]) -> None:
+        self._drop(keys)
+        self._given_up += len(keys)
         if self._seldom("given up"):
             log.warning("cache tier %s: %d values not written after %d tries", self._store.name, self._given_up, _TRIES)
             self._given_up = 0
@@ -136,6 +144,7 @@ class Writer:
         not its key's newest: the newest is written in its own turn, or was already, from memory. Embeddings found in
         memory are added to `waiting`, because memory may evict them during the write."""
         batch: list[tuple[bytes, Embedding]] = []
+        dropped: list[bytes] = []
         for key, embedding in taken:
             if embedding is not None:
                 if self.waiting.get(key) is embedding:
@@ -145,11 +154,13 @@ class Writer:
             if key not in self.waiting or self.waiting[key] is not None:
                 continue
             if (found := self._peek(key)) is None:
-                self._counts.set_dropped.inc()
+                dropped.append(key)
                 del self.waiting[key]
             else:
                 batch.append((key, found))
                 self.waiting[key] = found
+        if dropped:
+            self._drop(dropped)
         return batch
 
     async def close(self, timeout: float) -> None:

@@ -631,3 +631,21 @@ async def test_the_configuration_gives_the_tiers_in_their_order(
     assert "secret" not in str(status)
     await tiers.close()
     assert [store.name for store in stores(CacheSettings(memory=None), lambda: 60, metrics, clock)] == []
+
+
+async def test_of_what_is_dropped_the_keys_are_told(clock: Clock, metrics: Metrics) -> None:
+    slow, held = Slow(), dict(entries([1]))
+    slow.open_for_writes.clear()
+    writer, told = Writer(slow, Counts(metrics, slow.name), embedding(0).size + 512, held.get, clock), list[bytes]()
+    writer.on_drop = told.extend
+    writer.offer(entries([0]))  # fills the buffer
+    await settle()
+    writer.offer(entries([1, 2]))  # of the first only the key waits
+    await settle()
+    assert told == [key(2)]
+    held.clear()
+    slow.open_for_writes.set()
+    await settle()
+    assert told == [key(2), key(1)]
+    assert count(metrics, "redis", "set", "dropped") == 2
+    await writer.close(5)

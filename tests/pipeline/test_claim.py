@@ -436,6 +436,19 @@ async def test_what_waits_to_be_written_stays_claimed_when_its_request_fails(
     await one.cache.close()
 
 
+async def test_the_claim_on_what_is_never_written_ends(server: RedisServer, replica: Callable[[], Replica]) -> None:
+    one, other, calls = Replica(server.url, write_buffer=0), replica(), Calls()
+    batcher, embed = over(calls, one)
+    calls.go["a"].set()
+    await embed(request("a"))
+    assert one.count("set", "dropped") == 1
+    async with asyncio.timeout(CLAIM_TTL - 1):
+        while await claimed(other.cache, "a"):
+            await asyncio.sleep(0.001)
+    await batcher.aclose()
+    await one.cache.close()
+
+
 async def test_who_hangs_up_holds_no_claim_of_what_is_still_queued(
     server: RedisServer, replica: Callable[[], Replica]
 ) -> None:

@@ -76,6 +76,8 @@ class Tiers:
                 self._writers[-1].on_drop = self.release_claims
         self._lookups: dict[bytes, int] = {}
         """The keys being looked up in slow tiers, each with its number of lookups."""
+        self._undecided: set[bytes] = set()
+        """Those of them whose claims will be released unless the caller embeds them."""
         self._arrived: dict[bytes, Embedding] = {}
         """Embeddings of these keys that were put meanwhile. By the time a lookup ends without finding them they may
         have been written and have left memory and the write queues."""
@@ -136,12 +138,16 @@ class Tiers:
     def release_claims(self, keys: Sequence[bytes]) -> None:
         """Ends the claims on keys for which no embedding will come, so that a waiting replica may embed them. Keeps the
         claim on a key in flight here for another request, and on one whose embedding waits to be written: the write
-        ends it. Does not wait."""
+        ends it. A key that is being looked up is decided on after that, as its caller may embed it. Does not wait."""
         if self._shared is None:
             return
-        busy, unwritten = [embedder for embedder in self.embedders if embedder.busy], self._unwritten
-        ended = [key for key in keys if key not in unwritten and not any(each.in_flight(key) for each in busy)]
-        if ended:
+        self._undecided.update(key for key in keys if key in self._lookups)
+        busy = [embedder for embedder in self.embedders if embedder.busy]
+
+        def wanted(key: bytes) -> bool:
+            return key in self._unwritten or key in self._lookups or any(each.in_flight(key) for each in busy)
+
+        if ended := [key for key in keys if not wanted(key)]:
             self._releasing.start(self._shared.release_claims(ended))
 
     async def _get(self, keys: Sequence[bytes], numbers: bool, readers: Sequence[Reader]) -> LookupResult:
@@ -193,6 +199,9 @@ class Tiers:
                     lookups[key] = others
                 else:
                     self._arrived.pop(key, None)
+            if self._undecided and (decided := [key for key in keys if key in self._undecided and key not in lookups]):
+                self._undecided.difference_update(decided)
+                asyncio.get_running_loop().call_soon(self.release_claims, decided)  # once its caller has gone on
 
     def put(self, entries: Sequence[tuple[bytes, Embedding]]) -> None:
         """Stores entries: in memory now, in other tiers soon. Must be called within the event loop."""

@@ -498,6 +498,39 @@ async def test_who_hangs_up_while_redis_is_asked_ends_no_claim_of_what_is_under_
     await batcher.aclose()
 
 
+async def test_who_hangs_up_while_redis_is_asked_leaves_the_claim_to_who_asks_as_well(
+    server: RedisServer, replica: Callable[[], Replica]
+) -> None:
+    one, other, calls = replica(), replica(), Calls()
+    batcher, embed = over(calls, one)
+
+    async def ask(text: str) -> list[asyncio.Task[EmbedResult]]:
+        """Two requests, each with a lookup and a connection of its own."""
+        server.pause()
+        asking = []
+        for _ in range(2):
+            asking.append(asyncio.create_task(embed(request(text))))
+            await settle()
+        return asking
+
+    calls.go["b"].set()
+    warm = await ask("b")  # from now on both connections are open, and the server knows the script
+    server.resume()
+    await asyncio.wait(warm)
+    stays, leaves = await ask("a")
+    leaves.cancel()
+    server.resume()  # it answers the last first
+    async with asyncio.timeout(LIMIT):
+        while one.count("get", "miss") < 4:
+            await asyncio.sleep(0.001)
+    await settle()  # both lookups have ended
+    await one.cache.close()  # then released claims have been deleted
+    assert await claimed(other.cache, "a")
+    calls.go["a"].set()
+    await stays
+    await batcher.aclose()
+
+
 async def test_of_two_who_hang_up_while_redis_is_asked_neither_leaves_the_claim_to_the_other(
     server: RedisServer, replica: Callable[[], Replica]
 ) -> None:

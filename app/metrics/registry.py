@@ -99,6 +99,9 @@ class Metrics(ConfigMetrics):
             "upstream_batch_inputs", "Inputs in one upstream call.", _BATCH, "upstream", "model"
         )
         self.upstream_retries = counter("upstream_retries_total", "Calls that were retried.", "upstream", "reason")
+        self._length_changes = counter(
+            "upstream_length_changes_total", "Times the vectors changed their length.", "upstream", "model"
+        )
         # Not buffered, because its series are removed: see `show_deployment`.
         self._upstream_available = Gauge(
             _PREFIX + "upstream_available",
@@ -131,6 +134,11 @@ class Metrics(ConfigMetrics):
     def show_deployment(self, upstream: str, model: str, available: bool) -> None:
         """Records whether a configured deployment takes traffic."""
         self._upstream_available.labels(upstream, model).set(available)
+
+    def count_length_change(self, upstream: str, model: str) -> None:
+        """Counts that a deployment's vectors have changed their length. It has no series before that: hardly any ever
+        does."""
+        self._length_changes.labels(upstream, model).inc()
 
     def forget_deployment(self, upstream: str, model: str) -> None:
         """Removes a deployment that is no longer configured."""

@@ -85,6 +85,7 @@ class Fleet:
         call, clock = Call(upstream, model, self._metrics), self._clock
         chain = build.chain(call, name=name, cache=self._cache, limits=limits, model=model, clock=clock)
         health = Health(clock, partial(self._metrics.show_deployment, upstream.name, model.name), name)
+        health.trouble.on_length_change = partial(self._metrics.count_length_change, upstream.name, model.name)
         if self._in_force == "no more":
             health.trouble.retire()
         before = self._before.get((upstream.name, model.name, identity))

@@ -29,6 +29,8 @@ class Trouble:
         """Its last rest: if that is long, or if there has long been nothing but rests."""
         self._limited_since: float | None = None
         """When it was first rate-limited since its last answer."""
+        self.on_length_change: Callable[[], None] = lambda: None
+        """Called when its vectors have changed their length."""
         self._length_change = ""
         self._length_change_until = 0.0
         self._seldom = Seldom(clock.monotonic)
@@ -70,6 +72,8 @@ class Trouble:
         self._length_change = f"its vectors have {lengths}: another model may have taken its place"
         self._length_change_until = self._clock.monotonic() + LENGTH_CHANGE_SHOWN
         self.warn("length", self._length_change)
+        if not self._retired:
+            self.on_length_change()
 
     def note_ejection(self, problem: str, seconds: float, failures: int) -> None:
         """It is called only if no other can be for this long, after so many failures, the last of which is

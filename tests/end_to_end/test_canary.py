@@ -327,6 +327,11 @@ def test_the_length_that_is_compared_with_outlives_a_change_of_configuration(cap
             lengths["own"] = 8
             assert gateway.post({"model": "m", "input": "after"}).status_code == 200
             assert "8 dimensions, not 16" in caplog.text
+            assert gateway.post({"model": "m", "input": "of the new length"}).status_code == 200
+            assert gateway.metric("upstream_length_changes_total", upstream="up0", model="own") == 1
+            lengths["own"] = 16
+            assert gateway.post({"model": "m", "input": "of the old length"}).status_code == 200
+            assert gateway.metric("upstream_length_changes_total", upstream="up0", model="own") == 2
 
 
 def until_answered_by(gateway: Running, name: str) -> None:

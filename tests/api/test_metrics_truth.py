@@ -440,7 +440,7 @@ def _cache_labels() -> dict[str, set[str]]:
 
 KNOWN: dict[str, set[str]] = {
     "outcome": {"ok"} | CODES,
-    "reason": {"client_gone", "invalid_unicode"} | CODES,
+    "reason": {"client_gone", "invalid_unicode", "invalid_http"} | CODES,
     "source": {*Source, "billed", "cached", "deduplicated"},
     "lane": {"query", "bulk"},
     **_cache_labels(),

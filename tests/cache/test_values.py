@@ -54,6 +54,12 @@ def test_another_version_of_the_format_is_a_miss() -> None:
     assert decode(key(1), VALUE[:3] + b"\0" + VALUE[4:]) is None
 
 
+def test_nor_is_another_version_of_a_sparse_vectors_value_read() -> None:
+    value = encode(key(1), Embedding(embedding(1).vector, 5, b"[]"))
+    assert decode(key(1), value) is not None
+    assert decode(key(1), value[:3] + b"\3" + value[4:]) is None
+
+
 @pytest.mark.parametrize("raw", [None, "text", 7, 1.5, [], bytearray(VALUE), OSError()])
 def test_what_is_no_bytes_is_a_miss(raw: object) -> None:
     assert decode(key(1), raw) is None

@@ -429,3 +429,50 @@ async def test_what_one_input_may_have_is_not_learned_as_what_a_call_may(longest
     upstream, limits = Upstream(words, tokens=100, kind=InvalidRequest), CallLimits(16)
     await adapting(upstream, limits, longest)(batch("x" * 101, "y", "z"))
     assert limits.max_tokens_per_batch == (None if longest in (40, 41) else 40)
+
+
+async def test_texts_without_a_vector_that_are_apart_keep_no_other_from_being_tried() -> None:
+    async def embed(batch: Batch) -> BatchResult:
+        if {"x", "y"} & set(map(str, batch.inputs)):
+            raise UpstreamWrongCount("none")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    limits = CallLimits(10)
+    result = await adapting(embed, limits)(batch(*"xabcdyef"))
+    assert answers(result) == ["none", *"abcd", "none", *"ef"]
+
+
+async def test_a_server_that_has_no_vector_for_one_text_alone_either_is_still_sent_several() -> None:
+    async def embed(batch: Batch) -> BatchResult:
+        if len(batch.inputs) > 1 or batch.inputs[0] == "x":
+            raise UpstreamWrongCount("none")
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    limits = CallLimits(10)
+    result = await adapting(embed, limits)(batch(*"abcx"))
+    assert answers(result) == [*"abc", "none"]
+    assert limits.max_batch == 10
+
+
+@pytest.mark.parametrize("words", [ROWS[0], TOKENS[0]])
+async def test_what_is_no_refusal_of_the_call_teaches_no_limit(words: str) -> None:
+    async def embed(batch: Batch) -> BatchResult:
+        raise UpstreamError(words)
+
+    limits = CallLimits(100)
+    result = await adapting(embed, limits)(batch(*(f"text {i:05}" for i in range(25))))
+    assert (result.calls, limits.max_batch, limits.max_tokens_per_batch) == (1, 100, None)
+
+
+async def test_what_the_parts_of_a_part_have_paid_for_is_known_while_the_next_is_under_way() -> None:
+    async def embed(batch: Batch) -> BatchResult:
+        if "x" in batch.inputs:
+            raise InvalidRequest("no")
+        if "b" in batch.inputs:
+            raise TimeoutError  # as when the callers' deadline passes
+        return BatchResult([Embedding(str(text).encode(), 1) for text in batch.inputs])
+
+    asked = batch(*"xabcdefg")
+    with pytest.raises(TimeoutError):
+        await adapting(embed, CallLimits(10))(asked)
+    assert asked.completed == {b"a": Embedding(b"a", 1)}

@@ -16,9 +16,12 @@ from app.errors import (
     ContextLengthExceeded,
     GatewayError,
     InvalidRequest,
+    Overloaded,
+    RateLimited,
     UnsupportedDimensions,
     UpstreamAuth,
     UpstreamError,
+    UpstreamTimeout,
     UpstreamUnavailable,
 )
 from app.metrics import Metrics
@@ -73,7 +76,7 @@ def batcher(calls: Calls, *, rows: int = 10, slots: int = 2, tokens: int | None 
     model = Model("m", roles=ROLES, instruct=True)
     deployment = Deployment("up", model, "up/m", Slots(slots), CallLimits(rows, tokens), healthy(), calls)
     metrics = Metrics()
-    return Batcher(Route([deployment], metrics, SystemClock()), metrics, SystemClock())
+    return Batcher(Route([deployment], metrics, SystemClock(), jitter=lambda: 0.0), metrics, SystemClock())
 
 
 def request(*texts: str, lane: Lane | None = None, params: Params | None = None) -> EmbedRequest:
@@ -166,6 +169,8 @@ async def test_while_there_are_slots_requests_share_calls_up_to_what_is_enough_a
     results = await asyncio.gather(*map(embed, asked))
     assert [texts_of(result) for result in results] == [list(each.inputs) for each in asked]
     assert [len(batch) for batch in calls.batches] == sent
+    own = [sum(not set(each.inputs).isdisjoint(batch) for batch in calls.batches) for each in asked]
+    assert [result.calls for result in results] == own
 
 
 async def test_an_input_that_others_want_too_splits_no_request() -> None:
@@ -547,14 +552,22 @@ async def test_several_refused_inputs_are_all_named() -> None:
         await batcher(calls)(request("a", "x", "b", "y"))
 
 
-async def test_once_more_are_refused_than_are_named_the_rest_is_not_sent() -> None:
+async def test_a_refusal_is_told_rather_than_a_failure_of_an_earlier_input() -> None:
+    calls = Calls(errors={"down": UpstreamError("down"), "x": InvalidRequest("no"), "y": InvalidRequest("no")})
+    with pytest.raises(InvalidRequest, match=r"^no \(inputs 1, 3\)$") as refused:
+        await batcher(calls)(request("down", "x", "b", "y"))
+    assert refused.value.param == "input[1]"
+
+
+@pytest.mark.parametrize("collects", [False, True])
+async def test_once_more_are_refused_than_are_named_the_rest_is_not_sent(collects: bool) -> None:
     bad = [f"bad {i}" for i in range(100)]
     calls = Calls(errors=dict.fromkeys(bad, InvalidRequest("no")))
     embed = batcher(calls, rows=10, slots=1)
     neighbour = asyncio.create_task(embed(request(*bad[20:30], "good", lane="bulk")))
     named = ", ".join(map(str, range(MAX_NAMED)))
     with pytest.raises(InvalidRequest, match=rf"no \(inputs {named} …\)$"):
-        await embed(request(*bad))
+        await embed(replace(request(*bad), collect_too_long=collects))
     with pytest.raises(InvalidRequest, match=r"no \(inputs 0, 1, 2, 3, 4, 5, 6, 7, 8, 9\)$"):
         await neighbour
     await settle()
@@ -615,12 +628,14 @@ async def test_a_refusal_of_something_else_names_none() -> None:
         await batcher(calls)(request("x", "y"))
 
 
-async def test_a_passing_failure_waits_for_the_rest_so_that_a_repeat_pays_only_for_it() -> None:
-    calls = Calls(errors={"text 0": UpstreamError("down")})
-    embed = batcher(calls, rows=1, slots=1)
+@pytest.mark.parametrize("failing", [1, MAX_NAMED + 1])
+async def test_a_passing_failure_waits_for_the_rest_so_that_a_repeat_pays_only_for_it(failing: int) -> None:
+    texts = [f"text {i}" for i in range(2 * failing + 20)]
+    calls = Calls(errors=dict.fromkeys(texts[: 2 * failing : 2], UpstreamError("down")))
+    embed = batcher(calls, rows=1, slots=1)  # every other one, for it would be ejected for several failures in a row
     with pytest.raises(UpstreamError):
-        await embed(request(*(f"text {i}" for i in range(5))))
-    assert {batch[0] for batch in calls.batches} == {f"text {i}" for i in range(5)}
+        await embed(request(*texts))
+    assert {batch[0] for batch in calls.batches} == set(texts)
 
 
 async def test_a_failure_that_every_batch_would_meet_ends_the_request_and_the_rest_is_not_sent() -> None:
@@ -722,6 +737,42 @@ async def test_what_is_dropped_is_told() -> None:
     await embed.aclose()
     assert sorted(dropped) == [b"y", b"z"], "and not what was sent"
     assert calls.batches == [["x"]]
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "sent", "error"),
+    [
+        ([None, None], False, Overloaded("no upstream call was free before the request's deadline")),
+        ([None, None], True, UpstreamTimeout("2 of the inputs had no answer before the request's deadline")),
+        (
+            [UpstreamTimeout("late"), None],
+            True,
+            UpstreamTimeout("2 of the inputs had no answer before the request's deadline"),
+        ),
+        (
+            [UpstreamTimeout("late"), Embedding(b"v", 1)],
+            True,
+            UpstreamTimeout("1 of the inputs had no answer before the request's deadline"),
+        ),
+        ([None, UpstreamError("down")], True, UpstreamError("down")),
+        ([UpstreamTimeout("late"), UpstreamError("down")], True, UpstreamError("down")),
+        ([RateLimited("every upstream rests"), None], False, RateLimited("every upstream rests")),
+        ([None, InvalidRequest("no")], True, InvalidRequest("no", param="input[7]")),
+    ],
+)
+def test_whose_time_is_up_is_told_what_says_most(
+    outcomes: list[Embedding | GatewayError | None], sent: bool, error: GatewayError
+) -> None:
+    record, keys = CallRecord(3, ("up/m",)) if sent else None, [b"a", b"b"]
+    asked = EmbedRequest("m", ("a", "b"), Params(), 0.0, Caller(), keys=keys, positions=[3, 7])
+    jobs = [
+        Job(key, "text", 0.0, (), True, call_record=record, outcome=outcome)
+        for key, outcome in zip(keys, outcomes, strict=True)
+    ]
+    told = deadline_error(jobs, asked)
+    assert (type(told), told.message, told.param) == (type(error), error.message, error.param)
+    assert told.calls == (3 if sent else 0)
+    assert (told.retry_after is not None) == (type(told) is Overloaded)
 
 
 def test_whose_time_is_up_just_as_all_was_answered_is_not_told_that_an_input_had_no_answer() -> None:

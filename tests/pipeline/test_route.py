@@ -24,6 +24,7 @@ from app.errors import (
     ExceedsTokensPerMinute,
     GatewayError,
     InvalidRequest,
+    Overloaded,
     QuotaExhausted,
     RateLimited,
     Shortage,
@@ -130,7 +131,9 @@ def after(seconds: float) -> BatchEmbedder:
 # --- elsewhere ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?")])
+@pytest.mark.parametrize(
+    "error", [UpstreamAuth("no"), QuotaExhausted("used up"), UpstreamMisconfigured("who?"), Overloaded("no room here")]
+)
 async def test_trouble_of_one_deployment_alone_is_asked_of_another(error: GatewayError) -> None:
     result = await run(route(deployment("bad", failing(error)), deployment("good", answers)), batch("x"))
     assert [type(each) for each in result.outcomes] == [Embedding]
@@ -400,7 +403,9 @@ async def test_what_another_does_not_heed_is_not_refused_for_the_one_that_was_do
         ExceedsTokensPerMinute("an account's own"),
     ],
 )
-@pytest.mark.parametrize("passing", [RateLimited("slowly", retry_after=2), UpstreamError("down")])
+@pytest.mark.parametrize(
+    "passing", [RateLimited("slowly", retry_after=2), UpstreamError("down"), Overloaded("no room here")]
+)
 async def test_what_may_pass_is_told_and_not_what_another_lacks_for_good(
     passing: GatewayError, own: GatewayError
 ) -> None:
@@ -918,6 +923,42 @@ async def test_a_rate_limit_within_a_split_batch_is_one() -> None:
     assert up.health.cooldown_remaining() > 10
 
 
+@pytest.mark.parametrize("error", [RateLimited("slow", retry_after=20), QuotaExhausted("used up")])
+@pytest.mark.parametrize("first", ["answered", "refused", "failed"])
+async def test_and_so_it_is_whatever_came_of_the_parts_before_it(first: str, error: GatewayError) -> None:
+    before: dict[str, Embedding | GatewayError] = {
+        "answered": Embedding(b"v", 1),
+        "refused": InvalidRequest("no"),
+        "failed": UpstreamInvalidVector("NaN"),
+    }
+
+    async def embed(batch: Batch) -> BatchResult:
+        return BatchResult([error if text == "late" else before[first] for text in batch.inputs])
+
+    up = deployment("up", embed, slots=Slots(4))
+    await run(route(up), batch("early", "late", seconds=1))
+    if isinstance(error, RateLimited):
+        assert up.health.cooldown_remaining() > 10
+    else:
+        assert up.health.suspect
+    free = sum(up.slots.take("query") for _ in range(4))
+    assert free == (2 if isinstance(error, RateLimited) else 4), "half as many calls at once"
+
+
+@pytest.mark.parametrize("last", [UpstreamAuth("no"), UpstreamIgnoredDimensions("768, not 256"), None])
+async def test_of_who_is_asked_twice_the_last_word_is_told(last: GatewayError | None) -> None:
+    outcomes: list[GatewayError | None] = [UpstreamInvalidVector("NaN"), last]
+
+    async def embed(batch: Batch) -> BatchResult:
+        outcome = outcomes.pop(0) or Embedding(b"v", 1)
+        return BatchResult([outcome if text == "a" else Embedding(b"v", 1) for text in batch.inputs])
+
+    only = deployment("only", embed)
+    result = await run(route(only), batch(*"ab"))
+    assert (result.outcomes[0], result.calls) == (last or Embedding(b"v", 1), 2)
+    assert only.health.suspect is isinstance(last, UpstreamAuth), "nor is it doubted for what it made at last"
+
+
 async def test_a_split_batch_that_failed_as_a_whole_is_a_failure() -> None:
     limits = CallLimits(2)
     up = deployment("up", failing(UpstreamAuth("no")), limits=limits)
@@ -964,6 +1005,32 @@ async def test_a_text_of_which_one_made_no_vector_speaks_against_no_other_that_m
         assert [type(each) for each in result.outcomes] == [UpstreamInvalidVector, Embedding]
         assert result.deployments == (first.name, other.name)
     assert other.health.available()
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "doubted"),
+    [
+        (UpstreamInvalidVector("NaN"), None, True),
+        (UpstreamInvalidVector("NaN"), UpstreamInvalidVector("NaN"), False),
+        (UpstreamError("down"), None, False),
+        (UpstreamError("down"), UpstreamInvalidVector("NaN"), False),
+    ],
+)
+async def test_only_who_makes_no_vector_where_another_makes_one_is_asked_after_others(
+    first: GatewayError, second: GatewayError | None, doubted: bool
+) -> None:
+    def embeds(error: GatewayError | None) -> BatchEmbedder:
+        async def embed(batch: Batch) -> BatchResult:
+            return BatchResult([error if error and text == "a" else Embedding(b"v", 1) for text in batch.inputs])
+
+        return embed
+
+    one, other = deployment("one", embeds(first)), deployment("other", embeds(second))
+    slot = Slot(one, one.health.begin())
+    assert one.slots.take("query")
+    result = await route(one, other).run(batch(*"ab"), slot, "query")
+    assert result.calls == 2
+    assert one.health.suspect is doubted
 
 
 def health(clock: HandClock) -> Health:

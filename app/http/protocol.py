@@ -34,11 +34,9 @@ MAX_REQUEST_HEAD = 64 * 2**10
 SHUTDOWN_STALL_TIMEOUT = 5
 """Seconds after which a stopping server no longer waits for a caller that reads nothing of its response."""
 
-
 _PARSE_CHUNK = 16 * 2**10
 """Bytes to parse before checking again how many requests wait. One read of the socket returns up to 256 KiB, which may
 be 10,000 requests, and each takes 30 times the memory once parsed."""
-
 _HOST = re.compile(rb"[\w.~!$&'()*+,;=%-]*(:\d{0,5})?|\[[0-9A-Fa-f:.]+\](:\d{0,5})?")
 _END = b"\r\n\r\n"
 _UPGRADE_NAME = re.compile(rb"(?i)(\r\n)upgrade(?=:)")
